@@ -1,0 +1,92 @@
+"""Which base model an expert belongs to, without loading it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cache, cached_property
+from pathlib import Path
+
+from pimerge.errors import PimergeError
+from pimerge.files import sha256_bytes, sha256_file
+
+HUB_ID = re.compile(r"(?!\.)[\w.-]+(/[\w.-]+)?")
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model: the name that its experts give it, and where it lies.
+
+    Attributes:
+        name: as in ``adapter_config.json``: a folder or a Hub id.
+        revision: of a Hub id.
+        folder: the local folder, or the Hub's snapshot in the local cache; None where neither is there.
+    """
+
+    name: str
+    revision: str | None
+    folder: Path | None
+
+    @cached_property
+    def identity(self) -> str:
+        """What tells two bases apart: the content's hash for a folder, the commit for a Hub id.
+
+        A base that is not on this machine is known by name and revision only.
+        """
+        if self.folder is None:
+            return f"{self.name}@{self.revision or 'main'}"
+        if self.folder.parent.name == "snapshots":
+            return f"{self.name}@{self.folder.name}"
+        return _content(self.folder.resolve())
+
+    @property
+    def source(self) -> str:
+        """What transformers loads: the folder if there is one, else the Hub id."""
+        return str(self.folder or self.name)
+
+
+def find_base(name: str | None, revision: str | None, near: Path) -> Base:
+    """Find the base that an expert names.
+
+    A relative path is looked for in the expert's folder, in the folders above it, then in the working
+    folder, so that a pool and its base can move together; then in the Hub's local cache.
+
+    Args:
+        name: ``base_model_name_or_path`` of the adapter's config.
+        near: the expert's folder.
+
+    Raises:
+        PimergeError: if there is no name, or it can be neither a folder nor a Hub id.
+    """
+    if not name:
+        raise PimergeError(
+            "adapter_config.json names no base model", "set base_model_name_or_path there, or pass --base"
+        )
+    near = near.resolve()
+    for folder in (near, *near.parents, Path.cwd()):
+        if (folder / name / "config.json").is_file():
+            return Base(name, revision, folder / name)
+    if not HUB_ID.fullmatch(name):
+        raise PimergeError(
+            f"the base model '{name}' is not there: it is neither a folder with a config.json nor a Hub id",
+            "pass --base with its folder or Hub id",
+        )
+    return Base(name, revision, _cached_snapshot(name, revision))
+
+
+def _cached_snapshot(name: str, revision: str | None) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    config = try_to_load_from_cache(name, "config.json", revision=revision)
+    return Path(config).parent if isinstance(config, str) else None
+
+
+@cache
+def _content(folder: Path) -> str:
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    if not files:
+        raise PimergeError(
+            f"the base model's folder '{folder}' holds no weights",
+            "it needs model.safetensors (or its shards)",
+        )
+    return "sha256:" + sha256_bytes("".join(sha256_file(file) for file in files).encode())

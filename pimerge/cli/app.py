@@ -1,0 +1,68 @@
+"""The command ``pimerge``."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from pimerge import __version__
+from pimerge.cli import embed, evaluate, inspect, merge, rank, tune
+from pimerge.errors import PimergeError
+
+EXIT_PROBLEM = 3
+EXIT_INTERRUPTED = 130
+EXIT_BROKEN_PIPE = 141
+
+app = typer.Typer(
+    name="pimerge",
+    help="Choose, merge and tune experts (LoRA adapters) from a pool for a new task with few labels.",
+    epilog="pimerge embed ./experts · pimerge rank --target X -k 2 · pimerge tune --method learned",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("embed")(embed.embed)
+app.command("rank")(rank.rank)
+app.command("merge")(merge.merge)
+app.command("tune")(tune.tune)
+app.command("eval")(evaluate.evaluate)
+app.command("inspect")(inspect.inspect)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"pimerge {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Options of ``pimerge`` itself."""
+
+
+def main() -> None:
+    """Run the command line; the one place where a PimergeError becomes a message and a status."""
+    try:
+        app()
+        sys.stdout.flush()
+    except PimergeError as error:
+        from pimerge.cli.console import stderr
+
+        console = stderr()
+        console.print("[bold red]error:[/] ", end="")
+        console.print(str(error), markup=False)
+        sys.exit(EXIT_PROBLEM)
+    except KeyboardInterrupt:
+        sys.exit(EXIT_INTERRUPTED)
+    except BrokenPipeError:  # the reader of standard output went away, as in `pimerge … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(EXIT_BROKEN_PIPE)

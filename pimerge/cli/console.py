@@ -1,0 +1,92 @@
+"""What the user sees: results on standard output, progress and hints on standard error."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from pimerge.progress import Advance, Track, silent
+
+_WIDE = 10_000  # where no terminal sets a width, nothing is cut
+
+
+def stdout() -> Console:
+    """The console of results."""
+    return Console(width=None if sys.stdout.isatty() else _WIDE, highlight=False)
+
+
+def stderr() -> Console:
+    """The console of everything else."""
+    return Console(stderr=True, width=None if sys.stderr.isatty() else _WIDE, highlight=False)
+
+
+def note(message: str, quiet: bool) -> None:
+    """Say something on standard error, unless the user wants quiet."""
+    if not quiet:
+        stderr().print(escape(message), style="dim")
+
+
+def print_json(document: Any) -> None:
+    """Print one JSON document as the command's whole result."""
+    sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str] = ()) -> None:
+    """Print a table.
+
+    Args:
+        right: columns that hold numbers.
+    """
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column, justify="right" if column in right else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*map(escape, row))
+    stdout().print(table)
+
+
+def tracker(quiet: bool) -> Track:
+    """Progress bars on standard error; none when quiet or not on a terminal."""
+    return silent if quiet or not sys.stderr.isatty() else _bar
+
+
+@contextmanager
+def _bar(description: str, total: int, unit: str) -> Iterator[Advance]:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    speed = TextColumn("{task.fields[speed]}")
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit), speed)
+    with Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=stderr()) as progress:
+        task = progress.add_task(description, total=total, note="", speed="")
+
+        def advance(steps: int = 1, note: str = "") -> None:
+            progress.update(task, advance=steps, note=note)
+            speed = progress.tasks[task].speed
+            if speed:
+                progress.update(task, speed=f"{speed:.1f} {unit}/s")
+
+        yield advance
+
+
+def quiet_libraries() -> None:
+    """Keep the libraries' own bars, reports and warnings off the screen; their errors still come."""
+    import os
+    import warnings
+
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.simplefilter("ignore")
+    import datasets
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.logging.set_verbosity_error()
+    datasets.disable_progress_bars()

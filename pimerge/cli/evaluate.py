@@ -1,0 +1,84 @@
+"""``pimerge eval``."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pimerge.cli import options
+from pimerge.cli.console import note, print_json, print_table, quiet_libraries, tracker
+from pimerge.cli.inputs import base_of, open_all, select
+from pimerge.errors import PimergeError
+
+DEFAULT_OUTPUTS = ("tuned", "merged")
+
+
+def evaluate(
+    experts: Annotated[
+        list[str] | None, typer.Argument(help="Experts to score. Default: tuned and merged, if they are there.")
+    ] = None,
+    target: options.TargetReference = None,
+    ranking: options.RankingPath = Path("ranking.json"),
+    base: options.BaseReference = None,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the result as JSON, too.")] = None,
+    force: options.Force = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Score experts and the bare base on the target's test split, each with a 95 % interval."""
+    from pimerge.evaluation import evaluate as score
+    from pimerge.files import json_text, require_absent, write_file
+    from pimerge.task import open_task
+
+    references = experts or [name for name in DEFAULT_OUTPUTS if Path(name).is_dir()]
+    if output is not None:
+        require_absent(output, force)
+    opened = open_all(references, base)
+    chosen = select(None, ranking, target, base, needed=False)
+    folder = chosen.task_folder or next(
+        (expert.path for expert in opened if (expert.path / "task.json").is_file()), None
+    )
+    if folder is None:
+        raise PimergeError(
+            "the target is not known" if references else "there is nothing to score",
+            "pass --target FOLDER (an expert's or a task's)" if references else "name experts, or run 'pimerge tune'",
+        )
+    quiet_libraries()
+    task = open_task(folder)
+    scores = score(
+        opened,
+        task,
+        base_of(opened, chosen.target, base),
+        chosen.target,
+        device=device,
+        dtype=dtype,
+        track=tracker(quiet),
+    )
+    document = {"target": task.name, "split": "test", "scores": [asdict(row) for row in scores]}
+    if output is not None:
+        write_file(output, json_text(document))
+    if json:
+        print_json(document)
+        return
+    print_table(
+        ["expert", "accuracy", "95 %", "loss", "95 %  ", "n", ""],
+        [
+            [
+                row.name,
+                f"{row.accuracy:.1%}",
+                f"{row.accuracy_low:.1%} – {row.accuracy_high:.1%}",
+                f"{row.loss:.3f}",
+                f"{row.loss_low:.3f} – {row.loss_high:.3f}",
+                str(row.examples),
+                row.note,
+            ]
+            for row in scores
+        ],
+        right=["accuracy", "loss", "n"],
+    )
+    note(f"on the test split of {task.name}", quiet)

@@ -1,0 +1,157 @@
+"""What the commands read by default: the store, the ranking, the experts that it names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pimerge.errors import PimergeError, Problems
+
+if TYPE_CHECKING:
+    from pimerge.base import Base
+    from pimerge.expert import Expert
+    from pimerge.ranking import Ranking
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Experts to merge or tune, and the target that they are for.
+
+    Attributes:
+        target: the target's own expert; None if it has none or none is known.
+        task_folder: the folder of the target's task.json; None if no target is known.
+        scores: of the experts, from the ranking; None for an expert that it does not have.
+    """
+
+    experts: list[Expert]
+    target: Expert | None
+    task_folder: Path | None
+    scores: list[float | None]
+
+
+def open_all(references: Sequence[str], base: str | None) -> list[Expert]:
+    """Open several experts, with the problems of all of them at once."""
+    from pimerge.expert import open_expert
+
+    problems = Problems()
+    experts = []
+    for reference in references:
+        with problems.collected():
+            experts.append(open_expert(reference, base))
+    problems.raise_any("some experts cannot be opened")
+    return experts
+
+
+def select(
+    references: Sequence[str] | None, ranking_path: Path, target: str | None, base: str | None, *, needed: bool = True
+) -> Selection:
+    """The experts given, else those that the ranking selected; and the target given, else the ranking's.
+
+    Args:
+        needed: whether there must be experts.
+    """
+    from pimerge.ranking import open_ranked, read_ranking
+
+    ranking: Ranking | None = None
+    if ranking_path.is_file() or (not references and needed):
+        ranking = read_ranking(ranking_path)
+    own, folder = _target(target, ranking, ranking_path, base)
+    if references:
+        experts = open_all(references, base)
+        known = {c.sha256: c.score for c in ranking.candidates} if ranking else {}
+        return Selection(experts, own, folder, [known.get(expert.sha256) for expert in experts])
+    if ranking is None or not needed:
+        return Selection([], own, folder, [])
+    if target is not None and own is not None and own.sha256 != ranking.target.sha256:
+        raise PimergeError(
+            f"'{ranking_path}' ranks experts for '{ranking.target.name}', not for '{target}'",
+            f"run 'pimerge rank --target {target}' first, or name the experts",
+        )
+    problems = Problems()
+    experts = []
+    for candidate in ranking.chosen():
+        with problems.collected():
+            experts.append(open_ranked(candidate, ranking_path, base))
+    problems.raise_any("some experts of the ranking cannot be opened")
+    if not experts:
+        raise PimergeError(
+            f"'{ranking_path}' selected no expert", "choose experts yourself, or run 'pimerge tune --method scratch'"
+        )
+    return Selection(experts, own, folder, [candidate.score for candidate in ranking.chosen()])
+
+
+def _target(
+    target: str | None, ranking: Ranking | None, ranking_path: Path, base: str | None
+) -> tuple[Expert | None, Path | None]:
+    from pimerge.expert import CONFIG, open_expert
+    from pimerge.ranking import open_ranked
+
+    if target is None:
+        if ranking is None:
+            return None, None
+        own = open_ranked(ranking.target, ranking_path, base)
+        return own, own.path
+    if ranking is not None and target == ranking.target.name and not Path(target).is_dir():
+        own = open_ranked(ranking.target, ranking_path, base)
+        return own, own.path
+    path = Path(target)
+    path = path.parent if path.is_file() and path.name == "task.json" else path
+    if path.is_dir() and not (path / CONFIG).is_file():
+        if not (path / "task.json").is_file():
+            raise PimergeError(f"'{path}' is neither an expert nor a task", "expected adapter_config.json or task.json")
+        return None, path
+    own = open_expert(target if not path.is_dir() else path, base)
+    return own, own.path
+
+
+def parse_rank(rank: str) -> int | None:
+    """``max`` is None."""
+    if rank == "max":
+        return None
+    if not rank.isdigit() or int(rank) < 1:
+        raise PimergeError(f"--rank is '{rank}'", "expected a number from 1, or max")
+    return int(rank)
+
+
+def parse_numbers(text: str, option: str) -> list[float]:
+    """Comma-separated numbers of an option."""
+    import math
+
+    numbers = []
+    for part in text.split(","):
+        try:
+            number = float(part)
+        except ValueError:
+            number = math.nan
+        if not math.isfinite(number):
+            raise PimergeError(f"{option} holds '{part}'", "expected numbers with commas between, such as 0.6,0.4")
+        numbers.append(number)
+    return numbers
+
+
+def base_of(experts: Sequence[Expert], target: Expert | None, base: str | None) -> Base:
+    """The base given, else that of the target's expert, else that of the experts."""
+    from pimerge.base import find_base
+
+    if base is not None:
+        name, _, revision = base.partition("@")
+        return find_base(name, revision or None, Path.cwd())
+    first = target or next(iter(experts), None)
+    if first is None:
+        raise PimergeError("the base model is not known", "pass --base FOLDER_OR_HUB_ID")
+    return first.base
+
+
+def pool_members(references: list[str]) -> list[str | Path]:
+    """The experts of every pool, in order; a Hub id stands for itself."""
+    from pimerge.expert import find_experts, is_hub_reference
+
+    found: list[str | Path] = []
+    for reference in references:
+        if not Path(reference).is_dir() and is_hub_reference(reference):
+            found.append(reference)
+        else:
+            found += find_experts(Path(reference))
+    return found

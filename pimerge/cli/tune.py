@@ -1,0 +1,121 @@
+"""``pimerge tune``."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pimerge.cli import options
+from pimerge.cli.console import note, print_json, print_table, quiet_libraries, tracker
+from pimerge.cli.inputs import base_of, parse_rank, select
+from pimerge.errors import PimergeError
+
+
+def tune(
+    experts: options.Experts = None,
+    method: Annotated[str, typer.Option(help=options.listing("tune_methods"))] = "learned",
+    target: options.TargetReference = None,
+    ranking: options.RankingPath = Path("ranking.json"),
+    base: options.BaseReference = None,
+    shots: options.Shots = None,
+    epochs: Annotated[float, typer.Option(help="Most passes over the training examples.")] = 30,
+    lr: Annotated[float, typer.Option(help="Learning rate of factors and head.")] = 2e-3,
+    weights_lr: Annotated[float, typer.Option(help="Learning rate of the experts' weights.")] = 5e-2,
+    batch_size: Annotated[int, typer.Option(help="Examples of a step.")] = 16,
+    seed: options.Seed = 0,
+    holdout: Annotated[float, typer.Option(help="Share of the training examples kept for early stopping.")] = 0.2,
+    patience: Annotated[int, typer.Option(help="Epochs without a better held-out loss before it stops.")] = 8,
+    label_smoothing: Annotated[float, typer.Option(help="Share of the target spread over all classes.")] = 0.1,
+    start: Annotated[str, typer.Option(help="Weights start from the softmax of the ranking's scores, or equal.")] = (
+        "ranking"
+    ),
+    granularity: Annotated[str, typer.Option(help="One weight vector per matrix, per layer, or global.")] = "matrix",
+    rank: options.Rank = "max",
+    fresh_rank: Annotated[int | None, typer.Option(help="Rank of a fresh LoRA. Default: the pool's, else 8.")] = None,
+    fresh_alpha: Annotated[float | None, typer.Option(help="Alpha of a fresh LoRA. Default: as the rank's.")] = None,
+    modules: Annotated[
+        str | None, typer.Option(help="Modules of a fresh LoRA, with commas. Default: the pool's, else PEFT's choice.")
+    ] = None,
+    init_seed: Annotated[int, typer.Option(help="Init of a fresh LoRA; experts of one pool share it.")] = 0,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    output: Annotated[Path, typer.Option("--output", "-o", help="The folder of the tuned expert.")] = Path("tuned"),
+    force: options.Force = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Combine experts and train on the target's examples, into one expert.
+
+    A run that was interrupted goes on where it was when the same command is given again.
+    """
+    from pimerge import strategies
+    from pimerge.tuning import STARTS, Options
+    from pimerge.tuning import tune as tune_experts
+
+    plan = strategies.load("tune_methods", method).PLAN
+    if start not in STARTS:
+        raise PimergeError(f"--start is '{start}'", f"expected {' or '.join(STARTS)}")
+    chosen = select(experts, ranking, target, base, needed=plan.experts)
+    if experts and not plan.experts:
+        raise PimergeError(f"'{method}' composes no experts, and {len(experts)} were given", "leave them out")
+    if chosen.task_folder is None:
+        raise PimergeError("the target is not known", "pass --target FOLDER (an expert's or a task's)")
+    values = {
+        **locals(),
+        "rank": parse_rank(rank),
+        "fresh_modules": tuple(name.strip() for name in modules.split(",")) if modules else None,
+    }
+    quiet_libraries()
+    from pimerge.task import open_task
+
+    result = tune_experts(
+        method,
+        open_task(chosen.task_folder),
+        base_of(chosen.experts, chosen.target, base),
+        chosen.experts,
+        chosen.target,
+        output,
+        Options(**{field.name: values[field.name] for field in fields(Options) if field.name in values}),
+        scores=chosen.scores if start == "ranking" else None,
+        device=device,
+        dtype=dtype,
+        force=force,
+        track=tracker(quiet),
+        note=lambda message: note(message, quiet),
+    )
+    if json:
+        print_json(
+            {
+                "output": str(output),
+                "method": method,
+                "experts": result.experts,
+                "rank": result.rank,
+                "truncation": result.truncation,
+                "epochs": result.epochs,
+                "train_loss": result.train_loss,
+                "held_out_loss": result.held_out_loss,
+                "examples": result.examples,
+                "trained_parameters": result.trained_parameters,
+                "weights": result.weights,
+            }
+        )
+        return
+    rows = [
+        ["method", method],
+        ["trained on", f"{result.examples} examples, {result.epochs:.0f} epochs"],
+        ["trained parameters", str(result.trained_parameters)],
+        ["train loss", f"{result.train_loss:.4f}"],
+        ["held-out loss", "–" if result.held_out_loss is None else f"{result.held_out_loss:.4f}"],
+        ["rank", f"{result.rank} (error {result.truncation:.2%})"],
+    ]
+    if plan.experts:
+        columns = list(zip(*result.weights.values(), strict=True))
+        rows += [
+            [f"weight of {name}", f"{sum(column) / len(column):.3f} ({min(column):.3f} to {max(column):.3f})"]
+            for name, column in zip(result.experts, columns, strict=True)
+        ]
+    print_table(["", ""], rows)
+    note(f"→ {output}; next: pimerge eval {output}", quiet)

@@ -1,0 +1,108 @@
+"""Which experts can be embedded, compared and summed with each other, and why not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pimerge.errors import Problems
+from pimerge.expert import Expert
+from pimerge.task import Task, open_task
+
+SHARED_INIT_COSINE = 0.1
+SHARED_INIT_DEVIATIONS = 5.0
+
+
+def check_expert(expert: Expert) -> Task:
+    """Everything that can be checked of an expert before its base is loaded.
+
+    Returns:
+        its task.
+
+    Raises:
+        PimergeError: with each problem: no task, no base, NaN or Inf in a tensor.
+    """
+    problems = Problems()
+    with problems.collected():
+        task = open_task(expert.path)
+    with problems.collected():
+        _ = expert.base.identity
+    with problems.collected():
+        expert.require_finite()
+    problems.raise_any(f"the expert '{expert.name}' cannot be embedded")
+    return task
+
+
+def require_alike(experts: Sequence[Expert]) -> None:
+    """Check that experts can be summed: one base, one kind, each module of one shape and layer type.
+
+    Raises:
+        PimergeError: with each difference.
+    """
+    problems = Problems()
+    first = experts[0]
+    shapes: dict[str, tuple[str, Expert, tuple[object, ...]]] = {}
+    for expert in experts:
+        if expert.base.identity != first.base.identity:
+            problems.add(
+                f"'{expert.name}' has the base '{expert.base.name}', '{first.name}' has '{first.base.name}', "
+                "which is another model",
+                "leave one of them out; if both are the same model, pass it with --base",
+            )
+        if expert.kind != first.kind:
+            problems.add(f"'{expert.name}' is of kind {expert.kind}, '{first.name}' of kind {first.kind}")
+        for name, module in expert.modules.items():
+            form = (module.layer, module.d_out, module.d_in, module.shape_A[2:])
+            _, owner, known = shapes.setdefault(name, (name, expert, form))
+            if known != form:
+                problems.add(
+                    f"module '{name}': ΔW is {module.d_out} × {module.d_in} ({module.layer}) in '{expert.name}', "
+                    f"{known[1]} × {known[2]} ({known[0]}) in '{owner.name}'",
+                    "they belong to different bases: leave one out",
+                )
+    problems.raise_any("these experts do not fit each other")
+
+
+def require_finite(experts: Sequence[Expert]) -> None:
+    """Check every tensor of several experts for NaN and Inf.
+
+    Raises:
+        PimergeError: naming each tensor that holds one.
+    """
+    problems = Problems()
+    for expert in experts:
+        with problems.collected(f"'{expert.name}': "):
+            expert.require_finite()
+    problems.raise_any("NaN or Inf weights")
+
+
+def init_cosine(first: Expert, second: Expert) -> tuple[float, float]:
+    """Cosine of the factors A of two experts, and the least that a shared init can be told by.
+
+    Training moves A little, so experts from one init have much in common; experts from independent inits, or
+    of which one is in another basis (BR, R⁻¹A), have a cosine of about ±1/√n over n numbers.
+    """
+    dot = own = other = 0.0
+    numbers = 0
+    for module in sorted(first.modules.keys() & second.modules.keys()):
+        a, b = first.factors(module).A.double(), second.factors(module).A.double()
+        dot += float((a * b).sum())
+        own += float(a.square().sum())
+        other += float(b.square().sum())
+        numbers += a.numel()
+    least = max(SHARED_INIT_COSINE, SHARED_INIT_DEVIATIONS / max(numbers, 1) ** 0.5)
+    return (dot / (own * other) ** 0.5 if own * other > 0 else 0.0), least
+
+
+def differing_form(first: Expert, second: Expert) -> str:
+    """Why two experts cannot be compared factor by factor; empty if they can be."""
+    if first.modules.keys() != second.modules.keys():
+        return "it adapts other modules than the target"
+    if first.ranks != second.ranks or any(
+        first.modules[name].rank != second.modules[name].rank for name in first.modules
+    ):
+        return f"its rank is {_listed(second.ranks)}, the target's {_listed(first.ranks)}"
+    return ""
+
+
+def _listed(ranks: Sequence[int]) -> str:
+    return "/".join(str(rank) for rank in ranks)

@@ -1,0 +1,109 @@
+"""Experts → their Fisher embeddings in the store."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from pimerge import strategies
+from pimerge.expert import CONFIG, Expert
+from pimerge.files import sha256_file
+from pimerge.fisher import Fisher, diagonal_fisher
+from pimerge.model import load_with_expert, resolve_device, resolve_dtype
+from pimerge.progress import Track, silent
+from pimerge.store import Settings, Store
+from pimerge.task import Task
+from pimerge.task_types import Batch, bucket_by_length
+
+LABEL_MODES = ("true", "sampled")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one expert.
+
+    Attributes:
+        computed: False if the store had it already.
+        fisher: None if it was not computed.
+        truncated: examples longer than the model takes.
+    """
+
+    name: str
+    computed: bool
+    fisher: Fisher | None = None
+    truncated: int = 0
+
+
+def embed(
+    expert: Expert,
+    task: Task,
+    store: Store,
+    settings: Settings,
+    *,
+    device: str = "auto",
+    batch_tokens: int | None = None,
+    force: bool = False,
+    track: Track = silent,
+) -> Outcome:
+    """Embed one expert by the diagonal Fisher information of its factors on its own training split.
+
+    The head serves the likelihood and is no part of the embedding.
+
+    Args:
+        settings: label mode, examples, seed; ``dtype`` may be ``auto``.
+        batch_tokens: most tokens of a batch; None for 1,024 on the CPU and 16,384 on a GPU.
+        force: compute it even if the store has it already.
+
+    Raises:
+        PimergeError: if the expert, its task or the disk has a problem.
+    """
+    resolved = resolve_device(device)
+    dtype = resolve_dtype(settings.dtype, resolved)
+    settings = settings.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
+    fields: dict[str, Any] = {
+        "path": store.path_of(expert),
+        "sha256": expert.sha256,
+        "config_sha256": sha256_file(expert.path / CONFIG),
+        "task_sha256": task.sha256(),
+        "kind": expert.kind,
+        "base": expert.base.identity,
+        "settings": settings,
+    }
+    if not force and store.is_current(expert.name, fields):
+        return Outcome(expert.name, computed=False)
+    model, loaded = load_with_expert(expert, task, resolved, dtype)
+    examples, _ = task.examples(
+        "train",
+        loaded.processor,
+        loaded.config,
+        shots=settings.shots,
+        seed=settings.seed,
+        limit=settings.max_examples,
+    )
+    uniform = torch.rand(len(examples), generator=torch.Generator().manual_seed(settings.seed), dtype=torch.float64)
+
+    def make_batch(indices: Sequence[int]) -> Batch:
+        batch = {name: value.to(resolved) for name, value in examples.batch(indices).items()}
+        return task.type.draw(model, batch, uniform[list(indices)]) if settings.labels == "sampled" else batch
+
+    key_of = strategies.load("kinds", expert.kind).key_of_parameter
+    keys = {key for module in expert.modules.values() for key in (module.A, module.B, module.bias) if key}
+    parameters = {key_of(name): parameter for name, parameter in model.named_parameters() if key_of(name) in keys}
+    model.requires_grad_(False)
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
+    tokens = batch_tokens or (16_384 if resolved.type == "cuda" else 1_024)
+    batches = bucket_by_length(examples.lengths, tokens)
+    fisher = diagonal_fisher(model, parameters, batches, make_batch, task.type.nll, track)
+    fields |= {
+        "task": {"type": task.file.type, "labels": task.labels},
+        "examples": fisher.examples,
+        "tokens": sum(examples.lengths),
+        "device": resolved.type,
+        "route": fisher.route,
+    }
+    store.add(expert.name, fields, fisher.diagonal)
+    return Outcome(expert.name, True, fisher, examples.truncated)

@@ -1,0 +1,253 @@
+"""One expert: a PEFT adapter folder, its tensors read when they are asked for."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pimerge import strategies
+from pimerge.base import HUB_ID, Base, find_base
+from pimerge.errors import PimergeError, Problems
+from pimerge.files import read_json, sha256_file
+from pimerge.kinds import lora
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+TASK = "task.json"
+_PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth", "pytorch_model.bin")
+_HUB_REFERENCE = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
+
+
+@dataclass(frozen=True)
+class Expert:
+    """A PEFT adapter folder that has been checked; see :func:`open_expert`.
+
+    Attributes:
+        path: its folder.
+        kind: ``lora``.
+        config: the content of ``adapter_config.json``.
+        modules: name of each adapted module → its update.
+        head: parameter name in the base model → key, for each tensor of ``modules_to_save``.
+        dtypes: the dtypes of the factors, as safetensors names them.
+        base_override: the base given by option in place of the one that the config names.
+    """
+
+    path: Path
+    kind: str
+    config: dict[str, Any]
+    modules: dict[str, lora.LoraModule]
+    head: dict[str, str]
+    dtypes: tuple[str, ...]
+    base_override: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Its folder's name."""
+        return self.path.resolve().name
+
+    @cached_property
+    def base(self) -> Base:
+        """The base model it belongs to."""
+        if self.base_override:
+            name, _, revision = self.base_override.partition("@")
+            return find_base(name, revision or None, Path.cwd())
+        return find_base(self.config.get("base_model_name_or_path"), self.config.get("revision"), self.path)
+
+    @cached_property
+    def sha256(self) -> str:
+        """SHA-256 of its tensors' file."""
+        return sha256_file(self.path / WEIGHTS)
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """The different ranks of its modules, ascending."""
+        return tuple(sorted({module.rank for module in self.modules.values()}))
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in its factors, the head not counted."""
+        return sum(m.rank * (m.d_in + m.d_out) for m in self.modules.values())
+
+    @cached_property
+    def _file(self) -> Any:
+        from safetensors import safe_open
+
+        return safe_open(str(self.path / WEIGHTS), framework="pt")
+
+    def tensor(self, key: str) -> Tensor:
+        """Read one tensor."""
+        tensor: Tensor = self._file.get_tensor(key)
+        return tensor
+
+    def factors(self, module: str) -> lora.Factors:
+        """Read the update of one module: A (r × d_in), B (d_out × r), scaling, bias."""
+        return lora.factors(self.modules[module], self.tensor)
+
+    def head_tensors(self) -> dict[str, Tensor]:
+        """Read the task head: parameter name in the base model → tensor."""
+        return {name: self.tensor(key) for name, key in self.head.items()}
+
+    def require_finite(self) -> None:
+        """Check every tensor for NaN and Inf.
+
+        Raises:
+            PimergeError: naming each tensor that holds one.
+        """
+        import torch
+
+        problems = Problems()
+        for key in self._file.keys():  # noqa: SIM118 (safe_open is no dict)
+            bad = int((~torch.isfinite(self.tensor(key))).sum())
+            if bad:
+                problems.add(
+                    f"{key} holds {bad} values that are NaN or Inf",
+                    "the training diverged; train it again with a lower learning rate",
+                )
+        problems.raise_any("NaN or Inf weights")
+
+
+def open_expert(reference: str | Path, base: str | None = None) -> Expert:
+    """Open an expert and check its files.
+
+    Args:
+        reference: a folder, or a Hub id (``org/name`` or ``org/name@revision``).
+        base: a base model's folder or Hub id, in place of the one that the expert names.
+
+    Raises:
+        PimergeError: with every problem of its files: missing or truncated safetensors, a pickle, JSON that
+            does not fit, a kind that is not handled, shapes that do not fit each other.
+    """
+    path = _folder(reference)
+    problems = Problems()
+    config: Any = {}
+    with problems.collected():
+        config = read_json(path / CONFIG)
+        if not isinstance(config, dict):
+            raise PimergeError(f"'{path / CONFIG}' is no JSON object", "save the adapter again with PEFT")
+    shapes: dict[str, tuple[int, ...]] = {}
+    dtypes: dict[str, str] = {}
+    with problems.collected():
+        shapes, dtypes = _header(path)
+    if not problems.found:
+        with problems.collected():
+            kind = _kind(config)
+            modules, head = strategies.load("kinds", kind).parse(config, shapes)
+            used = {dtypes[key] for module in modules.values() for key in (module.A, module.B)}
+            if not used <= {"F16", "BF16", "F32", "F64"}:
+                raise PimergeError(
+                    f"its factors are stored as {', '.join(sorted(used))}",
+                    "expected F16, BF16, F32 or F64: save the adapter in one of these",
+                )
+            return Expert(path, kind, config, modules, head, tuple(sorted(used)), base)
+    problems.raise_any(f"the expert '{path}' has several problems")
+    raise AssertionError("unreachable: a problem was raised")
+
+
+def find_experts(pool: Path) -> list[Path]:
+    """The experts of a pool: each folder in it that holds an adapter, or the folder itself if it is one.
+
+    Raises:
+        PimergeError: if the folder is not there or holds no expert.
+    """
+    if not pool.is_dir():
+        raise PimergeError(f"there is no folder '{pool}'", "name the folder that holds the experts")
+    if _looks_like_expert(pool):
+        return [pool]
+    found = sorted(child for child in pool.iterdir() if not child.name.startswith(".") and _looks_like_expert(child))
+    if not found:
+        raise PimergeError(
+            f"'{pool}' holds no expert",
+            f"expected folders with {CONFIG} and {WEIGHTS}, as PEFT's save_pretrained writes them",
+        )
+    return found
+
+
+def is_hub_reference(reference: str) -> bool:
+    """Whether a reference can be a Hub id; a folder of that name goes first.
+
+    >>> is_hub_reference("org/adapter@main"), is_hub_reference("./experts/a")
+    (True, False)
+    """
+    match = _HUB_REFERENCE.fullmatch(reference)
+    return match is not None and HUB_ID.fullmatch(match["id"]) is not None
+
+
+def _looks_like_expert(folder: Path) -> bool:
+    names = (CONFIG, WEIGHTS, *_PICKLES[:3])
+    return folder.is_dir() and any((folder / name).exists() for name in names)
+
+
+def _folder(reference: str | Path) -> Path:
+    path = Path(reference)
+    if path.is_dir():
+        if not _looks_like_expert(path):
+            raise PimergeError(f"'{path}' is no expert: it has no {CONFIG} and no {WEIGHTS}")
+        return path
+    if path.exists():
+        raise PimergeError(f"'{path}' is a file, expected the folder of an expert")
+    if isinstance(reference, str) and is_hub_reference(reference):
+        return _download(reference)
+    raise PimergeError(f"there is no expert '{reference}'", "expected a folder or a Hub id (org/name@revision)")
+
+
+def _download(reference: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    match = _HUB_REFERENCE.fullmatch(reference)
+    assert match
+    try:
+        return Path(
+            snapshot_download(
+                match["id"], revision=match["revision"], allow_patterns=[CONFIG, WEIGHTS, TASK, "pimerge.json"]
+            )
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise PimergeError(
+            f"'{reference}' is no folder here and cannot be had from the Hub: {reason}",
+            "check the name; for a gated repository log in with 'hf auth login'",
+        ) from error
+
+
+def _header(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+    """Shapes and dtypes of the tensors, from the file's header alone."""
+    from safetensors import SafetensorError, safe_open
+
+    file = path / WEIGHTS
+    if not file.is_file():
+        pickle = next((name for name in _PICKLES if (path / name).is_file()), None)
+        if pickle:
+            raise PimergeError(
+                f"'{path / pickle}' is a pickle, which can run code when it is read; only {WEIGHTS} is read",
+                "load it with PEFT where you trust it, and save it again: model.save_pretrained(FOLDER)",
+            )
+        raise PimergeError(f"'{file}' is not there", "save the adapter with PEFT: model.save_pretrained(FOLDER)")
+    try:
+        with safe_open(str(file), framework="pt") as tensors:
+            slices = {key: tensors.get_slice(key) for key in tensors.keys()}  # noqa: SIM118
+            shapes = {key: tuple(part.get_shape()) for key, part in slices.items()}
+            return shapes, {key: part.get_dtype() for key, part in slices.items()}
+    except (SafetensorError, OSError) as error:
+        raise PimergeError(
+            f"'{file}' is truncated or no safetensors file ({error})", "copy or save the file again"
+        ) from error
+
+
+def _kind(config: dict[str, Any]) -> str:
+    peft_type = str(config.get("peft_type"))
+    kinds: Sequence[str] = list(strategies.summaries("kinds"))
+    for kind in kinds:
+        if peft_type == strategies.load("kinds", kind).PEFT_TYPE:
+            return kind
+    raise PimergeError(
+        f"its peft_type is '{peft_type}', which is not handled",
+        f"pimerge reads the kinds: {', '.join(kinds)}",
+    )

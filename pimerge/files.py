@@ -1,0 +1,189 @@
+"""Files and folders that appear whole or not at all.
+
+Everything is written beside its destination and renamed: a kill or a full disk leaves the destination as
+it was. What a killed process left beside it is swept away by the next write to the same place.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pimerge.errors import PimergeError
+
+_DISK_ERRORS = {
+    errno.ENOSPC: "the disk is full: free some space or choose another --output",
+    errno.EDQUOT: "the disk quota is used up: free some space or choose another --output",
+    errno.EACCES: "writing is not permitted there: choose another --output",
+    errno.EPERM: "writing is not permitted there: choose another --output",
+    errno.EROFS: "the file system is read-only: choose another --output",
+    errno.ENOTDIR: "a part of the path is a file, not a folder: choose another --output",
+    errno.EFBIG: "the file is larger than is allowed there: choose another --output",
+}
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Report what the disk refuses while writing ``path`` as a PimergeError; other errors are bugs."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _DISK_ERRORS:
+            raise
+        raise PimergeError(
+            f"cannot write '{path}': {os.strerror(error.errno or 0)}", _DISK_ERRORS[error.errno]
+        ) from error
+
+
+def require_absent(path: Path, force: bool) -> None:
+    """Refuse to overwrite ``path`` unless ``force``.
+
+    Raises:
+        PimergeError: if something is there and ``force`` is off.
+    """
+    if not force and (path.exists() or path.is_symlink()):
+        raise PimergeError(f"'{path}' is there already", "pass --force to replace it, or choose another --output")
+
+
+def sha256_bytes(data: bytes) -> str:
+    """SHA-256 of bytes, in hexadecimal."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal, read in pieces.
+
+    Raises:
+        PimergeError: if the file cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise PimergeError(f"cannot read '{path}': {error.strerror}") from error
+
+
+def json_text(document: Any) -> str:
+    """A JSON document as text, the same for the same content.
+
+    >>> print(json_text({"a": [1, 2]}), end="")
+    {
+      "a": [
+        1,
+        2
+      ]
+    }
+    """
+    return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON document.
+
+    Raises:
+        PimergeError: if the file is not there, cannot be read, or is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise PimergeError(f"'{path}' is not there") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise PimergeError(f"cannot read '{path}': {error}") from error
+    except json.JSONDecodeError as error:
+        raise PimergeError(f"'{path}' is not JSON: {error.msg} at line {error.lineno}, column {error.colno}") from error
+
+
+def relative_to(path: Path, folder: Path) -> str:
+    """``path`` as seen from ``folder``, with forward slashes, so that both can move together."""
+    return Path(os.path.relpath(path.resolve(), folder.resolve())).as_posix()
+
+
+def write_file(path: Path, content: bytes | str) -> None:
+    """Write a file whole or not at all.
+
+    Raises:
+        PimergeError: if the disk refuses it (full, read-only, not permitted).
+    """
+    data = content.encode() if isinstance(content, str) else content
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = _partial(path)
+        try:
+            _write_synced(partial, data)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def write_folder(path: Path, contents: Mapping[str, bytes | str], *, force: bool) -> None:
+    """Write a folder of files whole or not at all.
+
+    Args:
+        contents: file name in the folder → content.
+        force: replace what is there; the old folder stays until the new one is complete.
+
+    Raises:
+        PimergeError: if ``path`` is there and ``force`` is off, or the disk refuses it.
+    """
+    require_absent(path, force)
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial, old = _partial(path), None
+        try:
+            partial.mkdir()
+            for name, content in contents.items():
+                _write_synced(partial / name, content.encode() if isinstance(content, str) else content)
+            if path.exists() or path.is_symlink():
+                old = path.replace(_partial(path, "old"))
+            partial.replace(path)
+        except BaseException:
+            if old is not None:
+                old.replace(path)
+            raise
+        finally:
+            _remove(partial)
+        if old is not None:
+            _remove(old)
+
+
+def _write_synced(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _partial(path: Path, word: str = "partial") -> Path:
+    """A name beside ``path`` for this process's work; what dead processes left there is removed."""
+    leftovers = list(path.parent.glob(f".{path.name}.partial-*"))
+    if path.exists():  # else a replaced folder's old content is all there is: never remove that
+        leftovers += path.parent.glob(f".{path.name}.old-*")
+    for leftover in leftovers:
+        pid = leftover.name.rpartition("-")[2]
+        if pid.isdigit() and int(pid) != os.getpid() and not _alive(int(pid)):
+            _remove(leftover)
+    return path.with_name(f".{path.name}.{word}-{os.getpid()}")
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,252 @@
+"""Per-example gradients → the diagonal of the empirical Fisher information.
+
+    F_i = (1/M) Σ_m (∂ log p(y_m | x_m) / ∂φ_i)²        (π-Tuning, arXiv 2304.14381, eq. 3)
+
+The square is taken per example: the square of a batch's mean gradient is another quantity. Layout: a
+Linear's input X is (batch, …, d_in), the gradient of its output G is (batch, …, d_out), examples first.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn.functional import linear
+
+from pimerge.progress import Track, silent
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pimerge.task_types import Batch
+
+NegativeLogLikelihood = Callable[[nn.Module, "Batch"], "Tensor"]
+
+CHECKED_EXAMPLES = 2
+_PRODUCT_BYTES = 8 * 2**20
+# What rounding may change between one example alone and the same example in a batch, by the model's dtype.
+_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 1e-1, torch.float16: 1e-1}
+
+
+@dataclass(frozen=True)
+class Fisher:
+    """A diagonal Fisher information and how it was computed.
+
+    Attributes:
+        diagonal: parameter name → F, of the parameter's shape, in float32 (float64 for a float64 model).
+        examples: M.
+        route: ``rules`` (batched, per-example gradients of the factors) or ``loop`` (one example at a time).
+        why_loop: the reason for ``loop``.
+        deviation: largest relative deviation of a tensor from the loop on the first examples.
+    """
+
+    diagonal: dict[str, Tensor]
+    examples: int
+    route: str
+    why_loop: str
+    deviation: float
+
+
+def diagonal_fisher(
+    model: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+    batches: Sequence[Sequence[int]],
+    make_batch: Callable[[Sequence[int]], Batch],
+    nll: NegativeLogLikelihood,
+    track: Track = silent,
+) -> Fisher:
+    """The exact diagonal of the empirical Fisher information of some parameters.
+
+    One forward and one backward per batch. Where no rule covers a parameter, or the batched result differs
+    from the loop on the first two examples, every example is taken alone, which is always exact.
+
+    Args:
+        model: in eval mode; only ``parameters`` require gradients.
+        parameters: name → parameter.
+        batches: indices of the examples of each batch.
+        make_batch: the batch of some examples, on the model's device; every tensor has the examples first.
+        nll: −log p(y|x) of each example of a batch, summed over its target tokens.
+        track: progress over examples.
+
+    >>> layer = nn.Linear(1, 1, bias=False)
+    >>> xs = torch.tensor([[1.0], [2.0]])
+    >>> result = diagonal_fisher(layer, dict(layer.named_parameters()), [[0, 1]],
+    ...                          lambda ids: {"x": xs[list(ids)]}, lambda m, b: m(b["x"])[:, 0])
+    >>> result.route, result.diagonal["weight"].item()  # mean of 1² and 2²
+    ('rules', 2.5)
+    """
+    first = list(itertools.islice(itertools.chain.from_iterable(batches), CHECKED_EXAMPLES))
+    reference = fisher_by_loop(model, parameters, [make_batch(first)], nll)
+    deviation, why_loop = 0.0, ""
+    uncovered = sorted(set(parameters) - {name for _, names in _owners(model, parameters) for name in names})
+    if uncovered:
+        why_loop = f"no rule covers {', '.join(uncovered[:3])}" + (" …" if len(uncovered) > 3 else "")
+    else:
+        batched = fisher_by_rules(model, parameters, [make_batch(first)], nll)
+        deviation = _deviation(batched, reference)
+        if not deviation <= _TOLERANCE[_coarsest_dtype(model)]:
+            why_loop = f"the batched gradients of the first examples deviate by {deviation:.1e}"
+    run = fisher_by_loop if why_loop else fisher_by_rules
+    total = sum(len(batch) for batch in batches)
+    with track("Fisher", total, "examples") as advance:
+        sums = run(model, parameters, _advancing(batches, make_batch, advance), nll)
+    diagonal = {name: value / total for name, value in sums.items()}
+    return Fisher(diagonal, total, "loop" if why_loop else "rules", why_loop, deviation)
+
+
+def fisher_by_rules(
+    model: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+    batches: Iterable[Batch],
+    nll: NegativeLogLikelihood,
+) -> dict[str, Tensor]:
+    """Σ over all examples of the squared per-example gradients, in one forward and backward per batch.
+
+    Covers parameters of ``nn.Linear`` whose input has the examples on its first axis; each must be used once
+    per example.
+    """
+    _reset(parameters)
+    with _squaring_linears(model, parameters):
+        for batch in batches:
+            # backward, not autograd.grad: under reentrant checkpointing the latter finds nothing
+            nll(model, batch).sum().backward()  # type: ignore[no-untyped-call]
+    return _harvest(parameters)
+
+
+def fisher_by_loop(
+    model: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+    batches: Iterable[Batch],
+    nll: NegativeLogLikelihood,
+) -> dict[str, Tensor]:
+    """The same sum, one example at a time: slow and always exact."""
+    _reset(parameters)
+    sums = {name: torch.zeros_like(parameter, dtype=_sum_dtype(parameter)) for name, parameter in parameters.items()}
+    for batch in batches:
+        for index in range(len(next(iter(batch.values())))):
+            example = {name: value[index : index + 1] for name, value in batch.items()}
+            nll(model, example).sum().backward()  # type: ignore[no-untyped-call]
+            for name, gradient in _harvest(parameters).items():
+                sums[name] += gradient.square_()
+    return sums
+
+
+def _advancing(
+    batches: Sequence[Sequence[int]],
+    make_batch: Callable[[Sequence[int]], Batch],
+    advance: Callable[[int], None],
+) -> Iterator[Batch]:
+    for indices in batches:
+        yield make_batch(indices)
+        advance(len(indices))
+
+
+def _reset(parameters: Mapping[str, nn.Parameter]) -> None:
+    for parameter in parameters.values():
+        parameter.grad = None
+
+
+def _harvest(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """Take what backward left in ``.grad``; a parameter that no loss depends on has the gradient 0."""
+    found = {}
+    for name, parameter in parameters.items():
+        gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        found[name] = gradient.detach().to(_sum_dtype(parameter))
+    _reset(parameters)
+    return found
+
+
+def _owners(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Iterator[tuple[nn.Linear, list[str]]]:
+    """The Linear modules that hold some of the parameters; one that somebody patched has no rule."""
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    for module in model.modules():
+        if type(module) is nn.Linear and "forward" not in vars(module):
+            owned = [names[id(p)] for p in module.parameters(recurse=False) if id(p) in names]
+            if owned:
+                yield module, owned
+
+
+@contextmanager
+def _squaring_linears(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
+    patched = [module for module, _ in _owners(model, parameters)]
+    try:
+        for module in patched:
+            module.forward = partial(_squaring_linear, module)  # type: ignore[method-assign]
+        yield
+    finally:
+        for module in patched:
+            del module.forward
+
+
+def _squaring_linear(module: nn.Linear, x: Tensor) -> Tensor:
+    output: Tensor = _SquaringLinear.apply(x, module.weight, module.bias)  # type: ignore[no-untyped-call]
+    return output
+
+
+class _SquaringLinear(torch.autograd.Function):
+    """A Linear whose backward gives, as the gradient of its weight W, Σ_b (Σ_t g_bt x_btᵀ)².
+
+    So ``.grad`` holds the sum of squared per-example gradients after an ordinary backward.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x if weight.requires_grad else None, weight)
+        return linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        (g,) = gradients  # (batch, …, d_out)
+        x, weight = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        return (
+            g @ weight if needs_x else None,
+            _sum_of_squares(g, x) if needs_weight else None,
+            g.reshape(len(g), -1, g.shape[-1]).sum(1).square().sum(0) if needs_bias else None,
+        )
+
+
+def _sum_of_squares(g: Tensor, x: Tensor) -> Tensor:
+    """Σ_b (Σ_t g_bt x_btᵀ)², (d_out × d_in), for g (batch, …, d_out) and x (batch, …, d_in)."""
+    if g.dim() == 2:  # one position per example: the square of a product is the product of the squares
+        return g.square().T @ x.square()
+    g, x = g.flatten(1, -2), x.flatten(1, -2)
+    if g.shape[-1] > x.shape[-1]:  # the batched product is faster with the small dimension as its rows
+        return _sum_of_squares(x, g).T
+    size = g.shape[-1] * x.shape[-1]
+    examples = max(1, _PRODUCT_BYTES // (size * g.element_size()))
+    total = g.new_zeros(1, size)
+    for start in range(0, len(g), examples):
+        products = torch.bmm(g[start : start + examples].mT, x[start : start + examples])
+        # Σ_b as a product with ones: faster than a reduction over the first axis
+        total.addmm_(g.new_ones(1, len(products)), products.square_().flatten(1))
+    return total.view(g.shape[-1], x.shape[-1])
+
+
+def _deviation(found: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> float:
+    """Largest relative Frobenius deviation; tensors that are zero up to rounding count against the whole."""
+    whole = sum(float(value.square().sum()) for value in reference.values()) ** 0.5
+    return max(
+        (
+            float((found[name] - value).norm()) / max(float(value.norm()), 1e-6 * whole, 1e-300)
+            for name, value in reference.items()
+        ),
+        default=0.0,
+    )
+
+
+def _coarsest_dtype(model: nn.Module) -> torch.dtype:
+    """The least precise dtype of the model's weights."""
+    dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+    return max(dtypes & set(_TOLERANCE), key=lambda dtype: _TOLERANCE[dtype], default=torch.float32)
+
+
+def _sum_dtype(parameter: nn.Parameter) -> torch.dtype:
+    """Squares are summed in float32, or in float64 for a float64 model."""
+    return torch.promote_types(parameter.dtype, torch.float32)

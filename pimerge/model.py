@@ -1,0 +1,245 @@
+"""Base model (and expert) → a torch module on a device, for one task."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from pimerge.base import Base
+from pimerge.errors import PimergeError, Problems
+from pimerge.expert import Expert
+from pimerge.task import Task
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+
+@dataclass(frozen=True)
+class LoadedBase:
+    """A frozen base model for one task.
+
+    Attributes:
+        model: in eval mode, nothing in it requires a gradient.
+        processor: tokenizer or image processor.
+        head: names of the modules that a task trains besides its expert: those outside the backbone, and
+            any other that the checkpoint has no weights for.
+        has_own_head: whether the checkpoint holds a head for just these labels.
+    """
+
+    model: nn.Module
+    processor: Any
+    head: tuple[str, ...]
+    has_own_head: bool
+
+    @property
+    def config(self) -> Any:
+        """The model's config, of transformers."""
+        return self.model.config
+
+    def head_tensors(self) -> dict[str, Tensor]:
+        """The head's parameters and buffers by their names in the base model."""
+        state = self.model.state_dict()
+        return {name: value for name, value in state.items() if in_head(name, self.head)}
+
+
+def in_head(name: str, head: tuple[str, ...]) -> bool:
+    """Whether a parameter belongs to one of the head's modules.
+
+    >>> in_head("classifier.weight", ("classifier",)), in_head("vit.layers.0.weight", ("classifier",))
+    (True, False)
+    """
+    return any(name.startswith(module + ".") for module in head)
+
+
+def resolve_device(device: str) -> torch.device:
+    """``auto`` is the first GPU if there is one, else the CPU.
+
+    Raises:
+        PimergeError: if the device is not there.
+
+    >>> resolve_device("cpu")
+    device(type='cpu')
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+        torch.empty(0, device=resolved)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise PimergeError(f"the device '{device}' cannot be used: {reason}", "try --device cpu") from error
+    return resolved
+
+
+def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """``auto`` is bfloat16 on a GPU and float32 on the CPU.
+
+    Raises:
+        PimergeError: for a name that is not known.
+
+    >>> resolve_dtype("auto", torch.device("cpu"))
+    torch.float32
+    """
+    if dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if dtype not in DTYPES:
+        raise PimergeError(f"dtype is '{dtype}'", f"expected auto, {', '.join(DTYPES)}")
+    return DTYPES[dtype]
+
+
+def load_base(base: Base, task: Task, device: torch.device, dtype: torch.dtype, seed: int = 0) -> LoadedBase:
+    """Load a base model with a head for the task's labels; remote code is never run.
+
+    Args:
+        seed: of weights that the checkpoint does not hold, such as the head.
+
+    Raises:
+        PimergeError: if the base cannot be loaded for this type of task.
+    """
+    import transformers
+
+    where = "a folder" if base.folder else f"the Hub id, revision {base.revision or 'main'}"
+    names = dict(enumerate(task.labels))
+    torch.manual_seed(seed)
+    try:
+        model, info = getattr(transformers, task.type.AUTO_MODEL).from_pretrained(
+            base.source,
+            revision=base.revision,
+            num_labels=len(names),
+            id2label=names,
+            label2id={name: index for index, name in names.items()},
+            dtype=dtype,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            trust_remote_code=False,
+        )
+        processor = task.type.load_processor(base.source, base.revision)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        hint = "check the base's folder or Hub id, or pass --base"
+        if "trust_remote_code" in str(error):
+            hint = "it needs code of its own, which pimerge never runs: choose a base that transformers knows"
+        raise PimergeError(
+            f"the base model '{base.name}' ({where}) cannot be loaded for {task.file.type}: {reason}", hint
+        ) from error
+    padding = getattr(processor, "pad_token_id", None)
+    if padding is not None and getattr(model.config, "pad_token_id", None) is None:
+        model.config.pad_token_id = padding
+    head = _head_modules(model, set(info["missing_keys"]))
+    stray = sorted(key for key, *_ in info["mismatched_keys"] if not in_head(key, head))
+    if stray:
+        raise PimergeError(
+            f"the base model '{base.name}' does not fit its own config: {', '.join(stray[:5])}",
+            "download or save the base again",
+        )
+    replaced = set(info["missing_keys"]) | {key for key, *_ in info["mismatched_keys"]}
+    own_labels = getattr(transformers.AutoConfig.from_pretrained(base.source, revision=base.revision), "id2label", {})
+    has_own_head = not any(in_head(key, head) for key in replaced) and list(own_labels.values()) == task.labels
+    model.requires_grad_(False)
+    return LoadedBase(model.to(device).eval(), processor, head, has_own_head)
+
+
+def load_expert(expert: Expert, loaded: LoadedBase, head: Mapping[str, Tensor] | None = None) -> nn.Module:
+    """Plug an expert into a loaded base (which it changes), by PEFT, in eval mode.
+
+    Args:
+        head: replaces the expert's own head: parameter name in the base model → tensor.
+
+    Raises:
+        PimergeError: if a module or a shape does not fit the base.
+    """
+    from peft import PeftModel
+
+    check_fits(expert, loaded)
+    model = PeftModel.from_pretrained(loaded.model, str(expert.path), is_trainable=True)
+    if head:
+        set_head(model, head)
+    return model.eval()  # type: ignore[no-any-return]
+
+
+def load_with_expert(
+    expert: Expert, task: Task, device: torch.device, dtype: torch.dtype
+) -> tuple[nn.Module, LoadedBase]:
+    """A fresh base with one expert plugged in, for one task; see :func:`load_base` and :func:`load_expert`."""
+    loaded = load_base(expert.base, task, device, dtype)
+    return load_expert(expert, loaded), loaded
+
+
+def set_head(model: nn.Module, head: Mapping[str, Tensor]) -> None:
+    """Copy a head into a model, PEFT's or plain.
+
+    Raises:
+        PimergeError: if a tensor has no place in the model, or another shape.
+    """
+    places = {}
+    for name, parameter in model.named_parameters():
+        plain = name.removeprefix("base_model.model.")
+        if ".original_module." not in name:
+            places[plain.replace(".modules_to_save.default.", ".")] = parameter
+    problems = Problems()
+    for name, value in head.items():
+        if name not in places:
+            problems.add(f"the base model has no '{name}' for the head")
+        elif places[name].shape != value.shape:
+            problems.add(f"the head's '{name}' is {tuple(value.shape)}, the model's {tuple(places[name].shape)}")
+    problems.raise_any("the head does not fit the model")
+    with torch.no_grad():
+        for name, value in head.items():
+            places[name].copy_(value)
+
+
+def check_fits(expert: Expert, loaded: LoadedBase) -> None:
+    """Check every module and head tensor of an expert against the base that is loaded.
+
+    Raises:
+        PimergeError: with each module that the base lacks and each shape that differs.
+    """
+    problems = Problems()
+    hint = "the expert was trained on another base: pass its own with --base"
+    layers = dict(loaded.model.named_modules())
+    for module in expert.modules.values():
+        layer = layers.get(module.name)
+        if layer is None:
+            problems.add(f"the base has no module '{module.name}'", hint)
+            continue
+        expected, found = _delta_shape(layer), (module.d_out, module.d_in)
+        if expected != found:
+            problems.add(f"module '{module.name}': ΔW is {found}, the base's weight {expected}", hint)
+    own = loaded.model.state_dict()
+    for name, key in expert.head.items():
+        shape = tuple(expert.tensor(key).shape)
+        if name in own and tuple(own[name].shape) != shape:
+            problems.add(
+                f"the head's '{name}' is {shape}, the task needs {tuple(own[name].shape)}",
+                "task.json's labels must be those that the expert was trained on",
+            )
+    problems.raise_any(f"the expert '{expert.name}' does not fit the base '{expert.base.name}'")
+
+
+def _delta_shape(layer: nn.Module) -> tuple[int, ...]:
+    """(d_out, d_in) of a layer's update; a layer without a weight matrix has the shape ()."""
+    weight = getattr(layer, "weight", None)
+    if weight is None or weight.dim() < 2:
+        return ()
+    rows, columns = weight.shape[0], weight[0].numel()
+    transposed = isinstance(layer, nn.Embedding) or type(layer).__name__ == "Conv1D"
+    return (columns, rows) if transposed else (rows, columns)
+
+
+def _head_modules(model: nn.Module, missing: set[str]) -> tuple[str, ...]:
+    """The modules outside the backbone, and those whose weights the checkpoint lacks."""
+    backbone = getattr(model, "base_model_prefix", "")
+    names = [
+        name for name, child in model.named_children() if name != backbone and any(True for _ in child.parameters())
+    ]
+    for key in sorted(missing):
+        module = key.rpartition(".")[0]
+        if module and not in_head(key, tuple(names)):
+            names.append(module)
+    return tuple(names)

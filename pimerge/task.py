@@ -1,0 +1,321 @@
+"""A task: ``task.json`` → labelled rows → examples of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from pimerge import strategies
+from pimerge.errors import PimergeError, Problems, nearest
+from pimerge.files import read_json, relative_to, sha256_bytes, sha256_file
+from pimerge.task_types import Examples
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+TASK_FILE = "task.json"
+_BUILDERS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json"}
+Document = TypeVar("Document", bound=BaseModel)
+
+
+class TaskFile(BaseModel):
+    """The content of ``task.json``.
+
+    Attributes:
+        type: ``text-classification`` or ``image-classification``.
+        data: a file or folder (relative to ``task.json``), split → file(s), or a data set's Hub id.
+        subset, revision: of a Hub data set.
+        splits: role (``train``, ``test``) → split of the data set, in its slicing syntax (``train[:80%]``).
+        columns: role (``text``, ``image``, ``label``) → column.
+        labels: the names of the classes; label i in the data is the i-th of them.
+        description: for people.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    type: str
+    data: str | dict[str, str | list[str]]
+    subset: str | None = None
+    revision: str | None = None
+    splits: dict[str, str] = Field(default_factory=dict)
+    columns: dict[str, str] = Field(default_factory=dict)
+    labels: Annotated[list[str], Field(min_length=2)]
+    description: str | None = None
+
+
+def parse_document(model: type[Document], path: Path, hint: str = "") -> Document:
+    """Read a JSON file that has to fit a pydantic model.
+
+    Raises:
+        PimergeError: with each field that does not fit.
+    """
+    content = read_json(path)
+    try:
+        return model.model_validate(content)
+    except ValidationError as error:
+        problems = Problems()
+        for fault in error.errors():
+            where = ".".join(str(part) for part in fault["loc"]) or "the document"
+            fix = hint
+            if fault["type"] == "extra_forbidden":
+                fix = nearest(str(fault["loc"][-1]), list(model.model_fields))
+            problems.add(f"'{path}': {where}: {fault['msg']}", fix)
+        problems.raise_any(f"'{path}' does not fit")
+        raise AssertionError("unreachable: a problem was raised") from error
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task whose file has been read and checked; the data is read by :meth:`rows`.
+
+    Attributes:
+        path: its ``task.json``.
+        file: the content.
+    """
+
+    path: Path
+    file: TaskFile
+
+    @property
+    def name(self) -> str:
+        """The name of the folder that holds ``task.json``."""
+        return self.path.resolve().parent.name
+
+    @property
+    def labels(self) -> list[str]:
+        """The names of the classes."""
+        return self.file.labels
+
+    @property
+    def type(self) -> ModuleType:
+        """The strategy for this type of task."""
+        return strategies.load("task_types", self.file.type)
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """Role → column: as the file says, else the column has the role's name."""
+        required: Mapping[str, bool] = self.type.COLUMNS
+        return {role: role for role, needed in required.items() if needed} | self.file.columns
+
+    def local_files(self) -> list[Path]:
+        """The data files that lie on this machine."""
+        data = self.file.data
+        if isinstance(data, str):
+            path = self.path.parent / data
+            return sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path] * path.is_file()
+        names = [name for value in data.values() for name in ([value] if isinstance(value, str) else value)]
+        return [self.path.parent / name for name in names]
+
+    def sha256(self) -> str:
+        """SHA-256 of the file's meaning and of its local data: the same wherever both lie."""
+        meaning = self.file.model_dump_json(exclude={"data", "description"})
+        hashes = [sha256_file(file) for file in self.local_files() if file.is_file()]
+        return sha256_bytes("\n".join([meaning, *hashes]).encode())
+
+    def document_for(self, folder: Path) -> dict[str, Any]:
+        """The content of a ``task.json`` in another folder that means the same task."""
+        data = self.file.data
+
+        def moved(name: str) -> str:
+            path = self.path.parent / name
+            return relative_to(path, folder) if path.exists() else name
+
+        if isinstance(data, str):
+            rebased: Any = moved(data)
+        else:
+            rebased = {
+                split: moved(value) if isinstance(value, str) else [moved(name) for name in value]
+                for split, value in data.items()
+            }
+        return {**self.file.model_dump(exclude_none=True), "data": rebased}
+
+    def rows(self, role: str) -> tuple[Any, list[int]]:
+        """Read one split: its rows (a ``datasets.Dataset``) and the class index of each.
+
+        Args:
+            role: ``train`` or ``test``.
+
+        Raises:
+            PimergeError: if data, split or column is not there, the split is empty, or a label is unknown.
+        """
+        rows = _load_split(self, self.file.splits.get(role, role))
+        problems = Problems()
+        for use, column in self.columns.items():
+            if column not in rows.column_names:
+                problems.add(
+                    f"{self._where(role)} has no column '{column}' for the {use}",
+                    nearest(column, rows.column_names),
+                )
+        if len(rows) == 0:
+            problems.add(f"{self._where(role)} is empty", "give it at least one example")
+        problems.raise_any(f"{self._where(role)} does not fit")
+        return rows, _class_indices(rows, self.columns["label"], self.labels, self._where(role))
+
+    def examples(
+        self,
+        role: str,
+        processor: Any,
+        config: PreTrainedConfig,
+        *,
+        shots: int | None = None,
+        seed: int = 0,
+        limit: int | None = None,
+    ) -> tuple[Examples, list[int]]:
+        """Encode one split for a model.
+
+        Args:
+            shots: draw so many examples of each class; None for all.
+            limit: draw at most so many examples in all.
+            seed: of both draws.
+
+        Returns:
+            the examples, in the order of the data, and the class index of each.
+
+        Raises:
+            PimergeError: as :meth:`rows`, or if a class has fewer examples than ``shots``.
+        """
+        rows, labels = self.rows(role)
+        chosen = list(range(len(rows)))
+        if shots is not None:
+            chosen = draw_shots(labels, shots, seed, self.labels)
+        if limit is not None and limit < len(chosen):
+            chosen = sorted(chosen[i] for i in _permutation(len(chosen), seed)[:limit])
+        labels = [labels[index] for index in chosen]
+        rows = rows if len(chosen) == len(rows) else rows.select(chosen)
+        return self.type.encode(rows, self.columns, labels, processor, config), labels
+
+    def _where(self, role: str) -> str:
+        return f"the {role} split '{self.file.splits.get(role, role)}' of '{self.path}'"
+
+
+def open_task(path: str | Path) -> Task:
+    """Open a task by its ``task.json`` or the folder that holds it.
+
+    Raises:
+        PimergeError: with every problem of the file.
+    """
+    file = Path(path)
+    file = file / TASK_FILE if file.is_dir() else file
+    if not file.is_file():
+        raise PimergeError(
+            f"there is no '{file}'",
+            "write one beside the expert: type, data, splits, columns, labels (see the README)",
+        )
+    task = Task(file, parse_document(TaskFile, file))
+    problems = Problems()
+    known = list(strategies.summaries("task_types"))
+    if task.file.type not in known:
+        problems.add(f"'{file}': type is '{task.file.type}'", nearest(task.file.type, known))
+        problems.raise_any(f"'{file}' does not fit")
+    for role in sorted(set(task.file.columns) - set(task.type.COLUMNS)):
+        problems.add(f"'{file}': columns names the role '{role}'", nearest(role, list(task.type.COLUMNS)))
+    for role in sorted(set(task.file.splits) - {"train", "test"}):
+        problems.add(f"'{file}': splits names the role '{role}'", nearest(role, ["train", "test"]))
+    if len(set(task.labels)) < len(task.labels):
+        problems.add(f"'{file}': labels has a name twice", "give each class a name of its own")
+    problems.raise_any(f"'{file}' does not fit")
+    return task
+
+
+def draw_shots(labels: Sequence[int], shots: int, seed: int, names: Sequence[str]) -> list[int]:
+    """Draw ``shots`` examples of each class, by a seed; the indices come back in the order of the data.
+
+    Raises:
+        PimergeError: naming each class with fewer examples.
+
+    >>> draw_shots([0, 1, 0, 1, 0], 1, seed=0, names=["even", "odd"])
+    [0, 1]
+    """
+    problems = Problems()
+    if shots < 1:
+        raise PimergeError(f"--shots is {shots}, expected at least 1")
+    chosen: list[int] = []
+    order = _permutation(len(labels), seed)
+    for index, name in enumerate(names):
+        members = [i for i in order if labels[i] == index]
+        if len(members) < shots:
+            problems.add(
+                f"the class '{name}' has {len(members)} examples, {shots} were asked for", "ask for fewer --shots"
+            )
+        chosen += members[:shots]
+    problems.raise_any(f"{shots} shots cannot be drawn from each class")
+    return sorted(chosen)
+
+
+def _permutation(length: int, seed: int) -> list[int]:
+    import torch
+
+    order: list[int] = torch.randperm(length, generator=torch.Generator().manual_seed(seed)).tolist()
+    return order
+
+
+def _load_split(task: Task, split: str) -> Any:
+    """One split of the task's data as a ``datasets.Dataset``."""
+    import datasets
+
+    source, options = _source(task)
+    datasets.disable_progress_bars()
+    try:
+        return datasets.load_dataset(source, split=split, **options)
+    except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
+        reason = str(error.__cause__ or error).strip().partition("\n")[0]
+        splits = [str(name) for name in options.get("data_files", {})] or ["train", "test"]
+        hint = nearest(split, splits) if "split" in reason.lower() else "check 'data' and 'splits' in task.json"
+        raise PimergeError(f"the split '{split}' of '{task.path}' cannot be read: {reason}", hint) from error
+
+
+def _source(task: Task) -> tuple[str, dict[str, Any]]:
+    """What ``datasets.load_dataset`` has to load."""
+    data, folder = task.file.data, task.path.parent
+    if isinstance(data, str) and not (folder / data).is_file():
+        if (folder / data).is_dir():
+            return str(folder / data), {}
+        return data, {"name": task.file.subset, "revision": task.file.revision}
+    given = {"train": data} if isinstance(data, str) else data
+    names = {split: [value] if isinstance(value, str) else value for split, value in given.items()}
+    problems = Problems()
+    endings = set()
+    for name in (name for group in names.values() for name in group):
+        ending = Path(name).suffix.lower()
+        endings.add(ending)
+        if not (folder / name).is_file():
+            problems.add(f"'{task.path}': there is no data file '{folder / name}'")
+        elif ending not in _BUILDERS:
+            problems.add(f"'{task.path}': '{name}' ends in '{ending}'", "expected " + ", ".join(_BUILDERS))
+    problems.raise_any(f"the data of '{task.path}' does not fit")
+    builders = {_BUILDERS[ending] for ending in endings}
+    if len(builders) != 1:
+        raise PimergeError(f"'{task.path}': data mixes {', '.join(sorted(endings))}", "use one format for all splits")
+    files = {split: [str((folder / name).resolve()) for name in group] for split, group in names.items()}
+    return builders.pop(), {"data_files": files, **({"sep": "\t"} if ".tsv" in endings else {})}
+
+
+def _class_indices(rows: Any, column: str, names: Sequence[str], where: str) -> list[int]:
+    """Each row's class: by name where the data has names, else by number."""
+    feature = rows.features[column]
+    index_of = {name: index for index, name in enumerate(names)}
+    numbers: dict[Any, int | None] = {index: index for index in range(len(names))}
+    own_names: list[str] = getattr(feature, "names", None) or []
+    if set(own_names) & set(names):  # a ClassLabel whose numbers mean its own names, in its own order
+        numbers = {index: index_of.get(name) for index, name in enumerate(own_names)}
+    unknown: dict[Any, int] = {}
+    indices = []
+    for value in rows[column]:
+        known = index_of.get(value) if isinstance(value, str) else numbers.get(value)
+        if known is None:
+            shown = own_names[value] if own_names and value is not None and value >= 0 else value
+            unknown[shown] = unknown.get(shown, 0) + 1
+        else:
+            indices.append(known)
+    if unknown:
+        listed = ", ".join(f"{value!r} ({count} rows)" for value, count in list(unknown.items())[:5])
+        raise PimergeError(
+            f"{where} has unknown labels: {listed}",
+            f"task.json knows {', '.join(names)} (or 0 to {len(names) - 1})",
+        )
+    return indices
