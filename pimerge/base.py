@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import re
+import os
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
 
 from pimerge.errors import PimergeError
 from pimerge.files import sha256_bytes, sha256_file
-
-HUB_ID = re.compile(r"(?!\.)[\w.-]+(/[\w.-]+)?")
 
 
 @dataclass(frozen=True)
@@ -62,16 +60,40 @@ def find_base(name: str | None, revision: str | None, near: Path) -> Base:
         raise PimergeError(
             "adapter_config.json names no base model", "set base_model_name_or_path there, or pass --base"
         )
-    near = near.resolve()
-    for folder in (near, *near.parents, Path.cwd()):
-        if (folder / name / "config.json").is_file():
-            return Base(name, revision, folder / name)
-    if not HUB_ID.fullmatch(name):
+    folder = folder_from(near, name) or folder_from(Path.cwd(), name, above=False)
+    if folder is not None:
+        return Base(name, revision, folder)
+    if not is_hub_id(name):
         raise PimergeError(
             f"the base model '{name}' is not there: it is neither a folder with a config.json nor a Hub id",
             "pass --base with its folder or Hub id",
         )
     return Base(name, revision, _cached_snapshot(name, revision))
+
+
+def folder_from(near: Path, name: str, above: bool = True) -> Path | None:
+    """The folder of a base as seen from another folder, or from those above it."""
+    near = near.resolve()
+    for folder in (near, *near.parents) if above else (near,):
+        if os.path.isfile(folder / name / "config.json"):  # unlike Path's, False for a name that no disk takes
+            return folder / name
+    return None
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name can be a repository's on the Hub.
+
+    >>> [is_hub_id(name) for name in ("google/vit", "./vit", "a--b")]
+    [True, False, False]
+    """
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        try_to_load_from_cache(name, "config.json")  # it checks the name
+    except HFValidationError:
+        return False
+    return True
 
 
 def _cached_snapshot(name: str, revision: str | None) -> Path | None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from pimerge.errors import Problems
 from pimerge.expert import Expert
+from pimerge.model import check_fits_on_disk
 from pimerge.task import Task, open_task
 
 SHARED_INIT_COSINE = 0.1
@@ -19,16 +20,20 @@ def check_expert(expert: Expert) -> Task:
         its task.
 
     Raises:
-        PimergeError: with each problem: no task, no base, NaN or Inf in a tensor.
+        PimergeError: with each problem: no task, no base, shapes that differ from it, NaN or Inf in a tensor.
     """
     problems = Problems()
+    task = None
     with problems.collected():
         task = open_task(expert.path)
     with problems.collected():
         _ = expert.base.identity
+        if task is not None:
+            check_fits_on_disk(expert, task)
     with problems.collected():
         expert.require_finite()
     problems.raise_any(f"the expert '{expert.name}' cannot be embedded")
+    assert task is not None
     return task
 
 

@@ -84,7 +84,7 @@ class ComposedLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.name, self.layer = name, layer
-        self.mixture = [mixture]  # in a list: it is a module of the model once, not of every layer
+        self.mixture = mixture
         present = [(index, part) for index, part in enumerate(parts) if part is not None]
         weight: Tensor = layer.weight  # type: ignore[assignment]
         dtype = torch.promote_types(weight.dtype, torch.float32)  # trained and summed in float32 at least
@@ -103,7 +103,7 @@ class ComposedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The composed layer on x (…, d_in)."""
-        factor = self.mixture[0](self.name).to(self.A.dtype) * self.scaling  # w_n s_n
+        factor = self.mixture(self.name).to(self.A.dtype) * self.scaling  # w_n s_n
         scale = factor[self.owner]
         transposed = type(self.layer).__name__ == "Conv1D"
         weight = self.layer.weight.T if transposed else self.layer.weight

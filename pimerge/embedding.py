@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from pimerge import strategies
 from pimerge.expert import CONFIG, Expert
 from pimerge.files import sha256_file
 from pimerge.fisher import Fisher, diagonal_fisher
-from pimerge.model import load_with_expert, resolve_device, resolve_dtype
+from pimerge.model import Bases, plugged_in
 from pimerge.progress import Track, silent
 from pimerge.store import Settings, Store
 from pimerge.task import Task
-from pimerge.task_types import Batch, bucket_by_length
+from pimerge.task_types import Batch, Examples, bucket_by_length
 
 LABEL_MODES = ("true", "sampled")
 
@@ -42,8 +43,8 @@ def embed(
     task: Task,
     store: Store,
     settings: Settings,
+    bases: Bases,
     *,
-    device: str = "auto",
     batch_tokens: int | None = None,
     force: bool = False,
     track: Track = silent,
@@ -53,16 +54,15 @@ def embed(
     The head serves the likelihood and is no part of the embedding.
 
     Args:
-        settings: label mode, examples, seed; ``dtype`` may be ``auto``.
+        settings: label mode, examples, seed.
+        bases: loads the base on its device, in its dtype.
         batch_tokens: most tokens of a batch; None for 1,024 on the CPU and 16,384 on a GPU.
         force: compute it even if the store has it already.
 
     Raises:
         PimergeError: if the expert, its task or the disk has a problem.
     """
-    resolved = resolve_device(device)
-    dtype = resolve_dtype(settings.dtype, resolved)
-    settings = settings.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
+    settings = settings.model_copy(update={"dtype": str(bases.dtype).removeprefix("torch.")})
     fields: dict[str, Any] = {
         "path": store.path_of(expert),
         "sha256": expert.sha256,
@@ -74,7 +74,7 @@ def embed(
     }
     if not force and store.is_current(expert.name, fields):
         return Outcome(expert.name, computed=False)
-    model, loaded = load_with_expert(expert, task, resolved, dtype)
+    loaded = bases.load(expert.base, task)
     examples, _ = task.examples(
         "train",
         loaded.processor,
@@ -83,27 +83,52 @@ def embed(
         seed=settings.seed,
         limit=settings.max_examples,
     )
-    uniform = torch.rand(len(examples), generator=torch.Generator().manual_seed(settings.seed), dtype=torch.float64)
-
-    def make_batch(indices: Sequence[int]) -> Batch:
-        batch = {name: value.to(resolved) for name, value in examples.batch(indices).items()}
-        return task.type.draw(model, batch, uniform[list(indices)]) if settings.labels == "sampled" else batch
-
-    key_of = strategies.load("kinds", expert.kind).key_of_parameter
-    keys = {key for module in expert.modules.values() for key in (module.A, module.B, module.bias) if key}
-    parameters = {key_of(name): parameter for name, parameter in model.named_parameters() if key_of(name) in keys}
-    model.requires_grad_(False)
-    for parameter in parameters.values():
-        parameter.requires_grad_(True)
-    tokens = batch_tokens or (16_384 if resolved.type == "cuda" else 1_024)
-    batches = bucket_by_length(examples.lengths, tokens)
-    fisher = diagonal_fisher(model, parameters, batches, make_batch, task.type.nll, track)
+    batches = bucket_by_length(examples.lengths, batch_tokens or default_batch_tokens(bases.device))
+    with plugged_in(expert, loaded) as model:
+        fisher = diagonal_fisher(
+            model,
+            factors_of(expert, model),
+            batches,
+            _batch_maker(model, task, examples, settings, bases.device),
+            task.type.nll,
+            track,
+        )
     fields |= {
         "task": {"type": task.file.type, "labels": task.labels},
         "examples": fisher.examples,
         "tokens": sum(examples.lengths),
-        "device": resolved.type,
+        "device": bases.device.type,
         "route": fisher.route,
     }
     store.add(expert.name, fields, fisher.diagonal)
     return Outcome(expert.name, True, fisher, examples.truncated)
+
+
+def default_batch_tokens(device: torch.device) -> int:
+    """Tokens of a batch that keep a device busy: more do not make it faster, only larger."""
+    return 16_384 if device.type == "cuda" else 1_024
+
+
+def factors_of(expert: Expert, model: nn.Module) -> dict[str, nn.Parameter]:
+    """Key in the adapter's file → the model's parameter; only these require gradients."""
+    key_of = strategies.load("kinds", expert.kind).key_of_parameter
+    keys = {key for module in expert.modules.values() for key in (module.A, module.B, module.bias) if key}
+    model.requires_grad_(False)
+    found = {key_of(name): parameter for name, parameter in model.named_parameters() if key_of(name) in keys}
+    for parameter in found.values():
+        parameter.requires_grad_(True)
+    return found
+
+
+def _batch_maker(
+    model: nn.Module, task: Task, examples: Examples, settings: Settings, device: torch.device
+) -> Callable[[Sequence[int]], Batch]:
+    """Batches on the device, with true labels, or with labels drawn by each example's own uniform number."""
+    generator = torch.Generator().manual_seed(settings.seed)
+    uniform = torch.rand(len(examples), generator=generator, dtype=torch.float64)
+
+    def make(indices: Sequence[int]) -> Batch:
+        batch = {name: value.to(device) for name, value in examples.batch(indices).items()}
+        return task.type.draw(model, batch, uniform[list(indices)]) if settings.labels == "sampled" else batch
+
+    return make

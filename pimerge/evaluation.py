@@ -14,7 +14,7 @@ from pimerge.base import Base
 from pimerge.errors import PimergeError, Problems
 from pimerge.expert import Expert
 from pimerge.export import task_of
-from pimerge.model import LoadedBase, load_base, load_expert, resolve_device, resolve_dtype, set_head
+from pimerge.model import LoadedBase, load_base, plugged_in, resolve_device, resolve_dtype, set_head
 from pimerge.progress import Advance, Track, silent
 from pimerge.task import Task
 from pimerge.task_types import Examples, bucket_by_length
@@ -94,8 +94,8 @@ def evaluate(
             set_head(loaded.model, head)
             run(BASE, loaded.model, note)
         for expert in experts:
-            loaded = load_base(base, task, resolved, precision)
-            run(expert.name, load_expert(expert, loaded), "")
+            with plugged_in(expert, loaded) as model:
+                run(expert.name, model, "")
     return scores
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pimerge import strategies
-from pimerge.base import HUB_ID, Base, find_base
+from pimerge.base import Base, find_base, is_hub_id
 from pimerge.errors import PimergeError, Problems
 from pimerge.files import read_json, sha256_file
 from pimerge.kinds import lora
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 TASK = "task.json"
+_FLOATS = frozenset(("F16", "BF16", "F32", "F64"))
+_INTEGERS = frozenset(("I64", "I32", "I16", "I8", "U8", "BOOL"))  # buffers of a head, such as BatchNorm's count
 _PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth", "pytorch_model.bin")
 _HUB_REFERENCE = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 
@@ -49,8 +52,9 @@ class Expert:
 
     @property
     def name(self) -> str:
-        """Its folder's name."""
-        return self.path.resolve().name
+        """Its folder's name; of the Hub's local cache, where folders are commits, the repository's name."""
+        folder = self.path.resolve()
+        return folder.parents[1].name.rpartition("--")[2] if folder.parent.name == "snapshots" else folder.name
 
     @cached_property
     def base(self) -> Base:
@@ -140,9 +144,11 @@ def open_expert(reference: str | Path, base: str | None = None) -> Expert:
             kind = _kind(config)
             modules, head = strategies.load("kinds", kind).parse(config, shapes)
             used = {dtypes[key] for module in modules.values() for key in (module.A, module.B)}
-            if not used <= {"F16", "BF16", "F32", "F64"}:
+            biases = {dtypes[module.bias] for module in modules.values() if module.bias}
+            other = (used | biases) - _FLOATS | {dtypes[key] for key in head.values()} - _FLOATS - _INTEGERS
+            if other:
                 raise PimergeError(
-                    f"its factors are stored as {', '.join(sorted(used))}",
+                    f"it holds tensors stored as {', '.join(sorted(other))}",
                     "expected F16, BF16, F32 or F64: save the adapter in one of these",
                 )
             return Expert(path, kind, config, modules, head, tuple(sorted(used)), base)
@@ -176,7 +182,7 @@ def is_hub_reference(reference: str) -> bool:
     (True, False)
     """
     match = _HUB_REFERENCE.fullmatch(reference)
-    return match is not None and HUB_ID.fullmatch(match["id"]) is not None
+    return match is not None and is_hub_id(match["id"])
 
 
 def _looks_like_expert(folder: Path) -> bool:
@@ -186,11 +192,11 @@ def _looks_like_expert(folder: Path) -> bool:
 
 def _folder(reference: str | Path) -> Path:
     path = Path(reference)
-    if path.is_dir():
+    if os.path.isdir(path):  # unlike Path's, False for a name that no disk takes
         if not _looks_like_expert(path):
             raise PimergeError(f"'{path}' is no expert: it has no {CONFIG} and no {WEIGHTS}")
         return path
-    if path.exists():
+    if os.path.exists(path):
         raise PimergeError(f"'{path}' is a file, expected the folder of an expert")
     if isinstance(reference, str) and is_hub_reference(reference):
         return _download(reference)

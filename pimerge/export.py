@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict
 
 from pimerge import strategies
-from pimerge.base import Base, find_base
+from pimerge.base import Base, folder_from
 from pimerge.errors import PimergeError, Problems
 from pimerge.expert import CONFIG, TASK, WEIGHTS, Expert
 from pimerge.files import json_text, relative_to, sha256_bytes, write_folder
@@ -201,10 +201,7 @@ def _base_reference(base: Base, path: Path) -> tuple[str, str | None]:
     """How an expert at ``path`` names its base: as before if that is found from there, else by relative path."""
     if base.folder is None or base.folder.parent.name == "snapshots":
         return base.name, base.revision
-    try:
-        found = find_base(base.name, base.revision, path).folder
-    except PimergeError:
-        found = None
+    found = folder_from(path, base.name)
     same = found is not None and found.resolve() == base.folder.resolve()
     return (base.name if same else relative_to(base.folder, path)), base.revision
 
@@ -212,12 +209,19 @@ def _base_reference(base: Base, path: Path) -> tuple[str, str | None]:
 def _zero_biases(modules: Sequence[MergedModule], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """PEFT's ``lora_bias`` holds for all modules, so one without a bias update gets zeros."""
     keys = {merged.module.name: f"{PREFIX}{merged.module.name}.lora_B.bias" for merged in modules}
-    if not any(key in tensors for key in keys.values()):
+    biased = [name for name, key in keys.items() if key in tensors]
+    if not biased:
         return {}
+    embeddings = [merged.module.name for merged in modules if merged.module.layer == "embedding"]
+    if embeddings:
+        raise PimergeError(
+            f"'{biased[0]}' has a bias (lora_bias), '{embeddings[0]}' is an embedding: PEFT loads no expert with both",
+            "leave out the experts with lora_bias or those that adapt embeddings",
+        )
     return {
         keys[merged.module.name]: merged.factors.B.new_zeros(len(merged.factors.B))
         for merged in modules
-        if keys[merged.module.name] not in tensors and merged.module.layer != "embedding"
+        if keys[merged.module.name] not in tensors
     }
 
 

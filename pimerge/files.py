@@ -7,6 +7,7 @@ it was. What a killed process left beside it is swept away by the next write to 
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -24,6 +25,9 @@ _DISK_ERRORS = {
     errno.EACCES: "writing is not permitted there: choose another --output",
     errno.EPERM: "writing is not permitted there: choose another --output",
     errno.EROFS: "the file system is read-only: choose another --output",
+    errno.EEXIST: "a part of the path is a file, not a folder: choose another --output",
+    errno.EISDIR: "a folder is there: remove it or choose another --output",
+    errno.ENAMETOOLONG: "the name is too long: choose another --output",
     errno.ENOTDIR: "a part of the path is a file, not a folder: choose another --output",
     errno.EFBIG: "the file is larger than is allowed there: choose another --output",
 }
@@ -43,12 +47,16 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 def require_absent(path: Path, force: bool) -> None:
-    """Refuse to overwrite ``path`` unless ``force``.
+    """Refuse to overwrite ``path`` unless ``force``, and always if it is the working folder or holds it.
 
     Raises:
-        PimergeError: if something is there and ``force`` is off.
+        PimergeError: if something is there that is not to be replaced.
     """
-    if not force and (path.exists() or path.is_symlink()):
+    with disk_errors(path):
+        there = path.exists() or path.is_symlink()
+    if there and Path.cwd().is_relative_to(path.resolve()):
+        raise PimergeError(f"'{path}' is the working folder or holds it", "choose another --output")
+    if there and not force:
         raise PimergeError(f"'{path}' is there already", "pass --force to replace it, or choose another --output")
 
 
@@ -94,10 +102,10 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise PimergeError(f"'{path}' is not there") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise PimergeError(f"cannot read '{path}': {error}") from error
     except json.JSONDecodeError as error:
         raise PimergeError(f"'{path}' is not JSON: {error.msg} at line {error.lineno}, column {error.colno}") from error
+    except (OSError, ValueError, RecursionError) as error:  # no UTF-8, a number of too many digits, too deep
+        raise PimergeError(f"cannot read '{path}': {error}") from error
 
 
 def relative_to(path: Path, folder: Path) -> str:
@@ -114,7 +122,8 @@ def write_file(path: Path, content: bytes | str) -> None:
     data = content.encode() if isinstance(content, str) else content
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = _partial(path)
+        _sweep(path)
+        partial = _beside(path, "partial")
         try:
             _write_synced(partial, data)
             partial.replace(path)
@@ -135,13 +144,14 @@ def write_folder(path: Path, contents: Mapping[str, bytes | str], *, force: bool
     require_absent(path, force)
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial, old = _partial(path), None
+        _sweep(path)
+        partial, old = _beside(path, "partial"), None
         try:
             partial.mkdir()
             for name, content in contents.items():
                 _write_synced(partial / name, content.encode() if isinstance(content, str) else content)
             if path.exists() or path.is_symlink():
-                old = path.replace(_partial(path, "old"))
+                old = path.replace(_beside(path, "old"))
             partial.replace(path)
         except BaseException:
             if old is not None:
@@ -160,16 +170,21 @@ def _write_synced(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _partial(path: Path, word: str = "partial") -> Path:
-    """A name beside ``path`` for this process's work; what dead processes left there is removed."""
-    leftovers = list(path.parent.glob(f".{path.name}.partial-*"))
+def _beside(path: Path, word: str) -> Path:
+    """A name beside ``path`` for this process's work."""
+    return path.with_name(f".{path.name}.{word}-{os.getpid()}")
+
+
+def _sweep(path: Path) -> None:
+    """Remove what dead processes left beside ``path``; also under this one's id, which containers use again."""
+    name = glob.escape(path.name)
+    leftovers = list(path.parent.glob(f".{name}.partial-*"))
     if path.exists():  # else a replaced folder's old content is all there is: never remove that
-        leftovers += path.parent.glob(f".{path.name}.old-*")
+        leftovers += path.parent.glob(f".{name}.old-*")
     for leftover in leftovers:
         pid = leftover.name.rpartition("-")[2]
-        if pid.isdigit() and int(pid) != os.getpid() and not _alive(int(pid)):
+        if pid.isdecimal() and (int(pid) == os.getpid() or not _alive(int(pid))):
             _remove(leftover)
-    return path.with_name(f".{path.name}.{word}-{os.getpid()}")
 
 
 def _alive(pid: int) -> bool:
@@ -177,7 +192,7 @@ def _alive(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:
+    except (PermissionError, OverflowError):
         pass
     return True
 

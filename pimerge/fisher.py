@@ -112,11 +112,15 @@ def fisher_by_rules(
     per example.
     """
     _reset(parameters)
+    sums = _zeros(parameters)
     with _squaring_linears(model, parameters):
         for batch in batches:
             # backward, not autograd.grad: under reentrant checkpointing the latter finds nothing
             nll(model, batch).sum().backward()  # type: ignore[no-untyped-call]
-    return _harvest(parameters)
+            # summed outside of .grad, where a parameter of 16 bits would soon swallow what is added
+            for name, squares in _harvest(parameters).items():
+                sums[name] += squares
+    return sums
 
 
 def fisher_by_loop(
@@ -127,7 +131,7 @@ def fisher_by_loop(
 ) -> dict[str, Tensor]:
     """The same sum, one example at a time: slow and always exact."""
     _reset(parameters)
-    sums = {name: torch.zeros_like(parameter, dtype=_sum_dtype(parameter)) for name, parameter in parameters.items()}
+    sums = _zeros(parameters)
     for batch in batches:
         for index in range(len(next(iter(batch.values())))):
             example = {name: value[index : index + 1] for name, value in batch.items()}
@@ -150,6 +154,10 @@ def _advancing(
 def _reset(parameters: Mapping[str, nn.Parameter]) -> None:
     for parameter in parameters.values():
         parameter.grad = None
+
+
+def _zeros(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    return {name: torch.zeros_like(parameter, dtype=_sum_dtype(parameter)) for name, parameter in parameters.items()}
 
 
 def _harvest(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
@@ -192,7 +200,7 @@ def _squaring_linear(module: nn.Linear, x: Tensor) -> Tensor:
 class _SquaringLinear(torch.autograd.Function):
     """A Linear whose backward gives, as the gradient of its weight W, Σ_b (Σ_t g_bt x_btᵀ)².
 
-    So ``.grad`` holds the sum of squared per-example gradients after an ordinary backward.
+    So ``.grad`` holds a batch's sum of squared per-example gradients after an ordinary backward.
     """
 
     @staticmethod

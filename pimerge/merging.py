@@ -47,7 +47,21 @@ def merge(
         parts = [expert.factors(name) if name in expert.modules else None for expert in experts]
         layout = next(expert.modules[name] for expert in experts if name in expert.modules)
         merged.append(merge_module(layout, parts, by_module[name], method, rank=rank, dtype=kept))
+    _require_in_range(merged, kept)
     return merged
+
+
+def _require_in_range(merged: Sequence[MergedModule], dtype: torch.dtype) -> None:
+    """What was finite and summed in float64 may be too large for the result's dtype."""
+    problems = Problems()
+    for module in merged:
+        tensors = (module.factors.A, module.factors.B, module.factors.bias)
+        if not all(tensor is None or bool(tensor.isfinite().all()) for tensor in tensors):
+            problems.add(
+                f"module '{module.module.name}': the merged update is too large for {dtype}",
+                "pass --dtype float32, or smaller weights",
+            )
+    problems.raise_any("the merged updates are too large")
 
 
 def _weights_by_module(
@@ -55,6 +69,9 @@ def _weights_by_module(
 ) -> dict[str, Sequence[float]]:
     by_module = dict(weights) if isinstance(weights, Mapping) else dict.fromkeys(names, weights)
     problems = Problems()
+    unknown = sorted(set(by_module) - set(names))
+    if unknown:
+        problems.add(f"weights for {len(unknown)} modules that no expert has, such as '{unknown[0]}'")
     missing = [name for name in names if name not in by_module]
     if missing:
         problems.add(f"no weights for {len(missing)} modules, such as '{missing[0]}'", "they belong to other experts")

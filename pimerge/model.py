@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -145,30 +147,44 @@ def load_base(base: Base, task: Task, device: torch.device, dtype: torch.dtype, 
     return LoadedBase(model.to(device).eval(), processor, head, has_own_head)
 
 
-def load_expert(expert: Expert, loaded: LoadedBase, head: Mapping[str, Tensor] | None = None) -> nn.Module:
-    """Plug an expert into a loaded base (which it changes), by PEFT, in eval mode.
+class Bases:
+    """Loads a base once for as long as consecutive experts need the same one."""
 
-    Args:
-        head: replaces the expert's own head: parameter name in the base model → tensor.
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self.device, self.dtype = device, dtype
+        self._key: tuple[str, str, int] | None = None
+        self._loaded: LoadedBase | None = None
+
+    def load(self, base: Base, task: Task) -> LoadedBase:
+        """The base with a head of as many labels as the task has; see :func:`load_base`."""
+        key = (base.identity, task.file.type, len(task.labels))
+        if self._loaded is None or self._key != key:
+            self._loaded = None  # two bases are never held at once
+            self._loaded = load_base(base, task, self.device, self.dtype)
+            self._key = key
+        return self._loaded
+
+
+@contextmanager
+def plugged_in(expert: Expert, loaded: LoadedBase) -> Iterator[nn.Module]:
+    """PEFT's model of a base with an expert, in eval mode; afterwards the base is as it was.
 
     Raises:
         PimergeError: if a module or a shape does not fit the base.
     """
     from peft import PeftModel
 
-    check_fits(expert, loaded)
-    model = PeftModel.from_pretrained(loaded.model, str(expert.path), is_trainable=True)
-    if head:
-        set_head(model, head)
-    return model.eval()  # type: ignore[no-any-return]
-
-
-def load_with_expert(
-    expert: Expert, task: Task, device: torch.device, dtype: torch.dtype
-) -> tuple[nn.Module, LoadedBase]:
-    """A fresh base with one expert plugged in, for one task; see :func:`load_base` and :func:`load_expert`."""
-    loaded = load_base(expert.base, task, device, dtype)
-    return load_expert(expert, loaded), loaded
+    check_fits(expert, loaded.model)
+    before = dict(loaded.model.named_modules())
+    model = PeftModel.from_pretrained(loaded.model, str(expert.path))
+    try:
+        yield model.eval()
+    finally:
+        model.unload()
+        for name, module in before.items():  # PEFT's unload leaves the expert's head in place of the base's
+            if loaded.model.get_submodule(name) is not module:
+                loaded.model.set_submodule(name, module)
+        loaded.model.requires_grad_(False)
 
 
 def set_head(model: nn.Module, head: Mapping[str, Tensor]) -> None:
@@ -194,15 +210,15 @@ def set_head(model: nn.Module, head: Mapping[str, Tensor]) -> None:
             places[name].copy_(value)
 
 
-def check_fits(expert: Expert, loaded: LoadedBase) -> None:
-    """Check every module and head tensor of an expert against the base that is loaded.
+def check_fits(expert: Expert, base_model: nn.Module) -> None:
+    """Check every module and head tensor of an expert against a base, loaded or a skeleton.
 
     Raises:
         PimergeError: with each module that the base lacks and each shape that differs.
     """
     problems = Problems()
     hint = "the expert was trained on another base: pass its own with --base"
-    layers = dict(loaded.model.named_modules())
+    layers = dict(base_model.named_modules())
     for module in expert.modules.values():
         layer = layers.get(module.name)
         if layer is None:
@@ -211,7 +227,7 @@ def check_fits(expert: Expert, loaded: LoadedBase) -> None:
         expected, found = _delta_shape(layer), (module.d_out, module.d_in)
         if expected != found:
             problems.add(f"module '{module.name}': ΔW is {found}, the base's weight {expected}", hint)
-    own = loaded.model.state_dict()
+    own = base_model.state_dict()
     for name, key in expert.head.items():
         shape = tuple(expert.tensor(key).shape)
         if name in own and tuple(own[name].shape) != shape:
@@ -220,6 +236,36 @@ def check_fits(expert: Expert, loaded: LoadedBase) -> None:
                 "task.json's labels must be those that the expert was trained on",
             )
     problems.raise_any(f"the expert '{expert.name}' does not fit the base '{expert.base.name}'")
+
+
+@cache
+def _skeleton(source: str, revision: str | None, auto_model: str, labels: int) -> nn.Module:
+    import transformers
+
+    names = {index: str(index) for index in range(labels)}
+    config = transformers.AutoConfig.from_pretrained(source, revision=revision, id2label=names)
+    with torch.device("meta"):
+        model: nn.Module = getattr(transformers, auto_model).from_config(config, trust_remote_code=False)
+    return model
+
+
+def check_fits_on_disk(expert: Expert, task: Task) -> None:
+    """As :func:`check_fits`, with the base's shapes alone: no weight is read or downloaded.
+
+    A base that is not on this machine is not checked.
+
+    Raises:
+        PimergeError: as :func:`check_fits`, or if the base's config does not serve the task.
+    """
+    base = expert.base
+    if base.folder is None:
+        return
+    try:
+        skeleton = _skeleton(base.source, base.revision, task.type.AUTO_MODEL, len(task.labels))
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise PimergeError(f"the base '{base.name}' does not serve {task.file.type}: {reason}") from error
+    check_fits(expert, skeleton)
 
 
 def _delta_shape(layer: nn.Module) -> tuple[int, ...]:

@@ -173,6 +173,8 @@ def _difference(
         return "its modules have other shapes than the target's"
     if same_basis and (reason := differing_form(own, expert)):
         return reason
+    if same_basis and _has_bias(own) != _has_bias(expert):
+        return "only one of it and the target has biases in its factors (lora_bias)"
     if same_basis:
         cosine, least = init_cosine(own, expert)
         if cosine < least:
@@ -183,6 +185,10 @@ def _difference(
     if by_fisher and first.settings.labels != second.settings.labels:
         return f"its Fisher has {second.settings.labels} labels, the target's {first.settings.labels}"
     return ""
+
+
+def _has_bias(expert: Expert) -> bool:
+    return any(module.bias is not None for module in expert.modules.values())
 
 
 def _scores(

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from pimerge.errors import PimergeError, nearest
-from pimerge.expert import Expert, open_expert
+from pimerge.expert import CONFIG, Expert, open_expert
 from pimerge.files import disk_errors, json_text, read_json, relative_to, sha256_bytes, sha256_file, write_file
 from pimerge.task import parse_document
 
@@ -110,12 +110,12 @@ class Store:
         """Open an expert of the store and check that it is the one that was embedded.
 
         Raises:
-            PimergeError: if its folder is gone or its tensors have changed.
+            PimergeError: if its folder is gone, or its tensors or its config have changed.
         """
         if not self.folder_of(name).is_dir():
             raise PimergeError(f"the folder '{self.folder_of(name)}' is gone", "run 'pimerge embed' again")
-        expert = open_expert(self.folder_of(name))
-        if expert.sha256 != self.document.experts[name].sha256:
+        expert, entry = open_expert(self.folder_of(name)), self.document.experts[name]
+        if (expert.sha256, sha256_file(expert.path / CONFIG)) != (entry.sha256, entry.config_sha256):
             raise PimergeError(f"'{expert.path}' has changed since it was embedded", "run 'pimerge embed' again")
         return expert
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 TASK_FILE = "task.json"
 _BUILDERS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json"}
+_NOT_EMPTY = "give it at least one example"
 Document = TypeVar("Document", bound=BaseModel)
 
 
@@ -102,20 +104,25 @@ class Task:
         required: Mapping[str, bool] = self.type.COLUMNS
         return {role: role for role, needed in required.items() if needed} | self.file.columns
 
-    def local_files(self) -> list[Path]:
-        """The data files that lie on this machine."""
-        data = self.file.data
-        if isinstance(data, str):
-            path = self.path.parent / data
-            return sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path] * path.is_file()
-        names = [name for value in data.values() for name in ([value] if isinstance(value, str) else value)]
-        return [self.path.parent / name for name in names]
-
     def sha256(self) -> str:
         """SHA-256 of the file's meaning and of its local data: the same wherever both lie."""
         meaning = self.file.model_dump_json(exclude={"data", "description"})
-        hashes = [sha256_file(file) for file in self.local_files() if file.is_file()]
-        return sha256_bytes("\n".join([meaning, *hashes]).encode())
+        return sha256_bytes(f"{meaning}\n{json.dumps(self._content(), sort_keys=True)}".encode())
+
+    def _content(self) -> Any:
+        """What the data is: file hashes by split, or by place in the data's folder; of Hub data its id."""
+        data, folder = self.file.data, self.path.parent
+        if isinstance(data, str):
+            path = folder / data
+            if path.is_dir():
+                files = (file for file in path.rglob("*") if file.is_file())
+                return {file.relative_to(path).as_posix(): sha256_file(file) for file in files}
+            return sha256_file(path) if path.is_file() else data
+        named = {split: [value] if isinstance(value, str) else value for split, value in data.items()}
+        return {
+            split: [sha256_file(folder / name) if (folder / name).is_file() else name for name in names]
+            for split, names in named.items()
+        }
 
     def document_for(self, folder: Path) -> dict[str, Any]:
         """The content of a ``task.json`` in another folder that means the same task."""
@@ -151,8 +158,10 @@ class Task:
                     f"{self._where(role)} has no column '{column}' for the {use}",
                     nearest(column, rows.column_names),
                 )
+            elif use != "label" and (empty := rows.data.column(column).null_count):
+                problems.add(f"{self._where(role)} has {empty} rows without a {use}", "fill them or leave them out")
         if len(rows) == 0:
-            problems.add(f"{self._where(role)} is empty", "give it at least one example")
+            problems.add(f"{self._where(role)} is empty", _NOT_EMPTY)
         problems.raise_any(f"{self._where(role)} does not fit")
         return rows, _class_indices(rows, self.columns["label"], self.labels, self._where(role))
 
@@ -229,7 +238,7 @@ def draw_shots(labels: Sequence[int], shots: int, seed: int, names: Sequence[str
         PimergeError: naming each class with fewer examples.
 
     >>> draw_shots([0, 1, 0, 1, 0], 1, seed=0, names=["even", "odd"])
-    [0, 1]
+    [1, 4]
     """
     problems = Problems()
     if shots < 1:
@@ -264,6 +273,8 @@ def _load_split(task: Task, split: str) -> Any:
         return datasets.load_dataset(source, split=split, **options)
     except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
         reason = str(error.__cause__ or error).strip().partition("\n")[0]
+        if "corresponds to no data" in reason:  # how datasets says that a split has no rows
+            raise PimergeError(f"the split '{split}' of '{task.path}' is empty", _NOT_EMPTY) from error
         splits = [str(name) for name in options.get("data_files", {})] or ["train", "test"]
         hint = nearest(split, splits) if "split" in reason.lower() else "check 'data' and 'splits' in task.json"
         raise PimergeError(f"the split '{split}' of '{task.path}' cannot be read: {reason}", hint) from error
@@ -288,32 +299,34 @@ def _source(task: Task) -> tuple[str, dict[str, Any]]:
         elif ending not in _BUILDERS:
             problems.add(f"'{task.path}': '{name}' ends in '{ending}'", "expected " + ", ".join(_BUILDERS))
     problems.raise_any(f"the data of '{task.path}' does not fit")
-    builders = {_BUILDERS[ending] for ending in endings}
-    if len(builders) != 1:
+    formats = {(_BUILDERS[ending], ending == ".tsv") for ending in endings}
+    if len(formats) != 1:
         raise PimergeError(f"'{task.path}': data mixes {', '.join(sorted(endings))}", "use one format for all splits")
     files = {split: [str((folder / name).resolve()) for name in group] for split, group in names.items()}
-    return builders.pop(), {"data_files": files, **({"sep": "\t"} if ".tsv" in endings else {})}
+    builder, by_tabs = formats.pop()
+    return builder, {"data_files": files, **({"sep": "\t"} if by_tabs else {})}
 
 
 def _class_indices(rows: Any, column: str, names: Sequence[str], where: str) -> list[int]:
     """Each row's class: by name where the data has names, else by number."""
     feature = rows.features[column]
     index_of = {name: index for index, name in enumerate(names)}
-    numbers: dict[Any, int | None] = {index: index for index in range(len(names))}
+    classes: dict[Hashable, int | None] = {index: index for index in range(len(names))}
     own_names: list[str] = getattr(feature, "names", None) or []
     if set(own_names) & set(names):  # a ClassLabel whose numbers mean its own names, in its own order
-        numbers = {index: index_of.get(name) for index, name in enumerate(own_names)}
-    unknown: dict[Any, int] = {}
+        classes = {index: index_of.get(name) for index, name in enumerate(own_names)}
+    classes.update(index_of.items())
+    unknown: dict[str, int] = {}
     indices = []
     for value in rows[column]:
-        known = index_of.get(value) if isinstance(value, str) else numbers.get(value)
+        known = classes.get(value) if isinstance(value, Hashable) else None
         if known is None:
-            shown = own_names[value] if own_names and value is not None and value >= 0 else value
+            shown = repr(own_names[value] if own_names and value is not None and value >= 0 else value)
             unknown[shown] = unknown.get(shown, 0) + 1
         else:
             indices.append(known)
     if unknown:
-        listed = ", ".join(f"{value!r} ({count} rows)" for value, count in list(unknown.items())[:5])
+        listed = ", ".join(f"{value} ({count} rows)" for value, count in list(unknown.items())[:5])
         raise PimergeError(
             f"{where} has unknown labels: {listed}",
             f"task.json knows {', '.join(names)} (or 0 to {len(names) - 1})",

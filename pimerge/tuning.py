@@ -10,22 +10,25 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from zipfile import is_zipfile
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from pimerge import strategies
 from pimerge.base import Base
 from pimerge.compatibility import require_alike, require_finite
-from pimerge.composition import ComposedLinear, Member, Mixture, compose
+from pimerge.composition import GRANULARITIES, ComposedLinear, Member, Mixture, compose
 from pimerge.errors import PimergeError, Problems
 from pimerge.expert import Expert
 from pimerge.export import Coefficients, Head, write_expert
-from pimerge.files import relative_to, require_absent, sha256_bytes
+from pimerge.files import disk_errors, relative_to, require_absent, sha256_bytes
 from pimerge.kinds.lora import Factors, LoraModule, parse
 from pimerge.lowrank import MergedModule, merge_module, relative_error
 from pimerge.manifest import Manifest, inputs_of, library_versions
@@ -40,7 +43,7 @@ if TYPE_CHECKING:
     from transformers import Trainer, TrainingArguments
 
 STARTS = ("ranking", "equal")
-_CHECKPOINT_FILES = ("model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json")
+_ROOM_FOR_CHECKPOINTS = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -134,7 +137,8 @@ def tune(
     require_absent(output, force)
     _check_options(options)
     chosen = _chosen(plan, method, experts, target)
-    run = _run_folder(method, task, base, chosen, output, options, scores, device, dtype)
+    like = target.sha256 if target else None
+    run = _run_folder(method, task, base, chosen, output, options, scores, device, dtype, like)
     resolved = resolve_device(device)
     precision = resolve_dtype(dtype, resolved)
     loaded = load_base(base, task, resolved, precision, options.seed)
@@ -153,7 +157,9 @@ def tune(
     if checkpoint is not None:
         note(f"resuming from {checkpoint.name} of an interrupted run")
     trainer = _trainer(model, mixture, train, held_out, run, options, resolved, precision, track)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    with _training_errors(run):
+        _train(trainer, checkpoint)
+    _require_converged(model)
     merged = _collapse(layers, members, mixture, options.rank)
     coefficients = Coefficients(
         method=method,
@@ -172,32 +178,33 @@ def tune(
         "held_out_examples": len(held_out) if held_out else 0,
         "trained_parameters": trained,
     }
-    head = Head({n: t.float().cpu() for n, t in loaded.head_tensors().items()}, loaded.head, task)
-    write_expert(
-        output,
-        merged,
-        head,
-        base=base,
-        like=_config_fields(loaded, task, layers),
-        coefficients=coefficients if not fresh else None,
-        manifest=Manifest(
-            command="tune",
-            options={
-                "method": method,
-                "target": task.name,
-                **asdict(options),
-                "start": logits,
-                "dtype": str(precision),
-            },
-            device=resolved.type,
-            versions=library_versions(),
-            inputs=inputs_of(list(chosen)),
-            outputs={},
-            results=results,
-        ),
-        force=force,
-    )
-    shutil.rmtree(run, ignore_errors=True)
+    if trainer.is_world_process_zero():  # under accelerate launch, one process writes
+        head = Head({n: t.float().cpu() for n, t in loaded.head_tensors().items()}, loaded.head, task)
+        write_expert(
+            output,
+            merged,
+            head,
+            base=base,
+            like=_config_fields(loaded, task, layers),
+            coefficients=coefficients if not fresh else None,
+            manifest=Manifest(
+                command="tune",
+                options={
+                    "method": method,
+                    "target": task.name,
+                    **asdict(options),
+                    "start": logits,
+                    "dtype": str(precision),
+                },
+                device=resolved.type,
+                versions=library_versions(),
+                inputs=inputs_of(list(chosen)),
+                outputs={},
+                results=results,
+            ),
+            force=force,
+        )
+        shutil.rmtree(run, ignore_errors=True)
     return Tuned(
         output,
         max(module.rank for module in merged),
@@ -255,7 +262,7 @@ def split_holdout(labels: Sequence[int], share: float, seed: int) -> tuple[list[
     """Indices to train on and to hold out, the same share of each class, at least one to train on.
 
     >>> split_holdout([0, 0, 0, 0, 1, 1, 1, 1], 0.25, seed=0)
-    ([0, 2, 3, 4, 5, 7], [1, 6])
+    ([1, 2, 3, 5, 6, 7], [0, 4])
     """
     generator = torch.Generator().manual_seed(seed)
     held_out: list[int] = []
@@ -277,9 +284,11 @@ def _check_options(options: Options) -> None:
     for field in ("holdout", "label_smoothing", "warmup"):
         if not 0 <= getattr(options, field) < 1:
             problems.add(f"--{field.replace('_', '-')} is {getattr(options, field)}, expected 0 or more and below 1")
-    for field in ("rank", "fresh_rank"):
+    for field in ("rank", "fresh_rank", "shots"):
         if getattr(options, field) is not None and getattr(options, field) < 1:
             problems.add(f"--{field.replace('_', '-')} is {getattr(options, field)}, expected at least 1")
+    if options.granularity not in GRANULARITIES:
+        problems.add(f"--granularity is '{options.granularity}'", f"expected {', '.join(GRANULARITIES)}")
     problems.raise_any("the options do not fit")
 
 
@@ -415,6 +424,7 @@ def _trainer(
         eval_strategy="epoch" if held_out else "no",
         save_strategy="epoch",
         save_total_limit=2,
+        restore_callback_states_from_checkpoint=True,  # a resumed run keeps its patience
         load_best_model_at_end=held_out is not None,
         metric_for_best_model="eval_loss" if held_out else None,
         greater_is_better=False if held_out else None,
@@ -439,6 +449,25 @@ def _trainer(
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+@contextmanager
+def _training_errors(run: Path) -> Iterator[None]:
+    """Report a disk that is full while checkpoints are written, in whatever words the libraries put it."""
+    try:
+        with disk_errors(run):
+            yield
+    except (RuntimeError, SafetensorError) as error:
+        if shutil.disk_usage(run.parent).free > _ROOM_FOR_CHECKPOINTS:
+            raise
+        raise PimergeError(
+            f"cannot write checkpoints to '{run}': the disk is full", "free some space or choose another --output"
+        ) from error
+
+
+def _require_converged(model: nn.Module) -> None:
+    if not all(bool(p.isfinite().all()) for p in model.parameters() if p.requires_grad):
+        raise PimergeError("the training diverged: NaN or Inf in what was trained", "pass a lower --lr or --weights-lr")
 
 
 def _optimizer(model: nn.Module, mixture: Mixture, options: Options) -> torch.optim.Optimizer:
@@ -513,6 +542,25 @@ def _run_folder(method: str, task: Task, base: Base, chosen: Sequence[Expert], o
     return output.resolve().with_name(f".{output.name}.training-{digest}")
 
 
+def _train(trainer: Trainer, checkpoint: Path | None) -> None:
+    """Train, from a checkpoint if there is one.
+
+    A run that was killed after its training had ended is not trained on: the Trainer would forget that early
+    stopping has ended it.
+    """
+    from safetensors.torch import load_file
+    from transformers import TrainerState
+
+    if checkpoint is not None:
+        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        if state.stateful_callbacks["TrainerControl"]["args"]["should_training_stop"]:
+            trainer.state = state
+            best = Path(state.best_model_checkpoint or checkpoint)
+            trainer.model.load_state_dict(load_file(best / "model.safetensors"), strict=False)
+            return
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+
+
 def _last_whole_checkpoint(run: Path) -> Path | None:
     """The newest checkpoint that a kill did not cut short."""
     found = sorted(run.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
@@ -520,15 +568,14 @@ def _last_whole_checkpoint(run: Path) -> Path | None:
 
 
 def _is_whole(checkpoint: Path) -> bool:
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    archives = [checkpoint / "optimizer.pt", checkpoint / "scheduler.pt"]
+    archives += sorted(checkpoint.glob("rng_state*.pth")) or [checkpoint / "rng_state.pth"]
     try:
         state = json.loads((checkpoint / "trainer_state.json").read_text())
         load_file(checkpoint / "model.safetensors")
-        for name in ("optimizer.pt", "scheduler.pt"):
-            torch.load(checkpoint / name, weights_only=True)
-    except (OSError, ValueError, RuntimeError, EOFError, SafetensorError):
+    except (OSError, ValueError, SafetensorError):
         return False
     best = state.get("best_model_checkpoint")
-    return best is None or (Path(best) / "model.safetensors").is_file()
+    return all(map(is_zipfile, archives)) and (best is None or (Path(best) / "model.safetensors").is_file())

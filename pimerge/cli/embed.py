@@ -39,6 +39,7 @@ def embed(
     from pimerge.embedding import LABEL_MODES
     from pimerge.embedding import embed as embed_expert
     from pimerge.expert import open_expert
+    from pimerge.model import Bases, resolve_device, resolve_dtype
     from pimerge.store import Settings, Store
 
     if labels not in LABEL_MODES:
@@ -66,12 +67,16 @@ def embed(
         target.drop(name)
         note(f"{name}: its folder is gone; dropped from the store", quiet)
     quiet_libraries()
-    settings = Settings(labels=labels, max_examples=examples, shots=shots, seed=seed, dtype=dtype)
+    resolved = resolve_device(device)
+    bases = Bases(resolved, resolve_dtype(dtype, resolved))
+    # experts of one base and as many labels follow each other, so that it is loaded once
+    ready.sort(key=lambda pair: (pair[0].base.identity, pair[1].file.type, len(pair[1].labels)))
+    settings = Settings(labels=labels, max_examples=examples, shots=shots, seed=seed)
     computed = []
     for number, (expert, task) in enumerate(ready, 1):
         note(f"[{number}/{len(ready)}] {expert.name}", quiet)
         outcome = embed_expert(
-            expert, task, target, settings, device=device, batch_tokens=batch_tokens, force=force, track=tracker(quiet)
+            expert, task, target, settings, bases, batch_tokens=batch_tokens, force=force, track=tracker(quiet)
         )
         if outcome.computed:
             computed.append(expert.name)
@@ -104,7 +109,7 @@ def embed(
                 entry.route,
                 "" if name in computed else "unchanged",
             ]
-            for name, entry in entries.items()
+            for name, entry in sorted(entries.items())
         ],
         right=["examples", "tokens", "‖F‖"],
     )

@@ -110,7 +110,7 @@ def parse_rank(rank: str) -> int | None:
     """``max`` is None."""
     if rank == "max":
         return None
-    if not rank.isdigit() or int(rank) < 1:
+    if not rank.isdecimal() or int(rank) < 1:
         raise PimergeError(f"--rank is '{rank}'", "expected a number from 1, or max")
     return int(rank)
 

@@ -63,7 +63,7 @@ def _row(finding: Finding, others: int) -> list[str]:
         "/".join(expert.dtypes),
         task,
         "no" if finding.problems else ranks,
-        "no" if finding.problems else merges,
+        merges if finding.merges_with or not finding.problems else "no",
     ]
 
 

@@ -50,6 +50,7 @@ def merge(
     'uniform' takes the experts that the ranking selected; 'interpolated' takes the target's own expert and those.
     """
     from pimerge import strategies
+    from pimerge.compatibility import require_alike
     from pimerge.export import Coefficients, choose_head, write_expert
     from pimerge.files import relative_to, require_absent
     from pimerge.lowrank import relative_error
@@ -65,11 +66,11 @@ def merge(
     else:
         chosen, given, own = _from_options(experts, method, weights, alpha, ranking, target, base)
         given = strategy.weights(len(chosen), given)
-    if own is None and target is not None:
-        own = open_all([target], base)[0]
-    if own is None and coefficients is not None and ranking.is_file():
-        own = select(None, ranking, None, base, needed=False).target
-    _refuse_output_among_inputs(output, chosen)
+    if coefficients is not None:
+        own = select(None, ranking, target, base, needed=False).target
+    _refuse_output_over_inputs(output, [*chosen, *([own] if own else [])])
+    if head == "target" and own is not None:
+        require_alike([*chosen, own])
     merged = merge_experts(chosen, given, strategy.merge, rank=kept_rank, dtype=_dtype(dtype))
     error = relative_error(merged)
     reference = own or chosen[0]
@@ -197,9 +198,12 @@ def _from_coefficients(
     return chosen, document.weights, None
 
 
-def _refuse_output_among_inputs(output: Path, experts: list[Expert]) -> None:
-    if any(expert.path.resolve() == output.resolve() for expert in experts):
-        raise PimergeError(f"the output '{output}' is one of the experts", "choose another --output")
+def _refuse_output_over_inputs(output: Path, experts: list[Expert]) -> None:
+    for expert in experts:
+        if expert.path.resolve().is_relative_to(output.resolve()):
+            raise PimergeError(
+                f"the output '{output}' is the expert '{expert.name}' or holds it", "choose another --output"
+            )
 
 
 def _dtype(name: str | None) -> Any:

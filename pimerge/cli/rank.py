@@ -57,6 +57,7 @@ def _target_name(target: str, store: Store, quiet: bool) -> str:
     from pimerge.compatibility import check_expert
     from pimerge.embedding import embed
     from pimerge.expert import open_expert
+    from pimerge.model import Bases, resolve_device, resolve_dtype
     from pimerge.store import unknown_target
 
     known = store.find(target)
@@ -76,5 +77,6 @@ def _target_name(target: str, store: Store, quiet: bool) -> str:
     note(f"{expert.name} is not in the store yet: embedding it", quiet)
     quiet_libraries()
     like = next(iter(store.experts.values())).settings
-    embed(expert, task, store, like, track=tracker(quiet))
+    device = resolve_device("auto")
+    embed(expert, task, store, like, Bases(device, resolve_dtype(like.dtype, device)), track=tracker(quiet))
     return expert.name

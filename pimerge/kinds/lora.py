@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from pydantic import BaseModel, ConfigDict, ValidationError
+
 from pimerge.errors import Problems
 
 if TYPE_CHECKING:
@@ -22,7 +24,7 @@ PEFT_TYPE = "LORA"
 PREFIX = "base_model.model."
 
 _FACTOR_KEY = re.compile(
-    re.escape(PREFIX) + r"(?P<module>.+)\.(?:lora_(?P<factor>[AB])\.(?P<what>weight|bias)"
+    re.escape(PREFIX) + r"(?P<module>.+)\.(?:lora_(?P<factor>[AB])\.weight|lora_B\.(?P<bias>bias)"
     r"|lora_embedding_(?P<embedding>[AB]))"
 )
 
@@ -49,6 +51,7 @@ _CHANGED_BASE = {
     "loftq": "LoftQ",
     "lora_ga": "LoRA-GA",
 }
+_PLAIN_INITS = ("gaussian", "orthogonal", "mica")
 _CONVERT = (
     "save it from PEFT as plain LoRA (model.save_pretrained with path_initial_model_for_weight_conversion); "
     "or, if the base is the published one, set init_lora_weights to true in adapter_config.json"
@@ -61,6 +64,25 @@ _HARMLESS = frozenset(
     eva_config corda_config lora_ga_config qalora_group_size runtime_config lora_bias
     ensure_weight_tying""".split()  # noqa: SIM905
 )
+
+
+class _Fields(BaseModel):
+    """The fields of ``adapter_config.json`` that are read, with their types."""
+
+    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
+
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    r: int = 8
+    lora_alpha: float = 8
+    rank_pattern: dict[str, int] | None = None
+    alpha_pattern: dict[str, float] | None = None
+    use_rslora: bool | None = None
+    lora_bias: bool | None = None
+    fan_in_fan_out: bool | None = None
+    bias: str | None = None
+    init_lora_weights: bool | str | None = None
+    modules_to_save: list[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -135,6 +157,7 @@ def parse(
     (2.0, 6, {})
     """
     problems = Problems()
+    config = _well_typed(config, problems)
     _refuse_unhandled(config, problems)
     keys, head = _sort_keys(config, shapes, problems)
     modules = {}
@@ -201,20 +224,39 @@ def pattern_value(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
     return default
 
 
+def _well_typed(config: Mapping[str, Any], problems: Problems) -> dict[str, Any]:
+    """The config without the fields of a wrong type, which are problems."""
+    faulty = set()
+    try:
+        _Fields.model_validate(config)
+    except ValidationError as error:
+        for fault in error.errors():
+            faulty.add(fault["loc"][0])
+            where = ".".join(str(part) for part in fault["loc"])
+            problems.add(f"{where} in adapter_config.json: {fault['msg']}", "save the adapter again with PEFT")
+    for field in {"rank_pattern", "alpha_pattern"} - faulty:
+        for key in config.get(field) or {}:
+            try:
+                re.compile(key)
+            except re.error as error:
+                faulty.add(field)
+                problems.add(f"{field} in adapter_config.json: '{key}' is no regular expression ({error})")
+    return {field: value for field, value in config.items() if field not in faulty}
+
+
 def _refuse_unhandled(config: Mapping[str, Any], problems: Problems) -> None:
     for field, reason in _NOT_LINEAR.items():
         if config.get(field):
             problems.add(f"{field} is on: {reason}", "merge it into a base of its own, or train plain LoRA")
     init = config.get("init_lora_weights", True)
-    if isinstance(init, str):
-        for start, method in _CHANGED_BASE.items():
-            if init.lower().startswith(start):
-                problems.add(
-                    f"init_lora_weights is '{init}': {method} is refused, since its factors may belong to a "
-                    "base that it changed, not to the base as published",
-                    _CONVERT,
-                )
-    if config.get("bias", "none") != "none":
+    if isinstance(init, str) and init.lower() not in _PLAIN_INITS:
+        method = next((method for start, method in _CHANGED_BASE.items() if init.lower().startswith(start)), init)
+        problems.add(
+            f"init_lora_weights is '{init}': {method} is refused, since its factors may belong to a "
+            "base that it changed, not to the base as published",
+            _CONVERT,
+        )
+    if (config.get("bias") or "none") != "none":
         problems.add(
             f"bias is '{config['bias']}': trained biases of the base are no update that can be added",
             "train with bias='none'; lora_bias=True is handled",
@@ -236,7 +278,7 @@ def _sort_keys(
     head, unknown = {}, []
     for key in sorted(shapes):
         if match := _FACTOR_KEY.fullmatch(key):
-            slot = "bias" if match["what"] == "bias" else match["factor"] or match["embedding"]
+            slot = match["factor"] or match["embedding"] or match["bias"]
             keys.setdefault(match["module"], {})[slot] = key
             continue
         name = key.removeprefix(PREFIX)
@@ -266,7 +308,8 @@ def _module(
         return None
     shape_A, shape_B = shapes[keys["A"]], shapes[keys["B"]]
     rank = shape_A[0] if shape_A else 0
-    if len(shape_A) < 2 or len(shape_B) < 2 or rank == 0 or shape_B[1] != rank:
+    empty = 0 in (*shape_A, *shape_B)
+    if len(shape_A) < 2 or len(shape_B) < 2 or empty or shape_B[1] != rank:
         problems.add(
             f"module '{name}': A is {shape_A} and B is {shape_B}, expected (r, d_in, …) and (d_out, r, …)",
             "a grouped convolution is not handled; otherwise save the adapter again",
@@ -279,9 +322,6 @@ def _module(
             "the config belongs to another adapter; save both together",
         )
     alpha = pattern_value(config.get("alpha_pattern") or {}, name, config.get("lora_alpha", 8))
-    if not isinstance(alpha, int | float) or not math.isfinite(alpha):
-        problems.add(f"module '{name}': lora_alpha is {alpha!r}, expected a number")
-        return None
     bias = keys.get("bias")
     if bias and shapes[bias] != shape_B[:1]:
         problems.add(f"module '{name}': lora_B.bias is {shapes[bias]}, expected {shape_B[:1]}")

@@ -30,7 +30,7 @@ def scores(target: Mapping[str, Tensor], candidates: Sequence[Mapping[str, Tenso
     >>> key = "base_model.model.q.lora_B.weight"
     >>> e = [{key: torch.tensor(v)} for v in ([[1.0, 0.0]], [[0.9, 0.1]], [[0.0, 1.0]])]
     >>> [round(s, 2) for s in scores(e[0], e[1:])]
-    [0.98, -0.99]
+    [0.99, -1.0]
     """
     embeddings = torch.stack([_unit_tensors(diagonal) for diagonal in (target, *candidates)])
     if len(embeddings) >= MIN_TO_CENTRE:

@@ -20,6 +20,7 @@ EPSILON = 1e-6
 def scores(target: Mapping[str, Tensor], candidates: Sequence[Mapping[str, Tensor]]) -> list[float]:
     """The mean cosine with each candidate, in [0, 1]; a tensor that is zero in either counts as 0.
 
+    >>> import torch
     >>> [round(s, 3) for s in scores({"w": torch.tensor([1.0, 3.0])}, [{"w": torch.tensor([1.0, 3.0])}])]
     [1.0]
     """
