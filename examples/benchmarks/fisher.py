@@ -1,0 +1,100 @@
+"""What the Fisher embedding costs beside an ordinary forward and backward, and beside a loop over examples.
+
+    python examples/benchmarks/fisher.py POOL [--examples 256] [--repeats 5] [--loop 32]
+
+All three run over the same batches of the same experts, in turn, in one process. The ordinary pass is what a
+training step does without its optimizer: gradients of the factors alone, the base frozen. The loop takes the
+first ``--loop`` examples one at a time; its ratio is per example. Printed: medians over the repeats of the
+ratios, and the peak memory of the process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from pimerge.cli.console import quiet_libraries
+from pimerge.embedding import default_batch_tokens, factors_of
+from pimerge.expert import find_experts, open_expert
+from pimerge.fisher import diagonal_fisher, fisher_by_loop
+from pimerge.model import Bases, plugged_in, resolve_device, resolve_dtype
+from pimerge.task import open_task
+from pimerge.task_types import Batch, bucket_by_length
+
+
+def main() -> None:
+    """Print one line per expert, and the pool's ratios."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
+    parser.add_argument("pool", type=Path)
+    parser.add_argument("--examples", type=int, default=256)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--loop", type=int, default=32)
+    parser.add_argument("--batch-tokens", type=int, default=None)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="auto")
+    arguments = parser.parse_args()
+    quiet_libraries()
+    device = resolve_device(arguments.device)
+    bases = Bases(device, resolve_dtype(arguments.dtype, device))
+    totals = torch.zeros(arguments.repeats, 3, dtype=torch.float64)
+    for path in find_experts(arguments.pool):
+        seconds = measure(path, bases, arguments)
+        totals += seconds
+        fisher, loop = (seconds[:, 1:] / seconds[:, :1]).median(0).values.tolist()
+        print(f"{path.name}: Fisher {fisher:.3f}, loop {loop:.3f}", flush=True)
+    fisher, loop = (totals[:, 1:] / totals[:, :1]).median(0).values.tolist()
+    print(f"pool: Fisher {fisher:.3f}, loop {loop:.3f} of a forward and backward over the same batches")
+    print(f"peak memory: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MB")
+
+
+def measure(path: Path, bases: Bases, arguments: argparse.Namespace) -> torch.Tensor:
+    """Seconds of (ordinary, Fisher, loop) for one expert, a row per repeat."""
+    expert, task, device = open_expert(path), open_task(path), bases.device
+    loaded = bases.load(expert.base, task)
+    examples, _ = task.examples("train", loaded.processor, loaded.config, limit=arguments.examples)
+    batches = bucket_by_length(examples.lengths, arguments.batch_tokens or default_batch_tokens(device))
+    alone = min(arguments.loop, len(examples))
+
+    def make_batch(ids: Sequence[int]) -> Batch:
+        return {name: value.to(device) for name, value in examples.batch(ids).items()}
+
+    with plugged_in(expert, loaded) as model:
+        parameters = factors_of(expert, model)
+
+        def ordinary() -> None:
+            for parameter in parameters.values():
+                parameter.grad = None
+            for ids in batches:
+                task.type.nll(model, make_batch(ids)).sum().backward()
+
+        def by_rules() -> None:
+            diagonal_fisher(model, parameters, batches, make_batch, task.type.nll)
+
+        def by_loop() -> None:
+            fisher_by_loop(model, parameters, (make_batch([index]) for index in range(alone)), task.type.nll)
+
+        for run in (ordinary, by_rules, by_loop):
+            run()
+        rows = []
+        for _ in range(arguments.repeats):
+            rows.append([timed(run, device) for run in (ordinary, by_rules, by_loop)])
+            rows[-1][2] *= len(examples) / alone
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def timed(run: Callable[[], None], device: torch.device) -> float:
+    """Seconds of one run."""
+    start = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""Draw pool.png: what each expert was trained on, and how close it is to the target X.
+
+    python examples/digits/picture.py RANKING_JSON [OUTPUT]
+
+Needs ``pip install 'pimerge[plots]'``.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+from pimerge.ranking import read_ranking
+from pimerge.task import open_task
+
+SCANS = 7
+
+
+def main() -> None:
+    """Draw the picture."""
+    source = Path(sys.argv[1])
+    output = Path(sys.argv[2]) if len(sys.argv) > 2 else Path(__file__).with_name("pool.png")
+    ranking = read_ranking(source)
+    rows = [(ranking.target.name, ranking.target.path, None)]
+    rows += [(candidate.name, candidate.path, candidate.score) for candidate in ranking.candidates]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 4.4), width_ratios=(1, 1.2), layout="constrained")
+    left.imshow(np.concatenate([strip(source.parent / path) for _, path, _ in rows]), cmap="gray", aspect="equal")
+    left.set_yticks([10 * place + 4.5 for place in range(len(rows))], [name for name, _, _ in rows])
+    left.set_xticks([])
+    left.set_title("trained on", fontsize=10)
+    scores = [np.nan if score is None else score for _, _, score in rows]
+    colours = ["#0072b2" if name in ranking.selected else "#bbbbbb" for name, _, _ in rows]
+    right.barh(range(len(rows)), scores, color=colours)
+    right.set_ylim(len(rows) - 0.5, -0.5)
+    right.set_yticks([])
+    right.text(min(scores[1:]), 0, "the target: five labels a digit", va="center", fontsize=9)
+    right.axvline(0, color="black", linewidth=0.8)
+    right.set_title(f"similarity to {ranking.target.name} by its Fisher; blue: selected", fontsize=10)
+    for side in ("top", "right", "left"):
+        right.spines[side].set_visible(False)
+        left.spines[side].set_visible(False)
+    left.spines["bottom"].set_visible(False)
+    right.tick_params(left=False)
+    left.tick_params(left=False)
+    figure.savefig(output, dpi=130, bbox_inches="tight")
+
+
+def strip(expert: Path) -> Any:
+    """Some of the scans that an expert was trained on, side by side on grey, 10 pixels high."""
+    rows, _ = open_task(expert).rows("train")
+    canvas = np.full((10, 10 * SCANS), 160, dtype=np.uint8)
+    for place in range(SCANS):
+        canvas[1:9, 10 * place + 1 : 10 * place + 9] = np.asarray(rows[place]["image"].convert("L"))
+    return canvas
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# The main job on real scans: embed the pool, rank it for the target X, merge, tune, score, compare.
+# Writes into a new folder (or the one given), so it can run again and again.
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+work=${1:-$(mktemp -d "${TMPDIR:-/tmp}/pimerge-digits.XXXXXX")}
+mkdir -p "$work"
+for part in base data tasks experts; do ln -sfn "$here/$part" "$work/$part"; done
+cd "$work"
+export OMP_NUM_THREADS=1  # the model is tiny: a second thread costs more than it gains
+python=${PYTHON:-python}
+run() { printf '\n$ pimerge %s\n' "$*"; "$python" -m pimerge "$@"; }
+
+run inspect ./experts
+run embed ./experts
+run rank --target X -k 2
+run merge --method uniform
+run tune --method learned
+run eval tuned merged
+
+printf '\nAll methods, five scans of each digit, %s seeds:\n' "${SEEDS:-3}"
+"$python" "$here/compare.py" --seeds "${SEEDS:-3}"
+printf '\nEverything is in %s\n' "$work"
