@@ -1,8 +1,6 @@
 """Compose experts inside the model, train on the target's examples, export one expert.
 
-Training goes through transformers' Trainer: mixed precision, schedules, early stopping, several GPUs and
-checkpoints come with it. A run that was killed goes on from its last whole checkpoint, which lies beside the
-output until the output is complete.
+Checkpoints lie beside the output until the output is complete.
 """
 
 from __future__ import annotations
@@ -10,25 +8,21 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-from zipfile import is_zipfile
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from torch import nn
 
 from pimerge import strategies
 from pimerge.base import Base
 from pimerge.compatibility import require_alike, require_finite
-from pimerge.composition import GRANULARITIES, ComposedLinear, Member, Mixture, compose
-from pimerge.errors import PimergeError, Problems
+from pimerge.composition import ComposedLinear, Member, Mixture, compose
+from pimerge.errors import PimergeError
 from pimerge.expert import Expert
 from pimerge.export import Coefficients, Head, write_expert
-from pimerge.files import disk_errors, relative_to, require_absent, sha256_bytes
+from pimerge.files import relative_to, require_absent, sha256_bytes
 from pimerge.kinds.lora import Factors, LoraModule, parse
 from pimerge.lowrank import MergedModule, merge_module, relative_error
 from pimerge.manifest import Manifest, inputs_of, library_versions
@@ -37,49 +31,10 @@ from pimerge.model import LoadedBase, load_base, resolve_device, resolve_dtype, 
 from pimerge.progress import Track, silent
 from pimerge.task import Task
 from pimerge.task_types import Examples
+from pimerge.training import Options, Outcome, check_options, split_holdout, train
 from pimerge.tune_methods import Plan
 
-if TYPE_CHECKING:
-    from transformers import Trainer, TrainingArguments
-
 STARTS = ("ranking", "equal")
-_ROOM_FOR_CHECKPOINTS = 64 * 2**20
-
-
-@dataclass(frozen=True)
-class Options:
-    """How to train.
-
-    Attributes:
-        epochs: most passes over the training examples; early stopping may end it before.
-        lr: learning rate of factors and head; ``weights_lr`` that of the mixture's logits.
-        holdout: share of the training examples kept for early stopping, the same of each class; 0 for none.
-        patience: epochs without a better held-out loss before it stops.
-        shots: examples drawn of each class; None for all.
-        rank: of the exported expert; None keeps every direction.
-        fresh_rank, fresh_alpha, fresh_modules: of a fresh expert; None for the pool's, else r = alpha = 8 on
-            the modules that PEFT adapts in this architecture.
-        init_seed: of a fresh expert, so that several tasks share one init; ``seed`` decides all else.
-    """
-
-    epochs: float = 30
-    lr: float = 2e-3
-    weights_lr: float = 5e-2
-    batch_size: int = 16
-    seed: int = 0
-    holdout: float = 0.2
-    patience: int = 8
-    shots: int | None = None
-    label_smoothing: float = 0.1
-    warmup: float = 0.06
-    weight_decay: float = 0.01
-    max_grad_norm: float = 1.0
-    granularity: str = "matrix"
-    rank: int | None = None
-    fresh_rank: int | None = None
-    fresh_alpha: float | None = None
-    fresh_modules: tuple[str, ...] | None = None
-    init_seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -88,17 +43,15 @@ class Tuned:
 
     Attributes:
         truncation: relative error of cutting the sum to the asked rank.
-        held_out_loss: the best one; None without held-out examples.
+        examples: trained on.
+        weights: module → weight of each of ``experts``.
     """
 
     path: Path
     rank: int
     truncation: float
-    epochs: float
-    train_loss: float
-    held_out_loss: float | None
+    outcome: Outcome
     examples: int
-    trained_parameters: int
     weights: dict[str, list[float]]
     experts: list[str]
 
@@ -135,7 +88,8 @@ def tune(
     """
     plan: Plan = strategies.load("tune_methods", method).PLAN
     require_absent(output, force)
-    _check_options(options)
+    check_options(options)
+    options = options if options.lr is not None else replace(options, lr=plan.lr)
     chosen = _chosen(plan, method, experts, target)
     like = target.sha256 if target else None
     run = _run_folder(method, task, base, chosen, output, options, scores, device, dtype, like)
@@ -150,16 +104,8 @@ def tune(
     names = sorted({name for member in members for name in member.modules})
     mixture = Mixture(names, logits, options.granularity, plan.train_weights and len(members) > 1)
     layers = compose(loaded.model, members, mixture, plan.train_experts)
-    train, held_out = _examples(task, loaded, options, note)
-    model = _trainable(loaded, mixture.to(resolved))
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    checkpoint = _last_whole_checkpoint(run)
-    if checkpoint is not None:
-        note(f"resuming from {checkpoint.name} of an interrupted run")
-    trainer = _trainer(model, mixture, train, held_out, run, options, resolved, precision, track)
-    with _training_errors(run):
-        _train(trainer, checkpoint)
-    _require_converged(model)
+    kept, held_out = _examples(task, loaded, options, note)
+    outcome = train(loaded, mixture.to(resolved), kept, held_out, run, options, precision, track=track, note=note)
     merged = _collapse(layers, members, mixture, options.rank)
     coefficients = Coefficients(
         method=method,
@@ -171,14 +117,14 @@ def tune(
     )
     results: dict[str, Any] = {
         "truncation": relative_error(merged),
-        "epochs": trainer.state.epoch,
-        "train_loss": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry][-1],
-        "held_out_loss": trainer.state.best_metric,
-        "train_examples": len(train),
+        "epochs": outcome.epochs,
+        "train_loss": outcome.train_loss,
+        "held_out_loss": outcome.held_out_loss,
+        "train_examples": len(kept),
         "held_out_examples": len(held_out) if held_out else 0,
-        "trained_parameters": trained,
+        "trained_parameters": outcome.trained_parameters,
     }
-    if trainer.is_world_process_zero():  # under accelerate launch, one process writes
+    if outcome.writes:
         head = Head({n: t.float().cpu() for n, t in loaded.head_tensors().items()}, loaded.head, task)
         write_expert(
             output,
@@ -208,12 +154,9 @@ def tune(
     return Tuned(
         output,
         max(module.rank for module in merged),
-        results["truncation"],
-        results["epochs"],
-        results["train_loss"],
-        results["held_out_loss"],
-        len(train),
-        trained,
+        relative_error(merged),
+        outcome,
+        len(kept),
         mixture.weights(),
         [member.name for member in members],
     )
@@ -256,40 +199,6 @@ def fresh_lora(
         for module, layout in layouts.items()
     }
     return Member(name, layouts, factors)
-
-
-def split_holdout(labels: Sequence[int], share: float, seed: int) -> tuple[list[int], list[int]]:
-    """Indices to train on and to hold out, the same share of each class, at least one to train on.
-
-    >>> split_holdout([0, 0, 0, 0, 1, 1, 1, 1], 0.25, seed=0)
-    ([1, 2, 3, 5, 6, 7], [0, 4])
-    """
-    generator = torch.Generator().manual_seed(seed)
-    held_out: list[int] = []
-    for label in sorted(set(labels)):
-        members = [index for index, value in enumerate(labels) if value == label]
-        order = torch.randperm(len(members), generator=generator).tolist()
-        count = min(round(share * len(members)), len(members) - 1)
-        held_out += [members[i] for i in order[:count]]
-    kept = set(held_out)
-    return [index for index in range(len(labels)) if index not in kept], sorted(held_out)
-
-
-def _check_options(options: Options) -> None:
-    problems = Problems()
-    positive = ("epochs", "lr", "weights_lr", "batch_size", "patience", "max_grad_norm")
-    for field in positive:
-        if not getattr(options, field) > 0:
-            problems.add(f"--{field.replace('_', '-')} is {getattr(options, field)}, expected more than 0")
-    for field in ("holdout", "label_smoothing", "warmup"):
-        if not 0 <= getattr(options, field) < 1:
-            problems.add(f"--{field.replace('_', '-')} is {getattr(options, field)}, expected 0 or more and below 1")
-    for field in ("rank", "fresh_rank", "shots"):
-        if getattr(options, field) is not None and getattr(options, field) < 1:
-            problems.add(f"--{field.replace('_', '-')} is {getattr(options, field)}, expected at least 1")
-    if options.granularity not in GRANULARITIES:
-        problems.add(f"--granularity is '{options.granularity}'", f"expected {', '.join(GRANULARITIES)}")
-    problems.raise_any("the options do not fit")
 
 
 def _chosen(plan: Plan, method: str, experts: Sequence[Expert], target: Expert | None) -> list[Expert]:
@@ -370,142 +279,6 @@ def _subset(examples: Examples, indices: Sequence[int]) -> Examples:
     return Examples([examples.lengths[i] for i in indices], lambda i: examples.get(indices[i]), examples.collate)
 
 
-def _trainable(loaded: LoadedBase, mixture: Mixture) -> nn.Module:
-    """The composed model as the Trainer sees it: its state is what trains, so checkpoints are small."""
-    for name, parameter in loaded.model.named_parameters():
-        if any(name.startswith(module + ".") for module in loaded.head):
-            parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
-            parameter.requires_grad_(True)
-
-    class Trainable(nn.Module):
-        accepts_loss_kwargs = False
-        _keys_to_ignore_on_save = None
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.model, self.mixture, self.config = loaded.model, mixture, loaded.config
-
-        def forward(self, **batch: Any) -> Any:
-            return self.model(**batch)
-
-        def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-            trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
-            return {k: v for k, v in super().state_dict(*args, **kwargs).items() if k in trained}
-
-    return Trainable()
-
-
-def _trainer(
-    model: nn.Module,
-    mixture: Mixture,
-    train: Examples,
-    held_out: Examples | None,
-    run: Path,
-    options: Options,
-    device: torch.device,
-    precision: torch.dtype,
-    track: Track,
-) -> Trainer:
-    from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainingArguments
-
-    arguments = TrainingArguments(
-        output_dir=str(run),
-        num_train_epochs=options.epochs,
-        per_device_train_batch_size=options.batch_size,
-        per_device_eval_batch_size=max(64, options.batch_size),
-        lr_scheduler_type="cosine",
-        warmup_steps=options.warmup,  # below 1 it is a share of all steps
-        max_grad_norm=options.max_grad_norm,
-        label_smoothing_factor=options.label_smoothing,
-        bf16=precision == torch.bfloat16,
-        use_cpu=device.type == "cpu",
-        seed=options.seed,
-        data_seed=options.seed,
-        eval_strategy="epoch" if held_out else "no",
-        save_strategy="epoch",
-        save_total_limit=2,
-        restore_callback_states_from_checkpoint=True,  # a resumed run keeps its patience
-        load_best_model_at_end=held_out is not None,
-        metric_for_best_model="eval_loss" if held_out else None,
-        greater_is_better=False if held_out else None,
-        logging_strategy="epoch",
-        report_to="none",
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        label_names=["labels"],
-        dataloader_pin_memory=device.type == "cuda",
-    )
-    callbacks: list[Any] = [_progress_callback(track)]
-    if held_out:
-        callbacks.append(EarlyStoppingCallback(options.patience))
-    trainer = Trainer(
-        model=model,
-        args=arguments,
-        train_dataset=train,
-        eval_dataset=held_out,
-        data_collator=train.collate,
-        callbacks=callbacks,
-        optimizers=(_optimizer(model, mixture, options), None),
-    )
-    trainer.remove_callback(PrinterCallback)
-    return trainer
-
-
-@contextmanager
-def _training_errors(run: Path) -> Iterator[None]:
-    """Report a disk that is full while checkpoints are written, in whatever words the libraries put it."""
-    try:
-        with disk_errors(run):
-            yield
-    except (RuntimeError, SafetensorError) as error:
-        if shutil.disk_usage(run.parent).free > _ROOM_FOR_CHECKPOINTS:
-            raise
-        raise PimergeError(
-            f"cannot write checkpoints to '{run}': the disk is full", "free some space or choose another --output"
-        ) from error
-
-
-def _require_converged(model: nn.Module) -> None:
-    if not all(bool(p.isfinite().all()) for p in model.parameters() if p.requires_grad):
-        raise PimergeError("the training diverged: NaN or Inf in what was trained", "pass a lower --lr or --weights-lr")
-
-
-def _optimizer(model: nn.Module, mixture: Mixture, options: Options) -> torch.optim.Optimizer:
-    """AdamW; the mixture's logits have their own learning rate and no decay."""
-    others = [p for p in model.parameters() if p.requires_grad and p is not mixture.logits]
-    groups: list[dict[str, Any]] = [{"params": others, "lr": options.lr, "weight_decay": options.weight_decay}]
-    if mixture.logits.requires_grad:
-        groups.append({"params": [mixture.logits], "lr": options.weights_lr, "weight_decay": 0.0})
-    return torch.optim.AdamW(groups)
-
-
-def _progress_callback(track: Track) -> Any:
-    from transformers import TrainerCallback
-
-    class Progress(TrainerCallback):  # type: ignore[misc]
-        """Shows steps and the last loss."""
-
-        def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-            self.context = track("training", state.max_steps, "steps")
-            self.advance = self.context.__enter__()
-            self.advance(state.global_step)
-            self.loss = ""
-
-        def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-            self.advance(1, self.loss)
-
-        def on_log(self, args: TrainingArguments, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-            if logs and "loss" in logs:
-                self.loss = f"loss {float(logs['loss']):.3f}"
-            if logs and "eval_loss" in logs:
-                self.loss = f"{self.loss.partition(',')[0]}, held out {float(logs['eval_loss']):.3f}"
-
-        def on_train_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-            self.context.__exit__(None, None, None)
-
-    return Progress()
-
-
 def _collapse(
     layers: dict[str, ComposedLinear], members: Sequence[Member], mixture: Mixture, rank: int | None
 ) -> list[MergedModule]:
@@ -540,42 +313,3 @@ def _run_folder(method: str, task: Task, base: Base, chosen: Sequence[Expert], o
     choice = [method, task.sha256(), base.identity, [expert.sha256 for expert in chosen], options]
     digest = sha256_bytes(json.dumps(choice, sort_keys=True, default=str).encode())[:12]
     return output.resolve().with_name(f".{output.name}.training-{digest}")
-
-
-def _train(trainer: Trainer, checkpoint: Path | None) -> None:
-    """Train, from a checkpoint if there is one.
-
-    A run that was killed after its training had ended is not trained on: the Trainer would forget that early
-    stopping has ended it.
-    """
-    from safetensors.torch import load_file
-    from transformers import TrainerState
-
-    if checkpoint is not None:
-        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-        if state.stateful_callbacks["TrainerControl"]["args"]["should_training_stop"]:
-            trainer.state = state
-            best = Path(state.best_model_checkpoint or checkpoint)
-            trainer.model.load_state_dict(load_file(best / "model.safetensors"), strict=False)
-            return
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-
-
-def _last_whole_checkpoint(run: Path) -> Path | None:
-    """The newest checkpoint that a kill did not cut short."""
-    found = sorted(run.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
-    return next((path for path in found if _is_whole(path)), None)
-
-
-def _is_whole(checkpoint: Path) -> bool:
-    from safetensors.torch import load_file
-
-    archives = [checkpoint / "optimizer.pt", checkpoint / "scheduler.pt"]
-    archives += sorted(checkpoint.glob("rng_state*.pth")) or [checkpoint / "rng_state.pth"]
-    try:
-        state = json.loads((checkpoint / "trainer_state.json").read_text())
-        load_file(checkpoint / "model.safetensors")
-    except (OSError, ValueError, SafetensorError):
-        return False
-    best = state.get("best_model_checkpoint")
-    return all(map(is_zipfile, archives)) and (best is None or (Path(best) / "model.safetensors").is_file())

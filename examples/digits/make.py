@@ -33,7 +33,8 @@ from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 from pimerge.base import find_base
 from pimerge.cli.console import quiet_libraries
 from pimerge.task import open_task
-from pimerge.tuning import Options, tune
+from pimerge.training import Options
+from pimerge.tuning import tune
 
 SEED = 0
 # scans of each digit; the rest of its 174 to 183 is the test part
@@ -252,7 +253,9 @@ def train_expert(folder: Path, name: str, options: Options) -> None:
     task = open_task(folder / "tasks" / name)
     base = find_base("base", None, folder)
     result = tune("scratch", task, base, [], None, folder / "experts" / name, options, device="cpu")
-    print(f"{name}: held-out loss {result.held_out_loss:.3f} after {result.epochs:.0f} epochs", flush=True)
+    print(
+        f"{name}: held-out loss {result.outcome.held_out_loss:.3f} after {result.outcome.epochs:.0f} epochs", flush=True
+    )
 
 
 if __name__ == "__main__":

@@ -22,7 +22,10 @@ def tune(
     base: options.BaseReference = None,
     shots: options.Shots = None,
     epochs: Annotated[float, typer.Option(help="Most passes over the training examples.")] = 30,
-    lr: Annotated[float, typer.Option(help="Learning rate of factors and head.")] = 2e-3,
+    lr: Annotated[
+        float | None,
+        typer.Option(help="Learning rate of factors and head. Default: 0.002 if factors train, else 0.005."),
+    ] = None,
     weights_lr: Annotated[float, typer.Option(help="Learning rate of the experts' weights.")] = 5e-2,
     batch_size: Annotated[int, typer.Option(help="Examples of a step.")] = 16,
     seed: options.Seed = 0,
@@ -52,7 +55,8 @@ def tune(
     A run that was interrupted goes on where it was when the same command is given again.
     """
     from pimerge import strategies
-    from pimerge.tuning import STARTS, Options
+    from pimerge.training import Options
+    from pimerge.tuning import STARTS
     from pimerge.tuning import tune as tune_experts
 
     plan = strategies.load("tune_methods", method).PLAN
@@ -94,21 +98,21 @@ def tune(
                 "experts": result.experts,
                 "rank": result.rank,
                 "truncation": result.truncation,
-                "epochs": result.epochs,
-                "train_loss": result.train_loss,
-                "held_out_loss": result.held_out_loss,
+                "epochs": result.outcome.epochs,
+                "train_loss": result.outcome.train_loss,
+                "held_out_loss": result.outcome.held_out_loss,
                 "examples": result.examples,
-                "trained_parameters": result.trained_parameters,
+                "trained_parameters": result.outcome.trained_parameters,
                 "weights": result.weights,
             }
         )
         return
     rows = [
         ["method", method],
-        ["trained on", f"{result.examples} examples, {result.epochs:.0f} epochs"],
-        ["trained parameters", str(result.trained_parameters)],
-        ["train loss", f"{result.train_loss:.4f}"],
-        ["held-out loss", "–" if result.held_out_loss is None else f"{result.held_out_loss:.4f}"],
+        ["trained on", f"{result.examples} examples, {result.outcome.epochs:.0f} epochs"],
+        ["trained parameters", str(result.outcome.trained_parameters)],
+        ["train loss", f"{result.outcome.train_loss:.4f}"],
+        ["held-out loss", "–" if result.outcome.held_out_loss is None else f"{result.outcome.held_out_loss:.4f}"],
         ["rank", f"{result.rank} (error {result.truncation:.2%})"],
     ]
     if plan.experts:

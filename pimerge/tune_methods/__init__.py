@@ -28,3 +28,8 @@ class Plan:
     train_weights: bool = False
     train_experts: bool = False
     ranked_start: bool = False
+
+    @property
+    def lr(self) -> float:
+        """The learning rate where the user gives none: factors want a smaller one than a head on frozen features."""
+        return 2e-3 if self.train_experts else 5e-3

@@ -1,0 +1,339 @@
+"""Train a composed model on a target's examples, by transformers' Trainer.
+
+Mixed precision, schedules, early stopping, several GPUs and checkpoints come with the Trainer. A run that was
+killed goes on from its last whole checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from zipfile import is_zipfile
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from pimerge.composition import GRANULARITIES, Mixture
+from pimerge.errors import PimergeError, Problems
+from pimerge.files import disk_errors
+from pimerge.model import LoadedBase, in_head
+from pimerge.progress import Track, silent
+from pimerge.task_types import Examples
+
+if TYPE_CHECKING:
+    from transformers import Trainer, TrainingArguments
+
+_ROOM_FOR_CHECKPOINTS = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to train.
+
+    Attributes:
+        epochs: most passes over the training examples; early stopping may end it before.
+        lr: learning rate of factors and head; None for the method's own. ``weights_lr``: of the mixture's logits.
+        holdout: share of the training examples kept for early stopping, the same of each class; 0 for none.
+        patience: epochs without a better held-out loss before it stops.
+        shots: examples drawn of each class; None for all.
+        rank: of the exported expert; None keeps every direction.
+        fresh_rank, fresh_alpha, fresh_modules: of a fresh expert; None for the pool's, else r = alpha = 8 on
+            the modules that PEFT adapts in this architecture.
+        init_seed: of a fresh expert, so that several tasks share one init; ``seed`` decides all else.
+    """
+
+    epochs: float = 30
+    lr: float | None = None
+    weights_lr: float = 5e-2
+    batch_size: int = 16
+    seed: int = 0
+    holdout: float = 0.2
+    patience: int = 8
+    shots: int | None = None
+    label_smoothing: float = 0.1
+    warmup: float = 0.06
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    granularity: str = "matrix"
+    rank: int | None = None
+    fresh_rank: int | None = None
+    fresh_alpha: float | None = None
+    fresh_modules: tuple[str, ...] | None = None
+    init_seed: int = 0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a training went.
+
+    Attributes:
+        epochs: passes over the training examples until it ended.
+        train_loss: of the last pass; ``held_out_loss``: the best one, None without held-out examples.
+        trained_parameters: numbers that trained.
+        writes: whether this process writes the result (under ``accelerate launch`` one of several does).
+    """
+
+    epochs: float
+    train_loss: float
+    held_out_loss: float | None
+    trained_parameters: int
+    writes: bool
+
+
+def train(
+    loaded: LoadedBase,
+    mixture: Mixture,
+    train_examples: Examples,
+    held_out: Examples | None,
+    run: Path,
+    options: Options,
+    precision: torch.dtype,
+    *,
+    track: Track = silent,
+    note: Callable[[str], None] = lambda message: None,
+) -> Outcome:
+    """Train the head and whatever requires gradients in a composed model; the best held-out state stays in it.
+
+    Args:
+        loaded: the base that holds the composition.
+        mixture: its weights.
+        run: the folder of the checkpoints; a whole one that lies there is gone on from.
+        precision: float32, or bfloat16 for mixed precision.
+
+    Raises:
+        PimergeError: if the disk is full or the training diverges.
+    """
+    model = _trainable(loaded, mixture)
+    checkpoint = _last_whole_checkpoint(run)
+    if checkpoint is not None:
+        note(f"resuming from {checkpoint.name} of an interrupted run")
+    trainer = _trainer(model, mixture, train_examples, held_out, run, options, precision, track)
+    with _training_errors(run):
+        _train(trainer, checkpoint)
+    _require_converged(model)
+    return Outcome(
+        epochs=trainer.state.epoch,
+        train_loss=[entry["loss"] for entry in trainer.state.log_history if "loss" in entry][-1],
+        held_out_loss=trainer.state.best_metric,
+        trained_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        writes=trainer.is_world_process_zero(),
+    )
+
+
+def check_options(options: Options) -> None:
+    """Check the numbers.
+
+    Raises:
+        PimergeError: with each that does not fit.
+    """
+    problems = Problems()
+    positive = ("epochs", "lr", "weights_lr", "batch_size", "patience", "max_grad_norm")
+    for field in positive:
+        if getattr(options, field) is not None and not getattr(options, field) > 0:
+            problems.add(f"--{field.replace('_', '-')} is {getattr(options, field)}, expected more than 0")
+    for field in ("holdout", "label_smoothing", "warmup"):
+        if not 0 <= getattr(options, field) < 1:
+            problems.add(f"--{field.replace('_', '-')} is {getattr(options, field)}, expected 0 or more and below 1")
+    for field in ("rank", "fresh_rank", "shots"):
+        if getattr(options, field) is not None and getattr(options, field) < 1:
+            problems.add(f"--{field.replace('_', '-')} is {getattr(options, field)}, expected at least 1")
+    if options.granularity not in GRANULARITIES:
+        problems.add(f"--granularity is '{options.granularity}'", f"expected {', '.join(GRANULARITIES)}")
+    problems.raise_any("the options do not fit")
+
+
+def split_holdout(labels: Sequence[int], share: float, seed: int) -> tuple[list[int], list[int]]:
+    """Indices to train on and to hold out, the same share of each class, at least one to train on.
+
+    >>> split_holdout([0, 0, 0, 0, 1, 1, 1, 1], 0.25, seed=0)
+    ([1, 2, 3, 5, 6, 7], [0, 4])
+    """
+    generator = torch.Generator().manual_seed(seed)
+    held_out: list[int] = []
+    for label in sorted(set(labels)):
+        members = [index for index, value in enumerate(labels) if value == label]
+        order = torch.randperm(len(members), generator=generator).tolist()
+        count = min(round(share * len(members)), len(members) - 1)
+        held_out += [members[i] for i in order[:count]]
+    kept = set(held_out)
+    return [index for index in range(len(labels)) if index not in kept], sorted(held_out)
+
+
+def _trainable(loaded: LoadedBase, mixture: Mixture) -> nn.Module:
+    """The composed model as the Trainer sees it: its state is what trains, so checkpoints are small."""
+    for name, parameter in loaded.model.named_parameters():
+        if in_head(name, loaded.head):
+            parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+            parameter.requires_grad_(True)
+
+    class Trainable(nn.Module):
+        accepts_loss_kwargs = False
+        _keys_to_ignore_on_save = None
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.model, self.mixture, self.config = loaded.model, mixture, loaded.config
+
+        def forward(self, **batch: Any) -> Any:
+            return self.model(**batch)
+
+        def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+            trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+            return {k: v for k, v in super().state_dict(*args, **kwargs).items() if k in trained}
+
+    return Trainable()
+
+
+def _trainer(
+    model: nn.Module,
+    mixture: Mixture,
+    train: Examples,
+    held_out: Examples | None,
+    run: Path,
+    options: Options,
+    precision: torch.dtype,
+    track: Track,
+) -> Trainer:
+    from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainingArguments
+
+    arguments = TrainingArguments(
+        output_dir=str(run),
+        num_train_epochs=options.epochs,
+        per_device_train_batch_size=options.batch_size,
+        per_device_eval_batch_size=max(64, options.batch_size),
+        lr_scheduler_type="cosine",
+        warmup_steps=options.warmup,  # below 1 it is a share of all steps
+        max_grad_norm=options.max_grad_norm,
+        label_smoothing_factor=options.label_smoothing,
+        bf16=precision == torch.bfloat16,
+        use_cpu=mixture.logits.device.type == "cpu",
+        seed=options.seed,
+        data_seed=options.seed,
+        eval_strategy="epoch" if held_out else "no",
+        save_strategy="epoch",
+        save_total_limit=2,
+        restore_callback_states_from_checkpoint=True,  # a resumed run keeps its patience
+        load_best_model_at_end=held_out is not None,
+        metric_for_best_model="eval_loss" if held_out else None,
+        greater_is_better=False if held_out else None,
+        logging_strategy="epoch",
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        dataloader_pin_memory=mixture.logits.device.type == "cuda",
+    )
+    callbacks: list[Any] = [_progress_callback(track)]
+    if held_out:
+        callbacks.append(EarlyStoppingCallback(options.patience))
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=train,
+        eval_dataset=held_out,
+        data_collator=train.collate,
+        callbacks=callbacks,
+        optimizers=(_optimizer(model, mixture, options), None),
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _optimizer(model: nn.Module, mixture: Mixture, options: Options) -> torch.optim.Optimizer:
+    """AdamW; the mixture's logits have their own learning rate and no decay."""
+    others = [p for p in model.parameters() if p.requires_grad and p is not mixture.logits]
+    groups: list[dict[str, Any]] = [{"params": others, "lr": options.lr, "weight_decay": options.weight_decay}]
+    if mixture.logits.requires_grad:
+        groups.append({"params": [mixture.logits], "lr": options.weights_lr, "weight_decay": 0.0})
+    return torch.optim.AdamW(groups)
+
+
+def _progress_callback(track: Track) -> Any:
+    from transformers import TrainerCallback
+
+    class Progress(TrainerCallback):  # type: ignore[misc]
+        """Shows steps and the last loss."""
+
+        def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+            self.context = track("training", state.max_steps, "steps")
+            self.advance = self.context.__enter__()
+            self.advance(state.global_step)
+            self.loss = ""
+
+        def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+            self.advance(1, self.loss)
+
+        def on_log(self, args: TrainingArguments, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            if logs and "loss" in logs:
+                self.loss = f"loss {float(logs['loss']):.3f}"
+            if logs and "eval_loss" in logs:
+                self.loss = f"{self.loss.partition(',')[0]}, held out {float(logs['eval_loss']):.3f}"
+
+        def on_train_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+            self.context.__exit__(None, None, None)
+
+    return Progress()
+
+
+@contextmanager
+def _training_errors(run: Path) -> Iterator[None]:
+    """Report a disk that is full while checkpoints are written, in whatever words the libraries put it."""
+    try:
+        with disk_errors(run):
+            yield
+    except (RuntimeError, SafetensorError) as error:
+        if shutil.disk_usage(run.parent).free > _ROOM_FOR_CHECKPOINTS:
+            raise
+        raise PimergeError(
+            f"cannot write checkpoints to '{run}': the disk is full", "free some space or choose another --output"
+        ) from error
+
+
+def _require_converged(model: nn.Module) -> None:
+    if not all(bool(p.isfinite().all()) for p in model.parameters() if p.requires_grad):
+        raise PimergeError("the training diverged: NaN or Inf in what was trained", "pass a lower --lr or --weights-lr")
+
+
+def _train(trainer: Trainer, checkpoint: Path | None) -> None:
+    """Train, from a checkpoint if there is one.
+
+    A run that was killed after its training had ended is not trained on: the Trainer would forget that early
+    stopping has ended it.
+    """
+    from safetensors.torch import load_file
+    from transformers import TrainerState
+
+    if checkpoint is not None:
+        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        if state.stateful_callbacks["TrainerControl"]["args"]["should_training_stop"]:
+            trainer.state = state
+            best = Path(state.best_model_checkpoint or checkpoint)
+            trainer.model.load_state_dict(load_file(best / "model.safetensors"), strict=False)
+            return
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+
+
+def _last_whole_checkpoint(run: Path) -> Path | None:
+    """The newest checkpoint that a kill did not cut short."""
+    found = sorted(run.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
+    return next((path for path in found if _is_whole(path)), None)
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    from safetensors.torch import load_file
+
+    archives = [checkpoint / "optimizer.pt", checkpoint / "scheduler.pt"]
+    archives += sorted(checkpoint.glob("rng_state*.pth")) or [checkpoint / "rng_state.pth"]
+    try:
+        state = json.loads((checkpoint / "trainer_state.json").read_text())
+        load_file(checkpoint / "model.safetensors")
+    except (OSError, ValueError, SafetensorError):
+        return False
+    best = state.get("best_model_checkpoint")
+    return all(map(is_zipfile, archives)) and (best is None or (Path(best) / "model.safetensors").is_file())

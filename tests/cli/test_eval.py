@@ -1,0 +1,96 @@
+"""``pimerge eval`` as it is typed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from pimerge.evaluation import evaluate
+from pimerge.expert import open_expert
+from pimerge.task import open_task
+from tests.conftest import MakeExpert, Shell
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, make_expert: MakeExpert, vit_base: Path, parity_task: Path) -> Path:
+    folder = tmp_path_factory.mktemp("made") / "deep"
+    for seed, name in enumerate(("x", "tuned", "merged")):
+        make_expert(folder / name, vit_base, parity_task, seed=seed)
+    make_expert(folder / "headless", vit_base, head=False)
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path: Path, made: Path, monkeypatch: pytest.MonkeyPatch, shell: Shell) -> Path:
+    """./x, ./tuned and ./merged in the working folder, as deep as they were made."""
+    shutil.copytree(made, tmp_path / "deep")
+    monkeypatch.chdir(tmp_path / "deep")
+    return tmp_path / "deep"
+
+
+def test_tuned_and_merged_are_scored_by_default_beside_the_base(folder: Path, shell: Shell) -> None:
+    x = open_expert(folder / "x")
+    experts = [open_expert(folder / name) for name in ("tuned", "merged")]
+    expected = [asdict(score) for score in evaluate(experts, open_task(x.path), x.base, x)]
+    document = shell("eval", "--target", "x", "--json").document
+    assert document == {"target": "x", "split": "test", "scores": expected}
+    assert [score["name"] for score in document["scores"]] == ["(base)", "tuned", "merged"]
+
+
+def test_the_table_goes_to_standard_output_and_the_rest_elsewhere(folder: Path, shell: Shell) -> None:
+    result = shell("eval", "merged", "--target", "x")
+    assert result.code == 0
+    (score,) = [
+        s for s in shell("eval", "merged", "--target", "x", "--json").document["scores"] if s["name"] == "merged"
+    ]
+    assert f"{score['accuracy']:.1%}" in result.out
+    assert f"{score['loss']:.3f}" in result.out
+    assert "the head of x" in result.out
+    assert "on the test split of x" in result.err
+    assert shell("eval", "merged", "--target", "x", "--quiet").err == ""
+
+
+def test_without_a_target_the_first_experts_task_is_taken(folder: Path, shell: Shell) -> None:
+    document = shell("eval", "merged", "--json").document
+    assert document["target"] == "merged"
+
+
+def test_the_result_can_be_written_too(folder: Path, shell: Shell) -> None:
+    result = shell("eval", "tuned", "--target", "x", "-o", "scores.json", "--json")
+    assert json.loads((folder / "scores.json").read_text()) == result.document
+    refused = shell("eval", "tuned", "--target", "x", "-o", "scores.json")
+    assert refused.code == 3
+    assert "is there already" in refused.err
+    assert shell("eval", "tuned", "--target", "x", "-o", "scores.json", "--force").code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "expected"),
+    [
+        (["headless", "nowhere/1"], 3, "nowhere/1"),
+        (["headless", "--target", "x"], 3, "it has no head"),
+        (["headless"], 3, "the target is not known"),
+        (["tuned", "--target", "nowhere/1"], 3, "nowhere/1"),
+        (["tuned", "--device", "gpu"], 3, "the device 'gpu' cannot be used"),
+        (["tuned", "--no-such-option"], 2, "--no-such-option"),
+    ],
+)
+def test_wrong_input_ends_with_its_code_and_a_message(
+    folder: Path, shell: Shell, arguments: list[str], code: int, expected: str
+) -> None:
+    result = shell("eval", *arguments)
+    assert result.code == code
+    assert result.out == ""
+    assert expected in result.err
+    assert "Traceback" not in result.err
+
+
+def test_nothing_to_score_says_what_to_do(shell: Shell) -> None:
+    result = shell("eval")
+    assert result.code == 3
+    assert "there is nothing to score" in result.err
+    assert "pimerge tune" in result.err

@@ -1,0 +1,95 @@
+"""``pimerge inspect`` as it is typed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from typer.testing import Result
+
+from pimerge.errors import PimergeError
+from tests.conftest import MakeExpert
+from tests.raw import raw_expert, set_config, updates_of
+
+Cli = Callable[..., Result]
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory: pytest.TempPathFactory, vit_base: Path, parity_task: Path, make_expert: MakeExpert) -> Path:
+    """Two experts alike, one of another init, one that cannot be used; only read here, so made once."""
+    folder = tmp_path_factory.mktemp("made") / "experts"
+    make_expert(folder / "a", vit_base, parity_task, seed=0)
+    make_expert(folder / "b", vit_base, parity_task, seed=1)
+    make_expert(folder / "c", vit_base, parity_task, init_seed=9, use_rslora=True)
+    set_config(raw_expert(folder / "d", updates_of({"q": (3, 2, 4)})), use_dora=True)
+    return folder
+
+
+@pytest.fixture
+def inspect(cli: Cli, pool: Path, monkeypatch: pytest.MonkeyPatch) -> Cli:
+    """Run ``pimerge inspect`` in the folder that holds ./experts."""
+    monkeypatch.chdir(pool.parent)
+    return lambda *arguments: cli("inspect", *arguments)
+
+
+def cells(result: Result) -> dict[str, list[str]]:
+    """Expert → the words of its row."""
+    return {words[0]: words[1:] for line in result.stdout.splitlines()[1:] if (words := line.split())}
+
+
+def test_the_pool_is_a_table_of_what_each_expert_is(inspect: Cli) -> None:
+    result = inspect()
+    assert result.exit_code == 0
+    rows = cells(result)
+    assert list(rows) == ["a", "b", "c", "d"]
+    assert rows["a"][0] == "lora"
+    assert rows["a"][2:7] == ["4", "8", "4", str(4 * 4 * (16 + 16)), "F32"]
+    assert [rows[name][-2:] for name in "abcd"] == [["1/3", "2/3"], ["1/3", "2/3"], ["0/3", "2/3"], ["no", "no"]]
+    assert "d: use_dora is on: DoRA" in result.stderr
+    assert "a cannot be ranked with c: its init differs" in result.stderr
+    assert "\x1b" not in result.output
+
+
+def test_json_is_one_document(inspect: Cli, pool: Path) -> None:
+    result = inspect("experts", "--json")
+    document = {entry["expert"]: entry for entry in json.loads(result.stdout)}
+    assert result.stderr == ""
+    a = document["a"]
+    assert a["sha256"] == hashlib.sha256((pool / "a" / "adapter_model.safetensors").read_bytes()).hexdigest()
+    assert (a["ranks"], a["alphas"], a["modules"], a["parameters"]) == ([4], [8.0], 4, 512)
+    assert (a["ranks_with"], a["merges_with"]) == (["b"], ["b", "c"])
+    assert a["task"]["labels"] == ["even", "odd"]
+    assert [problem["message"] for problem in document["d"]["problems"]] == [
+        "use_dora is on: DoRA rescales the columns of W0 + ΔW, which is not linear in (B, A)"
+    ]
+
+
+def test_quiet_still_says_what_is_wrong_but_no_hints(inspect: Cli) -> None:
+    result = inspect("-q")
+    assert "d: use_dora is on" in result.stderr
+    assert "cannot be ranked" not in result.stderr
+
+
+def test_one_expert_alone_is_looked_at(inspect: Cli) -> None:
+    assert cells(inspect("experts/a"))["a"][-2:] == ["0/0", "0/0"]
+
+
+def test_another_base_can_be_given(inspect: Cli, bert_base: Path) -> None:
+    document = json.loads(inspect("experts/a", "--base", bert_base, "--json").stdout)[0]
+    assert document["problems"]
+    assert document["ranks_with"] == []
+
+
+def test_a_pool_that_is_not_there_is_an_error(cli: Cli) -> None:
+    result = cli("inspect")
+    assert isinstance(result.exception, PimergeError)
+    assert "there is no folder 'experts'" in str(result.exception)
+
+
+def test_help_names_the_options(cli: Cli) -> None:
+    result = cli("inspect", "--help")
+    assert result.exit_code == 0
+    assert all(option in result.stdout for option in ("--json", "--quiet", "--base"))

@@ -1,0 +1,292 @@
+"""``pimerge merge`` as it is typed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import Tensor
+from typer.testing import Result
+
+from pimerge.errors import PimergeError
+from pimerge.expert import Expert, open_expert
+from pimerge.ranking import Candidate, Ranking, Reference
+from tests.conftest import MakeExpert, dense_deltas, logits_of, model_for
+from tests.raw import normal, raw_expert, set_config, updates_of
+
+Cli = Callable[..., Result]
+NAMES = ("x", "y", "z")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, vit_base: Path, parity_task: Path, make_expert: MakeExpert) -> Path:
+    """Three experts, made once."""
+    folder = tmp_path_factory.mktemp("made") / "experts"
+    for i, name in enumerate(NAMES):
+        make_expert(folder / name, vit_base, parity_task, seed=i, r=2 + i)
+    return folder
+
+
+@pytest.fixture
+def pool(cli: Cli, tmp_path: Path, made: Path) -> dict[str, Expert]:
+    """The three in ./experts (as deep as they were made, so that their tasks are found), opened, by name."""
+    shutil.copytree(made, tmp_path / "experts")
+    return {name: open_expert(tmp_path / "experts" / name) for name in NAMES}
+
+
+def write_ranking(pool: dict[str, Expert], target: str, scores: dict[str, float]) -> None:
+    """A ranking of the working folder, written without ``pimerge rank``."""
+
+    def reference(name: str) -> dict[str, str]:
+        return {"name": name, "path": f"experts/{name}", "sha256": pool[name].sha256}
+
+    ranking = Ranking(
+        target=Reference(**reference(target)),
+        measure="fisher",
+        k=len(scores),
+        selected=list(scores),
+        why="by hand",
+        candidates=[Candidate(**reference(name), score=score) for name, score in scores.items()],
+        not_comparable=[],
+    )
+    Path("ranking.json").write_text(ranking.model_dump_json())
+
+
+def assert_weights(output: str, pool: dict[str, Expert], weights: dict[str, float], atol: float = 1e-6) -> None:
+    """The output's ΔW is the weighted sum of the pool's."""
+    found = dense_deltas(open_expert(output))
+    dense = {name: dense_deltas(pool[name]) for name in weights}
+    for module, delta in found.items():
+        expected = torch.stack([weight * dense[name][module] for name, weight in weights.items()]).sum(0)
+        torch.testing.assert_close(delta, expected, rtol=0, atol=atol)
+    written = json.loads((Path(output) / "coefficients.json").read_text())
+    assert [Path(output, path).resolve().name for path in written["experts"]] == list(weights)
+    for values in written["weights"].values():
+        assert values == pytest.approx(list(weights.values()))
+
+
+def test_uniform_is_the_mean_of_the_experts_given(cli: Cli, pool: dict[str, Expert]) -> None:
+    result = cli("merge", "experts/x", "experts/y", "experts/z", "--head", "average")
+    assert result.exit_code == 0, result.output
+    assert_weights("merged", pool, dict.fromkeys(NAMES, 1 / 3))
+    assert "100.00%" not in result.stdout
+    assert "x 0.333, y 0.333, z 0.333" in result.stderr
+    assert "next: pimerge eval merged" in result.stderr
+
+
+def test_interpolated_takes_the_weights_in_order(cli: Cli, pool: dict[str, Expert]) -> None:
+    arguments = ["--method", "interpolated", "--weights", "0.7,-0.2", "--head", "none", "-o", "out"]
+    assert cli("merge", "experts/z", "experts/x", *arguments).exit_code == 0
+    assert_weights("out", pool, {"z": 0.7, "x": -0.2})
+
+
+def softmax(*scores: float) -> list[float]:
+    """Softmax."""
+    values: list[float] = torch.tensor(scores, dtype=torch.float64).softmax(0).tolist()
+    return values
+
+
+def test_uniform_takes_what_the_ranking_selected(cli: Cli, pool: dict[str, Expert], vit_base: Path) -> None:
+    write_ranking(pool, "x", {"y": 2.0, "z": 1.0})
+    assert cli("merge").exit_code == 0
+    assert_weights("merged", pool, {"y": 0.5, "z": 0.5})
+    model = PeftModel.from_pretrained(model_for(vit_base), "merged")
+    head = model.base_model.model.classifier.modules_to_save["default"].weight
+    assert torch.equal(head, pool["x"].head_tensors()["classifier.weight"])  # the target's own
+
+
+@pytest.mark.parametrize("alpha", [None, 0.0, 0.4, 1.0])
+def test_interpolated_joins_the_targets_own_expert(cli: Cli, pool: dict[str, Expert], alpha: float | None) -> None:
+    write_ranking(pool, "x", {"z": 2.0, "y": 1.0})
+    given = [] if alpha is None else ["--alpha", alpha]
+    result = cli("merge", "--method", "interpolated", *given)
+    assert result.exit_code == 0, result.output
+    share = 1 / 3 if alpha is None else alpha
+    z, y = softmax(2.0, 1.0)
+    assert_weights("merged", pool, {"x": share, "z": (1 - share) * z, "y": (1 - share) * y})
+
+
+def test_coefficients_merge_again_module_by_module(cli: Cli, pool: dict[str, Expert]) -> None:
+    modules = sorted(pool["x"].modules)
+    weights = {name: [i / 10, 1 - i / 10] for i, name in enumerate(modules)}
+    document = {
+        "method": "learned",
+        "granularity": "matrix",
+        "experts": ["../experts/x", "../experts/y"],
+        "sha256": [pool["x"].sha256, pool["y"].sha256],
+        "experts_trained": False,
+        "weights": weights,
+    }
+    Path("tuned").mkdir()
+    Path("tuned/coefficients.json").write_text(json.dumps(document))
+    assert cli("merge", "--coefficients", "tuned/coefficients.json", "--target", "experts/x").exit_code == 0
+    found, x, y = (dense_deltas(open_expert(name)) for name in ("merged", "experts/x", "experts/y"))
+    for name, (first, second) in weights.items():
+        torch.testing.assert_close(found[name], first * x[name] + second * y[name], rtol=0, atol=1e-6)
+    document["sha256"] = [pool["y"].sha256, pool["x"].sha256]
+    Path("tuned/coefficients.json").write_text(json.dumps(document))
+    with pytest.raises(PimergeError, match=r"are not those of 'tuned/coefficients\.json'"):
+        raise_from(cli("merge", "--coefficients", "tuned/coefficients.json", "--force"))
+
+
+def raise_from(result: Result) -> None:
+    """Raise what a command raised."""
+    assert result.exception is not None, result.output
+    raise result.exception
+
+
+def test_the_logits_are_those_of_the_dense_sum(cli: Cli, pool: dict[str, Expert], vit_base: Path) -> None:
+    assert cli("merge", "experts/x", "experts/y", "--target", "x", "--head", "none", "-q").exit_code != 0
+    assert cli("merge", "experts/x", "experts/y", "--target", "experts/x", "-q").exit_code == 0
+    reference = model_for(vit_base)
+    weights = reference.state_dict()
+    for name in ("x", "y"):
+        for module, delta in dense_deltas(pool[name]).items():
+            weights[f"{module}.weight"] = weights[f"{module}.weight"] + 0.5 * delta.float()
+    reference.load_state_dict(weights | pool["x"].head_tensors())
+    batch: dict[str, Tensor] = {"pixel_values": normal(2, 3, 16, 16)}
+    found = logits_of(PeftModel.from_pretrained(model_for(vit_base), "merged").eval(), batch)
+    torch.testing.assert_close(found, logits_of(reference, batch), rtol=0, atol=1e-5)
+
+
+def test_a_rank_reports_the_error_of_eckart_and_young(cli: Cli, pool: dict[str, Expert]) -> None:
+    result = cli("merge", "experts/x", "experts/y", "--head", "none", "--rank", "1", "--json")
+    document = json.loads(result.stdout)
+    lost = energy = 0.0
+    x, y = dense_deltas(pool["x"]), dense_deltas(pool["y"])
+    for name in x:
+        singular = torch.linalg.svdvals((x[name] + y[name]) / 2)
+        own = float(singular[1:].norm() / singular.norm())
+        assert document["modules"][name] == {"rank": 1, "truncation": pytest.approx(own, rel=1e-6)}
+        lost, energy = lost + float(singular[1:].square().sum()), energy + float(singular.square().sum())
+    assert document["truncation"] == pytest.approx((lost / energy) ** 0.5, rel=1e-6)
+    assert open_expert("merged").ranks == (1,)
+
+
+def test_json_is_one_document_and_nothing_else(cli: Cli, pool: dict[str, Expert]) -> None:
+    result = cli("merge", "experts/x", "experts/y", "--head", "none", "--json", "--quiet")
+    document = json.loads(result.stdout)
+    assert result.stderr == ""
+    assert document["experts"] == ["x", "y"]
+    assert (document["weights"], document["output"], document["truncation"]) == ([0.5, 0.5], "merged", 0.0)
+
+
+def test_quiet_leaves_the_table_and_no_hints(cli: Cli, pool: dict[str, Expert]) -> None:
+    result = cli("merge", "experts/x", "experts/y", "--head", "none", "-q")
+    assert result.stderr == ""
+    assert result.stdout.split()[:3] == ["module", "rank", "error"]
+    assert "\x1b" not in result.output
+
+
+def test_the_same_command_gives_the_same_bytes(cli: Cli, pool: dict[str, Expert]) -> None:
+    for name in ("one", "two"):
+        assert cli("merge", "experts/x", "experts/y", "--head", "average", "-o", name).exit_code == 0
+    assert {f.name for f in Path("one").iterdir()} == {f.name for f in Path("two").iterdir()}
+    assert all(file.read_bytes() == (Path("two") / file.name).read_bytes() for file in Path("one").iterdir())
+
+
+def test_dtype_is_that_asked_for(cli: Cli, pool: dict[str, Expert]) -> None:
+    assert cli("merge", "experts/x", "--head", "none", "--dtype", "bfloat16").exit_code == 0
+    assert open_expert("merged").dtypes == ("BF16",)
+
+
+def test_a_targets_task_folder_is_enough_without_a_head(cli: Cli, pool: dict[str, Expert], parity_task: Path) -> None:
+    result = cli("merge", "experts/x", "experts/y", "--target", parity_task, "--head", "none")
+    assert result.exit_code == 0, result.exception
+    assert_weights("merged", pool, {"x": 0.5, "y": 0.5})
+
+
+def contents() -> dict[str, bytes]:
+    """Every file below the working folder."""
+    return {str(file): file.read_bytes() for file in Path().rglob("*") if file.is_file()}
+
+
+TWO = ("experts/x", "experts/y")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "there is no ranking 'ranking.json'"),
+        ((*TWO, "--method", "unifrom"), "there is no merge method 'unifrom'\n.*did you mean 'uniform'"),
+        ((*TWO, "--method", "interpolated"), "'interpolated' needs weights"),
+        ((*TWO, "--weights", "0.5,0.5"), "'uniform' takes no weights"),
+        ((*TWO, "--method", "interpolated", "--weights", "1"), r"--weights holds 1 numbers for 2 experts \(x, y\)"),
+        ((*TWO, "--method", "interpolated", "--weights", "1,nan"), "--weights holds 'nan'"),
+        ((*TWO, "--method", "interpolated", "--weights", "1,,2"), "--weights holds ''"),
+        ((*TWO, "--method", "interpolated", "--weights", "1,2", "--alpha", "0.5"), "exclude each other"),
+        ((*TWO, "--alpha", "0.5"), "--alpha is for 'interpolated'"),
+        ((*TWO, "--rank", "0"), "--rank is '0'"),
+        ((*TWO, "--rank", "²"), "--rank is '²'"),
+        ((*TWO, "--rank", "-1"), "--rank is '-1'"),
+        ((*TWO, "--dtype", "int8"), "--dtype is 'int8'"),
+        ((*TWO, "--head", "mean"), "--head is 'mean'"),
+        (TWO, "it is not known which is the target's"),
+        ((*TWO, "--target", "nowhere"), "there is no expert 'nowhere'"),
+        ((*TWO, "gone", "also/gone"), "gone"),
+        ((*TWO, "-o", "experts/x", "--force"), "the output 'experts/x' is the expert 'x' or holds it"),
+        ((*TWO, "-o", "experts", "--force"), "the output 'experts' is the expert 'x' or holds it"),
+        ((*TWO, "--target", "experts/z", "-o", "experts/z", "--force"), "'experts/z' is the expert 'z'"),
+        ((*TWO, "-o", ".", "--force"), "working folder"),
+        ((*TWO, "-o", "..", "--force"), "working folder"),
+        ((*TWO, "-o", "experts"), "'experts' is there already\n.*--force"),
+        ((*TWO, "-o", "n" * 300), "name is too long"),
+        ((*TWO, "--head", "none", "-o", "experts/x/task.json/out"), "a part of the path is a file"),
+        ((*TWO, "--coefficients", "gone.json"), r"'gone\.json' is not there"),
+        ((*TWO, "--coefficients", "experts/x/task.json"), "expected the coefficients.json"),
+        ((*TWO, "--coefficients", "c.json", "--weights", "1,2"), "--coefficients excludes"),
+    ],
+)
+def test_what_is_wrong_is_said_and_nothing_is_written(
+    arguments: tuple[str, ...], message: str, cli: Cli, pool: dict[str, Expert]
+) -> None:
+    before = contents()
+    with pytest.raises(PimergeError, match=message):
+        raise_from(cli("merge", *arguments))
+    assert contents() == before
+
+
+def test_experts_that_do_not_fit_are_named(cli: Cli, pool: dict[str, Expert]) -> None:
+    other = raw_expert(Path("experts/other"), updates_of({"q": (3, 2, 4)}))
+    with pytest.raises(PimergeError, match="'other' has the base 'org/base'"):
+        raise_from(cli("merge", "experts/x", other, "--head", "none"))
+    set_config(Path("experts/x"), use_dora=True)
+    set_config(Path("experts/y"), bias="all")
+    with pytest.raises(PimergeError, match=r"(?s)DoRA.*bias is 'all'"):
+        raise_from(cli("merge", *TWO))
+
+
+def test_force_replaces_the_output(cli: Cli, pool: dict[str, Expert]) -> None:
+    assert cli("merge", *TWO, "--head", "none").exit_code == 0
+    assert cli("merge", "experts/z", "--head", "none", "--force").exit_code == 0
+    assert_weights("merged", pool, {"z": 1.0})
+    assert sorted(child.name for child in Path().iterdir()) == ["experts", "merged"]
+
+
+def test_the_program_ends_with_3_and_a_message_on_standard_error_only(cli: Cli, pool: dict[str, Expert]) -> None:
+    command = [sys.executable, "-m", "pimerge", "merge", *TWO, "--method", "tis"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "COLUMNS": "20"})
+    assert (done.returncode, done.stdout) == (3, "")
+    assert done.stderr.startswith("error: there is no merge method 'tis'\n  → known: interpolated, uniform")
+    assert "Traceback" not in done.stderr
+
+
+def test_wrong_usage_ends_with_2(cli: Cli) -> None:
+    assert cli("merge", "--no-such-option").exit_code == 2
+
+
+def test_help_lists_every_method_with_its_summary(cli: Cli) -> None:
+    result = cli("merge", "--help")
+    assert result.exit_code == 0
+    words = " ".join(result.stdout.replace("│", " ").split())
+    assert "Combine experts into one without training" in words
+    for name in ("uniform: The mean of the updates", "interpolated: A weighted sum"):
+        assert name in words

@@ -1,0 +1,171 @@
+"""``pimerge tune`` as it is typed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from pimerge.expert import open_expert
+from pimerge.ranking import Candidate, Ranking, Reference
+from tests.conftest import Finished, MakeExpert, Shell, write_json
+
+NAMES = ("x", "a", "b")
+SCORES = {"a": 0.8, "b": 0.1}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, make_expert: MakeExpert, vit_base: Path, parity_task: Path) -> Path:
+    """Experts and a ranking that selects a and b for x."""
+    folder = tmp_path_factory.mktemp("made")
+    for seed, name in enumerate(NAMES):
+        make_expert(folder / "experts" / name, vit_base, parity_task, seed=seed)
+
+    def reference(name: str) -> dict[str, str]:
+        return {"name": name, "path": f"experts/{name}", "sha256": open_expert(folder / "experts" / name).sha256}
+
+    ranking = Ranking(
+        target=Reference(**reference("x")),
+        measure="fisher",
+        k=2,
+        selected=["a", "b"],
+        why="a test",
+        candidates=[Candidate(**reference(name), score=score) for name, score in SCORES.items()],
+        not_comparable=[],
+    )
+    write_json(folder / "ranking.json", ranking.model_dump())
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path: Path, made: Path) -> Path:
+    """./experts and ./ranking.json, as deep as they were made."""
+    return Path(shutil.copytree(made, tmp_path, dirs_exist_ok=True))
+
+
+@pytest.fixture
+def tune(shell: Shell, folder: Path) -> Shell:
+    """``pimerge tune`` for an epoch on a few examples."""
+
+    def run(*arguments: object) -> Finished:
+        return shell("tune", "--epochs", 1, "--shots", 4, *arguments)
+
+    return run
+
+
+def start_of(folder: Path, output: str = "tuned") -> list[float]:
+    """The logits that the weights started from."""
+    start: list[float] = json.loads((folder / output / "pimerge.json").read_text())["options"]["start"]
+    return start
+
+
+def test_the_selected_experts_are_composed_and_the_weights_start_from_their_scores(tune: Shell, folder: Path) -> None:
+    result = tune()
+    assert result.code == 0
+    assert start_of(folder) == pytest.approx([0.8, 0.1])
+    assert "weight of a" in result.out
+    assert "next: pimerge eval tuned" in result.err
+    assert [input_["name"] for input_ in json.loads((folder / "tuned/pimerge.json").read_text())["inputs"]] == [
+        "a",
+        "b",
+    ]
+    assert open_expert(folder / "tuned").name == "tuned"
+
+
+def test_json_is_one_document_that_says_what_was_done(tune: Shell, folder: Path) -> None:
+    result = tune("--json", "--quiet", "--method", "interpolated")
+    document = result.document
+    assert result.err == ""
+    assert document["output"] == "tuned"
+    assert document["method"] == "interpolated"
+    assert document["experts"] == ["x", "a", "b"]
+    coefficients = json.loads((folder / "tuned/coefficients.json").read_text())
+    assert document["weights"] == coefficients["weights"]
+    assert document["rank"] == max(open_expert(folder / "tuned").ranks)
+    assert document["examples"] == 6  # 2 × 4 shots, a quarter of each class held out
+
+
+def test_an_equal_start_ignores_the_scores(tune: Shell, folder: Path) -> None:
+    tune("--start", "equal")
+    assert start_of(folder) == [0, 0]
+
+
+def test_experts_given_replace_those_of_the_ranking_and_keep_their_scores(tune: Shell, folder: Path) -> None:
+    tune("experts/b", "experts/a")
+    assert start_of(folder) == pytest.approx([0.1, 0.8])
+
+
+def test_methods_without_experts_take_none(tune: Shell, folder: Path) -> None:
+    refused = tune("experts/a", "--method", "scratch")
+    assert refused.code == 3
+    assert "'scratch' composes no experts, and 1 were given" in refused.err
+    assert tune("--method", "scratch", "--json").document["experts"] == ["fresh"]
+    assert open_expert(folder / "tuned").ranks == (4,)
+    assert not (folder / "tuned" / "coefficients.json").exists()
+
+
+def test_a_task_without_an_expert_can_be_the_target(tune: Shell, folder: Path, parity_task: Path) -> None:
+    (folder / "ranking.json").unlink()
+    result = tune("experts/a", "experts/b", "--method", "interpolated", "--target", parity_task, "--json")
+    assert result.code == 0
+    assert result.document["experts"] == ["fresh", "a", "b"]
+    assert "a fresh one takes its place" in result.err
+
+
+def test_a_rank_cuts_the_result(tune: Shell, folder: Path) -> None:
+    document = tune("--rank", 2, "--json").document
+    assert document["rank"] == 2
+    assert 0 < document["truncation"] < 1
+    assert open_expert(folder / "tuned").ranks == (2,)
+
+
+def test_an_output_that_is_there_needs_force(tune: Shell, folder: Path) -> None:
+    tune()
+    before = (folder / "tuned" / "adapter_model.safetensors").read_bytes()
+    refused = tune("--seed", 1)
+    assert refused.code == 3
+    assert "pass --force" in refused.err
+    assert (folder / "tuned" / "adapter_model.safetensors").read_bytes() == before
+    assert tune("--seed", 1, "--force").code == 0
+    assert (folder / "tuned" / "adapter_model.safetensors").read_bytes() != before
+
+
+def test_an_expert_that_changed_since_it_was_ranked_is_refused(
+    tune: Shell, folder: Path, make_expert: MakeExpert, vit_base: Path
+) -> None:
+    make_expert(folder / "experts" / "a", vit_base, seed=9)
+    result = tune()
+    assert result.code == 3
+    assert "has changed since 'ranking.json' was written" in result.err
+
+
+def test_another_target_than_the_rankings_needs_experts(tune: Shell) -> None:
+    result = tune("--target", "experts/a")
+    assert result.code == 3
+    assert "ranks experts for 'x', not for 'experts/a'" in result.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "expected"),
+    [
+        (["--method", "lerned"], 3, ["did you mean 'learned'?"]),
+        (["--start", "zero"], 3, ["--start is 'zero'"]),
+        (["--rank", "none"], 3, ["--rank is 'none'"]),
+        (["--lr", "0", "--holdout", "1", "--granularity", "x"], 3, ["--lr is", "--holdout is", "--granularity is"]),
+        (["--ranking", "nowhere.json"], 3, ["there is no ranking 'nowhere.json'"]),
+        (["--dtype", "half"], 3, ["dtype is 'half'"]),
+        (["nowhere/1", "nowhere/2/x"], 3, ["nowhere/1", "nowhere/2/x"]),
+        (["--batch-size", "many"], 2, ["--batch-size"]),
+    ],
+)
+def test_wrong_input_ends_with_its_code_and_a_message(
+    tune: Shell, folder: Path, arguments: list[str], code: int, expected: list[str]
+) -> None:
+    result = tune(*arguments)
+    assert result.code == code
+    assert result.out == ""
+    assert all(part in result.err for part in expected)
+    assert "Traceback" not in result.err
+    assert not (folder / "tuned").exists()

@@ -1,0 +1,348 @@
+"""Tiny real models, tasks and experts, made once per test run from configs; nothing comes from the network.
+
+Experts are made by PEFT alone, so that what pimerge reads and writes is tested against PEFT.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+
+import pytest
+import torch
+import transformers
+from datasets import Dataset, Features, Image, Value, disable_progress_bars
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import (
+    BertConfig,
+    BertModel,
+    GPT2Config,
+    GPT2Model,
+    PreTrainedTokenizerFast,
+    ViTConfig,
+    ViTImageProcessorPil,
+    ViTModel,
+)
+from typer.testing import CliRunner, Result
+
+from pimerge.cli.app import app, main
+from pimerge.expert import Expert
+from pimerge.progress import Advance, Track
+
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+disable_progress_bars()
+
+WORDS = "the a cat dog bird sits runs flies on under mat tree fast slow and or red blue".split()  # noqa: SIM905
+MakeExpert = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def vit_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A ViT of two layers for 16 × 16 images, without a head."""
+    folder = tmp_path_factory.mktemp("bases") / "vit"
+    torch.manual_seed(0)
+    config = ViTConfig(
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        image_size=16,
+        patch_size=8,
+        num_channels=3,
+    )
+    ViTModel(config, add_pooling_layer=False).save_pretrained(folder)
+    ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(folder)
+    return folder
+
+
+def save_tokenizer(folder: Path) -> None:
+    """A tokenizer of whole words, of which the tests know every one."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+
+    vocabulary = {word: index for index, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS])}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[PAD]", model_max_length=24
+    ).save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def bert_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A BERT of two layers."""
+    folder = tmp_path_factory.mktemp("bases") / "bert"
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(WORDS) + 4,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=32,
+    )
+    BertModel(config).save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def gpt2_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A GPT-2 of two layers, whose projections are Conv1D."""
+    folder = tmp_path_factory.mktemp("bases") / "gpt2"
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=len(WORDS) + 4, n_embd=16, n_layer=2, n_head=2, n_positions=32, bos_token_id=0, eos_token_id=0
+    )
+    GPT2Model(config).save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def scans() -> tuple[list[Any], list[int]]:
+    """200 real scans of digits as 16 × 16 PIL images, and what they show."""
+    from PIL import Image as PILImage
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images = [
+        PILImage.fromarray((pixels * 15).astype("uint8")).resize((16, 16), PILImage.Resampling.BICUBIC)
+        for pixels in digits.images[:200]
+    ]
+    return images, [int(digit) for digit in digits.target[:200]]
+
+
+def write_image_task(folder: Path, images: Sequence[Any], labels: Sequence[int], names: Sequence[str]) -> Path:
+    """A task folder with parquet files: the last quarter is the test split."""
+    folder.mkdir(parents=True, exist_ok=True)
+    cut = len(images) * 3 // 4
+    features = Features({"image": Image(), "label": Value("int64")})
+    for split, part in (("train", slice(0, cut)), ("test", slice(cut, None))):
+        rows = {"image": list(images[part]), "label": list(labels[part])}
+        Dataset.from_dict(rows, features=features).to_parquet(str(folder / f"{split}.parquet"))
+    write_json(
+        folder / "task.json",
+        {
+            "type": "image-classification",
+            "data": {"train": "train.parquet", "test": "test.parquet"},
+            "labels": list(names),
+        },
+    )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def parity_task(tmp_path_factory: pytest.TempPathFactory, scans: tuple[list[Any], list[int]]) -> Path:
+    """Even or odd: an image task on real scans."""
+    images, digits = scans
+    folder = tmp_path_factory.mktemp("tasks") / "parity"
+    return write_image_task(folder, images, [digit % 2 for digit in digits], ["even", "odd"])
+
+
+@pytest.fixture(scope="session")
+def text_task(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Cat or dog: a text task as JSON lines, with texts of 2 to 12 words."""
+    folder = tmp_path_factory.mktemp("tasks") / "pets"
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    for split, count in (("train", 40), ("test", 20)):
+        rows = []
+        for index in range(count):
+            length = 1 + index % 11
+            words = [WORDS[i] for i in torch.randint(4, len(WORDS), (length,), generator=generator).tolist()]
+            rows.append({"text": " ".join(["cat" if index % 2 else "dog", *words]), "label": index % 2})
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_json(
+        folder / "task.json",
+        {
+            "type": "text-classification",
+            "data": {"train": "train.jsonl", "test": "test.jsonl"},
+            "labels": ["dog", "cat"],
+        },
+    )
+    return folder
+
+
+def write_json(path: Path, document: Any) -> None:
+    """Write a JSON file of a test."""
+    path.write_text(json.dumps(document, indent=1))
+
+
+def model_for(base: Path, labels: int = 2) -> nn.Module:
+    """The base with a fresh head, as transformers loads it."""
+    kind = {
+        "vit": "AutoModelForImageClassification",
+        "bert": "AutoModelForSequenceClassification",
+        "gpt2": "AutoModelForSequenceClassification",
+    }[base.name]
+    torch.manual_seed(0)
+    model = getattr(transformers, kind).from_pretrained(base, num_labels=labels)
+    model.config.pad_token_id = 0
+    return model.eval()
+
+
+TARGETS = {"vit": ["q_proj", "v_proj"], "bert": ["query", "value"], "gpt2": ["c_attn"]}
+HEADS = {"vit": ["classifier"], "bert": ["classifier"], "gpt2": ["score"]}
+
+
+@pytest.fixture(scope="session")
+def make_expert() -> MakeExpert:
+    """Make an expert with PEFT: ``make_expert(folder, base, task=None, seed=0, init_seed=0, head=True, **config)``.
+
+    A comes from PEFT's own init by ``init_seed``, moved a little by ``seed``; B, bias and head are random by
+    ``seed``, so that ΔW is not zero: experts with one ``init_seed`` look as if trained from one init.
+    """
+
+    def make(
+        folder: Path,
+        base: Path,
+        task: Path | None = None,
+        *,
+        seed: int = 0,
+        init_seed: int = 0,
+        labels: int = 2,
+        head: bool = True,
+        **config: Any,
+    ) -> Path:
+        model = model_for(base, labels)
+        settings: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": TARGETS[base.name]} | config
+        if head:
+            settings.setdefault("modules_to_save", HEADS[base.name])
+        torch.manual_seed(init_seed)
+        peft_model = get_peft_model(model, LoraConfig(**settings))
+        generator = torch.Generator().manual_seed(seed + 1)
+        with torch.no_grad():
+            for name, parameter in peft_model.named_parameters():
+                if not parameter.requires_grad:
+                    continue
+                noise = torch.randn(parameter.shape, generator=generator)
+                is_A = "lora_A" in name or "lora_embedding_A" in name
+                parameter.copy_(parameter + 0.02 * noise if is_A else 0.2 * noise)
+        peft_model.save_pretrained(folder)
+        if task is not None:
+            document = json.loads((task / "task.json").read_text())
+            document["data"] = {split: os.path.relpath(task / name, folder) for split, name in document["data"].items()}
+            write_json(folder / "task.json", document)
+        return folder
+
+    return make
+
+
+def edit_tensors(folder: Path, edit: Callable[[dict[str, Tensor]], None]) -> Path:
+    """Change the tensors of an expert's file where they lie."""
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    edit(tensors)
+    save_file({key: value.contiguous() for key, value in tensors.items()}, path, {"format": "pt"})
+    return folder
+
+
+def change_basis(tensors: dict[str, Tensor], basis: Tensor) -> None:
+    """(B, A) → (BR, R⁻¹A): the same ΔW from other factors."""
+    for key in [key for key in tensors if "lora_A" in key]:
+        other = key.replace("lora_A", "lora_B")
+        tensors[key], tensors[other] = torch.linalg.solve(basis, tensors[key]), tensors[other] @ basis
+
+
+def dense_deltas(expert: Expert) -> dict[str, Tensor]:
+    """Module → ΔW = s·B·A as a dense float64 matrix: the slow reference for everything that merges."""
+    deltas = {}
+    for name in expert.modules:
+        factors = expert.factors(name)
+        deltas[name] = factors.scaling * factors.B.double() @ factors.A.double()
+    return deltas
+
+
+def relative_difference(found: Tensor, reference: Tensor) -> float:
+    """‖found − reference‖ / ‖reference‖, in float64; the numerator alone if the reference is zero."""
+    difference = float((found.double() - reference.double()).norm())
+    return difference / (float(reference.double().norm()) or 1.0)
+
+
+def logits_of(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """Logits without gradients."""
+    with torch.no_grad():
+        output: Tensor = model(**{name: value for name, value in batch.items() if name != "labels"}).logits
+    return output
+
+
+@pytest.fixture
+def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    """Run a command in an empty folder: ``cli("rank", "--target", "X")``; a PimergeError stays an exception."""
+    monkeypatch.chdir(tmp_path)
+    runner = CliRunner()
+
+    def run(*arguments: object) -> Result:
+        return runner.invoke(app, [str(argument) for argument in arguments])
+
+    return run
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a command left behind: exit status, standard output, standard error."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def document(self) -> Any:
+        """Standard output as the one JSON document that it has to be."""
+        return json.loads(self.out)
+
+
+Shell = Callable[..., Finished]
+
+
+@pytest.fixture
+def shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Shell:
+    """Run ``pimerge`` in an empty folder as a shell does: ``shell("rank", "--target", "X").code``."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: object) -> Finished:
+        monkeypatch.setattr(sys, "argv", ["pimerge", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return Finished(int(ended.value.code or 0), *capfd.readouterr())
+
+    return run
+
+
+class Interrupt(KeyboardInterrupt):
+    """Stands for a kill."""
+
+
+def interrupted_after(steps: int | None) -> Track:
+    """A progress report that kills the run after so many steps; None: when training is done."""
+
+    @contextmanager
+    def track(description: str, total: int, unit: str) -> Iterator[Advance]:
+        done = 0
+
+        def advance(step: int = 1, note: str = "") -> None:
+            nonlocal done
+            done += step
+            if steps is not None and done >= steps:
+                raise Interrupt
+
+        yield advance
+        if steps is None:
+            raise Interrupt
+
+    return track

@@ -1,0 +1,158 @@
+"""A tuning that was killed goes on to the same bytes as one that was not.
+
+BERT trains with dropout, so the random state has to come back, too; and the run is one that early stopping ends.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pimerge.expert import open_expert
+from pimerge.progress import Track, silent
+from pimerge.task import open_task
+from pimerge.training import Options
+from pimerge.tuning import Tuned, tune
+from tests.conftest import Interrupt, MakeExpert, interrupted_after
+
+LONG = Options(epochs=10, shots=10, batch_size=8, lr=0.3, patience=3, holdout=0.4)
+STEPS = 2  # of an epoch: 2 × 10 examples, 12 of which train, in batches of 8
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(
+    tmp_path_factory: pytest.TempPathFactory, make_expert: MakeExpert, bert_base: Path, text_task: Path
+) -> Path:
+    """A folder with two experts and ``tuned``, of a run that early stopping has ended."""
+    folder = tmp_path_factory.mktemp("resume")
+    for seed, name in enumerate(("x", "a")):
+        make_expert(folder / name, bert_base, text_task, seed=seed)
+    resumable(folder, "tuned", silent)
+    return folder
+
+
+def resumable(folder: Path, name: str, track: Track, note: Callable[[str], None] = lambda message: None) -> Tuned:
+    x, a = (open_expert(folder / name) for name in ("x", "a"))
+    return tune(
+        "interpolated",
+        open_task(folder / "x"),
+        x.base,
+        [a],
+        x,
+        folder / name,
+        LONG,
+        scores=[0.3],
+        track=track,
+        note=note,
+    )
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def checkpoints(folder: Path, name: str) -> list[Path]:
+    return sorted(folder.glob(f".{name}.training-*/checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+
+
+def last_epoch(folder: Path) -> int:
+    return int(json.loads((folder / "tuned" / "pimerge.json").read_text())["results"]["epochs"])
+
+
+def test_the_run_to_resume_is_ended_by_early_stopping(uninterrupted: Path) -> None:
+    """A check of this file's own fixture."""
+    assert LONG.patience < last_epoch(uninterrupted) < LONG.epochs
+
+
+@pytest.mark.parametrize("before_end", [1, 6])  # the first while it waits for a better loss
+def test_a_run_killed_within_an_epoch_goes_on_to_the_same_bytes(uninterrupted: Path, before_end: int) -> None:
+    name = f"killed-{before_end}"
+    step = (last_epoch(uninterrupted) - before_end) * STEPS
+    with pytest.raises(Interrupt):
+        resumable(uninterrupted, name, interrupted_after(step + 1))
+    assert not (uninterrupted / name).exists()
+    said: list[str] = []
+    resumable(uninterrupted, name, silent, said.append)
+    assert any(f"checkpoint-{step} " in sentence for sentence in said)
+    assert contents(uninterrupted / name) == contents(uninterrupted / "tuned")
+    assert checkpoints(uninterrupted, name) == []
+
+
+def test_a_run_killed_after_early_stopping_has_the_same_bytes(uninterrupted: Path) -> None:
+    with pytest.raises(Interrupt):
+        resumable(uninterrupted, "killed-at-end", interrupted_after(None))
+    resumable(uninterrupted, "killed-at-end", silent)
+    assert contents(uninterrupted / "killed-at-end") == contents(uninterrupted / "tuned")
+
+
+@pytest.fixture(scope="module")
+def last(uninterrupted: Path) -> Path:
+    """The last of two checkpoints of a killed run."""
+    with pytest.raises(Interrupt):
+        resumable(uninterrupted, "damaged", interrupted_after(2 * STEPS + 1))
+    return checkpoints(uninterrupted, "damaged")[-1]
+
+
+@pytest.mark.parametrize(
+    "file", ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"]
+)
+@pytest.mark.parametrize("damage", ["cut short", "gone"])
+def test_a_last_checkpoint_that_is_not_whole_is_passed_over(
+    uninterrupted: Path, last: Path, file: str, damage: str
+) -> None:
+    content = (last / file).read_bytes()
+    (last / file).unlink()
+    if damage == "cut short":
+        (last / file).write_bytes(content[: len(content) // 2])
+    said: list[str] = []
+    with pytest.raises(Interrupt):
+        resumable(uninterrupted, "damaged", interrupted_after(0), said.append)
+    (last / file).write_bytes(content)
+    assert any(f"checkpoint-{STEPS} " in sentence for sentence in said)
+
+
+def test_a_run_whose_last_checkpoint_is_not_whole_goes_on_to_the_same_bytes(uninterrupted: Path) -> None:
+    with pytest.raises(Interrupt):
+        resumable(uninterrupted, "not-whole", interrupted_after(2 * STEPS + 1))
+    file = checkpoints(uninterrupted, "not-whole")[-1] / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    resumable(uninterrupted, "not-whole", silent)
+    assert contents(uninterrupted / "not-whole") == contents(uninterrupted / "tuned")
+
+
+def test_other_options_do_not_resume(uninterrupted: Path) -> None:
+    with pytest.raises(Interrupt):
+        resumable(uninterrupted, "other", interrupted_after(2 * STEPS + 1))
+    said: list[str] = []
+    x, a = (open_expert(uninterrupted / name) for name in ("x", "a"))
+    options = replace(LONG, lr=1e-3, epochs=1)
+    output = uninterrupted / "other"
+    tune("interpolated", open_task(x.path), x.base, [a], x, output, options, scores=[0.3], note=said.append)
+    assert not any("resuming" in sentence for sentence in said)
+
+
+def test_another_targets_expert_does_not_resume(
+    uninterrupted: Path, make_expert: MakeExpert, bert_base: Path, text_task: Path
+) -> None:
+    said: list[str] = []
+    for rank, track in ((2, interrupted_after(STEPS + 1)), (3, silent)):
+        target = open_expert(make_expert(uninterrupted / "like", bert_base, text_task, r=rank))
+        with pytest.raises(Interrupt) if track is not silent else nullcontext():
+            tune(
+                "scratch",
+                open_task(target.path),
+                target.base,
+                [],
+                target,
+                uninterrupted / "fresh",
+                replace(LONG, epochs=2),
+                track=track,
+                note=said.append,
+            )
+    assert not any("resuming" in sentence for sentence in said)
+    assert open_expert(uninterrupted / "fresh").ranks == (3,)

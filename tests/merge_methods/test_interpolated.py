@@ -1,0 +1,23 @@
+"""The weighted sum."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pimerge.errors import PimergeError
+from pimerge.merge_methods import interpolated
+
+
+def test_the_weights_stay_as_given() -> None:
+    assert interpolated.weights(3, [2.0, -1.0, 0.0]) == [2.0, -1.0, 0.0]
+
+
+def test_no_weights_are_refused() -> None:
+    with pytest.raises(PimergeError, match=r"needs weights\n.*pimerge rank"):
+        interpolated.weights(2, None)
+
+
+def test_it_is_the_weighted_sum() -> None:
+    deltas = torch.tensor([[[1.0, 2.0]], [[3.0, -6.0]]])
+    assert interpolated.merge(deltas, torch.tensor([2.0, -0.5])).tolist() == [[0.5, 7.0]]

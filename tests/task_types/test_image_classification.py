@@ -1,0 +1,42 @@
+"""Images → pixel values, against the processor's own calls."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoImageProcessor
+
+from pimerge.task_types import Examples
+from pimerge.task_types import image_classification as images
+
+
+def encode(base: Path, pictures: list[Any], labels: list[int]) -> Examples:
+    processor = images.load_processor(str(base), None)
+    columns = {"image": "image", "label": "label"}
+    return images.encode({"image": pictures}, columns, labels, processor, AutoConfig.from_pretrained(base))
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P", "1"])
+def test_an_image_of_any_mode_becomes_what_the_processor_makes_of_it_in_colour(
+    vit_base: Path, scans: tuple[list[Any], list[int]], mode: str
+) -> None:
+    picture = scans[0][0].convert(mode)
+    found = encode(vit_base, [picture], [3]).batch([0])
+    processor = AutoImageProcessor.from_pretrained(vit_base)
+    torch.testing.assert_close(
+        found["pixel_values"], processor(picture.convert("RGB"), return_tensors="pt")["pixel_values"], rtol=0, atol=0
+    )
+    assert found["labels"].tolist() == [3]
+
+
+def test_an_image_that_was_kept_is_the_same_the_second_time(vit_base: Path, scans: tuple[list[Any], list[int]]) -> None:
+    examples = encode(vit_base, scans[0][:3], [0, 1, 2])
+    assert torch.equal(examples[2]["pixel_values"], examples[2]["pixel_values"])
+    assert not torch.equal(examples[1]["pixel_values"], examples[2]["pixel_values"])
+
+
+def test_an_image_counts_its_patches_and_the_class_token(vit_base: Path, scans: tuple[list[Any], list[int]]) -> None:
+    assert list(encode(vit_base, scans[0][:2], [0, 0]).lengths) == [2 * 2 + 1] * 2

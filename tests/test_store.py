@@ -1,0 +1,224 @@
+"""The store on disk: whole at any moment, extended by several processes, and never trusted blindly."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pimerge.errors import PimergeError
+from pimerge.expert import open_expert
+from pimerge.store import SCHEMA, Settings, Store, open_store, unknown_target
+from tests.conftest import MakeExpert, write_json
+
+KEY = "base_model.model.{}.lora_B.weight"
+
+
+def diagonal_of(number: int) -> dict[str, Tensor]:
+    return {KEY.format(module): torch.full((4, 2), float(number + 1)) for module in ("q", "v")}
+
+
+def fields_of(path: str, sha256: str = "0") -> dict[str, Any]:
+    return {
+        "path": path,
+        "sha256": sha256,
+        "config_sha256": "0",
+        "task_sha256": "0",
+        "kind": "lora",
+        "base": "b",
+        "task": {},
+        "settings": Settings(),
+        "examples": 1,
+        "tokens": 1,
+        "device": "cpu",
+        "route": "rules",
+    }
+
+
+def fill(path: Path, prefix: str, count: int) -> None:
+    """Add experts one after the other, as one process of several does."""
+    store = Store(path)
+    for number in range(count):
+        store.add(f"{prefix}{number}", fields_of(f"{prefix}{number}"), diagonal_of(number))
+
+
+def assert_whole(path: Path) -> int:
+    """Check that every entry is there with its tensors; returns how many there are."""
+    store = Store(path)
+    for name in store.experts:
+        torch.testing.assert_close(store.diagonal(name), diagonal_of(int(name[1:])), rtol=0, atol=0)
+    return len(store.experts)
+
+
+def started(target: Callable[..., None], *arguments: object) -> multiprocessing.process.BaseProcess:
+    process = multiprocessing.get_context("fork").Process(target=target, args=arguments)  # no second import of torch
+    process.start()
+    return process
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_kill_at_any_moment_leaves_the_store_whole(tmp_path: Path) -> None:
+    path = tmp_path / "embeddings.json"
+    counts = []
+    for attempt in range(8):
+        process = started(fill, path, "abcdefgh"[attempt], 10_000)
+        time.sleep(0.05 + 0.013 * attempt)
+        os.kill(process.pid or 0, signal.SIGKILL)
+        process.join()
+        counts.append(assert_whole(path))
+    assert counts[-1] > 0
+    fill(path, "z", 1)  # the lock of a dead process holds up nobody
+    assert assert_whole(path) == counts[-1] + 1
+    assert not [file for file in tmp_path.iterdir() if "partial" in file.name and "embeddings.json" in file.name]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_two_processes_at_once_lose_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "embeddings.json"
+    processes = [started(fill, path, prefix, 12) for prefix in "ab"]
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    assert assert_whole(path) == 24
+
+
+def test_entries_are_in_alphabetical_order_whatever_the_order_of_adding(tmp_path: Path) -> None:
+    contents = []
+    for order in ((1, 0, 2), (0, 2, 1)):
+        store = Store(tmp_path / "embeddings.json")
+        for number in order:
+            store.add(f"n{number}", fields_of(f"n{number}"), diagonal_of(number))
+        contents.append(store.path.read_bytes())
+        store.path.unlink()
+    assert contents[0] == contents[1]
+    assert list(json.loads(contents[0])["experts"]) == ["n0", "n1", "n2"]
+
+
+def test_norm_trace_and_modules_are_those_of_the_tensors(tmp_path: Path) -> None:
+    store = Store(tmp_path / "embeddings.json")
+    store.add("n1", fields_of("n1"), diagonal_of(1))
+    entry = store.experts["n1"]
+    assert entry.norm == pytest.approx((16 * 2.0**2) ** 0.5)
+    assert entry.trace == pytest.approx(32)
+    assert entry.modules == {"q": pytest.approx(16), "v": pytest.approx(16)}
+
+
+def test_dropping_removes_the_entry_and_its_sidecar(tmp_path: Path) -> None:
+    fill(tmp_path / "embeddings.json", "n", 2)
+    store = Store(tmp_path / "embeddings.json")
+    store.drop("n0")
+    assert list(Store(store.path).experts) == ["n1"]
+    assert [file.name for file in (tmp_path / "embeddings").glob("*.safetensors")] == ["n1.safetensors"]
+    assert_whole(store.path)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "schema version None"),
+        ("{}", "schema version None"),
+        ('{"schema_version": 99, "experts": {}}', "schema version 99, expected 1"),
+        (json.dumps({"schema_version": SCHEMA, "experts": {"a": {}}}), "experts.a.path: Field required"),
+        (json.dumps({"schema_version": SCHEMA, "expert": {}}), "did you mean 'experts'?"),
+    ],
+)
+def test_a_document_that_is_no_store_is_refused_and_kept(tmp_path: Path, content: str, expected: str) -> None:
+    path = tmp_path / "embeddings.json"
+    path.write_text(content)
+    with pytest.raises(PimergeError) as caught:
+        Store(path)
+    assert expected in str(caught.value)
+    assert str(path) in str(caught.value)
+    assert path.read_text() == content
+
+
+def test_a_sidecar_that_is_gone_or_altered_is_not_read(tmp_path: Path) -> None:
+    fill(tmp_path / "embeddings.json", "n", 1)
+    store = Store(tmp_path / "embeddings.json")
+    sidecar = tmp_path / "embeddings" / "n0.safetensors"
+    content = sidecar.read_bytes()
+    sidecar.write_bytes(content[:-4] + b"\0\0\0\0")
+    with pytest.raises(PimergeError, match="has changed"):
+        store.diagonal("n0")
+    sidecar.unlink()
+    with pytest.raises(PimergeError, match="is gone"):
+        store.diagonal("n0")
+
+
+def test_an_entry_is_current_only_with_all_its_fields_and_its_sidecar(tmp_path: Path) -> None:
+    fill(tmp_path / "embeddings.json", "n", 1)
+    store = Store(tmp_path / "embeddings.json")
+    assert store.is_current("n0", {"sha256": "0", "settings": Settings()})
+    assert not store.is_current("n0", {"sha256": "1"})
+    assert not store.is_current("n0", {"settings": Settings(seed=1)})
+    assert not store.is_current("n1", {})
+    (tmp_path / "embeddings" / "n0.safetensors").unlink()
+    assert not store.is_current("n0", {})
+
+
+def test_a_store_that_is_not_there_or_empty_says_what_to_run(tmp_path: Path) -> None:
+    with pytest.raises(PimergeError, match="there is no store"):
+        open_store(tmp_path / "embeddings.json")
+    write_json(tmp_path / "embeddings.json", {"schema_version": SCHEMA, "experts": {}})
+    with pytest.raises(PimergeError, match="holds no expert"):
+        open_store(tmp_path / "embeddings.json")
+
+
+@pytest.fixture
+def filed(make_expert: MakeExpert, vit_base: Path, tmp_path: Path) -> tuple[Store, Path]:
+    """A store with one real expert ``x`` in it."""
+    from pimerge.files import sha256_file
+
+    folder = make_expert(tmp_path / "pool" / "x", vit_base)
+    store = Store(tmp_path / "embeddings.json")
+    fields = fields_of("pool/x", open_expert(folder).sha256)
+    store.add("x", {**fields, "config_sha256": sha256_file(folder / "adapter_config.json")}, diagonal_of(0))
+    return store, folder
+
+
+def test_an_expert_is_found_by_name_and_by_folder(
+    filed: tuple[Store, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, folder = filed
+    monkeypatch.chdir(tmp_path / "pool")
+    for target in ("x", str(folder), "./x", "../pool/x/"):
+        assert store.find(target) == "x"
+    assert store.find("y") is None
+    assert store.open("x").path.resolve() == folder
+
+
+def test_a_changed_expert_is_not_opened(filed: tuple[Store, Path], make_expert: MakeExpert, vit_base: Path) -> None:
+    store, folder = filed
+    make_expert(folder, vit_base, seed=5)
+    with pytest.raises(PimergeError, match="has changed since it was embedded"):
+        store.open("x")
+
+
+def test_an_expert_whose_config_has_changed_is_not_opened(filed: tuple[Store, Path]) -> None:
+    store, folder = filed
+    path = folder / "adapter_config.json"
+    write_json(path, {**json.loads(path.read_text()), "lora_alpha": 3})
+    with pytest.raises(PimergeError, match="has changed since it was embedded"):
+        store.open("x")
+
+
+def test_a_folder_that_is_gone_is_named(filed: tuple[Store, Path], tmp_path: Path) -> None:
+    store, folder = filed
+    folder.rename(tmp_path / "elsewhere")
+    with pytest.raises(PimergeError, match="is gone"):
+        store.open("x")
+
+
+def test_an_unknown_target_suggests_the_nearest(tmp_path: Path) -> None:
+    fill(tmp_path / "embeddings.json", "parity", 1)
+    assert "did you mean 'parity0'?" in str(unknown_target("partiy0", Store(tmp_path / "embeddings.json")))
