@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
-from pimerge.errors import Problems
+from pimerge.errors import PimergeError, Problems
 from pimerge.expert import Expert
 from pimerge.model import check_fits_on_disk
 from pimerge.task import Task, open_task
@@ -106,8 +107,27 @@ def differing_form(first: Expert, second: Expert) -> str:
         first.modules[name].rank != second.modules[name].rank for name in first.modules
     ):
         return f"its rank is {_listed(second.ranks)}, the target's {_listed(first.ranks)}"
+    if _has_bias(first) != _has_bias(second):
+        return "only one of it and the target has biases in its factors (lora_bias)"
     return ""
 
 
 def _listed(ranks: Sequence[int]) -> str:
     return "/".join(str(rank) for rank in ranks)
+
+
+def _has_bias(expert: Expert) -> bool:
+    return any(module.bias is not None for module in expert.modules.values())
+
+
+def refuse_over_inputs(output: Path, experts: Sequence[Expert]) -> None:
+    """Refuse an output that would replace an expert that it is made from, or a folder that holds one.
+
+    Raises:
+        PimergeError: naming the expert.
+    """
+    for expert in experts:
+        if expert.path.resolve().is_relative_to(output.resolve()):
+            raise PimergeError(
+                f"the output '{output}' is the expert '{expert.name}' or holds it", "choose another --output"
+            )

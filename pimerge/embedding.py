@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from pimerge import strategies
+from pimerge.errors import PimergeError
 from pimerge.expert import CONFIG, Expert
 from pimerge.files import sha256_file
 from pimerge.fisher import Fisher, diagonal_fisher
@@ -60,7 +61,7 @@ def embed(
         force: compute it even if the store has it already.
 
     Raises:
-        PimergeError: if the expert, its task or the disk has a problem.
+        PimergeError: if the expert has no head, or its task or the disk has a problem.
     """
     settings = settings.model_copy(update={"dtype": str(bases.dtype).removeprefix("torch.")})
     fields: dict[str, Any] = {
@@ -75,6 +76,11 @@ def embed(
     if not force and store.is_current(expert.name, fields):
         return Outcome(expert.name, computed=False)
     loaded = bases.load(expert.base, task)
+    if not expert.head and not loaded.has_own_head:
+        raise PimergeError(
+            f"the expert '{expert.name}' has no head for its task, and its base has none for these labels",
+            "train it with modules_to_save, or pass the --base that it was trained on",
+        )
     examples, _ = task.examples(
         "train",
         loaded.processor,

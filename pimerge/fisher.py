@@ -81,8 +81,10 @@ def diagonal_fisher(
     >>> result.route, result.diagonal["weight"].item()  # mean of 1² and 2²
     ('rules', 2.5)
     """
-    first = list(itertools.islice(itertools.chain.from_iterable(batches), CHECKED_EXAMPLES))
-    reference = fisher_by_loop(model, parameters, [make_batch(first)], nll)
+    alone = [[index] for index in sorted(itertools.chain.from_iterable(batches))]
+    first = [index for [index] in alone[:CHECKED_EXAMPLES]]
+    # each by itself, so without padding: that the batch pads them must change nothing
+    reference = fisher_by_loop(model, parameters, (make_batch([index]) for index in first), nll)
     deviation, why_loop = 0.0, ""
     uncovered = sorted(set(parameters) - {name for _, names in _owners(model, parameters) for name in names})
     if uncovered:
@@ -92,10 +94,12 @@ def diagonal_fisher(
         deviation = _deviation(batched, reference)
         if not deviation <= _TOLERANCE[_coarsest_dtype(model)]:
             why_loop = f"the batched gradients of the first examples deviate by {deviation:.1e}"
-    run = fisher_by_loop if why_loop else fisher_by_rules
-    total = sum(len(batch) for batch in batches)
+    total = len(alone)
     with track("Fisher", total, "examples") as advance:
-        sums = run(model, parameters, _advancing(batches, make_batch, advance), nll)
+        if why_loop:
+            sums = fisher_by_loop(model, parameters, _advancing(alone, make_batch, advance), nll)
+        else:
+            sums = fisher_by_rules(model, parameters, _advancing(batches, make_batch, advance), nll)
     diagonal = {name: value / total for name, value in sums.items()}
     return Fisher(diagonal, total, "loop" if why_loop else "rules", why_loop, deviation)
 
@@ -240,13 +244,11 @@ def _sum_of_squares(g: Tensor, x: Tensor) -> Tensor:
 def _deviation(found: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> float:
     """Largest relative Frobenius deviation; tensors that are zero up to rounding count against the whole."""
     whole = sum(float(value.square().sum()) for value in reference.values()) ** 0.5
-    return max(
-        (
-            float((found[name] - value).norm()) / max(float(value.norm()), 1e-6 * whole, 1e-300)
-            for name, value in reference.items()
-        ),
-        default=0.0,
-    )
+    deviations = [
+        float((found[name] - value).norm()) / max(float(value.norm()), 1e-6 * whole, 1e-300)
+        for name, value in reference.items()
+    ]
+    return float(torch.tensor(deviations or [0.0]).max())  # NaN wins, unlike in Python's max
 
 
 def _coarsest_dtype(model: nn.Module) -> torch.dtype:

@@ -165,7 +165,8 @@ def _difference(
     """Why an expert cannot be compared with the target; empty if it can be."""
     first, second = store.experts[target], store.experts[name]
     if first.base != second.base:
-        return f"its base is {expert.base.name}, another one than the target's {own.base.name}"
+        named = [each.config.get("base_model_name_or_path") for each in (expert, own)]
+        return f"its base is {named[0]}, another model than the target's {named[1]}"
     if first.kind != second.kind:
         return f"its kind is {second.kind}, the target's {first.kind}"
     shapes = {n: (m.d_out, m.d_in) for n, m in own.modules.items()}
@@ -173,8 +174,6 @@ def _difference(
         return "its modules have other shapes than the target's"
     if same_basis and (reason := differing_form(own, expert)):
         return reason
-    if same_basis and _has_bias(own) != _has_bias(expert):
-        return "only one of it and the target has biases in its factors (lora_bias)"
     if same_basis:
         cosine, least = init_cosine(own, expert)
         if cosine < least:
@@ -185,10 +184,6 @@ def _difference(
     if by_fisher and first.settings.labels != second.settings.labels:
         return f"its Fisher has {second.settings.labels} labels, the target's {first.settings.labels}"
     return ""
-
-
-def _has_bias(expert: Expert) -> bool:
-    return any(module.bias is not None for module in expert.modules.values())
 
 
 def _scores(

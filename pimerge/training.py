@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -113,8 +113,9 @@ def train(
     checkpoint = _last_whole_checkpoint(run)
     if checkpoint is not None:
         note(f"resuming from {checkpoint.name} of an interrupted run")
-    trainer = _trainer(model, mixture, train_examples, held_out, run, options, precision, track)
-    with _training_errors(run):
+    with ExitStack() as stack, _training_errors(run):
+        progress = _progress_callback(track, stack)
+        trainer = _trainer(model, mixture, train_examples, held_out, run, options, precision, progress)
         _train(trainer, checkpoint)
     _require_converged(model)
     return Outcome(
@@ -198,7 +199,7 @@ def _trainer(
     run: Path,
     options: Options,
     precision: torch.dtype,
-    track: Track,
+    progress: Any,
 ) -> Trainer:
     from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainingArguments
 
@@ -229,7 +230,7 @@ def _trainer(
         label_names=["labels"],
         dataloader_pin_memory=mixture.logits.device.type == "cuda",
     )
-    callbacks: list[Any] = [_progress_callback(track)]
+    callbacks: list[Any] = [progress]
     if held_out:
         callbacks.append(EarlyStoppingCallback(options.patience))
     trainer = Trainer(
@@ -254,15 +255,14 @@ def _optimizer(model: nn.Module, mixture: Mixture, options: Options) -> torch.op
     return torch.optim.AdamW(groups)
 
 
-def _progress_callback(track: Track) -> Any:
+def _progress_callback(track: Track, stack: ExitStack) -> Any:
     from transformers import TrainerCallback
 
     class Progress(TrainerCallback):  # type: ignore[misc]
         """Shows steps and the last loss."""
 
         def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-            self.context = track("training", state.max_steps, "steps")
-            self.advance = self.context.__enter__()
+            self.advance = stack.enter_context(track("training", state.max_steps, "steps"))
             self.advance(state.global_step)
             self.loss = ""
 
@@ -274,9 +274,6 @@ def _progress_callback(track: Track) -> Any:
                 self.loss = f"loss {float(logs['loss']):.3f}"
             if logs and "eval_loss" in logs:
                 self.loss = f"{self.loss.partition(',')[0]}, held out {float(logs['eval_loss']):.3f}"
-
-        def on_train_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-            self.context.__exit__(None, None, None)
 
     return Progress()
 

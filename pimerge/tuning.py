@@ -17,7 +17,7 @@ import torch
 
 from pimerge import strategies
 from pimerge.base import Base
-from pimerge.compatibility import require_alike, require_finite
+from pimerge.compatibility import refuse_over_inputs, require_alike, require_finite
 from pimerge.composition import ComposedLinear, Member, Mixture, compose
 from pimerge.errors import PimergeError
 from pimerge.expert import Expert
@@ -88,6 +88,7 @@ def tune(
     """
     plan: Plan = strategies.load("tune_methods", method).PLAN
     require_absent(output, force)
+    refuse_over_inputs(output, [*experts, *([target] if target else [])])
     check_options(options)
     options = options if options.lr is not None else replace(options, lr=plan.lr)
     chosen = _chosen(plan, method, experts, target)

@@ -50,7 +50,7 @@ def merge(
     'uniform' takes the experts that the ranking selected; 'interpolated' takes the target's own expert and those.
     """
     from pimerge import strategies
-    from pimerge.compatibility import require_alike
+    from pimerge.compatibility import refuse_over_inputs, require_alike
     from pimerge.export import Coefficients, choose_head, write_expert
     from pimerge.files import relative_to, require_absent
     from pimerge.lowrank import relative_error
@@ -68,7 +68,7 @@ def merge(
         given = strategy.weights(len(chosen), given)
     if coefficients is not None:
         own = select(None, ranking, target, base, needed=False).target
-    _refuse_output_over_inputs(output, [*chosen, *([own] if own else [])])
+    refuse_over_inputs(output, [*chosen, *([own] if own else [])])
     if head == "target" and own is not None:
         require_alike([*chosen, own])
     merged = merge_experts(chosen, given, strategy.merge, rank=kept_rank, dtype=_dtype(dtype))
@@ -196,14 +196,6 @@ def _from_coefficients(
     if document.experts_trained:
         note("the experts were trained together with these weights, so the merge differs from what was tuned", quiet)
     return chosen, document.weights, None
-
-
-def _refuse_output_over_inputs(output: Path, experts: list[Expert]) -> None:
-    for expert in experts:
-        if expert.path.resolve().is_relative_to(output.resolve()):
-            raise PimergeError(
-                f"the output '{output}' is the expert '{expert.name}' or holds it", "choose another --output"
-            )
 
 
 def _dtype(name: str | None) -> Any:
