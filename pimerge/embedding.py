@@ -57,7 +57,7 @@ def embed(
     Args:
         settings: label mode, examples, seed.
         bases: loads the base on its device, in its dtype.
-        batch_tokens: most tokens of a batch; None for 1,024 on the CPU and 16,384 on a GPU.
+        batch_tokens: most tokens of a batch; None for :func:`default_batch_tokens`.
         force: compute it even if the store has it already.
 
     Raises:
@@ -89,7 +89,9 @@ def embed(
         seed=settings.seed,
         limit=settings.max_examples,
     )
-    batches = bucket_by_length(examples.lengths, batch_tokens or default_batch_tokens(bases.device))
+    batches = bucket_by_length(examples.lengths, batch_tokens or default_batch_tokens(bases.device, loaded.config))
+    # the fast path is checked once for each base and form of expert in a run
+    form = (expert.base.identity, *((m.name, m.layer, m.bias is None) for m in expert.modules.values()))
     with plugged_in(expert, loaded) as model:
         fisher = diagonal_fisher(
             model,
@@ -97,8 +99,11 @@ def embed(
             batches,
             _batch_maker(model, task, examples, settings, bases.device),
             task.type.nll,
-            track,
+            check=form not in bases.checked,
+            track=track,
         )
+    if fisher.route == "rules":
+        bases.checked.add(form)
     fields |= {
         "task": {"type": task.file.type, "labels": task.labels},
         "examples": fisher.examples,
@@ -110,9 +115,17 @@ def embed(
     return Outcome(expert.name, True, fisher, examples.truncated)
 
 
-def default_batch_tokens(device: torch.device) -> int:
-    """Tokens of a batch that keep a device busy: more do not make it faster, only larger."""
-    return 16_384 if device.type == "cuda" else 1_024
+def default_batch_tokens(device: torch.device, config: Any) -> int:
+    """Tokens of a batch that keep a device busy; on a CPU, activations that stay in its cache.
+
+    >>> from types import SimpleNamespace
+    >>> [default_batch_tokens(torch.device("cpu"), SimpleNamespace(hidden_size=width)) for width in (48, 384, 4096)]
+    [8192, 1024, 256]
+    """
+    if device.type == "cuda":
+        return 16_384
+    width = getattr(config, "hidden_size", None)
+    return min(8_192, max(256, 1_024 * 384 // width)) if isinstance(width, int) else 1_024
 
 
 def factors_of(expert: Expert, model: nn.Module) -> dict[str, nn.Parameter]:

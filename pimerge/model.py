@@ -148,10 +148,15 @@ def load_base(base: Base, task: Task, device: torch.device, dtype: torch.dtype, 
 
 
 class Bases:
-    """Loads a base once for as long as consecutive experts need the same one."""
+    """Loads a base once for as long as consecutive experts need the same one.
+
+    Attributes:
+        checked: forms of expert for which the fast Fisher was compared with the loop in this run.
+    """
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self.device, self.dtype = device, dtype
+        self.checked: set[tuple[object, ...]] = set()
         self._key: tuple[str, str, int] | None = None
         self._loaded: LoadedBase | None = None
 

@@ -279,6 +279,6 @@ def test_progress_counts_every_example_once() -> None:
     x, labels = torch.ones(5, 3), torch.zeros(5, dtype=torch.long)
     batch = lambda ids: {"x": x[list(ids)], "labels": labels[list(ids)]}  # noqa: E731
     model = Flat()
-    diagonal_fisher(model, dict(model.named_parameters()), [[0, 1, 2], [3, 4]], batch, nll, track)
+    diagonal_fisher(model, dict(model.named_parameters()), [[0, 1, 2], [3, 4]], batch, nll, track=track)
     assert seen == [("Fisher", 5, "examples")]
     assert steps == [3, 2]

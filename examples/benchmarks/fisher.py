@@ -31,7 +31,7 @@ def main() -> None:
     """Print one line per expert, and the pool's ratios."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
     parser.add_argument("pool", type=Path)
-    parser.add_argument("--examples", type=int, default=256)
+    parser.add_argument("--examples", type=int, default=1000)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--loop", type=int, default=32)
     parser.add_argument("--batch-tokens", type=int, default=None)
@@ -42,8 +42,8 @@ def main() -> None:
     device = resolve_device(arguments.device)
     bases = Bases(device, resolve_dtype(arguments.dtype, device))
     totals = torch.zeros(arguments.repeats, 3, dtype=torch.float64)
-    for path in find_experts(arguments.pool):
-        seconds = measure(path, bases, arguments)
+    for place, path in enumerate(find_experts(arguments.pool)):
+        seconds = measure(path, bases, arguments, check=place == 0)  # as embed does in a pool of one form
         totals += seconds
         fisher, loop = (seconds[:, 1:] / seconds[:, :1]).median(0).values.tolist()
         print(f"{path.name}: Fisher {fisher:.3f}, loop {loop:.3f}", flush=True)
@@ -52,12 +52,12 @@ def main() -> None:
     print(f"peak memory: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MB")
 
 
-def measure(path: Path, bases: Bases, arguments: argparse.Namespace) -> torch.Tensor:
+def measure(path: Path, bases: Bases, arguments: argparse.Namespace, check: bool) -> torch.Tensor:
     """Seconds of (ordinary, Fisher, loop) for one expert, a row per repeat."""
     expert, task, device = open_expert(path), open_task(path), bases.device
     loaded = bases.load(expert.base, task)
     examples, _ = task.examples("train", loaded.processor, loaded.config, limit=arguments.examples)
-    batches = bucket_by_length(examples.lengths, arguments.batch_tokens or default_batch_tokens(device))
+    batches = bucket_by_length(examples.lengths, arguments.batch_tokens or default_batch_tokens(device, loaded.config))
     alone = min(arguments.loop, len(examples))
 
     def make_batch(ids: Sequence[int]) -> Batch:
@@ -73,7 +73,7 @@ def measure(path: Path, bases: Bases, arguments: argparse.Namespace) -> torch.Te
                 task.type.nll(model, make_batch(ids)).sum().backward()
 
         def by_rules() -> None:
-            diagonal_fisher(model, parameters, batches, make_batch, task.type.nll)
+            diagonal_fisher(model, parameters, batches, make_batch, task.type.nll, check=check)
 
         def by_loop() -> None:
             fisher_by_loop(model, parameters, (make_batch([index]) for index in range(alone)), task.type.nll)

@@ -1,0 +1,101 @@
+"""The embedded example: its data is what it says, and its script runs to the table."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from datasets import Image, load_dataset
+from sklearn.datasets import load_digits
+
+from pimerge.compatibility import check_expert
+from pimerge.embedding import embed
+from pimerge.expert import find_experts, open_expert
+from pimerge.model import Bases, resolve_device, resolve_dtype
+from pimerge.ranking import rank
+from pimerge.store import Settings, Store
+
+DIGITS = Path(__file__).parents[2] / "examples" / "digits"
+RELATED = {
+    "X": {"inverted-0-6", "inverted-3-9"},
+    "inverted-0-6": {"X", "inverted-3-9"},
+    "inverted-3-9": {"X", "inverted-0-6"},
+    "outlined-0-6": {"outlined-3-9"},
+    "outlined-3-9": {"outlined-0-6"},
+    "rotated-3-9": {"rotated-0-6"},
+    "parity": {"noisy-parity"},
+    "noisy-parity": {"parity"},
+    "noisy": {"noisy-parity"},
+}
+
+
+def numbers(task: str, split: str) -> set[int]:
+    """Which scans a split holds."""
+    return set(pq.read_table(DIGITS / "tasks" / task / f"{split}.parquet")["number"].to_pylist())
+
+
+def test_the_data_is_every_scan_of_scikit_learn() -> None:
+    file = str(DIGITS / "data" / "digits.parquet")
+    rows = load_dataset("parquet", data_files=file, split="train")
+    digits = load_digits()
+    assert isinstance(rows.features["image"], Image)
+    assert len(rows) == len(digits.target) == 1797
+    assert rows["label"] == digits.target.tolist()
+    pixels = np.stack([np.asarray(image) for image in rows["image"]])
+    np.testing.assert_array_equal(pixels, np.round(digits.images * 255 / 16))
+    assert b"UCI" in pq.read_schema(file).metadata[b"attribution"]
+
+
+def test_no_task_uses_an_image_that_the_base_or_another_split_was_trained_on() -> None:
+    table = pq.read_table(DIGITS / "data" / "digits.parquet")
+    part = dict(zip(table["number"].to_pylist(), table["part"].to_pylist(), strict=True))
+    allowed = {"train": {"train", "few"}, "draws": {"draws"}, "test": {"test"}}
+    for folder in (DIGITS / "tasks").iterdir():
+        for file in folder.glob("*.parquet"):
+            assert {part[number] for number in numbers(folder.name, file.stem)} <= allowed[file.stem]
+    assert len(numbers("X", "train")) == 50
+    assert not numbers("X", "train") & numbers("inverted-0-6", "train")
+
+
+def test_everything_committed_is_below_2_mb() -> None:
+    tracked = subprocess.run(["git", "ls-files", "-z", str(DIGITS)], capture_output=True, cwd=DIGITS, check=False)
+    if tracked.returncode:
+        pytest.skip("not in a git checkout")
+    files = [DIGITS.parents[1] / name for name in tracked.stdout.decode().split("\0") if name]
+    assert sum((DIGITS / Path(name)).stat().st_size for name in files if name.exists()) < 2 * 10**6
+
+
+def test_related_experts_are_nearest(tmp_path: Path) -> None:
+    device = resolve_device("cpu")
+    bases, store = Bases(device, resolve_dtype("auto", device)), Store(tmp_path / "embeddings.json")
+    for folder in find_experts(DIGITS / "experts"):
+        expert = open_expert(folder)
+        embed(expert, check_expert(expert), store, Settings(), bases)
+    for target, related in RELATED.items():
+        ranking = rank(store, target, "fisher", len(related), tmp_path)
+        assert set(ranking.selected) == related
+        assert not ranking.not_comparable
+
+
+def test_the_script_runs_to_its_table(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHON": sys.executable, "SEEDS": "1"}
+    command = ["bash", str(DIGITS / "run.sh"), str(tmp_path / "work")]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert result.returncode == 0, result.stderr
+    table = result.stdout.partition("All methods")[2].splitlines()[1:8]
+    assert [line.split("  ")[0] for line in table[1:]] == [
+        "head only",
+        "fresh LoRA",
+        "best single expert",
+        "uniform",
+        "learned",
+        "interpolated (π-Tuning)",
+    ]
+    values = {line.split("  ")[0]: float(line.split()[-3]) for line in table[1:]}
+    assert values["best single expert"] > values["head only"]
+    assert (tmp_path / "work" / "tuned" / "adapter_model.safetensors").is_file()

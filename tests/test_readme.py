@@ -1,0 +1,71 @@
+"""Every command of the README runs, in its order, in a folder that looks as the README says."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+
+from peft import PeftModel
+from typer.testing import Result
+
+from pimerge.base import find_base
+from pimerge.model import load_base, resolve_device, resolve_dtype
+from pimerge.task import TaskFile, open_task, parse_document
+
+ROOT = Path(__file__).parent.parent
+DIGITS = ROOT / "examples" / "digits"
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SETUP = "python3 -m venv"
+
+
+def blocks(language: str) -> list[str]:
+    """The fenced blocks of a language."""
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def commands() -> list[str]:
+    """The lines of the bash blocks, but for the two that set up, then the commands of the tables."""
+    lines = [line for block in blocks("bash") for line in block.splitlines() if line and SETUP not in line]
+    return lines + [line for line in re.findall(r"^\| `(pimerge [^`]+)`", README, re.MULTILINE) if line not in lines]
+
+
+def test_every_command_runs(cli: Callable[..., Result], tmp_path: Path) -> None:
+    for part in ("base", "tasks", "experts"):
+        (tmp_path / part).symlink_to(DIGITS / part)
+    assert len(commands()) >= 12
+    for command in commands():
+        program, *arguments = shlex.split(command)
+        result = cli(*arguments)
+        assert program == "pimerge"
+        assert result.exit_code == 0, f"{command}\n{result.output}\n{result.exception}"
+    written = {path.name for path in tmp_path.iterdir() if path.is_dir() and not path.is_symlink()}
+    assert written >= {"embeddings", "halved", "merged", "new", "pi-tuned", "small", "tuned"}
+    device = resolve_device("cpu")
+    loaded = load_base(
+        find_base("base", None, tmp_path), open_task(tmp_path / "tuned"), device, resolve_dtype("auto", device)
+    )
+    PeftModel.from_pretrained(loaded.model, tmp_path / "tuned")
+
+
+def test_the_first_two_commands_set_up_a_virtual_environment_with_the_constraints() -> None:
+    run, tests = (block.strip() for block in blocks("bash")[:2])
+    for command in (run, tests):
+        assert command.startswith(SETUP)
+        assert "-c constraints.txt" in command
+    assert run.endswith("examples/digits/run.sh")
+    assert tests.endswith("-m pytest")
+
+
+def test_the_task_that_it_shows_is_one(tmp_path: Path) -> None:
+    (shown,) = blocks("json")
+    path = tmp_path / "task.json"
+    path.write_text(shown)
+    assert parse_document(TaskFile, path).labels == ["sport", "science", "politics"]
+
+
+def test_it_lists_every_strategy() -> None:
+    for package in ("measures", "tune_methods", "task_types"):
+        for file in (ROOT / "pimerge" / package).glob("[!_]*.py"):
+            assert f"`{file.stem.replace('_', '-')}`" in README
