@@ -98,9 +98,8 @@ def tune(
     precision = resolve_dtype(dtype, resolved)
     loaded = load_base(base, task, resolved, precision, options.seed)
     members, fresh = _members(plan, loaded, chosen, target, options, note)
-    head_from = target if plan.target else None
-    if head_from is not None and head_from.head:
-        set_head(loaded.model, head_from.head_tensors())
+    if plan.target and target is not None:
+        set_head(loaded.model, target.head_tensors())
     logits = _start(plan, len(members), experts, chosen, scores)
     names = sorted({name for member in members for name in member.modules})
     mixture = Mixture(names, logits, options.granularity, plan.train_weights and len(members) > 1)
@@ -116,39 +115,38 @@ def tune(
         experts_trained=plan.train_experts,
         weights=mixture.weights(),
     )
-    results: dict[str, Any] = {
-        "truncation": relative_error(merged),
-        "epochs": outcome.epochs,
-        "train_loss": outcome.train_loss,
-        "held_out_loss": outcome.held_out_loss,
-        "train_examples": len(kept),
-        "held_out_examples": len(held_out) if held_out else 0,
-        "trained_parameters": outcome.trained_parameters,
-    }
+    manifest = Manifest(
+        command="tune",
+        options={
+            "method": method,
+            "target": task.name,
+            **asdict(options),
+            "start": logits,
+            "dtype": str(precision),
+        },
+        device=resolved.type,
+        versions=library_versions(),
+        inputs=inputs_of(chosen),
+        outputs={},
+        results={
+            "truncation": relative_error(merged),
+            "train_examples": len(kept),
+            "held_out_examples": len(held_out) if held_out else 0,
+            "epochs": outcome.epochs,
+            "train_loss": outcome.train_loss,
+            "held_out_loss": outcome.held_out_loss,
+            "trained_parameters": outcome.trained_parameters,
+        },
+    )
     if outcome.writes:
-        head = Head({n: t.float().cpu() for n, t in loaded.head_tensors().items()}, loaded.head, task)
         write_expert(
             output,
             merged,
-            head,
+            Head({name: tensor.float().cpu() for name, tensor in loaded.head_tensors().items()}, loaded.head, task),
             base=base,
             like=_config_fields(loaded, task, layers),
-            coefficients=coefficients if not fresh else None,
-            manifest=Manifest(
-                command="tune",
-                options={
-                    "method": method,
-                    "target": task.name,
-                    **asdict(options),
-                    "start": logits,
-                    "dtype": str(precision),
-                },
-                device=resolved.type,
-                versions=library_versions(),
-                inputs=inputs_of(list(chosen)),
-                outputs={},
-                results=results,
-            ),
+            coefficients=None if fresh else coefficients,
+            manifest=manifest,
             force=force,
         )
         shutil.rmtree(run, ignore_errors=True)
