@@ -73,19 +73,23 @@ def embed(
     ready.sort(key=lambda pair: (pair[0].base.identity, pair[1].file.type, len(pair[1].labels)))
     settings = Settings(labels=labels, max_examples=examples, shots=shots, seed=seed)
     computed = []
-    for number, (expert, task) in enumerate(ready, 1):
-        note(f"[{number}/{len(ready)}] {expert.name}", quiet)
-        outcome = embed_expert(
-            expert, task, target, settings, bases, batch_tokens=batch_tokens, force=force, track=tracker(quiet)
-        )
-        if outcome.computed:
-            computed.append(expert.name)
-        else:
-            note(f"{expert.name}: unchanged since it was embedded", quiet)
-        if outcome.fisher and outcome.fisher.why_loop:
-            note(f"{expert.name}: one example at a time, since {outcome.fisher.why_loop}", quiet)
-        if outcome.truncated:
-            note(f"{expert.name}: {outcome.truncated} examples are longer than the model takes and were cut", quiet)
+    try:
+        for number, (expert, task) in enumerate(ready, 1):
+            note(f"[{number}/{len(ready)}] {expert.name}", quiet)
+            outcome = embed_expert(
+                expert, task, target, settings, bases, batch_tokens=batch_tokens, force=force, track=tracker(quiet)
+            )
+            if outcome.computed:
+                computed.append(expert.name)
+            else:
+                note(f"{expert.name}: unchanged since it was embedded", quiet)
+            if outcome.fisher and outcome.fisher.why_loop:
+                note(f"{expert.name}: one example at a time, since {outcome.fisher.why_loop}", quiet)
+            if outcome.truncated:
+                note(f"{expert.name}: {outcome.truncated} examples are longer than the model takes and were cut", quiet)
+    except KeyboardInterrupt:
+        note("interrupted: what is embedded is in the store, and the same command goes on from there", quiet)
+        raise
     entries = {expert.name: target.experts[expert.name] for expert, _ in ready}
     if json:
         print_json(
