@@ -92,11 +92,11 @@ def test_an_interrupted_pool_goes_on_where_it_was(
     calls: list[int] = []
     fisher = embedding.diagonal_fisher
 
-    def interrupted(*arguments: Any) -> Any:
+    def interrupted(*arguments: Any, **options: Any) -> Any:
         calls.append(1)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return fisher(*arguments)
+        return fisher(*arguments, **options)
 
     monkeypatch.setattr(embedding, "diagonal_fisher", interrupted)
     assert embed().code == 130
