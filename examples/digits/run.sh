@@ -11,13 +11,17 @@ export OMP_NUM_THREADS=1  # the model is tiny: a second thread costs more than i
 python=${PYTHON:-python}
 run() { printf '\n$ pimerge %s\n' "$*"; "$python" -m pimerge "$@"; }
 
-run inspect ./experts
 run embed ./experts
 run rank --target X -k 2
+# the comparison needs nothing but the ranking: it runs beside what follows, and is shown last
+"$python" "$here/compare.py" --seeds "${SEEDS:-3}" > comparison.txt &
+comparison=$!
+trap 'kill "$comparison" 2>/dev/null || true' ERR INT TERM
 run merge --method uniform
 run tune --method learned
 run eval tuned merged
 
+wait "$comparison"
 printf '\nAll methods, five scans of each digit, %s seeds:\n' "${SEEDS:-3}"
-"$python" "$here/compare.py" --seeds "${SEEDS:-3}"
+cat comparison.txt
 printf '\nEverything is in %s\n' "$work"
