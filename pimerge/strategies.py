@@ -6,7 +6,6 @@ line of its docstring is what ``--help`` says about it. Names and summaries come
 
 from __future__ import annotations
 
-import ast
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -27,8 +26,9 @@ def summaries(package: str) -> dict[str, str]:
     """
     found = {}
     for file in sorted((Path(__file__).parent / package).glob("[!_]*.py")):
-        docstring = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
-        found[file.stem.replace("_", "-")] = docstring.partition("\n")[0]
+        # every strategy begins with its docstring: its first line is read, nothing is parsed
+        first = file.read_text(encoding="utf-8").partition("\n")[0]
+        found[file.stem.replace("_", "-")] = first.strip('"')
     return found
 
 
