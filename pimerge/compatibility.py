@@ -12,6 +12,7 @@ from pimerge.task import Task, open_task
 
 SHARED_INIT_COSINE = 0.1
 SHARED_INIT_DEVIATIONS = 5.0
+INIT_MODULES = 16
 
 
 def check_expert(expert: Expert) -> Task:
@@ -89,7 +90,8 @@ def init_cosine(first: Expert, second: Expert) -> tuple[float, float]:
     """
     dot = own = other = 0.0
     numbers = 0
-    for module in sorted(first.modules.keys() & second.modules.keys()):
+    common = sorted(first.modules.keys() & second.modules.keys())
+    for module in common[:: -(-len(common) // INIT_MODULES) or 1]:  # a few tell as much as all
         a, b = first.factors(module).A.double(), second.factors(module).A.double()
         dot += float((a * b).sum())
         own += float(a.square().sum())
@@ -110,6 +112,25 @@ def differing_form(first: Expert, second: Expert) -> str:
     if _has_bias(first) != _has_bias(second):
         return "only one of it and the target has biases in its factors (lora_bias)"
     return ""
+
+
+def require_shared_form(experts: Sequence[Expert]) -> None:
+    """Check that single entries of the factors of some experts mean the same: one form and one init.
+
+    Raises:
+        PimergeError: with each expert that differs from the first.
+    """
+    problems = Problems()
+    first = experts[0]
+    for expert in experts[1:]:
+        why = differing_form(first, expert).replace("the target", f"'{first.name}'")
+        if not why:
+            cosine, least = init_cosine(first, expert)
+            if cosine < least:
+                why = f"it was trained from another init than '{first.name}' (cosine of their factors A: {cosine:.2f})"
+        if why:
+            problems.add(f"'{expert.name}': {why}", "use a method that works on ΔW, such as uniform or ties")
+    problems.raise_any("the factors of these experts cannot be compared entry by entry")
 
 
 def _listed(ranks: Sequence[int]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from pimerge.errors import PimergeError
 from pimerge.expert import CONFIG, Expert
 from pimerge.files import sha256_file
 from pimerge.fisher import Fisher, diagonal_fisher
+from pimerge.grams import input_grams, linear_layers
 from pimerge.model import Bases, plugged_in
 from pimerge.progress import Track, silent
 from pimerge.store import Settings, Store
@@ -47,6 +49,7 @@ def embed(
     bases: Bases,
     *,
     batch_tokens: int | None = None,
+    grams: bool = False,
     force: bool = False,
     track: Track = silent,
 ) -> Outcome:
@@ -58,6 +61,7 @@ def embed(
         settings: label mode, examples, seed.
         bases: loads the base on its device, in its dtype.
         batch_tokens: most tokens of a batch; None for :func:`default_batch_tokens`.
+        grams: with the Gram matrices of the layers' inputs; an expert that has them already keeps having them.
         force: compute it even if the store has it already.
 
     Raises:
@@ -73,7 +77,9 @@ def embed(
         "base": expert.base.identity,
         "settings": settings,
     }
-    if not force and store.is_current(expert.name, fields):
+    # else a merge by them would fail as soon as somebody embeds the pool once more
+    grams = grams or store.has_grams(expert.name)
+    if not force and store.is_current(expert.name, fields, grams):
         return Outcome(expert.name, computed=False)
     loaded = bases.load(expert.base, task)
     if not expert.head and not loaded.has_own_head:
@@ -92,16 +98,21 @@ def embed(
     batches = bucket_by_length(examples.lengths, batch_tokens or default_batch_tokens(bases.device, loaded.config))
     # the fast path is checked once for each base and form of expert in a run
     form = (expert.base.identity, *((m.name, m.layer, m.bias is None) for m in expert.modules.values()))
+    make_plain = partial(_on_device, examples, bases.device)
     with plugged_in(expert, loaded) as model:
         fisher = diagonal_fisher(
             model,
             factors_of(expert, model),
             batches,
-            _batch_maker(model, task, examples, settings, bases.device),
+            _batch_maker(model, task, make_plain, len(examples), settings),
             task.type.nll,
             check=form not in bases.checked,
             track=track,
         )
+        inputs = None
+        if grams:
+            layers = linear_layers(model, expert.modules)
+            inputs = input_grams(layers, batches, make_plain, partial(task.type.nll, model), track=track)
     if fisher.route == "rules":
         bases.checked.add(form)
     fields |= {
@@ -111,7 +122,7 @@ def embed(
         "device": bases.device.type,
         "route": fisher.route,
     }
-    store.add(expert.name, fields, fisher.diagonal)
+    store.add(expert.name, fields, fisher.diagonal, inputs)
     return Outcome(expert.name, True, fisher, examples.truncated)
 
 
@@ -139,15 +150,21 @@ def factors_of(expert: Expert, model: nn.Module) -> dict[str, nn.Parameter]:
     return found
 
 
+def _on_device(examples: Examples, device: torch.device, indices: Sequence[int]) -> Batch:
+    return {name: value.to(device) for name, value in examples.batch(indices).items()}
+
+
 def _batch_maker(
-    model: nn.Module, task: Task, examples: Examples, settings: Settings, device: torch.device
+    model: nn.Module, task: Task, make_plain: Callable[[Sequence[int]], Batch], count: int, settings: Settings
 ) -> Callable[[Sequence[int]], Batch]:
-    """Batches on the device, with true labels, or with labels drawn by each example's own uniform number."""
+    """Batches with true labels, or with labels drawn by the uniform number of each of the ``count`` examples."""
+    if settings.labels != "sampled":
+        return make_plain
     generator = torch.Generator().manual_seed(settings.seed)
-    uniform = torch.rand(len(examples), generator=generator, dtype=torch.float64)
+    uniform = torch.rand(count, generator=generator, dtype=torch.float64)
 
     def make(indices: Sequence[int]) -> Batch:
-        batch = {name: value.to(device) for name, value in examples.batch(indices).items()}
-        return task.type.draw(model, batch, uniform[list(indices)]) if settings.labels == "sampled" else batch
+        batch: Batch = task.type.draw(model, make_plain(indices), uniform[list(indices)])
+        return batch
 
     return make

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from pimerge.base import Base, find_base, is_hub_id
 from pimerge.errors import PimergeError, Problems
 from pimerge.files import read_json, sha256_file
 from pimerge.kinds import lora
+from pimerge.tensorfile import FLOATS, TensorFile, is_finite, open_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,7 +24,10 @@ if TYPE_CHECKING:
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 TASK = "task.json"
-_FLOATS = frozenset(("F16", "BF16", "F32", "F64"))
+_HUB_FILES = (CONFIG, WEIGHTS, TASK, "pimerge.json")
+_CARD = "README.md"  # for its licence
+_ONLINE = "run it once with the network and without HF_HUB_OFFLINE, so that it is downloaded"
+_FLOATS = frozenset(FLOATS)
 _INTEGERS = frozenset(("I64", "I32", "I16", "I8", "U8", "BOOL"))  # buffers of a head, such as BatchNorm's count
 _PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth", "pytorch_model.bin")
 _HUB_REFERENCE = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
@@ -36,6 +41,7 @@ class Expert:
         path: its folder.
         kind: ``lora``.
         config: the content of ``adapter_config.json``.
+        file: its tensors.
         modules: name of each adapted module → its update.
         head: parameter name in the base model → key, for each tensor of ``modules_to_save``.
         dtypes: the dtypes of the factors, as safetensors names them.
@@ -45,6 +51,7 @@ class Expert:
     path: Path
     kind: str
     config: dict[str, Any]
+    file: TensorFile
     modules: dict[str, lora.LoraModule]
     head: dict[str, str]
     dtypes: tuple[str, ...]
@@ -79,16 +86,9 @@ class Expert:
         """Numbers in its factors, the head not counted."""
         return sum(m.rank * (m.d_in + m.d_out) for m in self.modules.values())
 
-    @cached_property
-    def _file(self) -> Any:
-        from safetensors import safe_open
-
-        return safe_open(str(self.path / WEIGHTS), framework="pt")
-
     def tensor(self, key: str) -> Tensor:
         """Read one tensor."""
-        tensor: Tensor = self._file.get_tensor(key)
-        return tensor
+        return self.file.read(key)
 
     def factors(self, module: str) -> lora.Factors:
         """Read the update of one module: A (r × d_in), B (d_out × r), scaling, bias."""
@@ -104,12 +104,11 @@ class Expert:
         Raises:
             PimergeError: naming each tensor that holds one.
         """
-        import torch
-
         problems = Problems()
-        for key in self._file.keys():  # noqa: SIM118 (safe_open is no dict)
-            bad = int((~torch.isfinite(self.tensor(key))).sum())
-            if bad:
+        for key in self.file.entries:
+            tensor = self.tensor(key)
+            if not is_finite(tensor):
+                bad = int((~tensor.isfinite()).sum())
                 problems.add(
                     f"{key} holds {bad} values that are NaN or Inf",
                     "the training diverged; train it again with a lower learning rate",
@@ -117,12 +116,13 @@ class Expert:
         problems.raise_any("NaN or Inf weights")
 
 
-def open_expert(reference: str | Path, base: str | None = None) -> Expert:
+def open_expert(reference: str | Path, base: str | None = None, *, convert: bool = False) -> Expert:
     """Open an expert and check its files.
 
     Args:
         reference: a folder, or a Hub id (``org/name`` or ``org/name@revision``).
         base: a base model's folder or Hub id, in place of the one that the expert names.
+        convert: accept what has to be converted with the base's weights (DoRA, PiSSA, OLoRA).
 
     Raises:
         PimergeError: with every problem of its files: missing or truncated safetensors, a pickle, JSON that
@@ -135,14 +135,15 @@ def open_expert(reference: str | Path, base: str | None = None) -> Expert:
         config = read_json(path / CONFIG)
         if not isinstance(config, dict):
             raise PimergeError(f"'{path / CONFIG}' is no JSON object", "save the adapter again with PEFT")
-    shapes: dict[str, tuple[int, ...]] = {}
-    dtypes: dict[str, str] = {}
+    file = None
     with problems.collected():
-        shapes, dtypes = _header(path)
-    if not problems.found:
+        file = _tensors(path)
+    if not problems.found and file is not None:
         with problems.collected():
             kind = _kind(config)
-            modules, head = strategies.load("kinds", kind).parse(config, shapes)
+            shapes = {key: entry.shape for key, entry in file.entries.items()}
+            modules, head = strategies.load("kinds", kind).parse(config, shapes, convert=convert)
+            dtypes = {key: entry.dtype for key, entry in file.entries.items()}
             used = {dtypes[key] for module in modules.values() for key in (module.A, module.B)}
             biases = {dtypes[module.bias] for module in modules.values() if module.bias}
             other = (used | biases) - _FLOATS | {dtypes[key] for key in head.values()} - _FLOATS - _INTEGERS
@@ -151,7 +152,7 @@ def open_expert(reference: str | Path, base: str | None = None) -> Expert:
                     f"it holds tensors stored as {', '.join(sorted(other))}",
                     "expected F16, BF16, F32 or F64: save the adapter in one of these",
                 )
-            return Expert(path, kind, config, modules, head, tuple(sorted(used)), base)
+            return Expert(path, kind, config, file, modules, head, tuple(sorted(used)), base)
     problems.raise_any(f"the expert '{path}' has several problems")
     raise AssertionError("unreachable: a problem was raised")
 
@@ -204,47 +205,77 @@ def _folder(reference: str | Path) -> Path:
 
 
 def _download(reference: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    """The snapshot of a Hub id in the local cache, downloaded if need be."""
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HTTPError as NetworkError  # type: ignore[attr-defined]  # httpx's, or httpx2's
 
     match = _HUB_REFERENCE.fullmatch(reference)
     assert match
+    download = partial(snapshot_download, match["id"], revision=match["revision"])
     try:
-        return Path(
-            snapshot_download(
-                match["id"], revision=match["revision"], allow_patterns=[CONFIG, WEIGHTS, TASK, "pimerge.json"]
-            )
-        )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise PimergeError(
-            f"'{reference}' is no folder here and cannot be had from the Hub: {reason}",
-            "check the name; for a gated repository log in with 'hf auth login'",
-        ) from error
-
-
-def _header(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
-    """Shapes and dtypes of the tensors, from the file's header alone."""
-    from safetensors import SafetensorError, safe_open
-
-    file = path / WEIGHTS
-    if not file.is_file():
-        pickle = next((name for name in _PICKLES if (path / name).is_file()), None)
-        if pickle:
+        path = Path(download(allow_patterns=[*_HUB_FILES, _CARD]))
+    except (NetworkError, HFValidationError, OSError) as error:
+        found = None
+        if isinstance(error, LocalEntryNotFoundError):
+            with suppress(LocalEntryNotFoundError):  # that the cache lacks no more than the card is no reason to stop
+                found = download(allow_patterns=list(_HUB_FILES), local_files_only=True)
+        if found is None:
+            reason, hint = _why_no_download(error, match["id"], match["revision"])
             raise PimergeError(
-                f"'{path / pickle}' is a pickle, which can run code when it is read; only {WEIGHTS} is read",
-                "load it with PEFT where you trust it, and save it again: model.save_pretrained(FOLDER)",
-            )
-        raise PimergeError(f"'{file}' is not there", "save the adapter with PEFT: model.save_pretrained(FOLDER)")
-    try:
-        with safe_open(str(file), framework="pt") as tensors:
-            slices = {key: tensors.get_slice(key) for key in tensors.keys()}  # noqa: SIM118
-            shapes = {key: tuple(part.get_shape()) for key, part in slices.items()}
-            return shapes, {key: part.get_dtype() for key, part in slices.items()}
-    except (SafetensorError, OSError) as error:
+                f"'{reference}' is no folder here and cannot be had from the Hub: {reason}", hint
+            ) from error
+        path = Path(found)
+    missing = " and no ".join(name for name in (CONFIG, WEIGHTS) if not (path / name).is_file())
+    if missing and constants.HF_HUB_OFFLINE:
+        raise PimergeError(f"the Hub's local cache has no {missing} of '{reference}'", _ONLINE)
+    if missing:
         raise PimergeError(
-            f"'{file}' is truncated or no safetensors file ({error})", "copy or save the file again"
-        ) from error
+            f"'{reference}' is no adapter: its repository on the Hub has no {missing}",
+            "expected what PEFT's save_pretrained writes, as safetensors; a pickle (adapter_model.bin) is not read",
+        )
+    return path
+
+
+def _why_no_download(error: Exception, name: str, revision: str | None) -> tuple[str, str]:
+    """What went wrong with a download, and what to do about it."""
+    from huggingface_hub import errors
+
+    # behind "not in the local cache" stands why the Hub itself was of no help
+    cause = error.__cause__ if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ else error
+    page = f"https://huggingface.co/{name}"
+    if isinstance(cause, errors.GatedRepoError):
+        return "the repository is gated", f"accept its terms at {page}, then log in with 'hf auth login'"
+    if isinstance(cause, errors.RepositoryNotFoundError):  # the Hub tells a stranger no more than that
+        return (
+            "there is no such repository, or it is private",
+            f"check the name '{name}'; if it is private, log in with 'hf auth login' as someone who may read it",
+        )
+    if isinstance(cause, errors.RevisionNotFoundError):
+        return f"the repository has no revision '{revision or 'main'}'", f"see {page}/tree/main for its branches"
+    if isinstance(cause, errors.OfflineModeIsEnabled):
+        return "it is not in the local cache, or not whole, and HF_HUB_OFFLINE is set", _ONLINE
+    if isinstance(cause, errors.HfHubHTTPError):
+        status = cause.response.status_code
+        hint = "log in again with 'hf auth login'" if status in (401, 403) else "try again later"
+        return f"the Hub answers with status {status}", hint
+    if isinstance(error, errors.LocalEntryNotFoundError):
+        return "the Hub cannot be reached, and it is not in the local cache, or not whole", "check the network"
+    return str(error).strip().partition("\n")[0], "check the name, the network and the disk"
+
+
+def _tensors(path: Path) -> TensorFile:
+    """The expert's tensors; only the header is read."""
+    file = path / WEIGHTS
+    if file.is_file():
+        return open_tensors(file)
+    pickle = next((name for name in _PICKLES if (path / name).is_file()), None)
+    if pickle:
+        raise PimergeError(
+            f"'{path / pickle}' is a pickle, which can run code when it is read; only {WEIGHTS} is read",
+            "load it with PEFT where you trust it, and save it again: model.save_pretrained(FOLDER)",
+        )
+    raise PimergeError(f"'{file}' is not there", "save the adapter with PEFT: model.save_pretrained(FOLDER)")
 
 
 def _kind(config: dict[str, Any]) -> str:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,18 +12,22 @@ from pydantic import BaseModel, ConfigDict
 
 from pimerge import strategies
 from pimerge.base import Base, folder_from
+from pimerge.card import CARD_FILE
 from pimerge.errors import PimergeError, Problems
 from pimerge.expert import CONFIG, TASK, WEIGHTS, Expert
-from pimerge.files import json_text, relative_to, sha256_bytes, write_folder
-from pimerge.kinds.lora import PREFIX
-from pimerge.lowrank import MergedModule
+from pimerge.files import json_text, new_folder, relative_to, sha256_bytes, sha256_file, write_into
+from pimerge.kinds.lora import PREFIX, LoraModule
+from pimerge.lowrank import MergedModule, Summary
 from pimerge.manifest import MANIFEST_FILE, Manifest
 from pimerge.task import Task, open_task
+from pimerge.tensorfile import writing_tensors
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 COEFFICIENTS_FILE = "coefficients.json"
+
 HEAD_POLICIES = ("target", "average", "none")
 
 
@@ -118,63 +122,107 @@ def task_of(expert: Expert) -> Task | None:
     return open_task(expert.path) if (expert.path / TASK).is_file() else None
 
 
+@dataclass(frozen=True)
+class Documents:
+    """What is written beside the tensors; it can tell how the merge of each module went.
+
+    Attributes:
+        manifest: its ``outputs`` are filled in by :func:`write_expert`.
+        coefficients: None where no weights give the result.
+        card: content of the README.md; None for none.
+    """
+
+    manifest: Manifest
+    coefficients: Coefficients | None = None
+    card: str | None = None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the expert's file will hold, known before the first tensor is.
+
+    Attributes:
+        modules: the modules to come.
+        dtype: of the factors.
+        has_bias: whether every module has a bias update (``lora_bias``).
+    """
+
+    modules: Sequence[LoraModule]
+    dtype: torch.dtype
+    has_bias: bool
+
+
 def write_expert(
     path: Path,
-    modules: Sequence[MergedModule],
+    layout: Layout,
+    modules: Iterable[MergedModule],
     head: Head,
     *,
     base: Base,
     like: Mapping[str, Any],
-    coefficients: Coefficients | None,
-    manifest: Manifest,
+    documents: Callable[[Sequence[Summary]], Documents],
     force: bool,
-) -> Manifest:
-    """Write an expert's folder whole or not at all.
+) -> Documents:
+    """Write an expert's folder whole or not at all, one module at a time.
 
     The config has r = alpha (scaling 1), rsLoRA off, and ``rank_pattern`` where ranks differ.
 
     Args:
+        modules: each is taken when the one before is on the disk.
         like: config fields to keep: ``task_type``, ``auto_mapping``, ``fan_in_fan_out``.
-        manifest: its ``outputs`` are filled in here.
+        documents: gives what is written beside the tensors, once all modules are done.
 
     Raises:
         PimergeError: if the folder is there and ``force`` is off, or the disk refuses.
     """
-    from safetensors.torch import save
+    _refuse_biased_embeddings(layout)
+    with new_folder(path, force=force) as partial:
+        summaries = _write_tensors(partial / WEIGHTS, layout, modules, head)
+        written = documents(summaries)
+        contents = {CONFIG: json_text(_config(path, layout, summaries, head, base, like))}
+        if head.task is not None:
+            contents[TASK] = json_text(head.task.document_for(path))
+        if written.coefficients is not None:
+            contents[COEFFICIENTS_FILE] = json_text(written.coefficients.model_dump())
+        if written.card is not None:
+            contents[CARD_FILE] = written.card
+        outputs = {name: sha256_bytes(content.encode()) for name, content in contents.items()}
+        outputs[WEIGHTS] = sha256_file(partial / WEIGHTS)
+        manifest = written.manifest.model_copy(update={"outputs": dict(sorted(outputs.items()))})
+        contents[MANIFEST_FILE] = json_text(manifest.model_dump())
+        write_into(partial, contents)
+    return replace(written, manifest=manifest)
 
-    stored = strategies.load("kinds", "lora").stored
-    tensors: dict[str, Tensor] = {}
-    for merged in modules:
-        tensors |= stored(merged.module, merged.factors)
-    tensors |= _zero_biases(modules, tensors)
-    tensors |= {PREFIX + name: tensor.contiguous() for name, tensor in head.tensors.items()}
-    contents: dict[str, bytes | str] = {
-        CONFIG: json_text(_config(path, modules, head, base, like)),
-        WEIGHTS: save({key: tensors[key].detach().cpu() for key in sorted(tensors)}, {"format": "pt"}),
-    }
-    if head.task is not None:
-        contents[TASK] = json_text(head.task.document_for(path))
-    if coefficients is not None:
-        contents[COEFFICIENTS_FILE] = json_text(coefficients.model_dump())
-    outputs = {
-        name: sha256_bytes(content.encode() if isinstance(content, str) else content)
-        for name, content in contents.items()
-    }
-    manifest = manifest.model_copy(update={"outputs": outputs})
-    contents[MANIFEST_FILE] = json_text(manifest.model_dump())
-    write_folder(path, contents, force=force)
-    return manifest
+
+def _write_tensors(file: Path, layout: Layout, modules: Iterable[MergedModule], head: Head) -> list[Summary]:
+    kind = strategies.load("kinds", "lora")
+    heads = {PREFIX + name: tensor for name, tensor in sorted(head.tensors.items())}
+    keys = [key for module in layout.modules for key in (module.A, module.B, kind.bias_key(module.name))]
+    summaries = []
+    with writing_tensors(file, [*keys, *heads]) as writer:
+        # wide dtypes first, so that every tensor starts at a multiple of its size
+        narrow = {key: tensor for key, tensor in heads.items() if tensor.itemsize < layout.dtype.itemsize}
+        for key, tensor in sorted(heads.items(), key=lambda item: -item[1].itemsize):
+            if key not in narrow:
+                writer.add(key, tensor)
+        for module in modules:
+            for key, tensor in kind.stored(module.module, module.factors).items():
+                writer.add(key, tensor)
+            summaries.append(module.summary)
+        for key, tensor in sorted(narrow.items(), key=lambda item: -item[1].itemsize):
+            writer.add(key, tensor)
+    return summaries
 
 
 def _config(
-    path: Path, modules: Sequence[MergedModule], head: Head, base: Base, like: Mapping[str, Any]
+    path: Path, layout: Layout, summaries: Sequence[Summary], head: Head, base: Base, like: Mapping[str, Any]
 ) -> dict[str, Any]:
-    ranks = {merged.module.name: merged.rank for merged in modules}
+    ranks = {summary.name: summary.rank for summary in summaries}
     usual = Counter(ranks.values()).most_common(1)[0][0] if ranks else 1
     # PEFT takes the first key that a module's name ends with, so longer names go first and all are listed.
     differ = len(set(ranks.values())) > 1
     pattern = {name: ranks[name] for name in sorted(ranks, key=lambda n: (-len(n), n))} if differ else {}
-    name, revision = _base_reference(base, path)
+    name, revision = base_reference(base, path)
     return {
         "peft_type": "LORA",
         "task_type": like.get("task_type"),
@@ -188,7 +236,7 @@ def _config(
         "alpha_pattern": pattern,
         "use_rslora": False,
         "lora_dropout": 0.0,
-        "lora_bias": any(merged.factors.bias is not None for merged in modules),
+        "lora_bias": layout.has_bias,
         "bias": "none",
         "fan_in_fan_out": bool(like.get("fan_in_fan_out")),
         "init_lora_weights": True,
@@ -197,7 +245,7 @@ def _config(
     }
 
 
-def _base_reference(base: Base, path: Path) -> tuple[str, str | None]:
+def base_reference(base: Base, path: Path) -> tuple[str, str | None]:
     """How an expert at ``path`` names its base: as before if that is found from there, else by relative path."""
     if base.folder is None or base.folder.parent.name == "snapshots":
         return base.name, base.revision
@@ -206,23 +254,13 @@ def _base_reference(base: Base, path: Path) -> tuple[str, str | None]:
     return (base.name if same else relative_to(base.folder, path)), base.revision
 
 
-def _zero_biases(modules: Sequence[MergedModule], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """PEFT's ``lora_bias`` holds for all modules, so one without a bias update gets zeros."""
-    keys = {merged.module.name: f"{PREFIX}{merged.module.name}.lora_B.bias" for merged in modules}
-    biased = [name for name, key in keys.items() if key in tensors]
-    if not biased:
-        return {}
-    embeddings = [merged.module.name for merged in modules if merged.module.layer == "embedding"]
-    if embeddings:
+def _refuse_biased_embeddings(layout: Layout) -> None:
+    embeddings = [module.name for module in layout.modules if module.layer == "embedding"]
+    if layout.has_bias and embeddings:
         raise PimergeError(
-            f"'{biased[0]}' has a bias (lora_bias), '{embeddings[0]}' is an embedding: PEFT loads no expert with both",
+            f"an expert has biases (lora_bias), and '{embeddings[0]}' is an embedding: PEFT loads no expert with both",
             "leave out the experts with lora_bias or those that adapt embeddings",
         )
-    return {
-        keys[merged.module.name]: merged.factors.B.new_zeros(len(merged.factors.B))
-        for merged in modules
-        if keys[merged.module.name] not in tensors
-    }
 
 
 def _head_modules(expert: Expert) -> list[str]:

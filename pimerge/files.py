@@ -141,6 +141,23 @@ def write_folder(path: Path, contents: Mapping[str, bytes | str], *, force: bool
     Raises:
         PimergeError: if ``path`` is there and ``force`` is off, or the disk refuses it.
     """
+    with new_folder(path, force=force) as partial:
+        write_into(partial, contents)
+
+
+def write_into(folder: Path, contents: Mapping[str, bytes | str]) -> None:
+    """Write files into a folder that :func:`new_folder` gave."""
+    for name, content in contents.items():
+        _write_synced(folder / name, content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def new_folder(path: Path, *, force: bool) -> Iterator[Path]:
+    """A folder to write into that takes its place at ``path`` when the block ends, and vanishes if it fails.
+
+    Raises:
+        PimergeError: as :func:`write_folder`.
+    """
     require_absent(path, force)
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -148,8 +165,7 @@ def write_folder(path: Path, contents: Mapping[str, bytes | str], *, force: bool
         partial, old = _beside(path, "partial"), None
         try:
             partial.mkdir()
-            for name, content in contents.items():
-                _write_synced(partial / name, content.encode() if isinstance(content, str) else content)
+            yield partial
             if path.exists() or path.is_symlink():
                 old = path.replace(_beside(path, "old"))
             partial.replace(path)

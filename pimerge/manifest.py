@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Sequence
 from importlib.metadata import version
-from typing import Any
+from typing import Any, Protocol
 
 from pydantic import BaseModel, ConfigDict
 
 from pimerge import __version__
-from pimerge.expert import Expert
 
 MANIFEST_FILE = "pimerge.json"
 _LIBRARIES = ("torch", "transformers", "peft", "datasets", "safetensors")
@@ -55,6 +55,18 @@ def library_versions() -> dict[str, str]:
     }
 
 
-def inputs_of(experts: list[Expert]) -> list[Input]:
-    """The manifest's record of some experts."""
+class Hashed(Protocol):
+    """An expert or a checkpoint, as far as the manifest knows it."""
+
+    @property
+    def name(self) -> str:
+        """What it is called."""
+
+    @property
+    def sha256(self) -> str:
+        """Of its tensors."""
+
+
+def inputs_of(experts: Sequence[Hashed]) -> list[Input]:
+    """The manifest's record of what went in."""
     return [Input(name=expert.name, sha256=expert.sha256) for expert in experts]

@@ -1,13 +1,14 @@
 """The store of embeddings: ``embeddings.json`` and a sidecar of tensors for each expert.
 
 The sidecar ``embeddings/NAME.safetensors`` holds the full diagonal, one tensor per parameter, under the keys
-of the adapter's own file. A sidecar is written before the document that names it, so the store is whole at
-any moment; it grows by one expert at a time, and several processes may extend it at once.
+of the adapter's own file; ``embeddings/NAME.grams.safetensors``, where it was asked for, the Gram matrix of
+each adapted layer's inputs, under the module's name. A sidecar is written before the document that names it, so
+the store is whole at any moment; it grows by one expert at a time, and several processes may extend it at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from pimerge.errors import PimergeError, nearest
 from pimerge.expert import CONFIG, Expert, open_expert
 from pimerge.files import disk_errors, json_text, read_json, relative_to, sha256_bytes, sha256_file, write_file
 from pimerge.task import parse_document
+from pimerge.tensorfile import TensorFile, open_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,6 +52,7 @@ class Embedding(BaseModel):
         norm: ‖F‖₂ over all parameters; ``trace`` is ΣF.
         modules: module → trace of its Fisher.
         sidecar: file of the full diagonal, relative to the store's folder.
+        grams_sidecar: file of the Gram matrices of the layers' inputs; None where there are none.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -72,6 +75,8 @@ class Embedding(BaseModel):
     modules: dict[str, float]
     sidecar: str
     sidecar_sha256: str
+    grams_sidecar: str | None = None
+    grams_sha256: str | None = None
 
 
 class Document(BaseModel):
@@ -126,70 +131,132 @@ class Store:
         folder = Path(target).resolve()
         return next((name for name in self.experts if self.folder_of(name).resolve() == folder), None)
 
+    def find_sha(self, sha256: str) -> str | None:
+        """The first name in the store whose adapter's tensors have this SHA-256; None if there is none."""
+        return next((name for name, entry in self.experts.items() if entry.sha256 == sha256), None)
+
     def diagonal(self, name: str) -> dict[str, Tensor]:
         """The full diagonal of one expert: key → tensor.
 
         Raises:
+            PimergeError: as :meth:`diagonal_file`.
+        """
+        file = self.diagonal_file(name)
+        return {key: file.read(key) for key in file.entries}
+
+    def diagonal_file(self, name: str) -> TensorFile:
+        """The full diagonal of one expert, to be read one tensor at a time.
+
+        Raises:
             PimergeError: if the sidecar is gone or is not the one that the document names.
         """
-        from safetensors.torch import load_file
-
         entry = self.document.experts[name]
-        sidecar = self.path.parent / entry.sidecar
-        if not sidecar.is_file() or sha256_file(sidecar) != entry.sidecar_sha256:
-            state = "has changed" if sidecar.is_file() else "is gone"
-            raise PimergeError(f"the sidecar '{sidecar}' {state}", "run 'pimerge embed' again")
-        return load_file(sidecar)
+        return self._checked(entry.sidecar, entry.sidecar_sha256, "run 'pimerge embed' again")
 
-    def is_current(self, name: str, expected: Mapping[str, Any]) -> bool:
-        """Whether the entry has these fields and its sidecar is whole."""
+    def grams(self, name: str) -> TensorFile:
+        """The Gram matrices of the inputs of one expert's layers: module → (d_in × d_in), to be read one by one.
+
+        Raises:
+            PimergeError: if there are none, or the sidecar is gone or is not the one that the document names.
+        """
+        entry, hint = self.document.experts[name], f"run 'pimerge embed --grams {self.folder_of(name)}'"
+        if entry.grams_sidecar is None or entry.grams_sha256 is None:
+            raise PimergeError(f"the store '{self.path}' has no Gram matrices of '{name}'", hint)
+        return self._checked(entry.grams_sidecar, entry.grams_sha256, hint)
+
+    def has_grams(self, name: str) -> bool:
+        """Whether the expert is in the store with Gram matrices."""
+        entry = self.document.experts.get(name)
+        return entry is not None and entry.grams_sidecar is not None
+
+    def grams_size(self, name: str) -> int:
+        """Bytes of the expert's Gram matrices on the disk; 0 without any."""
+        relative = self.document.experts[name].grams_sidecar
+        sidecar = self.path.parent / (relative or "")
+        return sidecar.stat().st_size if relative and sidecar.is_file() else 0
+
+    def is_current(self, name: str, expected: Mapping[str, Any], grams: bool = False) -> bool:
+        """Whether the entry has these fields and its sidecar is whole.
+
+        Args:
+            grams: whether it must have its Gram matrices, whole, too.
+        """
         entry = self.document.experts.get(name)
         if entry is None or any(getattr(entry, field) != value for field, value in expected.items()):
             return False
-        sidecar = self.path.parent / entry.sidecar
-        return sidecar.is_file() and sha256_file(sidecar) == entry.sidecar_sha256
+        return self._is_whole(entry.sidecar, entry.sidecar_sha256) and (
+            not grams or self._is_whole(entry.grams_sidecar, entry.grams_sha256)
+        )
 
-    def add(self, name: str, fields: Mapping[str, Any], diagonal: Mapping[str, Tensor]) -> None:
-        """Write the sidecar, then the document with the new entry.
+    def add(
+        self,
+        name: str,
+        fields: Mapping[str, Any],
+        diagonal: Mapping[str, Tensor],
+        grams: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Write the sidecars, then the document with the new entry.
+
+        Args:
+            grams: module → Gram matrix of its inputs; None leaves the entry without any.
 
         Raises:
             PimergeError: if the disk refuses.
         """
-        from safetensors.torch import save
-
-        content = save({key: value.cpu().contiguous() for key, value in diagonal.items()}, {"format": "pt"})
+        contents = {_sidecar_of(name): _safetensors(diagonal)}
+        if grams is not None:
+            contents[_grams_sidecar_of(name)] = _safetensors(grams)
+        digests = {sidecar: sha256_bytes(content) for sidecar, content in contents.items()}
         squares = sum(float(value.double().square().sum()) for value in diagonal.values())
         modules: dict[str, float] = {}
         for key, value in diagonal.items():
             module = key.removeprefix("base_model.model.").partition(".lora_")[0]
             modules[module] = modules.get(module, 0.0) + float(value.double().sum())
-        digest = sha256_bytes(content)
-        sidecar = f"{SIDECARS}/{name}.safetensors"
         entry = Embedding(
             **fields,
             norm=squares**0.5,
             trace=sum(modules.values()),
             modules=dict(sorted(modules.items())),
-            sidecar=sidecar,
-            sidecar_sha256=digest,
+            sidecar=_sidecar_of(name),
+            sidecar_sha256=digests[_sidecar_of(name)],
+            grams_sidecar=_grams_sidecar_of(name) if grams is not None else None,
+            grams_sha256=digests.get(_grams_sidecar_of(name)),
         )
         with self._changing() as experts:
-            write_file(self.path.parent / sidecar, content)
+            for other in experts.keys() - {name}:
+                if contents.keys() & _sidecars([experts[other]]):  # 'a.grams' beside the Gram matrices of 'a'
+                    raise PimergeError(f"the sidecars of '{name}' and '{other}' have one name", "rename one expert")
+            for sidecar, content in contents.items():
+                write_file(self.path.parent / sidecar, content)
             experts[name] = entry
 
     def drop(self, name: str) -> None:
-        """Remove an entry and its sidecar."""
+        """Remove an entry and its sidecars."""
         with self._changing() as experts:
             experts.pop(name, None)
-        (self.path.parent / SIDECARS / f"{name}.safetensors").unlink(missing_ok=True)
 
     def path_of(self, expert: Expert) -> str:
         """An expert's folder as the document has it."""
         return relative_to(expert.path, self.path.parent)
 
+    def _is_whole(self, relative: str | None, sha256: str | None) -> bool:
+        sidecar = self.path.parent / (relative or "")
+        return sidecar.is_file() and sha256_file(sidecar) == sha256
+
+    def _checked(self, relative: str, sha256: str, hint: str) -> TensorFile:
+        """Open a sidecar that has to be whole."""
+        sidecar = self.path.parent / relative
+        if not self._is_whole(relative, sha256):
+            state = "has changed" if sidecar.is_file() else "is gone"
+            raise PimergeError(f"the sidecar '{sidecar}' {state}", hint)
+        return open_tensors(sidecar)
+
     @contextmanager
     def _changing(self) -> Iterator[dict[str, Embedding]]:
-        """Change the document under a lock, starting from what other processes have written meanwhile."""
+        """Change the document under a lock, starting from what other processes have written meanwhile.
+
+        Sidecars that it no longer names are removed.
+        """
         from filelock import FileLock
 
         folder = self.path.parent / SIDECARS
@@ -199,10 +266,13 @@ class Store:
             lock.acquire()
         try:
             document = self._read()
+            before = _sidecars(document.experts.values())
             yield document.experts
             document.experts = dict(sorted(document.experts.items()))
             write_file(self.path, json_text(document.model_dump()))
             self.document = document
+            for sidecar in before - _sidecars(document.experts.values()):
+                (self.path.parent / sidecar).unlink(missing_ok=True)
         finally:
             lock.release()
 
@@ -217,6 +287,25 @@ class Store:
                 "it is no store, or another version's: remove it, or choose another --store",
             )
         return parse_document(Document, self.path, "remove the file and run 'pimerge embed' again")
+
+
+def _sidecar_of(name: str) -> str:
+    return f"{SIDECARS}/{name}.safetensors"
+
+
+def _grams_sidecar_of(name: str) -> str:
+    return f"{SIDECARS}/{name}.grams.safetensors"
+
+
+def _sidecars(entries: Iterable[Embedding]) -> set[str]:
+    """The files that some entries name."""
+    return {file for entry in entries for file in (entry.sidecar, entry.grams_sidecar) if file}
+
+
+def _safetensors(tensors: Mapping[str, Tensor]) -> bytes:
+    from safetensors.torch import save
+
+    return save({key: value.cpu().contiguous() for key, value in tensors.items()}, {"format": "pt"})
 
 
 def open_store(path: Path) -> Store:

@@ -21,12 +21,11 @@ from pimerge.compatibility import refuse_over_inputs, require_alike, require_fin
 from pimerge.composition import ComposedLinear, Member, Mixture, compose
 from pimerge.errors import PimergeError
 from pimerge.expert import Expert
-from pimerge.export import Coefficients, Head, write_expert
+from pimerge.export import Coefficients, Documents, Head, Layout, write_expert
 from pimerge.files import relative_to, require_absent, sha256_bytes
-from pimerge.kinds.lora import Factors, LoraModule, parse
-from pimerge.lowrank import MergedModule, merge_module, relative_error
+from pimerge.kinds.lora import Factors, parse
+from pimerge.lowrank import MergedModule, Truncation, relative_error, weighted_bias, weighted_sum
 from pimerge.manifest import Manifest, inputs_of, library_versions
-from pimerge.merge_methods import uniform
 from pimerge.model import LoadedBase, load_base, resolve_device, resolve_dtype, set_head
 from pimerge.progress import Track, silent
 from pimerge.task import Task
@@ -106,7 +105,8 @@ def tune(
     layers = compose(loaded.model, members, mixture, plan.train_experts)
     kept, held_out = _examples(task, loaded, options, note)
     outcome = train(loaded, mixture.to(resolved), kept, held_out, run, options, precision, track=track, note=note)
-    merged = _collapse(layers, members, mixture, options.rank)
+    layout, merged = _collapse(layers, members, mixture, Truncation(options.rank))
+    error = relative_error([module.summary for module in merged])
     coefficients = Coefficients(
         method=method,
         granularity=options.granularity,
@@ -129,7 +129,7 @@ def tune(
         inputs=inputs_of(chosen),
         outputs={},
         results={
-            "truncation": relative_error(merged),
+            "truncation": error,
             "train_examples": len(kept),
             "held_out_examples": len(held_out) if held_out else 0,
             "epochs": outcome.epochs,
@@ -141,19 +141,19 @@ def tune(
     if outcome.writes:
         write_expert(
             output,
+            layout,
             merged,
             Head({name: tensor.float().cpu() for name, tensor in loaded.head_tensors().items()}, loaded.head, task),
             base=base,
             like=_config_fields(loaded, task, layers),
-            coefficients=None if fresh else coefficients,
-            manifest=manifest,
+            documents=lambda _: Documents(manifest, None if fresh else coefficients),
             force=force,
         )
         shutil.rmtree(run, ignore_errors=True)
     return Tuned(
         output,
-        max(module.rank for module in merged),
-        relative_error(merged),
+        max(module.summary.rank for module in merged),
+        error,
         outcome,
         len(kept),
         mixture.weights(),
@@ -279,19 +279,22 @@ def _subset(examples: Examples, indices: Sequence[int]) -> Examples:
 
 
 def _collapse(
-    layers: dict[str, ComposedLinear], members: Sequence[Member], mixture: Mixture, rank: int | None
-) -> list[MergedModule]:
+    layers: dict[str, ComposedLinear], members: Sequence[Member], mixture: Mixture, truncation: Truncation
+) -> tuple[Layout, list[MergedModule]]:
     """The trained sum as one expert, module by module."""
     weights = mixture.weights()
+    layouts = {name: next(m.modules[name] for m in members if name in m.modules) for name in layers}
+    has_bias = any(module.bias for member in members for module in member.modules.values())
     merged = []
     for name, layer in layers.items():
-        layout: LoraModule = next(member.modules[name] for member in members if name in member.modules)
-        merged.append(
-            merge_module(
-                layout, layer.parts(len(members)), weights[name], uniform.merge, rank=rank, dtype=torch.float32
-            )
-        )
-    return merged
+        parts = layer.parts(len(members))
+        present = [(part, w) for part, w in zip(parts, weights[name], strict=True) if part is not None]
+        factors, shares = [part for part, _ in present], [w for _, w in present]
+        found = weighted_sum(factors, shares, truncation, torch.float32)
+        bias = weighted_bias(factors, shares, torch.float32) if has_bias else None
+        collapsed = Factors(found.factors.A.float(), found.factors.B.float(), 1.0, bias)
+        merged.append(MergedModule(layouts[name], collapsed, found.energy, found.lost))
+    return Layout(list(layouts.values()), torch.float32, has_bias), merged
 
 
 def _config_fields(loaded: LoadedBase, task: Task, layers: dict[str, ComposedLinear]) -> dict[str, Any]:

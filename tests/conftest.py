@@ -40,6 +40,9 @@ from typer.testing import CliRunner, Result
 
 from pimerge.cli.app import app, main
 from pimerge.expert import Expert
+from pimerge.lowrank import MergedModule, Truncation
+from pimerge.merging import prepare
+from pimerge.method import open_method
 from pimerge.progress import Advance, Track
 
 transformers.logging.set_verbosity_error()
@@ -267,6 +270,23 @@ def dense_deltas(expert: Expert) -> dict[str, Tensor]:
         factors = expert.factors(name)
         deltas[name] = factors.scaling * factors.B.double() @ factors.A.double()
     return deltas
+
+
+def merge(
+    experts: Sequence[Expert],
+    weights: Mapping[str, Sequence[float]] | Sequence[float],
+    method: str = "interpolated",
+    options: Mapping[str, Any] | None = None,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    seed: int = 0,
+    **settings: Any,
+) -> list[MergedModule]:
+    """Every module of a merge."""
+    chosen = open_method(method, options, seed)
+    prepared = prepare(experts, weights, chosen, truncation=Truncation(rank, energy), **settings)
+    return [prepared.module(name) for name in prepared.names]
 
 
 def relative_difference(found: Tensor, reference: Tensor) -> float:

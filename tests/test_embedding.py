@@ -30,10 +30,11 @@ Embed = Callable[..., Outcome]
 def embed_into(store: Store, folder: Path, dtype: torch.dtype = torch.float32, **options: object) -> Outcome:
     """Embed one expert with the settings among the options."""
     tokens, force = options.pop("batch_tokens", None), options.pop("force", False)
+    grams = options.pop("grams", False)
     settings = Settings(**{"max_examples": LIMIT, **options})
     expert = open_expert(folder)
     bases = Bases(torch.device("cpu"), dtype)
-    return embed(expert, check_expert(expert), store, settings, bases, batch_tokens=tokens, force=force)
+    return embed(expert, check_expert(expert), store, settings, bases, batch_tokens=tokens, grams=grams, force=force)
 
 
 def own_fisher(folder: Path, base: Path, draw_seed: int | None = None) -> dict[str, Tensor]:
@@ -224,3 +225,69 @@ def test_the_same_pool_gives_the_same_bytes(pool: Path, tmp_path: Path) -> None:
         for file in files:
             file.unlink()
     assert contents[0] == contents[1]
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 40, None])
+@pytest.mark.parametrize("labels", ["true", "sampled"])
+def test_grams_are_those_of_the_unpadded_examples(
+    pool: Path, bert_base: Path, tmp_path: Path, batch_tokens: int | None, labels: str
+) -> None:
+    store = Store(tmp_path / "embeddings.json")
+    embed_into(store, pool / "c", grams=True, batch_tokens=batch_tokens, labels=labels)
+    task = open_task(pool / "c")
+    model = PeftModel.from_pretrained(model_for(bert_base), pool / "c").eval()
+    examples, _ = task.examples("train", task.type.load_processor(str(bert_base), None), model.config, limit=LIMIT)
+    name, seen = "bert.encoder.layer.1.attention.self.query", []
+    layer = model.get_submodule(f"base_model.model.{name}")
+    layer.register_forward_hook(lambda module, args, output: seen.append(args[0][0].detach().double()))
+    for index in range(LIMIT):
+        batch = examples.batch([index])
+        del batch["labels"]
+        model(**batch)
+    x = torch.cat(seen)
+    found = store.grams("c")
+    assert set(found.entries) == set(store.experts["c"].modules)
+    assert relative_difference(found.read(name), x.T @ x / len(x)) < 1e-5
+    assert len(x) == store.experts["c"].tokens
+
+
+def test_grams_are_added_to_what_has_none_and_then_stay(
+    expert: Path, vit_base: Path, make_expert: MakeExpert, tmp_path: Path
+) -> None:
+    store = Store(tmp_path / "embeddings.json")
+    embed_into(store, expert)
+    diagonal = (tmp_path / "embeddings" / "x.safetensors").read_bytes()
+    assert embed_into(store, expert, grams=True).computed
+    assert (tmp_path / "embeddings" / "x.safetensors").read_bytes() == diagonal
+    sidecar = tmp_path / "embeddings" / "x.grams.safetensors"
+    content = sidecar.read_bytes()
+    assert not embed_into(store, expert, grams=True).computed
+    assert not embed_into(store, expert).computed
+    assert embed_into(store, expert, force=True).computed
+    assert sidecar.read_bytes() == content
+    make_expert(expert, vit_base, seed=7)  # no Gram matrices of another expert are left
+    assert embed_into(store, expert).computed
+    assert sidecar.read_bytes() != content
+    assert len(store.grams("x").entries) == 4
+
+
+@pytest.mark.parametrize("again", [True, False])
+def test_grams_that_are_gone_or_altered_are_computed_again(expert: Path, tmp_path: Path, again: bool) -> None:
+    store = Store(tmp_path / "embeddings.json")
+    embed_into(store, expert, grams=True)
+    sidecar = tmp_path / "embeddings" / "x.grams.safetensors"
+    content = sidecar.read_bytes()
+    for damage in (sidecar.unlink, lambda: sidecar.write_bytes(content[:-1] + b"!")):
+        damage()
+        assert embed_into(store, expert, grams=again).computed
+        assert sidecar.read_bytes() == content
+
+
+def test_an_expert_without_linear_layers_has_no_grams_and_is_not_computed_twice(
+    make_expert: MakeExpert, bert_base: Path, text_task: Path, tmp_path: Path
+) -> None:
+    folder = make_expert(tmp_path / "w", bert_base, text_task, target_modules=["word_embeddings"])
+    store = Store(tmp_path / "embeddings.json")
+    embed_into(store, folder, grams=True)
+    assert not store.grams("w").entries
+    assert not embed_into(store, folder, grams=True).computed

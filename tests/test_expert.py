@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from pimerge.errors import PimergeError
 from pimerge.expert import find_experts, open_expert
 from pimerge.files import sha256_bytes
+from pimerge.tensorfile import TensorFile
 from tests.raw import PREFIX, normal, raw_expert, save_base, set_config, set_tensors, small, updates_of
 
 SHAPES = {"q": (3, 2, 4), "v": (5, 1, 4)}
@@ -37,23 +38,17 @@ def test_what_an_expert_says_of_itself(folder: Path) -> None:
 
 
 def test_factors_are_read_when_asked_for(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import safetensors
-
     expert = open_expert(folder)
-    opened: list[str] = []
-    original = safetensors.safe_open
+    read: list[str] = []
+    original = TensorFile.read
 
-    class Watched:
-        def __init__(self, file: str, framework: str) -> None:
-            self.file = original(file, framework)
+    def watched(file: TensorFile, key: str) -> torch.Tensor:
+        read.append(key)
+        return original(file, key)
 
-        def get_tensor(self, key: str) -> torch.Tensor:
-            opened.append(key)
-            return self.file.get_tensor(key)  # type: ignore[no-any-return]
-
-    monkeypatch.setattr(safetensors, "safe_open", Watched)
+    monkeypatch.setattr(TensorFile, "read", watched)
     factors = expert.factors("q")
-    assert opened == [PREFIX + "q.lora_A.weight", PREFIX + "q.lora_B.weight"]
+    assert read == [PREFIX + "q.lora_A.weight", PREFIX + "q.lora_B.weight"]
     A, B = updates_of(SHAPES)["q"]
     assert torch.equal(factors.A, A)
     assert torch.equal(factors.B, B)

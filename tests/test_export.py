@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from pimerge.errors import PimergeError
 from pimerge.expert import Expert, open_expert
-from pimerge.export import NO_HEAD, Coefficients, Head, choose_head, task_of, write_expert
+from pimerge.export import NO_HEAD, Coefficients, Documents, Head, Layout, choose_head, task_of, write_expert
+from pimerge.lowrank import Truncation
 from pimerge.manifest import Manifest, inputs_of, library_versions
-from pimerge.merge_methods import interpolated
-from pimerge.merging import merge
+from pimerge.merging import prepare
+from pimerge.method import open_method
 from pimerge.task import open_task
 from tests.conftest import HEADS, MakeExpert, logits_of, model_for
 from tests.raw import layers, layers_expert, normal, raw_expert, save_base, set_config, updates_of
@@ -32,29 +33,32 @@ def export(
     folder: Path, experts: Sequence[Expert], weights: Sequence[float], head: Head = NO_HEAD, rank: int | None = None
 ) -> Path:
     """Merge and write, as the command does."""
+    prepared = prepare(experts, weights, open_method("interpolated"), truncation=Truncation(rank))
+    coefficients = Coefficients(
+        method="interpolated",
+        granularity="global",
+        experts=[str(expert.path) for expert in experts],
+        sha256=[expert.sha256 for expert in experts],
+        experts_trained=False,
+        weights={"all": list(weights)},
+    )
+    manifest = Manifest(
+        command="merge",
+        options={"weights": list(weights)},
+        device="cpu",
+        versions=library_versions(),
+        inputs=inputs_of(list(experts)),
+        outputs={},
+        results={},
+    )
     write_expert(
         folder,
-        merge(experts, weights, interpolated.merge, rank=rank),
+        Layout([prepared.layout(name) for name in prepared.names], prepared.dtype, prepared.has_bias),
+        (prepared.module(name) for name in prepared.names),
         head,
         base=experts[0].base,
         like=experts[0].config,
-        coefficients=Coefficients(
-            method="interpolated",
-            granularity="global",
-            experts=[str(expert.path) for expert in experts],
-            sha256=[expert.sha256 for expert in experts],
-            experts_trained=False,
-            weights={"all": list(weights)},
-        ),
-        manifest=Manifest(
-            command="merge",
-            options={"weights": list(weights)},
-            device="cpu",
-            versions=library_versions(),
-            inputs=inputs_of(list(experts)),
-            outputs={},
-            results={},
-        ),
+        documents=lambda summaries: Documents(manifest, coefficients, "a card"),
         force=False,
     )
     return folder
@@ -210,7 +214,7 @@ def test_a_bias_beside_an_embedding_is_refused_since_peft_loads_no_such_expert(t
         layers_expert(tmp_path / "0", 1, target_modules=["words"]),
         layers_expert(tmp_path / "1", 2, target_modules=["other"], lora_bias=True),
     ]
-    with pytest.raises(PimergeError, match=r"'inner\.other' has a bias .*'words' is an embedding"):
+    with pytest.raises(PimergeError, match="has biases .*'words' is an embedding"):
         export(tmp_path / "out", [open_expert(folder) for folder in folders], [0.5, 0.5])
     assert not (tmp_path / "out").exists()
 
@@ -283,7 +287,8 @@ def test_the_manifest_hashes_what_lies_beside_it(pair: list[Expert], tmp_path: P
     hashes = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in written.iterdir()}
     del hashes["pimerge.json"]
     assert manifest["outputs"] == hashes
-    assert set(hashes) == {"adapter_config.json", "adapter_model.safetensors", "coefficients.json", "task.json"}
+    files = {"adapter_config.json", "adapter_model.safetensors", "coefficients.json", "task.json", "README.md"}
+    assert set(hashes) == files
     weights = [hashlib.sha256((expert.path / "adapter_model.safetensors").read_bytes()).hexdigest() for expert in pair]
     assert manifest["inputs"] == [{"name": f"e{i}", "sha256": weights[i]} for i in range(2)]
     assert manifest["versions"]["torch"] == torch.__version__

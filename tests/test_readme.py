@@ -27,7 +27,8 @@ def blocks(language: str) -> list[str]:
 
 def commands() -> list[str]:
     """The lines of the bash blocks, but for the two that set up, then the commands of the tables."""
-    lines = [line for block in blocks("bash") for line in block.splitlines() if line and SETUP not in line]
+    lines = [part for block in blocks("bash") for line in block.splitlines() for part in line.split(" && ")]
+    lines = [line for line in lines if line and not any(word in line for word in (SETUP, ".venv/bin/"))]
     return lines + [line for line in re.findall(r"^\| `(pimerge [^`]+)`", README, re.MULTILINE) if line not in lines]
 
 
@@ -41,7 +42,7 @@ def test_every_command_runs(cli: Callable[..., Result], tmp_path: Path) -> None:
         assert program == "pimerge"
         assert result.exit_code == 0, f"{command}\n{result.output}\n{result.exception}"
     written = {path.name for path in tmp_path.iterdir() if path.is_dir() and not path.is_symlink()}
-    assert written >= {"embeddings", "halved", "merged", "new", "pi-tuned", "small", "tuned"}
+    assert written >= {"embeddings", "full", "half", "halved", "merged", "new", "pi-tuned", "small", "ties", "tuned"}
     device = resolve_device("cpu")
     loaded = load_base(
         find_base("base", None, tmp_path), open_task(tmp_path / "tuned"), device, resolve_dtype("auto", device)
@@ -66,6 +67,6 @@ def test_the_task_that_it_shows_is_one(tmp_path: Path) -> None:
 
 
 def test_it_lists_every_strategy() -> None:
-    for package in ("measures", "tune_methods", "task_types"):
+    for package in ("measures", "merge_methods", "tune_methods", "task_types"):
         for file in (ROOT / "pimerge" / package).glob("[!_]*.py"):
             assert f"`{file.stem.replace('_', '-')}`" in README

@@ -222,3 +222,80 @@ def test_a_folder_that_is_gone_is_named(filed: tuple[Store, Path], tmp_path: Pat
 def test_an_unknown_target_suggests_the_nearest(tmp_path: Path) -> None:
     fill(tmp_path / "embeddings.json", "parity", 1)
     assert "did you mean 'parity0'?" in str(unknown_target("partiy0", Store(tmp_path / "embeddings.json")))
+
+
+def grams_of(number: int) -> dict[str, Tensor]:
+    return {module: torch.full((3, 3), float(number + 2)) for module in ("q", "v")}
+
+
+@pytest.fixture
+def with_grams(tmp_path: Path) -> Store:
+    """A store with Gram matrices of ``n0`` and none of ``n1``."""
+    store = Store(tmp_path / "embeddings.json")
+    store.add("n0", fields_of("n0"), diagonal_of(0), grams_of(0))
+    store.add("n1", fields_of("n1"), diagonal_of(1))
+    return Store(store.path)
+
+
+def sidecars(store: Store) -> list[str]:
+    return sorted(file.name for file in (store.path.parent / "embeddings").glob("*.safetensors"))
+
+
+def test_grams_and_diagonals_are_read_one_tensor_at_a_time(with_grams: Store) -> None:
+    grams, diagonal = with_grams.grams("n0"), with_grams.diagonal_file("n1")
+    assert set(grams.entries) == {"q", "v"}
+    assert torch.equal(grams.read("v"), grams_of(0)["v"])
+    assert torch.equal(diagonal.read(KEY.format("q")), diagonal_of(1)[KEY.format("q")])
+    assert [with_grams.has_grams(name) for name in ("n0", "n1", "n2")] == [True, False, False]
+    assert with_grams.grams_size("n0") == (with_grams.path.parent / "embeddings/n0.grams.safetensors").stat().st_size
+    assert with_grams.grams_size("n1") == 0
+
+
+def test_missing_grams_say_what_to_run(with_grams: Store) -> None:
+    with pytest.raises(PimergeError, match=r"has no Gram matrices of 'n1'\n.*run 'pimerge embed --grams .*n1'"):
+        with_grams.grams("n1")
+
+
+def test_grams_that_are_gone_or_altered_are_not_read(with_grams: Store) -> None:
+    sidecar = with_grams.path.parent / "embeddings" / "n0.grams.safetensors"
+    assert with_grams.is_current("n0", {}, grams=True)
+    assert not with_grams.is_current("n1", {}, grams=True)
+    sidecar.write_bytes(sidecar.read_bytes()[:-4] + b"\0\0\0\0")
+    for state in ("has changed", "is gone"):
+        with pytest.raises(PimergeError, match=f"{state}\n.*embed --grams"):
+            with_grams.grams("n0")
+        assert not with_grams.is_current("n0", {}, grams=True)
+        assert with_grams.is_current("n0", {})  # the diagonal is whole
+        sidecar.unlink(missing_ok=True)
+
+
+def test_no_sidecar_stays_that_the_document_does_not_name(with_grams: Store) -> None:
+    assert sidecars(with_grams) == ["n0.grams.safetensors", "n0.safetensors", "n1.safetensors"]
+    with_grams.add("n0", fields_of("n0"), diagonal_of(0))
+    assert sidecars(with_grams) == ["n0.safetensors", "n1.safetensors"]
+    with_grams.add("n1", fields_of("n1"), diagonal_of(1), grams_of(1))
+    with_grams.drop("n1")
+    assert sidecars(with_grams) == ["n0.safetensors"]
+
+
+def test_an_expert_whose_sidecar_would_be_anothers_grams_is_refused(with_grams: Store) -> None:
+    with pytest.raises(PimergeError, match=r"the sidecars of 'n0.grams' and 'n0' have one name"):
+        with_grams.add("n0.grams", fields_of("n0.grams"), diagonal_of(0))
+    assert torch.equal(with_grams.grams("n0").read("q"), grams_of(0)["q"])
+
+
+def test_a_store_from_before_there_were_grams_loads(tmp_path: Path) -> None:
+    fill(tmp_path / "embeddings.json", "n", 1)
+    document = json.loads((tmp_path / "embeddings.json").read_text())
+    for field in ("grams_sidecar", "grams_sha256"):
+        assert document["experts"]["n0"].pop(field) is None
+    write_json(tmp_path / "embeddings.json", document)
+    assert assert_whole(tmp_path / "embeddings.json") == 1
+    assert not Store(tmp_path / "embeddings.json").has_grams("n0")
+
+
+def test_an_expert_is_found_by_its_tensors(tmp_path: Path) -> None:
+    store = Store(tmp_path / "embeddings.json")
+    for name, sha256 in (("b", "1"), ("a", "1"), ("c", "2")):
+        store.add(name, fields_of(name, sha256), diagonal_of(0))
+    assert [store.find_sha(sha256) for sha256 in "123"] == ["a", "c", None]

@@ -21,8 +21,6 @@ from pimerge.composition import Mixture
 from pimerge.errors import PimergeError
 from pimerge.expert import Expert, open_expert
 from pimerge.export import Coefficients
-from pimerge.merge_methods import uniform
-from pimerge.merging import merge
 from pimerge.task import Task, open_task
 from pimerge.training import Options, split_holdout
 from pimerge.tuning import Tuned, tune
@@ -32,6 +30,7 @@ from tests.conftest import (
     dense_deltas,
     interrupted_after,
     logits_of,
+    merge,
     model_for,
     relative_difference,
 )
@@ -154,7 +153,7 @@ def test_the_coefficients_of_learned_give_its_update_again(tuner: Tuner, tmp_pat
     assert [expert.sha256 for expert in experts] == document.sha256
     found = dense_deltas(open_expert(output))
     a, b = (dense_deltas(expert) for expert in experts)
-    merged = {m.module.name: m.factors for m in merge(experts, document.weights, uniform.merge)}
+    merged = {m.module.name: m.factors for m in merge(experts, document.weights)}
     for name, (w_a, w_b) in document.weights.items():
         expected = w_a * a[name] + w_b * b[name]
         assert relative_difference(found[name], expected) < 1e-5

@@ -33,6 +33,13 @@ def note(message: str, quiet: bool) -> None:
         stderr().print(escape(message), style="dim")
 
 
+def warn(message: str) -> None:
+    """Say on standard error what the user has to know, also when quiet."""
+    console = stderr()
+    console.print("[bold yellow]warning:[/] ", end="")
+    console.print(message, markup=False)
+
+
 def print_json(document: Any) -> None:
     """Print one JSON document as the command's whole result."""
     sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
@@ -50,6 +57,19 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], right: Se
     for row in rows:
         table.add_row(*map(escape, row))
     stdout().print(table)
+
+
+def size_text(count: float) -> str:
+    """Bytes as people read them.
+
+    >>> size_text(1234567)
+    '1.23 MB'
+    """
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} GB"
 
 
 def tracker(quiet: bool) -> Track:

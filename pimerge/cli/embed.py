@@ -22,6 +22,10 @@ def embed(
     labels: Annotated[str, typer.Option(help="true: the data's labels; sampled: drawn from the model.")] = "true",
     shots: options.Shots = None,
     seed: options.Seed = 0,
+    grams: Annotated[
+        bool,
+        typer.Option("--grams", help="Collect the inputs' Gram matrices, too, for 'merge --method regmean'."),
+    ] = False,
     batch_tokens: options.BatchTokens = None,
     base: options.BaseReference = None,
     device: options.Device = "auto",
@@ -77,7 +81,15 @@ def embed(
         for number, (expert, task) in enumerate(ready, 1):
             note(f"[{number}/{len(ready)}] {expert.name}", quiet)
             outcome = embed_expert(
-                expert, task, target, settings, bases, batch_tokens=batch_tokens, force=force, track=tracker(quiet)
+                expert,
+                task,
+                target,
+                settings,
+                bases,
+                batch_tokens=batch_tokens,
+                grams=grams,
+                force=force,
+                track=tracker(quiet),
             )
             if outcome.computed:
                 computed.append(expert.name)
@@ -91,6 +103,8 @@ def embed(
         note("interrupted: what is embedded is in the store, and the same command goes on from there", quiet)
         raise
     entries = {expert.name: target.experts[expert.name] for expert, _ in ready}
+    if grams:
+        note(f"Gram matrices: {sum(map(target.grams_size, entries)) / 1e6:.1f} MB", quiet)
     if json:
         print_json(
             {

@@ -31,26 +31,37 @@ class Selection:
     scores: list[float | None]
 
 
-def open_all(references: Sequence[str], base: str | None) -> list[Expert]:
-    """Open several experts, with the problems of all of them at once."""
+def open_all(references: Sequence[str], base: str | None, *, convert: bool = False) -> list[Expert]:
+    """Open several experts, with the problems of all of them at once.
+
+    Args:
+        convert: accept DoRA, PiSSA and OLoRA.
+    """
     from pimerge.expert import open_expert
 
     problems = Problems()
     experts = []
     for reference in references:
         with problems.collected():
-            experts.append(open_expert(reference, base))
+            experts.append(open_expert(reference, base, convert=convert))
     problems.raise_any("some experts cannot be opened")
     return experts
 
 
 def select(
-    references: Sequence[str] | None, ranking_path: Path, target: str | None, base: str | None, *, needed: bool = True
+    references: Sequence[str] | None,
+    ranking_path: Path,
+    target: str | None,
+    base: str | None,
+    *,
+    needed: bool = True,
+    convert: bool = False,
 ) -> Selection:
     """The experts given, else those that the ranking selected; and the target given, else the ranking's.
 
     Args:
         needed: whether there must be experts.
+        convert: accept experts that have to be converted with the base's weights.
     """
     from pimerge.ranking import open_ranked, read_ranking
 
@@ -59,7 +70,7 @@ def select(
         ranking = read_ranking(ranking_path)
     own, folder = _target(target, ranking, ranking_path, base)
     if references:
-        experts = open_all(references, base)
+        experts = open_all(references, base, convert=convert)
         known = {c.sha256: c.score for c in ranking.candidates} if ranking else {}
         return Selection(experts, own, folder, [known.get(expert.sha256) for expert in experts])
     if ranking is None or not needed:
@@ -111,7 +122,7 @@ def parse_rank(rank: str) -> int | None:
     if rank == "max":
         return None
     if not rank.isdecimal() or int(rank) < 1:
-        raise PimergeError(f"--rank is '{rank}'", "expected a number from 1, or max")
+        raise PimergeError(f"--rank is '{rank}'", "expected a number from 1, max or auto")
     return int(rank)
 
 

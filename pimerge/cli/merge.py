@@ -2,41 +2,114 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from pimerge.cli import options
-from pimerge.cli.console import note, print_json, print_table
-from pimerge.cli.inputs import open_all, parse_numbers, parse_rank, select
-from pimerge.errors import PimergeError
+from pimerge.cli.console import print_json, print_table
+from pimerge.cli.merge_request import Request, is_checkpoint
 
-if TYPE_CHECKING:
-    from pimerge.expert import Expert
-    from pimerge.export import Coefficients
+METHODS = "merge_methods"
 
 
 def merge(
     experts: options.Experts = None,
-    method: Annotated[str, typer.Option(help=options.listing("merge_methods"))] = "uniform",
+    method: Annotated[
+        str | None,
+        typer.Option(help=f"How to merge; --methods says more: {options.names(METHODS)}. Default: uniform."),
+    ] = None,
+    methods: Annotated[
+        bool, typer.Option("--methods", help="List the methods, each with its formula and source.")
+    ] = False,
     weights: Annotated[
         str | None, typer.Option(help="Weights of the experts given, in their order: 0.6,0.4. They need not sum to 1.")
+    ] = None,
+    weight: Annotated[
+        list[str] | None,
+        typer.Option(help="A weight by module, as often as you like: 'EXPERT=0.5' or 'experts/a:*.layers.1?.*=0.7'."),
     ] = None,
     alpha: Annotated[
         float | None,
         typer.Option(
-            help="The target's share in 'interpolated'; the others divide the rest by the softmax of their "
-            "scores. Default: 1/(k+1)."
+            help="The target's share in 'interpolated' and 'fisher'; in 'interpolated' the others divide the rest by "
+            "the softmax of their scores, else evenly. Default: 1/(k+1)."
         ),
     ] = None,
     coefficients: Annotated[
-        Path | None, typer.Option(help="Weights per module and expert, as tune writes them: tuned/coefficients.json.")
+        Path | None,
+        typer.Option(
+            help="Weights from a file: tuned/coefficients.json, or JSON of expert → weight or {glob: weight}."
+        ),
     ] = None,
-    rank: options.Rank = "max",
+    scale: Annotated[
+        float | None, typer.Option(help="Factor of the result, for methods that have one (--methods). Default: 1.")
+    ] = None,
+    density: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of entries kept, for ties, knots, core-space (default 0.2), magnitude, dare-linear, dare-ties, "
+            "della (0.5), breadcrumbs (0.9)."
+        ),
+    ] = None,
+    gamma: Annotated[
+        float | None, typer.Option(help="Share of largest entries dropped, for breadcrumbs. Default: 0.01.")
+    ] = None,
+    epsilon: Annotated[
+        float | None, typer.Option(help="How far the share kept varies with the magnitude, for della. Default: 0.1.")
+    ] = None,
+    common: Annotated[
+        float | None, typer.Option(help="Share of directions that are common, for iso-cts. Default: 0.8.")
+    ] = None,
+    floor: Annotated[float | None, typer.Option(help="Least Fisher information, for fisher. Default: 1e-6.")] = None,
+    offdiagonal: Annotated[
+        float | None, typer.Option(help="Factor of the Gram matrices off the diagonal, for regmean. Default: 0.9.")
+    ] = None,
+    inner: Annotated[
+        str | None,
+        typer.Option(
+            help="The method inside: linear or ties for knots; also tsv and iso-c for core-space. Default: ties."
+        ),
+    ] = None,
+    space: Annotated[
+        str,
+        typer.Option(
+            help="Where elementwise methods look at entries: core (in the experts' own singular vectors, no dense "
+            "matrix), delta (the dense ΔW, one module at a time) or factors (A and B apart, as PEFT does: fast, and "
+            "only for experts of one init)."
+        ),
+    ] = "core",
+    seed: options.Seed = 0,
+    rank: Annotated[
+        str, typer.Option(help="Rank of the result: a number, max (nothing is lost) or auto (what --energy needs).")
+    ] = "max",
+    energy: Annotated[
+        float | None, typer.Option(help="Share of ‖ΔW‖² to keep by the least rank, module by module. auto: 0.99.")
+    ] = None,
+    include: Annotated[
+        list[str] | None, typer.Option(help="Merge only modules that match a glob, such as '*.q_proj'.")
+    ] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="Leave out modules that match a glob.")] = None,
     head: Annotated[str, typer.Option(help="Task head of the result: target, average or none.")] = "target",
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. Default: the experts' own.")] = None,
+    into: Annotated[
+        Path | None,
+        typer.Option(
+            help="Fold the result into this full checkpoint (a folder, or one .safetensors file) and write that."
+        ),
+    ] = None,
+    fisher: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="A file with the diagonal Fisher for each full checkpoint given, in order. LoRA: the store's."
+        ),
+    ] = None,
+    store: options.StorePath = Path("embeddings.json"),
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be done, and write nothing.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="First send every expert through alone: it must come back as it is.")
+    ] = False,
     target: options.TargetReference = None,
     ranking: options.RankingPath = Path("ranking.json"),
     base: options.BaseReference = None,
@@ -47,161 +120,72 @@ def merge(
 ) -> None:
     """Combine experts into one without training, exactly in ΔW; the base model is not loaded.
 
-    'uniform' takes the experts that the ranking selected; 'interpolated' takes the target's own expert and those.
+    Default experts: those that the ranking selected; for 'interpolated' and 'fisher' the target's own expert, too.
+    Full checkpoints (folders with a config.json and weights) merge against their --base by the linear and
+    elementwise methods and 'fisher'.
     """
-    from pimerge import strategies
-    from pimerge.compatibility import refuse_over_inputs, require_alike
-    from pimerge.export import Coefficients, choose_head, write_expert
-    from pimerge.files import relative_to, require_absent
-    from pimerge.lowrank import relative_error
-    from pimerge.manifest import Manifest, inputs_of, library_versions
-    from pimerge.merging import merge as merge_experts
-
-    strategy = strategies.load("merge_methods", method)
-    require_absent(output, force)
-    kept_rank = parse_rank(rank)
-    if coefficients is not None:
-        chosen, by_module, own = _from_coefficients(coefficients, weights, alpha, experts, base, quiet)
-        given: Any = by_module
-    else:
-        chosen, given, own = _from_options(experts, method, weights, alpha, ranking, target, base)
-        given = strategy.weights(len(chosen), given)
-    if coefficients is not None:
-        own = select(None, ranking, target, base, needed=False).target
-    refuse_over_inputs(output, [*chosen, *([own] if own else [])])
-    if head == "target" and own is not None:
-        require_alike([*chosen, own])
-    merged = merge_experts(chosen, given, strategy.merge, rank=kept_rank, dtype=_dtype(dtype))
-    error = relative_error(merged)
-    reference = own or chosen[0]
-    flat = given if isinstance(given, list) else None
-    written = write_expert(
-        output,
-        merged,
-        choose_head(head, chosen, own),
-        base=chosen[0].base,
-        like={
-            **reference.config,
-            "fan_in_fan_out": any(expert.config.get("fan_in_fan_out") for expert in chosen),
-        },
-        coefficients=Coefficients(
-            method=method,
-            granularity="global" if flat else "matrix",
-            experts=[relative_to(expert.path, output) for expert in chosen],
-            sha256=[expert.sha256 for expert in chosen],
-            experts_trained=False,
-            weights={module.module.name: list(flat or given[module.module.name]) for module in merged},
-        ),
-        manifest=Manifest(
-            command="merge",
-            options={"method": method, "weights": given, "rank": rank, "head": head, "dtype": dtype},
-            device="cpu",
-            versions=library_versions(),
-            inputs=inputs_of(chosen),
-            outputs={},
-            results={
-                "truncation": error,
-                "modules": {m.module.name: {"rank": m.rank, "truncation": m.error} for m in merged},
-            },
-        ),
-        force=force,
-    )
-    result = {"output": str(output), "method": method, **written.results}
-    if json:
-        print_json({**result, "experts": [e.name for e in chosen], "weights": given})
+    if methods:
+        _list_methods(json)
         return
-    print_table(
-        ["module", "rank", "error"],
-        [[m.module.name, str(m.rank), f"{m.error:.2%}"] for m in merged]
-        + [["all", str(max(m.rank for m in merged)), f"{error:.2%}"]],
-        right=["rank", "error"],
+    request = Request(
+        experts=experts,
+        method=method or ("interpolated" if coefficients else "uniform"),
+        options={
+            "scale": scale,
+            "density": density,
+            "gamma": gamma,
+            "epsilon": epsilon,
+            "common": common,
+            "floor": floor,
+            "offdiagonal": offdiagonal,
+            "inner_method": inner,
+        },
+        weights=weights,
+        rules=weight or [],
+        alpha=alpha,
+        coefficients=coefficients,
+        space=space,
+        seed=seed,
+        rank=rank,
+        energy=energy,
+        include=include or [],
+        exclude=exclude or [],
+        head=head,
+        dtype=dtype,
+        into=into,
+        fisher=fisher or [],
+        store=store,
+        dry_run=dry_run,
+        verify=verify,
+        target=target,
+        ranking=ranking,
+        base=base,
+        output=output,
+        force=force,
+        json=json,
+        quiet=quiet,
     )
-    if flat:
-        note(", ".join(f"{expert.name} {weight:.3f}" for expert, weight in zip(chosen, flat, strict=True)), quiet)
-    note(f"→ {output}; error: ‖ΔW − ΔW_rank‖ / ‖ΔW‖; next: pimerge eval {output}", quiet)
+    if experts and any(is_checkpoint(reference) for reference in experts):
+        from pimerge.cli import merge_checkpoints
+
+        merge_checkpoints.run(request)
+    else:
+        from pimerge.cli import merge_adapters
+
+        merge_adapters.run(request)
 
 
-def _from_options(
-    references: list[str] | None,
-    method: str,
-    weights: str | None,
-    alpha: float | None,
-    ranking: Path,
-    target: str | None,
-    base: str | None,
-) -> tuple[list[Expert], list[float] | None, Expert | None]:
-    """Experts, their weights if the method takes any, and the target's expert."""
-    chosen = select(references, ranking, target, base)
-    experts, own, scores = chosen.experts, chosen.target, chosen.scores
-    given = parse_numbers(weights, "--weights") if weights is not None else None
-    if method == "uniform" and alpha is not None:
-        raise PimergeError("--alpha is for 'interpolated'", "leave it out, or pass --method interpolated")
-    if given is not None and alpha is not None:
-        raise PimergeError("--weights and --alpha exclude each other", "the weights hold the target's share already")
-    if method != "interpolated":
-        _match(given, experts)
-        return experts, given, own
-    others = [i for i, expert in enumerate(experts) if own is None or expert.sha256 != own.sha256]
-    if references is None and own is not None:
-        experts = [own, *(experts[i] for i in others)]
-        scores = [None, *(scores[i] for i in others)]
-    if given is None:
-        given = _shares(experts, own, scores, alpha)
-    _match(given, experts)
-    return experts, given, own
+def _list_methods(json: bool) -> None:
+    from pimerge import strategies
+    from pimerge.method import open_method
 
-
-def _match(given: list[float] | None, experts: list[Expert]) -> None:
-    if given is not None and len(given) != len(experts):
-        names = ", ".join(expert.name for expert in experts)
-        raise PimergeError(
-            f"--weights holds {len(given)} numbers for {len(experts)} experts ({names})", "give one for each, in order"
-        )
-
-
-def _shares(
-    experts: list[Expert], own: Expert | None, scores: list[float | None], alpha: float | None
-) -> list[float] | None:
-    """α for the target's expert and (1 − α)·softmax(scores) for the others; None where a score is missing."""
-    others = [i for i, expert in enumerate(experts) if own is None or expert.sha256 != own.sha256]
-    known = [score for i in others if (score := scores[i]) is not None]
-    if len(known) < len(others):
-        return None
-    has_own = len(others) < len(experts)
-    if alpha is not None and not has_own:
-        raise PimergeError("--alpha is the target's share, and the target's expert is not among the experts")
-    if alpha is not None and not 0 <= alpha <= 1:
-        raise PimergeError(f"--alpha is {alpha}", "expected a share from 0 to 1")
-    share = (1 / len(experts) if alpha is None else alpha) if has_own else 0.0
-    exponentials = [math.exp(score - max(known)) for score in known]
-    soft = iter([(1 - share) * value / sum(exponentials) for value in exponentials])
-    return [next(soft) if i in others else share for i in range(len(experts))]
-
-
-def _from_coefficients(
-    path: Path, weights: str | None, alpha: float | None, references: list[str] | None, base: str | None, quiet: bool
-) -> tuple[list[Expert], dict[str, list[float]], Expert | None]:
-    from pimerge.export import Coefficients
-    from pimerge.task import parse_document
-
-    if weights is not None or alpha is not None:
-        raise PimergeError("--coefficients excludes --weights and --alpha", "it holds the weights already")
-    document: Coefficients = parse_document(Coefficients, path, "expected the coefficients.json of a tuned expert")
-    chosen = open_all(references or [str(path.parent / expert) for expert in document.experts], base)
-    if [expert.sha256 for expert in chosen] != document.sha256:
-        raise PimergeError(
-            f"the experts are not those of '{path}', or have changed since",
-            "expected in this order: " + ", ".join(document.experts),
-        )
-    if document.experts_trained:
-        note("the experts were trained together with these weights, so the merge differs from what was tuned", quiet)
-    return chosen, document.weights, None
-
-
-def _dtype(name: str | None) -> Any:
-    import torch
-
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if name is not None and name not in known:
-        raise PimergeError(f"--dtype is '{name}'", f"expected {', '.join(known)}")
-    return known[name] if name else None
+    summaries = strategies.summaries(METHODS)
+    defaults = {name: open_method(name).resolved for name in summaries}
+    if json:
+        print_json([{"name": n, "summary": s, "options": defaults[n]} for n, s in summaries.items()])
+        return
+    rows = [
+        [name, summary, " ".join(f"{options.flag(option)} {value}" for option, value in defaults[name].items())]
+        for name, summary in summaries.items()
+    ]
+    print_table(["method", "what it does", "options"], rows)

@@ -15,6 +15,20 @@ def listing(package: str) -> str:
     return " ".join(f"[bold]{name}[/]: {summary}" for name, summary in strategies.summaries(package).items())
 
 
+def names(package: str) -> str:
+    """The names of a folder's strategies."""
+    return ", ".join(strategies.summaries(package))
+
+
+def flag(option: str) -> str:
+    """How an option of a strategy is typed.
+
+    >>> flag("inner_method")
+    '--inner'
+    """
+    return "--" + option.removesuffix("_method").replace("_", "-")
+
+
 Experts = Annotated[
     list[str] | None,
     typer.Argument(help="Experts: folders or Hub ids (org/name@revision). Default: those that the ranking selected."),

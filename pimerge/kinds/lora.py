@@ -13,9 +13,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
-
 from pimerge.errors import Problems
+from pimerge.kinds._lora_config import DORA, OLORA, conversions_of, refuse_unhandled, well_typed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,64 +24,8 @@ PREFIX = "base_model.model."
 
 _FACTOR_KEY = re.compile(
     re.escape(PREFIX) + r"(?P<module>.+)\.(?:lora_(?P<factor>[AB])\.weight|lora_B\.(?P<bias>bias)"
-    r"|lora_embedding_(?P<embedding>[AB]))"
+    r"|lora_embedding_(?P<embedding>[AB])|lora_(?P<magnitude>magnitude)_vector(?:\.weight)?)"
 )
-
-# Fields of adapter_config.json that change what the tensors mean, and why pimerge does not merge them.
-_NOT_LINEAR = {
-    "use_dora": "DoRA rescales the columns of W0 + ΔW, which is not linear in (B, A)",
-    "use_qalora": "QA-LoRA pools the input before A",
-    "use_bdlora": "BD-LoRA keeps its factors in blocks",
-    "alora_invocation_tokens": "aLoRA is active only after its invocation tokens",
-    "arrow_config": "Arrow routes each token to its own expert",
-    "kasa_config": "KaSA changes the singular values of the base",
-    "monteclora_config": "MonteCLoRA draws its factors at random",
-    "velora_config": "VeLoRA changes what the layer computes in training",
-    "layer_replication": "layer replication changes the base's layers",
-    "target_parameters": "LoRA on bare parameters (target_parameters) has another layout",
-    "trainable_token_indices": "trained tokens are no low-rank update",
-    "megatron_config": "Megatron shards its factors",
-}
-_CHANGED_BASE = {
-    "pissa": "PiSSA",
-    "olora": "OLoRA",
-    "corda": "CorDA",
-    "eva": "EVA",
-    "loftq": "LoftQ",
-    "lora_ga": "LoRA-GA",
-}
-_PLAIN_INITS = ("gaussian", "orthogonal", "mica")
-_CONVERT = (
-    "save it from PEFT as plain LoRA (model.save_pretrained with path_initial_model_for_weight_conversion); "
-    "or, if the base is the published one, set init_lora_weights to true in adapter_config.json"
-)
-# Fields that say where the factors sit or how they were trained; the tensors themselves tell the rest.
-_HARMLESS = frozenset(
-    """task_type peft_type auto_mapping peft_version base_model_name_or_path revision inference_mode r
-    target_modules exclude_modules lora_alpha lora_dropout fan_in_fan_out bias use_rslora modules_to_save
-    init_lora_weights layers_to_transform layers_pattern rank_pattern alpha_pattern megatron_core loftq_config
-    eva_config corda_config lora_ga_config qalora_group_size runtime_config lora_bias
-    ensure_weight_tying""".split()  # noqa: SIM905
-)
-
-
-class _Fields(BaseModel):
-    """The fields of ``adapter_config.json`` that are read, with their types."""
-
-    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
-
-    base_model_name_or_path: str | None = None
-    revision: str | None = None
-    r: int = 8
-    lora_alpha: float = 8
-    rank_pattern: dict[str, int] | None = None
-    alpha_pattern: dict[str, float] | None = None
-    use_rslora: bool | None = None
-    lora_bias: bool | None = None
-    fan_in_fan_out: bool | None = None
-    bias: str | None = None
-    init_lora_weights: bool | str | None = None
-    modules_to_save: list[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -95,6 +38,8 @@ class LoraModule:
         scaling: s = alpha / r, or alpha / √r with rsLoRA.
         layer: ``linear``, ``embedding`` or ``conv``.
         shape_A, shape_B: shapes as stored.
+        magnitude: key of DoRA's magnitudes; None without.
+        conversions: what it has to be converted from with the base's weight: ``PiSSA``, ``OLoRA``, ``DoRA``.
     """
 
     name: str
@@ -107,6 +52,15 @@ class LoraModule:
     layer: str
     shape_A: tuple[int, ...]
     shape_B: tuple[int, ...]
+    magnitude: str | None = None
+    conversions: tuple[str, ...] = ()
+
+    @property
+    def full_rank(self) -> int:
+        """The most that ΔW's rank can be, after its conversion."""
+        if DORA in self.conversions:
+            return min(self.d_out, self.d_in)
+        return self.rank * 2 if self.conversions else self.rank
 
     @property
     def d_in(self) -> int:
@@ -136,13 +90,14 @@ class Factors:
 
 
 def parse(
-    config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
+    config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], *, convert: bool = False
 ) -> tuple[dict[str, LoraModule], dict[str, str]]:
     """Read the layout of a LoRA expert.
 
     Args:
         config: the content of ``adapter_config.json``.
         shapes: the shape of each tensor of ``adapter_model.safetensors``.
+        convert: accept DoRA, PiSSA and OLoRA, whose modules then say what they have to be converted from.
 
     Returns:
         module name → its update, in alphabetical order; and the head's parameter name in the base model →
@@ -157,8 +112,8 @@ def parse(
     (2.0, 6, {})
     """
     problems = Problems()
-    config = _well_typed(config, problems)
-    _refuse_unhandled(config, problems)
+    config = well_typed(config, problems)
+    refuse_unhandled(config, problems, convert=convert)
     keys, head = _sort_keys(config, shapes, problems)
     modules = {}
     for name in sorted(keys):
@@ -190,8 +145,17 @@ def stored(module: LoraModule, merged: Factors) -> dict[str, Tensor]:
         module.B: merged.B.reshape(merged.B.shape[0], rank, *module.shape_B[2:]).contiguous(),
     }
     if merged.bias is not None:
-        tensors[f"{PREFIX}{module.name}.lora_B.bias"] = merged.bias.contiguous()
+        tensors[bias_key(module.name)] = merged.bias.contiguous()
     return tensors
+
+
+def bias_key(module: str) -> str:
+    """The key of a module's bias update (``lora_bias``).
+
+    >>> bias_key("q")
+    'base_model.model.q.lora_B.bias'
+    """
+    return f"{PREFIX}{module}.lora_B.bias"
 
 
 def key_of_parameter(name: str) -> str:
@@ -224,51 +188,6 @@ def pattern_value(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
     return default
 
 
-def _well_typed(config: Mapping[str, Any], problems: Problems) -> dict[str, Any]:
-    """The config without the fields of a wrong type, which are problems."""
-    faulty = set()
-    try:
-        _Fields.model_validate(config)
-    except ValidationError as error:
-        for fault in error.errors():
-            faulty.add(fault["loc"][0])
-            where = ".".join(str(part) for part in fault["loc"])
-            problems.add(f"{where} in adapter_config.json: {fault['msg']}", "save the adapter again with PEFT")
-    for field in {"rank_pattern", "alpha_pattern"} - faulty:
-        for key in config.get(field) or {}:
-            try:
-                re.compile(key)
-            except re.error as error:
-                faulty.add(field)
-                problems.add(f"{field} in adapter_config.json: '{key}' is no regular expression ({error})")
-    return {field: value for field, value in config.items() if field not in faulty}
-
-
-def _refuse_unhandled(config: Mapping[str, Any], problems: Problems) -> None:
-    for field, reason in _NOT_LINEAR.items():
-        if config.get(field):
-            problems.add(f"{field} is on: {reason}", "merge it into a base of its own, or train plain LoRA")
-    init = config.get("init_lora_weights", True)
-    if isinstance(init, str) and init.lower() not in _PLAIN_INITS:
-        method = next((method for start, method in _CHANGED_BASE.items() if init.lower().startswith(start)), init)
-        problems.add(
-            f"init_lora_weights is '{init}': {method} is refused, since its factors may belong to a "
-            "base that it changed, not to the base as published",
-            _CONVERT,
-        )
-    if (config.get("bias") or "none") != "none":
-        problems.add(
-            f"bias is '{config['bias']}': trained biases of the base are no update that can be added",
-            "train with bias='none'; lora_bias=True is handled",
-        )
-    for field in sorted(set(config) - _HARMLESS - set(_NOT_LINEAR)):
-        if config[field]:
-            problems.add(
-                f"'{field}' in adapter_config.json is not known to this version of pimerge",
-                "if the field does not change what the tensors mean, set it to null",
-            )
-
-
 def _sort_keys(
     config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], problems: Problems
 ) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
@@ -278,7 +197,7 @@ def _sort_keys(
     head, unknown = {}, []
     for key in sorted(shapes):
         if match := _FACTOR_KEY.fullmatch(key):
-            slot = match["factor"] or match["embedding"] or match["bias"]
+            slot = match["factor"] or match["embedding"] or match["bias"] or match["magnitude"]
             keys.setdefault(match["module"], {})[slot] = key
             continue
         name = key.removeprefix(PREFIX)
@@ -327,6 +246,30 @@ def _module(
         problems.add(f"module '{name}': lora_B.bias is {shapes[bias]}, expected {shape_B[:1]}")
     layer = "embedding" if "lora_embedding_" in keys["A"] else "conv" if len(shape_A) > 2 else "linear"
     scaling = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+    magnitude, conversions = keys.get("magnitude"), conversions_of(config)
+    if magnitude and (DORA not in conversions or shapes[magnitude] != shape_B[:1]):
+        problems.add(
+            f"{magnitude} is {shapes[magnitude]}, and use_dora is {'on' if DORA in conversions else 'off'}",
+            f"DoRA has one of {shape_B[:1]} in each module, others have none: save config and tensors together",
+        )
+    elif DORA in conversions and not magnitude:
+        problems.add(f"module '{name}' has no lora_magnitude_vector, and use_dora is on", "save the adapter again")
+    if conversions and (layer != "linear" or (OLORA in conversions and config.get("fan_in_fan_out"))):
+        problems.add(
+            f"module '{name}': {' with '.join(conversions)} is converted for Linear layers only",
+            "merge it into a base of its own with PEFT",
+        )
     return LoraModule(
-        name, keys["A"], keys["B"], bias, rank, float(alpha), scaling, layer, tuple(shape_A), tuple(shape_B)
+        name,
+        keys["A"],
+        keys["B"],
+        bias,
+        rank,
+        float(alpha),
+        scaling,
+        layer,
+        tuple(shape_A),
+        tuple(shape_B),
+        magnitude,
+        conversions,
     )

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from pimerge.errors import PimergeError
-from pimerge.merge_methods.uniform import merge
 
-__all__ = ["SPACE", "merge", "weights"]
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SPACE = "linear"
+JOINS_TARGET = True
 
 
 def weights(count: int, given: Sequence[float] | None) -> list[float]:
@@ -26,3 +28,8 @@ def weights(count: int, given: Sequence[float] | None) -> list[float]:
             "'interpolated' needs weights", "run 'pimerge rank' first, or pass --weights 0.6,0.4 in the experts' order"
         )
     return list(given)
+
+
+def coefficients(weights: Tensor) -> Tensor:
+    """The weights: (experts) → (experts)."""
+    return weights

@@ -27,6 +27,6 @@ def weights(count: int, given: Sequence[float] | None) -> list[float]:
     return [1 / count] * count
 
 
-def merge(deltas: Tensor, weights: Tensor) -> Tensor:
-    """Σ w_n ΔW_n: (experts, rows, columns), (experts) → (rows, columns)."""
-    return (weights[:, None, None] * deltas).sum(0)
+def coefficients(weights: Tensor) -> Tensor:
+    """The weights: (experts) → (experts)."""
+    return weights

@@ -215,3 +215,24 @@ def test_texts_that_are_cut_are_counted(embed: Shell, make_expert: MakeExpert, b
     )
     make_expert(tmp_path / "experts" / "w", bert_base, task)
     assert "w: 1 examples are longer than the model takes and were cut" in embed().err
+
+
+def test_grams_are_stored_beside_the_embeddings_and_go_with_them(pool: Path, embed: Shell, tmp_path: Path) -> None:
+    embed()
+    plain = json.loads((tmp_path / "embeddings.json").read_text())["experts"]
+    result = embed("--grams", "--json")
+    assert result.document["computed"] == list(NAMES)
+    folder = tmp_path / "embeddings"
+    size = sum(file.stat().st_size for file in folder.glob("*.grams.safetensors"))
+    assert f"Gram matrices: {size / 1e6:.1f} MB" in result.err
+    assert embed("--json").document["computed"] == []
+    with_grams = json.loads((tmp_path / "embeddings.json").read_text())["experts"]
+    for name in NAMES:
+        with safe_open(folder / f"{name}.grams.safetensors", "pt") as sidecar:
+            assert set(sidecar.keys()) == set(plain[name]["modules"])
+            assert {tuple(sidecar.get_slice(key).get_shape()) for key in sidecar.keys()} == {(16, 16)}  # noqa: SIM118
+        changed = {key for key, value in with_grams[name].items() if value != plain[name][key]}
+        assert changed == {"grams_sidecar", "grams_sha256"}
+    shutil.rmtree(pool / "b")
+    embed("--quiet")
+    assert sorted(file.name for file in folder.glob("b.*")) == []

@@ -223,7 +223,7 @@ TWO = ("experts/x", "experts/y")
         ((*TWO, "--method", "interpolated", "--weights", "1,nan"), "--weights holds 'nan'"),
         ((*TWO, "--method", "interpolated", "--weights", "1,,2"), "--weights holds ''"),
         ((*TWO, "--method", "interpolated", "--weights", "1,2", "--alpha", "0.5"), "exclude each other"),
-        ((*TWO, "--alpha", "0.5"), "--alpha is for 'interpolated'"),
+        ((*TWO, "--alpha", "0.5"), "--alpha is the target's share in 'interpolated' and 'fisher', not in 'uniform'"),
         ((*TWO, "--rank", "0"), "--rank is '0'"),
         ((*TWO, "--rank", "²"), "--rank is '²'"),
         ((*TWO, "--rank", "-1"), "--rank is '-1'"),
@@ -241,7 +241,7 @@ TWO = ("experts/x", "experts/y")
         ((*TWO, "-o", "n" * 300), "name is too long"),
         ((*TWO, "--head", "none", "-o", "experts/x/task.json/out"), "a part of the path is a file"),
         ((*TWO, "--coefficients", "gone.json"), r"'gone\.json' is not there"),
-        ((*TWO, "--coefficients", "experts/x/task.json"), "expected the coefficients.json"),
+        ((*TWO, "--coefficients", "experts/x/task.json"), "or the coefficients.json of a merge"),
         ((*TWO, "--coefficients", "c.json", "--weights", "1,2"), "--coefficients excludes"),
     ],
 )
@@ -275,7 +275,7 @@ def test_the_program_ends_with_3_and_a_message_on_standard_error_only(cli: Cli, 
     command = [sys.executable, "-m", "pimerge", "merge", *TWO, "--method", "tis"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "COLUMNS": "20"})
     assert (done.returncode, done.stdout) == (3, "")
-    assert done.stderr.startswith("error: there is no merge method 'tis'\n  → known: interpolated, uniform")
+    assert done.stderr.startswith("error: there is no merge method 'tis'\n  → did you mean 'ties'?")
     assert "Traceback" not in done.stderr
 
 

@@ -223,7 +223,7 @@ def test_all_problems_come_at_once(tmp_path: Path) -> None:
     messages = "\n".join(problem.message for problem in caught.value.problems)
     for named in ("DoRA", "PiSSA", "bias is 'all'", "says 7", "'unknown'", "module 'k' has no factor B", "stray"):
         assert named in messages
-    assert len(caught.value.problems) == 7
+    assert len(caught.value.problems) == 8  # and no magnitudes
 
 
 def test_peft_itself_writes_dora_that_is_refused(tmp_path: Path, vit_base: Path, make_expert: MakeExpert) -> None:
@@ -231,7 +231,9 @@ def test_peft_itself_writes_dora_that_is_refused(tmp_path: Path, vit_base: Path,
     assert json.loads((folder / "adapter_config.json").read_text())["use_dora"]
     with pytest.raises(PimergeError, match="DoRA") as caught:
         open_expert(folder)
-    assert "lora_magnitude_vector" in str(caught.value)
+    assert "--base BASE" in str(caught.value)
+    modules = open_expert(folder, convert=True).modules
+    assert {module.conversions for module in modules.values()} == {("DoRA",)}
 
 
 def test_an_embedding_saved_beside_the_factors_is_refused_by_name(tmp_path: Path) -> None:

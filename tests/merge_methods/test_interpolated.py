@@ -18,6 +18,5 @@ def test_no_weights_are_refused() -> None:
         interpolated.weights(2, None)
 
 
-def test_it_is_the_weighted_sum() -> None:
-    deltas = torch.tensor([[[1.0, 2.0]], [[3.0, -6.0]]])
-    assert interpolated.merge(deltas, torch.tensor([2.0, -0.5])).tolist() == [[0.5, 7.0]]
+def test_the_coefficients_are_the_weights() -> None:
+    assert interpolated.coefficients(torch.tensor([2.0, -0.5])).tolist() == [2.0, -0.5]

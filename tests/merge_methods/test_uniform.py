@@ -18,6 +18,5 @@ def test_given_weights_are_refused() -> None:
         uniform.weights(2, [0.5, 0.5])
 
 
-def test_it_is_the_mean() -> None:
-    deltas = torch.tensor([[[1.0, 2.0]], [[3.0, -6.0]]])
-    assert uniform.merge(deltas, torch.tensor(uniform.weights(2, None))).tolist() == [[2.0, -2.0]]
+def test_the_coefficients_are_the_weights() -> None:
+    assert uniform.coefficients(torch.tensor(uniform.weights(2, None))).tolist() == [0.5, 0.5]

@@ -1,0 +1,149 @@
+"""Which experts ``pimerge merge`` takes, and with which weights."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pimerge.cli.console import note
+from pimerge.cli.inputs import open_all, parse_numbers, select
+from pimerge.cli.merge_request import Request
+from pimerge.errors import PimergeError
+
+if TYPE_CHECKING:
+    from pimerge.expert import Expert
+    from pimerge.method import Method
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Experts, their weights module by module, and the target's own expert, if it is known."""
+
+    experts: list[Expert]
+    weights: dict[str, list[float]]
+    target: Expert | None
+
+
+def choose(request: Request) -> Chosen:
+    """The experts and their weights, from the options, the ranking and files of coefficients.
+
+    Raises:
+        PimergeError: if they do not fit each other.
+    """
+    from pimerge.weighting import by_module, parse_rules, rules_of
+
+    rules = parse_rules(request.rules)
+    if request.coefficients is not None:
+        if request.weights is not None or request.alpha is not None or rules:
+            raise PimergeError(
+                "--coefficients excludes --weights, --weight and --alpha", "it holds the weights already"
+            )
+        from pimerge.files import read_json
+
+        document = read_json(request.coefficients)
+        if isinstance(document, dict) and "experts_trained" in document:
+            return _from_coefficients(request)
+        rules = rules_of(document, request.coefficients)
+    experts, references, given, target = _from_options(request)
+    method = request.open_method()
+    start = starting_weights(method, len(experts), given, bool(rules))
+    names = sorted({name for expert in experts for name in expert.modules})
+    weights = by_module(names, experts, references, start, rules)
+    for row in sorted({tuple(row) for row in weights.values()}) if rules else ():
+        method.weights(len(experts), list(row))
+    return Chosen(experts, weights, target)
+
+
+def starting_weights(method: Method, count: int, given: list[float] | None, has_rules: bool) -> list[float] | None:
+    """The weights where no rule decides; None for a method that needs weights, if all come from rules.
+
+    Raises:
+        PimergeError: if the method takes no weights or not these, or needs some.
+    """
+    if not has_rules:
+        return method.weights(count, given)
+    method.weights(count, given or [1 / count] * count)  # refused by a method that takes none
+    if given is not None:
+        return given
+    try:
+        return method.weights(count, None)
+    except PimergeError:
+        return None
+
+
+def _from_coefficients(request: Request) -> Chosen:
+    from pimerge.export import Coefficients
+    from pimerge.task import parse_document
+
+    path = request.coefficients
+    assert path is not None
+    document: Coefficients = parse_document(Coefficients, path, "expected the coefficients.json of a tuned expert")
+    experts = open_all(
+        request.experts or [str(path.parent / expert) for expert in document.experts],
+        request.base,
+        convert=request.base is not None,
+    )
+    if [expert.sha256 for expert in experts] != document.sha256:
+        raise PimergeError(
+            f"the experts are not those of '{path}', or have changed since",
+            "expected in this order: " + ", ".join(document.experts),
+        )
+    if document.experts_trained:
+        note(
+            "the experts were trained together with these weights, so the merge differs from what was tuned",
+            request.quiet,
+        )
+    own = select(None, request.ranking, request.target, request.base, needed=False).target
+    return Chosen(experts, document.weights, own)
+
+
+def _from_options(request: Request) -> tuple[list[Expert], list[str], list[float] | None, Expert | None]:
+    """Experts, what they were called, the weights that are given, and the target's expert."""
+    chosen = select(request.experts, request.ranking, request.target, request.base, convert=request.base is not None)
+    experts, own, scores = chosen.experts, chosen.target, chosen.scores
+    references = request.experts or [str(expert.path) for expert in experts]
+    given = parse_numbers(request.weights, "--weights") if request.weights is not None else None
+    joins_target = getattr(request.open_method().file, "JOINS_TARGET", False)
+    if request.alpha is not None and not joins_target:
+        raise PimergeError(
+            f"--alpha is the target's share in 'interpolated' and 'fisher', not in '{request.method}'", "leave it out"
+        )
+    if given is not None and request.alpha is not None:
+        raise PimergeError("--weights and --alpha exclude each other", "the weights hold the target's share already")
+    if joins_target:
+        others = [i for i, expert in enumerate(experts) if own is None or expert.sha256 != own.sha256]
+        if not request.experts and own is not None:
+            experts = [own, *(experts[i] for i in others)]
+            references = [str(expert.path) for expert in experts]
+            scores = [None, *(scores[i] for i in others)]
+        if given is None and (request.method == "interpolated" or request.alpha is not None):
+            given = _shares(experts, own, scores, request.alpha, by_score=request.method == "interpolated")
+    if given is not None and len(given) != len(experts):
+        names = ", ".join(expert.name for expert in experts)
+        raise PimergeError(
+            f"--weights holds {len(given)} numbers for {len(experts)} experts ({names})", "give one for each, in order"
+        )
+    return experts, list(references), given, own
+
+
+def _shares(
+    experts: list[Expert], own: Expert | None, scores: list[float | None], alpha: float | None, *, by_score: bool
+) -> list[float] | None:
+    """α for the target's expert, and (1 − α) for the others by the softmax of their scores or evenly.
+
+    None where a score is missing.
+    """
+    others = [i for i, expert in enumerate(experts) if own is None or expert.sha256 != own.sha256]
+    known = [score for i in others if (score := scores[i] if by_score else 0.0) is not None]
+    if len(known) < len(others):
+        return None
+    has_own = len(others) < len(experts)
+    if alpha is not None and not has_own:
+        raise PimergeError("--alpha is the target's share, and the target's expert is not among the experts")
+    if alpha is not None and not 0 <= alpha <= 1:
+        raise PimergeError(f"--alpha is {alpha}", "expected a share from 0 to 1")
+    share = (1 / len(experts) if alpha is None else alpha) if has_own else 0.0
+    exponentials = [math.exp(score - max(known)) for score in known]
+    soft = iter([(1 - share) * value / sum(exponentials) for value in exponentials])
+    return [next(soft) if i in others else share for i in range(len(experts))]

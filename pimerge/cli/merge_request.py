@@ -1,0 +1,105 @@
+"""What the user asked ``pimerge merge`` for, and what every kind of merge reads from it in the same way."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pimerge.errors import PimergeError, Problems
+
+if TYPE_CHECKING:
+    import torch
+
+    from pimerge.lowrank import Truncation
+    from pimerge.method import Method
+
+
+@dataclass(frozen=True)
+class Request:
+    """The options of ``pimerge merge``, as they were given."""
+
+    experts: list[str] | None
+    method: str
+    options: Mapping[str, Any]
+    weights: str | None
+    rules: Sequence[str]
+    alpha: float | None
+    coefficients: Path | None
+    space: str
+    seed: int
+    rank: str
+    energy: float | None
+    include: Sequence[str]
+    exclude: Sequence[str]
+    head: str
+    dtype: str | None
+    into: Path | None
+    fisher: Sequence[Path]
+    store: Path
+    dry_run: bool
+    verify: bool
+    target: str | None
+    ranking: Path
+    base: str | None
+    output: Path
+    force: bool
+    json: bool
+    quiet: bool
+
+    def open_method(self) -> Method:
+        """The method with its options."""
+        from pimerge.method import open_method
+
+        return open_method(self.method, self.options, self.seed)
+
+    def truncation(self) -> Truncation:
+        """What ``--rank`` and ``--energy`` say together."""
+        from pimerge.cli.inputs import parse_rank
+        from pimerge.lowrank import DEFAULT_ENERGY, Truncation
+
+        if self.rank == "auto":
+            return Truncation(None, DEFAULT_ENERGY if self.energy is None else self.energy)
+        return Truncation(parse_rank(self.rank), self.energy)
+
+    def torch_dtype(self) -> torch.dtype | None:
+        """The dtype asked for; None for the experts' own."""
+        import torch
+
+        known = {
+            "float32": torch.float32,
+            "bfloat16": torch.bfloat16,
+            "float16": torch.float16,
+            "float64": torch.float64,
+        }
+        if self.dtype is not None and self.dtype not in known:
+            raise PimergeError(f"--dtype is '{self.dtype}'", f"expected {', '.join(known)}")
+        return known[self.dtype] if self.dtype else None
+
+    def selects(self, name: str) -> bool:
+        """Whether ``--include`` and ``--exclude`` leave a module or tensor in."""
+        wanted = not self.include or any(fnmatchcase(name, glob) for glob in self.include)
+        return wanted and not any(fnmatchcase(name, glob) for glob in self.exclude)
+
+    def require_globs_match(self, names: Sequence[str]) -> None:
+        """Refuse a glob that matches no name: it is a slip.
+
+        Raises:
+            PimergeError: with each such glob.
+        """
+        problems = Problems()
+        for option, globs in (("--include", self.include), ("--exclude", self.exclude)):
+            for glob in globs:
+                if not any(fnmatchcase(name, glob) for name in names):
+                    problems.add(f"{option} '{glob}' matches none of {len(names)} names", f"they are like '{names[0]}'")
+        problems.raise_any("globs that match nothing")
+
+
+def is_checkpoint(reference: str) -> bool:
+    """Whether a reference is a full checkpoint's folder: a config and no adapter."""
+    return os.path.isfile(os.path.join(reference, "config.json")) and not os.path.isfile(
+        os.path.join(reference, "adapter_config.json")
+    )

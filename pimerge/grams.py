@@ -1,0 +1,145 @@
+"""Gram matrices of the inputs of adapted layers, for merging by regression (RegMean, arXiv 2212.09849).
+
+    G = (1/T) Σ_m Σ_t x_mt x_mtᵀ        over all T tokens t of all examples m; (d_in × d_in)
+
+RegMean sums XᵀX over the examples. The mean per token differs from that by a factor per expert and layer only,
+and keeps a task of long texts from outweighing one of short texts. Layout: a layer's input is (…, d_in); of a
+text it is (batch, tokens, …, d_in), and the padding counts as nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from pimerge.kinds.lora import PREFIX
+from pimerge.progress import Track, silent
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pimerge.task_types import Batch
+
+
+def input_grams(
+    layers: Mapping[str, nn.Module],
+    batches: Sequence[Sequence[int]],
+    make_batch: Callable[[Sequence[int]], Batch],
+    forward: Callable[[Batch], object],
+    *,
+    track: Track = silent,
+) -> dict[str, Tensor]:
+    """The mean of x xᵀ over all tokens that enter each layer, in one forward pass without gradients.
+
+    Products are taken in float32 (float64 for a float64 model) and added up in float64, so that neither the
+    size of the batches nor their padding matters beyond rounding.
+
+    Args:
+        layers: name → layer, in eval mode inside a model that ``forward`` runs.
+        batches: indices of the examples of each batch.
+        make_batch: the batch of some examples; an ``attention_mask`` (batch × tokens) in it marks the padding.
+        forward: run the model on a batch; what it returns is not used.
+        track: progress over examples.
+
+    Returns:
+        name → G, (d_in × d_in) in float32, exactly symmetric, in alphabetical order; a layer that no example
+        reaches is absent.
+
+    >>> layer = nn.Linear(2, 1)
+    >>> xs = torch.tensor([[[1.0, 2.0], [3.0, 0.0]], [[1.0, 0.0], [9.0, 9.0]]])  # (2 examples, 2 tokens, 2)
+    >>> mask = torch.tensor([[1, 1], [1, 0]])  # the second example has one token
+    >>> grams = input_grams({"q": layer}, [[0, 1]], lambda ids: {"x": xs[ids], "attention_mask": mask[ids]},
+    ...                     lambda batch: layer(batch["x"]))
+    >>> (3 * grams["q"]).tolist()  # Σ x xᵀ of (1, 2), (3, 0), (1, 0)
+    [[11.0, 2.0], [2.0, 4.0]]
+    """
+    sums = {name: _Sum() for name in sorted(layers)}
+    with torch.no_grad(), track("Gram matrices", sum(map(len, batches)), "examples") as advance:
+        for indices in batches:
+            batch = make_batch(indices)
+            with _recording(layers, sums, _real_tokens(batch)):
+                forward(batch)
+            advance(len(indices))
+    # a sum in float64 goes as soon as its mean is there
+    means = ((name, sums.pop(name).mean()) for name in list(sums))
+    return {name: mean for name, mean in means if mean is not None}
+
+
+def linear_layers(model: nn.Module, modules: Iterable[str]) -> dict[str, nn.Module]:
+    """The adapted layers that multiply their input by a matrix: Linear, and GPT-2's Conv1D, which is one.
+
+    Embeddings and convolutions are left out: their ΔW meets no vector of d_in numbers that a Gram matrix describes.
+
+    Args:
+        model: PEFT's model.
+        modules: names of the adapted modules in the base model.
+
+    Returns:
+        module name → the base's layer inside PEFT's wrapper.
+    """
+    found = {}
+    for name in modules:
+        wrapper = model.get_submodule(PREFIX + name)
+        layer = getattr(wrapper, "base_layer", wrapper)
+        if isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D":
+            found[name] = layer
+    return found
+
+
+@dataclass
+class _Sum:
+    """Σ x xᵀ of one layer and how many x there were."""
+
+    total: Tensor | None = None
+    rows: int = 0
+
+    def add(self, x: Tensor) -> None:
+        """Add the rows of x (rows × d_in)."""
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        # Apple's GPUs have no float64
+        product = (x.T @ x).to(torch.float32 if x.device.type == "mps" else torch.float64)
+        self.total = product if self.total is None else self.total.add_(product)
+        self.rows += len(x)
+
+    def mean(self) -> Tensor | None:
+        """The mean of x xᵀ; None of no x."""
+        if self.total is None or not self.rows:
+            return None
+        # a matrix product need not be symmetric to the last bit
+        return ((self.total + self.total.T) / (2 * self.rows)).float()
+
+
+@contextmanager
+def _recording(layers: Mapping[str, nn.Module], sums: Mapping[str, _Sum], real: Tensor | None) -> Iterator[None]:
+    """Add up what enters the layers during the block; what they compute stays the same."""
+    handles = [layer.register_forward_pre_hook(partial(_record, sums[name], real)) for name, layer in layers.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _record(into: _Sum, real: Tensor | None, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    into.add(_rows(inputs[0], real))
+
+
+def _rows(x: Tensor, real: Tensor | None) -> Tensor:
+    """The inputs that count: (…, d_in) → (rows × d_in), without those of the padding."""
+    if real is not None and x.dim() > 2 and x.shape[:2] == real.shape:
+        x = x[real]  # (real tokens, …, d_in)
+    elif real is not None and x.dim() == 2 and len(x) == real.numel():  # some models flatten (batch, tokens)
+        x = x[real.flatten()]
+    return x.reshape(-1, x.shape[-1])
+
+
+def _real_tokens(batch: Batch) -> Tensor | None:
+    """(batch × tokens): False for padding; None if there can be none, as with images."""
+    mask = batch.get("attention_mask")
+    return mask.bool() if mask is not None and mask.dim() == 2 else None

@@ -1,0 +1,40 @@
+"""Singular vectors of matrices whose rank is low, shared by the spectral methods."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+STORED = 1e-6
+"""Experts are stored in float32 or coarser: what is below this share of the whole is rounding, not a direction."""
+
+
+def svd(matrix: Tensor, null: float | None = None, of: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """U, σ, Vᵀ without the null directions, which would be arbitrary: (m, n) → (m, k), (k), (k, n).
+
+    Args:
+        null: k counts the σ above this share of the Frobenius norm; by default the rounding of the dtype.
+        of: the matrix whose norm counts; by default ``matrix`` itself.
+
+    >>> [part.shape for part in svd(torch.ones(3, 2))]
+    [torch.Size([3, 1]), torch.Size([1]), torch.Size([1, 2])]
+    """
+    if null is None:
+        null = 8 * max(matrix.shape) * torch.finfo(matrix.dtype).eps
+    U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
+    floor = null * torch.linalg.vector_norm(matrix if of is None else of)
+    k = int(S.gt(floor).sum())
+    return U[:, :k], S[:k], Vh[:k]
+
+
+def whiten(vectors: Tensor) -> Tensor:
+    """The orthonormal columns nearest to the given ones: PQᵀ of PΣQᵀ, (m, k) → (m, k).
+
+    Columns that depend on each other share what their span holds: null directions are left out.
+
+    >>> whiten(torch.tensor([[1.0, 1.0], [0.0, 0.0]]))
+    tensor([[0.7071, 0.7071],
+            [0.0000, 0.0000]])
+    """
+    P, _, Qh = svd(vectors, null=STORED)
+    return P @ Qh
