@@ -8,7 +8,7 @@ from functools import cache, cached_property
 from pathlib import Path
 
 from pimerge.errors import PimergeError
-from pimerge.files import sha256_bytes, sha256_file
+from pimerge.files import sha256_bytes, sha256_files
 
 
 @dataclass(frozen=True)
@@ -111,4 +111,4 @@ def _content(folder: Path) -> str:
             f"the base model's folder '{folder}' holds no weights",
             "it needs model.safetensors (or its shards)",
         )
-    return "sha256:" + sha256_bytes("".join(sha256_file(file) for file in files).encode())
+    return "sha256:" + sha256_bytes("".join(sha256_files(files)).encode())

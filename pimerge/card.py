@@ -82,7 +82,7 @@ def card(
 {front.to_yaml()}
 ---
 
-# {base.rpartition('/')[2]}, merged by {method}
+# {base.rpartition("/")[2]}, merged by {method}
 
 {"An adapter" if adapter else "A model"} merged from {len(sources)} {"expert" if len(sources) == 1 else "experts"} \
 for the base `{base}` by pimerge.

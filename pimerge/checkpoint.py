@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pimerge.errors import PimergeError, Problems
-from pimerge.files import read_json, sha256_bytes, sha256_file
+from pimerge.files import read_json, sha256_bytes, sha256_files
 from pimerge.tensorfile import FLOATS, Entry, TensorFile, open_tensors
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class Checkpoint:
     @cached_property
     def sha256(self) -> str:
         """SHA-256 of its files' hashes, as :attr:`pimerge.base.Base.identity` takes it."""
-        return sha256_bytes("".join(sha256_file(file.path) for file in self.files).encode())
+        return sha256_bytes("".join(sha256_files([file.path for file in self.files])).encode())
 
     def entry(self, key: str) -> Entry:
         """Dtype, shape and place of a tensor."""

@@ -92,10 +92,10 @@ def init_cosine(first: Expert, second: Expert) -> tuple[float, float]:
     numbers = 0
     common = sorted(first.modules.keys() & second.modules.keys())
     for module in common[:: -(-len(common) // INIT_MODULES) or 1]:  # a few tell as much as all
-        a, b = first.factors(module).A.double(), second.factors(module).A.double()
-        dot += float((a * b).sum())
-        own += float(a.square().sum())
-        other += float(b.square().sum())
+        a, b = (expert.factors(module).A.double().flatten() for expert in (first, second))
+        dot += float(a @ b)
+        own += float(a @ a)
+        other += float(b @ b)
         numbers += a.numel()
     least = max(SHARED_INIT_COSINE, SHARED_INIT_DEVIATIONS / max(numbers, 1) ** 0.5)
     return (dot / (own * other) ** 0.5 if own * other > 0 else 0.0), least

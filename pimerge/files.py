@@ -12,7 +12,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,22 @@ def sha256_file(path: Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise PimergeError(f"cannot read '{path}': {error.strerror}") from error
+
+
+def sha256_files(paths: Sequence[Path]) -> list[str]:
+    """SHA-256 of several files, on every core.
+
+    Raises:
+        PimergeError: if a file cannot be read.
+    """
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing releases the interpreter's lock
+        return list(pool.map(sha256_file, paths))
+
+
+def hashes_of(folder: Path) -> dict[str, str]:
+    """File name → SHA-256, for the files in a folder, in alphabetical order."""
+    files = sorted(file for file in folder.iterdir() if file.is_file())
+    return dict(zip((file.name for file in files), sha256_files(files), strict=True))
 
 
 def json_text(document: Any) -> str:

@@ -82,6 +82,9 @@ def plan_fold(
             shape that differs, each bias update without a bias, and weights that cannot be untied.
     """
     require_foldable(checkpoint)
+    stored = None if head or fan_in_fan_out else _as_stored(checkpoint, layouts)
+    if stored is not None:
+        return FoldPlan(checkpoint, stored, {}, {}, {}, frozenset(), False, None)
     names, problems = names_of(checkpoint), Problems()
     weights: dict[str, str] = {}
     biases: dict[str, str] = {}
@@ -149,6 +152,29 @@ def fold(
         new[key] = (kind, tuple(tensors[name].shape))
     size = write_like(plan.checkpoint, output, change, new=new, config=plan.config, dtype=dtype, track=track)
     return Folded(len(plan.weights), plan.untied, size)
+
+
+def _as_stored(checkpoint: Checkpoint, layouts: Mapping[str, LoraModule]) -> dict[str, str] | None:
+    """Key → module where the tensors on disk tell all by themselves; None where the model has to be asked.
+
+    Building the model's skeleton takes seconds. It is not needed if every module's weight is stored under its own
+    name, as (d_out × d_in) without doubt (a square one may be a Conv1D's, but those have a bias), and none can be
+    tied to another or has a bias update.
+    """
+    texts = [checkpoint.config, *(part for part in checkpoint.config.values() if isinstance(part, dict))]
+    vocabulary = {part.get("vocab_size") for part in texts}
+    found = {}
+    for name, layout in layouts.items():
+        key = f"{name}.weight"
+        if key not in checkpoint.home or layout.layer != "linear" or layout.bias or layout.d_out in vocabulary:
+            return None
+        is_square = layout.d_out == layout.d_in
+        if checkpoint.entry(key).shape != (layout.d_out, layout.d_in) or (
+            is_square and f"{name}.bias" in checkpoint.home
+        ):
+            return None
+        found[key] = name
+    return found
 
 
 def label_fields(labels: list[str]) -> dict[str, Any]:

@@ -54,7 +54,7 @@ class Truncation:
     def kept(self, singular: Tensor) -> int:
         """How many of some singular values (descending) to keep; rounding noise is never kept.
 
-        >>> Truncation(energy=0.9).kept(torch.tensor([3.0, 1.0, 0.1], dtype=F64))
+        >>> Truncation(energy=0.85).kept(torch.tensor([3.0, 1.0, 0.1], dtype=F64))
         1
         """
         directions = max(1, int((singular > _NEGLIGIBLE * singular[0]).sum()))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -86,6 +87,13 @@ class Merge:
         Raises:
             PimergeError: for NaN or Inf in an expert, and if the result is too large for its dtype.
         """
+        is_light = "factors" in (self.space, self.method.space) or (
+            self.method.space == "linear" and self.truncation == EVERYTHING
+        )
+        with _one_thread() if is_light else nullcontext():
+            return self._module(name)
+
+    def _module(self, name: str) -> MergedModule:
         layout, weights = self.layout(name), torch.tensor(self.weights[name], dtype=F64)
         parts = [self._part(expert, name, layout) for expert in self.experts]
         coefficients = self._coefficients(parts, weights)
@@ -94,10 +102,7 @@ class Merge:
         bias = weighted_bias(parts, summed, self.dtype) if self.has_bias else None
         factors = Factors(found.factors.A.to(self.dtype), found.factors.B.to(self.dtype), 1.0, bias)
         if not all(tensor is None or is_finite(tensor) for tensor in (factors.A, factors.B, factors.bias)):
-            raise PimergeError(
-                f"module '{name}': the merged update is too large for {self.dtype}",
-                "pass --dtype float32, or smaller weights",
-            )
+            raise _too_large(name, self.dtype)
         given = None if coefficients is None else tuple(coefficients.tolist())
         return MergedModule(layout, factors, found.energy, found.lost, given)
 
@@ -149,7 +154,10 @@ class Merge:
     def _apply(self, name: str, deltas: Tensor, weights: Tensor, limit: int) -> Tensor:
         drawn = self.experts if "generators" in self.method.needs else []
         draws = [f"{expert.file.beginning} {name}" for expert in drawn]
-        return self.method.merge(deltas, weights.to(deltas.dtype), draws=draws, limit=limit)
+        merged = self.method.merge(deltas, weights.to(deltas.dtype), draws=draws, limit=limit)
+        if not is_finite(merged):
+            raise _too_large(name, merged.dtype)
+        return merged
 
     def _by_rows(self, parts: Sequence[Factors], weights: Tensor, limit: int) -> Truncated:
         U, left = orthonormal_basis([part.scaling * part.B.to(F64) for part in parts])
@@ -202,6 +210,17 @@ class Merge:
         return [Factors(row, part.B, part.scaling) for row, part in zip(rows, parts, strict=True)]
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Without linear algebra a module is so little work that handing it to threads takes longer than doing it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def prepare(
     experts: Sequence[Expert],
     weights: Mapping[str, Sequence[float]] | Sequence[float],
@@ -249,6 +268,13 @@ def prepare(
     if method.space == "factors" or space == "factors":
         require_shared_form(kept)
     return Merge(kept, totals, method, space, truncation, dtype or _widest(experts), joined, fisher, gram, read)
+
+
+def _too_large(name: str, dtype: torch.dtype) -> PimergeError:
+    wider = "float64" if dtype == torch.float32 else "float32"
+    return PimergeError(
+        f"module '{name}': the merged update is too large for {dtype}", f"pass --dtype {wider}, or smaller weights"
+    )
 
 
 def _joined(

@@ -45,7 +45,7 @@ def plan_of(merge: Merge, given: Sequence[Expert], head: Head) -> Plan:
         _handled(merge),
         _left_out(merge, given, head),
         max(_memory(merge, name) for name in merge.names),
-        heads + sum(_rank(merge, name) * _width(merge, name) for name in merge.names) * merge.dtype.itemsize,
+        heads + sum(_numbers(merge, name) for name in merge.names) * merge.dtype.itemsize,
     )
 
 
@@ -93,9 +93,9 @@ def _left_out(merge: Merge, given: Sequence[Expert], head: Head) -> list[str]:
     ]
     if unused:
         found.append(f"{_names(unused)}: weight 0 everywhere")
-    heads = [expert.name for expert in given if expert.head]
+    heads = list(dict.fromkeys(expert.name for expert in given if expert.head))
     if heads and not head.tensors:
-        found.append(f"the heads of {_names(heads)}: --head none")
+        found.append(f"the heads of {_names(heads)}: the result has none")
     return found
 
 
@@ -106,6 +106,11 @@ def _names(names: Sequence[str]) -> str:
 def _width(merge: Merge, name: str) -> int:
     layout = merge.layout(name)
     return layout.d_out + layout.d_in
+
+
+def _numbers(merge: Merge, name: str) -> int:
+    """Of the result's factors and bias, at most."""
+    return _rank(merge, name) * _width(merge, name) + (merge.layout(name).d_out if merge.has_bias else 0)
 
 
 def _stacked(merge: Merge, name: str) -> int:

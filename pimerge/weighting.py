@@ -138,9 +138,9 @@ def by_module(
         for module in matched:
             for place in places:
                 weights[module][place] = rule.weight
-    for place, expert in enumerate(experts):
+    for place, expert in enumerate(() if problems.found else experts):
         missing = [module for module in modules if math.isnan(weights[module][place])]
-        if missing and not problems.found:
+        if missing:
             problems.add(
                 f"'{expert.name}' has no weight in {len(missing)} of {len(modules)} modules, such as '{missing[0]}'",
                 f"add --weight '{expert.name}=NUMBER' before the other rules, or pass --weights",

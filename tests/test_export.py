@@ -214,7 +214,7 @@ def test_a_bias_beside_an_embedding_is_refused_since_peft_loads_no_such_expert(t
         layers_expert(tmp_path / "0", 1, target_modules=["words"]),
         layers_expert(tmp_path / "1", 2, target_modules=["other"], lora_bias=True),
     ]
-    with pytest.raises(PimergeError, match="has biases .*'words' is an embedding"):
+    with pytest.raises(PimergeError, match=r"has biases .*'words' is an embedding"):
         export(tmp_path / "out", [open_expert(folder) for folder in folders], [0.5, 0.5])
     assert not (tmp_path / "out").exists()
 

@@ -100,26 +100,24 @@ def test_what_is_not_contiguous_is_written_as_it_reads(tmp_path: Path) -> None:
 
 
 def test_numbers_start_at_a_multiple_of_their_size(tmp_path: Path) -> None:
-    with (
-        pytest.raises(AssertionError, match="b would start between two numbers"),
-        writing_tensors(tmp_path / "x.safetensors", ["a", "b"]) as writer,
-    ):
-        writer.add("a", torch.ones(3, dtype=torch.bfloat16))
-        writer.add("b", torch.ones(1))
+    with pytest.raises(AssertionError, match="b would start between two numbers"):
+        write(tmp_path / "x.safetensors", {"a": torch.ones(3, dtype=torch.bfloat16), "b": torch.ones(1)})
     file = open_tensors(write(tmp_path / "y.safetensors", {"a": torch.ones(1), "b": torch.ones(3).half()}))
     assert all(entry.start % size_of(entry.dtype) == 0 for entry in file.entries.values())
 
 
+def write_keys(path: Path, announced: list[str], keys: list[str]) -> None:
+    """One number for each key."""
+    with writing_tensors(path, announced) as writer:
+        for key in keys:
+            writer.add(key, torch.ones(1))
+
+
 def test_a_key_is_written_once_and_announced(tmp_path: Path) -> None:
-    with pytest.raises(AssertionError), writing_tensors(tmp_path / "x.safetensors", ["a"]) as writer:
-        writer.add("a", torch.ones(1))
-        writer.add("a", torch.ones(1))
-    with (
-        pytest.raises(AssertionError, match="not announced"),
-        writing_tensors(tmp_path / "y.safetensors", []) as writer,
-    ):
-        for index in range(9):
-            writer.add(f"a{index}", torch.ones(1))
+    with pytest.raises(AssertionError):
+        write_keys(tmp_path / "x.safetensors", ["a"], ["a", "a"])
+    with pytest.raises(AssertionError, match="not announced"):
+        write_keys(tmp_path / "y.safetensors", [], [f"a{index}" for index in range(9)])
 
 
 def test_keys_that_do_not_come_leave_a_file_that_everyone_reads(tmp_path: Path) -> None:

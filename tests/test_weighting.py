@@ -68,7 +68,7 @@ def test_all_bad_rules_are_said_at_once() -> None:
 
 def test_experts_go_by_name_path_or_as_they_were_given() -> None:
     for parity, loop in (("parity", "loop"), ("experts/parity", "experts/loop"), ("parity", "./experts/loop")):
-        assert weigh(f"{parity}=1", f"{loop}=2") == dict.fromkeys(MODULES, [1.0, 2.0])
+        assert weigh(f"{parity}=1", f"{loop}=2") == {module: [1.0, 2.0] for module in MODULES}
 
 
 def test_globs_choose_modules_and_the_start_serves_the_others() -> None:

@@ -42,8 +42,11 @@ def open_all(references: Sequence[str], base: str | None, *, convert: bool = Fal
     problems = Problems()
     experts = []
     for reference in references:
-        with problems.collected():
+        own = Problems()
+        with own.collected():
             experts.append(open_expert(reference, base, convert=convert))
+        for problem in own.found:
+            problems.extend([problem], "" if reference in problem.message else f"'{reference}': ")
     problems.raise_any("some experts cannot be opened")
     return experts
 
@@ -68,7 +71,7 @@ def select(
     ranking: Ranking | None = None
     if ranking_path.is_file() or (not references and needed):
         ranking = read_ranking(ranking_path)
-    own, folder = _target(target, ranking, ranking_path, base)
+    own, folder = _target(target, ranking, ranking_path, base, convert=convert)
     if references:
         experts = open_all(references, base, convert=convert)
         known = {c.sha256: c.score for c in ranking.candidates} if ranking else {}
@@ -94,7 +97,7 @@ def select(
 
 
 def _target(
-    target: str | None, ranking: Ranking | None, ranking_path: Path, base: str | None
+    target: str | None, ranking: Ranking | None, ranking_path: Path, base: str | None, *, convert: bool
 ) -> tuple[Expert | None, Path | None]:
     from pimerge.expert import CONFIG, open_expert
     from pimerge.ranking import open_ranked
@@ -113,7 +116,7 @@ def _target(
         if not (path / "task.json").is_file():
             raise PimergeError(f"'{path}' is neither an expert nor a task", "expected adapter_config.json or task.json")
         return None, path
-    own = open_expert(target if not path.is_dir() else path, base)
+    own = open_expert(target if not path.is_dir() else path, base, convert=convert)
     return own, own.path
 
 

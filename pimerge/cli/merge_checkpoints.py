@@ -39,6 +39,11 @@ def run(request: Request) -> None:
         selected=request.selects,
     )
     request.require_globs_match(list(base.home))
+    if not plan.merged and not plan.heads:
+        raise PimergeError(
+            "no tensor is left to merge",
+            f"the base has {len(base.home)}, such as '{next(iter(base.home))}'; look at --include and --exclude",
+        )
     weights = _weights(request, base, experts)
     if request.dry_run:
         _print_plan(request, plan, weights)
@@ -122,8 +127,8 @@ def _weights(request: Request, base: Checkpoint, experts: Sequence[Checkpoint]) 
 
 def _print_plan(request: Request, plan: MergePlan, weights: dict[str, list[float]]) -> None:
     kept = [key for key in plan.base.home if key not in plan.merged and key not in plan.heads]
-    largest = max((plan.base.entry(key) for key in plan.merged), key=lambda entry: entry.end - entry.start)
-    memory = (len(plan.experts) + 3) * 4 * (largest.end - largest.start)
+    entries = [plan.base.entry(key) for key in plan.merged]
+    memory = (len(plan.experts) + 3) * 4 * max((entry.end - entry.start for entry in entries), default=0)
     document = {
         "output": str(request.output),
         "method": request.method,
@@ -152,7 +157,7 @@ def _print_plan(request: Request, plan: MergePlan, weights: dict[str, list[float
 
 def _write(request: Request, plan: MergePlan, weights: dict[str, list[float]]) -> None:
     from pimerge.checkpoint_merging import merge_checkpoints
-    from pimerge.files import json_text, new_folder, sha256_file, write_into
+    from pimerge.files import hashes_of, json_text, new_folder, write_into
     from pimerge.manifest import MANIFEST_FILE, Manifest, inputs_of, library_versions
 
     method = request.open_method()
@@ -184,7 +189,7 @@ def _write(request: Request, plan: MergePlan, weights: dict[str, list[float]]) -
             device="cpu",
             versions=library_versions(),
             inputs=inputs_of(plan.experts),
-            outputs={file.name: sha256_file(file) for file in sorted(partial.iterdir())},
+            outputs=hashes_of(partial),
             results={"merged": written.merged, "kept": written.kept, "dropped": list(written.dropped)},
         )
         write_into(partial, {MANIFEST_FILE: json_text(manifest.model_dump())})

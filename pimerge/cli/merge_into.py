@@ -27,7 +27,7 @@ def fold_into(request: Request, merge: Merge, head: Head, plan: Plan, deviation:
     import torch
 
     from pimerge.export import COEFFICIENTS_FILE
-    from pimerge.files import json_text, new_folder, sha256_file, write_into
+    from pimerge.files import hashes_of, json_text, new_folder, write_into
     from pimerge.folding import fold, plan_fold
     from pimerge.manifest import MANIFEST_FILE
 
@@ -71,8 +71,8 @@ def fold_into(request: Request, merge: Merge, head: Head, plan: Plan, deviation:
             "README.md": _card(request, merge, checkpoint),
         }
         write_into(partial, contents)
-        outputs = {file.name: sha256_file(file) for file in sorted(partial.iterdir())}
-        options = {**manifest.options, "into": checkpoint.name, "into_sha256": checkpoint.sha256}
+        outputs = hashes_of(partial)
+        options = {**manifest.options, "into": checkpoint.name, "into_sha256": _sha256(checkpoint, merge)}
         manifest = manifest.model_copy(update={"outputs": outputs, "options": options})
         write_into(partial, {MANIFEST_FILE: json_text(manifest.model_dump())})
     _report(request, found, written.modules, written.size)
@@ -101,6 +101,14 @@ def _open(request: Request, merge: Merge) -> Checkpoint:
             f"fold into '{own.source}', or, if it is the same model (in another dtype, say), pass --base {path}, too",
         )
     return checkpoint
+
+
+def _sha256(checkpoint: Checkpoint, merge: Merge) -> str:
+    """Of the checkpoint; it is known already where it is the experts' own base."""
+    own = merge.experts[0].base
+    if own.folder is not None and own.folder.resolve() == checkpoint.path.resolve():
+        return own.identity.removeprefix("sha256:")
+    return checkpoint.sha256
 
 
 def _head_fields(checkpoint: Checkpoint, head: Head) -> dict[str, Any]:

@@ -117,7 +117,7 @@ def parse(
     keys, head = _sort_keys(config, shapes, problems)
     modules = {}
     for name in sorted(keys):
-        module = _module(name, keys[name], config, shapes, problems)
+        module = _module(name, keys[name], config, shapes, problems, convert=convert)
         if module is not None:
             modules[name] = module
     if not keys and not problems.found:
@@ -220,6 +220,8 @@ def _module(
     config: Mapping[str, Any],
     shapes: Mapping[str, tuple[int, ...]],
     problems: Problems,
+    *,
+    convert: bool,
 ) -> LoraModule | None:
     missing = {"A", "B"} - set(keys)
     if missing:
@@ -252,7 +254,7 @@ def _module(
             f"{magnitude} is {shapes[magnitude]}, and use_dora is {'on' if DORA in conversions else 'off'}",
             f"DoRA has one of {shape_B[:1]} in each module, others have none: save config and tensors together",
         )
-    elif DORA in conversions and not magnitude:
+    elif DORA in conversions and not magnitude and convert:
         problems.add(f"module '{name}' has no lora_magnitude_vector, and use_dora is on", "save the adapter again")
     if conversions and (layer != "linear" or (OLORA in conversions and config.get("fan_in_fan_out"))):
         problems.add(

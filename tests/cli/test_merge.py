@@ -4,42 +4,23 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
+import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel
 from torch import Tensor
-from typer.testing import Result
 
+from pimerge import strategies
 from pimerge.errors import PimergeError
 from pimerge.expert import Expert, open_expert
 from pimerge.ranking import Candidate, Ranking, Reference
-from tests.conftest import MakeExpert, dense_deltas, logits_of, model_for
+from tests.cli.conftest import NAMES, Cli, raise_from
+from tests.conftest import dense_deltas, logits_of, model_for
 from tests.raw import normal, raw_expert, set_config, updates_of
-
-Cli = Callable[..., Result]
-NAMES = ("x", "y", "z")
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory, vit_base: Path, parity_task: Path, make_expert: MakeExpert) -> Path:
-    """Three experts, made once."""
-    folder = tmp_path_factory.mktemp("made") / "experts"
-    for i, name in enumerate(NAMES):
-        make_expert(folder / name, vit_base, parity_task, seed=i, r=2 + i)
-    return folder
-
-
-@pytest.fixture
-def pool(cli: Cli, tmp_path: Path, made: Path) -> dict[str, Expert]:
-    """The three in ./experts (as deep as they were made, so that their tasks are found), opened, by name."""
-    shutil.copytree(made, tmp_path / "experts")
-    return {name: open_expert(tmp_path / "experts" / name) for name in NAMES}
 
 
 def write_ranking(pool: dict[str, Expert], target: str, scores: dict[str, float]) -> None:
@@ -137,12 +118,6 @@ def test_coefficients_merge_again_module_by_module(cli: Cli, pool: dict[str, Exp
         raise_from(cli("merge", "--coefficients", "tuned/coefficients.json", "--force"))
 
 
-def raise_from(result: Result) -> None:
-    """Raise what a command raised."""
-    assert result.exception is not None, result.output
-    raise result.exception
-
-
 def test_the_logits_are_those_of_the_dense_sum(cli: Cli, pool: dict[str, Expert], vit_base: Path) -> None:
     assert cli("merge", "experts/x", "experts/y", "--target", "x", "--head", "none", "-q").exit_code != 0
     assert cli("merge", "experts/x", "experts/y", "--target", "experts/x", "-q").exit_code == 0
@@ -194,8 +169,10 @@ def test_the_same_command_gives_the_same_bytes(cli: Cli, pool: dict[str, Expert]
 
 
 def test_dtype_is_that_asked_for(cli: Cli, pool: dict[str, Expert]) -> None:
-    assert cli("merge", "experts/x", "--head", "none", "--dtype", "bfloat16").exit_code == 0
-    assert open_expert("merged").dtypes == ("BF16",)
+    for method, dtype, name in (("uniform", "bfloat16", "BF16"), ("ties", "float16", "F16"), ("tsv", "float64", "F64")):
+        given = ["--method", method, "--dtype", dtype, "--head", "none", "--force"]
+        assert cli("merge", "experts/x", *given).exit_code == 0
+        assert open_expert("merged").dtypes == (name,)
 
 
 def test_a_targets_task_folder_is_enough_without_a_head(cli: Cli, pool: dict[str, Expert], parity_task: Path) -> None:
@@ -283,10 +260,23 @@ def test_wrong_usage_ends_with_2(cli: Cli) -> None:
     assert cli("merge", "--no-such-option").exit_code == 2
 
 
-def test_help_lists_every_method_with_its_summary(cli: Cli) -> None:
+def test_help_names_every_method_and_methods_says_what_they_do(cli: Cli) -> None:
     result = cli("merge", "--help")
     assert result.exit_code == 0
     words = " ".join(result.stdout.replace("│", " ").split())
     assert "Combine experts into one without training" in words
-    for name in ("uniform: The mean of the updates", "interpolated: A weighted sum"):
-        assert name in words
+    listing = cli("merge", "--methods").stdout
+    for name, summary in strategies.summaries("merge_methods").items():
+        assert re.search(rf"\b{name}\b", words)
+        assert summary in listing
+
+
+def test_methods_lists_them_with_their_options(cli: Cli) -> None:
+    table, listed = cli("merge", "--methods"), json.loads(cli("merge", "--methods", "--json").stdout)
+    assert [method["name"] for method in listed] == list(strategies.summaries("merge_methods"))
+    found = {method["name"]: method for method in listed}
+    assert found["ties"]["options"] == {"density": 0.2, "scale": 1.0}
+    assert found["uniform"]["options"] == {}
+    assert "--density 0.2 --scale 1.0" in table.stdout
+    assert "--inner ties" in table.stdout
+    assert all(method["summary"] in table.stdout for method in listed)

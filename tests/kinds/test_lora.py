@@ -223,7 +223,7 @@ def test_all_problems_come_at_once(tmp_path: Path) -> None:
     messages = "\n".join(problem.message for problem in caught.value.problems)
     for named in ("DoRA", "PiSSA", "bias is 'all'", "says 7", "'unknown'", "module 'k' has no factor B", "stray"):
         assert named in messages
-    assert len(caught.value.problems) == 8  # and no magnitudes
+    assert len(caught.value.problems) == 7
 
 
 def test_peft_itself_writes_dora_that_is_refused(tmp_path: Path, vit_base: Path, make_expert: MakeExpert) -> None:

@@ -1,0 +1,244 @@
+"""Each option of ``pimerge merge`` as it is typed, against dense references."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import Tensor
+
+from pimerge import strategies
+from pimerge.errors import PimergeError
+from pimerge.expert import Expert, open_expert
+from tests.cli.conftest import Cli, raise_from
+from tests.conftest import Shell, dense_deltas, edit_tensors, logits_of, model_for, write_json
+from tests.merge_methods.references import REFERENCES
+from tests.raw import normal, raw_expert
+
+METHODS = list(strategies.summaries("merge_methods"))
+TWO = ("experts/a", "experts/b", "--head", "none")
+
+
+def deltas_of(folder: str = "merged") -> dict[str, Tensor]:
+    """Module → dense ΔW."""
+    return dense_deltas(open_expert(folder))
+
+
+def document(name: str, folder: str = "merged") -> Any:
+    """A JSON file of an output."""
+    return json.loads(Path(folder, name).read_text())
+
+
+def means(pair: dict[str, Expert]) -> dict[str, Tensor]:
+    """(ΔW_a + ΔW_b) / 2."""
+    a, b = dense_deltas(pair["a"]), dense_deltas(pair["b"])
+    return {name: (a[name] + b[name]) / 2 for name in a}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_writes_an_expert_that_peft_loads(
+    method: str, cli: Cli, pair: dict[str, Expert], vit_base: Path
+) -> None:
+    if method in ("fisher", "regmean"):
+        with pytest.raises(PimergeError, match="pimerge embed"):
+            raise_from(cli("merge", *TWO, "--method", method))
+        given = ["--grams"] if method == "regmean" else []
+        assert cli("embed", "experts", "--examples", "8", "-q", *given).exit_code == 0
+    weights = ["--weights", "0.5,0.5"] if method == "interpolated" else []
+    result = cli("merge", *TWO, "--method", method, *weights, "--verify")
+    assert result.exit_code == 0, result.exception
+    model = PeftModel.from_pretrained(model_for(vit_base), "merged").eval()
+    batch = {"pixel_values": normal(2, 3, 16, 16)}
+    assert logits_of(model, batch).isfinite().all()
+    assert document("pimerge.json")["options"]["method"] == method
+    assert document("pimerge.json")["results"]["verified"] < 1e-5
+
+
+RANKS = ["1", "99", "max", "auto"]
+ENERGIES = [("max", 0.7, 0.7), ("2", 0.7, 0.7), ("auto", 0.5, 0.5)]
+
+
+@pytest.mark.parametrize(
+    ("rank", "given", "energy"), [*((rank, None, 0.99 if rank == "auto" else None) for rank in RANKS), *ENERGIES]
+)
+def test_ranks_and_errors_are_those_of_a_dense_svd(
+    rank: str, given: float | None, energy: float | None, cli: Cli, pair: dict[str, Expert]
+) -> None:
+    result = cli("merge", *TWO, "--rank", rank, *(["--energy", given] if given else []), "--quiet")
+    assert result.exit_code == 0, result.exception
+    manifest, found = document("pimerge.json")["results"], open_expert("merged")
+    lost = total = 0.0
+    for name, delta in means(pair).items():
+        squares = torch.linalg.svdvals(delta).square()
+        squares = squares[squares > 1e-18 * squares[0]]
+        shares = squares.cumsum(0) / squares.sum()
+        kept = len(squares) if energy is None else 1 + int((shares < energy).sum())
+        kept = min(kept, int(rank)) if rank.isdecimal() else kept
+        error = float(squares[kept:].sum() / squares.sum()) ** 0.5
+        assert found.modules[name].rank == kept == manifest["modules"][name]["rank"]
+        assert manifest["modules"][name]["truncation"] == pytest.approx(error, abs=1e-6)
+        assert float((deltas_of()[name] - delta).norm() / delta.norm()) == pytest.approx(error, abs=1e-6)
+        lost, total = lost + float(squares[kept:].sum()), total + float(squares.sum())
+    assert manifest["truncation"] == pytest.approx((lost / total) ** 0.5, abs=1e-6)
+    warned = "warning: the truncation drops" in result.stderr
+    assert warned == (lost / total > 0.05)
+    assert warned or result.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--method", "uniform", "--density", "0.5"], r"'uniform' has no option --density\n.*it is for .*ties"),
+        (["--method", "ties", "--density", "1.5"], r"--density is 1\.5"),
+        (["--method", "ties", "--density", "nan"], "--density is nan"),
+        (["--method", "knots", "--inner", "tsv"], "--inner is 'tsv'"),
+        (["--method", "task-arithmetic", "--scale", "nan"], "--scale is nan"),
+        (["--method", "ties", "--scale", "1e39"], r"module 'vit.*': the merged update is too large for torch\.float32"),
+        (["--method", "interpolated", "--weights", "1"], "--weights holds 1 numbers for 2 experts"),
+        (["--energy", "1.5"], r"--energy is 1\.5"),
+        (["--energy", "nan"], "--energy is nan"),
+        (["--space", "delta"], "--space is for elementwise methods, and 'uniform' is not"),
+        (["--space", "dense", "--method", "ties"], "--space is 'dense'"),
+        (["--include", "*k_proj"], r"--include '\*k_proj' matches none of 4 names"),
+        (["--exclude", "*"], "no module is left to merge"),
+        (["--weight", "c=1", "--method", "ties"], "'c=1' names the expert 'c'"),
+        (["--method", "interpolated", "--weight", "a=1"], "'b' has no weight in 4 of 4 modules"),
+        (["--weight", "a=1"], "'uniform' takes no weights"),
+        (["-o", "experts/a", "--force"], "the output 'experts/a' is the expert 'a' or holds it"),
+    ],
+)
+def test_what_is_wrong_ends_with_3_and_a_message(
+    arguments: list[str], message: str, shell: Shell, pair: dict[str, Expert]
+) -> None:
+    result = shell("merge", *TWO, *arguments)
+    assert (result.code, result.out) == (3, "")
+    assert "Traceback" not in result.err
+    assert re.search(message, result.err), result.err
+    assert not Path("merged").exists()
+
+
+def test_experts_that_are_nan_or_empty_are_refused(shell: Shell, pair: dict[str, Expert]) -> None:
+    key = next(key for key in pair["a"].file.entries if "lora_B" in key)
+    edit_tensors(pair["a"].path, lambda tensors: tensors[key].fill_(float("nan")))
+    for method in ("uniform", "ties"):
+        result = shell("merge", *TWO, "--method", method)
+        assert (result.code, Path("merged").exists()) == (3, False)
+        assert f"'a': {key} holds" in result.err
+    raw_expert(Path("empty"), {})
+    result = shell("merge", "empty", "--head", "none")
+    assert (result.code, Path("merged").exists()) == (3, False)
+    assert "it holds no LoRA factors" in result.err
+
+
+def test_heads_of_other_labels_are_not_averaged(shell: Shell, pair: dict[str, Expert]) -> None:
+    task = json.loads(Path("experts/b/task.json").read_text())
+    write_json(Path("experts/b/task.json"), task | {"labels": ["odd", "even"]})
+    result = shell("merge", "experts/a", "experts/b", "--head", "average")
+    assert result.code == 3
+    assert "the head of 'b' answers ['odd', 'even'], that of 'a' ['even', 'odd']" in result.err
+
+
+RULES = ["--method", "interpolated", "--weight", "a=1", "--weight", "experts/b=0.5", "--weight", "b:*.v_proj=-2"]
+
+
+@pytest.mark.parametrize("given", [RULES, ["--coefficients", "w.json"]])
+def test_rules_and_files_of_weights_decide_by_module(given: list[str], cli: Cli, pair: dict[str, Expert]) -> None:
+    write_json(Path("w.json"), {"a": 1, "experts/b": {"*": 0.5, "*.v_proj": -2.0}})
+    result = cli("merge", *TWO, *given)
+    assert result.exit_code == 0, result.exception
+    written = document("coefficients.json")
+    assert (written["method"], written["granularity"]) == ("interpolated", "matrix")
+    a, b = dense_deltas(pair["a"]), dense_deltas(pair["b"])
+    for name, delta in deltas_of().items():
+        share = -2.0 if name.endswith("v_proj") else 0.5
+        assert written["weights"][name] == [1.0, share]
+        torch.testing.assert_close(delta, a[name] + share * b[name], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("option", [["--include", "*.q_proj"], ["--exclude", "*.v_proj"]])
+def test_include_and_exclude_choose_modules(option: list[str], cli: Cli, pair: dict[str, Expert]) -> None:
+    result = cli("merge", *TWO, *option)
+    assert result.exit_code == 0
+    assert {name.rpartition(".")[2] for name in deltas_of()} == {"q_proj"}
+    assert "left out: 2 modules by --include and --exclude" in result.stderr
+
+
+def test_delta_space_is_the_dense_method(cli: Cli, pair: dict[str, Expert]) -> None:
+    assert cli("merge", *TWO, "--method", "ties", "--space", "delta", "--density", "0.3").exit_code == 0
+    a, b = dense_deltas(pair["a"]), dense_deltas(pair["b"])
+    for name, delta in deltas_of().items():
+        expected = REFERENCES["ties"](torch.stack([a[name], b[name]]), [0.5, 0.5], density=0.3)
+        torch.testing.assert_close(delta, expected, rtol=0, atol=1e-5)
+
+
+def test_factors_space_merges_a_and_b_apart(cli: Cli, pair: dict[str, Expert]) -> None:
+    assert cli("merge", *TWO, "--method", "magnitude", "--space", "factors", "--density", "1").exit_code == 0
+    for name, delta in deltas_of().items():
+        parts = [expert.factors(name) for expert in pair.values()]
+        A = torch.stack([part.A.double() for part in parts]).mean(0)
+        B = torch.stack([part.scaling * part.B.double() for part in parts]).mean(0)
+        torch.testing.assert_close(delta, B @ A, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("config", [{"init_seed": 7, "r": 2}, {"r": 3}])
+def test_factors_space_needs_one_form_and_one_init(
+    config: dict[str, int], cli: Cli, pair: dict[str, Expert], make_expert: Any, vit_base: Path
+) -> None:
+    make_expert(Path("other"), vit_base, head=False, **config)
+    message = "another init" if "init_seed" in config else "its rank is 3"
+    with pytest.raises(PimergeError, match=f"'other': .*{message}"):
+        raise_from(cli("merge", "experts/a", "other", "--head", "none", "--method", "ties", "--space", "factors"))
+
+
+def test_a_seed_decides_the_draws(cli: Cli, pair: dict[str, Expert]) -> None:
+    for output, seed in (("one", 1), ("again", 1), ("two", 2)):
+        assert cli("merge", *TWO, "--method", "dare-linear", "--seed", seed, "-o", output).exit_code == 0
+    one, again, two = (Path(name, "adapter_model.safetensors").read_bytes() for name in ("one", "again", "two"))
+    assert one == again != two
+
+
+def test_a_dry_run_says_everything_and_writes_nothing(cli: Cli, pair: dict[str, Expert]) -> None:
+    given = ("merge", *TWO, "experts/a", "--method", "ties", "--include", "*.q_proj")
+    before = sorted(Path().rglob("*"))
+    table, plan = cli(*given, "--dry-run"), json.loads(cli(*given, "--dry-run", "--json").stdout)
+    assert sorted(Path().rglob("*")) == before
+    assert "nothing is written now" in table.stdout
+    assert plan["options"] == {"density": 0.2, "scale": 1.0}
+    assert plan["handled"] == ["'a' is given 2 times: its weights are added"]
+    assert (plan["modules"], [expert["name"] for expert in plan["experts"]]) == (2, ["a", "b"])
+    assert [sentence.partition(":")[0] for sentence in plan["left_out"]] == [
+        "2 modules by --include and --exclude, such as 'vit.layers.0.attention.v_proj'",
+        "the heads of 'a', 'b'",
+    ]
+    for sentence in plan["handled"] + plan["left_out"]:
+        assert sentence in table.stdout
+    assert cli(*given).exit_code == 0
+    tensors = load_file("merged/adapter_model.safetensors").values()
+    assert plan["size"] >= sum(tensor.numel() * tensor.itemsize for tensor in tensors)
+
+
+def test_an_expert_given_twice_counts_twice(cli: Cli, pair: dict[str, Expert]) -> None:
+    shutil.copytree("experts/a", "copy")
+    assert cli("merge", *TWO, "experts/a", "copy").exit_code == 0
+    a, b = dense_deltas(pair["a"]), dense_deltas(pair["b"])
+    for name, delta in deltas_of().items():
+        torch.testing.assert_close(delta, 0.75 * a[name] + 0.25 * b[name], rtol=0, atol=1e-6)
+    assert document("coefficients.json")["weights"][name] == [0.75, 0.25]
+
+
+def test_verify_says_the_deviation_and_the_card_names_sources(cli: Cli, pair: dict[str, Expert]) -> None:
+    for name in "ab":
+        Path(f"experts/{name}/README.md").write_text("---\nlicense: mit\n---\n")
+    result = cli("merge", *TWO, "--method", "ties", "--verify")
+    assert "verified: every expert comes back through 'interpolated' to " in result.stderr
+    card = Path("merged/README.md").read_text()
+    assert "license: mit" in card
+    assert all(expert.sha256 in card for expert in pair.values())
+    assert "density 0.2, scale 1.0, space core, seed 0" in card
