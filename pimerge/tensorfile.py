@@ -84,13 +84,6 @@ class TensorFile:
         self._fill(entry, _bytes_of(data))
         return data.view(torch_dtype(entry.dtype)).view(entry.shape)
 
-    def read_bytes(self, key: str) -> bytearray:
-        """Read the bytes of one tensor, whatever its dtype."""
-        entry = self.entries[key]
-        data = bytearray(entry.end - entry.start)
-        self._fill(entry, memoryview(data))
-        return data
-
     def read_part(self, key: str, start: int, stop: int) -> Tensor:
         """Read the numbers from ``start`` to ``stop`` of a tensor, as if it were flat."""
         import torch

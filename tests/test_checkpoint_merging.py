@@ -116,9 +116,8 @@ def test_one_expert_at_weight_1_is_its_bytes(dtype: torch.dtype, weights: list[f
         paths.append(tmp_path / f"{index}.safetensors")
         save_file({"a": value.clamp(-6e4, 6e4).to(dtype)}, paths[-1])
     merge(paths[0], paths[1:][-len(weights) :], weights, "interpolated", tmp_path / "out.safetensors")
-    assert open_checkpoint(tmp_path / "out.safetensors").files[0].read_bytes("a") == open_checkpoint(paths[-1]).files[
-        0
-    ].read_bytes("a")
+    found = open_checkpoint(tmp_path / "out.safetensors").files[0]
+    assert list(found.pieces("a")) == list(open_checkpoint(paths[-1]).files[0].pieces("a"))
 
 
 def ties(deltas: list[Any], weights: list[float], density: float) -> Any:

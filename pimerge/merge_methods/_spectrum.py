@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+SKETCH = 64
 STORED = 1e-6
 """Experts are stored in float32 or coarser: what is below this share of the whole is rounding, not a direction."""
 
@@ -21,10 +22,28 @@ def svd(matrix: Tensor, null: float | None = None, of: Tensor | None = None) -> 
     """
     if null is None:
         null = 8 * max(matrix.shape) * torch.finfo(matrix.dtype).eps
-    U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
+    Q = _column_space(matrix)
+    U, S, Vh = torch.linalg.svd(matrix if Q is None else Q.mT @ matrix, full_matrices=False)
+    U = U if Q is None else Q @ U
     floor = null * torch.linalg.vector_norm(matrix if of is None else of)
     k = int(S.gt(floor).sum())
     return U[:, :k], S[:k], Vh[:k]
+
+
+def _column_space(matrix: Tensor) -> Tensor | None:
+    """Orthonormal columns that span a matrix of low rank, (m, n) → (m, k); None if its rank is not low.
+
+    An expert's core has a rank far below its size. A random sketch finds the span, and what is left of the matrix
+    outside of it tells whether that was all: then the singular values are those of a matrix twenty times smaller.
+    """
+    if min(matrix.shape) <= 4 * SKETCH:
+        return None
+    generator = torch.Generator().manual_seed(0)
+    sketch = torch.randn(matrix.shape[1], SKETCH, generator=generator, dtype=torch.float64).to(matrix)
+    Q = torch.linalg.qr(matrix @ sketch).Q
+    outside = torch.linalg.vector_norm(matrix - Q @ (Q.mT @ matrix))
+    rounding = 8 * max(matrix.shape) * torch.finfo(matrix.dtype).eps
+    return Q if outside <= rounding * torch.linalg.vector_norm(matrix) else None
 
 
 def whiten(vectors: Tensor) -> Tensor:
