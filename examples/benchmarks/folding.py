@@ -4,7 +4,7 @@
 
 A random Llama in bfloat16, in shards, and a LoRA of rank 16 on q and v. Each job is a process of its own, from
 files to files; its time is that of the whole command, imports included, and its memory is the peak of the whole
-process, beside that of the same command's ``--help`` or of importing alone for pimerge's own job.
+process, for pimerge above that of its imports alone.
 """
 
 from __future__ import annotations
@@ -32,7 +32,14 @@ def main() -> None:
             folder = Path(name)
             size = make(folder, layers, arguments.width)
             command = [sys.executable, "-m", "pimerge", "merge", "adapter", "--into", "base", "--head", "none", "-q"]
-            nothing = run([sys.executable, "-c", "import pimerge.cli.merge_into, torch, peft"], folder)
+            nothing = run(
+                [
+                    sys.executable,
+                    "-c",
+                    "import pimerge.cli.merge_into, pimerge.merging, pimerge.folding, pimerge.export",
+                ],
+                folder,
+            )
             own = run([*command, "-o", "folded"], folder)
             line = f"{layers} layers, {size / 1e9:.2f} GB: pimerge {own[0]:.1f} s, "
             line += f"{own[1] - nothing[1]:.0f} MB above imports"
