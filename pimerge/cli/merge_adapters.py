@@ -113,8 +113,13 @@ def print_plan(request: Request, merge: Merge, plan: Plan) -> None:
 
 
 def weight_text(merge: Merge, place: int) -> str:
-    """An expert's weight, or its range over the modules."""
-    values = sorted({values[place] for values in merge.weights.values()})
+    """An expert's weight as it was asked for, or its range over the modules."""
+    return range_text(list(merge.weights.values()), place)
+
+
+def range_text(rows: Sequence[Sequence[float]], place: int) -> str:
+    """A number of some rows, or its range if it is not the same in all."""
+    values = sorted({row[place] for row in rows})
     return f"{values[0]:.3f}" if len(values) == 1 else f"{values[0]:.3f} to {values[-1]:.3f}"
 
 
@@ -171,7 +176,8 @@ def _write(request: Request, merge: Merge, head: Head, chosen: Chosen, deviation
         + [["all", str(max(s.rank for s in summaries)), f"{error:.2%}"]],
         right=["rank", "error"],
     )
-    note(", ".join(f"{e.name} {weight_text(merge, i)}" for i, e in enumerate(merge.experts)), request.quiet)
+    used = [list(s.coefficients or merge.weights[s.name]) for s in summaries]
+    note(", ".join(f"{e.name} {range_text(used, i)}" for i, e in enumerate(merge.experts)), request.quiet)
     note(f"→ {request.output}; error: ‖ΔW − ΔW_rank‖ / ‖ΔW‖; next: pimerge eval {request.output}", request.quiet)
 
 
