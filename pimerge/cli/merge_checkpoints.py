@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from pimerge.cli.console import note, print_json, print_table, size_text, tracker
 from pimerge.cli.inputs import parse_numbers
-from pimerge.cli.merge_adapters import method_summary
 from pimerge.cli.merge_choice import starting_weights
+from pimerge.cli.merge_report import method_summary
 from pimerge.cli.merge_request import Request, is_checkpoint
 from pimerge.errors import PimergeError, Problems
 

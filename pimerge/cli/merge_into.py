@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pimerge.cli.console import note, print_json, print_table, size_text, tracker
-from pimerge.cli.merge_adapters import coefficients_of, manifest_of, method_summary, print_plan, sources_of
+from pimerge.cli.merge_report import coefficients_of, manifest_of, method_summary, print_plan, sources_of
 from pimerge.cli.merge_request import Request
 from pimerge.errors import PimergeError
 

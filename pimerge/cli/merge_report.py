@@ -1,0 +1,142 @@
+"""What is said and written about a merge of adapters: the plan, the manifest, the coefficients, the sources."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from pimerge.cli.console import print_json, print_table, size_text
+from pimerge.cli.merge_request import Request
+
+if TYPE_CHECKING:
+    from pimerge.card import Source
+    from pimerge.export import Coefficients
+    from pimerge.lowrank import Summary
+    from pimerge.manifest import Manifest
+    from pimerge.merging import Merge
+    from pimerge.planning import Plan
+
+
+def print_plan(request: Request, merge: Merge, plan: Plan) -> None:
+    """What ``--dry-run`` says."""
+    experts = [
+        {
+            "name": expert.name,
+            "weight": weight_text(merge, place),
+            "rank": "/".join(map(str, expert.ranks)),
+            "dtype": "/".join(expert.dtypes),
+            "sha256": expert.sha256,
+        }
+        for place, expert in enumerate(merge.experts)
+    ]
+    document = {
+        "output": str(request.output),
+        "method": merge.method.name,
+        "options": merge.method.resolved,
+        "experts": experts,
+        **asdict(plan),
+        "dtype": str(merge.dtype).removeprefix("torch."),
+    }
+    if request.json:
+        print_json(document)
+        return
+    print_table(
+        ["expert", "weight", "rank", "dtype", "SHA-256"],
+        [[e["name"], e["weight"], e["rank"], e["dtype"], e["sha256"][:12]] for e in experts],
+        right=["weight", "rank"],
+    )
+    rows = [["merged", f"{plan.modules} modules by '{merge.method.name}'"]]
+    rows += [["handled", sentence] for sentence in plan.handled]
+    rows += [["left out", sentence] for sentence in plan.left_out or ["nothing"]]
+    rows += [["memory", f"about {size_text(plan.memory)} for the largest module"]]
+    rows += [
+        ["output", f"{request.output}, at most {size_text(plan.size)} in {document['dtype']}; nothing is written now"]
+    ]
+    print_table(["", ""], rows)
+
+
+def weight_text(merge: Merge, place: int) -> str:
+    """An expert's weight as it was asked for, or its range over the modules."""
+    return range_text(list(merge.weights.values()), place)
+
+
+def range_text(rows: Sequence[Sequence[float]], place: int) -> str:
+    """A number of some rows, or its range if it is not the same in all."""
+    values = sorted({row[place] for row in rows})
+    return f"{values[0]:.3f}" if len(values) == 1 else f"{values[0]:.3f} to {values[-1]:.3f}"
+
+
+def flat_weights(merge: Merge) -> list[float] | None:
+    """The weights, if they are the same in every module."""
+    rows = list(merge.weights.values())
+    return list(rows[0]) if all(list(row) == list(rows[0]) for row in rows) else None
+
+
+def manifest_of(request: Request, merge: Merge, summaries: Sequence[Summary], deviation: float | None) -> Manifest:
+    """The content of ``pimerge.json``, but for the hashes of what lies beside it."""
+    from pimerge.lowrank import relative_error
+    from pimerge.manifest import Manifest, inputs_of, library_versions
+
+    results: dict[str, Any] = {
+        "truncation": relative_error(summaries),
+        "modules": {s.name: {"rank": s.rank, "truncation": s.error} for s in summaries},
+    }
+    if deviation is not None:
+        results["verified"] = deviation
+    options = {
+        "method": request.method,
+        **merge.method.resolved,
+        "weights": flat_weights(merge) or {name: list(values) for name, values in merge.weights.items()},
+        "space": request.space,
+        "seed": request.seed,
+        "rank": request.rank,
+        "energy": merge.truncation.energy,
+        "include": list(request.include),
+        "exclude": list(request.exclude),
+        "head": request.head,
+        "dtype": request.dtype or str(merge.dtype).removeprefix("torch."),
+    }
+    return Manifest(
+        command="merge",
+        options=options,
+        device="cpu",
+        versions=library_versions(),
+        inputs=inputs_of(merge.experts),
+        outputs={},
+        results=results,
+    )
+
+
+def coefficients_of(request: Request, merge: Merge, summaries: Sequence[Summary]) -> Coefficients:
+    """The content of ``coefficients.json``: what each update was multiplied by, or the method's weights."""
+    from pimerge.export import Coefficients
+    from pimerge.files import relative_to
+
+    by_module = {s.name: list(s.coefficients or merge.weights[s.name]) for s in summaries}
+    rows = list(by_module.values())
+    return Coefficients(
+        method=request.method,
+        granularity="global" if all(row == rows[0] for row in rows) else "matrix",
+        experts=[relative_to(expert.path, request.output) for expert in merge.experts],
+        sha256=[expert.sha256 for expert in merge.experts],
+        experts_trained=False,
+        weights=by_module,
+    )
+
+
+def sources_of(merge: Merge) -> list[Source]:
+    """The experts, for the model card."""
+    from pimerge.card import Source, licence_of
+
+    return [
+        Source(expert.name, expert.sha256, licence_of(expert.path), weight_text(merge, place))
+        for place, expert in enumerate(merge.experts)
+    ]
+
+
+def method_summary(method: str) -> str:
+    """One line on a method, for the model card."""
+    from pimerge import strategies
+
+    return strategies.summaries("merge_methods")[method]
