@@ -42,6 +42,13 @@ class Base:
         """What transformers loads: the folder if there is one, else the Hub id."""
         return str(self.folder or self.name)
 
+    @property
+    def reference(self) -> str:
+        """As ``--base`` takes it: the folder where it lies, else the Hub id with its revision."""
+        if self.folder is not None and self.folder.parent.name != "snapshots":
+            return str(self.folder.resolve())
+        return f"{self.name}@{self.revision}" if self.revision else self.name
+
 
 def find_base(name: str | None, revision: str | None, near: Path) -> Base:
     """Find the base that an expert names.

@@ -20,12 +20,14 @@ class Source:
         sha256: of its tensors.
         licence: as its own card says; ``not stated`` if it does not.
         weight: what it was weighted with, as text.
+        scale: strength of its update before it was merged.
     """
 
     name: str
     sha256: str
     licence: str
     weight: str
+    scale: float = 1.0
 
 
 def licence_of(folder: Path) -> str:
@@ -76,7 +78,7 @@ def card(
         license=known.pop() if len(known) == 1 and UNKNOWN not in known else None,
         tags=["merge", "pimerge", *(["lora"] if adapter else [])],
     )
-    rows = "\n".join(f"| {s.name} | {s.weight} | {s.licence} | `{s.sha256}` |" for s in sources)
+    rows = "\n".join(f"| {s.name} | {_strength(s)} | {s.licence} | `{s.sha256}` |" for s in sources)
     chosen = ", ".join(f"{name} {value}" for name, value in options.items()) or "none"
     return f"""---
 {front.to_yaml()}
@@ -104,3 +106,7 @@ The weights by module are in `coefficients.json` where there are any; every opti
 {loading.strip()}
 ```
 """
+
+
+def _strength(source: Source) -> str:
+    return source.weight if source.scale == 1 else f"{source.weight} at scale {source.scale:g}"

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -16,11 +16,17 @@ from pimerge.expert import CONFIG, Expert
 from pimerge.files import sha256_file
 from pimerge.fisher import Fisher, diagonal_fisher
 from pimerge.grams import input_grams, linear_layers
+from pimerge.kinds.lora import PREFIX
+from pimerge.marginals import GRADIENT, Marginals
 from pimerge.model import Bases, plugged_in
 from pimerge.progress import Track, silent
-from pimerge.store import Settings, Store
+from pimerge.sketch import sketch, to_text, update_embedding
+from pimerge.store import DIAGONAL, GRAMS, MARGINALS, Settings, Store
 from pimerge.task import Task
 from pimerge.task_types import Batch, Examples, bucket_by_length
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LABEL_MODES = ("true", "sampled")
 
@@ -99,20 +105,24 @@ def embed(
     # the fast path is checked once for each base and form of expert in a run
     form = (expert.base.identity, *((m.name, m.layer, m.bias is None) for m in expert.modules.values()))
     make_plain = partial(_on_device, examples, bases.device)
+    tensors: dict[str, dict[str, Tensor]] = {}
     with plugged_in(expert, loaded) as model:
+        layers = linear_layers(model, expert.modules)
+        # PEFT's wrapper, since the base's own layer may compute nothing that needs a gradient
+        marginals = Marginals({name: model.get_submodule(PREFIX + name) for name in layers})
         fisher = diagonal_fisher(
             model,
             factors_of(expert, model),
             batches,
-            _batch_maker(model, task, make_plain, len(examples), settings),
+            _batch_maker(model, task, lambda ids: marginals.of(make_plain(ids)), len(examples), settings),
             task.type.nll,
             check=form not in bases.checked,
+            during=marginals.recording(),
             track=track,
         )
-        inputs = None
+        tensors |= {DIAGONAL: fisher.diagonal, MARGINALS: marginals.means()}
         if grams:
-            layers = linear_layers(model, expert.modules)
-            inputs = input_grams(layers, batches, make_plain, partial(task.type.nll, model), track=track)
+            tensors[GRAMS] = input_grams(layers, batches, make_plain, partial(task.type.nll, model), track=track)
     if fisher.route == "rules":
         bases.checked.add(form)
     fields |= {
@@ -121,8 +131,9 @@ def embed(
         "tokens": sum(examples.lengths),
         "device": bases.device.type,
         "route": fisher.route,
+        "sketches": sketches_of(expert, tensors[MARGINALS]),
     }
-    store.add(expert.name, fields, fisher.diagonal, inputs)
+    store.add(expert.name, fields, tensors)
     return Outcome(expert.name, True, fisher, examples.truncated)
 
 
@@ -148,6 +159,14 @@ def factors_of(expert: Expert, model: nn.Module) -> dict[str, nn.Parameter]:
     for parameter in found.values():
         parameter.requires_grad_(True)
     return found
+
+
+def sketches_of(expert: Expert, marginals: Mapping[str, Tensor]) -> dict[str, str]:
+    """The two parts of the measure ``fisher``, small enough for the document: name → text."""
+    seen = {key: value for key, value in marginals.items() if key.endswith(GRADIENT)}
+    gradients = {key: value / value.norm().clamp(min=1e-30) for key, value in seen.items()}
+    parts = {"gradients": gradients, "update": update_embedding(expert)}
+    return {name: to_text(sketch(part)) for name, part in parts.items()}
 
 
 def _on_device(examples: Examples, device: torch.device, indices: Sequence[int]) -> Batch:

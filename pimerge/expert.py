@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,6 +46,7 @@ class Expert:
         head: parameter name in the base model → key, for each tensor of ``modules_to_save``.
         dtypes: the dtypes of the factors, as safetensors names them.
         base_override: the base given by option in place of the one that the config names.
+        scale: strength of its update; its modules' scalings have it already.
     """
 
     path: Path
@@ -56,6 +57,7 @@ class Expert:
     head: dict[str, str]
     dtypes: tuple[str, ...]
     base_override: str | None = None
+    scale: float = 1.0
 
     @property
     def name(self) -> str:
@@ -85,6 +87,13 @@ class Expert:
     def parameters(self) -> int:
         """Numbers in its factors, the head not counted."""
         return sum(m.rank * (m.d_in + m.d_out) for m in self.modules.values())
+
+    def scaled(self, scale: float) -> Expert:
+        """The same expert at another strength: scale · ΔW in every module; ``scale`` adds up over calls."""
+        if scale == 1:
+            return self
+        modules = {name: replace(module, scaling=scale * module.scaling) for name, module in self.modules.items()}
+        return replace(self, modules=modules, scale=scale * self.scale)
 
     def tensor(self, key: str) -> Tensor:
         """Read one tensor."""

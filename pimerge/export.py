@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
 from pimerge import strategies
 from pimerge.base import Base, folder_from
@@ -37,6 +37,7 @@ class Coefficients(BaseModel):
     Attributes:
         experts: their folders, relative to the file's, in the order of the weights.
         sha256: of each expert's tensors.
+        scales: of each expert's update, before its weight; 1 where the file does not say.
         experts_trained: whether the experts' factors were trained too, so that the weights alone do not
             give the result again.
         weights: module → one weight per expert.
@@ -48,8 +49,16 @@ class Coefficients(BaseModel):
     granularity: str
     experts: list[str]
     sha256: list[str]
+    scales: list[FiniteFloat] = Field(default_factory=list)
     experts_trained: bool
     weights: dict[str, list[float]]
+
+    @model_validator(mode="after")
+    def _one_scale_each(self) -> Self:
+        self.scales = self.scales or [1.0] * len(self.experts)
+        if len(self.scales) != len(self.experts):
+            raise ValueError(f"{len(self.scales)} scales for {len(self.experts)} experts")
+        return self
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -61,6 +61,7 @@ def diagonal_fisher(
     nll: NegativeLogLikelihood,
     *,
     check: bool = True,
+    during: AbstractContextManager[None] | None = None,
     track: Track = silent,
 ) -> Fisher:
     """The exact diagonal of the empirical Fisher information of some parameters.
@@ -75,6 +76,7 @@ def diagonal_fisher(
         make_batch: the batch of some examples, on the model's device; every tensor has the examples first.
         nll: −log p(y|x) of each example of a batch, summed over its target tokens.
         check: compare with the loop first; off where the same was done for parameters of the same form.
+        during: entered around the passes over the batches, the check left out.
         track: progress over examples.
 
     >>> layer = nn.Linear(1, 1, bias=False)
@@ -97,7 +99,7 @@ def diagonal_fisher(
         if not deviation <= _TOLERANCE[_coarsest_dtype(model)]:
             why_loop = f"the batched gradients of the first examples deviate by {deviation:.1e}"
     total = len(alone)
-    with track("Fisher", total, "examples") as advance:
+    with track("Fisher", total, "examples") as advance, during or nullcontext():
         if why_loop:
             sums = fisher_by_loop(model, parameters, _advancing(alone, make_batch, advance), nll)
         else:

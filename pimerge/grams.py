@@ -63,7 +63,7 @@ def input_grams(
     with torch.no_grad(), track("Gram matrices", sum(map(len, batches)), "examples") as advance:
         for indices in batches:
             batch = make_batch(indices)
-            with _recording(layers, sums, _real_tokens(batch)):
+            with _recording(layers, sums, real_tokens(batch)):
                 forward(batch)
             advance(len(indices))
     # a sum in float64 goes as soon as its mean is there
@@ -127,10 +127,10 @@ def _recording(layers: Mapping[str, nn.Module], sums: Mapping[str, _Sum], real: 
 
 
 def _record(into: _Sum, real: Tensor | None, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-    into.add(_rows(inputs[0], real))
+    into.add(real_rows(inputs[0], real))
 
 
-def _rows(x: Tensor, real: Tensor | None) -> Tensor:
+def real_rows(x: Tensor, real: Tensor | None) -> Tensor:
     """The inputs that count: (…, d_in) → (rows × d_in), without those of the padding."""
     if real is not None and x.dim() > 2 and x.shape[:2] == real.shape:
         x = x[real]  # (real tokens, …, d_in)
@@ -139,7 +139,7 @@ def _rows(x: Tensor, real: Tensor | None) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-def _real_tokens(batch: Batch) -> Tensor | None:
+def real_tokens(batch: Batch) -> Tensor | None:
     """(batch × tokens): False for padding; None if there can be none, as with images."""
     mask = batch.get("attention_mask")
     return mask.bool() if mask is not None and mask.dim() == 2 else None

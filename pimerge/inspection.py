@@ -1,4 +1,4 @@
-"""What each expert of a pool is, and which of them go together."""
+"""What each expert of a pool is, which of them go together, and what the store knows of their Fisher information."""
 
 from __future__ import annotations
 
@@ -9,8 +9,62 @@ from pathlib import Path
 
 from pimerge.compatibility import check_expert, differing_form, init_cosine, require_alike, require_finite
 from pimerge.errors import PimergeError, Problem
-from pimerge.expert import Expert, open_expert
+from pimerge.expert import CONFIG, Expert, open_expert
+from pimerge.files import sha256_file
+from pimerge.store import Embedding, Store
 from pimerge.task import Task
+
+
+@dataclass(frozen=True)
+class FisherStatistics:
+    """An expert's diagonal Fisher information F in a few numbers; see :func:`fisher_statistics`.
+
+    Attributes:
+        examples, tokens: what the estimate is made of.
+        labels: ``true`` or ``sampled``.
+        trace: ΣF.
+        norm: ‖F‖₂.
+        largest_share: of the largest entry in the trace.
+        effective: effective number of parameters, (ΣF)² / ΣF²: n if n entries share all information evenly.
+        effective_share: of the effective number in all parameters.
+        modules: module → its part of the trace, descending.
+    """
+
+    examples: int
+    tokens: int
+    labels: str
+    trace: float
+    norm: float
+    largest_share: float
+    effective: float
+    effective_share: float
+    modules: dict[str, float]
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Module → its share of the trace, descending; 0 of a trace of 0."""
+        return {name: value / (self.trace or 1.0) for name, value in self.modules.items()}
+
+
+def fisher_statistics(entry: Embedding, parameters: int) -> FisherStatistics:
+    """What an entry of the store says of its expert's Fisher information; shares of a zero trace are 0.
+
+    Args:
+        parameters: how many the Fisher information is of.
+    """
+    trace = entry.trace or 1.0
+    effective = (entry.trace / entry.norm) ** 2 if entry.norm else 0.0
+    return FisherStatistics(
+        entry.examples,
+        entry.tokens,
+        entry.settings.labels,
+        entry.trace,
+        entry.norm,
+        entry.largest / trace,
+        effective,
+        effective / parameters,
+        dict(sorted(entry.modules.items(), key=lambda item: -item[1])),
+    )
 
 
 @dataclass(frozen=True)
@@ -22,6 +76,7 @@ class Finding:
         problems: what keeps it from being embedded or merged.
         ranks_with, merges_with: names of the others that it can be compared with by its Fisher, and merged with.
         not_ranked, not_merged: name → reason, for the rest.
+        fisher: what the store knows of it; None, with the reason in ``no_fisher``, if that is nothing.
     """
 
     path: Path
@@ -32,13 +87,20 @@ class Finding:
     merges_with: tuple[str, ...]
     not_ranked: dict[str, str]
     not_merged: dict[str, str]
+    fisher: FisherStatistics | None
+    no_fisher: str
 
 
-def inspect(references: Sequence[str | Path], base: str | None = None) -> list[Finding]:
-    """Look at experts one by one and in pairs; problems are findings, not errors."""
+def inspect(references: Sequence[str | Path], base: str | None = None, store: Store | None = None) -> list[Finding]:
+    """Look at experts one by one and in pairs; problems are findings, not errors.
+
+    Args:
+        base: a base model's folder or Hub id, in place of the one that the experts name.
+        store: where to look for their Fisher information.
+    """
     opened = [_open(reference, base) for reference in references]
     names = Counter(one.expert.name for one in opened if one.expert is not None)
-    return [_finding(one, [other for other in opened if other is not one], names) for one in opened]
+    return [_finding(one, [other for other in opened if other is not one], names, store) for one in opened]
 
 
 @dataclass(frozen=True)
@@ -63,7 +125,7 @@ def _open(reference: str | Path, base: str | None) -> _Opened:
         return _Opened(Path(reference), expert, None, error.problems, _why_unmergeable(expert))
 
 
-def _finding(one: _Opened, others: Sequence[_Opened], names: Mapping[str, int]) -> Finding:
+def _finding(one: _Opened, others: Sequence[_Opened], names: Mapping[str, int], store: Store | None) -> Finding:
     not_merged: dict[str, str] = {}
     not_ranked: dict[str, str] = {}
     for other in others:
@@ -74,6 +136,7 @@ def _finding(one: _Opened, others: Sequence[_Opened], names: Mapping[str, int]) 
         if not other.problems:
             own = one.problems[0].message if one.problems else ""
             not_ranked[name] = own or not_merged[name] or _why_not_ranked(one.expert, other.expert)
+    fisher = _fisher(one.expert, store)
     return Finding(
         one.path,
         one.expert,
@@ -83,7 +146,23 @@ def _finding(one: _Opened, others: Sequence[_Opened], names: Mapping[str, int]) 
         tuple(name for name, reason in not_merged.items() if not reason),
         {name: reason for name, reason in not_ranked.items() if reason},
         {name: reason for name, reason in not_merged.items() if reason},
+        None if isinstance(fisher, str) else fisher,
+        fisher if isinstance(fisher, str) else "",
     )
+
+
+def _fisher(expert: Expert | None, store: Store | None) -> FisherStatistics | str:
+    """What the store knows of an expert, else why it knows nothing."""
+    if expert is None or store is None:
+        return "it cannot be read" if expert is None else "no store was given"
+    name = store.find(str(expert.path.resolve()))
+    if name is None:
+        return "it is not in the store"
+    entry = store.experts[name]
+    if (expert.sha256, sha256_file(expert.path / CONFIG)) != (entry.sha256, entry.config_sha256):
+        return "changed since it was embedded"
+    biases = sum(module.d_out for module in expert.modules.values() if module.bias)
+    return fisher_statistics(entry, expert.parameters + biases)
 
 
 def _why_unmergeable(expert: Expert) -> str:

@@ -184,13 +184,17 @@ class Merge:
         return truncated(cores.stacked()[0], cores, self.truncation)
 
     def _fishers(self, name: str, letter: str, parts: Sequence[Factors]) -> Tensor:
-        """The diagonal Fisher of one factor; B carries the scaling here, so its Fisher is that of s·B."""
+        """The diagonal Fisher of one factor; B carries the scaling here, so its Fisher is that of s·B.
+
+        It was measured at the expert's full strength, so its ``scale`` is no part of s: a weaker update says no more.
+        """
         assert self.fisher is not None
         found = []
         for expert, part in zip(self.experts, parts, strict=True):
             key = getattr(expert.modules[name], letter)
             diagonal = self.fisher(expert, key).to(self._wide).reshape(part.A.shape if letter == "A" else part.B.shape)
-            found.append(diagonal / part.scaling**2 if letter == "B" and part.scaling else diagonal)
+            scaling = part.scaling / expert.scale if expert.scale else 1.0
+            found.append(diagonal / scaling**2 if letter == "B" and scaling else diagonal)
         return torch.stack(found)
 
     def _transformed(self, name: str, parts: Sequence[Factors], weights: Tensor) -> list[Factors]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -172,7 +173,7 @@ class Bases:
 
 @contextmanager
 def plugged_in(expert: Expert, loaded: LoadedBase) -> Iterator[nn.Module]:
-    """PEFT's model of a base with an expert, in eval mode; afterwards the base is as it was.
+    """PEFT's model of a base with an expert and its head, in eval mode; afterwards the base is as it was.
 
     Raises:
         PimergeError: if a module or a shape does not fit the base.
@@ -180,16 +181,83 @@ def plugged_in(expert: Expert, loaded: LoadedBase) -> Iterator[nn.Module]:
     from peft import PeftModel
 
     check_fits(expert, loaded.model)
-    before = dict(loaded.model.named_modules())
-    model = PeftModel.from_pretrained(loaded.model, str(expert.path))
-    try:
+    with _restored(loaded.model):
+        yield PeftModel.from_pretrained(loaded.model, str(expert.path)).eval()
+
+
+@contextmanager
+def plugged_in_sum(experts: Sequence[Expert], weights: Sequence[float], loaded: LoadedBase) -> Iterator[nn.Module]:
+    """PEFT's model of W0 + Σ w_n ΔW_n under the base's own head, in eval mode; afterwards the base is as it was.
+
+    Args:
+        experts: each at its own scale.
+        weights: one for each.
+
+    Raises:
+        PimergeError: if a module or a shape does not fit the base.
+    """
+    from peft import PeftConfig, PeftModel, set_peft_model_state_dict
+    from peft.tuners.lora import LoraLayer
+
+    for expert in experts:
+        check_fits(expert, loaded.model, head=False)
+    with _restored(loaded.model):
+        model: Any = None
+        names = [f"expert{index}" for index in range(len(experts))]
+        for name, expert in zip(names, experts, strict=True):
+            config = PeftConfig.from_pretrained(str(expert.path))
+            config.modules_to_save = config.task_type = None  # a task type brings modules to save of its own
+            config.inference_mode = True
+            if model is None:
+                model = PeftModel(loaded.model, config, adapter_name=name)
+            else:
+                model.add_adapter(name, config)
+            keys = expert.file.entries.keys() - set(expert.head.values())
+            set_peft_model_state_dict(model, {key: expert.tensor(key) for key in sorted(keys)}, adapter_name=name)
+        model.base_model.set_adapter(names)
+        strength = {n: w * e.scale for n, w, e in zip(names, weights, experts, strict=True)}
+        for layer in model.modules():
+            if isinstance(layer, LoraLayer):
+                layer.scaling.update({name: strength[name] * value for name, value in layer.scaling.items()})
         yield model.eval()
+
+
+@contextmanager
+def _restored(base_model: nn.Module) -> Iterator[None]:
+    """Take out whatever PEFT put into a base during the block."""
+    before, attributes = dict(base_model.named_modules()), set(vars(base_model))
+    try:
+        yield
     finally:
-        model.unload()
-        for name, module in before.items():  # PEFT's unload leaves the expert's head in place of the base's
-            if loaded.model.get_submodule(name) is not module:
-                loaded.model.set_submodule(name, module)
-        loaded.model.requires_grad_(False)
+        for name in vars(base_model).keys() - attributes:  # PEFT notes its adapters there, and takes them up again
+            delattr(base_model, name)
+        for name, module in before.items():  # PEFT's unload would leave an expert's head in place of the base's
+            if base_model.get_submodule(name) is not module:
+                base_model.set_submodule(name, module)
+        base_model.requires_grad_(False)
+
+
+@contextmanager
+def head_of_size(loaded: LoadedBase, base: Base, task: Task, labels: int) -> Iterator[None]:
+    """The base with a head of zeros for so many labels; afterwards it has its own again.
+
+    Args:
+        task: of the type that the base was loaded for.
+    """
+    skeleton = _skeleton(base.source, base.revision, task.type.AUTO_MODEL, labels)
+    parameter = next(loaded.model.parameters())
+    before = {name: loaded.model.get_submodule(name) for name in loaded.head}
+    try:
+        for name in loaded.head:
+            empty = deepcopy(skeleton.get_submodule(name)).to_empty(device=parameter.device).to(parameter.dtype)
+            empty.requires_grad_(False)
+            for tensor in (*empty.parameters(), *empty.buffers()):
+                tensor.zero_()
+            loaded.model.set_submodule(name, empty.eval())
+        yield
+    finally:
+        for name, module in before.items():
+            loaded.model.set_submodule(name, module)
 
 
 def set_head(model: nn.Module, head: Mapping[str, Tensor]) -> None:
@@ -215,8 +283,11 @@ def set_head(model: nn.Module, head: Mapping[str, Tensor]) -> None:
             places[name].copy_(value)
 
 
-def check_fits(expert: Expert, base_model: nn.Module) -> None:
+def check_fits(expert: Expert, base_model: nn.Module, *, head: bool = True) -> None:
     """Check every module and head tensor of an expert against a base, loaded or a skeleton.
+
+    Args:
+        head: whether its head has to fit, too.
 
     Raises:
         PimergeError: with each module that the base lacks and each shape that differs.
@@ -233,7 +304,7 @@ def check_fits(expert: Expert, base_model: nn.Module) -> None:
         if expected != found:
             problems.add(f"module '{module.name}': ΔW is {found}, the base's weight {expected}", hint)
     own = base_model.state_dict()
-    for name, key in expert.head.items():
+    for name, key in expert.head.items() if head else ():
         shape = tuple(expert.tensor(key).shape)
         if name in own and tuple(own[name].shape) != shape:
             problems.add(

@@ -44,6 +44,7 @@ class Tuned:
         truncation: relative error of cutting the sum to the asked rank.
         examples: trained on.
         weights: module → weight of each of ``experts``.
+        scales: of the update of each of ``experts``, before its weight.
     """
 
     path: Path
@@ -53,6 +54,7 @@ class Tuned:
     examples: int
     weights: dict[str, list[float]]
     experts: list[str]
+    scales: list[float]
 
 
 def tune(
@@ -65,6 +67,8 @@ def tune(
     options: Options,
     *,
     scores: Sequence[float | None] | None = None,
+    like: Expert | None = None,
+    instead_of: str | None = None,
     device: str = "auto",
     dtype: str = "auto",
     force: bool = False,
@@ -80,6 +84,9 @@ def tune(
         target: the target's own expert, if it has one.
         scores: of the experts in the ranking; the weights start from their softmax, with 1/N for the target's
             own. None, or None for one of them, is an equal start.
+        like: whose rank, alpha and modules a fresh expert has; by default the target's own, else the first of
+            ``experts``.
+        instead_of: the method that was asked for, where this one takes its place; for the manifest.
         note: told what the user should know, a sentence at a time.
 
     Raises:
@@ -91,12 +98,13 @@ def tune(
     check_options(options)
     options = options if options.lr is not None else replace(options, lr=plan.lr)
     chosen = _chosen(plan, method, experts, target)
-    like = target.sha256 if target else None
-    run = _run_folder(method, task, base, chosen, output, options, scores, device, dtype, like)
+    like = target or like or next(iter(chosen), None)
+    form = like.sha256 if like else None
+    run = _run_folder(method, task, base, chosen, output, options, scores, device, dtype, form)
     resolved = resolve_device(device)
     precision = resolve_dtype(dtype, resolved)
     loaded = load_base(base, task, resolved, precision, options.seed)
-    members, fresh = _members(plan, loaded, chosen, target, options, note)
+    members, fresh = _members(plan, loaded, chosen, target, like, options, note)
     if plan.target and target is not None:
         set_head(loaded.model, target.head_tensors())
     logits = _start(plan, len(members), experts, chosen, scores)
@@ -112,6 +120,7 @@ def tune(
         granularity=options.granularity,
         experts=[relative_to(expert.path, output) for expert in chosen],
         sha256=[expert.sha256 for expert in chosen],
+        scales=[expert.scale for expert in chosen],
         experts_trained=plan.train_experts,
         weights=mixture.weights(),
     )
@@ -119,9 +128,11 @@ def tune(
         command="tune",
         options={
             "method": method,
+            **({"instead_of": instead_of} if instead_of else {}),
             "target": task.name,
             **asdict(options),
             "start": logits,
+            "scales": [expert.scale for expert in chosen],
             "dtype": str(precision),
         },
         device=resolved.type,
@@ -158,6 +169,7 @@ def tune(
         len(kept),
         mixture.weights(),
         [member.name for member in members],
+        [1.0] * (len(members) - len(chosen)) + [expert.scale for expert in chosen],  # a fresh one goes first
     )
 
 
@@ -239,6 +251,7 @@ def _members(
     loaded: LoadedBase,
     chosen: Sequence[Expert],
     target: Expert | None,
+    like: Expert | None,
     options: Options,
     note: Callable[[str], None],
 ) -> tuple[list[Member], bool]:
@@ -249,7 +262,6 @@ def _members(
     ]
     if not plan.fresh and not (plan.target and target is None):
         return members, False
-    like = target or (chosen[0] if chosen else None)
     rank = options.fresh_rank or (max(like.ranks) if like else 8)
     alpha = options.fresh_alpha
     if alpha is None:
@@ -312,6 +324,7 @@ def _config_fields(loaded: LoadedBase, task: Task, layers: dict[str, ComposedLin
 def _run_folder(method: str, task: Task, base: Base, chosen: Sequence[Expert], output: Path, *rest: Any) -> Path:
     """Where checkpoints lie: beside the output, a folder for each choice of inputs and options."""
     options = [asdict(part) if isinstance(part, Options) else part for part in rest]
-    choice = [method, task.sha256(), base.identity, [expert.sha256 for expert in chosen], options]
+    inputs = [(expert.sha256, expert.scale) for expert in chosen]
+    choice = [method, task.sha256(), base.identity, inputs, options]
     digest = sha256_bytes(json.dumps(choice, sort_keys=True, default=str).encode())[:12]
     return output.resolve().with_name(f".{output.name}.training-{digest}")

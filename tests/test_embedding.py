@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel
@@ -19,9 +20,10 @@ from pimerge.embedding import Outcome, embed
 from pimerge.errors import PimergeError
 from pimerge.expert import open_expert
 from pimerge.model import Bases
+from pimerge.sketch import from_texts
 from pimerge.store import Settings, Store
 from pimerge.task import open_task
-from tests.conftest import MakeExpert, model_for, relative_difference, write_json
+from tests.conftest import MakeExpert, dense_deltas, model_for, relative_difference, write_json
 
 LIMIT = 12
 Embed = Callable[..., Outcome]
@@ -203,15 +205,29 @@ def test_other_settings_are_computed_again(expert: Path, tmp_path: Path, setting
     assert not embed_into(store, expert, **setting).computed
 
 
-def test_a_sidecar_that_is_gone_or_altered_is_computed_again(expert: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["x.safetensors", "x.marginals.safetensors"])
+def test_a_sidecar_that_is_gone_or_altered_is_computed_again(expert: Path, tmp_path: Path, name: str) -> None:
     store = Store(tmp_path / "embeddings.json")
     embed_into(store, expert)
-    sidecar = tmp_path / "embeddings" / "x.safetensors"
+    sidecar = tmp_path / "embeddings" / name
     content = sidecar.read_bytes()
     for damage in (sidecar.unlink, lambda: sidecar.write_bytes(content[:-1] + b"!")):
         damage()
         assert embed_into(store, expert).computed
         assert sidecar.read_bytes() == content
+
+
+@pytest.mark.parametrize("name", ["a", "c"])
+def test_the_sketches_are_near_the_cosines_of_the_two_parts_of_fisher(pool: Path, tmp_path: Path, name: str) -> None:
+    store = Store(tmp_path / "embeddings.json")
+    embed_into(store, pool / name)
+    file = store.marginals_file(name)
+    gradients = {key: file.read(key).double() for key in file.entries if key.endswith(".gradient")}
+    unit = {key: value / value.norm() for key, value in gradients.items()}
+    deltas = dense_deltas(open_expert(pool / name))
+    for part, values in (("gradients", unit), ("update", deltas)):
+        norm = float(np.linalg.norm(from_texts([store.experts[name].sketches[part]])))
+        assert norm**2 == pytest.approx(sum(float(value.square().sum()) for value in values.values()), rel=0.3)
 
 
 def test_the_same_pool_gives_the_same_bytes(pool: Path, tmp_path: Path) -> None:

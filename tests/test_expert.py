@@ -17,6 +17,7 @@ from pimerge.errors import PimergeError
 from pimerge.expert import find_experts, open_expert
 from pimerge.files import sha256_bytes
 from pimerge.tensorfile import TensorFile
+from tests.conftest import dense_deltas
 from tests.raw import PREFIX, normal, raw_expert, save_base, set_config, set_tensors, small, updates_of
 
 SHAPES = {"q": (3, 2, 4), "v": (5, 1, 4)}
@@ -52,6 +53,17 @@ def test_factors_are_read_when_asked_for(folder: Path, monkeypatch: pytest.Monke
     A, B = updates_of(SHAPES)["q"]
     assert torch.equal(factors.A, A)
     assert torch.equal(factors.B, B)
+
+
+def test_a_scale_is_part_of_every_update_and_multiplies_over_calls(folder: Path) -> None:
+    expert = open_expert(set_config(folder, lora_alpha=3, alpha_pattern={}))
+    assert expert.scale == 1
+    assert expert.scaled(1) is expert
+    half = expert.scaled(0.5)
+    assert (half.scale, half.scaled(0.5).scale, half.sha256) == (0.5, 0.25, expert.sha256)
+    whole, quarter = dense_deltas(expert), dense_deltas(half.scaled(0.5))
+    for name, delta in whole.items():
+        torch.testing.assert_close(quarter[name], 0.25 * delta, rtol=1e-6, atol=0)
 
 
 @settings(small, max_examples=60)

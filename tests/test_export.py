@@ -152,6 +152,21 @@ def test_the_export_is_read_back_as_the_same_updates(base: Path, tmp_path: Path,
         torch.testing.assert_close(deltas[2], (deltas[0] + deltas[1]) / 2, rtol=0, atol=1e-6)
 
 
+def test_coefficients_without_scales_are_those_of_whole_experts() -> None:
+    older = {
+        "method": "learned",
+        "granularity": "global",
+        "experts": ["a", "b"],
+        "sha256": ["0", "1"],
+        "experts_trained": False,
+        "weights": {"q": [0.5, 0.5]},
+    }
+    assert Coefficients.model_validate(older).scales == [1.0, 1.0]
+    assert Coefficients.model_validate(older | {"scales": [0.5, 1]}).scales == [0.5, 1.0]
+    with pytest.raises(ValueError, match="1 scales for 2 experts"):
+        Coefficients.model_validate(older | {"scales": [0.5]})
+
+
 @pytest.mark.parametrize("rank", [None, 1])
 def test_conv_embedding_and_names_that_end_others_survive(rank: int | None, tmp_path: Path) -> None:
     configs: list[dict[str, Any]] = [

@@ -1,4 +1,4 @@
-"""What each expert of a pool is, and which go together."""
+"""What each expert of a pool is, which go together, and what the store knows of them."""
 
 from __future__ import annotations
 
@@ -7,10 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
-from pimerge.inspection import Finding, inspect
+from pimerge.expert import CONFIG, Expert, open_expert
+from pimerge.files import sha256_file
+from pimerge.inspection import Finding, fisher_statistics, inspect
+from pimerge.store import DIAGONAL, MARGINALS, Settings, Store
 from tests.conftest import MakeExpert
-from tests.raw import PREFIX, raw_expert, set_tensors, updates_of
+from tests.raw import PREFIX, normal, raw_expert, set_config, set_tensors, updates_of
 
 
 @pytest.fixture
@@ -79,3 +83,85 @@ def test_experts_of_one_name_in_two_pools_are_told_apart(
     twins = [str(make_expert(tmp_path / side / "twin", vit_base, parity_task)) for side in ("x", "y")]
     first, *_ = inspect([pool / "first", *twins])
     assert first.merges_with == tuple(twins)
+
+
+def embedded(expert: Expert, store: Store, diagonal: dict[str, Tensor]) -> None:
+    """Put an expert into the store with a diagonal that the test knows."""
+    fields = {
+        "path": store.path_of(expert),
+        "sha256": expert.sha256,
+        "config_sha256": sha256_file(expert.path / CONFIG),
+        "task_sha256": "0",
+        "kind": expert.kind,
+        "base": "b",
+        "task": {},
+        "settings": Settings(labels="sampled"),
+        "examples": 7,
+        "tokens": 11,
+        "device": "cpu",
+        "route": "rules",
+        "sketches": {},
+    }
+    store.add(expert.name, fields, {DIAGONAL: diagonal, MARGINALS: {}})
+
+
+@pytest.fixture
+def stored(tmp_path: Path) -> tuple[Expert, Store, dict[str, Tensor]]:
+    """An expert with biases in the store, and its diagonal."""
+    updates = updates_of({"q": (3, 2, 4), "v": (5, 2, 4)})
+    biases = {f"{PREFIX}{name}.lora_B.bias": normal(size) for name, size in (("q", 3), ("v", 5))}
+    expert = open_expert(raw_expert(tmp_path / "pool" / "known", updates, biases, lora_bias=True))
+    store = Store(tmp_path / "embeddings.json")
+    diagonal = {
+        key: normal(*entry.shape, seed=i).square() for i, (key, entry) in enumerate(expert.file.entries.items())
+    }
+    embedded(expert, store, diagonal)
+    return expert, store, diagonal
+
+
+def test_the_statistics_are_those_of_the_whole_diagonal(stored: tuple[Expert, Store, dict[str, Tensor]]) -> None:
+    expert, store, diagonal = stored
+    (finding,) = inspect([expert.path], store=store)
+    found = finding.fisher
+    assert found is not None
+    F = torch.cat([value.double().flatten() for value in diagonal.values()])
+    assert (found.examples, found.tokens, found.labels) == (7, 11, "sampled")
+    assert found.trace == pytest.approx(float(F.sum()))
+    assert found.norm == pytest.approx(float(F.norm()))
+    assert found.largest_share == pytest.approx(float(F.max() / F.sum()))
+    assert found.effective == pytest.approx(float(F.sum() ** 2 / F.square().sum()))
+    assert found.effective_share == pytest.approx(found.effective / len(F))
+    traces = {name: sum(float(v.double().sum()) for key, v in diagonal.items() if f".{name}." in key) for name in "qv"}
+    assert found.modules == pytest.approx(traces)
+    assert list(found.modules) == sorted(traces, key=lambda name: -traces[name])
+    assert sum(found.shares.values()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(("value", "effective"), [(0.3, 1.0), (0.0, 0.0)])
+def test_even_information_is_that_of_all_parameters_and_none_is_that_of_none(
+    stored: tuple[Expert, Store, dict[str, Tensor]], value: float, effective: float
+) -> None:
+    expert, store, diagonal = stored
+    embedded(expert, store, {key: torch.full_like(tensor, value) for key, tensor in diagonal.items()})
+    count = sum(tensor.numel() for tensor in diagonal.values())
+    found = fisher_statistics(store.experts["known"], count)
+    assert found.effective_share == pytest.approx(effective)
+    assert found.effective == pytest.approx(effective * count)
+    assert found.largest_share == pytest.approx(effective / count)
+    assert sum(found.shares.values()) == pytest.approx(effective)
+
+
+def test_without_statistics_the_reason_is_said(stored: tuple[Expert, Store, dict[str, Tensor]], tmp_path: Path) -> None:
+    expert, store, _ = stored
+    other = raw_expert(tmp_path / "pool" / "other", updates_of({"q": (3, 2, 4)}))
+    broken = tmp_path / "pool" / "broken"
+    broken.mkdir()
+    (broken / "adapter_config.json").write_text("{")
+    found = inspect([expert.path, other, broken], store=store)
+    assert [finding.no_fisher for finding in found] == ["", "it is not in the store", "it cannot be read"]
+    assert [finding.no_fisher for finding in inspect([other])] == ["no store was given"]
+    set_config(expert.path, revision="x")
+    assert inspect([expert.path], store=store)[0].no_fisher == "changed since it was embedded"
+    set_tensors(expert.path, {f"{PREFIX}q.lora_B.bias": normal(3, seed=5)})
+    (finding,) = inspect([expert.path], store=store)
+    assert (finding.fisher, finding.no_fisher) == (None, "changed since it was embedded")

@@ -17,14 +17,16 @@ from pimerge.model import (
     LoadedBase,
     check_fits,
     check_fits_on_disk,
+    head_of_size,
     load_base,
     plugged_in,
+    plugged_in_sum,
     resolve_device,
     resolve_dtype,
     set_head,
 )
 from pimerge.task import open_task
-from tests.conftest import MakeExpert, logits_of, model_for, write_json
+from tests.conftest import MakeExpert, dense_deltas, logits_of, model_for, relative_difference, write_json
 
 CPU = torch.device("cpu")
 
@@ -116,6 +118,103 @@ def test_an_expert_comes_out_even_after_an_error(
     with pytest.raises(KeyboardInterrupt), plugged_in(expert, loaded):
         raise KeyboardInterrupt
     assert torch.equal(logits_of(loaded.model, pixels()), expected)
+
+
+def state_of(loaded: LoadedBase) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in loaded.model.state_dict().items()}
+
+
+def require_same(loaded: LoadedBase, before: dict[str, torch.Tensor]) -> None:
+    after = loaded.model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
+
+
+def test_a_sum_of_one_is_pefts_model_under_the_bases_own_head(
+    vit_base: Path, parity_task: Path, make_expert: MakeExpert, tmp_path: Path
+) -> None:
+    loaded = load(vit_base, parity_task)
+    folder = make_expert(tmp_path / "a", vit_base, parity_task, use_rslora=True)
+    expected = PeftModel.from_pretrained(model_for(vit_base), folder).eval()
+    set_head(expected, loaded.head_tensors())
+    with plugged_in_sum([open_expert(folder)], [1.0], loaded) as model:
+        assert torch.equal(logits_of(model, pixels()), logits_of(expected, pixels()))
+
+
+@pytest.mark.parametrize("kind", ["vit", "gpt2"])
+def test_a_sum_of_several_is_the_dense_sum_and_the_base_comes_back(
+    request: pytest.FixtureRequest, kind: str, make_expert: MakeExpert, tmp_path: Path
+) -> None:
+    base: Path = request.getfixturevalue(f"{kind}_base")
+    task: Path = request.getfixturevalue("parity_task" if kind == "vit" else "text_task")
+    loaded = load(base, task)
+    before = state_of(loaded)
+    modules = {"vit": ["k_proj", "v_proj"], "gpt2": ["c_attn", "c_fc"]}[kind]
+    experts = [
+        open_expert(make_expert(tmp_path / "a", base, task)),
+        open_expert(make_expert(tmp_path / "b", base, task, seed=1, r=2, lora_alpha=3, head=False)).scaled(0.25),
+        open_expert(make_expert(tmp_path / "c", base, task, seed=2, r=3, target_modules=modules)).scaled(0.5),
+    ]
+    weights = [0.5, 1.5, -1.0]
+    dense = load(base, task).model
+    with torch.no_grad():
+        for expert, weight in zip(experts, weights, strict=True):
+            for name, delta in dense_deltas(expert).items():  # at the expert's scale
+                layer = dense.get_submodule(name)
+                layer.weight += weight * (delta.T if type(layer).__name__ == "Conv1D" else delta)
+    batch = pixels() if kind == "vit" else {"input_ids": torch.arange(4, 16).reshape(3, 4)}
+    expected = logits_of(dense, batch)
+    assert relative_difference(logits_of(loaded.model, batch), expected) > 1e-2
+    for _ in range(2):  # PEFT notes its adapters in the base: none of the first time may be left
+        with plugged_in_sum(experts, weights, loaded) as model:
+            assert relative_difference(logits_of(model, batch), expected) < 1e-5
+        require_same(loaded, before)
+    with pytest.raises(KeyboardInterrupt), plugged_in_sum(experts[:2], [1.0, 1.0], loaded):
+        raise KeyboardInterrupt
+    require_same(loaded, before)
+
+
+def test_every_expert_of_a_sum_is_checked_against_the_base(
+    vit_base: Path, bert_base: Path, parity_task: Path, make_expert: MakeExpert, tmp_path: Path
+) -> None:
+    loaded = load(vit_base, parity_task)
+    fits, stranger = (
+        open_expert(make_expert(tmp_path / "a", vit_base)),
+        open_expert(make_expert(tmp_path / "b", bert_base)),
+    )
+    with (
+        pytest.raises(PimergeError, match="the base has no module 'bert"),
+        plugged_in_sum([fits, stranger], [1, 1], loaded),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("kind", ["vit", "bert"])
+def test_a_head_of_another_size_answers_zero_until_it_is_set_and_then_goes(
+    request: pytest.FixtureRequest, kind: str, tmp_path: Path
+) -> None:
+    base: Path = request.getfixturevalue(f"{kind}_base")
+    if kind == "bert":  # without a pooler, which belongs to the head then
+        folder = tmp_path / "bert"
+        transformers.BertModel.from_pretrained(base, add_pooling_layer=False).save_pretrained(folder)
+        transformers.AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+        base = folder
+    task: Path = request.getfixturevalue("parity_task" if kind == "vit" else "text_task")
+    loaded = load(base, task)
+    before = state_of(loaded)
+    batch = pixels() if kind == "vit" else {"input_ids": torch.arange(4, 16).reshape(3, 4)}
+    expected = logits_of(loaded.model, batch)
+    for labels in (5, 1):
+        with head_of_size(loaded, find_base(str(base), None, base), open_task(task), labels):
+            assert logits_of(loaded.model, batch).tolist() == [[0] * labels] * 3
+            set_head(loaded.model, {"classifier.bias": torch.arange(float(labels))})
+            assert logits_of(loaded.model, batch).tolist() == [list(range(labels))] * 3
+        require_same(loaded, before)
+    with pytest.raises(KeyboardInterrupt), head_of_size(loaded, find_base(str(base), None, base), open_task(task), 5):
+        raise KeyboardInterrupt
+    require_same(loaded, before)
+    assert torch.equal(logits_of(loaded.model, batch), expected)
 
 
 def test_bases_loads_a_base_once_for_tasks_of_as_many_labels(

@@ -17,13 +17,14 @@ from pimerge.compatibility import check_expert
 from pimerge.embedding import embed
 from pimerge.errors import PimergeError
 from pimerge.expert import open_expert
-from pimerge.measures import delta, fisher, fisher_raw, task2vec
 from pimerge.model import Bases
-from pimerge.ranking import Ranking, open_ranked, rank, read_ranking, write_ranking
+from pimerge.ranking import Ranking, open_ranked, read_ranking, write_ranking
+from pimerge.selecting import Wish, rank_by_store
 from pimerge.store import Settings, Store
-from tests.conftest import MakeExpert, change_basis, edit_tensors, model_for, write_json
+from tests.conftest import MakeExpert, change_basis, dense_deltas, edit_tensors, model_for, write_json
 
-FISHER_MEASURES = {"fisher": fisher, "fisher-raw": fisher_raw, "task2vec": task2vec}
+BY_FACTORS = ["fisher-factors", "fisher-raw", "task2vec", "parameters"]
+"""Measures that compare experts factor by factor."""
 
 
 SIGNED_SHIFT = torch.roll(torch.eye(4), 1, 0) * torch.tensor([1.0, -1.0, 1.0, -1.0])
@@ -76,15 +77,15 @@ def folder(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def rank_in(folder: Path, target: str = "x", measure: str = "fisher", k: int = 2) -> Ranking:
-    return rank(Store(folder / "embeddings.json"), target, measure, k, folder)
+    return rank_by_store(Store(folder / "embeddings.json"), target, measure, Wish(k, gate=False), folder)
 
 
 def reasons_of(ranking: Ranking) -> dict[str, str]:
     return {other.name: other.reason for other in ranking.not_comparable}
 
 
-@pytest.mark.parametrize("measure", FISHER_MEASURES)
-def test_only_experts_of_one_form_and_init_are_compared_by_fisher(template: Path, measure: str) -> None:
+@pytest.mark.parametrize("measure", BY_FACTORS)
+def test_only_experts_of_one_form_and_init_are_compared_factor_by_factor(template: Path, measure: str) -> None:
     ranking = rank_in(template, measure=measure)
     assert {candidate.name for candidate in ranking.candidates} == {"near", "far", "third"}
     reasons = reasons_of(ranking)
@@ -98,28 +99,49 @@ def test_only_experts_of_one_form_and_init_are_compared_by_fisher(template: Path
     assert len(reasons) == 6
 
 
-@pytest.mark.parametrize("measure", FISHER_MEASURES)
-def test_the_order_is_that_of_the_measures_scores(template: Path, measure: str) -> None:
+def test_the_order_and_the_scores_are_those_of_the_measure(template: Path) -> None:
     store = Store(template / "embeddings.json")
-    names = ["far", "near", "third"]
-    scores = FISHER_MEASURES[measure].scores(store.diagonal("x"), [store.diagonal(name) for name in names])
-    expected = sorted(zip(scores, names, strict=True), reverse=True)
-    ranking = rank_in(template, measure=measure)
-    assert [candidate.name for candidate in ranking.candidates] == [name for _, name in expected]
-    assert [candidate.score for candidate in ranking.candidates] == pytest.approx([score for score, _ in expected])
-    assert ranking.selected == [name for _, name in expected[:2]]
+    whole = {
+        name: torch.cat([value.double().flatten() for _, value in sorted(store.diagonal(name).items())])
+        for name in ("x", "near", "far", "third")
+    }
+    scores = {
+        name: float(whole["x"] @ whole[name] / (whole["x"].norm() * whole[name].norm()))
+        for name in ("near", "far", "third")
+    }
+    expected = sorted(scores, key=lambda name: -scores[name])
+    ranking = rank_in(template, measure="fisher-raw")
+    assert [candidate.name for candidate in ranking.candidates] == expected
+    assert {candidate.name: candidate.score for candidate in ranking.candidates} == pytest.approx(scores)
+    assert ranking.selected == expected[:2]
     assert [candidate.name for candidate in ranking.chosen()] == ranking.selected
+    for candidate in ranking.candidates:
+        assert -1 <= candidate.low <= candidate.score <= candidate.high <= 1
+        assert (candidate.scale, candidate.gain) == (1, None)
+    assert (ranking.base_score, ranking.seen) == (None, None)
 
 
 def test_delta_compares_all_of_one_base(template: Path) -> None:
     ranking = rank_in(template, measure="delta", k=3)
-    pool = template / "pool"
     names = ["far", "near", "other-bias", "other-init", "other-modules", "other-rank", "rotated", "third"]
-    scores = delta.scores(open_expert(pool / "x"), [open_expert(pool / name) for name in names])
-    assert {c.name: c.score for c in ranking.candidates} == pytest.approx(dict(zip(names, scores, strict=True)))
+    dense = {name: dense_deltas(open_expert(template / "pool" / name)) for name in ("x", *names)}
+    modules = sorted({module for deltas in dense.values() for module in deltas})
+    nothing = torch.zeros(16, 16, dtype=torch.float64)
+    whole = {
+        name: torch.cat([deltas.get(module, nothing).flatten() for module in modules]) for name, deltas in dense.items()
+    }
+    mean = torch.stack(list(whole.values())).mean(0)
+    scores = {
+        name: float(torch.cosine_similarity(whole["x"] - mean, whole[name] - mean, dim=0, eps=0)) for name in names
+    }
+    assert {c.name: c.score for c in ranking.candidates} == pytest.approx(scores)
     assert reasons_of(ranking).keys() == {"other-base"}
     assert ranking.selected[0] == "rotated"  # the same ΔW as x
     assert ranking.candidates[0].score == pytest.approx(1)
+
+
+def test_the_default_compares_all_of_one_base(template: Path) -> None:
+    assert reasons_of(rank_in(template)).keys() == {"other-base"}
 
 
 def test_equal_scores_are_in_alphabetical_order(folder: Path) -> None:
@@ -134,11 +156,11 @@ def test_equal_scores_are_in_alphabetical_order(folder: Path) -> None:
 
 
 def test_fewer_experts_than_asked_for_are_all_selected(template: Path) -> None:
-    assert len(rank_in(template, k=50).selected) == 3
+    assert len(rank_in(template, measure="fisher-raw", k=50).selected) == 3
 
 
 def test_a_target_that_nothing_can_be_compared_with_has_an_empty_ranking(template: Path) -> None:
-    ranking = rank_in(template, target="other-rank")
+    ranking = rank_in(template, target="other-rank", measure="fisher-raw")
     assert ranking.candidates == []
     assert ranking.selected == []
     assert len(ranking.not_comparable) == 9
@@ -157,7 +179,7 @@ def test_a_candidate_that_changed_or_went_is_left_out_with_the_reason(
 ) -> None:
     make_expert(folder / "pool" / "near", vit_base, seed=9)
     shutil.rmtree(folder / "pool" / "far")
-    ranking = rank_in(folder)
+    ranking = rank_in(folder, measure="fisher-raw")
     assert "has changed since it was embedded" in reasons_of(ranking)["near"]
     assert "is gone" in reasons_of(ranking)["far"]
     assert [candidate.name for candidate in ranking.candidates] == ["third"]
@@ -172,13 +194,13 @@ def test_a_target_that_changed_is_an_error(folder: Path, make_expert: MakeExpert
 def test_a_sidecar_that_was_altered_is_an_error(folder: Path) -> None:
     (folder / "embeddings" / "near.safetensors").write_bytes(b"")
     with pytest.raises(PimergeError, match=r"near.safetensors' has changed"):
-        rank_in(folder)
+        rank_in(folder, measure="fisher-raw")
     assert rank_in(folder, measure="delta").candidates
 
 
 @pytest.mark.parametrize(
     ("arguments", "expected"),
-    [({"k": 0}, "-k is 0"), ({"measure": "fihser"}, "did you mean 'fisher'?"), ({"measure": "delt"}, "'delta'")],
+    [({"measure": "fihser"}, "did you mean 'fisher'?"), ({"measure": "delt"}, "'delta'")],
 )
 def test_wrong_options_are_named(template: Path, arguments: dict[str, Any], expected: str) -> None:
     with pytest.raises(PimergeError) as caught:
@@ -187,7 +209,7 @@ def test_wrong_options_are_named(template: Path, arguments: dict[str, Any], expe
 
 
 def test_a_ranking_reads_back_and_its_paths_are_relative_to_it(folder: Path) -> None:
-    ranking = rank(Store(folder / "embeddings.json"), "x", "fisher", 2, folder / "deep")
+    ranking = rank_by_store(Store(folder / "embeddings.json"), "x", "delta", Wish(2), folder / "deep")
     write_ranking(ranking, folder / "deep" / "ranking.json", force=False)
     again = read_ranking(folder / "deep" / "ranking.json")
     assert again == ranking

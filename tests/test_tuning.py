@@ -5,6 +5,7 @@ What holds for every method stands in ``contracts/test_tune_methods.py``, resumi
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -161,6 +162,24 @@ def test_the_coefficients_of_learned_give_its_update_again(tuner: Tuner, tmp_pat
         assert w_a != pytest.approx(0.5, abs=1e-3)
 
 
+@pytest.mark.parametrize("method", ["uniform", "learned", "interpolated"])
+def test_experts_are_composed_at_their_scales(tuner: Tuner, starts: list[Any], tmp_path: Path, method: str) -> None:
+    output = tmp_path / "tuned"
+    frozen = replace(QUICK, lr=1e-12, weights_lr=1e-12, weight_decay=0.0)
+    scaled = [tuner.a.scaled(0.5), tuner.b.scaled(0.25)]
+    result = tuner(method, output, frozen, scaled, target=tuner.x if method == "interpolated" else None)
+    document = Coefficients.model_validate_json((output / "coefficients.json").read_text())
+    members = [tuner.x, tuner.a, tuner.b] if method == "interpolated" else [tuner.a, tuner.b]
+    expected = [1.0, 0.5, 0.25][-len(members) :]
+    assert result.scales == document.scales == expected
+    assert json.loads((output / "pimerge.json").read_text())["options"]["scales"] == expected
+    dense = [dense_deltas(expert) for expert in members]
+    for name, delta in dense_deltas(open_expert(output)).items():
+        shares = [weight * scale for weight, scale in zip(result.weights[name], expected, strict=True)]
+        wanted = sum((share * deltas[name] for share, deltas in zip(shares, dense, strict=True)), torch.zeros(()))
+        assert relative_difference(delta, wanted) < 1e-5
+
+
 def test_a_rank_keeps_the_largest_singular_values(tuner: Tuner, tmp_path: Path) -> None:
     tuner("interpolated", tmp_path / "whole", target=tuner.x)
     whole = dense_deltas(open_expert(tmp_path / "whole"))
@@ -213,6 +232,14 @@ def test_a_fresh_expert_takes_rank_alpha_and_modules_from_the_targets(tuner: Tun
     expert = open_expert(tmp_path / "tuned")
     assert expert.modules.keys() == tuner.b.modules.keys()
     assert expert.ranks == tuner.b.ranks
+
+
+def test_a_fresh_expert_takes_its_form_from_another_where_the_target_has_none(tuner: Tuner, tmp_path: Path) -> None:
+    tuner("scratch", tmp_path / "tuned", experts=[], like=tuner.a.scaled(0.5), instead_of="learned")
+    expert = open_expert(tmp_path / "tuned")
+    assert (expert.modules.keys(), expert.ranks) == (tuner.a.modules.keys(), tuner.a.ranks)
+    options = json.loads((tmp_path / "tuned" / "pimerge.json").read_text())["options"]
+    assert (options["method"], options["instead_of"]) == ("scratch", "learned")
 
 
 def test_modules_that_are_not_there_are_named(tuner: Tuner, tmp_path: Path) -> None:

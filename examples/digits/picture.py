@@ -1,6 +1,8 @@
-"""Draw pool.png: what each expert was trained on, and how close it is to the target X.
+"""Draw pool.png: what each expert was trained on, and how much it is expected to help the target X.
 
     python examples/digits/picture.py RANKING_JSON [OUTPUT]
+
+The ranking is one by the target's examples, as ``pimerge rank --target X -k 2`` writes it.
 
 Needs ``pip install 'pimerge[plots]'``.
 """
@@ -25,21 +27,21 @@ def main() -> None:
     source = Path(sys.argv[1])
     output = Path(sys.argv[2]) if len(sys.argv) > 2 else Path(__file__).with_name("pool.png")
     ranking = read_ranking(source)
-    rows = [(ranking.target.name, ranking.target.path, None)]
-    rows += [(candidate.name, candidate.path, candidate.score) for candidate in ranking.candidates]
+    rows = [(each.name, each.path) for each in (ranking.target, *ranking.candidates)]
     figure, (left, right) = plt.subplots(1, 2, figsize=(8, 4.4), width_ratios=(1, 1.2), layout="constrained")
-    left.imshow(np.concatenate([strip(source.parent / path) for _, path, _ in rows]), cmap="gray", aspect="equal")
-    left.set_yticks([10 * place + 4.5 for place in range(len(rows))], [name for name, _, _ in rows])
+    left.imshow(np.concatenate([strip(source.parent / path) for _, path in rows]), cmap="gray", aspect="equal")
+    left.set_yticks([10 * place + 4.5 for place in range(len(rows))], [name for name, _ in rows])
     left.set_xticks([])
     left.set_title("trained on", fontsize=10)
-    scores = [np.nan if score is None else score for _, _, score in rows]
-    colours = ["#0072b2" if name in ranking.selected else "#bbbbbb" for name, _, _ in rows]
-    right.barh(range(len(rows)), scores, color=colours)
+    gains = np.array([(each.gain, each.gain_low, each.gain_high) for each in ranking.candidates], float) * 100
+    colours = ["#0072b2" if candidate.name in ranking.selected else "#bbbbbb" for candidate in ranking.candidates]
+    errors = (gains[:, 0] - gains[:, 1], gains[:, 2] - gains[:, 0])
+    right.barh(range(1, len(rows)), gains[:, 0], color=colours, xerr=errors, error_kw={"linewidth": 0.8})
     right.set_ylim(len(rows) - 0.5, -0.5)
     right.set_yticks([])
-    right.text(min(scores[1:]), 0, "the target: five labels a digit", va="center", fontsize=9)
+    right.text(0.5, 0, "the target: five labels a digit", va="center", fontsize=9)
     right.axvline(0, color="black", linewidth=0.8)
-    right.set_title(f"similarity to {ranking.target.name} by its Fisher; blue: selected", fontsize=10)
+    right.set_title(f"expected gain for {ranking.target.name}, points; blue: selected", fontsize=10)
     for side in ("top", "right", "left"):
         right.spines[side].set_visible(False)
         left.spines[side].set_visible(False)

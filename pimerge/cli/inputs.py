@@ -20,6 +20,8 @@ class Selection:
     """Experts to merge or tune, and the target that they are for.
 
     Attributes:
+        experts: at the scale that the ranking found for them, those that were named at their own; empty if the
+            ranking expects none to help.
         target: the target's own expert; None if it has none or none is known.
         task_folder: the folder of the target's task.json; None if no target is known.
         scores: of the experts, from the ranking; None for an expert that it does not have.
@@ -63,7 +65,7 @@ def select(
     """The experts given, else those that the ranking selected; and the target given, else the ranking's.
 
     Args:
-        needed: whether there must be experts.
+        needed: whether there must be experts or a ranking.
         convert: accept experts that have to be converted with the base's weights.
     """
     from pimerge.ranking import open_ranked, read_ranking
@@ -78,9 +80,9 @@ def select(
         return Selection(experts, own, folder, [known.get(expert.sha256) for expert in experts])
     if ranking is None or not needed:
         return Selection([], own, folder, [])
-    if target is not None and own is not None and own.sha256 != ranking.target.sha256:
+    if target is not None and not _is_ranked(ranking, own, folder):
         raise PimergeError(
-            f"'{ranking_path}' ranks experts for '{ranking.target.name}', not for '{target}'",
+            f"'{ranking_path}' ranks experts for '{ranking.target.name}', not for '{target}' as it is now",
             f"run 'pimerge rank --target {target}' first, or name the experts",
         )
     problems = Problems()
@@ -89,27 +91,47 @@ def select(
         with problems.collected():
             experts.append(open_ranked(candidate, ranking_path, base))
     problems.raise_any("some experts of the ranking cannot be opened")
-    if not experts:
-        raise PimergeError(
-            f"'{ranking_path}' selected no expert", "choose experts yourself, or run 'pimerge tune --method scratch'"
-        )
     return Selection(experts, own, folder, [candidate.score for candidate in ranking.chosen()])
+
+
+def from_pool(chosen: Selection, ranking_path: Path, base: str | None) -> Expert | None:
+    """An expert whose form a fresh one can have: the first that was ranked for a target without an expert.
+
+    Returns:
+        None where the target or the experts chosen show the form, or nothing was ranked for this target.
+
+    Raises:
+        PimergeError: if the expert is gone or has changed.
+    """
+    from pimerge.ranking import open_ranked, read_ranking
+
+    if chosen.target is not None or chosen.experts or not ranking_path.is_file():
+        return None
+    ranking = read_ranking(ranking_path)
+    if not ranking.candidates or not _is_ranked(ranking, None, chosen.task_folder):
+        return None
+    return open_ranked(ranking.candidates[0], ranking_path, base)
+
+
+def _is_ranked(ranking: Ranking, own: Expert | None, folder: Path | None) -> bool:
+    """Whether a ranking is for a target: the same expert, or the same task where that has none."""
+    from pimerge.task import open_task
+
+    if own is not None:
+        return own.sha256 == ranking.target.sha256
+    return not ranking.target.expert and folder is not None and open_task(folder).sha256() == ranking.target.sha256
 
 
 def _target(
     target: str | None, ranking: Ranking | None, ranking_path: Path, base: str | None, *, convert: bool
 ) -> tuple[Expert | None, Path | None]:
+    """The target's own expert and its task's folder, each None where there is none."""
     from pimerge.expert import CONFIG, open_expert
-    from pimerge.ranking import open_ranked
 
     if target is None:
-        if ranking is None:
-            return None, None
-        own = open_ranked(ranking.target, ranking_path, base)
-        return own, own.path
+        return (None, None) if ranking is None else _ranked_target(ranking, ranking_path, base)
     if ranking is not None and target == ranking.target.name and not Path(target).is_dir():
-        own = open_ranked(ranking.target, ranking_path, base)
-        return own, own.path
+        return _ranked_target(ranking, ranking_path, base)
     path = Path(target)
     path = path.parent if path.is_file() and path.name == "task.json" else path
     if path.is_dir() and not (path / CONFIG).is_file():
@@ -118,6 +140,22 @@ def _target(
         return None, path
     own = open_expert(target if not path.is_dir() else path, base, convert=convert)
     return own, own.path
+
+
+def _ranked_target(ranking: Ranking, ranking_path: Path, base: str | None) -> tuple[Expert | None, Path]:
+    """What the ranking was made for, checked to be the same still."""
+    from pimerge.ranking import open_ranked
+
+    if ranking.target.expert:
+        own = open_ranked(ranking.target, ranking_path, base)
+        return own, own.path
+    folder = ranking_path.parent / ranking.target.path
+    if not _is_ranked(ranking, None, folder):
+        raise PimergeError(
+            f"the task '{folder}' or its data has changed since '{ranking_path}' was written",
+            f"run 'pimerge rank --target {folder}' again",
+        )
+    return None, folder
 
 
 def parse_rank(rank: str) -> int | None:

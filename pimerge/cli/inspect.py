@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -13,6 +15,10 @@ from pimerge.cli.console import note, print_json, print_table
 if TYPE_CHECKING:
     from pimerge.expert import Expert
     from pimerge.inspection import Finding
+    from pimerge.store import Store
+
+DEFAULT_STORE = Path("embeddings.json")
+SHOWN_MODULES = 3
 
 
 def inspect(
@@ -20,14 +26,23 @@ def inspect(
         list[str] | None, typer.Argument(help="Pools (folders of experts), experts, or Hub ids. Default: ./experts.")
     ] = None,
     base: options.BaseReference = None,
+    store: Annotated[
+        Path | None,
+        typer.Option(help=f"A store with the experts' Fisher information. Default: {DEFAULT_STORE}, if it is there."),
+    ] = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Show what each expert is, whether it can be ranked and merged with the others, and its problems."""
+    """Show what each expert is, whether it can be ranked and merged with the others, and its problems.
+
+    Of experts in the store a second table sums up their Fisher information: its trace, its norm, the share of the
+    largest entry in the trace, the effective number of parameters (trace² / norm²), and the modules that hold most.
+    """
     from pimerge.cli.inputs import pool_members
     from pimerge.inspection import inspect as look
 
-    findings = look(pool_members(pools or ["experts"]), base)
+    opened = _open_store(store)
+    findings = look(pool_members(pools or ["experts"]), base, opened)
     if json:
         print_json([_document(finding) for finding in findings])
         return
@@ -37,6 +52,12 @@ def inspect(
         [_row(finding, others) for finding in findings],
         right=["modules", "parameters"],
     )
+    if opened is not None:
+        print_table(
+            ["Fisher", "examples", "labels", "trace", "norm", "largest", "effective", "of all", "most in"],
+            [_fisher_row(finding) for finding in findings],
+            right=["examples", "trace", "norm", "largest", "effective", "of all"],
+        )
     for finding in findings:
         name = finding.expert.name if finding.expert else str(finding.path)
         for problem in finding.problems:
@@ -67,6 +88,33 @@ def _row(finding: Finding, others: int) -> list[str]:
     ]
 
 
+def _open_store(store: Path | None) -> Store | None:
+    """The store given, which has to be there; else the default one, if it is there."""
+    from pimerge.store import Store, open_store
+
+    if store is not None:
+        return open_store(store)
+    return Store(DEFAULT_STORE) if DEFAULT_STORE.is_file() else None
+
+
+def _fisher_row(finding: Finding) -> list[str]:
+    name = finding.expert.name if finding.expert else finding.path.name
+    fisher = finding.fisher
+    if fisher is None:
+        return [name, *["–"] * 7, finding.no_fisher]
+    return [
+        name,
+        str(fisher.examples),
+        fisher.labels,
+        f"{fisher.trace:.3g}",
+        f"{fisher.norm:.3g}",
+        f"{fisher.largest_share:.2%}",
+        f"{fisher.effective:.1f}",
+        f"{fisher.effective_share:.2%}",
+        ", ".join(f"{name} {share:.1%}" for name, share in list(fisher.shares.items())[:SHOWN_MODULES]),
+    ]
+
+
 def _document(finding: Finding) -> dict[str, Any]:
     expert = finding.expert
     known: dict[str, Any] = {}
@@ -90,6 +138,8 @@ def _document(finding: Finding) -> dict[str, Any]:
         "merges_with": list(finding.merges_with),
         "not_ranked": finding.not_ranked,
         "not_merged": finding.not_merged,
+        "fisher": asdict(finding.fisher) if finding.fisher else None,
+        "no_fisher": finding.no_fisher,
         "problems": [{"message": problem.message, "hint": problem.hint} for problem in finding.problems],
     }
 

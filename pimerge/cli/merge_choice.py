@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from pimerge.cli.console import note
 from pimerge.cli.inputs import open_all, parse_numbers, select
 from pimerge.cli.merge_request import Request
-from pimerge.errors import PimergeError
+from pimerge.errors import PimergeError, Problems
 
 if TYPE_CHECKING:
     from pimerge.expert import Expert
@@ -89,6 +89,7 @@ def _from_coefficients(request: Request) -> Chosen:
             f"the experts are not those of '{path}', or have changed since",
             "expected in this order: " + ", ".join(document.experts),
         )
+    experts = _scaled(experts, document.scales)
     if document.experts_trained:
         note(
             "the experts were trained together with these weights, so the merge differs from what was tuned",
@@ -98,10 +99,29 @@ def _from_coefficients(request: Request) -> Chosen:
     return Chosen(experts, document.weights, own)
 
 
+def _scaled(experts: list[Expert], scales: list[float]) -> list[Expert]:
+    """The experts at their scales."""
+    problems = Problems()
+    for expert, scale in zip(experts, scales, strict=True):
+        if scale != 1 and any(module.conversions for module in expert.modules.values()):
+            problems.add(
+                f"'{expert.name}' is converted with the base's weights, and its scale is {scale:g}",
+                "only plain LoRA is scaled: set its scale to 1 and multiply its weights instead",
+            )
+    problems.raise_any("some experts cannot be scaled")
+    return [expert.scaled(scale) for expert, scale in zip(experts, scales, strict=True)]
+
+
 def _from_options(request: Request) -> tuple[list[Expert], list[str], list[float] | None, Expert | None]:
     """Experts, what they were called, the weights that are given, and the target's expert."""
     chosen = select(request.experts, request.ranking, request.target, request.base, convert=request.base is not None)
     experts, own, scores = chosen.experts, chosen.target, chosen.scores
+    if not experts:
+        raise PimergeError(
+            f"'{request.ranking}' expects no expert to help",
+            "run 'pimerge tune', which trains a fresh expert, name experts to merge all the same, or rank again with "
+            "'pimerge rank --no-gate'",
+        )
     references = request.experts or [str(expert.path) for expert in experts]
     given = parse_numbers(request.weights, "--weights") if request.weights is not None else None
     joins_target = getattr(request.open_method().file, "JOINS_TARGET", False)

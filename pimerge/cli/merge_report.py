@@ -20,10 +20,11 @@ if TYPE_CHECKING:
 
 def print_plan(request: Request, merge: Merge, plan: Plan) -> None:
     """What ``--dry-run`` says."""
-    experts = [
+    experts: list[dict[str, Any]] = [
         {
             "name": expert.name,
             "weight": weight_text(merge, place),
+            "scale": expert.scale,
             "rank": "/".join(map(str, expert.ranks)),
             "dtype": "/".join(expert.dtypes),
             "sha256": expert.sha256,
@@ -88,6 +89,7 @@ def manifest_of(request: Request, merge: Merge, summaries: Sequence[Summary], de
         "method": request.method,
         **merge.method.resolved,
         "weights": flat_weights(merge) or {name: list(values) for name, values in merge.weights.items()},
+        "scales": [expert.scale for expert in merge.experts],
         "space": request.space,
         "seed": request.seed,
         "rank": request.rank,
@@ -120,6 +122,7 @@ def coefficients_of(request: Request, merge: Merge, summaries: Sequence[Summary]
         granularity="global" if all(row == rows[0] for row in rows) else "matrix",
         experts=[relative_to(expert.path, request.output) for expert in merge.experts],
         sha256=[expert.sha256 for expert in merge.experts],
+        scales=[expert.scale for expert in merge.experts],
         experts_trained=False,
         weights=by_module,
     )
@@ -130,7 +133,7 @@ def sources_of(merge: Merge) -> list[Source]:
     from pimerge.card import Source, licence_of
 
     return [
-        Source(expert.name, expert.sha256, licence_of(expert.path), weight_text(merge, place))
+        Source(expert.name, expert.sha256, licence_of(expert.path), weight_text(merge, place), expert.scale)
         for place, expert in enumerate(merge.experts)
     ]
 

@@ -3,80 +3,94 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from pimerge.cli import options
-from pimerge.cli.console import note, print_json, print_table, quiet_libraries, tracker
+from pimerge.cli.console import note, print_json, quiet_libraries, tracker
+from pimerge.errors import PimergeError
 
-if TYPE_CHECKING:
-    from pimerge.store import Store
+AUTO = "auto"
 
 
 def rank(
-    target: Annotated[str, typer.Option("--target", help="The target: an expert's name in the store, or its folder.")],
-    k: Annotated[int, typer.Option("-k", help="How many experts to select.")] = 2,
-    measure: Annotated[str, typer.Option(help=options.listing("measures"))] = "fisher",
+    target: Annotated[
+        str | None,
+        typer.Option("--target", help="The target: an expert's name in the store, its folder, or a task's folder."),
+    ] = None,
+    k: Annotated[
+        str, typer.Option("-k", help="How many experts to select, or auto: by the gain of their means, or the gaps.")
+    ] = "2",
+    measure: Annotated[
+        str, typer.Option(help="combined if the target's examples can be read, else fisher; see --measures.")
+    ] = AUTO,
+    shots: options.Shots = None,
+    examples: Annotated[int, typer.Option(min=2, help="Most examples of the target to look at.")] = 500,
+    seed: options.Seed = 0,
+    gate: Annotated[
+        bool, typer.Option("--gate/--no-gate", help="Select only experts that are expected to help.")
+    ] = True,
+    train_target: Annotated[
+        bool, typer.Option("--train-target", help="Train an expert of a target that has none, for store measures.")
+    ] = False,
+    explain: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Show why this expert has its place; writes nothing.")
+    ] = None,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Measure who helps whom within the store, for --measure history.")
+    ] = False,
+    measures: Annotated[bool, typer.Option("--measures", help="List the measures and what they need.")] = False,
     store: options.StorePath = Path("embeddings.json"),
+    base: options.BaseReference = None,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "float32",
     output: Annotated[Path, typer.Option("--output", "-o", help="Where the ranking goes.")] = Path("ranking.json"),
     force: options.Force = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Rank the experts of the store by their similarity to the target, and select the first k.
+    """Rank the experts of the store by how much they are expected to help the target, and select the first k.
 
-    A target that is an expert's folder outside the store is embedded first.
+    Where the target's examples can be read, every expert is tried on them at four strengths; else the store alone
+    decides. If no expert is expected to help, none is selected, and 'pimerge tune' trains a fresh one.
     """
-    from pimerge.ranking import rank as rank_store
-    from pimerge.ranking import write_ranking
-    from pimerge.store import open_store
+    from pimerge.cli.rank_lists import print_explanation, print_gains, print_measures, print_ranking
 
-    opened = open_store(store)
-    name = _target_name(target, opened, quiet)
-    ranking = rank_store(opened, name, measure, k, output.resolve().parent)
+    if measures:
+        print_measures(json)
+        return
+    quiet_libraries()
+    from pimerge.cli.rank_target import Request, calibrate_store, make_ranking
+    from pimerge.ranking import write_ranking
+
+    request = Request(
+        store, measure, _count(k), gate, shots, examples, seed, train_target, base, device, dtype, force, quiet
+    )
+    if calibrate:
+        gains = calibrate_store(request, tracker(quiet))
+        if target is None:
+            print_gains(gains, str(store), json)
+            note(f"→ {store}; next: pimerge rank --measure history --target NAME", quiet)
+            return
+    if target is None:
+        raise PimergeError("the target is not given", "pass --target NAME, an expert's folder or a task's folder")
+    ranking = make_ranking(target, request, output.resolve().parent, tracker(quiet))
+    if explain is not None:
+        print_explanation(ranking, explain, target, request, tracker(quiet), json)
+        return
     write_ranking(ranking, output, force)
     if json:
         print_json(ranking.model_dump())
         return
-    rows = [
-        [str(place), candidate.name, f"{candidate.score:.4f}", "selected" if candidate.name in ranking.selected else ""]
-        for place, candidate in enumerate(ranking.candidates, 1)
-    ]
-    rows += [["–", other.name, "–", f"not comparable: {other.reason}"] for other in ranking.not_comparable]
-    print_table(["", "expert", measure, ""], rows, right=["", measure])
-    if not ranking.selected:
-        note(f"no expert of the store can be compared with {name}", quiet)
-    elif len(ranking.selected) < k:
-        note(f"only {len(ranking.selected)} experts are comparable, {k} were asked for", quiet)
+    print_ranking(ranking, request.k, quiet)
     note(f"→ {output}; next: pimerge tune --method learned", quiet)
 
 
-def _target_name(target: str, store: Store, quiet: bool) -> str:
-    """The target's name in the store; an expert's folder that is not there yet is embedded."""
-    from pimerge.compatibility import check_expert
-    from pimerge.embedding import embed
-    from pimerge.expert import open_expert
-    from pimerge.model import Bases, resolve_device, resolve_dtype
-    from pimerge.store import unknown_target
-
-    known = store.find(target)
-    if known is not None:
-        return known
-    if not Path(target).is_dir():
-        raise unknown_target(target, store)
-    expert = open_expert(target)
-    task = check_expert(expert)
-    if expert.name in store.experts:
-        from pimerge.errors import PimergeError
-
-        raise PimergeError(
-            f"'{store.path}' has another expert of the name '{expert.name}': {store.folder_of(expert.name)}",
-            "rename one of the folders",
-        )
-    note(f"{expert.name} is not in the store yet: embedding it", quiet)
-    quiet_libraries()
-    like = next(iter(store.experts.values())).settings
-    device = resolve_device("auto")
-    embed(expert, task, store, like, Bases(device, resolve_dtype(like.dtype, device)), track=tracker(quiet))
-    return expert.name
+def _count(k: str) -> int | None:
+    """``auto`` is None."""
+    if k == AUTO:
+        return None
+    if not k.isdecimal() or int(k) < 1:
+        raise PimergeError(f"-k is '{k}'", "expected a number from 1, or auto")
+    return int(k)

@@ -9,9 +9,12 @@ from typing import Annotated
 import typer
 
 from pimerge.cli import options
-from pimerge.cli.console import note, print_json, print_table, quiet_libraries, tracker
-from pimerge.cli.inputs import base_of, parse_rank, select
+from pimerge.cli.console import note, print_json, print_table, quiet_libraries, tracker, warn
+from pimerge.cli.inputs import base_of, from_pool, parse_rank, select
 from pimerge.errors import PimergeError
+
+INSTEAD = "scratch"
+"""The method where the ranking expects no expert to help."""
 
 
 def tune(
@@ -52,6 +55,7 @@ def tune(
 ) -> None:
     """Combine experts and train on the target's examples, into one expert.
 
+    Where the ranking expects no expert to help, a fresh one is trained ('--method scratch').
     A run that was interrupted goes on where it was when the same command is given again.
     """
     from pimerge import strategies
@@ -67,6 +71,11 @@ def tune(
         raise PimergeError(f"'{method}' composes no experts, and {len(experts)} were given", "leave them out")
     if chosen.task_folder is None:
         raise PimergeError("the target is not known", "pass --target FOLDER (an expert's or a task's)")
+    used = method
+    if plan.experts and not chosen.experts:
+        warn(f"no expert is expected to help ({ranking}): training a fresh expert instead")
+        used, plan = INSTEAD, strategies.load("tune_methods", INSTEAD).PLAN
+    like = from_pool(chosen, ranking, base)
     values = {
         **locals(),
         "rank": parse_rank(rank),
@@ -76,14 +85,16 @@ def tune(
     from pimerge.task import open_task
 
     result = tune_experts(
-        method,
+        used,
         open_task(chosen.task_folder),
-        base_of(chosen.experts, chosen.target, base),
+        base_of(chosen.experts, chosen.target or like, base),
         chosen.experts,
         chosen.target,
         output,
         Options(**{field.name: values[field.name] for field in fields(Options) if field.name in values}),
         scores=chosen.scores if start == "ranking" else None,
+        like=like,
+        instead_of=method if used != method else None,
         device=device,
         dtype=dtype,
         force=force,
@@ -94,8 +105,9 @@ def tune(
         print_json(
             {
                 "output": str(output),
-                "method": method,
+                "method": used,
                 "experts": result.experts,
+                "scales": result.scales,
                 "rank": result.rank,
                 "truncation": result.truncation,
                 "epochs": result.outcome.epochs,
@@ -108,7 +120,7 @@ def tune(
         )
         return
     rows = [
-        ["method", method],
+        ["method", used],
         ["trained on", f"{result.examples} examples, {result.outcome.epochs:.0f} epochs"],
         ["trained parameters", str(result.outcome.trained_parameters)],
         ["train loss", f"{result.outcome.train_loss:.4f}"],
@@ -118,8 +130,12 @@ def tune(
     if plan.experts:
         columns = list(zip(*result.weights.values(), strict=True))
         rows += [
-            [f"weight of {name}", f"{sum(column) / len(column):.3f} ({min(column):.3f} to {max(column):.3f})"]
-            for name, column in zip(result.experts, columns, strict=True)
+            [
+                f"weight of {name}",
+                f"{sum(column) / len(column):.3f} ({min(column):.3f} to {max(column):.3f})"
+                + (f" at scale {scale:g}" if scale != 1 else ""),
+            ]
+            for name, column, scale in zip(result.experts, columns, result.scales, strict=True)
         ]
     print_table(["", ""], rows)
     note(f"→ {output}; next: pimerge eval {output}", quiet)

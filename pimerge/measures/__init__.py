@@ -1,10 +1,14 @@
-"""Measures of similarity between experts, one file each; higher is closer.
+"""Measures of how much an expert will help a target, one file each; higher is better.
 
-A measure has
+A measure says what it ``NEEDS``:
 
-- ``NEEDS``: ``fisher`` (the diagonals of the store) or ``delta`` (the experts' tensors);
-- ``SAME_BASIS``: whether it compares factor by factor, which means something only for experts of the same
-  rank and modules that were trained from one shared init;
-- ``scores(target, candidates)``: the target's data and each candidate's → one score per candidate, in order.
-  For ``fisher`` the data is a diagonal, key → tensor; for ``delta`` it is an :class:`pimerge.expert.Expert`.
+- ``fisher``, ``marginals`` or ``experts``: the store alone. ``SAME_BASIS`` says whether it compares factor by
+  factor, which means something only for experts of one rank and one set of modules, trained from one init.
+  ``similarity(members, candidates, pool)`` compares ``members[0]``, the target, with the ``candidates`` members
+  after it; ``pool`` are the members whose mean stands for the whole pool. A candidate is expected to help if its
+  score is above ``GATE``.
+- ``examples``: the target's labelled examples, seen through each candidate. ``scores(sample, weights)`` gives one
+  score for each row of ``weights`` (draws × n), how often each example counts in a draw of the bootstrap.
+  ``READS_ANSWERS`` says whether it looks at what a head answers, which the bare base has none for.
+- ``history``: the gains that ``rank --calibrate`` measured in the pool.
 """

@@ -1,50 +1,38 @@
-"""Cosine of the Fisher of the factors B, unit norm per tensor, pool mean subtracted.
+"""Cosines of the gradients' second moments and of the updates ΔW, each around the pool's mean, halved (default).
 
-With F_t the diagonal of tensor t, e_n = concat_t F_t/‖F_t‖ over the factors B, and the score is
-cos(e_target − ē, e_n − ē), where ē is the mean over the target and all candidates. The norm per tensor keeps
-a few huge entries from deciding; the mean holds what all tasks share. Compare arXiv 2304.14381, section 3.2.
+    score = ½ cos(G_target − Ḡ, G_n − Ḡ) + ½ cos(ΔW_target − Δ̄, ΔW_n − Δ̄)
+
+G is the Fisher information on the output side of the adapted layers, E[g gᵀ] with g = ∂ log p(y|x)/∂(output), at
+unit norm for each layer so that no layer decides alone (the factor of the outputs in K-FAC, arXiv 1503.05671), seen
+in up to 64 random directions. The first cosine tells whether two tasks ask the same of the layers, the second whether
+their experts answered alike. Neither depends on the basis, the rank or the init of the factors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import torch
-
-from pimerge.kinds.lora import is_B_factor
+from pimerge.marginals import GRADIENT
+from pimerge.measures import delta
+from pimerge.measures.marginals import unit_parts
+from pimerge.similarity import Similarity, balanced, from_vectors
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from pimerge.store import Stored
 
-NEEDS = "fisher"
-SAME_BASIS = True
-MIN_TO_CENTRE = 3
+NEEDS = "marginals"
+SAME_BASIS = False
+GATE = 0.02
 
 
-def scores(target: Mapping[str, Tensor], candidates: Sequence[Mapping[str, Tensor]]) -> list[float]:
-    """The cosines, in [−1, 1]; 0 for an embedding that is the mean itself.
+def similarity(members: Sequence[Stored], candidates: int, pool: Sequence[int]) -> Similarity:
+    """The score of each candidate, in [−1, 1].
 
-    The mean is subtracted only from three embeddings on: two are exactly opposite to each other around it.
-
-    >>> key = "base_model.model.q.lora_B.weight"
-    >>> e = [{key: torch.tensor(v)} for v in ([[1.0, 0.0]], [[0.9, 0.1]], [[0.0, 1.0]])]
-    >>> [round(s, 2) for s in scores(e[0], e[1:])]
-    [0.99, -1.0]
+    A part that is zero counts as 0; a target without an update, at the pool's init, has the first cosine alone.
     """
-    embeddings = torch.stack([_unit_tensors(diagonal) for diagonal in (target, *candidates)])
-    if len(embeddings) >= MIN_TO_CENTRE:
-        embeddings = embeddings - embeddings.mean(0)
-    norms = embeddings.norm(dim=1)
-    unit = embeddings / torch.where(norms > 1e-12, norms, torch.inf)[:, None]
-    cosines: list[float] = (unit[1:] @ unit[0]).clamp(-1, 1).tolist()
-    return cosines
-
-
-def _unit_tensors(diagonal: Mapping[str, Tensor]) -> Tensor:
-    parts = []
-    for key in sorted(filter(is_B_factor, diagonal)):
-        part = diagonal[key].double().flatten()
-        norm = part.norm()
-        parts.append(part / norm if norm > 0 else part)
-    return torch.cat(parts)
+    gradients = from_vectors(unit_parts(members, GRADIENT), candidates, pool)
+    target = members[0].expert
+    if not any(bool(target.tensor(module.B).any()) for module in target.modules.values()):
+        return gradients
+    return balanced([gradients, delta.similarity(members, candidates, pool)], ["gradients", "update"])

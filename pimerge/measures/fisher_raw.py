@@ -5,30 +5,25 @@ On real pools it ranks near chance, since a few huge entries decide it; ``fisher
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
+from pimerge.similarity import Similarity, from_vectors
+
 if TYPE_CHECKING:
-    from torch import Tensor
+    from pimerge.store import Stored
 
 NEEDS = "fisher"
 SAME_BASIS = True
+GATE = -1.0  # without a mean to compare with it cannot tell that an expert does not help
 
 
-def scores(target: Mapping[str, Tensor], candidates: Sequence[Mapping[str, Tensor]]) -> list[float]:
-    """cos(F_target, F_n) over all parameters, in [0, 1]; 0 if one of them is zero.
-
-    >>> [round(s, 3) for s in scores({"w": torch.tensor([3.0, 4.0])}, [{"w": torch.tensor([4.0, 3.0])}])]
-    [0.96]
-    """
-    vectors = torch.stack([_flat(diagonal) for diagonal in (target, *candidates)])
-    norms = vectors.norm(dim=1)
-    unit = vectors / torch.where(norms > 0, norms, torch.inf)[:, None]
-    cosines: list[float] = (unit[1:] @ unit[0]).clamp(-1, 1).tolist()
-    return cosines
-
-
-def _flat(diagonal: Mapping[str, Tensor]) -> Tensor:
-    return torch.cat([diagonal[key].double().flatten() for key in sorted(diagonal)])
+def similarity(members: Sequence[Stored], candidates: int, pool: Sequence[int]) -> Similarity:
+    """cos(F_target, F_n) over all parameters, in [0, 1]; no mean is subtracted."""
+    parts = (
+        (key, torch.stack([member.fisher(key).flatten() for member in members[: candidates + 1]]))
+        for key in members[0].parameters
+    )
+    return from_vectors(parts, candidates)

@@ -232,7 +232,9 @@ def test_grams_are_stored_beside_the_embeddings_and_go_with_them(pool: Path, emb
             assert set(sidecar.keys()) == set(plain[name]["modules"])
             assert {tuple(sidecar.get_slice(key).get_shape()) for key in sidecar.keys()} == {(16, 16)}  # noqa: SIM118
         changed = {key for key, value in with_grams[name].items() if value != plain[name][key]}
-        assert changed == {"grams_sidecar", "grams_sha256"}
+        assert changed == {"sidecars"}
+        assert with_grams[name]["sidecars"].pop("grams")["file"] == f"embeddings/{name}.grams.safetensors"
+        assert with_grams[name]["sidecars"] == plain[name]["sidecars"]
     shutil.rmtree(pool / "b")
     embed("--quiet")
     assert sorted(file.name for file in folder.glob("b.*")) == []

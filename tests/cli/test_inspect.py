@@ -8,9 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import Result
 
 from pimerge.errors import PimergeError
+from pimerge.expert import CONFIG, open_expert
+from pimerge.files import sha256_file
+from pimerge.store import DIAGONAL, MARGINALS, Settings, Store
+from tests.cli.conftest import raise_from
 from tests.conftest import MakeExpert
 from tests.raw import raw_expert, set_config, updates_of
 
@@ -92,4 +97,75 @@ def test_a_pool_that_is_not_there_is_an_error(cli: Cli) -> None:
 def test_help_names_the_options(cli: Cli) -> None:
     result = cli("inspect", "--help")
     assert result.exit_code == 0
-    assert all(option in result.stdout for option in ("--json", "--quiet", "--base"))
+    assert all(option in result.stdout for option in ("--json", "--quiet", "--base", "--store"))
+
+
+@pytest.fixture(scope="module")
+def embedded(pool: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store in which a and b are, of which b has changed since."""
+    path = tmp_path_factory.mktemp("store") / "known.json"
+    store = Store(path)
+    for name in "ab":
+        expert = open_expert(pool / name)
+        fields = {
+            "path": store.path_of(expert),
+            "sha256": expert.sha256 if name == "a" else "0",
+            "config_sha256": sha256_file(expert.path / CONFIG),
+            "task_sha256": "0",
+            "kind": expert.kind,
+            "base": "b",
+            "task": {},
+            "settings": Settings(),
+            "examples": 7,
+            "tokens": 11,
+            "device": "cpu",
+            "route": "rules",
+            "sketches": {},
+        }
+        # an information of 2, 4, 6 and 8 for each entry of the four modules
+        diagonal = {
+            key: torch.full(expert.file.entries[key].shape, 2.0 * place)
+            for place, module in enumerate(sorted(expert.modules.values(), key=lambda m: m.name), 1)
+            for key in (module.A, module.B)
+        }
+        store.add(name, fields, {DIAGONAL: diagonal, MARGINALS: {}})
+    return path
+
+
+def test_a_store_adds_a_table_of_fisher_information(inspect: Cli, embedded: Path, pool: Path) -> None:
+    result = inspect("--store", embedded)
+    assert result.exit_code == 0, result.exception
+    lines = result.stdout.splitlines()
+    title = next(i for i, line in enumerate(lines) if line.startswith("Fisher"))
+    rows = {line.split()[0]: line for line in lines[title + 1 :]}
+    assert list(rows) == ["a", "b", "c", "d"]
+    modules = sorted(open_expert(pool / "a").modules, reverse=True)
+    shown = ", ".join(f"{name} {share}" for name, share in zip(modules, ("40.0%", "30.0%", "20.0%"), strict=False))
+    assert rows["a"].split(maxsplit=8) == ["a", "7", "true", "2.56e+03", "124", "0.31%", "426.7", "83.33%", shown]
+    assert [rows[name].split("–")[-1].strip() for name in "bcd"] == [
+        "changed since it was embedded",
+        "it is not in the store",
+        "it cannot be read",
+    ]
+
+
+def test_json_holds_the_trace_of_every_module(inspect: Cli, embedded: Path) -> None:
+    a, b, *_ = json.loads(inspect("--store", embedded, "--json").stdout)
+    assert a["fisher"]["trace"] == 512 * 5
+    assert a["fisher"]["effective"] == pytest.approx(512 * 25 / 30)
+    assert list(a["fisher"]["modules"].values()) == [1024, 768, 512, 256]
+    assert (b["fisher"], b["no_fisher"]) == (None, "changed since it was embedded")
+
+
+def test_the_default_store_is_used_only_if_it_is_there(inspect: Cli, cli: Cli, embedded: Path) -> None:
+    assert "Fisher" not in inspect().stdout
+    with pytest.raises(PimergeError, match=r"there is no store 'gone\.json'"):
+        raise_from(inspect("--store", "gone.json"))
+
+
+def test_a_default_store_that_is_there_is_read(
+    inspect: Cli, embedded: Path, pool: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (embedded.parent / "embeddings.json").write_bytes(embedded.read_bytes())
+    monkeypatch.chdir(embedded.parent)
+    assert "Fisher" in inspect(pool).stdout

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,28 +20,44 @@ from torch import Tensor
 from pimerge import strategies
 from pimerge.errors import PimergeError
 from pimerge.expert import Expert, open_expert
-from pimerge.ranking import Candidate, Ranking, Reference
+from pimerge.ranking import Candidate, Ranking, Target, write_ranking
+from pimerge.task import open_task
 from tests.cli.conftest import NAMES, Cli, raise_from
-from tests.conftest import dense_deltas, logits_of, model_for
+from tests.conftest import dense_deltas, logits_of, merge, model_for, relative_difference
 from tests.raw import normal, raw_expert, set_config, updates_of
 
 
-def write_ranking(pool: dict[str, Expert], target: str, scores: dict[str, float]) -> None:
-    """A ranking of the working folder, written without ``pimerge rank``."""
+def rank(
+    pool: dict[str, Expert],
+    target: str | Path,
+    scores: dict[str, float],
+    scales: Sequence[float] = (),
+    selected: Sequence[str] | None = None,
+) -> None:
+    """Write a ranking of the working folder, without ``pimerge rank``; a target that is a path is a task's folder."""
 
     def reference(name: str) -> dict[str, str]:
         return {"name": name, "path": f"experts/{name}", "sha256": pool[name].sha256}
 
+    if isinstance(target, str):
+        ranked = Target(**reference(target))
+    else:
+        path = os.path.relpath(target)
+        ranked = Target(name=target.name, path=path, sha256=open_task(target).sha256(), expert=False)
+    strengths = scales or [1.0] * len(scores)
     ranking = Ranking(
-        target=Reference(**reference(target)),
+        target=ranked,
         measure="fisher",
         k=len(scores),
-        selected=list(scores),
+        selected=list(scores) if selected is None else list(selected),
         why="by hand",
-        candidates=[Candidate(**reference(name), score=score) for name, score in scores.items()],
+        candidates=[
+            Candidate(**reference(name), score=score, low=score, high=score, scale=scale)
+            for (name, score), scale in zip(scores.items(), strengths, strict=True)
+        ],
         not_comparable=[],
     )
-    Path("ranking.json").write_text(ranking.model_dump_json())
+    write_ranking(ranking, Path("ranking.json"), force=True)
 
 
 def assert_weights(output: str, pool: dict[str, Expert], weights: dict[str, float], atol: float = 1e-6) -> None:
@@ -76,7 +95,7 @@ def softmax(*scores: float) -> list[float]:
 
 
 def test_uniform_takes_what_the_ranking_selected(cli: Cli, pool: dict[str, Expert], vit_base: Path) -> None:
-    write_ranking(pool, "x", {"y": 2.0, "z": 1.0})
+    rank(pool, "x", {"y": 2.0, "z": 1.0})
     assert cli("merge").exit_code == 0
     assert_weights("merged", pool, {"y": 0.5, "z": 0.5})
     model = PeftModel.from_pretrained(model_for(vit_base), "merged")
@@ -86,7 +105,7 @@ def test_uniform_takes_what_the_ranking_selected(cli: Cli, pool: dict[str, Exper
 
 @pytest.mark.parametrize("alpha", [None, 0.0, 0.4, 1.0])
 def test_interpolated_joins_the_targets_own_expert(cli: Cli, pool: dict[str, Expert], alpha: float | None) -> None:
-    write_ranking(pool, "x", {"z": 2.0, "y": 1.0})
+    rank(pool, "x", {"z": 2.0, "y": 1.0})
     given = [] if alpha is None else ["--alpha", alpha]
     result = cli("merge", "--method", "interpolated", *given)
     assert result.exit_code == 0, result.output
@@ -280,3 +299,111 @@ def test_methods_lists_them_with_their_options(cli: Cli) -> None:
     assert "--density 0.2 --scale 1.0" in table.stdout
     assert "--inner ties" in table.stdout
     assert all(method["summary"] in table.stdout for method in listed)
+
+
+def document(name: str) -> Any:
+    """A JSON file of the output."""
+    return json.loads((Path("merged") / name).read_text())
+
+
+def test_experts_of_the_ranking_are_merged_at_its_scales(cli: Cli, pool: dict[str, Expert]) -> None:
+    rank(pool, "x", {"y": 2.0, "z": 1.0}, [0.5, 0.25])
+    result = cli("merge", "--verify")
+    assert result.exit_code == 0, result.exception
+    sentence = "updates at another strength than their own: 'y' × 0.5, 'z' × 0.25"
+    assert sentence in result.stderr
+    assert "verified: every expert comes back" in result.stderr
+    y, z = dense_deltas(pool["y"]), dense_deltas(pool["z"])
+    for name, delta in dense_deltas(open_expert("merged")).items():
+        torch.testing.assert_close(delta, (0.5 * y[name] + 0.25 * z[name]) / 2, rtol=0, atol=1e-6)
+    assert document("coefficients.json")["scales"] == [0.5, 0.25]
+    assert document("pimerge.json")["options"]["scales"] == [0.5, 0.25]
+    assert "| y | 0.500 at scale 0.5 |" in Path("merged/README.md").read_text()
+    assert sentence in cli("merge", "--dry-run").stdout
+    assert [e["scale"] for e in json.loads(cli("merge", "--dry-run", "--json").stdout)["experts"]] == [0.5, 0.25]
+
+
+@pytest.mark.parametrize("space", ["core", "delta"])
+def test_a_nonlinear_method_works_on_the_scaled_updates(cli: Cli, pool: dict[str, Expert], space: str) -> None:
+    rank(pool, "x", {"y": 2.0, "z": 1.0}, [0.5, 0.25])
+    assert cli("merge", "--method", "ties", "--density", 0.7, "--space", space, "--verify").exit_code == 0
+    expected = merge([pool["y"].scaled(0.5), pool["z"].scaled(0.25)], [0.5, 0.5], "ties", {"density": 0.7}, space=space)
+    plain = merge([pool["y"], pool["z"]], [0.5, 0.5], "ties", {"density": 0.7}, space=space)
+    found = dense_deltas(open_expert("merged"))
+    for scaled, whole in zip(expected, plain, strict=True):
+        delta = found[scaled.module.name]
+        assert relative_difference(delta, scaled.factors.B.double() @ scaled.factors.A.double()) < 1e-5
+        assert relative_difference(delta, whole.factors.B.double() @ whole.factors.A.double()) > 0.1
+
+
+def test_experts_that_are_named_are_merged_as_they_are(cli: Cli, pool: dict[str, Expert]) -> None:
+    rank(pool, "x", {"y": 2.0, "z": 1.0}, [0.5, 0.25])
+    result = cli("merge", "experts/y", "experts/z")
+    assert result.exit_code == 0
+    assert "strength" not in result.stderr
+    assert_weights("merged", pool, {"y": 0.5, "z": 0.5})
+    assert document("coefficients.json")["scales"] == [1.0, 1.0]
+    assert "at scale" not in Path("merged/README.md").read_text()
+
+
+def test_the_targets_own_expert_keeps_its_strength(cli: Cli, pool: dict[str, Expert]) -> None:
+    rank(pool, "x", {"y": 2.0}, [0.5])
+    assert cli("merge", "--method", "interpolated", "--alpha", 0.4).exit_code == 0
+    x, y = dense_deltas(pool["x"]), dense_deltas(pool["y"])
+    for name, delta in dense_deltas(open_expert("merged")).items():
+        torch.testing.assert_close(delta, 0.4 * x[name] + 0.6 * 0.5 * y[name], rtol=0, atol=1e-6)
+    assert document("coefficients.json")["scales"] == [1.0, 0.5]
+
+
+def test_coefficients_with_scales_give_the_same_merge_again(cli: Cli, pool: dict[str, Expert]) -> None:
+    rank(pool, "x", {"y": 2.0, "z": 1.0}, [0.5, 0.25])
+    assert cli("merge").exit_code == 0
+    assert cli("merge", "--coefficients", "merged/coefficients.json", "-o", "again").exit_code == 0
+    first, again = (Path(name, "adapter_model.safetensors").read_bytes() for name in ("merged", "again"))
+    assert first == again
+    assert json.loads(Path("again/coefficients.json").read_text())["scales"] == [0.5, 0.25]
+
+
+@pytest.mark.parametrize(
+    ("scales", "message"), [([0.5], "1 scales for 2 experts"), ([0.5, "a"], r"scales\.1"), ([0.5, 1e999], r"scales\.1")]
+)
+def test_scales_that_do_not_fit_are_refused(scales: list[Any], message: str, cli: Cli, pool: dict[str, Expert]) -> None:
+    assert cli("merge", *TWO, "--head", "none").exit_code == 0
+    changed = document("coefficients.json") | {"scales": scales}
+    Path("changed.json").write_text(json.dumps(changed))
+    with pytest.raises(PimergeError, match=message):
+        raise_from(cli("merge", "--coefficients", "changed.json", "-o", "again"))
+
+
+def test_a_ranking_that_expects_no_help_is_not_merged(cli: Cli, pool: dict[str, Expert]) -> None:
+    rank(pool, "x", {"y": 2.0, "z": 1.0}, selected=[])
+    with pytest.raises(PimergeError, match=r"(?s)expects no expert to help.*'pimerge tune'.*name experts.*--no-gate"):
+        raise_from(cli("merge"))
+    assert not Path("merged").exists()
+    assert cli("merge", *TWO).exit_code == 0
+    assert_weights("merged", pool, {"x": 0.5, "y": 0.5})
+
+
+def test_a_ranking_for_a_task_without_an_expert(cli: Cli, pool: dict[str, Expert], parity_task: Path) -> None:
+    rank(pool, parity_task, {"y": 2.0, "z": 1.0}, [0.5, 1.0])
+    with pytest.raises(PimergeError, match="it is not known which is the target's"):
+        raise_from(cli("merge"))
+    for i, given in enumerate(([], ["--target", "parity"], ["--target", parity_task])):
+        result = cli("merge", "--head", "none", "-o", f"out{i}", *given)
+        assert result.exit_code == 0, result.exception
+        assert json.loads(Path(f"out{i}/coefficients.json").read_text())["scales"] == [0.5, 1.0]
+    with pytest.raises(PimergeError, match="ranks experts for 'parity', not for 'experts/x'"):
+        raise_from(cli("merge", "--target", "experts/x", "-o", "other"))
+
+
+def test_a_task_that_changed_since_it_was_ranked_is_refused(
+    cli: Cli, pool: dict[str, Expert], parity_task: Path
+) -> None:
+    task = Path(shutil.copytree(parity_task, "task"))
+    rank(pool, task, {"y": 2.0})
+    changed = json.loads((task / "task.json").read_text()) | {"labels": ["odd", "even"]}
+    (task / "task.json").write_text(json.dumps(changed))
+    with pytest.raises(PimergeError, match=r"(?s)the task 'task' or its data has changed.*rank --target task' again"):
+        raise_from(cli("merge", "--head", "none"))
+    with pytest.raises(PimergeError, match=r"ranks experts for 'task', not for '\./task' as it is now"):
+        raise_from(cli("merge", "--head", "none", "--target", "./task"))

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pimerge.expert import Expert, open_expert
+from pimerge.ranking import Candidate, Ranking, Target, write_ranking
 from tests.cli.conftest import Cli
 from tests.conftest import Shell, dense_deltas, logits_of, model_for
 from tests.raw import normal, raw_expert, set_config, updates_of
@@ -66,6 +67,25 @@ def test_the_folded_model_answers_as_the_merged_adapter(
     assert ("model.safetensors.index.json" in names) == sharded
     options = json.loads(Path("full/pimerge.json").read_text())["options"]
     assert options["into"] == base.name
+
+
+def test_experts_of_the_ranking_are_folded_at_its_scales(cli: Cli, pair: dict[str, Expert], vit_base: Path) -> None:
+    a, b = ({"name": name, "path": f"experts/{name}", "sha256": pair[name].sha256} for name in "ab")
+    ranking = Ranking(
+        target=Target(**a),
+        measure="fisher",
+        k=1,
+        selected=["b"],
+        why="by hand",
+        candidates=[Candidate(**b, score=1.0, low=0.0, high=2.0, scale=0.5)],
+        not_comparable=[],
+    )
+    write_ranking(ranking, Path("ranking.json"), force=False)
+    result = cli("merge", "--head", "none", "--into", vit_base, "-o", "full")
+    assert result.exit_code == 0, result.exception
+    assert "'b' × 0.5" in result.stderr
+    assert_folded(vit_base, "full", pair, (0.0, 0.5))
+    assert json.loads(Path("full/coefficients.json").read_text())["scales"] == [0.5]
 
 
 def test_without_a_head_only_adapted_weights_change(cli: Cli, pair: dict[str, Expert], vit_base: Path) -> None:

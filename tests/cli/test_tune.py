@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pimerge.expert import open_expert
-from pimerge.ranking import Candidate, Ranking, Reference
-from tests.conftest import Finished, MakeExpert, Shell, write_json
+from pimerge.ranking import Candidate, Ranking, Target
+from pimerge.task import open_task
+from tests.conftest import Finished, MakeExpert, Shell, dense_deltas, relative_difference, write_json
 
 NAMES = ("x", "a", "b")
 SCORES = {"a": 0.8, "b": 0.1}
@@ -27,12 +30,12 @@ def made(tmp_path_factory: pytest.TempPathFactory, make_expert: MakeExpert, vit_
         return {"name": name, "path": f"experts/{name}", "sha256": open_expert(folder / "experts" / name).sha256}
 
     ranking = Ranking(
-        target=Reference(**reference("x")),
+        target=Target(**reference("x")),
         measure="fisher",
         k=2,
         selected=["a", "b"],
         why="a test",
-        candidates=[Candidate(**reference(name), score=score) for name, score in SCORES.items()],
+        candidates=[Candidate(**reference(name), score=s, low=s, high=s) for name, s in SCORES.items()],
         not_comparable=[],
     )
     write_json(folder / "ranking.json", ranking.model_dump())
@@ -112,6 +115,103 @@ def test_a_task_without_an_expert_can_be_the_target(tune: Shell, folder: Path, p
     assert result.code == 0
     assert result.document["experts"] == ["fresh", "a", "b"]
     assert "a fresh one takes its place" in result.err
+
+
+def change_ranking(folder: Path, **fields: Any) -> dict[str, Any]:
+    """Change fields of the ranking; ``scales`` go into its candidates."""
+    ranking: dict[str, Any] = json.loads((folder / "ranking.json").read_text())
+    for candidate, scale in zip(ranking["candidates"], fields.pop("scales", []), strict=False):
+        candidate["scale"] = scale
+    write_json(folder / "ranking.json", ranking | fields)
+    return ranking
+
+
+def rank_task(folder: Path, task: Path, **fields: Any) -> None:
+    """Make the ranking one for a task without an expert."""
+    path = os.path.relpath(task, folder)
+    target = Target(name=task.name, path=path, sha256=open_task(task).sha256(), expert=False)
+    change_ranking(folder, target=target.model_dump(), **fields)
+
+
+def options_of(folder: Path) -> Any:
+    """The options in the output's manifest."""
+    return json.loads((folder / "tuned" / "pimerge.json").read_text())["options"]
+
+
+@pytest.mark.parametrize("method", ["uniform", "learned"])
+def test_experts_of_the_ranking_are_tuned_at_its_scales_and_merge_so_again(
+    tune: Shell, shell: Shell, folder: Path, method: str
+) -> None:
+    change_ranking(folder, scales=[0.5, 0.25])
+    result = tune("--method", method)
+    assert result.code == 0, result.err
+    assert "at scale 0.5" in result.out
+    coefficients = json.loads((folder / "tuned/coefficients.json").read_text())
+    assert coefficients["scales"] == options_of(folder)["scales"] == [0.5, 0.25]
+    a, b = (dense_deltas(open_expert(folder / "experts" / name)) for name in "ab")
+    found = dense_deltas(open_expert(folder / "tuned"))
+    for name, (first, second) in coefficients["weights"].items():
+        assert relative_difference(found[name], 0.5 * first * a[name] + 0.25 * second * b[name]) < 1e-5
+    assert shell("merge", "--coefficients", "tuned/coefficients.json").code == 0
+    for name, delta in dense_deltas(open_expert(folder / "merged")).items():
+        assert relative_difference(delta, found[name]) < 1e-5
+
+
+def test_experts_that_are_named_are_tuned_as_they_are(tune: Shell, folder: Path) -> None:
+    change_ranking(folder, scales=[0.5, 0.25])
+    assert tune("experts/a", "experts/b", "--json").document["scales"] == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("method", ["learned", "uniform", "interpolated"])
+def test_where_no_expert_is_expected_to_help_a_fresh_one_is_trained(tune: Shell, folder: Path, method: str) -> None:
+    change_ranking(folder, selected=[])
+    result = tune("--method", method, "--json", "--quiet")
+    assert result.code == 0, result.err
+    assert result.err == ("warning: no expert is expected to help (ranking.json): training a fresh expert instead\n")
+    assert (result.document["method"], result.document["experts"]) == ("scratch", ["fresh"])
+    assert (options_of(folder)["method"], options_of(folder)["instead_of"]) == ("scratch", method)
+    instead = (folder / "tuned" / "adapter_model.safetensors").read_bytes()
+    assert tune("--method", "scratch", "--force").code == 0
+    assert (folder / "tuned" / "adapter_model.safetensors").read_bytes() == instead
+    assert "instead_of" not in options_of(folder)
+
+
+def test_experts_that_are_named_are_tuned_though_none_is_expected_to_help(tune: Shell, folder: Path) -> None:
+    change_ranking(folder, selected=[])
+    assert tune("experts/a", "--method", "uniform", "--json").document["experts"] == ["a"]
+
+
+def test_the_ranking_of_a_task_names_its_data_and_the_experts(tune: Shell, folder: Path, parity_task: Path) -> None:
+    rank_task(folder, parity_task, scales=[0.5, 1.0])
+    result = tune("--method", "interpolated", "--json")
+    assert result.code == 0, result.err
+    assert (result.document["experts"], result.document["scales"]) == (["fresh", "a", "b"], [1.0, 0.5, 1.0])
+    assert options_of(folder)["target"] == "parity"
+
+
+@pytest.mark.parametrize("by_name", [True, False])
+def test_a_fresh_expert_for_a_task_is_like_the_pool(
+    tune: Shell, folder: Path, parity_task: Path, by_name: bool
+) -> None:
+    rank_task(folder, parity_task, selected=[])
+    result = tune(*([] if by_name else ["--target", parity_task]))
+    assert result.code == 0, result.err
+    fresh, a = open_expert(folder / "tuned"), open_expert(folder / "experts" / "a")
+    assert (fresh.ranks, fresh.modules.keys()) == (a.ranks, a.modules.keys())
+    assert options_of(folder)["fresh_rank"] is None
+
+
+def test_a_task_that_changed_since_it_was_ranked_is_refused(tune: Shell, folder: Path, parity_task: Path) -> None:
+    task = Path(shutil.copytree(parity_task, folder / "task"))
+    rank_task(folder, task)
+    with (task / "task.json").open("a") as file:
+        file.write("\n")  # means the same
+    assert tune("--method", "head").code == 0
+    (task / "train.parquet").write_bytes((task / "test.parquet").read_bytes())
+    result = tune("--force")
+    assert result.code == 3
+    assert "the task 'task' or its data has changed since 'ranking.json' was written" in result.err
+    assert "run 'pimerge rank --target task' again" in result.err
 
 
 def test_a_rank_cuts_the_result(tune: Shell, folder: Path) -> None:

@@ -1,11 +1,12 @@
-"""Laws that every measure in the folder's listing keeps."""
+"""Laws that every measure in the folder's listing keeps, by what it needs."""
 
 from __future__ import annotations
 
+import copy
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pytest
 import torch
@@ -13,18 +14,29 @@ from torch import Tensor
 
 from pimerge import strategies
 from pimerge.expert import open_expert
+from pimerge.measures import combined, probe
+from pimerge.measures.history import predicted
+from pimerge.sample import Sample
+from pimerge.store import Stored
 from tests.conftest import MakeExpert, edit_tensors
+from tests.measures.test_fisher_measures import stored
 
 COUNT = 5
+BY_NEEDS: dict[str, list[str]] = {}
+for _name in sorted(strategies.summaries("measures")):
+    BY_NEEDS.setdefault(strategies.load("measures", _name).NEEDS, []).append(_name)
+OF_THE_STORE = [name for needs in ("fisher", "marginals", "experts") for name in BY_NEEDS[needs]]
+OF_EXAMPLES = BY_NEEDS["examples"]
 
 
-def random_diagonal(seed: int) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        f"base_model.model.layers.{layer}.q_proj.lora_{part}.weight": torch.randn(shape, generator=generator).square()
-        for layer in range(2)
-        for part, shape in (("A", (2, 6)), ("B", (5, 2)))
-    }
+def test_every_measure_is_covered_here() -> None:
+    covered = {*OF_THE_STORE, *OF_EXAMPLES, "history"}
+    assert covered == set(strategies.summaries("measures"))
+    assert "combined" in OF_EXAMPLES
+
+
+def loaded(name: str) -> ModuleType:
+    return strategies.load("measures", name)
 
 
 def set_to_zero(tensors: dict[str, Tensor]) -> None:
@@ -33,82 +45,227 @@ def set_to_zero(tensors: dict[str, Tensor]) -> None:
 
 
 @pytest.fixture(scope="module")
-def pools(tmp_path_factory: pytest.TempPathFactory, make_expert: MakeExpert, vit_base: Path) -> dict[str, list[Any]]:
-    """What a measure NEEDS → data of several experts; the last one is zero."""
+def members(tmp_path_factory: pytest.TempPathFactory, make_expert: MakeExpert, vit_base: Path) -> list[Stored]:
+    """Several experts of one form and init in a store; the last one is zero."""
     folder = tmp_path_factory.mktemp("pool")
     experts = [open_expert(make_expert(folder / str(seed), vit_base, seed=seed)) for seed in range(COUNT)]
     zero = open_expert(edit_tensors(make_expert(folder / "zero", vit_base), set_to_zero))
-    diagonals = [random_diagonal(seed) for seed in range(COUNT)]
-    return {
-        "delta": [*experts, zero],
-        "fisher": [*diagonals, {key: torch.zeros_like(value) for key, value in diagonals[0].items()}],
-    }
+    return [
+        *(stored(folder / f"store{seed}", expert, seed) for seed, expert in enumerate(experts)),
+        stored(folder / "store-zero", zero, 0, scale=0.0),
+    ]
 
 
-@pytest.fixture(params=sorted(strategies.summaries("measures")))
+@pytest.fixture
+def pool(members: list[Stored]) -> list[Stored]:
+    return members[:COUNT]
+
+
+@pytest.fixture
+def zero(members: list[Stored]) -> Stored:
+    return members[COUNT]
+
+
+@pytest.fixture(params=OF_THE_STORE)
 def measure(request: pytest.FixtureRequest) -> ModuleType:
-    return strategies.load("measures", request.param)
+    return loaded(request.param)
 
 
-@pytest.fixture
-def pool(measure: ModuleType, pools: dict[str, list[Any]]) -> list[Any]:
-    return pools[measure.NEEDS][:COUNT]
+def scores(measure: ModuleType, target: Stored, candidates: Sequence[Stored]) -> list[float]:
+    """Of all candidates, with the mean of them and the target."""
+    similarity = measure.similarity([target, *candidates], len(candidates), range(1 + len(candidates)))
+    found: list[float] = similarity.scores().tolist()
+    return found
 
 
-@pytest.fixture
-def zero(measure: ModuleType, pools: dict[str, list[Any]]) -> Any:
-    return pools[measure.NEEDS][COUNT]
-
-
-def test_a_measure_says_what_it_needs(measure: ModuleType) -> None:
-    assert measure.NEEDS in ("fisher", "delta")
+def test_a_measure_of_the_store_says_what_it_compares(measure: ModuleType) -> None:
     assert isinstance(measure.SAME_BASIS, bool)
+    assert -1 <= measure.GATE < 1
 
 
-def test_every_score_is_finite_and_in_order(measure: ModuleType, pool: list[Any]) -> None:
-    scores = measure.scores(pool[0], pool[1:])
-    assert len(scores) == COUNT - 1
-    assert all(isinstance(score, float) and math.isfinite(score) and abs(score) <= 1 for score in scores)
+def test_every_score_is_finite_and_in_order(measure: ModuleType, pool: list[Stored]) -> None:
+    found = scores(measure, pool[0], pool[1:])
+    assert len(set(found)) == COUNT - 1
+    assert all(isinstance(score, float) and math.isfinite(score) and abs(score) <= 1 for score in found)
 
 
-def test_the_order_of_the_candidates_does_not_matter(measure: ModuleType, pool: list[Any]) -> None:
-    forwards = measure.scores(pool[0], pool[1:])
-    assert measure.scores(pool[0], pool[:0:-1])[::-1] == pytest.approx(forwards, abs=1e-12)
+def test_scores_are_the_sums_of_their_contributions(measure: ModuleType, pool: list[Stored]) -> None:
+    similarity = measure.similarity(pool, COUNT - 1, range(COUNT))
+    assert similarity.contributions().shape == (COUNT - 1, len(similarity.tensors))
+    torch.testing.assert_close(similarity.contributions().sum(1), similarity.scores())
+    assert (similarity.errors() >= 0).all()
+    assert similarity.errors().isfinite().all()
+
+
+def test_the_order_of_the_candidates_does_not_matter(measure: ModuleType, pool: list[Stored]) -> None:
+    forwards = scores(measure, pool[0], pool[1:])
+    assert scores(measure, pool[0], pool[:0:-1])[::-1] == pytest.approx(forwards, abs=1e-12)
 
 
 def test_two_experts_of_a_pool_are_as_close_to_each_other_from_either_side(
-    measure: ModuleType, pool: list[Any]
+    measure: ModuleType, pool: list[Stored]
 ) -> None:
     first, second, *rest = pool
-    there, back = measure.scores(first, [second, *rest])[0], measure.scores(second, [first, *rest])[0]
+    there, back = scores(measure, first, [second, *rest])[0], scores(measure, second, [first, *rest])[0]
     assert there == pytest.approx(back, abs=1e-12)
 
 
-def test_nothing_is_closer_than_an_identical_copy(measure: ModuleType, pool: list[Any]) -> None:
-    copy, *others = measure.scores(pool[0], [pool[0], *pool[1:]])
-    assert copy == pytest.approx(1)
-    assert copy >= max(others)
+def test_nothing_is_closer_than_an_identical_copy(measure: ModuleType, pool: list[Stored]) -> None:
+    twin, *others = scores(measure, pool[0], [pool[0], *pool[1:]])
+    assert twin == pytest.approx(1)
+    assert twin > max(others)
 
 
-def test_a_pool_of_one_has_a_score(measure: ModuleType, pool: list[Any]) -> None:
-    (score,) = measure.scores(pool[0], pool[1:2])
+def test_members_of_the_pool_that_are_no_candidates_only_move_the_mean(measure: ModuleType, pool: list[Stored]) -> None:
+    few = measure.similarity(pool, 2, range(COUNT)).scores().tolist()
+    assert few == pytest.approx(scores(measure, pool[0], pool[1:])[:2], abs=1e-12)
+
+
+def test_a_pool_of_one_has_a_score(measure: ModuleType, pool: list[Stored]) -> None:
+    (score,) = scores(measure, pool[0], pool[1:2])
     assert math.isfinite(score)
-    assert measure.scores(pool[0], pool[:1]) == [pytest.approx(1)]
+    assert scores(measure, pool[0], pool[:1]) == [pytest.approx(1)]
 
 
-def test_zero_is_finite_on_either_side(measure: ModuleType, pool: list[Any], zero: Any) -> None:
-    assert all(map(math.isfinite, measure.scores(pool[0], [zero, *pool[1:]])))
-    assert all(map(math.isfinite, measure.scores(zero, pool)))
-    assert measure.scores(zero, [zero]) == [0]
-    assert measure.scores(pool[0], [zero]) == [0]
+def test_zero_is_finite_on_either_side(measure: ModuleType, pool: list[Stored], zero: Stored) -> None:
+    assert all(map(math.isfinite, scores(measure, pool[0], [zero, *pool[1:]])))
+    assert all(map(math.isfinite, scores(measure, zero, pool)))
+    assert scores(measure, zero, [zero]) == [0]
+    assert scores(measure, pool[0], [zero]) == [0]
+    assert scores(measure, zero, [zero, zero, zero]) == [0, 0, 0]
 
 
-def test_a_pool_of_copies_is_finite(measure: ModuleType, pool: list[Any]) -> None:
-    scores = measure.scores(pool[0], [pool[0]] * 3)
-    assert all(map(math.isfinite, scores))
-    assert max(scores) == min(scores)
+def test_a_pool_of_copies_is_finite(measure: ModuleType, pool: list[Stored]) -> None:
+    found = scores(measure, pool[0], [pool[0]] * 3)
+    assert all(map(math.isfinite, found))
+    assert max(found) == min(found)
+    assert found[0] in (0, pytest.approx(1))  # around their mean all of them are nothing
 
 
-def test_the_inputs_are_not_changed(measure: ModuleType, pool: list[Any]) -> None:
-    first = measure.scores(pool[0], pool[1:])
-    assert measure.scores(pool[0], pool[1:]) == first
+def test_the_same_again_and_the_files_are_as_they_were(measure: ModuleType, pool: list[Stored]) -> None:
+    files = [file.path for member in pool for file in (member.expert.file, member.diagonal, member.marginals) if file]
+    before = [path.read_bytes() for path in files]
+    first = scores(measure, pool[0], pool[1:])
+    assert scores(measure, pool[0], pool[1:]) == first
+    assert [path.read_bytes() for path in files] == before
+
+
+N, CLASSES = 60, 3
+
+
+def sample_of(signal: float, seed: int = 0) -> Sample:
+    """Three clusters, overlapping the more the weaker the signal; a head and losses to match."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(N) % CLASSES
+    centres, noise = (torch.randn(n, 8, generator=generator, dtype=torch.float64) for n in (CLASSES, N))
+    logits = torch.randn(N, 4, generator=generator) + signal * torch.eye(4)[labels]
+    losses = -logits[:, :CLASSES].log_softmax(1)[torch.arange(N), labels]
+    return Sample(1 + noise + signal * centres[labels], labels, CLASSES, logits, losses)
+
+
+def rows_of(sample: Sample, rows: Tensor) -> Sample:
+    assert sample.logits is not None
+    assert sample.losses is not None
+    return Sample(sample.vectors[rows], sample.labels[rows], sample.classes, sample.logits[rows], sample.losses[rows])
+
+
+def once(measure: ModuleType, sample: Sample) -> float:
+    return float(measure.scores(sample, torch.ones(1, len(sample.labels), dtype=torch.float64)))
+
+
+@pytest.fixture(params=OF_EXAMPLES)
+def by_examples(request: pytest.FixtureRequest) -> ModuleType:
+    return loaded(request.param)
+
+
+def draws_of(count: int = 5) -> Tensor:
+    """How often each example is drawn, every class among them."""
+    generator = torch.Generator().manual_seed(1)
+    drawn = torch.randint(N, (count, N), generator=generator)
+    return torch.stack([row.bincount(minlength=N) for row in drawn])
+
+
+def test_a_measure_of_examples_gives_a_finite_score_for_each_draw(by_examples: ModuleType) -> None:
+    assert isinstance(by_examples.READS_ANSWERS, bool)
+    found = by_examples.scores(sample_of(1.0), draws_of().double())
+    assert found.shape == (5,)
+    assert found.dtype == torch.float64
+    assert found.isfinite().all()
+    assert len(set(found.tolist())) == 5
+
+
+def test_what_tells_the_labels_is_better_than_what_does_not(by_examples: ModuleType) -> None:
+    for seed in range(3):
+        informative = sample_of(2.0, seed)
+        shuffled = torch.randperm(N, generator=torch.Generator().manual_seed(seed))
+        mixed = rows_of(informative, shuffled)
+        assert mixed.logits is not None
+        losses = -mixed.logits[:, :CLASSES].log_softmax(1)[torch.arange(N), informative.labels]
+        worse = Sample(mixed.vectors, informative.labels, CLASSES, mixed.logits, losses)
+        assert once(by_examples, informative) > once(by_examples, worse)
+
+
+def test_a_whole_weight_is_a_repetition(by_examples: ModuleType) -> None:
+    if by_examples in (probe, combined):
+        pytest.skip("a repeated example would be held out from its own copy")
+    sample, draws = sample_of(1.0), draws_of()
+    repeated = [once(by_examples, rows_of(sample, torch.arange(N).repeat_interleave(draw))) for draw in draws]
+    assert by_examples.scores(sample, draws.double()).tolist() == pytest.approx(repeated, abs=1e-7)
+
+
+def test_the_order_of_the_examples_does_not_matter(by_examples: ModuleType) -> None:
+    if by_examples in (probe, combined):
+        pytest.skip("the folds are dealt out in the order of the examples")
+    sample = sample_of(1.0)
+    order = torch.randperm(N, generator=torch.Generator().manual_seed(2))
+    assert once(by_examples, rows_of(sample, order)) == pytest.approx(once(by_examples, sample), abs=1e-8)
+
+
+def test_the_sample_is_left_as_it_was(by_examples: ModuleType) -> None:
+    sample, weights = sample_of(1.0), draws_of().double()
+    before, drawn = copy.deepcopy(sample), weights.clone()
+    first = by_examples.scores(sample, weights)
+    assert torch.equal(by_examples.scores(sample, weights), first)
+    assert torch.equal(weights, drawn)
+    for name, value in vars(before).items():
+        assert torch.equal(torch.as_tensor(getattr(sample, name)), torch.as_tensor(value)), name
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, 1e6])
+def test_constant_features_are_finite(by_examples: ModuleType, value: float) -> None:
+    sample = sample_of(1.0)
+    constant = Sample(
+        torch.full((N, 8), value, dtype=torch.float64), sample.labels, CLASSES, sample.logits, sample.losses
+    )
+    assert by_examples.scores(constant, draws_of().double()).isfinite().all()
+
+
+def test_the_base_itself_is_expected_to_gain_nothing() -> None:
+    base, twin = sample_of(0.5), sample_of(0.5)
+    weights = draws_of().double()
+    assert (combined.scores(twin, weights) - combined.scores(base, weights)).abs().max() == 0
+    assert once(combined, sample_of(2.0)) > once(combined, base)
+
+
+def test_history_is_finite_within_the_gains_and_does_not_hang_on_an_order() -> None:
+    generator = torch.Generator().manual_seed(0)
+    targets, sources = [f"t{i}" for i in range(5)], [f"s{i}" for i in range(3)]
+    gains = {
+        target: {
+            source: dict(zip((0.5, 1.0), torch.randn(2, generator=generator).tolist(), strict=True))
+            for source in sources
+        }
+        for target in targets
+    }
+    similarities = {target: i / 5 for i, target in enumerate(targets)}
+    before = copy.deepcopy(gains)
+    for source in sources:
+        found = predicted(gains, similarities, source)
+        assert found is not None
+        scale, gain, error = found
+        of_scale = [gains[target][source][scale] for target in targets]
+        assert min(of_scale) <= gain <= max(of_scale)
+        assert 0 <= error < math.inf
+        assert predicted(dict(reversed(gains.items())), similarities, source) == pytest.approx(found, abs=1e-12)
+    assert gains == before
+    assert loaded("history").NEEDS == "history"

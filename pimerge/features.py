@@ -1,0 +1,307 @@
+"""Candidates forwarded over the target's examples: the vectors that the task head reads, and its answers.
+
+Every candidate is an expert at a strength in :data:`SCALES`, W0 + scale · ΔW. One pass per strength gives the
+vectors and the answers of the candidate's own head; they are cached by the hashes of expert, base and data, so
+ranking again, or by another measure, forwards nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from pimerge.base import Base
+from pimerge.embedding import default_batch_tokens
+from pimerge.errors import PimergeError
+from pimerge.expert import CONFIG, Expert
+from pimerge.export import task_of
+from pimerge.files import sha256_bytes, sha256_file, write_file
+from pimerge.kinds.lora import PREFIX
+from pimerge.model import LoadedBase, head_of_size, in_head, plugged_in_sum, set_head
+from pimerge.progress import Advance
+from pimerge.ranking import Seen
+from pimerge.sample import Sample
+from pimerge.task import Task
+from pimerge.task_types import bucket_by_length
+from pimerge.tensorfile import open_tensors
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SCALES = (0.25, 0.5, 0.75, 1.0)
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Which of the target's examples are looked at.
+
+    Attributes:
+        role: ``train`` or ``test``.
+        shots: so many of each class; None for all.
+        limit: at most so many in all.
+        seed: of both draws.
+    """
+
+    role: str = "train"
+    shots: int | None = None
+    limit: int | None = None
+    seed: int = 0
+
+
+class Viewer:
+    """The target's examples, encoded once, and how each candidate sees them.
+
+    Args:
+        loaded: the base with a head for the target's labels.
+        base: its identity.
+        task: the target's.
+        draw: which examples.
+        cache: a folder for what has been computed; None computes every time, and so does one that cannot be
+            written to.
+        advance: told how many examples were forwarded.
+
+    Raises:
+        PimergeError: if the examples cannot be read, or all of them are of one class.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedBase,
+        base: Base,
+        task: Task,
+        draw: Draw,
+        cache: Path | None = None,
+        advance: Advance = lambda count: None,
+    ) -> None:
+        self.loaded, self.base, self.task, self.draw, self.cache = loaded, base, task, draw, cache
+        self.advance = advance
+        self._uncached: list[str] = []
+        self.examples, labels = task.examples(
+            draw.role, loaded.processor, loaded.config, shots=draw.shots, seed=draw.seed, limit=draw.limit
+        )
+        if len(set(labels)) < 2:
+            raise PimergeError(
+                f"all {len(labels)} examples of '{task.path}' are of the class '{task.labels[labels[0]]}'",
+                "a ranking by examples needs at least two classes: label some of another one, or rank by a measure "
+                "of the store",
+            )
+        self.labels = torch.tensor(labels)
+        parameter = next(loaded.model.parameters())
+        self._device, self._dtype = parameter.device, parameter.dtype
+        tokens = default_batch_tokens(self._device, loaded.config)
+        self._batches = bucket_by_length(self.examples.lengths, tokens)
+        self._pad = getattr(loaded.config.get_text_config(), "pad_token_id", None)
+        self._data = [task.sha256(), draw.role, draw.shots, draw.limit, draw.seed, base.identity, str(self._dtype)]
+
+    def seen(self) -> Seen:
+        """Which examples these are, for the ranking."""
+        counts = self.labels.bincount(minlength=len(self.task.labels)).tolist()
+        return Seen(
+            examples=len(self.labels),
+            per_class=dict(zip(self.task.labels, counts, strict=True)),
+            shots=self.draw.shots,
+            limit=self.draw.limit,
+            seed=self.draw.seed,
+        )
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether some of the examples can be held out to test a head: a class has two of them."""
+        return int(self.labels.bincount().max()) > 1
+
+    def notes(self) -> list[str]:
+        """What a reader of the ranking should know about the examples."""
+        counts = self.labels.bincount(minlength=len(self.task.labels)).tolist()
+        missing = [name for name, count in zip(self.task.labels, counts, strict=True) if not count]
+        found = list(self._uncached)
+        if self.examples.truncated:
+            found.append(f"{self.examples.truncated} examples are longer than the model takes and were cut")
+        if missing:
+            found.append(f"no example of {', '.join(missing)}: the ranking is about the other classes")
+        if not self.holds_out:
+            found.append(
+                "with one example of a class nothing can be held out, and no measure of so few is reliable: no expert "
+                "is expected to help"
+            )
+        return found
+
+    def base_sample(self) -> Sample:
+        """What the bare base makes of the examples; the scale 0 of every expert."""
+        return self._sample(self._cached("base", lambda: self._read(self.loaded.model)), "")
+
+    def samples(self, expert: Expert) -> dict[float, Sample]:
+        """Scale → what the base with the expert makes of the examples."""
+        found = self._cached(_identity(expert), lambda: self._candidate(expert))
+        return {scale: self._sample(found, f"{scale}.") for scale in SCALES}
+
+    def with_losses(
+        self, expert: Expert, samples: Mapping[float, Sample], target: Expert | None
+    ) -> dict[float, Sample]:
+        """The samples with losses: by the candidate's own head if it has the target's labels, else by the target's.
+
+        Args:
+            target: the target's own expert, if it has one; its head answers on the candidate's vectors.
+        """
+        own = task_of(expert)
+        if own is None or own.labels != self.task.labels or not self._answers(expert):
+            if target is None or not self._answers(target):
+                return dict(samples)
+            key = f"{_identity(expert)} answered by {_identity(target)}"
+            found = self._cached(key, lambda: self._candidate(expert, target))
+            samples = {scale: self._sample(found, f"{scale}.") for scale in SCALES}
+        return {scale: _lossy(sample) for scale, sample in samples.items()}
+
+    def sum_sample(self, experts: Sequence[Expert]) -> Sample:
+        """What the base with the mean of several experts, each at its scale, makes of the examples."""
+
+        def compute() -> dict[str, Tensor]:
+            with plugged_in_sum(experts, [1 / len(experts)] * len(experts), self.loaded) as model:
+                return self._read(model)
+
+        return self._sample(self._cached("mean of " + " + ".join(map(_identity, experts)), compute), "")
+
+    def _sample(self, found: Mapping[str, Tensor], prefix: str) -> Sample:
+        logits = found.get(f"{prefix}logits")
+        return Sample(
+            found[f"{prefix}vectors"].double(),
+            self.labels,
+            len(self.task.labels),
+            None if logits is None else logits.double(),
+        )
+
+    def _answers(self, expert: Expert) -> bool:
+        """Whether an expert's head can answer on the base: it knows its labels, and no part lies in the backbone."""
+        return (
+            bool(expert.head)
+            and task_of(expert) is not None
+            and all(in_head(name, self.loaded.head) for name in expert.head)
+        )
+
+    def _candidate(self, expert: Expert, head_of: Expert | None = None) -> dict[str, Tensor]:
+        """One pass per scale, with the expert's own head or with another's."""
+        answering = head_of or expert
+        own = task_of(answering) if self._answers(answering) else None
+        found: dict[str, Tensor] = {}
+        with ExitStack() as stack:
+            if own is not None:
+                stack.enter_context(head_of_size(self.loaded, self.base, self.task, len(own.labels)))
+            model = stack.enter_context(plugged_in_sum([expert], [1.0], self.loaded))
+            if own is not None:
+                set_head(model, answering.head_tensors())
+            for scale in strengths(model):
+                found |= self._read(model, f"{scale}.", answers=own is not None)
+        return found
+
+    def _read(self, model: nn.Module, prefix: str = "", *, answers: bool = False) -> dict[str, Tensor]:
+        """One pass over the examples: what the head reads of each and, where asked for, what it answers."""
+        count = len(self.examples)
+        vectors: list[Tensor] = [torch.empty(0)] * count
+        logits: list[Tensor] = [torch.empty(0)] * count
+        for indices in self._batches:
+            batch = self.examples.batch(indices)
+            del batch["labels"]
+            batch = {key: value.to(self._device) for key, value in batch.items()}
+            with torch.no_grad(), reading_head(model, self.loaded.head) as seen:
+                output = model(**batch).logits.float().cpu()
+            tokens = batch.get("input_ids")
+            real = None if tokens is None or self._pad is None else tokens != self._pad
+            read = read_position(seen[0], real, causal="score" in self.loaded.head)
+            for row, (index, vector) in enumerate(zip(indices, read.float().cpu(), strict=True)):
+                vectors[index], logits[index] = vector, output[row]
+            self.advance(len(indices))
+        found = {f"{prefix}vectors": torch.stack(vectors)}
+        if answers:
+            found[f"{prefix}logits"] = torch.stack(logits)
+        if not all(bool(tensor.isfinite().all()) for tensor in found.values()):
+            raise PimergeError("the features hold NaN or Inf", "compute them with --dtype float32")
+        return found
+
+    def _cached(self, key: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        if self.cache is None:
+            return compute()
+        file = self.cache / f"{sha256_bytes(json.dumps([key, *self._data]).encode())[:32]}.safetensors"
+        with suppress(PimergeError):  # a damaged file is computed again
+            if file.is_file():
+                tensors = open_tensors(file)
+                return {name: tensors.read(name) for name in tensors.entries}
+        from safetensors.torch import save
+
+        found = compute()
+        try:
+            write_file(file, save({name: value.contiguous() for name, value in found.items()}, {"format": "pt"}))
+        except PimergeError as error:  # the ranking itself may well go elsewhere
+            self._uncached.append(f"ranking again computes all again: {error.problems[0].message}")
+            self.cache = None
+        return found
+
+
+def _identity(expert: Expert) -> str:
+    """Whatever decides what an expert adds to its base: tensors, scalings, strength."""
+    return f"{expert.sha256} {sha256_file(expert.path / CONFIG)} {expert.scale}"
+
+
+@contextmanager
+def reading_head(model: nn.Module, head: Sequence[str]) -> Iterator[list[Tensor]]:
+    """What the first of the head's modules to run takes in, as the first of the list that is yielded."""
+    seen: list[Tensor] = []
+    names = dict(model.named_modules())
+    modules = [names[prefix + name] for name in head for prefix in ("", PREFIX) if prefix + name in names]
+    handles = [
+        module.register_forward_pre_hook(
+            lambda _, inputs, kwargs: seen.append((*inputs, *kwargs.values())[0]), with_kwargs=True
+        )
+        for module in modules
+    ]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def read_position(states: Tensor, real: Tensor | None, *, causal: bool) -> Tensor:
+    """The vector of each example that a head reads: (batch × tokens × d) → (batch × d).
+
+    A causal model's head answers at every token, of which transformers takes the last that is no padding; any other
+    reads the first. A head that takes no tokens, but (batch × d) or (batch × d × 1 × 1), reads all of it.
+
+    Args:
+        real: (batch × tokens) which tokens are no padding; None if all are.
+
+    >>> states = torch.tensor([[[1.0], [2.0], [3.0]]])
+    >>> read_position(states, torch.tensor([[True, True, False]]), causal=True).item()
+    2.0
+    """
+    if states.dim() != 3:
+        return states.flatten(1)
+    if not causal:
+        return states[:, 0]
+    if real is None:
+        return states[:, -1]
+    last = (real * torch.arange(real.shape[1], device=real.device)).argmax(1)
+    return states[torch.arange(len(states), device=states.device), last]
+
+
+def strengths(model: nn.Module) -> Iterator[float]:
+    """Set PEFT's model to W0 + scale · ΔW for each of :data:`SCALES`; it ends at scale 1."""
+    from peft.tuners.lora import LoraLayer
+
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    full = [dict(layer.scaling) for layer in layers]
+    for scale in SCALES:
+        for layer, scaling in zip(layers, full, strict=True):
+            layer.scaling.update({name: scale * value for name, value in scaling.items()})
+        yield scale
+
+
+def _lossy(sample: Sample) -> Sample:
+    assert sample.logits is not None
+    return replace(sample, losses=cross_entropy(sample.logits, sample.labels, reduction="none"))

@@ -1,0 +1,33 @@
+"""Cosine of the diagonal Fisher of the factors B, unit norm per tensor, around the pool's mean.
+
+With F_t the diagonal of tensor t, e_n = concat_t F_t/‖F_t‖ over the factors B, and the score is
+cos(e_target − ē, e_n − ē) with ē the pool's mean. The norm per tensor keeps a few huge entries from deciding; the
+mean holds what all tasks share. Compare arXiv 2304.14381, section 3.2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from pimerge.kinds.lora import is_B_factor
+from pimerge.similarity import Similarity, from_vectors, unit
+
+if TYPE_CHECKING:
+    from pimerge.store import Stored
+
+NEEDS = "fisher"
+SAME_BASIS = True
+GATE = 0.0
+
+
+def similarity(members: Sequence[Stored], candidates: int, pool: Sequence[int]) -> Similarity:
+    """The cosines, in [−1, 1]; 0 for an embedding that is the mean itself."""
+    parts = (
+        (key, unit(torch.stack([member.fisher(key).flatten() for member in members])))
+        for key in members[0].parameters
+        if is_B_factor(key)
+    )
+    return from_vectors(parts, candidates, pool)

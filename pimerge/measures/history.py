@@ -1,0 +1,53 @@
+"""Gains that the pool's experts had for other targets of the pool, weighted by how close those are to this one.
+
+    gain(target, s) = Σ_t w_t gain(t, s) / Σ_t w_t,   w_t = exp(similarity(target, t) / 0.1)
+
+over the targets t that ``rank --calibrate`` measured, s itself and the target left out; the similarity is that of the
+measure ``fisher``. Without an expert of the target all are weighted alike: a source's general usefulness.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+NEEDS = "history"
+TEMPERATURE = 0.1
+
+
+def predicted(
+    gains: Mapping[str, Mapping[str, Mapping[float, float]]], similarities: Mapping[str, float], source: str
+) -> tuple[float, float, float] | None:
+    """The best scale of a source, its expected gain there and the standard error of that weighted mean.
+
+    Args:
+        gains: target → source → scale → gain in accuracy (0.01 is a point).
+        similarities: target → similarity to the target that is asked about; the others count as 0.
+
+    Returns:
+        None if the source was measured for no target; the error is infinite if it was for one alone.
+
+    >>> gains = {"a": {"s": {1.0: 0.02}}, "b": {"s": {1.0: 0.04}}}
+    >>> scale, gain, error = predicted(gains, {}, "s")
+    >>> scale, round(gain, 4), round(error, 4)
+    (1.0, 0.03, 0.01)
+    """
+    known = {target: sources[source] for target, sources in gains.items() if target != source and source in sources}
+    if not known:
+        return None
+    weights = {target: math.exp(similarities.get(target, 0.0) / TEMPERATURE) for target in known}
+    whole = sum(weights.values())
+    shares = {target: weight / whole for target, weight in weights.items()}
+    scales = sorted(set.intersection(*(set(by_scale) for by_scale in known.values())))
+    means = {scale: sum(share * known[target][scale] for target, share in shares.items()) for scale in scales}
+    best = max(scales, key=lambda scale: means[scale])
+    return best, means[best], _standard_error([(shares[t], known[t][best]) for t in known], means[best])
+
+
+def _standard_error(weighted: list[tuple[float, float]], mean: float) -> float:
+    """Of a weighted mean, by its effective number of values."""
+    effective = 1 / sum(share**2 for share, _ in weighted)
+    if effective <= 1 + 1e-9:
+        return math.inf
+    variance = sum(share * (value - mean) ** 2 for share, value in weighted) * effective / (effective - 1)
+    return math.sqrt(variance / effective)

@@ -1,0 +1,107 @@
+"""An expert for a target that has none: at the pool's init, so that its Fisher compares with the pool's.
+
+At the init ΔW is zero: A is the mean of the pool's factors A, which training moves little, and B is zero. The Fisher
+of B tells the target's task there, that of A is zero.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from pimerge.base import Base
+from pimerge.compatibility import differing_form, init_cosine
+from pimerge.errors import PimergeError
+from pimerge.expert import CONFIG, TASK, WEIGHTS, Expert, open_expert
+from pimerge.files import json_text, write_folder
+from pimerge.progress import Track, silent
+from pimerge.task import Task
+from pimerge.training import Options
+from pimerge.tuning import tune
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@contextmanager
+def initial_expert(
+    pool: Sequence[Expert],
+    task: Task,
+    base: Base,
+    options: Options,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    track: Track = silent,
+) -> Iterator[Expert]:
+    """The pool's init with a head for the target, in a temporary folder that goes with the block.
+
+    Args:
+        pool: experts of one form and one init.
+        task: the target's.
+        options: how the head is trained on the bare base.
+
+    Raises:
+        PimergeError: if the pool has no shared init, or the task has a problem.
+    """
+    like = pool[0]
+    for other in pool[1:]:
+        cosine, least = (0.0, 1.0) if differing_form(like, other) else init_cosine(like, other)
+        if cosine < least:
+            raise PimergeError(
+                f"'{other.name}' and '{like.name}' have no init in common, so the target has none to start from",
+                "rank by its examples (--measure combined), or name one pool's experts to 'pimerge embed' alone",
+            )
+    with tempfile.TemporaryDirectory() as folder:
+        head = Path(folder) / "head"
+        tune("head", task, base, [], None, head, options, like=like, device=device, dtype=dtype, track=track)
+        with_head = open_expert(head, base.reference)
+        tensors = {key: with_head.tensor(key) for key in with_head.head.values()}
+        for module in like.modules.values():
+            tensors[module.A] = _mean([expert.tensor(module.A) for expert in pool])
+            tensors[module.B] = torch.zeros_like(like.tensor(module.B))
+            if module.bias:
+                tensors[module.bias] = torch.zeros_like(like.tensor(module.bias))
+        config = {**like.config, "modules_to_save": with_head.config.get("modules_to_save")}
+        path = Path(folder) / task.name
+        from safetensors.torch import save
+
+        contents: dict[str, bytes | str] = {
+            WEIGHTS: save({key: tensor.contiguous() for key, tensor in tensors.items()}, {"format": "pt"}),
+            CONFIG: json_text(config),
+            TASK: json_text(task.document_for(path)),
+        }
+        write_folder(path, contents, force=False)
+        yield open_expert(path, base.reference)
+
+
+def train_expert(
+    pool: Sequence[Expert],
+    task: Task,
+    base: Base,
+    output: Path,
+    options: Options,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    force: bool = False,
+    track: Track = silent,
+) -> None:
+    """Train the target's own expert from the pool's init, so that it compares with the pool's.
+
+    Raises:
+        PimergeError: as :func:`initial_expert`, or if the output is there and ``force`` is off.
+    """
+    where: dict[str, Any] = {"device": device, "dtype": dtype, "track": track}
+    with initial_expert(pool, task, base, options, **where) as start:
+        tune("interpolated", task, base, [start], start, output, options, force=force, **where)
+
+
+def _mean(tensors: Sequence[Tensor]) -> Tensor:
+    wide = torch.stack([tensor.double() for tensor in tensors]).mean(0)
+    return wide.to(tensors[0].dtype)
