@@ -1,0 +1,220 @@
+"""What ``pimerge rank`` costs in a store of very many experts, and what its shortlist misses.
+
+    python examples/benchmarks/many_experts.py [--experts 10000] [--parameters 1000000] [--folder FOLDER]
+
+It builds a store of synthetic LoRA experts in families (rank 8 on layers of 768 × 768), by the functions that
+``embed`` uses. Of each family there are ``--family`` experts with numbers of their own, from near twins of the
+family's core to distant relatives. To spare the disk, the experts beyond ``--distinct`` are copies, by hard links, of
+experts of other families than the target's: every entry's sketch and hash is that of the files that it names.
+
+Printed: seconds and peak memory of the whole command, size of the document, the parts of one comparison, the error
+of the sketches' cosines, and how many of the exact best 10 are on the shortlist. With a ``--folder`` the store stays
+there and is used again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pimerge.comparison import SHORTLIST, compare, nearest_by_sketch
+from pimerge.embedding import sketches_of
+from pimerge.expert import CONFIG, WEIGHTS, open_expert
+from pimerge.files import json_text, sha256_file, write_file
+from pimerge.measures import fisher
+from pimerge.sketch import DIRECTIONS, from_texts
+from pimerge.store import SIDECARS, Document, Embedding, Settings, Sidecar, open_store
+
+RANK, WIDTH = 8, 768
+REPEATS = 2
+TARGET = "e00000"
+
+
+def main() -> None:
+    """Build the store if need be, and print what was measured."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
+    parser.add_argument("--experts", type=int, default=10_000)
+    parser.add_argument("--parameters", type=int, default=1_000_000)
+    parser.add_argument("--distinct", type=int, default=400)
+    parser.add_argument("--family", type=int, default=25)
+    parser.add_argument("--folder", type=Path, default=None)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = arguments.folder or Path(temporary)
+        path = folder / "embeddings.json"
+        if not path.is_file():
+            build(folder, arguments)
+        whole_command(path)  # first: a child's peak counts what this process holds when it starts it
+        document(path)
+        one_comparison(path)
+        shortlist(path, arguments.distinct)
+
+
+def build(folder: Path, arguments: argparse.Namespace) -> None:
+    """Write the experts, their sidecars and the document."""
+    start = time.perf_counter()
+    layers = [f"layers.{i}.proj" for i in range(round(arguments.parameters / (2 * RANK * WIDTH)))]
+    (folder / SIDECARS).mkdir(parents=True)
+    names = [f"e{i:05}" for i in range(arguments.experts)]
+    entries = {}
+    for number, name in enumerate(names[: arguments.distinct]):
+        entries[name] = add_expert(folder, name, number // arguments.family, number % arguments.family, layers)
+    others = names[arguments.family : arguments.distinct]
+    for number, name in enumerate(names[arguments.distinct :]):
+        entries[name] = add_copy(folder, name, others[number % len(others)], entries)
+    write_file(folder / "embeddings.json", json_text(Document(experts=entries).model_dump()))
+    print(
+        f"built {len(names)} experts of {2 * RANK * WIDTH * len(layers)} parameters in {len(layers)} layers, "
+        f"{arguments.distinct} of them distinct, in {time.perf_counter() - start:.0f} s",
+        flush=True,
+    )
+
+
+def add_expert(folder: Path, name: str, family: int, distance: int, layers: list[str]) -> Embedding:
+    """One expert: the core of its family, and the more noise the larger its distance."""
+    core, own = torch.Generator().manual_seed(family), torch.Generator().manual_seed(1000 + family * 1000 + distance)
+    init = torch.Generator().manual_seed(999_999)
+    noise = 0.2 + 0.1 * distance
+    adapter, marginals, diagonal = {}, {}, {}
+    for layer in layers:
+        key = f"base_model.model.{layer}"
+        A, B = normal(init, RANK, WIDTH) + noise * 0.1 * normal(own, RANK, WIDTH), mixed(core, own, noise, WIDTH, RANK)
+        adapter |= {f"{key}.lora_A.weight": A, f"{key}.lora_B.weight": B}
+        seen = mixed(core, own, noise, DIRECTIONS, DIRECTIONS)
+        marginals |= {
+            f"{layer}.gradient": seen @ seen.T,
+            f"{layer}.input": mixed(core, own, noise, WIDTH).square(),
+            f"{layer}.output": mixed(core, own, noise, WIDTH).square(),
+        }
+        diagonal |= {f"{key}.lora_B.weight": B.square()}
+    experts = folder / "experts" / name
+    experts.mkdir(parents=True)
+    save_file(adapter, experts / WEIGHTS, {"format": "pt"})
+    config = {"peft_type": "LORA", "base_model_name_or_path": "org/base", "r": RANK, "lora_alpha": RANK}
+    (experts / CONFIG).write_text(json_text({**config, "target_modules": ["proj"]}))
+    files = {"diagonal": f"{SIDECARS}/{name}.safetensors", "marginals": f"{SIDECARS}/{name}.marginals.safetensors"}
+    for part, tensors in (("diagonal", diagonal), ("marginals", marginals)):
+        save_file(tensors, folder / files[part], {"format": "pt"})
+    expert = open_expert(experts)
+    return Embedding(
+        path=f"experts/{name}",
+        sha256=expert.sha256,
+        config_sha256=sha256_file(experts / CONFIG),
+        task_sha256="0",
+        kind=expert.kind,
+        base=expert.base.identity,
+        task={},
+        settings=Settings(),
+        examples=1,
+        tokens=1,
+        device="cpu",
+        route="rules",
+        norm=1.0,
+        trace=1.0,
+        largest=1.0,
+        modules={layer: 1.0 / len(layers) for layer in layers},
+        sketches=sketches_of(expert, marginals),
+        sidecars={part: Sidecar(file=file, sha256=sha256_file(folder / file)) for part, file in files.items()},
+    )
+
+
+def add_copy(folder: Path, name: str, like: str, entries: dict[str, Embedding]) -> Embedding:
+    """The same files once more, by hard links."""
+    experts, entry = folder / "experts" / name, entries[like]
+    experts.mkdir()
+    for file in (WEIGHTS, CONFIG):
+        os.link(folder / entry.path / file, experts / file)
+    sidecars = {}
+    for part, sidecar in entry.sidecars.items():
+        file = sidecar.file.replace(like, name)
+        os.link(folder / sidecar.file, folder / file)
+        sidecars[part] = sidecar.model_copy(update={"file": file})
+    return entry.model_copy(update={"path": f"experts/{name}", "sidecars": sidecars})
+
+
+def normal(generator: torch.Generator, *shape: int) -> Tensor:
+    """Normal numbers."""
+    return torch.randn(*shape, generator=generator)
+
+
+def mixed(core: torch.Generator, own: torch.Generator, noise: float, *shape: int) -> Tensor:
+    """What a family shares, with an expert's own numbers."""
+    return normal(core, *shape) + noise * normal(own, *shape)
+
+
+def document(path: Path) -> None:
+    """Print its size, and what of it the sketches take."""
+    entries = open_store(path).experts
+    sketches = sum(len(text) for entry in entries.values() for text in entry.sketches.values())
+    print(
+        f"document: {path.stat().st_size / 1e6:.1f} MB for {len(entries)} experts, "
+        f"sketches {sketches / len(entries):.0f} bytes an expert"
+    )
+
+
+def whole_command(path: Path) -> None:
+    """Print what the command takes as it is typed, and what Python with torch takes of that."""
+    for name, command in (
+        ("import torch, pydantic, typer", ["-c", "import torch, pydantic, typer"]),
+        ("pimerge rank", ["-m", "pimerge", "rank", "--target", TARGET, "--measure", "fisher", "--quiet", "--force"]),
+    ):
+        before, seconds = resource.getrusage(resource.RUSAGE_CHILDREN), []
+        for _ in range(REPEATS):
+            start = time.perf_counter()
+            subprocess.run([sys.executable, *command], cwd=path.parent, check=True, stdout=subprocess.DEVNULL)
+            seconds.append(time.perf_counter() - start)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        busy = (after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime) / REPEATS
+        print(f"{name}: {min(seconds):.2f} s, {busy:.2f} s of a core, peak {after.ru_maxrss / 1024:.0f} MB", flush=True)
+
+
+def one_comparison(path: Path) -> None:
+    """Print the seconds of the parts, torch being there."""
+    start = time.perf_counter()
+    store = open_store(path)
+    opened = time.perf_counter()
+    nearest_by_sketch(store, TARGET, [name for name in store.experts if name != TARGET], SHORTLIST)
+    listed = time.perf_counter()
+    compare(store, TARGET, fisher)
+    end = time.perf_counter()
+    print(
+        f"in process: open the store {opened - start:.2f} s, shortlist {listed - opened:.2f} s, "
+        f"compare (with a shortlist) {end - listed:.2f} s"
+    )
+
+
+def shortlist(path: Path, distinct: int) -> None:
+    """Print the error of the sketches, and what the shortlist has of the exact best 10."""
+    store = open_store(path)
+    names = [name for name in list(store.experts)[:distinct] if name != TARGET]
+    members = [store.member(name, store.open(name), "marginals") for name in (TARGET, *names)]
+    exact = fisher.similarity(members, len(names), []).scores().numpy()  # around no mean
+    by_sketch = np.zeros(len(names))
+    for part in ("gradients", "update"):
+        rows = from_texts([store.experts[name].sketches[part] for name in (TARGET, *names)]).astype(np.float64)
+        unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+        by_sketch += unit[1:] @ unit[0] / 2
+    error = by_sketch - exact
+    print(
+        f"sketches against exact cosines, {len(names)} pairs: standard error {np.sqrt(np.mean(error**2)):.4f}, "
+        f"mean {error.mean():+.4f}, largest {np.abs(error).max():.4f}"
+    )
+    centred = fisher.similarity(members, len(names), range(len(members))).scores().tolist()
+    best = sorted(names, key=lambda name: -centred[names.index(name)])[:10]
+    found = nearest_by_sketch(store, TARGET, [name for name in store.experts if name != TARGET], SHORTLIST)
+    print(f"recall of the exact best 10 in the shortlist of {len(found)}: {len(set(best) & set(found)) / 10:.0%}")
+
+
+if __name__ == "__main__":
+    main()

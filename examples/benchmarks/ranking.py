@@ -1,0 +1,493 @@
+"""How well each measure of ``pimerge rank`` foretells which expert helps, on a folder of tasks and a base model.
+
+    python examples/benchmarks/ranking.py TASKS BASE WORK [--modules q_proj,v_proj] [--epochs 8] [--tuned 3]
+
+TASKS holds a folder with a ``task.json`` for each task; everything is made in WORK, and a second run goes on where
+the first one was. Needs ``pip install scikit-learn`` (for SciPy). What it does:
+
+1. trains an expert of every task (``tune --method scratch``, one init), or takes those of ``--experts``; embeds all;
+2. measures the true gain of each source for each target: the expert is plugged in at each scale, a new linear head
+   is fitted on K examples a class (seeded draws), and its accuracy on the test split is compared with that of the
+   bare base and a head fitted on the same examples;
+3. scores every source by every measure, which sees nothing but the store or those K examples;
+4. prints, for each K: Spearman's ρ of scores and gains (mean over targets ± its standard error), NDCG@3, regret in
+   points of the first and of the better of the first two choices against the best source, the mean gain of the first
+   choice, the share of targets where it hurts, and seconds for a target; then what ``rank`` would select: with the
+   scales, with the gate, and the mean of k experts;
+5. with ``--tuned N``, compares π-Tuning with the best and the worst source with a fresh LoRA on N targets.
+
+The split-half reliability of the gains bounds what any measure can reach. Nothing is chosen on the numbers that are
+reported but what is said: the weights of ``combined``, which were fitted on the three pools of the README (the
+least-squares weights of this pool are printed beside them).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy.stats import spearmanr
+
+from pimerge import strategies
+from pimerge.base import Base, find_base
+from pimerge.calibration import held_out_accuracy
+from pimerge.cli.console import quiet_libraries
+from pimerge.comparison import compare
+from pimerge.compatibility import check_expert
+from pimerge.embedding import embed
+from pimerge.evaluation import evaluate
+from pimerge.expert import Expert, open_expert
+from pimerge.features import SCALES, Draw, Viewer
+from pimerge.few_shot import DRAWS, LEAST_ERRORS, bootstrap
+from pimerge.measures import combined, history
+from pimerge.model import Bases, load_base
+from pimerge.probe import fit_probe
+from pimerge.sample import Sample
+from pimerge.store import Settings, Store
+from pimerge.task import Task, draw_shots, open_task
+from pimerge.training import Options
+from pimerge.tuning import tune
+
+PENALTY = 0.1  # of the refitted head
+MOST_MERGED = 4
+CPU = torch.device("cpu")
+
+
+@dataclass
+class Seen:
+    """One target as its sources see it.
+
+    Attributes:
+        train, test: (source, scale) → sample; ``("", 0.0)`` is the bare base.
+        right: (source, scale, K, seed) → whether each test example is answered rightly.
+        pool: name → expert of every source.
+    """
+
+    task: Task
+    viewers: dict[str, Viewer]
+    train: dict[tuple[str, float], Sample]
+    test: dict[tuple[str, float], Sample]
+    seconds: float
+    pool: dict[str, Expert]
+    right: dict[tuple[str, float, int, int], torch.Tensor] = field(default_factory=dict)
+
+
+BARE = ("", 0.0)
+
+
+def main() -> None:
+    """Do all of it."""
+    options = arguments()
+    quiet_libraries()
+    torch.set_num_threads(options.threads)
+    base = find_base(str(Path(options.base).resolve()), None, Path.cwd())
+    tasks = {path.parent.name: open_task(path) for path in sorted(Path(options.tasks).glob("*/task.json"))}
+    experts = pool(tasks, base, options)
+    store = embedded(experts, Path(options.work), options)
+    seen = {name: look(name, task, base, experts, options) for name, task in tasks.items()}
+    shots = [int(k) for k in options.shots.split(",")]
+    for name in tasks:
+        measure_truth(seen[name], shots, options.seeds)
+        print(f"# gains for {name} measured", flush=True)
+    store_scores, store_seconds = by_store(store, list(tasks))
+    calibrated = {name: calibration(one) for name, one in seen.items()}
+    found = {}
+    for k in shots:
+        usable = {name: one for name, one in seen.items() if (*BARE, k, 0) in one.right}
+        if usable:
+            found[k] = report(k, usable, store_scores, store_seconds, calibrated, options)
+    if options.tuned:
+        found["tuned"] = tuned(seen, experts, base, max(shots), options)
+    (Path(options.work) / "ranking-benchmark.json").write_text(json.dumps(found, indent=2, default=str) + "\n")
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tasks")
+    parser.add_argument("base")
+    parser.add_argument("work")
+    parser.add_argument("--experts", help="a folder of trained experts, one init, named as their tasks")
+    parser.add_argument("--modules", help="of the LoRA, with commas; default: PEFT's choice")
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--epochs", type=float, default=8)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--shots", default="1,5,16")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--train", type=int, default=400, help="most training examples that shots are drawn from")
+    parser.add_argument("--test", type=int, default=300, help="most test examples")
+    parser.add_argument("--tuned", type=int, default=0, help="so many targets for π-Tuning")
+    parser.add_argument("--threads", type=int, default=1)
+    return parser.parse_args()
+
+
+def without(experts: Mapping[str, Expert], target: str) -> dict[str, Expert]:
+    """The sources for a target."""
+    return {name: expert for name, expert in experts.items() if name != target}
+
+
+def pool(tasks: Mapping[str, Task], base: Base, options: argparse.Namespace) -> dict[str, Expert]:
+    """Name → expert of each task; trained from one init where they are not there."""
+    folder = Path(options.experts or Path(options.work) / "experts")
+    training = Options(
+        epochs=options.epochs,
+        batch_size=options.batch_size,
+        fresh_rank=options.rank,
+        fresh_modules=tuple(options.modules.split(",")) if options.modules else None,
+    )
+    for name, task in tasks.items():
+        if not (folder / name).is_dir():
+            start = time.perf_counter()
+            tune("scratch", task, base, [], None, folder / name, training)
+            print(f"# trained {name} in {time.perf_counter() - start:.0f} s", flush=True)
+    return {name: open_expert(folder / name, base.reference) for name in tasks}
+
+
+def embedded(experts: Mapping[str, Expert], work: Path, options: argparse.Namespace) -> Store:
+    """The store of all experts."""
+    work.mkdir(parents=True, exist_ok=True)
+    store, bases = Store(work / "embeddings.json"), Bases(CPU, torch.float32)
+    for expert in experts.values():
+        embed(expert, check_expert(expert), store, Settings(max_examples=options.train), bases)
+    return store
+
+
+def look(name: str, task: Task, base: Base, experts: Mapping[str, Expert], options: argparse.Namespace) -> Seen:
+    """Forward every source at every scale over a target's examples; cached in the work folder."""
+    loaded = load_base(base, task, CPU, torch.float32)
+    start = time.perf_counter()
+    viewers, samples = {}, {}
+    for role, limit in (("train", options.train), ("test", options.test)):
+        viewer = Viewer(loaded, base, task, Draw(role, None, limit, 0), Path(options.work) / "features")
+        own = {(source, s): one for source, e in without(experts, name).items() for s, one in viewer.samples(e).items()}
+        viewers[role], samples[role] = viewer, {BARE: viewer.base_sample(), **own}
+    print(f"# {name}: forwarded in {time.perf_counter() - start:.0f} s", flush=True)
+    spent = time.perf_counter() - start
+    return Seen(task, viewers, samples["train"], samples["test"], spent, without(experts, name))
+
+
+def subset(sample: Sample, indices: Sequence[int]) -> Sample:
+    """A sample of some of the examples."""
+    chosen = list(indices)
+    logits = None if sample.logits is None else sample.logits[chosen]
+    return replace(sample, vectors=sample.vectors[chosen], labels=sample.labels[chosen], logits=logits)
+
+
+def drawn(one: Seen, k: int, seed: int) -> list[int]:
+    """The K examples of each class of one seed; none if a class has fewer."""
+    labels = one.train[BARE].labels.tolist()
+    if min(labels.count(index) for index in range(len(one.task.labels))) < k:
+        return []
+    return draw_shots(labels, k, seed, one.task.labels)
+
+
+def answered(train: Sample, test: Sample) -> torch.Tensor:
+    """Whether a head that is fitted on one sample answers each example of another rightly."""
+    head = fit_probe(train.vectors, train.labels, train.classes, PENALTY)
+    return (head.log_probabilities(test.vectors).argmax(1) == test.labels).double()
+
+
+def measure_truth(one: Seen, shots: Sequence[int], seeds: int) -> None:
+    """Fit a head for each candidate and the bare base, for each K and seed, and note what it answers rightly."""
+    for k in shots:
+        for seed in range(seeds):
+            indices = drawn(one, k, seed)
+            for key, sample in one.train.items() if indices else ():
+                one.right[(*key, k, seed)] = answered(subset(sample, indices), one.test[key])
+
+
+def truth(
+    one: Seen, k: int, scales: Sequence[float] = (1.0,), half: int | None = None
+) -> dict[tuple[str, float], float]:
+    """(source, scale) → gain in points, the mean over seeds.
+
+    Args:
+        half: 0 or 1 for the even or odd seeds and test examples alone.
+    """
+    seeds = sorted({seed for _, _, known, seed in one.right if known == k})[half or 0 :: 1 if half is None else 2]
+    kept = slice(half or 0, None, 1 if half is None else 2)
+    return {
+        key: 100 * float(np.mean([(one.right[(*key, k, s)] - one.right[(*BARE, k, s)])[kept].mean() for s in seeds]))
+        for key in one.train
+        if key != BARE and key[1] in scales
+    }
+
+
+def by_store(store: Store, names: Sequence[str]) -> tuple[dict, dict[str, float]]:
+    """Measure → target → source → score, and seconds for a target."""
+    scores: dict[str, dict[str, dict[str, float]]] = {}
+    seconds = {}
+    for measure in strategies.summaries("measures"):
+        strategy = strategies.load("measures", measure)
+        if strategy.NEEDS not in ("fisher", "marginals", "experts"):
+            continue
+        start = time.perf_counter()
+        scores[measure] = {}
+        for name in names:
+            compared = compare(store, name, strategy)
+            scores[measure][name] = dict(zip(compared.experts, compared.similarity.scores().tolist(), strict=True))
+        seconds[measure] = (time.perf_counter() - start) / len(names)
+    return scores, seconds
+
+
+def by_examples(one: Seen, k: int, seed: int, seconds: dict[str, float]) -> dict[str, dict[tuple[str, float], float]]:
+    """Measure → (source, scale) → score on K examples a class.
+
+    The parts of ``combined`` are computed for the bare base and at every scale, the other measures at scale 1.
+    ``combined`` itself is their weighted sum, in points above the bare base's.
+    """
+    indices = drawn(one, k, seed)
+    weights = torch.ones(1, len(indices), dtype=torch.float64)
+    samples = {key: subset(sample, indices) for key, sample in one.train.items()}
+    parts = combined.parts_of(samples[BARE])
+    scores: dict[str, dict[tuple[str, float], float]] = {}
+    for measure in strategies.summaries("measures"):
+        strategy = strategies.load("measures", measure)
+        if strategy.NEEDS != "examples" or measure in ("combined", "loss") or (measure == "probe" and k < 2):
+            continue
+        start = time.perf_counter()
+        scores[measure] = {
+            key: float(strategy.scores(sample, weights))
+            for key, sample in samples.items()
+            if measure in parts or (key[1] == 1.0 and (sample.logits is not None or not strategy.READS_ANSWERS))
+        }
+        share = len(one.pool) / len(scores[measure])  # of a target's candidates at one scale
+        seconds[measure] = seconds.get(measure, 0.0) + share * (time.perf_counter() - start)
+    part_weights = combined.part_weights(samples[BARE])
+    scores["combined"] = {
+        key: 100 * sum(weight * (scores[part][key] - scores[part][BARE]) for part, weight in part_weights.items())
+        for key in samples
+        if key != BARE
+    }
+    seconds["combined"] = sum(seconds[part] for part in parts)
+    return scores
+
+
+def calibration(one: Seen) -> dict[str, dict[float, float]]:
+    """Source → scale → gain on a target's training examples, as ``rank --calibrate`` measures it."""
+    accuracies = {key: held_out_accuracy(sample) for key, sample in one.train.items()}
+    return {s: {scale: accuracies[(s, scale)] - accuracies[BARE] for scale in SCALES} for s in one.pool}
+
+
+def from_history(target: str, calibrated: Mapping, similarities: Mapping[str, float]) -> dict[str, float]:
+    """Source → gain foretold from the gains for the other targets."""
+    others = {name: sources for name, sources in calibrated.items() if name != target}
+    found = {source: history.predicted(others, similarities, source) for source in others if source != target}
+    return {source: 100 * prediction[1] for source, prediction in found.items() if prediction}
+
+
+@dataclass
+class Row:
+    """What is printed of one measure, a value a target."""
+
+    rho: list[float] = field(default_factory=list)
+    ndcg: list[float] = field(default_factory=list)
+    regret1: list[float] = field(default_factory=list)
+    regret2: list[float] = field(default_factory=list)
+    first: list[float] = field(default_factory=list)
+
+    def add(self, trials: Sequence[Mapping[str, float]], gains: Mapping[str, float]) -> None:
+        """One target: its scores by each seed, and the true gains."""
+        rows = [compared_with(scores, gains) for scores in trials]
+        for name, values in zip(("rho", "ndcg", "regret1", "regret2", "first"), zip(*rows, strict=True), strict=True):
+            getattr(self, name).append(float(np.mean(values)))
+
+
+def compared_with(scores: Mapping[str, float], gains: Mapping[str, float]) -> tuple[float, ...]:
+    """ρ, NDCG@3, regret@1, regret@2 and the gain of the first choice."""
+    names = sorted(scores)
+    score, gain = np.array([scores[n] for n in names]), np.array([gains[n] for n in names])
+    rho = spearmanr(score, gain).statistic if np.ptp(score) > 0 and np.ptp(gain) > 0 else 0.0
+    order, ideal = np.argsort(-score, kind="stable"), np.sort(gain)[::-1]
+    discount = 1 / np.log2(np.arange(2, 5))
+    worth = ideal - gain.min()
+    ndcg = float((gain[order][:3] - gain.min()) @ discount[: len(names)] / max(float(worth[:3] @ discount), 1e-9))
+    return rho, ndcg, ideal[0] - gain[order[0]], ideal[0] - gain[order[:2]].max(), gain[order[0]]
+
+
+def half_reliability(seen: Mapping[str, Seen], k: int) -> float:
+    """Spearman–Brown of ρ between the gains by even seeds and test examples and those by odd ones."""
+    found = []
+    for one in seen.values():
+        halves = [list(truth(one, k, half=half).values()) for half in (0, 1)]
+        if min(np.ptp(half) for half in halves) > 0:
+            found.append(spearmanr(*halves).statistic)
+    rho = float(np.mean(found)) if found else float("nan")
+    return 2 * rho / (1 + rho)
+
+
+def plus_minus(values: Sequence[float], digits: int = 2) -> str:
+    """Mean ± its standard error over targets."""
+    error = np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+    return f"{np.mean(values):.{digits}f} ± {error:.{digits}f}"
+
+
+def report(
+    k: int,
+    seen: Mapping[str, Seen],
+    store_scores: Mapping,
+    store_seconds: Mapping[str, float],
+    calibrated: Mapping,
+    options: argparse.Namespace,
+) -> dict:
+    """Print and return everything for one K."""
+    gains = {name: {source: g for (source, _), g in truth(one, k).items()} for name, one in seen.items()}
+    means = [np.mean(list(own.values())) for own in gains.values()]
+    bests = [max(own.values()) for own in gains.values()]
+    print(
+        f"\nK={k}: {len(seen)} targets, mean gain {np.mean(means):.2f} points, best source {np.mean(bests):.2f}; ",
+        end="",
+    )
+    print(f"split-half reliability of the gains {half_reliability(seen, k):.2f}")
+    rows: dict[str, Row] = {}
+    seconds = dict(store_seconds)
+    spent: dict[str, float] = {}
+    trials = {name: [by_examples(one, k, s, spent) for s in range(options.seeds)] for name, one in seen.items()}
+    for measure, scores in store_scores.items():
+        rows[measure] = Row()
+        for name in seen:
+            rows[measure].add([scores[name]], gains[name])
+    rows["history"] = Row()
+    for name in seen:
+        rows["history"].add([from_history(name, calibrated, store_scores["fisher"][name])], gains[name])
+    for measure in trials[next(iter(seen))][0]:
+        rows[measure] = Row()
+        for name in seen:
+            at_one = [{s: v for (s, scale), v in t[measure].items() if s and scale == 1.0} for t in trials[name]]
+            rows[measure].add(at_one, gains[name])
+        forwarded = np.mean([one.seconds for one in seen.values()]) * k / max(options.train + options.test, 1)
+        seconds[measure] = spent[measure] / (len(seen) * options.seeds) + forwarded
+    print(
+        f"{'measure':16s} {'rho':>13s} {'NDCG@3':>7s} {'regret@1':>9s} {'regret@2':>9s} {'gain':>7s} {'hurts':>6s} "
+        f"{'s':>6s}"
+    )
+    for measure, row in sorted(rows.items(), key=lambda item: -np.mean(item[1].rho)):
+        hurts = np.mean([gain < 0 for gain in row.first])
+        print(
+            f"{measure:16s} {plus_minus(row.rho):>13s} {np.mean(row.ndcg):7.2f} {np.mean(row.regret1):9.2f} "
+            f"{np.mean(row.regret2):9.2f} {np.mean(row.first):7.2f} {hurts:6.2f} {seconds.get(measure, 0):6.2f}"
+        )
+    halves(rows, list(seen))
+    chosen = choices(k, seen, trials)
+    weights = fitted_weights(k, seen, trials)
+    return {"measures": {name: vars(row) for name, row in rows.items()}, "choices": chosen, "weights": weights}
+
+
+def halves(rows: Mapping[str, Row], names: Sequence[str]) -> None:
+    """The measure with the highest ρ on one half of the targets, and its ρ on the other half; and the reverse."""
+    kinds = {"the store": ("fisher", "marginals", "experts"), "examples": ("examples",)}
+    for kind, needs in kinds.items():
+        own = {m: np.array(row.rho) for m, row in rows.items() if strategies.load("measures", m).NEEDS in needs}
+        for first in (0, 1):
+            best = max(own, key=lambda m: own[m][first::2].mean())
+            others = own[best][1 - first :: 2].mean()
+            print(f"  by {kind}, chosen on half of the targets: {best}, rho on the others {others:.2f}")
+
+
+def choices(k: int, seen: Mapping[str, Seen], trials: Mapping) -> dict[str, list[float]]:
+    """What ``rank`` would select by ``combined``: a source and its scale, gated or not, and means of k experts."""
+    found: dict[str, list[float]] = {}
+    for name, one in seen.items():
+        gains = truth(one, k, SCALES)
+        per: dict[str, list[float]] = {}
+        for seed, scores in enumerate(trials[name]):
+            own = scores["combined"]
+            best = max(own, key=lambda key: own[key])
+            error = gain_error(one, drawn(one, k, seed), best)
+            passes = k > 1 and own[best] > LEAST_ERRORS * 100 * error
+            per.setdefault("first choice at scale 1", []).append(
+                gains[max((key for key in own if key[1] == 1.0), key=lambda key: own[key])]
+            )
+            per.setdefault("first choice at its scale", []).append(gains[best])
+            per.setdefault("the same, gated (none counts 0)", []).append(gains[best] if passes else 0.0)
+            per.setdefault("share of answers 'none'", []).append(float(not passes))
+            if seed == 0:
+                merged(per, one, k, own)
+        per["best candidate there is"] = [max(0.0, *gains.values())]
+        for label, values in per.items():
+            found.setdefault(label, []).append(float(np.mean(values)))
+    for label, values in found.items():
+        worst = min(zip(values, seen, strict=True))
+        print(f"  {label:34s} {plus_minus(values)}   lowest {worst[0]:.2f} ({worst[1]})")
+    return found
+
+
+def gain_error(one: Seen, indices: Sequence[int], key: tuple[str, float]) -> float:
+    """The standard error of a candidate's expected gain over draws of the examples, as ``rank`` has it."""
+    own, bare = subset(one.train[key], indices), subset(one.train[BARE], indices)
+    draws = bootstrap(own.labels, DRAWS, 0)
+    return float((combined.scores(own, draws) - combined.scores(bare, draws)).std())
+
+
+def merged(per: dict[str, list[float]], one: Seen, k: int, own: Mapping[tuple[str, float], float]) -> None:
+    """The true gain of the mean of the first 1, 2, … experts, and of the number that ``-k auto`` takes."""
+    best = {source: max((s for s in SCALES), key=lambda s: own[(source, s)]) for source, _ in own}
+    order = sorted(best, key=lambda source: -own[(source, best[source])])[:MOST_MERGED]
+    indices = drawn(one, k, 0)
+    weights = torch.ones(1, len(indices), dtype=torch.float64)
+    bare = one.right[(*BARE, k, 0)]
+    expected, real = [], []
+    for count in range(1, len(order) + 1):
+        experts = [one.pool[source].scaled(best[source]) for source in order[:count]]
+        train = subset(one.viewers["train"].sum_sample(experts), indices)
+        expected.append(float(combined.scores(train, weights)))
+        real.append(100 * float((answered(train, one.viewers["test"].sum_sample(experts)) - bare).mean()))
+        per[f"mean of the first {count}"] = [real[-1]]
+    per["mean of the first k, -k auto"] = [real[int(np.argmax(expected))]]
+
+
+def fitted_weights(k: int, seen: Mapping[str, Seen], trials: Mapping) -> dict[str, float]:
+    """Least-squares weights of the parts of ``combined`` on this pool, and R² of them and of the shipped ones."""
+    shipped = combined.part_weights(
+        subset(next(iter(seen.values())).train[BARE], drawn(next(iter(seen.values())), k, 0))
+    )
+    rows, gains = [], []
+    for name, one in seen.items():
+        true = truth(one, k, SCALES)
+        for scores in trials[name]:
+            rows += [[scores[part][key] - scores[part][BARE] for part in shipped] for key in true]
+            gains += [gain / 100 for gain in true.values()]
+    X, y = np.array(rows), np.array(gains)
+    fit = np.linalg.lstsq(X, y, rcond=None)[0]
+    explained = [1 - float(((y - X @ w) ** 2).sum() / (y**2).sum()) for w in (fit, np.array(list(shipped.values())))]
+    print(f"  weights fitted here: {', '.join(f'{n} {w:.2f}' for n, w in zip(shipped, fit, strict=True))}; ", end="")
+    print(f"R² of them {explained[0]:.2f}, of the shipped {explained[1]:.2f}")
+    return {**dict(zip(shipped, fit.tolist(), strict=True)), "R2": explained[0], "R2 shipped": explained[1]}
+
+
+def tuned(
+    seen: Mapping[str, Seen], experts: Mapping[str, Expert], base: Base, k: int, options: argparse.Namespace
+) -> dict[str, dict[str, float]]:
+    """Test accuracy of π-Tuning with the truly best and worst source against a fresh LoRA, K examples a class."""
+    found: dict[str, dict[str, float]] = {}
+    training = Options(
+        shots=k, epochs=30, fresh_rank=options.rank, fresh_modules=tuple(next(iter(experts.values())).modules)
+    )
+    print(f"\nπ-Tuning with K={k}, test accuracy:")
+    for name in list(seen)[: options.tuned]:
+        gains = truth(seen[name], k)
+        best, worst = (pick(gains, key=lambda key: gains[key])[0] for pick in (max, min))
+        row = {}
+        for label, method, sources in (
+            ("fresh LoRA", "scratch", []),
+            (f"best source, {best}", "interpolated", [experts[best]]),
+            (f"worst source, {worst}", "interpolated", [experts[worst]]),
+        ):
+            output = Path(options.work) / "tuned" / f"{name}-{method}-{'-'.join(source.name for source in sources)}"
+            if not output.is_dir():
+                tune(method, seen[name].task, base, sources, None, output, training)
+            expert = open_expert(output, base.reference)
+            row[label] = 100 * evaluate([expert], seen[name].task, base, None, device="cpu")[-1].accuracy
+        found[name] = row
+        print(f"  {name}: " + ", ".join(f"{label} {value:.1f}" for label, value in row.items()), flush=True)
+    return found
+
+
+if __name__ == "__main__":
+    main()
