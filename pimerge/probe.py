@@ -23,7 +23,7 @@ _ROUNDING = 1e-6
 _NEGLIGIBLE = 1e-12
 # The bias is free, but for what keeps it finite where a class has no example.
 _BIAS_PENALTY = 1e-6
-_TOLERANCE = 1e-5  # of the gradient, per example
+_TOLERANCE = 1e-7  # of the gradient, per example
 _MAX_NEWTON_STEPS = 100
 _MAX_INNER_STEPS = 250
 _LEAST_STEP = 1e-10
