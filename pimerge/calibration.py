@@ -8,7 +8,7 @@ from pimerge.expert import Expert
 from pimerge.features import Viewer
 from pimerge.probe import held_out_log_probabilities
 from pimerge.sample import Sample
-from pimerge.store import Gains
+from pimerge.store_document import Gains
 
 
 def measure_gains(viewer: Viewer, experts: Mapping[str, Expert]) -> Gains:

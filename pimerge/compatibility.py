@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from pimerge.errors import PimergeError, Problems
 from pimerge.expert import Expert
-from pimerge.model import check_fits_on_disk
 from pimerge.task import Task, open_task
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 SHARED_INIT_COSINE = 0.1
 SHARED_INIT_DEVIATIONS = 5.0
@@ -24,6 +29,8 @@ def check_expert(expert: Expert) -> Task:
     Raises:
         PimergeError: with each problem: no task, no base, shapes that differ from it, NaN or Inf in a tensor.
     """
+    from pimerge.model import check_fits_on_disk  # imports torch, which comparing experts needs not
+
     problems = Problems()
     task = None
     with problems.collected():
@@ -88,17 +95,18 @@ def init_cosine(first: Expert, second: Expert) -> tuple[float, float]:
     Training moves A little, so experts from one init have much in common; experts from independent inits, or
     of which one is in another basis (BR, R⁻¹A), have a cosine of about ±1/√n over n numbers.
     """
-    dot = own = other = 0.0
-    numbers = 0
     common = sorted(first.modules.keys() & second.modules.keys())
-    for module in common[:: -(-len(common) // INIT_MODULES) or 1]:  # a few tell as much as all
-        a, b = (expert.factors(module).A.double().flatten() for expert in (first, second))
-        dot += float(a @ b)
-        own += float(a @ a)
-        other += float(b @ b)
-        numbers += a.numel()
-    least = max(SHARED_INIT_COSINE, SHARED_INIT_DEVIATIONS / max(numbers, 1) ** 0.5)
-    return (dot / (own * other) ** 0.5 if own * other > 0 else 0.0), least
+    few = common[:: -(-len(common) // INIT_MODULES) or 1]  # they tell as much as all
+    a, b = (_factors_A(expert, few) for expert in (first, second))
+    norms = float(np.linalg.norm(a) * np.linalg.norm(b))
+    least = max(SHARED_INIT_COSINE, SHARED_INIT_DEVIATIONS / max(len(a), 1) ** 0.5)
+    return (float(a @ b) / norms if norms > 0 else 0.0), least
+
+
+def _factors_A(expert: Expert, modules: Sequence[str]) -> NDArray[np.float64]:
+    keys = [expert.modules[name].A for name in modules]
+    arrays = expert.file.arrays(keys)
+    return np.concatenate([np.zeros(0), *(arrays[key].ravel() for key in keys)]).astype(np.float64)
 
 
 def differing_form(first: Expert, second: Expert) -> str:

@@ -17,11 +17,13 @@ from pimerge.files import sha256_file
 from pimerge.fisher import Fisher, diagonal_fisher
 from pimerge.grams import input_grams, linear_layers
 from pimerge.kinds.lora import PREFIX
-from pimerge.marginals import GRADIENT, Marginals
+from pimerge.marginals import Marginals
 from pimerge.model import Bases, plugged_in
 from pimerge.progress import Track, silent
 from pimerge.sketch import sketch, to_text, update_embedding
-from pimerge.store import DIAGONAL, GRAMS, MARGINALS, Settings, Store
+from pimerge.store import DIAGONAL, GRAMS, MARGINALS, Store
+from pimerge.store_document import Settings
+from pimerge.stored import GRADIENT, UPDATE
 from pimerge.task import Task
 from pimerge.task_types import Batch, Examples, bucket_by_length
 
@@ -120,7 +122,7 @@ def embed(
             during=marginals.recording(),
             track=track,
         )
-        tensors |= {DIAGONAL: fisher.diagonal, MARGINALS: marginals.means()}
+        tensors |= {DIAGONAL: fisher.diagonal, MARGINALS: marginals.means() | updates_of(expert)}
         if grams:
             tensors[GRAMS] = input_grams(layers, batches, make_plain, partial(task.type.nll, model), track=track)
     if fisher.route == "rules":
@@ -131,7 +133,7 @@ def embed(
         "tokens": sum(examples.lengths),
         "device": bases.device.type,
         "route": fisher.route,
-        "sketches": sketches_of(expert, tensors[MARGINALS]),
+        "sketches": sketches_of(tensors[MARGINALS]),
     }
     store.add(expert.name, fields, tensors)
     return Outcome(expert.name, True, fisher, examples.truncated)
@@ -161,12 +163,20 @@ def factors_of(expert: Expert, model: nn.Module) -> dict[str, nn.Parameter]:
     return found
 
 
-def sketches_of(expert: Expert, marginals: Mapping[str, Tensor]) -> dict[str, str]:
+def updates_of(expert: Expert) -> dict[str, Tensor]:
+    """What is kept of the expert's updates beside the marginals: ``MODULE.update`` → ΔW in random directions."""
+    return {f"{name}.{UPDATE}": update for name, update in update_embedding(expert).items()}
+
+
+def sketches_of(marginals: Mapping[str, Tensor]) -> dict[str, str]:
     """The two parts of the measure ``fisher``, small enough for the document: name → text."""
-    seen = {key: value for key, value in marginals.items() if key.endswith(GRADIENT)}
-    gradients = {key: value / value.norm().clamp(min=1e-30) for key, value in seen.items()}
-    parts = {"gradients": gradients, "update": update_embedding(expert)}
+    gradients = {key: value / value.norm().clamp(min=1e-30) for key, value in _parts(marginals, GRADIENT)}
+    parts = {"gradients": gradients, "update": dict(_parts(marginals, UPDATE))}
     return {name: to_text(sketch(part)) for name, part in parts.items()}
+
+
+def _parts(marginals: Mapping[str, Tensor], part: str) -> list[tuple[str, Tensor]]:
+    return [(key, value) for key, value in marginals.items() if key.endswith(f".{part}")]
 
 
 def _on_device(examples: Examples, device: torch.device, indices: Sequence[int]) -> Batch:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,8 @@ from pimerge.kinds import lora
 from pimerge.tensorfile import FLOATS, TensorFile, is_finite, open_tensors
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from torch import Tensor
 
 CONFIG = "adapter_config.json"
@@ -103,6 +106,20 @@ class Expert:
         """Read the update of one module: A (r × d_in), B (d_out × r), scaling, bias."""
         return lora.factors(self.modules[module], self.tensor)
 
+    def updates(self, modules: Iterable[str]) -> dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]]:
+        """Read the updates of several modules at once: name → A (r × d_in) and scaling · Bᵀ (r × d_out) in float64."""
+        import numpy as np
+
+        chosen = {name: self.modules[name] for name in modules}
+        read = self.file.arrays(key for module in chosen.values() for key in (module.A, module.B))
+        return {
+            name: (
+                read[module.A].reshape(module.rank, -1).astype(np.float64),
+                np.multiply(read[module.B].reshape(module.d_out, -1), module.scaling, dtype=np.float64).T,
+            )
+            for name, module in chosen.items()
+        }
+
     def head_tensors(self) -> dict[str, Tensor]:
         """Read the task head: parameter name in the base model → tensor."""
         return {name: self.tensor(key) for name, key in self.head.items()}
@@ -150,8 +167,8 @@ def open_expert(reference: str | Path, base: str | None = None, *, convert: bool
     if not problems.found and file is not None:
         with problems.collected():
             kind = _kind(config)
-            shapes = {key: entry.shape for key, entry in file.entries.items()}
-            modules, head = strategies.load("kinds", kind).parse(config, shapes, convert=convert)
+            shapes = tuple((key, entry.shape) for key, entry in file.entries.items())
+            modules, head = _parsed(kind, json.dumps(config), shapes, convert)
             dtypes = {key: entry.dtype for key, entry in file.entries.items()}
             used = {dtypes[key] for module in modules.values() for key in (module.A, module.B)}
             biases = {dtypes[module.bias] for module in modules.values() if module.bias}
@@ -285,6 +302,17 @@ def _tensors(path: Path) -> TensorFile:
             "load it with PEFT where you trust it, and save it again: model.save_pretrained(FOLDER)",
         )
     raise PimergeError(f"'{file}' is not there", "save the adapter with PEFT: model.save_pretrained(FOLDER)")
+
+
+@lru_cache(maxsize=32)
+def _parsed(
+    kind: str, config: str, shapes: tuple[tuple[str, tuple[int, ...]], ...], convert: bool
+) -> tuple[dict[str, lora.LoraModule], dict[str, str]]:
+    """The modules and the head of an expert, not to be changed; most experts of a pool have the same."""
+    found: tuple[dict[str, lora.LoraModule], dict[str, str]] = strategies.load("kinds", kind).parse(
+        json.loads(config), dict(shapes), convert=convert
+    )
+    return found
 
 
 def _kind(config: dict[str, Any]) -> str:

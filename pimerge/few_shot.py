@@ -19,41 +19,12 @@ from pimerge.errors import PimergeError
 from pimerge.expert import Expert
 from pimerge.features import Viewer
 from pimerge.measures import combined
+from pimerge.selecting import Judged
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 DRAWS = 50
-Z95 = 1.959963984540054
-# The gate opens above so many standard errors of the expected gain.
-LEAST_ERRORS = 1.0
-# Features are computed in float32: a gain below this is rounding.
-LEAST_GAIN = 1e-6
-
-
-@dataclass(frozen=True)
-class Judged:
-    """One expert as the target's examples judge it.
-
-    Attributes:
-        scale: its best strength.
-        score, error: by the measure, at that strength, and its standard error over draws of the examples; of
-            ``combined`` they are those of the gain.
-        gain, gain_error: expected gain in accuracy over the bare base (0.01 is a point), and its standard error.
-        tested: whether the gain rests on examples that were held out; without, the gate stays shut.
-    """
-
-    scale: float
-    score: float
-    error: float
-    gain: float
-    gain_error: float
-    tested: bool = True
-
-    @property
-    def helps(self) -> bool:
-        """Whether the gate opens: the gain stands out from zero by its own error."""
-        return self.tested and self.gain > max(LEAST_ERRORS * self.gain_error, LEAST_GAIN)
 
 
 @dataclass(frozen=True)
@@ -72,7 +43,13 @@ class Verdict:
 
 
 def judge(
-    viewer: Viewer, experts: Mapping[str, Expert], measure: ModuleType, target: Expert | None, *, seed: int = 0
+    viewer: Viewer,
+    experts: Mapping[str, Expert],
+    measure: ModuleType,
+    target: Expert | None,
+    prior: Mapping[str, float] | None = None,
+    *,
+    seed: int = 0,
 ) -> Verdict:
     """Judge experts by the target's examples.
 
@@ -81,6 +58,7 @@ def judge(
         experts: name → expert.
         measure: one of ``measures/`` that needs examples.
         target: the target's own expert, if it has one, for the measure ``loss``.
+        prior: name → gain at full strength that the store foretells, :func:`pimerge.measures.combined.store_weight`.
         seed: of the bootstrap over the examples.
 
     Raises:
@@ -102,12 +80,16 @@ def judge(
             samples = viewer.samples(expert)
             if measure.READS_ANSWERS:
                 samples = viewer.with_losses(expert, samples, target)
-            found = {scale: float(measure.scores(sample, one)) for scale, sample in samples.items()}
+            foretold = {scale: scale * (prior or {}).get(name, 0.0) for scale in samples}
+            found = {
+                scale: float(measure.scores(sample, one)) + (foretold[scale] if measure is combined else 0.0)
+                for scale, sample in samples.items()
+            }
         except PimergeError as error:
             excluded[name] = error.problems[0].message
             continue
         scale = max(found, key=lambda scale: (found[scale], -scale))
-        gains = combined.scores(samples[scale], weights) - base_gains
+        gains = combined.scores(samples[scale], weights) - base_gains + foretold[scale]
         scores = gains if measure is combined else measure.scores(samples[scale], weights)
         judged[name] = Judged(
             scale, *_with_error(scores), *_with_error(gains), tested="probe" in combined.part_weights(base)
@@ -120,24 +102,38 @@ def _with_error(values: Tensor) -> tuple[float, float]:
     return float(values[0]), float(values[1:].std())
 
 
-def gains_by_part(viewer: Viewer, expert: Expert) -> dict[float, dict[str, float]]:
-    """Scale → each part of ``combined`` above the bare base's, and the expected gain that they make together."""
+def gains_by_part(viewer: Viewer, expert: Expert, prior: float = 0.0) -> dict[float, dict[str, float]]:
+    """Scale → each part of ``combined`` above the bare base's, and the expected gain that they make together.
+
+    Args:
+        prior: what the store foretells at full strength; its part ``store`` is the gain itself.
+    """
     base = viewer.base_sample()
     one = torch.ones(1, len(base.labels), dtype=torch.float64)
-    measures = {**combined.parts_of(base), "expected gain": combined.scores}
-    return {
-        scale: {name: float(scores(sample, one) - scores(base, one)) for name, scores in measures.items()}
-        for scale, sample in viewer.samples(expert).items()
-    }
+    found = {}
+    for scale, sample in viewer.samples(expert).items():
+        parts = {
+            name: float(scores(sample, one) - scores(base, one)) for name, scores in combined.parts_of(base).items()
+        }
+        gain = float(combined.scores(sample, one) - combined.scores(base, one)) + scale * prior
+        found[scale] = {**parts, **({"store": scale * prior} if prior else {}), "expected gain": gain}
+    return found
 
 
-def gains_of_means(viewer: Viewer, experts: Sequence[Expert]) -> list[float]:
-    """Expected gain of the mean of the first 1, 2, … of some experts, each at its scale; without its own error."""
+def gains_of_means(viewer: Viewer, experts: Sequence[Expert], priors: Sequence[float]) -> list[float]:
+    """Expected gain of the mean of the first 1, 2, … of some experts, each at its scale; without its own error.
+
+    Args:
+        priors: what the store foretells of each, at its scale.
+    """
     base = viewer.base_sample()
     one = torch.ones(1, len(base.labels), dtype=torch.float64)
     base_gain = combined.scores(base, one)
-    means = (viewer.sum_sample(experts[: count + 1]) for count in range(len(experts)))
-    return [float(combined.scores(sample, one) - base_gain) for sample in means]
+    found = []
+    for count in range(1, 1 + len(experts)):
+        mean = viewer.sum_sample(experts[:count])
+        found.append(float(combined.scores(mean, one) - base_gain) + sum(priors[:count]) / count)
+    return found
 
 
 def bootstrap(labels: Tensor, draws: int, seed: int) -> Tensor:

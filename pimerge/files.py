@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from pimerge.errors import PimergeError
+from pimerge.hash_cache import sha256_of
 
 _DISK_ERRORS = {
     errno.ENOSPC: "the disk is full: free some space or choose another --output",
@@ -67,14 +68,14 @@ def sha256_bytes(data: bytes) -> str:
 
 
 def sha256_file(path: Path) -> str:
-    """SHA-256 of a file's content, in hexadecimal, read in pieces.
+    """SHA-256 of a file's content, in hexadecimal, read in pieces; see :mod:`pimerge.hash_cache`.
 
     Raises:
         PimergeError: if the file cannot be read.
     """
     try:
         with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+            return sha256_of(file)
     except OSError as error:
         raise PimergeError(f"cannot read '{path}': {error.strerror}") from error
 

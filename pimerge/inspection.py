@@ -11,7 +11,8 @@ from pimerge.compatibility import check_expert, differing_form, init_cosine, req
 from pimerge.errors import PimergeError, Problem
 from pimerge.expert import CONFIG, Expert, open_expert
 from pimerge.files import sha256_file
-from pimerge.store import Embedding, Store
+from pimerge.store import Store
+from pimerge.store_document import Embedding
 from pimerge.task import Task
 
 
@@ -43,7 +44,8 @@ class FisherStatistics:
     @property
     def shares(self) -> dict[str, float]:
         """Module → its share of the trace, descending; 0 of a trace of 0."""
-        return {name: value / (self.trace or 1.0) for name, value in self.modules.items()}
+        whole = sum(self.modules.values()) or 1.0
+        return {name: value / whole for name, value in self.modules.items()}
 
 
 def fisher_statistics(entry: Embedding, parameters: int) -> FisherStatistics:

@@ -20,13 +20,12 @@ from torch import nn
 
 from pimerge.grams import real_rows, real_tokens
 from pimerge.sketch import projection
+from pimerge.stored import GRADIENT, INPUT, OUTPUT
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from pimerge.task_types import Batch
-
-INPUT, OUTPUT, GRADIENT = "input", "output", "gradient"
 
 
 class Marginals:

@@ -101,6 +101,10 @@ class Ranking(BaseModel):
     candidates: list[Candidate]
     not_comparable: list[NotComparable]
 
+    def with_notes(self, *notes: str) -> Ranking:
+        """The same with more to be said, first."""
+        return self.model_copy(update={"notes": [*notes, *self.notes]})
+
     def chosen(self) -> list[Candidate]:
         """The selected candidates, best first."""
         by_name = {candidate.name: candidate for candidate in self.candidates}

@@ -15,10 +15,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
+import numpy as np
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from numpy.typing import NDArray
+
+    Array = NDArray[np.float64]
 
 MIN_TO_CENTRE = 3
 
@@ -35,40 +37,37 @@ class Similarity:
     """
 
     tensors: list[str]
-    products: Tensor
-    own: Tensor
-    norms: Tensor
+    products: Array
+    own: Array
+    norms: Array
 
-    def scores(self) -> Tensor:
+    def scores(self) -> Array:
         """(n) cosines in [−1, 1]; 0 where an embedding is zero.
 
-        >>> one = torch.ones(1, 2, dtype=torch.float64)
+        >>> one = np.ones((1, 2))
         >>> Similarity(["a", "b"], one * 0.5, one, one).scores().item()
         0.5
         """
-        return self._cosines(torch.ones(1, len(self.tensors), dtype=torch.float64))[:, 0]
+        return self._cosines(np.ones((1, len(self.tensors))))[:, 0]
 
-    def contributions(self) -> Tensor:
+    def contributions(self) -> Array:
         """(n × T) what each tensor adds to the score; they sum to it."""
-        scale = (self.own.sum(1) * self.norms.sum(1)).sqrt()
-        return self.products / torch.where(scale > 0, scale, torch.inf)[:, None]
+        scale = np.sqrt(self.own.sum(1) * self.norms.sum(1))
+        return self.products / np.where(scale > 0, scale, np.inf)[:, None]
 
-    def errors(self, draws: int = 200, seed: int = 0) -> Tensor:
+    def errors(self, draws: int = 200, seed: int = 0) -> Array:
         """(n) standard errors of the scores, from a bootstrap over tensors: how much they hang on a few of them."""
-        if len(self.tensors) < 2:
-            return torch.zeros(len(self.products), dtype=torch.float64)
-        generator = torch.Generator().manual_seed(seed)
         count = len(self.tensors)
-        drawn = torch.randint(count, (draws, count), generator=generator)
-        weights = torch.zeros(draws, count, dtype=torch.float64).scatter_add_(
-            1, drawn, torch.ones(drawn.shape, dtype=torch.float64)
-        )
-        return self._cosines(weights).std(1)
+        if count < 2:
+            return np.zeros(len(self.products))
+        weights = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), draws)
+        spread: Array = self._cosines(weights.astype(float)).std(1, ddof=1)
+        return spread
 
-    def _cosines(self, weights: Tensor) -> Tensor:
+    def _cosines(self, weights: Array) -> Array:
         """(n × draws) cosines with each tensor counted as often as ``weights`` (draws × T) say."""
-        norms = (self.own @ weights.T) * (self.norms @ weights.T)
-        return (self.products @ weights.T / torch.where(norms > 0, norms, torch.inf).sqrt()).clamp(-1, 1)
+        norms = _inner(self.own, weights) * _inner(self.norms, weights)
+        return np.clip(_inner(self.products, weights) / np.sqrt(np.where(norms > 0, norms, np.inf)), -1, 1)
 
 
 @dataclass(frozen=True)
@@ -79,13 +78,35 @@ class Products:
         target: (1 + n) with the target's part.
         norms: (1 + n) with themselves.
         mean: (1 + n) with the mean of the pool; zeros if nothing is to be subtracted.
-        whole: () the squared norm of that mean.
+        whole: the squared norm of that mean.
     """
 
-    target: Tensor
-    norms: Tensor
-    mean: Tensor
-    whole: Tensor
+    target: Array
+    norms: Array
+    mean: Array
+    whole: float
+
+    @classmethod
+    def around(
+        cls, target: Array, norms: Array, total: Array, candidates: int, pool: Sequence[int], sampled: bool = False
+    ) -> Products:
+        """From the inner products of all N embeddings with the target, themselves, and the sum of the pool.
+
+        Args:
+            total: (N) those with the sum of the embeddings in ``pool``.
+            sampled: whether ``pool`` is a random sample e_1 … e_n of a much larger one, whose mean is meant. The
+                squared norm of the sample's mean is too large by 1/n of the variance of the embeddings, in the mean
+                over samples, which would lift every score alike, over the gate. Without bias is that of all
+                ⟨e_i, e_j⟩ with i ≠ j,
+
+                    (‖Σ_j e_j‖² − Σ_j ‖e_j‖²) / (n (n − 1)).
+        """
+        count, size, chosen = 1 + candidates, len(pool), list(pool)
+        if not has_mean(pool):
+            return cls(target[:count], norms[:count], np.zeros(count), 0.0)
+        of_sum, of_each = total[chosen].sum(), norms[chosen].sum()
+        whole = (of_sum - of_each) / (size * (size - 1)) if sampled else of_sum / size**2
+        return cls(target[:count], norms[:count], total[:count] / size, float(whole))
 
 
 def has_mean(pool: Sequence[int]) -> bool:
@@ -93,63 +114,72 @@ def has_mean(pool: Sequence[int]) -> bool:
     return len(pool) >= MIN_TO_CENTRE
 
 
-def from_products(products: Iterable[tuple[str, Products]]) -> Similarity:
+def from_products(products: Iterable[tuple[str, Products]], candidates: int) -> Similarity:
     """The similarity of the target with the candidates around the pool's mean, by (tensor, inner products)."""
-    names, crossed, own, norms = [], [], [], []
+    names: list[str] = []
+    crossed, own, norms = [np.zeros((0, candidates))], [np.zeros(0)], [np.zeros((0, candidates))]
     for name, parts in products:
         noise = 1e-12 * parts.norms.max()
         with_target = _without_noise(parts.target - parts.mean - parts.mean[0] + parts.whole, noise)
-        squares = _without_noise(parts.norms - 2 * parts.mean + parts.whole, noise).clamp(min=0)
+        squares = np.maximum(_without_noise(parts.norms - 2 * parts.mean + parts.whole, noise), 0)
         names.append(name)
-        crossed.append(with_target[1:])
-        own.append(squares[0])
-        norms.append(squares[1:])
-    return Similarity(names, torch.stack(crossed, 1), torch.stack(own)[None], torch.stack(norms, 1))
+        crossed.append(with_target[None, 1:])
+        own.append(squares[:1])
+        norms.append(squares[None, 1:])
+    return Similarity(names, np.concatenate(crossed).T, np.concatenate(own)[None], np.concatenate(norms).T)
 
 
-def from_vectors(parts: Iterable[tuple[str, Tensor]], candidates: int, pool: Sequence[int] = ()) -> Similarity:
+def from_vectors(
+    parts: Iterable[tuple[str, Array]], candidates: int, pool: Sequence[int] = (), sampled: bool = False
+) -> Similarity:
     """The similarity of the first of N embeddings with those after it.
 
     Args:
         parts: (tensor, (N × numbers) the parts of the target, the candidates, and any others).
         candidates: how many of the N are candidates.
         pool: the embeddings whose mean is subtracted from all; of less than three, nothing is.
+        sampled: whether the pool is a sample of a much larger one, see :meth:`Products.around`.
 
-    >>> parts = torch.tensor([[1.0, 0.0], [3.0, 4.0]])
+    >>> parts = np.array([[1.0, 0.0], [3.0, 4.0]])
     >>> from_vectors([("q", parts)], 1).scores().tolist()
     [0.6]
     """
-    return from_products((name, _of_vectors(rows.double(), 1 + candidates, list(pool))) for name, rows in parts)
+
+    def of_rows(rows: Array) -> Products:
+        target, total = _inner(np.stack([rows[0], rows[list(pool)].sum(0)]), rows)
+        return Products.around(target, np.einsum("ij,ij->i", rows, rows), total, candidates, pool, sampled)
+
+    return from_products(((name, of_rows(rows)) for name, rows in parts), candidates)
 
 
-def from_grams(grams: Iterable[tuple[str, Tensor]], candidates: int, pool: Sequence[int] = ()) -> Similarity:
+def from_grams(
+    grams: Iterable[tuple[str, Array]], candidates: int, pool: Sequence[int] = (), sampled: bool = False
+) -> Similarity:
     """The same for embeddings of which only the inner products are known.
 
     Args:
         grams: (tensor, (N × N) inner products of the parts).
 
-    >>> gram = torch.tensor([[1.0, 0.5], [0.5, 1.0]], dtype=torch.float64)
+    >>> gram = np.array([[1.0, 0.5], [0.5, 1.0]])
     >>> from_grams([("q", gram)], 1).scores().tolist()
     [0.5]
     """
-    return from_products((name, _of_gram(gram.double(), 1 + candidates, list(pool))) for name, gram in grams)
+
+    def of_gram(gram: Array) -> Products:
+        return Products.around(gram[0], gram.diagonal(), gram[:, list(pool)].sum(1), candidates, pool, sampled)
+
+    return from_products(((name, of_gram(gram)) for name, gram in grams), candidates)
 
 
-def _of_vectors(rows: Tensor, count: int, pool: list[int]) -> Products:
-    mean = rows[pool].mean(0) if has_mean(pool) else torch.zeros_like(rows[0])
-    rows = rows[:count]
-    return Products(rows @ rows[0], rows.square().sum(1), rows @ mean, mean @ mean)
+def _inner(rows: Array, others: Array) -> Array:
+    """(n × m) inner products of n rows with m others; by BLAS equal rows would differ in the last digits."""
+    products: Array = np.einsum("it,jt->ij", rows, others)
+    return products
 
 
-def _of_gram(gram: Tensor, count: int, pool: list[int]) -> Products:
-    mean = gram[:, pool].mean(1) if has_mean(pool) else torch.zeros_like(gram[0])
-    whole = mean[pool].mean() if has_mean(pool) else torch.zeros_like(mean[0])
-    return Products(gram[0, :count], gram.diagonal()[:count], mean[:count], whole)
-
-
-def _without_noise(values: Tensor, noise: Tensor) -> Tensor:
+def _without_noise(values: Array, noise: float) -> Array:
     """What cancels but for rounding is zero: else copies of one expert would get scores from noise."""
-    return torch.where(values.abs() > noise, values, 0.0)
+    return np.where(np.abs(values) <= noise, 0.0, values)  # NaN stays, and is seen
 
 
 def balanced(parts: Sequence[Similarity], names: Sequence[str]) -> Similarity:
@@ -158,35 +188,28 @@ def balanced(parts: Sequence[Similarity], names: Sequence[str]) -> Similarity:
     Args:
         names: of the parts, put behind their tensors' names.
 
-    >>> one = torch.ones(1, 1, dtype=torch.float64)
+    >>> one = np.ones((1, 1))
     >>> halves = [Similarity(["q"], one * cosine, one, one) for cosine in (0.25, 0.75)]
     >>> balanced(halves, ["gradients", "update"]).scores().item()
     0.5
     """
     share = 1 / len(parts)
-
-    def over(values: Tensor, whole: Tensor) -> Tensor:
-        return share * values / torch.where(whole > 0, whole, torch.inf)
-
-    own = [part.own.sum(1, keepdim=True) for part in parts]
-    norms = [part.norms.sum(1, keepdim=True) for part in parts]
     return Similarity(
         [f"{tensor} ({name})" for part, name in zip(parts, names, strict=True) for tensor in part.tensors],
-        torch.cat([over(part.products, (o * n).sqrt()) for part, o, n in zip(parts, own, norms, strict=True)], 1),
+        np.concatenate([share * part.contributions() for part in parts], 1),
         # a part that is zero keeps its share of the norm: its cosine counts as 0
-        torch.cat([_shares(part.own, share) for part in parts], 1),
-        torch.cat([_shares(part.norms, share) for part in parts], 1),
+        np.concatenate([_shares(part.own, share) for part in parts], 1),
+        np.concatenate([_shares(part.norms, share) for part in parts], 1),
     )
 
 
-def _shares(squares: Tensor, total: float) -> Tensor:
+def _shares(squares: Array, total: float) -> Array:
     """Rows that sum to ``total``, in proportion; equal ones for a row of zeros."""
-    whole = squares.sum(1, keepdim=True)
-    return total * torch.where(whole > 0, squares / torch.where(whole > 0, whole, 1.0), 1 / squares.shape[1])
+    whole = squares.sum(1, keepdims=True)
+    return total * np.where(whole > 0, squares / np.where(whole > 0, whole, 1.0), 1 / squares.shape[1])
 
 
-def unit(parts: Tensor) -> Tensor:
-    """(N × numbers) rows of norm 1, in float64; a row that is zero stays so."""
-    parts = parts.double()
-    norms = parts.norm(dim=1, keepdim=True)
-    return parts / torch.where(norms > 0, norms, torch.inf)
+def unit(rows: Array) -> Array:
+    """(N × numbers) the rows at norm 1, in their place; a row that is zero stays so."""
+    norms = np.sqrt(np.einsum("ij,ij->i", rows, rows))[:, None]
+    return np.divide(rows, np.where(norms > 0, norms, np.inf), out=rows)

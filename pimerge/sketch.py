@@ -19,9 +19,9 @@ from hashlib import sha256
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 if TYPE_CHECKING:
+    import torch
     from numpy.typing import NDArray
     from torch import Tensor
 
@@ -37,9 +37,11 @@ _LEVELS = 127
 def projection(name: str, size: int) -> Tensor:
     """(size × min(64, size)) float32 with orthonormal columns: random directions, the same for the same name.
 
-    >>> projection("q.output", 3).tolist() == torch.eye(3).tolist()
-    True
+    >>> projection("q.output", 2).tolist()
+    [[1.0, 0.0], [0.0, 1.0]]
     """
+    import torch
+
     if size <= DIRECTIONS:
         return torch.eye(size)
     drawn = torch.randn(size, DIRECTIONS, generator=_generator(name), dtype=torch.float64)
@@ -58,17 +60,21 @@ def update_embedding(expert: Expert) -> dict[str, Tensor]:
         factors = expert.factors(name)
         out, into = projection(f"{name}.output", module.d_out), projection(f"{name}.input", module.d_in)
         size = factors.scaling * (module.d_out / out.shape[1] * module.d_in / into.shape[1]) ** 0.5
-        found[name] = size * (out.T @ factors.B.float()) @ (factors.A.float() @ into)
+        update = (out.T.double() @ factors.B.double()) @ (factors.A.double() @ into.double())
+        found[name] = (size * update).float()
     return found
 
 
 def sketch(embedding: Mapping[str, Tensor]) -> Tensor:
     """(512) float64, from the parts of an embedding by their names.
 
+    >>> import torch
     >>> a, b = torch.eye(2, dtype=torch.float64)
     >>> round(float(sketch({"q": a}) @ sketch({"q": a})), 6)
     1.0
     """
+    import torch
+
     sums = torch.zeros(BLOCKS, WIDTH, dtype=torch.float64)
     for name, part in sorted(embedding.items()):
         values = part.double().flatten()
@@ -83,6 +89,8 @@ def sketch(embedding: Mapping[str, Tensor]) -> Tensor:
 
 def to_text(values: Tensor) -> str:
     """A sketch in 688 characters: its largest magnitude as float32, then eight bits a number, in base64."""
+    import torch
+
     largest = values.abs().max().float()
     levels = (values / torch.where(largest > 0, largest, 1.0) * _LEVELS).round().to(torch.int8)
     return base64.b64encode(largest.numpy().astype("<f4").tobytes() + levels.numpy().tobytes()).decode()
@@ -91,6 +99,7 @@ def to_text(values: Tensor) -> str:
 def from_texts(texts: Sequence[str]) -> NDArray[np.float32]:
     """(n × 512), the sketches that :func:`to_text` wrote.
 
+    >>> import torch
     >>> values = torch.linspace(-1, 1, SIZE)
     >>> bool((torch.from_numpy(from_texts([to_text(values)]))[0] - values).abs().max() < 0.005)
     True
@@ -103,4 +112,6 @@ def from_texts(texts: Sequence[str]) -> NDArray[np.float32]:
 
 
 def _generator(name: str) -> torch.Generator:
+    import torch
+
     return torch.Generator().manual_seed(int.from_bytes(sha256(name.encode()).digest()[:7]))

@@ -2,9 +2,10 @@
 
 The sidecar ``embeddings/NAME.safetensors`` holds the full diagonal, one tensor per parameter, under the keys
 of the adapter's own file; ``embeddings/NAME.marginals.safetensors`` the marginals of each adapted layer
-(:mod:`pimerge.marginals`); ``embeddings/NAME.grams.safetensors``, where it was asked for, the Gram matrix of each
-adapted layer's inputs, under the module's name. A sidecar is written before the document that names it, so the
-store is whole at any moment; it grows by one expert at a time, and several processes may extend it at once.
+(:mod:`pimerge.marginals`) and its update in random directions (:mod:`pimerge.sketch`);
+``embeddings/NAME.grams.safetensors``, where it was asked for, the Gram matrix of each adapted layer's inputs, under
+the module's name. A sidecar is written before the document that names it, so the store is whole at any moment; it
+grows by one expert at a time, and several processes may extend it at once.
 """
 
 from __future__ import annotations
@@ -12,145 +13,21 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pimerge.errors import PimergeError, nearest
 from pimerge.expert import CONFIG, Expert, open_expert
 from pimerge.files import disk_errors, json_text, read_json, relative_to, sha256_bytes, sha256_file, write_file
-from pimerge.task import parse_document
+from pimerge.store_document import Document, Embedding, Gains, Sidecar, read_document
+from pimerge.stored import Stored
 from pimerge.tensorfile import TensorFile, open_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-SCHEMA = 2
 SIDECARS = "embeddings"
 DIAGONAL, MARGINALS, GRAMS = "diagonal", "marginals", "grams"
-
-
-class Settings(BaseModel):
-    """What was asked for; an embedding made with other settings is computed anew."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    labels: str = "true"
-    max_examples: int = 1000
-    shots: int | None = None
-    seed: int = 0
-    dtype: str = "float32"
-
-
-class Sidecar(BaseModel):
-    """A file beside the document: relative to its folder, with its SHA-256."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    file: str
-    sha256: str
-
-
-class Embedding(BaseModel):
-    """One expert's entry.
-
-    Attributes:
-        path: the expert's folder, relative to the store's.
-        sha256: of the adapter's tensors; ``config_sha256`` of its config, ``task_sha256`` of its task and data.
-        base: the base model's identity.
-        examples, tokens: what the estimate is made of.
-        route: ``rules`` or ``loop``.
-        norm: ‖F‖₂ over all parameters; ``trace`` is ΣF, ``largest`` the largest entry.
-        modules: module → trace of its Fisher.
-        sketches: ``gradients`` and ``update``, the two parts of the measure ``fisher``; see :mod:`pimerge.sketch`.
-        sidecars: ``diagonal``, ``marginals`` and, where there are some, ``grams``.
-    """
-
-    model_config = ConfigDict(extra="forbid")
-
-    path: str
-    sha256: str
-    config_sha256: str
-    task_sha256: str
-    kind: str
-    base: str
-    task: dict[str, Any]
-    estimator: str = "diagonal empirical Fisher, squared per example"
-    settings: Settings
-    examples: int
-    tokens: int
-    device: str
-    route: str
-    norm: float
-    trace: float
-    largest: float
-    modules: dict[str, float]
-    sketches: dict[str, str]
-    sidecars: dict[str, Sidecar]
-
-
-@dataclass(frozen=True)
-class Stored:
-    """One expert as a measure sees it; tensors are read when they are asked for.
-
-    Attributes:
-        expert: its adapter.
-        diagonal: of its Fisher; None for a measure that does not need it. ``marginals``: the same.
-    """
-
-    expert: Expert
-    diagonal: TensorFile | None = None
-    marginals: TensorFile | None = None
-
-    @property
-    def parameters(self) -> list[str]:
-        """The keys of the factors and their biases in the adapter's file, in order."""
-        modules = self.expert.modules.values()
-        return sorted(key for module in modules for key in (module.A, module.B, module.bias) if key)
-
-    def fisher(self, key: str) -> Tensor:
-        """The diagonal Fisher of one tensor."""
-        assert self.diagonal is not None
-        return self.diagonal.read(key)
-
-    @property
-    def layers(self) -> list[str]:
-        """The layers that have marginals."""
-        assert self.marginals is not None
-        return sorted({name.rpartition(".")[0] for name in self.marginals.entries})
-
-    def marginal(self, name: str) -> Tensor:
-        """One vector of marginals, ``LAYER.input`` or ``LAYER.output``."""
-        assert self.marginals is not None
-        return self.marginals.read(name)
-
-
-class Gains(BaseModel):
-    """What the store's experts were measured to be worth for one target (``pimerge rank --calibrate``).
-
-    Attributes:
-        task_sha256: of the target's task and data, as they were.
-        examples: of the target that were looked at.
-        sources: name → the sha256 of its tensors, and the gain in accuracy over the bare base at each scale.
-    """
-
-    model_config = ConfigDict(extra="forbid")
-
-    task_sha256: str
-    examples: int
-    sources: dict[str, tuple[str, dict[str, float]]]
-
-
-class Document(BaseModel):
-    """The content of ``embeddings.json``."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    schema_version: int = SCHEMA
-    experts: dict[str, Embedding] = Field(default_factory=dict)
-    gains: dict[str, Gains] = Field(default_factory=dict)
 
 
 class Store:
@@ -165,7 +42,7 @@ class Store:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.document = self._read()
+        self.document = read_document(path)
 
     @property
     def experts(self) -> dict[str, Embedding]:
@@ -188,6 +65,12 @@ class Store:
         if (expert.sha256, sha256_file(expert.path / CONFIG)) != (entry.sha256, entry.config_sha256):
             raise PimergeError(f"'{expert.path}' has changed since it was embedded", "run 'pimerge embed' again")
         return expert
+
+    def base_name(self, name: str) -> str:
+        """What an expert calls its base; the base's identity where its folder is gone."""
+        with suppress(PimergeError):
+            return str(read_json(self.folder_of(name) / CONFIG)["base_model_name_or_path"])
+        return self.document.experts[name].base
 
     def find(self, target: str) -> str | None:
         """The name in the store of a target given by name or by folder; None if it is not there."""
@@ -298,7 +181,7 @@ class Store:
             norm=squares**0.5,
             trace=sum(modules.values()),
             largest=max(float(value.max()) for value in diagonal.values()),
-            modules=dict(sorted(modules.items())),
+            modules={module: float(f"{value:.4g}") for module, value in sorted(modules.items())},
             sidecars=sidecars,
         )
         own = {sidecar.file for sidecar in sidecars.values()}
@@ -386,34 +269,17 @@ class Store:
             lock = FileLock(folder / ".lock")
             lock.acquire()
         try:
-            document = self._read()
+            document = read_document(self.path)
             before = _sidecars(document.experts.values())
             yield document
             document.experts = dict(sorted(document.experts.items()))
             write_file(self.path, json_text(document.model_dump()))
             self.document = document
             for sidecar in before - _sidecars(document.experts.values()):
-                (self.path.parent / sidecar).unlink(missing_ok=True)
+                if not os.path.isabs(sidecar):  # that of the store under an overlay
+                    (self.path.parent / sidecar).unlink(missing_ok=True)
         finally:
             lock.release()
-
-    def _read(self) -> Document:
-        if not self.path.exists():
-            return Document()
-        document = None
-        with suppress(OSError, ValidationError):  # parsed at once, which takes a fraction; else see what is wrong
-            document = Document.model_validate_json(self.path.read_bytes())
-        if document is None or "schema_version" not in document.model_fields_set or document.schema_version != SCHEMA:
-            content = read_json(self.path)
-            found = content.get("schema_version") if isinstance(content, dict) else None
-            if found != SCHEMA:
-                raise PimergeError(
-                    f"'{self.path}' has the schema version {found}, expected {SCHEMA}",
-                    "it is no store, or another version's: remove it, or choose another --store",
-                )
-            document = parse_document(Document, self.path, "remove the file and run 'pimerge embed' again")
-        document.experts = dict(sorted(document.experts.items()))
-        return document
 
 
 def _sidecar_of(name: str, part: str) -> str:

@@ -14,18 +14,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from pimerge.errors import PimergeError
 from pimerge.files import sha256_bytes
 
 if TYPE_CHECKING:
     import torch
+    from numpy.typing import NDArray
     from torch import Tensor
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 _SIZES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
-_TORCH = {
+_NAMES = {  # in torch and NumPy, which has no bfloat16
     "F64": "float64",
     "F32": "float32",
     "F16": "float16",
@@ -42,8 +43,7 @@ _BEGINNING_BYTES = 2**18
 _ENTRY_BYTES = 160  # of the header beside a tensor's name: dtype, shape and offsets of any size
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """Where one tensor lies: its dtype as safetensors names it, shape, and bytes from ``start`` to ``end``."""
 
     dtype: str
@@ -81,7 +81,8 @@ class TensorFile:
 
         entry = self.entries[key]
         data = torch.empty(entry.end - entry.start, dtype=torch.uint8)
-        self._fill(entry, _bytes_of(data))
+        with self._opened() as file:
+            self._fill(file, entry, _bytes_of(data))
         return data.view(torch_dtype(entry.dtype)).view(entry.shape)
 
     def read_part(self, key: str, start: int, stop: int) -> Tensor:
@@ -91,28 +92,51 @@ class TensorFile:
         entry = self.entries[key]
         size = (entry.end - entry.start) // max(1, math.prod(entry.shape))
         data = torch.empty((stop - start) * size, dtype=torch.uint8)
-        self._fill(entry, _bytes_of(data), start * size)
+        with self._opened() as file:
+            self._fill(file, entry, _bytes_of(data), start * size)
         return data.view(torch_dtype(entry.dtype))
+
+    def arrays(self, keys: Iterable[str]) -> dict[str, NDArray[Any]]:
+        """Read several tensors while the file is open once; F16 and BF16 become float32, which holds their numbers.
+
+        Raises:
+            PimergeError: as :meth:`read`.
+        """
+        import numpy as np
+
+        found = {}
+        with self._opened() as file:
+            for key in keys:
+                entry = self.entries[key]
+                data = np.empty(entry.end - entry.start, np.uint8)
+                self._fill(file, entry, data.data)
+                found[key] = _numbers(data, entry.dtype).reshape(entry.shape)
+        return found
 
     def pieces(self, key: str) -> Iterator[bytearray]:
         """The bytes of one tensor, whatever its dtype, at most :data:`PIECE` of them at once."""
         entry = self.entries[key]
         for start in range(0, entry.end - entry.start, PIECE):
             data = bytearray(min(PIECE, entry.end - entry.start - start))
-            self._fill(entry, memoryview(data), start)
+            with self._opened() as file:
+                self._fill(file, entry, memoryview(data), start)
             yield data
 
-    def _fill(self, entry: Entry, buffer: memoryview, offset: int = 0) -> None:
-        done = 0
+    @contextmanager
+    def _opened(self) -> Iterator[int]:
         try:
             with self.path.open("rb", buffering=0) as file:
-                while done < len(buffer):  # the kernel gives at most 2 GiB at once
-                    got = os.preadv(file.fileno(), [buffer[done:]], entry.start + offset + done)
-                    if not got:
-                        raise PimergeError(f"'{self.path}' became shorter while it was read", "run the command again")
-                    done += got
+                yield file.fileno()
         except OSError as error:
             raise PimergeError(f"cannot read '{self.path}': {error.strerror}") from error
+
+    def _fill(self, file: int, entry: Entry, buffer: memoryview, offset: int = 0) -> None:
+        done = 0
+        while done < len(buffer):  # the kernel gives at most 2 GiB at once
+            got = os.preadv(file, [buffer[done:]], entry.start + offset + done)
+            if not got:
+                raise PimergeError(f"'{self.path}' became shorter while it was read", "run the command again")
+            done += got
 
 
 def open_tensors(path: Path) -> TensorFile:
@@ -134,17 +158,13 @@ def open_tensors(path: Path) -> TensorFile:
             f"'{path}' is truncated or no safetensors file ({error})", "copy or save the file again"
         ) from error
     metadata = header.pop("__metadata__", None) or {}
+    begin = 8 + size
+    places = sorted((*found["data_offsets"], key) for key, found in header.items())
     entries = {
-        key: Entry(
-            found["dtype"],
-            tuple(found["shape"]),
-            8 + size + found["data_offsets"][0],
-            8 + size + found["data_offsets"][1],
-        )
-        for key, found in header.items()
+        key: Entry(header[key]["dtype"], tuple(header[key]["shape"]), begin + start, begin + end)
+        for start, end, key in places
     }
-    ordered = sorted(entries.items(), key=lambda item: (item[1].start, item[1].end, item[0]))
-    return TensorFile(path, dict(ordered), metadata)
+    return TensorFile(path, entries, metadata)
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -155,7 +175,7 @@ def torch_dtype(name: str) -> torch.dtype:
     """
     import torch
 
-    found: torch.dtype = getattr(torch, _TORCH[name])
+    found: torch.dtype = getattr(torch, _NAMES[name])
     return found
 
 
@@ -166,7 +186,7 @@ def dtype_name(dtype: torch.dtype) -> str:
     >>> dtype_name(torch.bfloat16)
     'BF16'
     """
-    return next(name for name, known in _TORCH.items() if known == str(dtype).removeprefix("torch."))
+    return next(name for name, known in _NAMES.items() if known == str(dtype).removeprefix("torch."))
 
 
 def is_finite(tensor: Tensor) -> bool:
@@ -288,6 +308,16 @@ def bytes_of(tensor: Tensor) -> memoryview:
 
     flat = tensor.detach().cpu().contiguous().view(-1)
     return _bytes_of(flat.view(torch.uint8) if flat.numel() else torch.empty(0, dtype=torch.uint8))
+
+
+def _numbers(data: NDArray[Any], dtype: str) -> NDArray[Any]:
+    """Bytes as the numbers of a dtype as safetensors names it."""
+    import numpy as np
+
+    if dtype == "BF16":  # the upper half of a float32
+        return (data.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    numbers = data.view(_NAMES[dtype])
+    return numbers.astype(np.float32) if dtype == "F16" else numbers
 
 
 def _bytes_of(flat: Tensor) -> memoryview:

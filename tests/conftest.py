@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="pimerge-tests-")  # no cache of the user's own
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
-os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="pimerge-tests-")  # not the user's own
 
 import pytest
 import torch

@@ -21,7 +21,8 @@ from pimerge.errors import PimergeError
 from pimerge.expert import open_expert
 from pimerge.model import Bases
 from pimerge.sketch import from_texts
-from pimerge.store import Settings, Store
+from pimerge.store import Store
+from pimerge.store_document import Settings
 from pimerge.task import open_task
 from tests.conftest import MakeExpert, dense_deltas, model_for, relative_difference, write_json
 

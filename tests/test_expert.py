@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub.constants
+import numpy as np
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -53,6 +54,20 @@ def test_factors_are_read_when_asked_for(folder: Path, monkeypatch: pytest.Monke
     A, B = updates_of(SHAPES)["q"]
     assert torch.equal(factors.A, A)
     assert torch.equal(factors.B, B)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_updates_are_the_factors_in_float64_with_the_scaling(dtype: torch.dtype, tmp_path: Path) -> None:
+    updates = {name: (A.to(dtype), B.to(dtype)) for name, (A, B) in updates_of(SHAPES).items()}
+    updates["conv"] = (normal(2, 3, 4, 5).to(dtype), normal(6, 2, 1, 1).to(dtype))
+    expert = open_expert(raw_expert(tmp_path, updates, lora_alpha=3, alpha_pattern={"q": 7})).scaled(0.7)
+    found = expert.updates(["v", "conv", "q"])
+    assert list(found) == ["v", "conv", "q"]
+    for name, (A, B) in found.items():
+        factors = expert.factors(name)
+        np.testing.assert_array_equal(A, factors.A.double().numpy(), strict=True)
+        np.testing.assert_array_equal(B, (factors.scaling * factors.B.double()).numpy().T, strict=True)
+    assert expert.updates([]) == {}
 
 
 def test_a_scale_is_part_of_every_update_and_multiplies_over_calls(folder: Path) -> None:

@@ -109,6 +109,21 @@ def test_the_score_of_combined_is_the_expected_gain() -> None:
     assert (found.score, found.error) == (found.gain, found.gain_error)
 
 
+def test_what_the_store_foretells_is_added_in_proportion_to_the_scale() -> None:
+    viewer: Any = Seen(BASE, {"good": GOOD, "other": GOOD})
+    experts: Any = {"good": "good", "other": "other"}
+    plainly = judge(viewer, experts, combined, None).judged["other"]
+    verdict = judge(viewer, experts, combined, None, {"good": 3.0})
+    assert verdict.judged["other"] == plainly
+    found = verdict.judged["good"]
+    assert found.scale == 1.0  # 3 · (1 − 0.5) is more than what the examples see in the scale 0.5
+    by_examples = gains_by_hand(GOOD[1.0], BASE, torch.ones(1, 30))[0]
+    assert found.gain == found.score == pytest.approx(3 + by_examples, abs=1e-9)
+    by_logme = judge(viewer, experts, logme, None, {"good": 3.0}).judged["good"]
+    assert by_logme.scale == max(GOOD, key=lambda scale: plain(logme, GOOD[scale])) == 0.5
+    assert by_logme.gain == pytest.approx(1.5 + plainly.gain, abs=1e-9)
+
+
 def test_equal_scores_go_to_the_smallest_scale() -> None:
     assert judged_by(combined, BASE, same=dict.fromkeys(SCALES, GOOD[0.5])).judged["same"].scale == 0.25
 
@@ -217,6 +232,8 @@ def test_gains_of_means_are_those_of_the_dense_means(
     base_sample = Sample(features(dense_model(bert_base, [], []), "bert", viewer).double(), labels, 2)
     expected = [gains_by_hand(sample(count), base_sample, torch.ones(1, 12))[0] for count in (1, 2, 3)]
     assert len(set(expected)) == 3
-    assert gains_of_means(viewer, experts) == pytest.approx(expected, abs=1e-5)
+    assert gains_of_means(viewer, experts, [0.0] * 3) == pytest.approx(expected, abs=1e-5)
+    with_store = [gain + store for gain, store in zip(expected, (0.3, 0.35, 0.1), strict=True)]
+    assert gains_of_means(viewer, experts, [0.3, 0.4, -0.4]) == pytest.approx(with_store, abs=1e-5)
     assert max(map(abs, expected)) > 1e-3
-    assert gains_of_means(viewer, []) == []
+    assert gains_of_means(viewer, [], []) == []

@@ -24,7 +24,8 @@ from pimerge.kinds.lora import PREFIX
 from pimerge.marginals import Marginals
 from pimerge.model import Bases
 from pimerge.sketch import DIRECTIONS, projection
-from pimerge.store import Settings, Store
+from pimerge.store import Store
+from pimerge.store_document import Settings
 from pimerge.task import open_task
 from pimerge.task_types import Examples
 from tests.conftest import MakeExpert, change_basis, edit_tensors, model_for, relative_difference
@@ -201,13 +202,13 @@ LIMIT = 9
 
 
 def embedded(folder: Path, store: Path, **options: Any) -> dict[str, Tensor]:
-    """What ``embed`` writes of one expert."""
+    """What ``embed`` writes of one expert, besides its updates."""
     tokens, labels = options.get("batch_tokens"), options.get("labels", "true")
     expert, found = open_expert(folder), Store(store / "embeddings.json")
     bases = Bases(torch.device("cpu"), torch.float32)
     embed(expert, check_expert(expert), found, Settings(max_examples=LIMIT, labels=labels), bases, batch_tokens=tokens)
     file = found.marginals_file(expert.name)
-    return {key: file.read(key) for key in file.entries}
+    return {key: file.read(key) for key in file.entries if not key.endswith(".update")}
 
 
 def reference(folder: Path, base: Path, *, sampled: bool = False) -> dict[str, Tensor]:

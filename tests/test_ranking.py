@@ -19,8 +19,10 @@ from pimerge.errors import PimergeError
 from pimerge.expert import open_expert
 from pimerge.model import Bases
 from pimerge.ranking import Ranking, open_ranked, read_ranking, write_ranking
-from pimerge.selecting import Wish, rank_by_store
-from pimerge.store import Settings, Store
+from pimerge.ranking_by_store import rank_by_store
+from pimerge.selecting import Wish
+from pimerge.store import Store
+from pimerge.store_document import Settings
 from tests.conftest import MakeExpert, change_basis, dense_deltas, edit_tensors, model_for, write_json
 
 BY_FACTORS = ["fisher-factors", "fisher-raw", "task2vec", "parameters"]
@@ -191,11 +193,12 @@ def test_a_target_that_changed_is_an_error(folder: Path, make_expert: MakeExpert
         rank_in(folder)
 
 
-def test_a_sidecar_that_was_altered_is_an_error(folder: Path) -> None:
+def test_a_candidate_whose_sidecar_was_altered_says_so_where_that_is_needed(folder: Path) -> None:
     (folder / "embeddings" / "near.safetensors").write_bytes(b"")
-    with pytest.raises(PimergeError, match=r"near.safetensors' has changed"):
-        rank_in(folder, measure="fisher-raw")
-    assert rank_in(folder, measure="delta").candidates
+    ranking = rank_in(folder, measure="fisher-raw")
+    assert "near.safetensors' has changed" in reasons_of(ranking)["near"]
+    assert "near" not in {candidate.name for candidate in ranking.candidates}
+    assert "near" in {candidate.name for candidate in rank_in(folder, measure="delta").candidates}
 
 
 @pytest.mark.parametrize(

@@ -110,6 +110,13 @@ def test_draws_follow_from_names_alone_in_any_process() -> None:
     assert found[1].strip() == str(sketch({"q": torch.arange(9.0)}).nonzero()[:, 0].tolist())
 
 
+def test_texts_are_read_without_torch() -> None:
+    code = (
+        "import sys; from pimerge.sketch import from_texts; from_texts(sys.argv[1:]); sys.exit('torch' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code, to_text(sketch({"q": torch.ones(3)}))], check=True)
+
+
 MODULES = 24
 
 

@@ -14,8 +14,10 @@ from pimerge.embedding import embed
 from pimerge.errors import PimergeError
 from pimerge.expert import Expert, open_expert
 from pimerge.model import Bases, load_base, plugged_in
-from pimerge.selecting import Wish, rank_by_store
-from pimerge.store import Settings, Store
+from pimerge.ranking_by_store import rank_by_store
+from pimerge.selecting import Wish
+from pimerge.store import Store
+from pimerge.store_document import Settings
 from pimerge.target_expert import initial_expert, train_expert
 from pimerge.task import Task, open_task
 from pimerge.training import Options

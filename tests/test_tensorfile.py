@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -47,6 +49,11 @@ def _width(dtype: torch.dtype) -> int:
     return -dtype.itemsize
 
 
+def widened(tensor: Tensor) -> Tensor:
+    """As it is, or in float32 where it has 16 bits of a float."""
+    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
+
+
 def same_bits(first: Tensor, second: Tensor) -> bool:
     """Whether dtype, shape and every bit are equal."""
     return (first.dtype, first.shape) == (second.dtype, second.shape) and bytes(bytes_of(first)) == bytes(
@@ -73,6 +80,12 @@ def test_what_is_written_is_read_by_the_library_and_by_pimerge(tmp_path: Path, t
         assert same_bits(library[key], tensor)
         assert same_bits(own.read(key), tensor)
         assert bytes(bytes_of(tensor)) == b"".join(map(bytes, own.pieces(key)))
+    arrays = own.arrays(reversed(tensors))
+    assert list(arrays) == list(reversed(tensors))
+    for key, array in arrays.items():
+        expected = widened(own.read(key)).numpy()
+        assert (array.dtype, array.shape) == (expected.dtype, expected.shape)
+        np.testing.assert_array_equal(array, expected)
 
 
 @small
@@ -92,6 +105,31 @@ def test_parts_and_pieces_are_those_of_the_flat_tensor(tmp_path: Path, monkeypat
     assert torch.equal(file.read_part("a", 3, 20), tensor.flatten()[3:20])
     assert file.read_part("a", 4, 4).shape == (0,)
     assert [len(piece) for piece in file.pieces("a")] == [16, 16, 16, 16, 6]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_number_of_16_bits_becomes_the_same_float32(dtype: torch.dtype, tmp_path: Path) -> None:
+    tensor = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)
+    found = open_tensors(write(tmp_path / "x.safetensors", {"a": tensor})).arrays(["a"])["a"]
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(found, tensor.float().numpy())
+    assert (np.signbit(found) == tensor.float().signbit().numpy()).all()
+
+
+def test_arrays_open_the_file_once_and_may_be_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = open_tensors(write(tmp_path / "x.safetensors", {str(i): normal(i, 3) for i in range(5)}))
+    opened: list[Path] = []
+    original = Path.open
+
+    def watched(path: Path, *args: Any, **options: Any) -> Any:
+        opened.append(path)
+        return original(path, *args, **options)
+
+    monkeypatch.setattr(Path, "open", watched)
+    found = file.arrays(file.entries)
+    assert opened == [file.path]
+    found["1"] += 1
+    assert not np.array_equal(found["1"], file.arrays(["1"])["1"])
 
 
 def test_what_is_not_contiguous_is_written_as_it_reads(tmp_path: Path) -> None:
@@ -186,9 +224,11 @@ def test_a_file_that_changes_after_it_was_opened_is_an_error(tmp_path: Path) -> 
         file.read,
         lambda key: list(file.pieces(key)),
         lambda key: file.read_part(key, 9, 100),
+        lambda key: file.arrays(["a", key]),
     ):
         with pytest.raises(PimergeError, match="became shorter while it was read"):
             read("b")
     file.path.unlink()
-    with pytest.raises(PimergeError, match="cannot read"):
-        file.read("a")
+    for read in (file.read, lambda key: file.arrays([key])):
+        with pytest.raises(PimergeError, match="cannot read"):
+            read("a")

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -28,16 +27,16 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pimerge.comparison import SHORTLIST, compare, nearest_by_sketch
-from pimerge.embedding import sketches_of
+from pimerge.comparison import SHORTLIST, by_sketch, compare
+from pimerge.embedding import sketches_of, updates_of
 from pimerge.expert import CONFIG, WEIGHTS, open_expert
 from pimerge.files import json_text, sha256_file, write_file
 from pimerge.measures import fisher
 from pimerge.sketch import DIRECTIONS, from_texts
-from pimerge.store import SIDECARS, Document, Embedding, Settings, Sidecar, open_store
+from pimerge.store import SIDECARS, open_store
+from pimerge.store_document import Document, Embedding, Settings, Sidecar
 
 RANK, WIDTH = 8, 768
-REPEATS = 2
 TARGET = "e00000"
 
 
@@ -55,7 +54,7 @@ def main() -> None:
         path = folder / "embeddings.json"
         if not path.is_file():
             build(folder, arguments)
-        whole_command(path)  # first: a child's peak counts what this process holds when it starts it
+        whole_command(path)
         document(path)
         one_comparison(path)
         shortlist(path, arguments.distinct)
@@ -103,10 +102,11 @@ def add_expert(folder: Path, name: str, family: int, distance: int, layers: list
     save_file(adapter, experts / WEIGHTS, {"format": "pt"})
     config = {"peft_type": "LORA", "base_model_name_or_path": "org/base", "r": RANK, "lora_alpha": RANK}
     (experts / CONFIG).write_text(json_text({**config, "target_modules": ["proj"]}))
+    expert = open_expert(experts)
+    marginals |= updates_of(expert)
     files = {"diagonal": f"{SIDECARS}/{name}.safetensors", "marginals": f"{SIDECARS}/{name}.marginals.safetensors"}
     for part, tensors in (("diagonal", diagonal), ("marginals", marginals)):
         save_file(tensors, folder / files[part], {"format": "pt"})
-    expert = open_expert(experts)
     return Embedding(
         path=f"experts/{name}",
         sha256=expert.sha256,
@@ -124,7 +124,7 @@ def add_expert(folder: Path, name: str, family: int, distance: int, layers: list
         trace=1.0,
         largest=1.0,
         modules={layer: 1.0 / len(layers) for layer in layers},
-        sketches=sketches_of(expert, marginals),
+        sketches=sketches_of(marginals),
         sidecars={part: Sidecar(file=file, sha256=sha256_file(folder / file)) for part, file in files.items()},
     )
 
@@ -164,19 +164,23 @@ def document(path: Path) -> None:
 
 
 def whole_command(path: Path) -> None:
-    """Print what the command takes as it is typed, and what Python with torch takes of that."""
-    for name, command in (
-        ("import torch, pydantic, typer", ["-c", "import torch, pydantic, typer"]),
-        ("pimerge rank", ["-m", "pimerge", "rank", "--target", TARGET, "--measure", "fisher", "--quiet", "--force"]),
-    ):
-        before, seconds = resource.getrusage(resource.RUSAGE_CHILDREN), []
-        for _ in range(REPEATS):
+    """Print what the command takes as it is typed: with every file to be hashed, then with the hashes remembered."""
+    with tempfile.TemporaryDirectory() as cache:
+        for name in ("first", "again", "again"):
+            command = [sys.executable, "-m", "pimerge", "rank", "--target", TARGET, "--measure", "fisher"]
+            environment = {**os.environ, "XDG_CACHE_HOME": cache}
             start = time.perf_counter()
-            subprocess.run([sys.executable, *command], cwd=path.parent, check=True, stdout=subprocess.DEVNULL)
-            seconds.append(time.perf_counter() - start)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        busy = (after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime) / REPEATS
-        print(f"{name}: {min(seconds):.2f} s, {busy:.2f} s of a core, peak {after.ru_maxrss / 1024:.0f} MB", flush=True)
+            process = subprocess.Popen(
+                [*command, "--quiet", "--force"], cwd=path.parent, env=environment, stdout=subprocess.DEVNULL
+            )
+            _, status, used = os.wait4(process.pid, 0)  # this child's alone
+            if status:
+                raise SystemExit(f"{' '.join(command)} ended with {os.waitstatus_to_exitcode(status)}")
+            print(
+                f"pimerge rank, {name}: {time.perf_counter() - start:.2f} s, {used.ru_utime + used.ru_stime:.2f} s of "
+                f"a core, peak {used.ru_maxrss / 1024:.0f} MB",
+                flush=True,
+            )
 
 
 def one_comparison(path: Path) -> None:
@@ -184,7 +188,7 @@ def one_comparison(path: Path) -> None:
     start = time.perf_counter()
     store = open_store(path)
     opened = time.perf_counter()
-    nearest_by_sketch(store, TARGET, [name for name in store.experts if name != TARGET], SHORTLIST)
+    by_sketch(store, TARGET, [name for name in store.experts if name != TARGET])
     listed = time.perf_counter()
     compare(store, TARGET, fisher)
     end = time.perf_counter()
@@ -199,20 +203,20 @@ def shortlist(path: Path, distinct: int) -> None:
     store = open_store(path)
     names = [name for name in list(store.experts)[:distinct] if name != TARGET]
     members = [store.member(name, store.open(name), "marginals") for name in (TARGET, *names)]
-    exact = fisher.similarity(members, len(names), []).scores().numpy()  # around no mean
-    by_sketch = np.zeros(len(names))
+    exact = fisher.similarity(members, len(names), []).scores()  # around no mean
+    estimated = np.zeros(len(names))
     for part in ("gradients", "update"):
         rows = from_texts([store.experts[name].sketches[part] for name in (TARGET, *names)]).astype(np.float64)
         unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
-        by_sketch += unit[1:] @ unit[0] / 2
-    error = by_sketch - exact
+        estimated += unit[1:] @ unit[0] / 2
+    error = estimated - exact
     print(
         f"sketches against exact cosines, {len(names)} pairs: standard error {np.sqrt(np.mean(error**2)):.4f}, "
         f"mean {error.mean():+.4f}, largest {np.abs(error).max():.4f}"
     )
     centred = fisher.similarity(members, len(names), range(len(members))).scores().tolist()
     best = sorted(names, key=lambda name: -centred[names.index(name)])[:10]
-    found = nearest_by_sketch(store, TARGET, [name for name in store.experts if name != TARGET], SHORTLIST)
+    found = by_sketch(store, TARGET, [name for name in store.experts if name != TARGET])[:SHORTLIST]
     print(f"recall of the exact best 10 in the shortlist of {len(found)}: {len(set(best) & set(found)) / 10:.0%}")
 
 

@@ -44,12 +44,14 @@ from pimerge.embedding import embed
 from pimerge.evaluation import evaluate
 from pimerge.expert import Expert, open_expert
 from pimerge.features import SCALES, Draw, Viewer
-from pimerge.few_shot import DRAWS, LEAST_ERRORS, bootstrap
-from pimerge.measures import combined, history
+from pimerge.few_shot import DRAWS, bootstrap
+from pimerge.measures import combined, fisher, history
 from pimerge.model import Bases, load_base
 from pimerge.probe import fit_probe
 from pimerge.sample import Sample
-from pimerge.store import Settings, Store
+from pimerge.selecting import LEAST_ERRORS
+from pimerge.store import Store
+from pimerge.store_document import Settings
 from pimerge.task import Task, draw_shots, open_task
 from pimerge.training import Options
 from pimerge.tuning import tune
@@ -65,6 +67,8 @@ class Seen:
 
     Attributes:
         train, test: (source, scale) → sample; ``("", 0.0)`` is the bare base.
+        saw: examples a class that the target's own expert was embedded with.
+        close: source → similarity by ``fisher``.
         right: (source, scale, K, seed) → whether each test example is answered rightly.
         pool: name → expert of every source.
     """
@@ -75,10 +79,13 @@ class Seen:
     test: dict[tuple[str, float], Sample]
     seconds: float
     pool: dict[str, Expert]
+    saw: float = 0.0
+    close: Mapping[str, float] = field(default_factory=dict)
     right: dict[tuple[str, float, int, int], torch.Tensor] = field(default_factory=dict)
 
 
 BARE = ("", 0.0)
+ALONE = "combined, no store"
 
 
 def main() -> None:
@@ -96,6 +103,9 @@ def main() -> None:
         measure_truth(seen[name], shots, options.seeds)
         print(f"# gains for {name} measured", flush=True)
     store_scores, store_seconds = by_store(store, list(tasks))
+    for name, one in seen.items():
+        one.saw = store.experts[name].examples / len(one.task.labels)
+        one.close = store_scores["fisher"][name]
     calibrated = {name: calibration(one) for name, one in seen.items()}
     found = {}
     for k in shots:
@@ -240,7 +250,8 @@ def by_examples(one: Seen, k: int, seed: int, seconds: dict[str, float]) -> dict
     """Measure → (source, scale) → score on K examples a class.
 
     The parts of ``combined`` are computed for the bare base and at every scale, the other measures at scale 1.
-    ``combined`` itself is their weighted sum, in points above the bare base's.
+    ``combined`` itself is their weighted sum, in points above the bare base's, with what the store foretells, since
+    the targets have experts; :data:`ALONE` is without.
     """
     indices = drawn(one, k, seed)
     weights = torch.ones(1, len(indices), dtype=torch.float64)
@@ -260,13 +271,19 @@ def by_examples(one: Seen, k: int, seed: int, seconds: dict[str, float]) -> dict
         share = len(one.pool) / len(scores[measure])  # of a target's candidates at one scale
         seconds[measure] = seconds.get(measure, 0.0) + share * (time.perf_counter() - start)
     part_weights = combined.part_weights(samples[BARE])
-    scores["combined"] = {
+    scores[ALONE] = {
         key: 100 * sum(weight * (scores[part][key] - scores[part][BARE]) for part, weight in part_weights.items())
         for key in samples
         if key != BARE
     }
-    seconds["combined"] = sum(seconds[part] for part in parts)
+    scores["combined"] = {key: gain + 100 * foretold(one, k, *key) for key, gain in scores[ALONE].items()}
+    seconds["combined"] = seconds[ALONE] = sum(seconds[part] for part in parts)
     return scores
+
+
+def foretold(one: Seen, k: int, source: str, scale: float) -> float:
+    """The gain that the store foretells, 0.01 being a point."""
+    return combined.store_weight(k, one.saw) * scale * one.close.get(source, 0.0)
 
 
 def calibration(one: Seen) -> dict[str, dict[float, float]]:
@@ -364,13 +381,13 @@ def report(
         forwarded = np.mean([one.seconds for one in seen.values()]) * k / max(options.train + options.test, 1)
         seconds[measure] = spent[measure] / (len(seen) * options.seeds) + forwarded
     print(
-        f"{'measure':16s} {'rho':>13s} {'NDCG@3':>7s} {'regret@1':>9s} {'regret@2':>9s} {'gain':>7s} {'hurts':>6s} "
+        f"{'measure':18s} {'rho':>13s} {'NDCG@3':>7s} {'regret@1':>9s} {'regret@2':>9s} {'gain':>7s} {'hurts':>6s} "
         f"{'s':>6s}"
     )
     for measure, row in sorted(rows.items(), key=lambda item: -np.mean(item[1].rho)):
         hurts = np.mean([gain < 0 for gain in row.first])
         print(
-            f"{measure:16s} {plus_minus(row.rho):>13s} {np.mean(row.ndcg):7.2f} {np.mean(row.regret1):9.2f} "
+            f"{measure:18s} {plus_minus(row.rho):>13s} {np.mean(row.ndcg):7.2f} {np.mean(row.regret1):9.2f} "
             f"{np.mean(row.regret2):9.2f} {np.mean(row.first):7.2f} {hurts:6.2f} {seconds.get(measure, 0):6.2f}"
         )
     halves(rows, list(seen))
@@ -383,7 +400,8 @@ def halves(rows: Mapping[str, Row], names: Sequence[str]) -> None:
     """The measure with the highest ρ on one half of the targets, and its ρ on the other half; and the reverse."""
     kinds = {"the store": ("fisher", "marginals", "experts"), "examples": ("examples",)}
     for kind, needs in kinds.items():
-        own = {m: np.array(row.rho) for m, row in rows.items() if strategies.load("measures", m).NEEDS in needs}
+        known = rows.keys() - {ALONE}
+        own = {m: np.array(rows[m].rho) for m in sorted(known) if strategies.load("measures", m).NEEDS in needs}
         for first in (0, 1):
             best = max(own, key=lambda m: own[m][first::2].mean())
             others = own[best][1 - first :: 2].mean()
@@ -396,6 +414,9 @@ def choices(k: int, seen: Mapping[str, Seen], trials: Mapping) -> dict[str, list
     for name, one in seen.items():
         gains = truth(one, k, SCALES)
         per: dict[str, list[float]] = {}
+        closest = max(one.close, key=lambda source: one.close[source])
+        helps = one.close[closest] > fisher.GATE
+        per["first choice by the store, gated"] = [gains[closest, 1.0] if helps else 0.0]
         for seed, scores in enumerate(trials[name]):
             own = scores["combined"]
             best = max(own, key=lambda key: own[key])
@@ -436,7 +457,8 @@ def merged(per: dict[str, list[float]], one: Seen, k: int, own: Mapping[tuple[st
     for count in range(1, len(order) + 1):
         experts = [one.pool[source].scaled(best[source]) for source in order[:count]]
         train = subset(one.viewers["train"].sum_sample(experts), indices)
-        expected.append(float(combined.scores(train, weights)))
+        store = sum(foretold(one, k, source, best[source]) for source in order[:count]) / count
+        expected.append(float(combined.scores(train, weights)) + store)
         real.append(100 * float((answered(train, one.viewers["test"].sum_sample(experts)) - bare).mean()))
         per[f"mean of the first {count}"] = [real[-1]]
     per["mean of the first k, -k auto"] = [real[int(np.argmax(expected))]]

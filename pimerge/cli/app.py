@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from typing import Annotated
@@ -15,6 +16,8 @@ from pimerge.errors import PimergeError
 EXIT_PROBLEM = 3
 EXIT_INTERRUPTED = 130
 EXIT_BROKEN_PIPE = 141
+SELDOM = (100_000, 20, 20)
+"""When the collector looks for cycles: by default it would search the objects of a large store many times over."""
 
 app = typer.Typer(
     name="pimerge",
@@ -51,6 +54,7 @@ def options(
 
 def main() -> None:
     """Run the command line; the one place where a PimergeError becomes a message and a status."""
+    gc.set_threshold(*SELDOM)
     try:
         app()
         sys.stdout.flush()

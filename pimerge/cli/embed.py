@@ -44,7 +44,8 @@ def embed(
     from pimerge.embedding import embed as embed_expert
     from pimerge.expert import open_expert
     from pimerge.model import Bases, resolve_device, resolve_dtype
-    from pimerge.store import Settings, Store
+    from pimerge.store import Store
+    from pimerge.store_document import Settings
 
     if labels not in LABEL_MODES:
         raise PimergeError(f"--labels is '{labels}'", f"expected {' or '.join(LABEL_MODES)}")

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from pimerge.cli import options
-from pimerge.cli.console import note, print_json, quiet_libraries, tracker
+from pimerge.cli.console import note, print_json, tracker
 from pimerge.errors import PimergeError
 
 AUTO = "auto"
@@ -32,7 +32,7 @@ def rank(
         bool, typer.Option("--gate/--no-gate", help="Select only experts that are expected to help.")
     ] = True,
     train_target: Annotated[
-        bool, typer.Option("--train-target", help="Train an expert of a target that has none, for store measures.")
+        bool, typer.Option("--train-target", help="Train an expert of a target that has none, and rank by the store.")
     ] = False,
     explain: Annotated[
         str | None, typer.Option(metavar="NAME", help="Show why this expert has its place; writes nothing.")
@@ -60,14 +60,16 @@ def rank(
     if measures:
         print_measures(json)
         return
-    quiet_libraries()
-    from pimerge.cli.rank_target import Request, calibrate_store, make_ranking
+    from pimerge.cli.rank_request import Request
+    from pimerge.cli.rank_target import ranked
     from pimerge.ranking import write_ranking
 
     request = Request(
         store, measure, _count(k), gate, shots, examples, seed, train_target, base, device, dtype, force, quiet
     )
     if calibrate:
+        from pimerge.cli.rank_examples import calibrate_store
+
         gains = calibrate_store(request, tracker(quiet))
         if target is None:
             print_gains(gains, str(store), json)
@@ -75,15 +77,15 @@ def rank(
             return
     if target is None:
         raise PimergeError("the target is not given", "pass --target NAME, an expert's folder or a task's folder")
-    ranking = make_ranking(target, request, output.resolve().parent, tracker(quiet))
-    if explain is not None:
-        print_explanation(ranking, explain, target, request, tracker(quiet), json)
-        return
-    write_ranking(ranking, output, force)
+    with ranked(target, request, output.resolve().parent, tracker(quiet)) as found:
+        if explain is not None:
+            print_explanation(found, explain, json)
+            return
+    write_ranking(found.ranking, output, force)
     if json:
-        print_json(ranking.model_dump())
+        print_json(found.ranking.model_dump())
         return
-    print_ranking(ranking, request.k, quiet)
+    print_ranking(found.ranking, request.k, quiet)
     note(f"→ {output}; next: pimerge tune --method learned", quiet)
 
 

@@ -10,8 +10,7 @@ from pimerge.cli.console import note, print_json, print_table
 from pimerge.errors import PimergeError, nearest
 
 if TYPE_CHECKING:
-    from pimerge.cli.rank_target import Request
-    from pimerge.progress import Track
+    from pimerge.cli.rank_target import Ranked
     from pimerge.ranking import Candidate, Ranking
 
 NEEDS = {
@@ -105,7 +104,7 @@ def print_gains(gains: Mapping[str, Mapping[str, Mapping[float, float]]], store:
     print_table(["target \\ source, points at its best scale", *sources], rows, right=sources)
 
 
-def print_explanation(ranking: Ranking, name: str, target: str, request: Request, track: Track, json: bool) -> None:
+def print_explanation(ranked: Ranked, name: str, json: bool) -> None:
     """Why a candidate has its score: by tensor for a measure of the store, by measure and scale for examples.
 
     Raises:
@@ -113,6 +112,7 @@ def print_explanation(ranking: Ranking, name: str, target: str, request: Request
     """
     from pimerge.cli.rank_target import explain
 
+    ranking = ranked.ranking
     candidate = next((each for each in ranking.candidates if each.name == name), None)
     if candidate is None:
         reason = next((each.reason for each in ranking.not_comparable if each.name == name), None)
@@ -122,7 +122,7 @@ def print_explanation(ranking: Ranking, name: str, target: str, request: Request
             f"there is no candidate '{name}' for '{ranking.target.name}'",
             nearest(name, [each.name for each in ranking.candidates]),
         )
-    found = explain(ranking, name, target, request, track)
+    found = explain(ranked, name)
     if json:
         print_json({"candidate": candidate.model_dump(), **found.document()})
         return

@@ -10,69 +10,73 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-import torch
-from torch.nn.utils.rnn import pad_sequence
+import numpy as np
 
-from pimerge.similarity import Products, Similarity, from_products, has_mean
+from pimerge.similarity import Products, Similarity, from_products
+from pimerge.stored import Stored, by_name
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from numpy.typing import NDArray
 
-    from pimerge.kinds.lora import Factors
-    from pimerge.store import Stored
+    Array = NDArray[np.float64]
+    Update = tuple[Array, Array]
 
 NEEDS = "experts"
 SAME_BASIS = False
 GATE = 0.0
 
 
-def similarity(members: Sequence[Stored], candidates: int, pool: Sequence[int]) -> Similarity:
+def similarity(members: Sequence[Stored], candidates: int, pool: Sequence[int], sampled: bool = False) -> Similarity:
     """The cosines of ΔW_target − Δ̄ and ΔW_n − Δ̄ over all modules, with Δ̄ the mean of the ``pool``."""
-    return from_products(_by_module(members, 1 + candidates, pool))
+    modules = sorted({name for member in members for name in member.expert.modules})
+
+    def by_module() -> Iterator[tuple[str, Products]]:
+        for module, updates in by_name(members, modules, _updates):
+            target, norms, total = _products(updates, len(members), pool)
+            yield module, Products.around(target, norms, total, candidates, pool, sampled)
+
+    return from_products(by_module(), candidates)
 
 
-def _by_module(members: Sequence[Stored], count: int, pool: Sequence[int]) -> Iterator[tuple[str, Products]]:
-    """The inner products of the first ``count`` members, for each module that any member adapts."""
-    experts = [member.expert for member in members]
-    for module in sorted({name for expert in experts for name in expert.modules}):
-        parts = {index: each.factors(module) for index, each in enumerate(experts) if module in each.modules}
-        yield module, _products(parts, count, pool)
+def _updates(member: Stored, modules: Sequence[str]) -> dict[str, Update]:
+    return member.expert.updates(name for name in modules if name in member.expert.modules)
 
 
-def _products(parts: Mapping[int, Factors], count: int, pool: Sequence[int]) -> Products:
-    """The inner products in one module.
+def _products(updates: Mapping[int, Update], count: int, pool: Sequence[int]) -> tuple[Array, Array, Array]:
+    """(count) inner products of the members' updates of one module with the target's, themselves, and the pool's sum.
 
     Args:
-        parts: member → its factors, of those that adapt the module.
+        updates: member → its update, of those of ``count`` members that adapt the module.
     """
-    owners = [index for index in parts if index < count]
-    A, B = _stacked(parts, owners)
+    owners = list(updates)
+    A, B = (_stacked([update[factor] for update in updates.values()]) for factor in (0, 1))
 
-    def by_owner(values: Tensor) -> Tensor:
+    def by_member(values: Array) -> Array:
         """(owners × r) → (count) sums over the rank; 0 for a member without the module."""
-        return torch.zeros(count, dtype=torch.float64).index_add_(0, torch.tensor(owners).long(), values.sum(1))
+        found = np.zeros(count)
+        found[owners] = values.sum(1)
+        return found
 
-    def with_sum(A_sum: Tensor, B_sum: Tensor) -> Tensor:
+    def with_sum(members: Sequence[int]) -> Array:
         """(count) the inner products with the sum of some members' updates."""
+        places = [owners.index(index) for index in members if index in updates]
+        A_sum, B_sum = _rows(A[places]), _rows(B[places])
         # in the cheaper order: through a dense ΔW only where the ranks add up to more than its width
-        products = torch.linalg.multi_dot([B.flatten(0, 1), B_sum.flatten(0, 1).T, A_sum.flatten(0, 1)])
-        return by_owner((products * A.flatten(0, 1)).sum(1).view(A.shape[:2]))
+        products = np.linalg.multi_dot([_rows(B), B_sum.T, A_sum])
+        return by_member(np.einsum("ij,ij->i", products, _rows(A)).reshape(A.shape[:2]))
 
-    mean, whole = torch.zeros(count, dtype=torch.float64), torch.zeros((), dtype=torch.float64)
-    if has_mean(pool):
-        of_pool = _stacked(parts, [index for index in pool if index in parts])
-        A_pool, B_pool = (stack.flatten(0, 1) for stack in of_pool)
-        mean = with_sum(*of_pool) / len(pool)
-        whole = ((B_pool @ B_pool.T) * (A_pool @ A_pool.T)).sum() / len(pool) ** 2
-    norms = by_owner(((B @ B.mT) * (A @ A.mT)).sum(2))
-    return Products(with_sum(*_stacked(parts, [0] if 0 in parts else [])), norms, mean, whole)
+    norms = by_member(((B @ B.swapaxes(1, 2)) * (A @ A.swapaxes(1, 2))).sum(2))
+    return with_sum([0]), norms, with_sum(pool)
 
 
-def _stacked(parts: Mapping[int, Factors], members: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """A (members × r × d_in) and sBᵀ (members × r × d_out) with r the highest rank; zeros fill up the others."""
-    like = next(iter(parts.values()))
-    if not members:
-        return like.A.new_zeros(0, 1, like.A.shape[1]).double(), like.B.new_zeros(0, 1, len(like.B)).double()
-    A = pad_sequence([parts[index].A.double() for index in members], batch_first=True)
-    B = pad_sequence([parts[index].scaling * parts[index].B.T.double() for index in members], batch_first=True)
-    return A, B
+def _stacked(factors: Sequence[Array]) -> Array:
+    """(members × r × d) with r the highest rank; zeros fill up the others."""
+    stack = np.zeros((len(factors), max(map(len, factors)), factors[0].shape[1]))
+    for place, factor in zip(stack, factors, strict=True):
+        place[: len(factor)] = factor
+    return stack
+
+
+def _rows(stack: Array) -> Array:
+    """(members × r × d) → (members · r × d)."""
+    return stack.reshape(-1, stack.shape[2])

@@ -3,36 +3,34 @@
     score = ½ cos(G_target − Ḡ, G_n − Ḡ) + ½ cos(ΔW_target − Δ̄, ΔW_n − Δ̄)
 
 G is the Fisher information on the output side of the adapted layers, E[g gᵀ] with g = ∂ log p(y|x)/∂(output), at
-unit norm for each layer so that no layer decides alone (the factor of the outputs in K-FAC, arXiv 1503.05671), seen
-in up to 64 random directions. The first cosine tells whether two tasks ask the same of the layers, the second whether
-their experts answered alike. Neither depends on the basis, the rank or the init of the factors.
+unit norm for each layer so that no layer decides alone (the factor of the outputs in K-FAC, arXiv 1503.05671). The
+first cosine tells whether two tasks ask the same of the layers, the second whether their experts answered alike.
+Neither depends on the basis, the rank or the init of the factors. Both are seen in up to 64 random directions of the
+outputs and inputs of each layer (:mod:`pimerge.sketch`), so that all of it is in the store.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-from pimerge.marginals import GRADIENT
-from pimerge.measures import delta
-from pimerge.measures.marginals import unit_parts
+from pimerge.measures.marginals import parts_of, unit_parts
 from pimerge.similarity import Similarity, balanced, from_vectors
-
-if TYPE_CHECKING:
-    from pimerge.store import Stored
+from pimerge.stored import GRADIENT, UPDATE, Stored
 
 NEEDS = "marginals"
 SAME_BASIS = False
 GATE = 0.02
 
 
-def similarity(members: Sequence[Stored], candidates: int, pool: Sequence[int]) -> Similarity:
+def similarity(members: Sequence[Stored], candidates: int, pool: Sequence[int], sampled: bool = False) -> Similarity:
     """The score of each candidate, in [−1, 1].
 
     A part that is zero counts as 0; a target without an update, at the pool's init, has the first cosine alone.
     """
-    gradients = from_vectors(unit_parts(members, GRADIENT), candidates, pool)
-    target = members[0].expert
-    if not any(bool(target.tensor(module.B).any()) for module in target.modules.values()):
-        return gradients
-    return balanced([gradients, delta.similarity(members, candidates, pool)], ["gradients", "update"])
+    found = {"gradients": from_vectors(unit_parts(members, GRADIENT), candidates, pool, sampled)}
+    target = members[0].marginal(f"{layer}.{UPDATE}" for layer in members[0].layers(UPDATE))
+    if any(update.any() for update in target.values()):
+        found["update"] = from_vectors(parts_of(members, UPDATE), candidates, pool, sampled)
+    if not found["gradients"].tensors and "update" in found:  # experts of embedding layers alone
+        return found["update"]
+    return balanced(list(found.values()), list(found)) if len(found) > 1 else found["gradients"]

@@ -8,26 +8,18 @@ mean holds what all tasks share. Compare arXiv 2304.14381, section 3.2.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
-import torch
 
 from pimerge.kinds.lora import is_B_factor
 from pimerge.similarity import Similarity, from_vectors, unit
-
-if TYPE_CHECKING:
-    from pimerge.store import Stored
+from pimerge.stored import Stored, rows_by_name
 
 NEEDS = "fisher"
 SAME_BASIS = True
 GATE = 0.0
 
 
-def similarity(members: Sequence[Stored], candidates: int, pool: Sequence[int]) -> Similarity:
+def similarity(members: Sequence[Stored], candidates: int, pool: Sequence[int], sampled: bool = False) -> Similarity:
     """The cosines, in [−1, 1]; 0 for an embedding that is the mean itself."""
-    parts = (
-        (key, unit(torch.stack([member.fisher(key).flatten() for member in members])))
-        for key in members[0].parameters
-        if is_B_factor(key)
-    )
-    return from_vectors(parts, candidates, pool)
+    keys = [key for key in members[0].parameters if is_B_factor(key)]
+    parts = ((key, unit(rows)) for key, rows in rows_by_name(members, keys, Stored.fisher))
+    return from_vectors(parts, candidates, pool, sampled)

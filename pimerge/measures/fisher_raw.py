@@ -6,24 +6,15 @@ On real pools it ranks near chance, since a few huge entries decide it; ``fisher
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
-import torch
 
 from pimerge.similarity import Similarity, from_vectors
-
-if TYPE_CHECKING:
-    from pimerge.store import Stored
+from pimerge.stored import Stored, rows_by_name
 
 NEEDS = "fisher"
 SAME_BASIS = True
 GATE = -1.0  # without a mean to compare with it cannot tell that an expert does not help
 
 
-def similarity(members: Sequence[Stored], candidates: int, pool: Sequence[int]) -> Similarity:
+def similarity(members: Sequence[Stored], candidates: int, pool: Sequence[int], sampled: bool = False) -> Similarity:
     """cos(F_target, F_n) over all parameters, in [0, 1]; no mean is subtracted."""
-    parts = (
-        (key, torch.stack([member.fisher(key).flatten() for member in members[: candidates + 1]]))
-        for key in members[0].parameters
-    )
-    return from_vectors(parts, candidates)
+    return from_vectors(rows_by_name(members[: candidates + 1], members[0].parameters, Stored.fisher), candidates)

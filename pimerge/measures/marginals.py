@@ -10,35 +10,32 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-import torch
-
-from pimerge.marginals import INPUT, OUTPUT
 from pimerge.similarity import Similarity, from_grams, unit
+from pimerge.stored import INPUT, OUTPUT, Stored, rows_by_name
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from pimerge.store import Stored
+    import numpy as np
+    from numpy.typing import NDArray
 
 NEEDS = "marginals"
 SAME_BASIS = False
 GATE = 0.0
 
 
-def similarity(members: Sequence[Stored], candidates: int, pool: Sequence[int]) -> Similarity:
+def similarity(members: Sequence[Stored], candidates: int, pool: Sequence[int], sampled: bool = False) -> Similarity:
     """The cosines around the mean of the ``pool``, in [−1, 1]."""
     outputs, inputs = unit_parts(members, OUTPUT), unit_parts(members, INPUT)
     grams = ((layer, (g @ g.T) * (x @ x.T)) for (layer, g), (_, x) in zip(outputs, inputs, strict=True))
-    return from_grams(grams, candidates, pool)
+    return from_grams(grams, candidates, pool, sampled)
 
 
-def unit_parts(members: Sequence[Stored], part: str) -> Iterator[tuple[str, Tensor]]:
+def unit_parts(members: Sequence[Stored], part: str) -> Iterator[tuple[str, NDArray[np.float64]]]:
     """For each layer, (N × numbers) one part of the marginals at unit norm; 0 for a member without that layer."""
-    names = [set(member.layers) for member in members]
-    for layer in sorted(set().union(*names)):
-        owners = [index for index, own in enumerate(names) if layer in own]
-        parts = unit(torch.stack([members[index].marginal(f"{layer}.{part}").flatten() for index in owners]))
-        yield (
-            layer,
-            torch.zeros(len(members), parts.shape[1], dtype=parts.dtype).index_copy_(0, torch.tensor(owners), parts),
-        )
+    return ((layer, unit(rows)) for layer, rows in parts_of(members, part))
+
+
+def parts_of(members: Sequence[Stored], part: str) -> Iterator[tuple[str, NDArray[np.float64]]]:
+    """For each layer, (N × numbers) one part of the marginals; 0 for a member without that layer."""
+    layers = sorted({layer for member in members for layer in member.layers(part)})
+    found = rows_by_name(members, [f"{layer}.{part}" for layer in layers], Stored.marginal)
+    return ((layer, rows) for layer, (_, rows) in zip(layers, found, strict=True))

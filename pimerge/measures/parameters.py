@@ -8,24 +8,18 @@ experts of one init.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
-import torch
 
 from pimerge.similarity import Similarity, from_vectors
-
-if TYPE_CHECKING:
-    from pimerge.store import Stored
+from pimerge.stored import Stored, rows_by_name
 
 NEEDS = "experts"
 SAME_BASIS = True
 GATE = -1.0  # without a mean to compare with it cannot tell that an expert does not help
 
 
-def similarity(members: Sequence[Stored], candidates: int, pool: Sequence[int]) -> Similarity:
+def similarity(members: Sequence[Stored], candidates: int, pool: Sequence[int], sampled: bool = False) -> Similarity:
     """The cosines of all numbers, in [−1, 1]; no mean is subtracted."""
-    parts = (
-        (key, torch.stack([member.expert.tensor(key).double().flatten() for member in members[: candidates + 1]]))
-        for key in members[0].parameters
+    parts = rows_by_name(
+        members[: candidates + 1], members[0].parameters, lambda member, keys: member.expert.file.arrays(keys)
     )
     return from_vectors(parts, candidates)

@@ -9,14 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import torch
+import numpy as np
 
 from pimerge.similarity import Similarity
+from pimerge.stored import Stored, rows_by_name
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from pimerge.store import Stored
+    from numpy.typing import NDArray
 
 NEEDS = "fisher"
 SAME_BASIS = True
@@ -24,25 +23,23 @@ GATE = -1.0  # without a mean to compare with it cannot tell that an expert does
 EPSILON = 1e-6
 
 
-def similarity(members: Sequence[Stored], candidates: int, pool: Sequence[int]) -> Similarity:
+def similarity(members: Sequence[Stored], candidates: int, pool: Sequence[int], sampled: bool = False) -> Similarity:
     """The mean cosine with each candidate, in [0, 1]; a tensor that is zero in either counts as 0."""
-    keys = list(members[0].parameters)
-    cosines = torch.zeros(candidates, len(keys), dtype=torch.float64)
-    for column, key in enumerate(keys):
-        target = members[0].fisher(key).double().flatten()
-        for row, member in enumerate(members[1 : candidates + 1]):
-            cosines[row, column] = share_cosine(target, member.fisher(key).double().flatten())
+    keys = members[0].parameters
+    parts = rows_by_name(members[: candidates + 1], keys, Stored.fisher)
+    cosines = np.stack([share_cosines(rows[0], rows[1:]) for _, rows in parts], 1)
     # the mean of cosines is the cosine of embeddings whose parts all have the norm 1
-    return Similarity(keys, cosines, torch.ones(1, len(keys), dtype=torch.float64), torch.ones_like(cosines))
+    return Similarity(keys, cosines, np.ones((1, len(keys))), np.ones_like(cosines))
 
 
-def share_cosine(first: Tensor, second: Tensor) -> float:
-    """The cosine of each one's share in the sum; 0 if one of them is zero.
+def share_cosines(first: NDArray[np.float64], others: NDArray[np.float64]) -> NDArray[np.float64]:
+    """For each row of others, the cosine of its and the first one's share in their sum; 0 if one of them is zero.
 
-    >>> share_cosine(torch.tensor([1.0, 3.0]), torch.tensor([1.0, 3.0]))
-    1.0
+    >>> share_cosines(np.array([1.0, 3.0]), np.array([[1.0, 3.0], [0.0, 0.0]])).tolist()
+    [1.0, 0.0]
     """
-    total = first + second + EPSILON
-    first, second = first / total, second / total
-    norms = first.norm() * second.norm()
-    return float((first @ second / norms).clamp(max=1)) if norms > 0 else 0.0
+    total = first + others + EPSILON
+    own, other = first / total, others / total
+    norms = np.linalg.norm(own, axis=1) * np.linalg.norm(other, axis=1)
+    cosines: NDArray[np.float64] = np.minimum((own * other).sum(1) / np.where(norms > 0, norms, np.inf), 1)
+    return cosines

@@ -14,7 +14,8 @@ from typer.testing import Result
 from pimerge.errors import PimergeError
 from pimerge.expert import CONFIG, open_expert
 from pimerge.files import sha256_file
-from pimerge.store import DIAGONAL, MARGINALS, Settings, Store
+from pimerge.store import DIAGONAL, MARGINALS, Store
+from pimerge.store_document import Settings
 from tests.cli.conftest import raise_from
 from tests.conftest import MakeExpert
 from tests.raw import raw_expert, set_config, updates_of

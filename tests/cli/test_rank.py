@@ -14,7 +14,8 @@ from pimerge.compatibility import check_expert
 from pimerge.embedding import embed
 from pimerge.expert import open_expert
 from pimerge.model import Bases
-from pimerge.store import Settings, Store
+from pimerge.store import Store
+from pimerge.store_document import Settings
 from tests.conftest import MakeExpert, Shell, edit_tensors, write_image_task, write_json
 
 NAMES = ("parity", "a", "b", "other-rank")
@@ -220,7 +221,10 @@ def test_a_target_may_be_trained_from_the_pools_init(folder: Path, shell: Shell)
     assert shell(*line, "--train-target", "--force").document == first.document
     assert shell(*line).document == first.document  # the task has an expert now
     assert (folder / "targets" / "new" / "adapter_model.safetensors").read_bytes() == trained
+    by_itself = shell("rank", "--target", "tasks/new", "--train-target", "--json", "-o", "own.json").document
+    assert by_itself["measure"] == "fisher"  # what it was trained for
     by_examples = shell("rank", "--target", "tasks/new", "--json", "-o", "other.json").document
+    assert by_examples["measure"] == "combined"
     assert "new" not in {candidate["name"] for candidate in by_examples["candidates"]}
 
 
@@ -359,6 +363,22 @@ def test_an_explanation_has_the_parts_of_each_scale_and_tensor_and_writes_nothin
     assert "there is no candidate 'partiy'" in unknown.err
     excluded = shell("rank", "--target", "b", "--measure", "fisher-raw", "--explain", "parityy")
     assert "did you mean 'parity'?" in excluded.err
+
+
+def test_with_fewer_shots_than_the_targets_expert_saw_the_store_counts_too(folder: Path, shell: Shell) -> None:
+    few = ["rank", "--target", "parity", "--shots", "2"]  # its expert was embedded with four of each class
+    ranking = shell(*few, "--json").document
+    assert "its expert in the store saw more examples" in ranking["notes"][0]
+    found = shell(*few, "--explain", "a", "--json").document
+    similarity = sum(found["by_tensor"].values())
+    for scale, parts in found["by_scale"].items():
+        assert parts["store"] == pytest.approx(float(scale) * 1.3 * (1 / 2 - 1 / 4) * similarity)
+        gain = 0.14 * parts["probe"] + 0.21 * parts["label-cka"] + parts["store"]
+        assert parts["expected gain"] == pytest.approx(gain)
+    candidate = next(each for each in ranking["candidates"] if each["name"] == "a")
+    assert candidate["gain"] == pytest.approx(max(parts["expected gain"] for parts in found["by_scale"].values()))
+    all_of_them = shell("rank", "--target", "parity", "--json", "--force").document
+    assert not any("saw more examples" in note for note in all_of_them["notes"])
 
 
 def test_a_calibrated_store_ranks_by_history(folder: Path, shell: Shell) -> None:

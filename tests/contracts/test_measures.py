@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from pimerge.expert import open_expert
 from pimerge.measures import combined, probe
 from pimerge.measures.history import predicted
 from pimerge.sample import Sample
-from pimerge.store import Stored
+from pimerge.stored import Stored
 from tests.conftest import MakeExpert, edit_tensors
 from tests.measures.test_fisher_measures import stored
 
@@ -92,9 +93,9 @@ def test_every_score_is_finite_and_in_order(measure: ModuleType, pool: list[Stor
 def test_scores_are_the_sums_of_their_contributions(measure: ModuleType, pool: list[Stored]) -> None:
     similarity = measure.similarity(pool, COUNT - 1, range(COUNT))
     assert similarity.contributions().shape == (COUNT - 1, len(similarity.tensors))
-    torch.testing.assert_close(similarity.contributions().sum(1), similarity.scores())
+    np.testing.assert_allclose(similarity.contributions().sum(1), similarity.scores(), rtol=1e-7, atol=1e-7)
     assert (similarity.errors() >= 0).all()
-    assert similarity.errors().isfinite().all()
+    assert np.isfinite(similarity.errors()).all()
 
 
 def test_the_order_of_the_candidates_does_not_matter(measure: ModuleType, pool: list[Stored]) -> None:
@@ -119,6 +120,17 @@ def test_nothing_is_closer_than_an_identical_copy(measure: ModuleType, pool: lis
 def test_members_of_the_pool_that_are_no_candidates_only_move_the_mean(measure: ModuleType, pool: list[Stored]) -> None:
     few = measure.similarity(pool, 2, range(COUNT)).scores().tolist()
     assert few == pytest.approx(scores(measure, pool[0], pool[1:])[:2], abs=1e-12)
+
+
+def test_whether_the_pool_is_a_sample_matters_only_to_its_mean(measure: ModuleType, pool: list[Stored]) -> None:
+    whole, sample = (
+        measure.similarity(pool, COUNT - 1, range(COUNT), sampled=sampled).scores() for sampled in (False, True)
+    )
+    assert (np.abs(sample) <= 1).all()
+    if measure.GATE < 0:  # it subtracts no mean
+        assert np.array_equal(sample, whole)
+    else:
+        assert (sample < whole).all()
 
 
 def test_a_pool_of_one_has_a_score(measure: ModuleType, pool: list[Stored]) -> None:

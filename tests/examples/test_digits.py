@@ -17,8 +17,10 @@ from pimerge.compatibility import check_expert
 from pimerge.embedding import embed
 from pimerge.expert import find_experts, open_expert
 from pimerge.model import Bases, resolve_device, resolve_dtype
-from pimerge.selecting import Wish, rank_by_store
-from pimerge.store import Settings, Store
+from pimerge.ranking_by_store import rank_by_store
+from pimerge.selecting import Wish
+from pimerge.store import Store
+from pimerge.store_document import Settings
 
 DIGITS = Path(__file__).parents[2] / "examples" / "digits"
 RELATED = {

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from pimerge.expert import Expert, open_expert
 from pimerge.measures.delta import similarity
-from pimerge.store import Stored
+from pimerge.stored import Stored
 from tests.conftest import MakeExpert, change_basis, dense_deltas, edit_tensors
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -63,6 +63,25 @@ def test_delta_is_the_cosine_of_dense_updates(experts: dict[str, Expert], target
     members = turned(experts, target)
     for candidates in (5, 2):
         assert scores(members, candidates, pool) == pytest.approx(dense_scores(members, candidates, pool), abs=1e-9)
+
+
+@pytest.mark.parametrize("pool", [range(6), [1, 3, 5, 4]])
+@pytest.mark.parametrize("target", CONFIGS)
+def test_of_a_sampled_pool_the_products_of_two_different_members_are_averaged(
+    experts: dict[str, Expert], target: str, pool: Sequence[int]
+) -> None:
+    members = turned(experts, target)
+    found = similarity([Stored(expert) for expert in members], 5, pool, sampled=True)
+    dense = [dense_deltas(expert) for expert in members]
+    for place, name in enumerate(found.tensors):
+        shape = next(delta[name].shape for delta in dense if name in delta)
+        vectors = [delta.get(name, torch.zeros(shape)).double().numpy().ravel() for delta in dense]
+        whole = np.mean([vectors[i] @ vectors[j] for i in pool for j in pool if i != j])
+        mean = np.mean([vectors[i] for i in pool], 0)
+        products = [vectors[0] @ v - vectors[0] @ mean - v @ mean + whole for v in vectors]
+        norms = [max(v @ v - 2 * v @ mean + whole, 0) for v in vectors]
+        assert found.products[:, place] == pytest.approx(products[1:], abs=1e-9)
+        assert [*found.own[:, place], *found.norms[:, place]] == pytest.approx(norms, abs=1e-9)
 
 
 def test_a_pool_whose_ranks_add_up_to_more_than_the_width(

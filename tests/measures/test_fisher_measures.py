@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -14,10 +13,11 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor
 
+from pimerge.embedding import updates_of
 from pimerge.expert import Expert, open_expert
 from pimerge.measures import fisher, fisher_factors, fisher_raw, marginals, task2vec
-from pimerge.sketch import DIRECTIONS
-from pimerge.store import Stored
+from pimerge.sketch import DIRECTIONS, update_embedding
+from pimerge.stored import Stored
 from pimerge.tensorfile import open_tensors
 from tests.conftest import MakeExpert, change_basis, dense_deltas, edit_tensors
 
@@ -44,6 +44,7 @@ def stored(folder: Path, expert: Expert, seed: int, scale: float = 1.0) -> Store
             f"{name}.input": scale * with_spread([module.d_in], generator),
             f"{name}.output": scale * with_spread([module.d_out], generator),
         }
+    marginal |= updates_of(expert)
     folder.mkdir(parents=True, exist_ok=True)
     for part, tensors in (("diagonal", diagonal), ("marginals", marginal)):
         save_file(tensors, folder / f"{part}.safetensors")
@@ -60,6 +61,11 @@ def pool(tmp_path_factory: pytest.TempPathFactory, make_expert: MakeExpert, vit_
 
 def all_of(tensors: Mapping[str, Tensor]) -> Vector:
     return np.concatenate([tensors[key].numpy().astype(np.float64).ravel() for key in sorted(tensors)])
+
+
+def kept_deltas(expert: Expert) -> dict[str, Tensor]:
+    """The dense updates as the store keeps those of small layers: whole, in float32."""
+    return {name: delta.float() for name, delta in dense_deltas(expert).items()}
 
 
 def read(member: Stored, part: str, ending: str) -> dict[str, Tensor]:
@@ -99,7 +105,7 @@ POOLS = [(4, range(5)), (2, range(3)), (2, range(5)), (2, range(2, 5)), (1, rang
 def test_fisher_is_half_gradients_and_half_updates(pool: list[Stored], candidates: int, centre: Sequence[int]) -> None:
     members = pool[: max(candidates, *centre) + 1]
     gradients = cosines([unit(read(member, "marginals", ".gradient")) for member in members], candidates, centre)
-    updates = cosines([all_of(dense_deltas(member.expert)) for member in members], candidates, centre)
+    updates = cosines([all_of(kept_deltas(member.expert)) for member in members], candidates, centre)
     expected = [(g + d) / 2 for g, d in zip(gradients, updates, strict=True)]
     found = fisher.similarity(members, candidates, list(centre))
     assert found.scores().tolist() == pytest.approx(expected, abs=1e-9)
@@ -163,7 +169,7 @@ def test_the_basis_of_the_factors_is_not_seen(
     basis = torch.randn(4, 4, generator=torch.Generator().manual_seed(0)) + 3 * torch.eye(4)
     turned = make_expert(tmp_path / "turned", vit_base, seed=1, lora_bias=True)
     edit_tensors(turned, lambda tensors: change_basis(tensors, basis))
-    other = [pool[0], replace(pool[1], expert=open_expert(turned)), *pool[2:]]
+    other = [pool[0], stored(tmp_path / "store", open_expert(turned), 1), *pool[2:]]
     expected = measure.similarity(pool, 4, range(5)).scores().tolist()
     assert measure.similarity(other, 4, range(5)).scores().tolist() == pytest.approx(expected, abs=1e-6)
 
@@ -185,18 +191,39 @@ def test_experts_of_any_rank_init_and_modules_compare(
         return np.concatenate([flat.get(layer, np.zeros(size)) for layer in layers])
 
     if measure is fisher:
-        gradients = [whole({name: m.marginal(f"{name}.gradient").double() for name in m.layers}, 256) for m in members]
+        gradients = [
+            whole({name.removesuffix(".gradient"): x for name, x in read(m, "marginals", ".gradient").items()}, 256)
+            for m in members
+        ]
         for row in gradients:
             for part in np.split(row, len(layers)):
                 part /= np.linalg.norm(part) or 1.0
-        updates = [whole(dense_deltas(member.expert), 256) for member in members]
+        updates = [whole(kept_deltas(member.expert), 256) for member in members]
         halves = [cosines(vectors, 3, range(4)) for vectors in (gradients, updates)]
         expected = [(g + d) / 2 for g, d in zip(*halves, strict=True)]
     else:
-        outer = [
-            {n: torch.outer(m.marginal(f"{n}.output"), m.marginal(f"{n}.input")) for n in m.layers} for m in members
-        ]
+        outer = []
+        for m in members:
+            found = read(m, "marginals", "")
+            outer.append(
+                {name: torch.outer(found[f"{name}.output"], found[f"{name}.input"]) for name in m.expert.modules}
+            )
         vectors = [whole({n: v.double() / v.double().norm() for n, v in each.items()}, 256) for each in outer]
         expected = cosines(vectors, 3, range(4))
     found = measure.similarity(members, 3, range(4)).scores().tolist()
     assert found == pytest.approx(expected, abs=1e-6)
+
+
+def test_experts_of_embedding_layers_alone_have_their_updates(
+    make_expert: MakeExpert, bert_base: Path, text_task: Path, tmp_path: Path
+) -> None:
+    members = []
+    for seed in range(3):
+        name = str(seed)
+        folder = make_expert(tmp_path / name, bert_base, text_task, seed=seed, target_modules=["word_embeddings"])
+        expert = open_expert(folder)
+        save_file(updates_of(expert), tmp_path / f"{name}.safetensors")
+        members.append(Stored(expert, marginals=open_tensors(tmp_path / f"{name}.safetensors")))
+    expected = cosines([all_of(update_embedding(member.expert)) for member in members], 2, range(3))
+    assert fisher.similarity(members, 2, range(3)).scores().tolist() == pytest.approx(expected, abs=1e-9)
+    assert marginals.similarity(members, 2, range(3)).scores().tolist() == [0, 0]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pimerge.expert import WEIGHTS, Expert, open_expert
 from pimerge.measures.parameters import similarity
-from pimerge.store import Stored
+from pimerge.stored import Stored
 from tests.conftest import MakeExpert, edit_tensors
 
 Make = Callable[..., Expert]

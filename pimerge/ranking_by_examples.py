@@ -1,0 +1,69 @@
+"""A target's examples and a pool → the ranking by what the experts make of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from pimerge import strategies
+from pimerge.expert import Expert
+from pimerge.features import Viewer
+from pimerge.few_shot import gains_of_means, judge
+from pimerge.ranking import Ranking, Target
+from pimerge.selecting import MOST, Wish, document, judged_candidate
+
+
+def rank_by_examples(
+    viewer: Viewer,
+    experts: Mapping[str, Expert],
+    excluded: Mapping[str, str],
+    target: Target,
+    own: Expert | None,
+    measure: str,
+    wish: Wish,
+    folder: Path,
+    prior: Mapping[str, float] | None = None,
+) -> Ranking:
+    """Rank experts by what they make of the target's examples.
+
+    Args:
+        experts: name → expert of the target's base.
+        excluded: name → why it is none of them.
+        own: the target's own expert, if it has one.
+        measure: one that needs examples.
+        prior: name → gain that the store foretells, see :func:`pimerge.few_shot.judge`.
+
+    Raises:
+        PimergeError: if the measure cannot be had from these examples.
+    """
+    strategy = strategies.load("measures", measure)
+    verdict = judge(viewer, experts, strategy, own, prior)
+    candidates = [judged_candidate(name, experts[name], found, folder) for name, found in verdict.judged.items()]
+    candidates.sort(key=lambda candidate: (-candidate.score, candidate.name))
+    helpful = [candidate for candidate in candidates if candidate.helps or not wish.gate]
+    notes = viewer.notes()
+    if own is None:
+        notes.insert(0, "the target has no expert: its examples alone decide")
+    if wish.k is None:
+        scaled = [experts[candidate.name].scaled(candidate.scale) for candidate in helpful[:MOST]]
+        priors = [candidate.scale * (prior or {}).get(candidate.name, 0.0) for candidate in helpful[:MOST]]
+        gains = gains_of_means(viewer, scaled, priors)
+        count = 1 + max(range(len(gains)), key=lambda i: gains[i]) if gains else 0
+        notes += [
+            f"expected gain of the mean of the first {i}: {100 * gain:+.1f} points" for i, gain in enumerate(gains, 1)
+        ]
+    else:
+        count = wish.k
+    return document(
+        target,
+        measure,
+        count,
+        candidates,
+        {**excluded, **verdict.excluded},
+        helpful[:count],
+        f"of {len(candidates)} experts by '{measure}' on {len(viewer.labels)} examples: "
+        + strategies.summaries("measures")[measure],
+        notes,
+        verdict.base_score,
+        viewer.seen(),
+    )

@@ -1,0 +1,123 @@
+"""A target and a pool → the ranking by the store alone: by similarity, or by the gains that the pool had."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from pimerge import strategies
+from pimerge.comparison import Compared, compare
+from pimerge.errors import PimergeError
+from pimerge.expert import Expert
+from pimerge.files import relative_to
+from pimerge.measures.history import predicted
+from pimerge.ranking import Candidate, Ranking, Target
+from pimerge.selecting import BY_STORE, Z95, Judged, Wish, document, judged_candidate, widest_gap
+from pimerge.store import Store
+
+
+def rank_by_store(store: Store, target: str, measure: str, wish: Wish, folder: Path) -> Ranking:
+    """Rank the experts of a store by how close they are to one of them.
+
+    Args:
+        target: a name in the store.
+        measure: one that needs the store alone.
+        folder: where the ranking will lie; its paths are relative to that.
+
+    Raises:
+        PimergeError: if the target itself has changed.
+    """
+    strategy = strategies.load("measures", measure)
+    compared = compare(store, target, strategy)
+    scores, errors = _scores(compared)
+    candidates = [
+        Candidate(
+            name=name,
+            path=relative_to(expert.path, folder),
+            sha256=expert.sha256,
+            score=score,
+            low=max(-1.0, score - Z95 * error),
+            high=min(1.0, score + Z95 * error),
+            helps=score > strategy.GATE,
+        )
+        for (name, expert), score, error in zip(compared.experts.items(), scores, errors, strict=True)
+    ]
+    candidates.sort(key=lambda candidate: (-candidate.score, candidate.name))
+    helpful = [candidate for candidate in candidates if candidate.helps or not wish.gate]
+    count = wish.k if wish.k is not None else widest_gap([candidate.score for candidate in helpful])
+    notes = []
+    if compared.shortlisted_from is not None:
+        notes.append(
+            f"the {len(candidates) + len(compared.excluded)} nearest of {compared.shortlisted_from} by their sketches "
+            "were compared exactly"
+        )
+    own = store.open(target)
+    return document(
+        Target(name=target, path=relative_to(own.path, folder), sha256=own.sha256),
+        measure,
+        count,
+        candidates,
+        compared.excluded,
+        helpful[:count],
+        f"of {len(candidates)} comparable experts by '{measure}': {strategies.summaries('measures')[measure]}",
+        notes,
+    )
+
+
+def rank_by_history(
+    store: Store,
+    experts: Mapping[str, Expert],
+    excluded: Mapping[str, str],
+    target: Target,
+    wish: Wish,
+    folder: Path,
+) -> Ranking:
+    """Rank experts by the gains that they had for the other targets of the store.
+
+    Args:
+        experts: name → expert of the target's base.
+        excluded: name → why it is none of them.
+
+    Raises:
+        PimergeError: if the store has no such gains.
+    """
+    history = {name: gains for name, gains in store.history().items() if name != target.name}
+    if not history:
+        raise PimergeError(
+            f"the store '{store.path}' has no gains of its experts for each other, or they are out of date",
+            "run 'pimerge rank --calibrate' first",
+        )
+    similarities: dict[str, float] = {}
+    if target.expert and target.name in store.experts:
+        compared = compare(store, target.name, strategies.load("measures", BY_STORE))
+        similarities = dict(zip(compared.experts, _scores(compared)[0], strict=True))
+    candidates, unknown = [], dict(excluded)
+    for name, expert in experts.items():
+        found = predicted(history, similarities, name)
+        if found is None:
+            unknown[name] = "it was not there when 'pimerge rank --calibrate' ran"
+            continue
+        scale, gain, error = found
+        error = min(error, 1.0)
+        candidates.append(judged_candidate(name, expert, Judged(scale, gain, error, gain, error), folder))
+    candidates.sort(key=lambda candidate: (-candidate.score, candidate.name))
+    helpful = [candidate for candidate in candidates if candidate.helps or not wish.gate]
+    count = wish.k if wish.k is not None else widest_gap([candidate.score for candidate in helpful])
+    weighted = "weighted by their similarity to it" if similarities else "weighted alike, since it is not in the store"
+    return document(
+        target,
+        "history",
+        count,
+        candidates,
+        unknown,
+        helpful[:count],
+        f"of {len(candidates)} experts by 'history': {strategies.summaries('measures')['history']}",
+        [f"from the gains for {len(history)} other targets, {weighted}"],
+        0.0,
+    )
+
+
+def _scores(compared: Compared) -> tuple[list[float], list[float]]:
+    if compared.similarity is None:
+        return [], []
+    return compared.similarity.scores().tolist(), compared.similarity.errors().tolist()
