@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 import shutil
@@ -38,7 +37,6 @@ def test_every_command_runs(cli: Callable[..., Result], tmp_path: Path) -> None:
     for part in ("base", "experts"):
         (tmp_path / part).symlink_to(DIGITS / part)
     shutil.copytree(DIGITS / "tasks", tmp_path / "tasks")
-    write_new_task(tmp_path / "tasks")
     assert len(commands()) >= 12
     for command in commands():
         program, *arguments = shlex.split(command)
@@ -52,14 +50,6 @@ def test_every_command_runs(cli: Callable[..., Result], tmp_path: Path) -> None:
         find_base("base", None, tmp_path), open_task(tmp_path / "tuned"), device, resolve_dtype("auto", device)
     )
     PeftModel.from_pretrained(loaded.model, tmp_path / "tuned")
-
-
-def write_new_task(tasks: Path) -> None:
-    """``tasks/new``, a task that no expert of the pool was made for: other scans than X's."""
-    document = json.loads((tasks / "X" / "task.json").read_text())
-    data = {"train": "../X/draws.parquet", "test": "../X/test.parquet"}
-    (tasks / "new").mkdir()
-    (tasks / "new" / "task.json").write_text(json.dumps({**document, "data": data}))
 
 
 def test_the_first_two_commands_set_up_a_virtual_environment_with_the_constraints() -> None:

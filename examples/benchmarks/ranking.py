@@ -5,7 +5,8 @@
 TASKS holds a folder with a ``task.json`` for each task; everything is made in WORK, and a second run goes on where
 the first one was. Needs ``pip install scikit-learn`` (for SciPy). What it does:
 
-1. trains an expert of every task (``tune --method scratch``, one init), or takes those of ``--experts``; embeds all;
+1. trains an expert of every task (``tune --method scratch``, one init), or takes those of ``--experts`` and leaves out
+   the tasks without one; embeds all;
 2. measures the true gain of each source for each target: the expert is plugged in at each scale, a new linear head
    is fitted on K examples a class (seeded draws), and its accuracy on the test split is compared with that of the
    bare base and a head fitted on the same examples;
@@ -95,6 +96,8 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     base = find_base(str(Path(options.base).resolve()), None, Path.cwd())
     tasks = {path.parent.name: open_task(path) for path in sorted(Path(options.tasks).glob("*/task.json"))}
+    if options.experts:
+        tasks = {name: task for name, task in tasks.items() if (Path(options.experts) / name).is_dir()}
     experts = pool(tasks, base, options)
     store = embedded(experts, Path(options.work), options)
     seen = {name: look(name, task, base, experts, options) for name, task in tasks.items()}

@@ -6,8 +6,8 @@ Needs ``pip install scikit-learn``. Every draw is seeded; it takes some minutes 
 
 The 1,797 scans are divided once, by a seed and evenly over the digits, into five parts: ``pretrain`` trains the
 base and nothing else; ``train`` trains the experts; ``few`` holds the target's five labels of each digit, and
-``draws`` further ones, of which compare.py draws others; ``test`` tests every task. So no task sees an image that
-the base was trained on, and no test image trains any task.
+``draws`` further ones, of which compare.py draws others, and which the task without an expert has; ``test`` tests
+every task. So no task sees an image that the base was trained on, and no test image trains any task.
 """
 
 from __future__ import annotations
@@ -104,6 +104,7 @@ POOL: dict[str, tuple[Transform, Question]] = {
     "noisy-parity": (noisy, PARITY),
 }
 TARGET = ("X", inverted, which(*range(10)))  # no expert of the pool has seen all ten digits inverted
+NEW = ("new", inverted, PARITY)  # a task without an expert
 
 
 def main() -> None:
@@ -123,6 +124,8 @@ def main() -> None:
     name, transform, question = TARGET
     write_task(folder / "tasks" / name, images, digits, transform, question, parts, {"train": "few", "draws": "draws"})
     train_expert(folder, name, Options(epochs=30, lr=5e-3, **LORA))
+    name, transform, question = NEW
+    write_task(folder / "tasks" / name, images, digits, transform, question, parts, {"train": "draws"})
 
 
 def read_scans() -> tuple[list[PILImage.Image], np.ndarray]:
