@@ -23,7 +23,7 @@ import pytest
 import torch
 import transformers
 from datasets import Dataset, Features, Image, Value, disable_progress_bars
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
@@ -44,6 +44,8 @@ from pimerge.lowrank import MergedModule, Truncation
 from pimerge.merging import prepare
 from pimerge.method import open_method
 from pimerge.progress import Advance, Track
+from pimerge.task import open_task
+from pimerge.task_types import Batch, Examples
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -51,6 +53,7 @@ disable_progress_bars()
 
 WORDS = "the a cat dog bird sits runs flies on under mat tree fast slow and or red blue".split()  # noqa: SIM905
 MakeExpert = Callable[..., Path]
+PeftCase = Callable[..., tuple[PeftModel, Examples, list[Batch]]]
 
 
 @pytest.fixture(scope="session")
@@ -243,6 +246,36 @@ def make_expert() -> MakeExpert:
             document["data"] = {split: os.path.relpath(task / name, folder) for split, name in document["data"].items()}
             write_json(folder / "task.json", document)
         return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def peft_case(
+    tmp_path_factory: pytest.TempPathFactory,
+    make_expert: MakeExpert,
+    vit_base: Path,
+    bert_base: Path,
+    gpt2_base: Path,
+    parity_task: Path,
+    text_task: Path,
+) -> PeftCase:
+    """``peft_case(kind, count, dtype, **config)``: an expert's model, and the first examples of its task.
+
+    The model is PEFT's own, its factors alone require gradients; the examples come once together and once one by one.
+    """
+    bases = {"vit": vit_base, "bert": bert_base, "gpt2": gpt2_base}
+
+    def make(
+        kind: str, count: int, dtype: torch.dtype = torch.float32, **config: object
+    ) -> tuple[PeftModel, Examples, list[Batch]]:
+        base, task = bases[kind], open_task(parity_task if kind == "vit" else text_task)
+        folder = make_expert(tmp_path_factory.mktemp("case") / "expert", base, **config)
+        model = PeftModel.from_pretrained(model_for(base).to(dtype), folder).eval()
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("lora_" in name)
+        examples, _ = task.examples("train", task.type.load_processor(str(base), None), model.config, limit=count)
+        return model, examples, [examples.batch([index]) for index in range(count)]
 
     return make
 

@@ -6,21 +6,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import PeftModel
 from torch import Tensor, nn
 
 from pimerge.fisher import Fisher, diagonal_fisher
 from pimerge.progress import Advance
-from pimerge.task import open_task
 from pimerge.task_types import Examples, bucket_by_length
-from tests.conftest import MakeExpert, model_for, relative_difference
+from tests.conftest import PeftCase, relative_difference
 
 COUNT = 9
 KINDS = ("vit", "bert", "gpt2")
@@ -65,30 +62,12 @@ MakeCase = Callable[..., Case]
 
 
 @pytest.fixture(scope="module")
-def make_case(
-    tmp_path_factory: pytest.TempPathFactory,
-    make_expert: MakeExpert,
-    vit_base: Path,
-    bert_base: Path,
-    gpt2_base: Path,
-    parity_task: Path,
-    text_task: Path,
-) -> MakeCase:
+def make_case(peft_case: PeftCase) -> MakeCase:
     """``make_case(kind, dtype, **config)``: a case on a tiny model."""
-    bases = {"vit": vit_base, "bert": bert_base, "gpt2": gpt2_base}
 
     def make(kind: str, dtype: torch.dtype = torch.float32, **config: object) -> Case:
-        base, task = bases[kind], open_task(parity_task if kind == "vit" else text_task)
-        folder = make_expert(tmp_path_factory.mktemp("case") / "expert", base, **config)
-        model = PeftModel.from_pretrained(model_for(base).to(dtype), folder).eval()
-        parameters = {}
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_("lora_" in name)
-            if parameter.requires_grad:
-                parameters[name] = parameter
-        processor = task.type.load_processor(str(base), None)
-        examples, _ = task.examples("train", processor, model.config, limit=COUNT)
-        singles = [examples.batch([index]) for index in range(COUNT)]
+        model, examples, singles = peft_case(kind, COUNT, dtype, **config)
+        parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         return Case(model, parameters, examples, by_loop(model, parameters, singles))
 
     return make

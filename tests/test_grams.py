@@ -5,20 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from pimerge.grams import input_grams, linear_layers
-from pimerge.task import open_task
 from pimerge.task_types import Examples
-from tests.conftest import MakeExpert, model_for, relative_difference
+from tests.conftest import PeftCase, relative_difference
 from tests.raw import layers
 
 COUNT = 9
@@ -73,29 +71,16 @@ MakeCase = Callable[..., Case]
 
 
 @pytest.fixture(scope="module")
-def make_case(
-    tmp_path_factory: pytest.TempPathFactory,
-    make_expert: MakeExpert,
-    vit_base: Path,
-    bert_base: Path,
-    gpt2_base: Path,
-    parity_task: Path,
-    text_task: Path,
-) -> MakeCase:
+def make_case(peft_case: PeftCase) -> MakeCase:
     """``make_case(kind, dtype)``: a case on a tiny model."""
-    bases = {"vit": vit_base, "bert": bert_base, "gpt2": gpt2_base}
 
     def make(kind: str, dtype: torch.dtype = torch.float32) -> Case:
-        base, task = bases[kind], open_task(parity_task if kind == "vit" else text_task)
-        folder = make_expert(tmp_path_factory.mktemp("case") / "expert", base, target_modules=TARGETS[kind])
-        model = PeftModel.from_pretrained(model_for(base).to(dtype), folder).eval()
-        examples, _ = task.examples("train", task.type.load_processor(str(base), None), model.config, limit=COUNT)
+        model, examples, singles = peft_case(kind, COUNT, dtype, target_modules=TARGETS[kind])
         plain = {
             name.removeprefix("base_model.model.").removesuffix(".lora_A")
             for name, _ in model.named_modules()
             if name.endswith(".lora_A")
         }
-        singles = [examples.batch([index]) for index in range(COUNT)]
         return Case(model, linear_layers(model, plain), examples, by_loop(model, sorted(plain), singles))
 
     return make

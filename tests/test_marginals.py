@@ -28,7 +28,7 @@ from pimerge.store import Store
 from pimerge.store_document import Settings
 from pimerge.task import open_task
 from pimerge.task_types import Examples
-from tests.conftest import MakeExpert, change_basis, edit_tensors, model_for, relative_difference
+from tests.conftest import MakeExpert, PeftCase, change_basis, edit_tensors, model_for, relative_difference
 from tests.raw import small
 
 COUNT = 7
@@ -95,29 +95,13 @@ MakeCase = Callable[..., Case]
 
 
 @pytest.fixture(scope="module")
-def make_case(
-    tmp_path_factory: pytest.TempPathFactory,
-    make_expert: MakeExpert,
-    vit_base: Path,
-    bert_base: Path,
-    gpt2_base: Path,
-    parity_task: Path,
-    text_task: Path,
-) -> MakeCase:
+def make_case(peft_case: PeftCase) -> MakeCase:
     """``make_case(kind, dtype)``: a case on a tiny model."""
-    bases = {"vit": vit_base, "bert": bert_base, "gpt2": gpt2_base}
 
     def make(kind: str, dtype: torch.dtype = torch.float32) -> Case:
-        base, task = bases[kind], open_task(parity_task if kind == "vit" else text_task)
-        folder = make_expert(tmp_path_factory.mktemp("case") / "expert", base, target_modules=TARGETS[kind])
-        model = PeftModel.from_pretrained(model_for(base).to(dtype), folder).eval()
-        model.requires_grad_(False)
+        model, examples, singles = peft_case(kind, COUNT, dtype, target_modules=TARGETS[kind])
         names = [name.partition(".lora_A.")[0] for name, _ in model.named_modules() if name.endswith(".lora_A.default")]
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_("lora_" in name)
         layers = linear_layers(model, sorted(name.removeprefix(PREFIX) for name in names))
-        examples, _ = task.examples("train", task.type.load_processor(str(base), None), model.config, limit=COUNT)
-        singles = [examples.batch([index]) for index in range(COUNT)]
         return Case(model, layers, examples, by_loop(model, list(layers), singles))
 
     return make
