@@ -92,7 +92,7 @@ def judge(
         gains = combined.scores(samples[scale], weights) - base_gains + foretold[scale]
         scores = gains if measure is combined else measure.scores(samples[scale], weights)
         judged[name] = Judged(
-            scale, *_with_error(scores), *_with_error(gains), tested="probe" in combined.part_weights(base)
+            scale, *_with_error(scores), *_with_error(gains), tested=combined.part_of(base).name == "likelihood"
         )
     return Verdict(base_score, judged, excluded)
 
@@ -103,20 +103,18 @@ def _with_error(values: Tensor) -> tuple[float, float]:
 
 
 def gains_by_part(viewer: Viewer, expert: Expert, prior: float = 0.0) -> dict[float, dict[str, float]]:
-    """Scale → each part of ``combined`` above the bare base's, and the expected gain that they make together.
+    """Scale → the parts of ``combined`` above the bare base's, and the expected gain that they make together.
 
     Args:
         prior: what the store foretells at full strength; its part ``store`` is the gain itself.
     """
     base = viewer.base_sample()
     one = torch.ones(1, len(base.labels), dtype=torch.float64)
-    found = {}
+    part, found = combined.part_of(base), {}
     for scale, sample in viewer.samples(expert).items():
-        parts = {
-            name: float(scores(sample, one) - scores(base, one)) for name, scores in combined.parts_of(base).items()
-        }
-        gain = float(combined.scores(sample, one) - combined.scores(base, one)) + scale * prior
-        found[scale] = {**parts, **({"store": scale * prior} if prior else {}), "expected gain": gain}
+        above = float(part.scores(sample, one) - part.scores(base, one))
+        store = {"store": scale * prior} if prior else {}
+        found[scale] = {part.name: above, **store, "expected gain": part.weight * above + scale * prior}
     return found
 
 

@@ -16,9 +16,9 @@ from pimerge.errors import PimergeError
 from pimerge.expert import open_expert
 from pimerge.features import SCALES, Draw, Viewer
 from pimerge.few_shot import DRAWS, Judged, bootstrap, gains_by_part, gains_of_means, judge
-from pimerge.measures import combined, h_score, label_cka, leep, logme, probe
+from pimerge.measures import combined, h_score, label_cka, leep, likelihood, logme, probe
 from pimerge.model import load_base
-from pimerge.probe import held_out_log_likelihood
+from pimerge.probe import held_out_probability
 from pimerge.sample import Sample
 from pimerge.task import open_task
 from tests.conftest import MakeExpert
@@ -71,14 +71,9 @@ def repeated(sample: Sample, draw: Tensor) -> Sample:
 
 
 def gains_by_hand(sample: Sample, base: Sample, draws: Tensor) -> list[float]:
-    """The formula of ``combined``: what the probes foretell of the drawn examples, and the CKA of these."""
-    first, second = (held_out_log_likelihood(s.vectors, s.labels, s.classes) for s in (sample, base))
-    found = []
-    for draw in draws.double():
-        foretold = float(draw / draw.sum() @ (first - second))
-        aligned = plain(label_cka, repeated(sample, draw)) - plain(label_cka, repeated(base, draw))
-        found.append(combined.PROBE_WEIGHT * foretold + combined.CKA_WEIGHT * aligned)
-    return found
+    """The formula of ``combined``: what the probes foretell of the drawn examples."""
+    first, second = (held_out_probability(s.vectors, s.labels, s.classes) for s in (sample, base))
+    return [0.6 * float(draw / draw.sum() @ (first - second)) for draw in draws.double()]
 
 
 BASE = sample_of(0.3)
@@ -180,7 +175,7 @@ def test_without_two_of_a_class_combined_is_label_cka_alone_and_a_probe_an_error
     labels = torch.arange(4)
     base, candidate = sample_of(0.1, labels), sample_of(2.0, labels, seed=1)
     found = judged_by(combined, base, few=dict.fromkeys(SCALES, candidate)).judged["few"]
-    expected = combined.CKA_WEIGHT_ALONE * (plain(label_cka, candidate) - plain(label_cka, base))
+    expected = combined.CKA_WEIGHT * (plain(label_cka, candidate) - plain(label_cka, base))
     assert found.gain == pytest.approx(expected, abs=1e-12)
     with pytest.raises(PimergeError, match="every class has one example"):
         judged_by(probe, base, few=dict.fromkeys(SCALES, candidate))
@@ -206,10 +201,8 @@ def test_the_parts_of_a_gain_are_shown_by_scale() -> None:
     found = gains_by_part(viewer, expert)
     assert list(found) == list(SCALES)
     for scale, parts in found.items():
-        assert parts["probe"] == pytest.approx(plain(probe, GOOD[scale]) - plain(probe, BASE), abs=1e-12)
-        assert parts["label-cka"] == pytest.approx(plain(label_cka, GOOD[scale]) - plain(label_cka, BASE), abs=1e-12)
-        expected = combined.PROBE_WEIGHT * parts["probe"] + combined.CKA_WEIGHT * parts["label-cka"]
-        assert parts["expected gain"] == pytest.approx(expected, abs=1e-12)
+        assert parts["likelihood"] == pytest.approx(plain(likelihood, GOOD[scale]) - plain(likelihood, BASE), abs=1e-12)
+        assert parts["expected gain"] == pytest.approx(0.6 * parts["likelihood"], abs=1e-12)
 
 
 def test_gains_of_means_are_those_of_the_dense_means(

@@ -13,7 +13,17 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from pimerge.errors import PimergeError
-from pimerge.probe import PENALTIES, _stratified_folds, fit_probe, held_out_log_likelihood, in_row_space, standardised
+from pimerge.probe import (
+    FOLDS,
+    PENALTIES,
+    PENALTY,
+    _stratified_folds,
+    fit_probe,
+    held_out_log_likelihood,
+    held_out_probability,
+    in_row_space,
+    standardised,
+)
 from tests.raw import small
 
 
@@ -151,6 +161,30 @@ def test_held_out_is_the_same_each_time() -> None:
     found = [held_out_log_likelihood(vectors, labels, 4, seed=seed) for seed in (0, 0, 1)]
     assert torch.equal(found[0], found[1])
     assert not torch.equal(found[0], found[2])
+
+
+@pytest.mark.parametrize(("n", "repeats"), [(30, 4), (150, 2), (450, 1)])
+def test_the_probability_is_the_mean_over_the_divisions_into_folds(n: int, repeats: int) -> None:
+    vectors, labels = clusters(n, 12, 3)
+    each = torch.zeros(repeats, n, dtype=torch.float64)
+    for seed in range(repeats):
+        fold = _stratified_folds(labels, FOLDS, seed)
+        for index in range(FOLDS):
+            seen, held = fold != index, fold == index
+            logs = fit_probe(vectors[seen], labels[seen], 3, PENALTY).log_probabilities(vectors[held])
+            each[seed, held] = logs[range(len(logs)), labels[held]].exp()
+    torch.testing.assert_close(held_out_probability(vectors, labels, 3), each.mean(0), atol=1e-3, rtol=0)
+
+
+def test_the_probability_varies_less_with_the_folds_than_that_of_one_division() -> None:
+    vectors, labels = clusters(30, 12, 3)
+
+    def spread(scores: list[Tensor]) -> float:
+        return float(torch.stack([score.mean() for score in scores]).std())
+
+    once = [held_out_log_likelihood(vectors, labels, 3, (PENALTY,), seed=seed).exp() for seed in range(20)]
+    several = [held_out_probability(vectors, labels, 3, seed=100 * seed) for seed in range(20)]
+    assert spread(several) < 0.8 * spread(once)
 
 
 @pytest.mark.parametrize("shape", [(5, 9), (9, 5), (5, 5)])

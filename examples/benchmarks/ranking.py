@@ -18,8 +18,8 @@ the first one was. Needs ``pip install scikit-learn`` (for SciPy). What it does:
 5. with ``--tuned N``, compares π-Tuning with the best and the worst source with a fresh LoRA on N targets.
 
 The split-half reliability of the gains bounds what any measure can reach. Nothing is chosen on the numbers that are
-reported but what is said: the weights of ``combined``, which were fitted on the three pools of the README (the
-least-squares weights of this pool are printed beside them).
+reported but what is said: the weights of ``combined``, which were fitted on pools of the README (the least-squares
+weight of this pool is printed beside).
 """
 
 from __future__ import annotations
@@ -87,6 +87,7 @@ class Seen:
 
 BARE = ("", 0.0)
 ALONE = "combined, no store"
+HELD_OUT = ("probe", "likelihood")
 
 
 def main() -> None:
@@ -252,35 +253,32 @@ def by_store(store: Store, names: Sequence[str]) -> tuple[dict, dict[str, float]
 def by_examples(one: Seen, k: int, seed: int, seconds: dict[str, float]) -> dict[str, dict[tuple[str, float], float]]:
     """Measure → (source, scale) → score on K examples a class.
 
-    The parts of ``combined`` are computed for the bare base and at every scale, the other measures at scale 1.
-    ``combined`` itself is their weighted sum, in points above the bare base's, with what the store foretells, since
-    the targets have experts; :data:`ALONE` is without.
+    The part of ``combined`` is computed for the bare base and at every scale, the other measures at scale 1.
+    ``combined`` itself is in points above the bare base's, with what the store foretells, since the targets have
+    experts; :data:`ALONE` is without.
     """
     indices = drawn(one, k, seed)
     weights = torch.ones(1, len(indices), dtype=torch.float64)
     samples = {key: subset(sample, indices) for key, sample in one.train.items()}
-    parts = combined.parts_of(samples[BARE])
+    part = combined.part_of(samples[BARE])
     scores: dict[str, dict[tuple[str, float], float]] = {}
     for measure in strategies.summaries("measures"):
         strategy = strategies.load("measures", measure)
-        if strategy.NEEDS != "examples" or measure in ("combined", "loss") or (measure == "probe" and k < 2):
+        if strategy.NEEDS != "examples" or measure in ("combined", "loss") or (measure in HELD_OUT and k < 2):
             continue
         start = time.perf_counter()
         scores[measure] = {
             key: float(strategy.scores(sample, weights))
             for key, sample in samples.items()
-            if measure in parts or (key[1] == 1.0 and (sample.logits is not None or not strategy.READS_ANSWERS))
+            if measure == part.name or (key[1] == 1.0 and (sample.logits is not None or not strategy.READS_ANSWERS))
         }
         share = len(one.pool) / len(scores[measure])  # of a target's candidates at one scale
         seconds[measure] = seconds.get(measure, 0.0) + share * (time.perf_counter() - start)
-    part_weights = combined.part_weights(samples[BARE])
     scores[ALONE] = {
-        key: 100 * sum(weight * (scores[part][key] - scores[part][BARE]) for part, weight in part_weights.items())
-        for key in samples
-        if key != BARE
+        key: 100 * part.weight * (scores[part.name][key] - scores[part.name][BARE]) for key in samples if key != BARE
     }
     scores["combined"] = {key: gain + 100 * foretold(one, k, *key) for key, gain in scores[ALONE].items()}
-    seconds["combined"] = seconds[ALONE] = sum(seconds[part] for part in parts)
+    seconds["combined"] = seconds[ALONE] = seconds[part.name]
     return scores
 
 
@@ -468,22 +466,20 @@ def merged(per: dict[str, list[float]], one: Seen, k: int, own: Mapping[tuple[st
 
 
 def fitted_weights(k: int, seen: Mapping[str, Seen], trials: Mapping) -> dict[str, float]:
-    """Least-squares weights of the parts of ``combined`` on this pool, and R² of them and of the shipped ones."""
-    shipped = combined.part_weights(
-        subset(next(iter(seen.values())).train[BARE], drawn(next(iter(seen.values())), k, 0))
-    )
-    rows, gains = [], []
+    """Least-squares weight of the part of ``combined`` on this pool, and R² of it and of the shipped one."""
+    shipped = combined.part_of(subset(next(iter(seen.values())).train[BARE], drawn(next(iter(seen.values())), k, 0)))
+    foretold, gains = [], []
     for name, one in seen.items():
         true = truth(one, k, SCALES)
         for scores in trials[name]:
-            rows += [[scores[part][key] - scores[part][BARE] for part in shipped] for key in true]
+            foretold += [scores[shipped.name][key] - scores[shipped.name][BARE] for key in true]
             gains += [gain / 100 for gain in true.values()]
-    X, y = np.array(rows), np.array(gains)
-    fit = np.linalg.lstsq(X, y, rcond=None)[0]
-    explained = [1 - float(((y - X @ w) ** 2).sum() / (y**2).sum()) for w in (fit, np.array(list(shipped.values())))]
-    print(f"  weights fitted here: {', '.join(f'{n} {w:.2f}' for n, w in zip(shipped, fit, strict=True))}; ", end="")
-    print(f"R² of them {explained[0]:.2f}, of the shipped {explained[1]:.2f}")
-    return {**dict(zip(shipped, fit.tolist(), strict=True)), "R2": explained[0], "R2 shipped": explained[1]}
+    x, y = np.array(foretold), np.array(gains)
+    fit = float(x @ y / (x @ x))
+    explained = [1 - float(((y - weight * x) ** 2).sum() / (y**2).sum()) for weight in (fit, shipped.weight)]
+    print(f"  weight of {shipped.name} fitted here: {fit:.2f}, shipped {shipped.weight}; ", end="")
+    print(f"R² {explained[0]:.2f}, {explained[1]:.2f}")
+    return {shipped.name: fit, "R2": explained[0], "R2 shipped": explained[1]}
 
 
 def tuned(

@@ -76,7 +76,7 @@ def print_measures(json: bool) -> None:
         needs = NEEDS[measure.NEEDS]
         if measure.NEEDS == "experts" and measure.SAME_BASIS:
             needs += "; of one rank and init"
-        if name == "probe":
+        if name in ("probe", "likelihood"):
             needs += ", two of a class at least"
         if getattr(measure, "READS_ANSWERS", False):
             needs += "; a head of the candidate's"

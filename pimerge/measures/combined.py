@@ -1,25 +1,23 @@
-"""Expected gain over the bare base in accuracy, from the held-out probe and label-CKA together (default).
+"""Expected gain over the bare base in accuracy, from held-out answers and, with few examples, the store (default).
 
-    gain = w_p · (probe(candidate) − probe(base)) + w_c · (CKA(candidate) − CKA(base))
-           + w_s · (1/K − 1/K_e) · scale · fisher(target, candidate)
+    gain = w_l · (likelihood(candidate) − likelihood(base)) + w_s · (1/K − 1/K_e) · scale · fisher(target, candidate)
 
-The last part counts where the target has an expert in the store that saw K_e examples a class, more than the K looked
-at: the measure ``fisher`` then knows what these few cannot tell.
+The first part is that of the measure ``likelihood`` on the K examples a class that are looked at. The second counts
+where the target has an expert in the store that saw more, K_e a class: the measure ``fisher`` then knows what these few
+cannot tell.
 
 The weights, without an intercept, so that the base itself has the gain 0, are rounded from least-squares fits of the
 true gains of development pools; a fit on one pool foretells the others nearly as well as their own
-(``examples/benchmarks/ranking.py``). With one example a class nothing can be held out, and label-CKA alone says little:
-its weight there is small.
+(``examples/benchmarks/ranking.py``). With one example a class nothing can be held out, and label-CKA, which stands in,
+says little: its weight is small.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
-
-from pimerge.measures import label_cka, probe
+from pimerge.measures import label_cka, likelihood
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,14 +26,13 @@ if TYPE_CHECKING:
 
 NEEDS = "examples"
 READS_ANSWERS = False
-PROBE_WEIGHT = 0.14
-CKA_WEIGHT = 0.21
-CKA_WEIGHT_ALONE = 0.1
+LIKELIHOOD_WEIGHT = 0.6
+CKA_WEIGHT = 0.1
 STORE_WEIGHT = 1.3
 
 
 def scores(sample: Sample, weights: Tensor) -> Tensor:
-    """The weighted sum; its difference to the base's is the expected gain, 0.01 being a point of accuracy.
+    """The weighted part; its difference to the base's is the expected gain, 0.01 being a point of accuracy.
 
     Args:
         sample: needs vectors (n × d) and labels.
@@ -44,6 +41,7 @@ def scores(sample: Sample, weights: Tensor) -> Tensor:
     Returns:
         (draws) float64.
 
+    >>> import torch
     >>> from pimerge.sample import Sample
     >>> x = torch.tensor([[1.0, 0.1], [0.9, 0.0], [0.1, 1.0], [0.0, 0.9]], dtype=torch.float64)
     >>> ones = torch.ones(1, 4, dtype=torch.float64)
@@ -51,18 +49,23 @@ def scores(sample: Sample, weights: Tensor) -> Tensor:
     >>> bool(good > bad)
     True
     """
-    parts = parts_of(sample)
-    total = torch.zeros(len(weights), dtype=torch.float64)
-    for name, weight in part_weights(sample).items():
-        total += weight * parts[name](sample, weights)
-    return total
+    part = part_of(sample)
+    return part.weight * part.scores(sample, weights)
 
 
-def part_weights(sample: Sample) -> dict[str, float]:
-    """The weight of each part that these examples allow: a probe needs two examples of a class."""
+class Part(NamedTuple):
+    """The measure that the expected gain is read from, and how much of a gain its unit is."""
+
+    name: str
+    weight: float
+    scores: Callable[[Sample, Tensor], Tensor]
+
+
+def part_of(sample: Sample) -> Part:
+    """The part that these examples allow: to hold some out takes two of a class."""
     if sample.labels.bincount().max() < 2:
-        return {"label-cka": CKA_WEIGHT_ALONE}
-    return {"probe": PROBE_WEIGHT, "label-cka": CKA_WEIGHT}
+        return Part("label-cka", CKA_WEIGHT, label_cka.scores)
+    return Part("likelihood", LIKELIHOOD_WEIGHT, likelihood.scores)
 
 
 def store_weight(seen: float, by_expert: float) -> float:
@@ -76,9 +79,3 @@ def store_weight(seen: float, by_expert: float) -> float:
     (0.234, 0.0)
     """
     return STORE_WEIGHT * max(0.0, 1 / max(seen, 2.0) - 1 / max(by_expert, 2.0))
-
-
-def parts_of(sample: Sample) -> dict[str, Callable[[Sample, Tensor], Tensor]]:
-    """The scores of each part that these examples allow."""
-    parts = {"probe": probe.scores, "label-cka": label_cka.scores}
-    return {name: parts[name] for name in part_weights(sample)}

@@ -43,7 +43,11 @@ def scores(sample: Sample, weights: Tensor) -> Tensor:
     >>> [round(float(scores(Sample(x, torch.tensor(y), 2), ones)), 1) for y in ([0, 1, 0, 1], [0, 0, 1, 1])]
     [-0.0, -1.3]
     """
-    found = held_out_log_likelihood(sample.vectors, sample.labels, sample.classes)
+    return mean_of_held_out(held_out_log_likelihood(sample.vectors, sample.labels, sample.classes), weights)
+
+
+def mean_of_held_out(found: Tensor, weights: Tensor) -> Tensor:
+    """The weighted means of what was found of each example: (n), (draws × n) → (draws); NaN counts nowhere."""
     held = ~found.isnan()
     found, weights = found[held], weights[:, held]
     weights = weights.where(weights.sum(1, keepdim=True) > 0, 1.0)

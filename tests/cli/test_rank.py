@@ -345,7 +345,7 @@ def test_an_explanation_has_the_parts_of_each_scale_and_tensor_and_writes_nothin
     candidate = by_examples["candidate"]
     best = by_examples["by_scale"][str(candidate["scale"])]
     assert best["expected gain"] == pytest.approx(candidate["gain"], abs=1e-9)
-    assert best.keys() == {"probe", "label-cka", "expected gain"}
+    assert best.keys() == {"likelihood", "expected gain"}
     assert by_examples["measure"] == "fisher"
 
     for target in ("parity", "tasks/new"):
@@ -373,8 +373,7 @@ def test_with_fewer_shots_than_the_targets_expert_saw_the_store_counts_too(folde
     similarity = sum(found["by_tensor"].values())
     for scale, parts in found["by_scale"].items():
         assert parts["store"] == pytest.approx(float(scale) * 1.3 * (1 / 2 - 1 / 4) * similarity)
-        gain = 0.14 * parts["probe"] + 0.21 * parts["label-cka"] + parts["store"]
-        assert parts["expected gain"] == pytest.approx(gain)
+        assert parts["expected gain"] == pytest.approx(0.6 * parts["likelihood"] + parts["store"])
     candidate = next(each for each in ranking["candidates"] if each["name"] == "a")
     assert candidate["gain"] == pytest.approx(max(parts["expected gain"] for parts in found["by_scale"].values()))
     all_of_them = shell("rank", "--target", "parity", "--json", "--force").document

@@ -16,15 +16,16 @@ from sklearn.covariance import ledoit_wolf_shrinkage
 from torch import Tensor
 
 from pimerge.errors import PimergeError
-from pimerge.measures import h_score, label_cka, leep, logme, loss, probe
-from pimerge.probe import held_out_log_likelihood
+from pimerge.measures import h_score, label_cka, leep, likelihood, logme, loss, probe
+from pimerge.probe import held_out_log_likelihood, held_out_probability
 from pimerge.sample import Sample
 from tests.raw import small
 
 Array = NDArray[np.float64]
 FEATURES = [logme, label_cka, h_score]
 """The measures of features that count repeated examples."""
-EVERY = [*FEATURES, probe, leep, loss]
+HELD_OUT = {probe: held_out_log_likelihood, likelihood: held_out_probability}
+EVERY = [*FEATURES, *HELD_OUT, leep, loss]
 SHAPES = [(40, 6, 3), (20, 50, 4), (12, 12, 2)]
 
 
@@ -174,22 +175,24 @@ def test_loss_is_minus_the_mean() -> None:
     assert plain(loss, sample) == pytest.approx(-float(sample.losses.mean()), abs=1e-7)
 
 
-def test_probe_is_the_mean_of_what_is_held_out() -> None:
+@pytest.mark.parametrize("measure", HELD_OUT)
+def test_a_probe_is_the_mean_of_what_is_held_out(measure: ModuleType) -> None:
     sample = take(sample_of(20, 5, 2), torch.arange(19))
     sample.labels[3] = 2
     sample = Sample(sample.vectors, sample.labels, 3)
-    held_out = held_out_log_likelihood(sample.vectors, sample.labels, 3)
+    held_out = HELD_OUT[measure](sample.vectors, sample.labels, 3)
     assert held_out.isnan().tolist() == [i == 3 for i in range(19)]
-    assert plain(probe, sample) == pytest.approx(float(held_out.nanmean()), abs=1e-12)
+    assert plain(measure, sample) == pytest.approx(float(held_out.nanmean()), abs=1e-12)
     draws = draws_of(19).double()
     expected = [float((draw * held_out).nansum() / (draw.sum() - draw[3])) for draw in draws]
-    assert probe.scores(sample, draws).tolist() == pytest.approx(expected, abs=1e-12)
+    assert measure.scores(sample, draws).tolist() == pytest.approx(expected, abs=1e-12)
 
 
-def test_a_draw_that_probe_can_say_nothing_of_has_the_mean_of_all() -> None:
+@pytest.mark.parametrize("measure", HELD_OUT)
+def test_a_draw_that_a_probe_can_say_nothing_of_has_the_mean_of_all(measure: ModuleType) -> None:
     sample = Sample(sample_of(5, 3, 2).vectors, torch.tensor([0, 1, 1, 1, 2]), 3)
     only = torch.tensor([[2.0, 0, 0, 0, 3]], dtype=torch.float64)
-    assert float(probe.scores(sample, only)) == pytest.approx(plain(probe, sample), abs=1e-12)
+    assert float(measure.scores(sample, only)) == pytest.approx(plain(measure, sample), abs=1e-12)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -218,7 +221,7 @@ def test_the_order_of_the_examples_does_not_matter(measure: ModuleType, shape: t
     assert plain(measure, shuffled) == pytest.approx(plain(measure, sample), abs=1e-8)
 
 
-@pytest.mark.parametrize("measure", [*FEATURES, probe])
+@pytest.mark.parametrize("measure", [*FEATURES, *HELD_OUT])
 def test_clearer_classes_score_higher(measure: ModuleType) -> None:
     found = [plain(measure, sample_of(100, 8, 4, signal=signal)) for signal in (0.0, 0.5, 1.5)]
     constant = with_vectors(sample_of(100, 8, 4), torch.ones(100, 8, dtype=torch.float64))
@@ -256,7 +259,7 @@ def test_every_score_is_finite(
     one, alone = torch.ones(1, n, dtype=torch.long), torch.eye(n, dtype=torch.long)[:1] * n
     draws = torch.cat([one, draws_of(n), alone]).double()
     for measure in EVERY:
-        if measure is probe and int(labels.bincount().max()) < 2:
+        if measure in HELD_OUT and int(labels.bincount().max()) < 2:
             with pytest.raises(PimergeError, match="every class has one example"):
                 measure.scores(sample, draws)
             continue
