@@ -164,8 +164,8 @@ def factors_of(expert: Expert, model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def updates_of(expert: Expert) -> dict[str, Tensor]:
-    """What is kept of the expert's updates beside the marginals: ``MODULE.update`` → ΔW in random directions."""
-    return {f"{name}.{UPDATE}": update for name, update in update_embedding(expert).items()}
+    """What is kept of the expert's updates beside the marginals: ``update.MODULE`` → ΔW in random directions."""
+    return {f"{UPDATE}.{name}": update for name, update in update_embedding(expert).items()}
 
 
 def sketches_of(marginals: Mapping[str, Tensor]) -> dict[str, str]:
@@ -176,7 +176,7 @@ def sketches_of(marginals: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def _parts(marginals: Mapping[str, Tensor], part: str) -> list[tuple[str, Tensor]]:
-    return [(key, value) for key, value in marginals.items() if key.endswith(f".{part}")]
+    return [(key, value) for key, value in marginals.items() if key.startswith(f"{part}.")]
 
 
 def _on_device(examples: Examples, device: torch.device, indices: Sequence[int]) -> Batch:

@@ -48,10 +48,11 @@ class FisherStatistics:
         return {name: value / whole for name, value in self.modules.items()}
 
 
-def fisher_statistics(entry: Embedding, parameters: int) -> FisherStatistics:
-    """What an entry of the store says of its expert's Fisher information; shares of a zero trace are 0.
+def fisher_statistics(entry: Embedding, traces: Mapping[str, float], parameters: int) -> FisherStatistics:
+    """What the store says of an expert's Fisher information; shares of a zero trace are 0.
 
     Args:
+        traces: module → its part of the trace.
         parameters: how many the Fisher information is of.
     """
     trace = entry.trace or 1.0
@@ -65,7 +66,7 @@ def fisher_statistics(entry: Embedding, parameters: int) -> FisherStatistics:
         entry.largest / trace,
         effective,
         effective / parameters,
-        dict(sorted(entry.modules.items(), key=lambda item: -item[1])),
+        dict(sorted(traces.items(), key=lambda item: -item[1])),
     )
 
 
@@ -164,7 +165,10 @@ def _fisher(expert: Expert | None, store: Store | None) -> FisherStatistics | st
     if (expert.sha256, sha256_file(expert.path / CONFIG)) != (entry.sha256, entry.config_sha256):
         return "changed since it was embedded"
     biases = sum(module.d_out for module in expert.modules.values() if module.bias)
-    return fisher_statistics(entry, expert.parameters + biases)
+    try:
+        return fisher_statistics(entry, store.traces(name), expert.parameters + biases)
+    except PimergeError as error:
+        return error.problems[0].message
 
 
 def _why_unmergeable(expert: Expert) -> str:

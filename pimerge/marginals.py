@@ -42,7 +42,7 @@ class Marginals:
     >>> with marginals.recording():
     ...     layer(batch["x"]).square().sum().backward()
     >>> {name: value.tolist() for name, value in marginals.means().items()}  # (1 + 4)/2; g = 2y: (36 + 144)/2
-    {'q.gradient': [[90.0]], 'q.input': [2.5], 'q.output': [90.0]}
+    {'gradient.q': [[90.0]], 'input.q': [2.5], 'output.q': [90.0]}
     """
 
     def __init__(self, layers: Mapping[str, nn.Module]) -> None:
@@ -69,14 +69,14 @@ class Marginals:
                 handle.remove()
 
     def means(self) -> dict[str, Tensor]:
-        """``LAYER.input`` → E[x²] (d_in), ``.output`` → E[g²] (d_out), ``.gradient`` → E[Qᵀg gᵀQ], in float32."""
+        """``input.LAYER`` → E[x²] (d_in), ``output.`` → E[g²] (d_out), ``gradient.`` → E[Qᵀg gᵀQ], in float32."""
         return {name: (self._sums[name] / self._tokens[name]).float() for name in sorted(self._sums)}
 
     def _watch(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
         def hook(layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
             real = self._real
             entering = _wide_rows(inputs[0].detach(), real)
-            self._add(f"{name}.{INPUT}", entering.square().sum(0), len(entering))
+            self._add(f"{INPUT}.{name}", entering.square().sum(0), len(entering))
             if output.requires_grad:
                 output.register_hook(  # type: ignore[no-untyped-call]
                     lambda gradient: self._add_gradient(name, _wide_rows(gradient, real))
@@ -85,9 +85,9 @@ class Marginals:
         return hook
 
     def _add_gradient(self, name: str, rows: Tensor) -> None:
-        self._add(f"{name}.{OUTPUT}", rows.square().sum(0), len(rows))
+        self._add(f"{OUTPUT}.{name}", rows.square().sum(0), len(rows))
         seen = rows @ projection(f"{name}.{OUTPUT}", rows.shape[1]).to(rows)
-        self._add(f"{name}.{GRADIENT}", seen.T @ seen, len(rows))
+        self._add(f"{GRADIENT}.{name}", seen.T @ seen, len(rows))
 
     def _add(self, key: str, total: Tensor, tokens: int) -> None:
         # Apple's GPUs have no float64

@@ -10,6 +10,7 @@ grows by one expert at a time, and several processes may extend it at once.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 SIDECARS = "embeddings"
 DIAGONAL, MARGINALS, GRAMS = "diagonal", "marginals", "grams"
+TRACES = "traces"  # of the modules, in the metadata of the diagonal: in the document they were most of it
 
 
 class Store:
@@ -102,6 +104,15 @@ class Store:
         """
         return self._checked(self.document.experts[name].sidecars[DIAGONAL], "run 'pimerge embed' again")
 
+    def traces(self, name: str) -> dict[str, float]:
+        """Module → trace of its Fisher, of one expert.
+
+        Raises:
+            PimergeError: as :meth:`diagonal_file`.
+        """
+        found: dict[str, float] = json.loads(self.diagonal_file(name).metadata[TRACES])
+        return found
+
     def marginals_file(self, name: str) -> TensorFile:
         """The marginals of one expert's layers.
 
@@ -166,22 +177,22 @@ class Store:
             PimergeError: if the disk refuses.
         """
         diagonal = tensors[DIAGONAL]
-        contents = {part: _safetensors(values) for part, values in tensors.items()}
+        traces: dict[str, float] = {}
+        for key, value in diagonal.items():
+            module = key.removeprefix("base_model.model.").partition(".lora_")[0]
+            traces[module] = traces.get(module, 0.0) + float(value.double().sum())
+        metadata = {DIAGONAL: {TRACES: json.dumps(dict(sorted(traces.items())))}}
+        contents = {part: _safetensors(values, metadata.get(part)) for part, values in tensors.items()}
         sidecars = {
             part: Sidecar(file=_sidecar_of(name, part), sha256=sha256_bytes(content))
             for part, content in contents.items()
         }
         squares = sum(float(value.double().square().sum()) for value in diagonal.values())
-        modules: dict[str, float] = {}
-        for key, value in diagonal.items():
-            module = key.removeprefix("base_model.model.").partition(".lora_")[0]
-            modules[module] = modules.get(module, 0.0) + float(value.double().sum())
         entry = Embedding(
             **fields,
             norm=squares**0.5,
-            trace=sum(modules.values()),
+            trace=sum(traces.values()),
             largest=max(float(value.max()) for value in diagonal.values()),
-            modules={module: float(f"{value:.4g}") for module, value in sorted(modules.items())},
             sidecars=sidecars,
         )
         own = {sidecar.file for sidecar in sidecars.values()}
@@ -291,10 +302,11 @@ def _sidecars(entries: Iterable[Embedding]) -> set[str]:
     return {sidecar.file for entry in entries for sidecar in entry.sidecars.values()}
 
 
-def _safetensors(tensors: Mapping[str, Tensor]) -> bytes:
+def _safetensors(tensors: Mapping[str, Tensor], metadata: dict[str, str] | None) -> bytes:
+    """The bytes of a file; at most one item of metadata, since the library writes several in any order."""
     from safetensors.torch import save
 
-    return save({key: value.cpu().contiguous() for key, value in tensors.items()}, {"format": "pt"})
+    return save({key: value.cpu().contiguous() for key, value in tensors.items()}, metadata or {"format": "pt"})
 
 
 def open_store(path: Path) -> Store:

@@ -12,7 +12,7 @@ from pimerge.errors import PimergeError
 from pimerge.files import read_json
 from pimerge.task import parse_document
 
-SCHEMA = 3
+SCHEMA = 4
 
 
 class Settings(BaseModel):
@@ -46,7 +46,6 @@ class Embedding(BaseModel):
         examples, tokens: what the estimate is made of.
         route: ``rules`` or ``loop``.
         norm: ‖F‖₂ over all parameters; ``trace`` is ΣF, ``largest`` the largest entry.
-        modules: module → trace of its Fisher, to four digits.
         sketches: ``gradients`` and ``update``, the two parts of the measure ``fisher``; see :mod:`pimerge.sketch`.
         sidecars: ``diagonal``, ``marginals`` and, where there are some, ``grams``.
     """
@@ -69,7 +68,6 @@ class Embedding(BaseModel):
     norm: float
     trace: float
     largest: float
-    modules: dict[str, float]
     sketches: dict[str, str]
     sidecars: dict[str, Sidecar]
 

@@ -51,10 +51,10 @@ class Stored:
     def layers(self, part: str) -> list[str]:
         """The layers that have this part of the marginals, or an update."""
         assert self.marginals is not None
-        return sorted(name.removesuffix(f".{part}") for name in self.marginals.entries if name.endswith(f".{part}"))
+        return sorted(name.removeprefix(f"{part}.") for name in self.marginals.entries if name.startswith(f"{part}."))
 
     def marginal(self, names: Iterable[str]) -> dict[str, NDArray[Any]]:
-        """The tensors ``LAYER.PART`` of some names, where there are any."""
+        """The tensors ``PART.LAYER`` of some names, where there are any."""
         assert self.marginals is not None
         return self.marginals.arrays(name for name in names if name in self.marginals.entries)
 

@@ -82,7 +82,7 @@ class TensorFile:
         entry = self.entries[key]
         data = torch.empty(entry.end - entry.start, dtype=torch.uint8)
         with self._opened() as file:
-            self._fill(file, entry, _bytes_of(data))
+            self._fill(file, entry.start, _bytes_of(data))
         return data.view(torch_dtype(entry.dtype)).view(entry.shape)
 
     def read_part(self, key: str, start: int, stop: int) -> Tensor:
@@ -93,25 +93,30 @@ class TensorFile:
         size = (entry.end - entry.start) // max(1, math.prod(entry.shape))
         data = torch.empty((stop - start) * size, dtype=torch.uint8)
         with self._opened() as file:
-            self._fill(file, entry, _bytes_of(data), start * size)
+            self._fill(file, entry.start + start * size, _bytes_of(data))
         return data.view(torch_dtype(entry.dtype))
 
     def arrays(self, keys: Iterable[str]) -> dict[str, NDArray[Any]]:
-        """Read several tensors while the file is open once; F16 and BF16 become float32, which holds their numbers.
+        """Read several tensors; F16 and BF16 become float32, which holds their numbers.
+
+        The file is opened once, and neighbours are read at once: of small tensors it is the calls that take time.
 
         Raises:
             PimergeError: as :meth:`read`.
         """
         import numpy as np
 
+        chosen = {key: self.entries[key] for key in keys}
         found = {}
         with self._opened() as file:
-            for key in keys:
-                entry = self.entries[key]
-                data = np.empty(entry.end - entry.start, np.uint8)
-                self._fill(file, entry, data.data)
-                found[key] = _numbers(data, entry.dtype).reshape(entry.shape)
-        return found
+            for run in _runs(chosen.items()):
+                start = run[0][1].start
+                data = np.empty(run[-1][1].end - start, np.uint8)
+                self._fill(file, start, data.data)
+                for key, entry in run:
+                    numbers = _numbers(data[entry.start - start : entry.end - start], entry.dtype)
+                    found[key] = numbers.reshape(entry.shape)
+        return {key: found[key] for key in chosen}
 
     def pieces(self, key: str) -> Iterator[bytearray]:
         """The bytes of one tensor, whatever its dtype, at most :data:`PIECE` of them at once."""
@@ -119,7 +124,7 @@ class TensorFile:
         for start in range(0, entry.end - entry.start, PIECE):
             data = bytearray(min(PIECE, entry.end - entry.start - start))
             with self._opened() as file:
-                self._fill(file, entry, memoryview(data), start)
+                self._fill(file, entry.start + start, memoryview(data))
             yield data
 
     @contextmanager
@@ -130,10 +135,10 @@ class TensorFile:
         except OSError as error:
             raise PimergeError(f"cannot read '{self.path}': {error.strerror}") from error
 
-    def _fill(self, file: int, entry: Entry, buffer: memoryview, offset: int = 0) -> None:
+    def _fill(self, file: int, start: int, buffer: memoryview) -> None:
         done = 0
         while done < len(buffer):  # the kernel gives at most 2 GiB at once
-            got = os.preadv(file, [buffer[done:]], entry.start + offset + done)
+            got = os.preadv(file, [buffer[done:]], start + done)
             if not got:
                 raise PimergeError(f"'{self.path}' became shorter while it was read", "run the command again")
             done += got
@@ -308,6 +313,18 @@ def bytes_of(tensor: Tensor) -> memoryview:
 
     flat = tensor.detach().cpu().contiguous().view(-1)
     return _bytes_of(flat.view(torch.uint8) if flat.numel() else torch.empty(0, dtype=torch.uint8))
+
+
+def _runs(entries: Iterable[tuple[str, Entry]]) -> Iterator[list[tuple[str, Entry]]]:
+    """Tensors of one dtype that lie side by side in the file, in groups."""
+    run: list[tuple[str, Entry]] = []
+    for key, entry in sorted(entries, key=lambda item: item[1].start):
+        if run and (run[-1][1].end, run[-1][1].dtype) != (entry.start, entry.dtype):
+            yield run
+            run = []
+        run.append((key, entry))
+    if run:
+        yield run
 
 
 def _numbers(data: NDArray[Any], dtype: str) -> NDArray[Any]:

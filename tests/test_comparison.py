@@ -49,9 +49,9 @@ def add(store: Store, name: str, seed: int, *, labels: str = "true", rank: int =
     for i, layer in enumerate(layers):
         seen = mixed(64, 20, place=20 + i)
         marginal |= {
-            f"{layer}.gradient": seen @ seen.T,
-            f"{layer}.input": mixed(D, place=30 + i).square(),
-            f"{layer}.output": mixed(D, place=40 + i).square(),
+            f"gradient.{layer}": seen @ seen.T,
+            f"input.{layer}": mixed(D, place=30 + i).square(),
+            f"output.{layer}": mixed(D, place=40 + i).square(),
         }
     marginal |= updates_of(expert)
     diagonal = {key: expert.tensor(key).square() for key in expert.file.entries}
@@ -179,10 +179,10 @@ def test_sketches_are_those_of_the_two_parts_of_fisher(template: Path) -> None:
     store = Store(template / "embeddings.json")
     member = store.member(TARGET, store.open(TARGET), "marginals")
     unit = {}
-    for name, seen in member.marginal(f"{layer}.gradient" for layer in member.layers("gradient")).items():
+    for name, seen in member.marginal(f"gradient.{layer}" for layer in member.layers("gradient")).items():
         unit[name] = torch.from_numpy(seen / np.linalg.norm(seen))
     found = store.experts[TARGET].sketches
-    updates = {f"{name}.update": update for name, update in update_embedding(member.expert).items()}
+    updates = {f"update.{name}": update for name, update in update_embedding(member.expert).items()}
     assert found == {"gradients": to_text(sketch(unit)), "update": to_text(sketch(updates))}
 
 

@@ -106,7 +106,7 @@ def test_the_summary_per_module_is_the_trace_of_its_factors(pool: Path, vit_base
     store = Store(tmp_path / "embeddings.json")
     embed_into(store, pool / "b")
     reference = own_fisher(pool / "b", vit_base)
-    for module, trace in store.experts["b"].modules.items():
+    for module, trace in store.traces("b").items():
         parts = [float(value.sum()) for key, value in reference.items() if f".{module}.lora_" in key]
         assert len(parts) == 3  # A, B and the bias
         assert trace == pytest.approx(sum(parts), 1e-3)
@@ -223,7 +223,7 @@ def test_the_sketches_are_near_the_cosines_of_the_two_parts_of_fisher(pool: Path
     store = Store(tmp_path / "embeddings.json")
     embed_into(store, pool / name)
     file = store.marginals_file(name)
-    gradients = {key: file.read(key).double() for key in file.entries if key.endswith(".gradient")}
+    gradients = {key: file.read(key).double() for key in file.entries if key.startswith("gradient.")}
     unit = {key: value / value.norm() for key, value in gradients.items()}
     deltas = dense_deltas(open_expert(pool / name))
     for part, values in (("gradients", unit), ("update", deltas)):
@@ -263,7 +263,7 @@ def test_grams_are_those_of_the_unpadded_examples(
         model(**batch)
     x = torch.cat(seen)
     found = store.grams("c")
-    assert set(found.entries) == set(store.experts["c"].modules)
+    assert set(found.entries) == set(store.traces("c"))
     assert relative_difference(found.read(name), x.T @ x / len(x)) < 1e-5
     assert len(x) == store.experts["c"].tokens
 

@@ -133,7 +133,7 @@ def test_the_statistics_are_those_of_the_whole_diagonal(stored: tuple[Expert, St
     assert found.effective == pytest.approx(float(F.sum() ** 2 / F.square().sum()))
     assert found.effective_share == pytest.approx(found.effective / len(F))
     traces = {name: sum(float(v.double().sum()) for key, v in diagonal.items() if f".{name}." in key) for name in "qv"}
-    assert found.modules == {name: float(f"{trace:.4g}") for name, trace in traces.items()}  # as the store has them
+    assert found.modules == pytest.approx(traces)
     assert list(found.modules) == sorted(traces, key=lambda name: -traces[name])
     assert sum(found.shares.values()) == pytest.approx(1)
 
@@ -145,7 +145,7 @@ def test_even_information_is_that_of_all_parameters_and_none_is_that_of_none(
     expert, store, diagonal = stored
     embedded(expert, store, {key: torch.full_like(tensor, value) for key, tensor in diagonal.items()})
     count = sum(tensor.numel() for tensor in diagonal.values())
-    found = fisher_statistics(store.experts["known"], count)
+    found = fisher_statistics(store.experts["known"], store.traces("known"), count)
     assert found.effective_share == pytest.approx(effective)
     assert found.effective == pytest.approx(effective * count)
     assert found.largest_share == pytest.approx(effective / count)
@@ -161,6 +161,11 @@ def test_without_statistics_the_reason_is_said(stored: tuple[Expert, Store, dict
     found = inspect([expert.path, other, broken], store=store)
     assert [finding.no_fisher for finding in found] == ["", "it is not in the store", "it cannot be read"]
     assert [finding.no_fisher for finding in inspect([other])] == ["no store was given"]
+    sidecar = store.path.parent / store.experts["known"].sidecars[DIAGONAL].file
+    content = sidecar.read_bytes()
+    sidecar.unlink()
+    assert inspect([expert.path], store=store)[0].no_fisher == f"the sidecar '{sidecar}' is gone"
+    sidecar.write_bytes(content)
     set_config(expert.path, revision="x")
     assert inspect([expert.path], store=store)[0].no_fisher == "changed since it was embedded"
     set_tensors(expert.path, {f"{PREFIX}q.lora_B.bias": normal(3, seed=5)})

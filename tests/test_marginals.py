@@ -67,9 +67,9 @@ def by_loop(model: nn.Module, names: Sequence[str], singles: Sequence[Batch]) ->
         tokens, width = len(gradients[name]), len(gradients[name][0])
         assert tokens == len(entering[name])
         seen = [projection(f"{name}.output", width).double().T @ g for g in gradients[name]]
-        means[f"{name}.input"] = sum((x**2 for x in entering[name]), torch.tensor(0.0)) / tokens
-        means[f"{name}.output"] = sum((g**2 for g in gradients[name]), torch.tensor(0.0)) / tokens
-        means[f"{name}.gradient"] = sum((torch.outer(s, s) for s in seen), torch.tensor(0.0)) / tokens
+        means[f"input.{name}"] = sum((x**2 for x in entering[name]), torch.tensor(0.0)) / tokens
+        means[f"output.{name}"] = sum((g**2 for g in gradients[name]), torch.tensor(0.0)) / tokens
+        means[f"gradient.{name}"] = sum((torch.outer(s, s) for s in seen), torch.tensor(0.0)) / tokens
     return means
 
 
@@ -139,11 +139,11 @@ def test_a_float64_model_is_exact_up_to_the_stored_float32(make_case: MakeCase, 
 def test_the_cases_have_what_they_are_to_test(cases: dict[str, Case]) -> None:
     assert len(set(cases["bert"].examples.lengths)) > 4  # so that batches are padded
     assert {type(layer).__name__ for layer in cases["gpt2"].layers.values()} == {"Conv1D"}
-    assert cases["gpt2"].reference["transformer.h.0.mlp.c_proj.input"].shape == (64,)  # d_in, not d_out
+    assert cases["gpt2"].reference["input.transformer.h.0.mlp.c_proj"].shape == (64,)  # d_in, not d_out
     padded = cases["bert"].examples.batch(range(COUNT))
     singles = [{name: value[i : i + 1] for name, value in padded.items()} for i in range(COUNT)]
     spoilt = by_loop(cases["bert"].model, list(cases["bert"].layers), singles)
-    name = "bert.encoder.layer.0.attention.self.query.input"
+    name = "input.bert.encoder.layer.0.attention.self.query"
     assert relative_difference(spoilt[name], cases["bert"].reference[name]) > 0.01  # padding would show
 
 
@@ -155,9 +155,9 @@ def test_wide_layers_are_seen_in_few_directions(make_case: MakeCase) -> None:
         layer(x).sin().sum().backward()
     rows = layer(x).detach().cos()
     seen = rows @ projection("q.output", 100)
-    assert found.means()["q.gradient"].shape == (DIRECTIONS, DIRECTIONS)
-    torch.testing.assert_close(found.means()["q.gradient"], seen.T @ seen / 9)
-    torch.testing.assert_close(found.means()["q.output"], rows.square().mean(0))
+    assert found.means()["gradient.q"].shape == (DIRECTIONS, DIRECTIONS)
+    torch.testing.assert_close(found.means()["gradient.q"], seen.T @ seen / 9)
+    torch.testing.assert_close(found.means()["output.q"], rows.square().mean(0))
 
 
 def test_hooks_are_gone_after_an_error_and_outputs_are_as_they_were(cases: dict[str, Case]) -> None:
@@ -179,7 +179,7 @@ def test_without_a_gradient_there_are_inputs_alone() -> None:
     found = Marginals({"q": layer})
     with found.recording(), torch.no_grad():
         layer(torch.ones(3, 2))
-    assert {name: value.tolist() for name, value in found.means().items()} == {"q.input": [1, 1]}
+    assert {name: value.tolist() for name, value in found.means().items()} == {"input.q": [1, 1]}
 
 
 LIMIT = 9
@@ -192,7 +192,7 @@ def embedded(folder: Path, store: Path, **options: Any) -> dict[str, Tensor]:
     bases = Bases(torch.device("cpu"), torch.float32)
     embed(expert, check_expert(expert), found, Settings(max_examples=LIMIT, labels=labels), bases, batch_tokens=tokens)
     file = found.marginals_file(expert.name)
-    return {key: file.read(key) for key in file.entries if not key.endswith(".update")}
+    return {key: file.read(key) for key in file.entries if not key.startswith("update.")}
 
 
 def reference(folder: Path, base: Path, *, sampled: bool = False) -> dict[str, Tensor]:

@@ -38,6 +38,13 @@ from pimerge.store_document import Document, Embedding, Settings, Sidecar
 
 RANK, WIDTH = 8, 768
 TARGET = "e00000"
+WITH_PEAK = """
+import atexit, re, runpy, sys
+from pathlib import Path
+peak = re.compile("VmHWM:\\s*(\\d+)")  # not what wait4 says, which counts the pages of the process that started it
+atexit.register(lambda: print(peak.search(Path("/proc/self/status").read_text())[1], file=sys.stderr))
+runpy.run_module("pimerge", run_name="__main__")
+"""
 
 
 def main() -> None:
@@ -92,9 +99,9 @@ def add_expert(folder: Path, name: str, family: int, distance: int, layers: list
         adapter |= {f"{key}.lora_A.weight": A, f"{key}.lora_B.weight": B}
         seen = mixed(core, own, noise, DIRECTIONS, DIRECTIONS)
         marginals |= {
-            f"{layer}.gradient": seen @ seen.T,
-            f"{layer}.input": mixed(core, own, noise, WIDTH).square(),
-            f"{layer}.output": mixed(core, own, noise, WIDTH).square(),
+            f"gradient.{layer}": seen @ seen.T,
+            f"input.{layer}": mixed(core, own, noise, WIDTH).square(),
+            f"output.{layer}": mixed(core, own, noise, WIDTH).square(),
         }
         diagonal |= {f"{key}.lora_B.weight": B.square()}
     experts = folder / "experts" / name
@@ -123,7 +130,6 @@ def add_expert(folder: Path, name: str, family: int, distance: int, layers: list
         norm=1.0,
         trace=1.0,
         largest=1.0,
-        modules={layer: 1.0 / len(layers) for layer in layers},
         sketches=sketches_of(marginals),
         sidecars={part: Sidecar(file=file, sha256=sha256_file(folder / file)) for part, file in files.items()},
     )
@@ -167,20 +173,16 @@ def whole_command(path: Path) -> None:
     """Print what the command takes as it is typed: with every file to be hashed, then with the hashes remembered."""
     with tempfile.TemporaryDirectory() as cache:
         for name in ("first", "again", "again"):
-            command = [sys.executable, "-m", "pimerge", "rank", "--target", TARGET, "--measure", "fisher"]
+            command = [sys.executable, "-c", WITH_PEAK, "rank", "--target", TARGET, "--measure", "fisher"]
             environment = {**os.environ, "XDG_CACHE_HOME": cache}
             start = time.perf_counter()
-            process = subprocess.Popen(
-                [*command, "--quiet", "--force"], cwd=path.parent, env=environment, stdout=subprocess.DEVNULL
+            ran = subprocess.run(
+                [*command, "--quiet", "--force"], cwd=path.parent, env=environment, capture_output=True, text=True
             )
-            _, status, used = os.wait4(process.pid, 0)  # this child's alone
-            if status:
-                raise SystemExit(f"{' '.join(command)} ended with {os.waitstatus_to_exitcode(status)}")
-            print(
-                f"pimerge rank, {name}: {time.perf_counter() - start:.2f} s, {used.ru_utime + used.ru_stime:.2f} s of "
-                f"a core, peak {used.ru_maxrss / 1024:.0f} MB",
-                flush=True,
-            )
+            seconds = time.perf_counter() - start
+            if ran.returncode:
+                raise SystemExit(f"pimerge rank ended with {ran.returncode}: {ran.stderr}")
+            print(f"pimerge rank, {name}: {seconds:.2f} s, peak {int(ran.stderr) / 1024:.0f} MB", flush=True)
 
 
 def one_comparison(path: Path) -> None:

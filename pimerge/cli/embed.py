@@ -112,7 +112,7 @@ def embed(
                 "store": str(store),
                 "computed": computed,
                 "skipped": [problem.message for problem in problems.found],
-                "experts": {name: entry.model_dump(exclude={"modules", "settings"}) for name, entry in entries.items()},
+                "experts": {name: entry.model_dump(exclude={"settings"}) for name, entry in entries.items()},
             }
         )
         return

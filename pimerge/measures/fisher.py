@@ -12,6 +12,7 @@ outputs and inputs of each layer (:mod:`pimerge.sketch`), so that all of it is i
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 from pimerge.measures.marginals import parts_of, unit_parts
 from pimerge.similarity import Similarity, balanced, from_vectors
@@ -27,10 +28,14 @@ def similarity(members: Sequence[Stored], candidates: int, pool: Sequence[int], 
 
     A part that is zero counts as 0; a target without an update, at the pool's init, has the first cosine alone.
     """
-    found = {"gradients": from_vectors(unit_parts(members, GRADIENT), candidates, pool, sampled)}
-    target = members[0].marginal(f"{layer}.{UPDATE}" for layer in members[0].layers(UPDATE))
+    parts = {"gradients": unit_parts(members, GRADIENT)}
+    target = members[0].marginal(f"{UPDATE}.{layer}" for layer in members[0].layers(UPDATE))
     if any(update.any() for update in target.values()):
-        found["update"] = from_vectors(parts_of(members, UPDATE), candidates, pool, sampled)
+        parts["update"] = parts_of(members, UPDATE)
+    # to read and to multiply, which takes long in large pools, releases the interpreter's lock
+    with ThreadPoolExecutor(len(parts)) as threads:
+        each = threads.map(lambda rows: from_vectors(rows, candidates, pool, sampled), parts.values())
+        found = dict(zip(parts, each, strict=True))
     if not found["gradients"].tensors and "update" in found:  # experts of embedding layers alone
         return found["update"]
     return balanced(list(found.values()), list(found)) if len(found) > 1 else found["gradients"]

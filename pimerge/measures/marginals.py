@@ -37,5 +37,5 @@ def unit_parts(members: Sequence[Stored], part: str) -> Iterator[tuple[str, NDAr
 def parts_of(members: Sequence[Stored], part: str) -> Iterator[tuple[str, NDArray[np.float64]]]:
     """For each layer, (N × numbers) one part of the marginals; 0 for a member without that layer."""
     layers = sorted({layer for member in members for layer in member.layers(part)})
-    found = rows_by_name(members, [f"{layer}.{part}" for layer in layers], Stored.marginal)
+    found = rows_by_name(members, [f"{part}.{layer}" for layer in layers], Stored.marginal)
     return ((layer, rows) for layer, (_, rows) in zip(layers, found, strict=True))

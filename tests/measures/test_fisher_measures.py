@@ -40,9 +40,9 @@ def stored(folder: Path, expert: Expert, seed: int, scale: float = 1.0) -> Store
     for name, module in expert.modules.items():
         seen = torch.randn(min(DIRECTIONS, module.d_out), 20, generator=generator)
         marginal |= {
-            f"{name}.gradient": scale * seen @ seen.T,
-            f"{name}.input": scale * with_spread([module.d_in], generator),
-            f"{name}.output": scale * with_spread([module.d_out], generator),
+            f"gradient.{name}": scale * seen @ seen.T,
+            f"input.{name}": scale * with_spread([module.d_in], generator),
+            f"output.{name}": scale * with_spread([module.d_out], generator),
         }
     marginal |= updates_of(expert)
     folder.mkdir(parents=True, exist_ok=True)
@@ -68,10 +68,10 @@ def kept_deltas(expert: Expert) -> dict[str, Tensor]:
     return {name: delta.float() for name, delta in dense_deltas(expert).items()}
 
 
-def read(member: Stored, part: str, ending: str) -> dict[str, Tensor]:
+def read(member: Stored, part: str, beginning: str = "", ending: str = "") -> dict[str, Tensor]:
     file = {"diagonal": member.diagonal, "marginals": member.marginals}[part]
     assert file is not None
-    return {key: file.read(key) for key in file.entries if key.endswith(ending)}
+    return {key: file.read(key) for key in file.entries if key.startswith(beginning) and key.endswith(ending)}
 
 
 def unit(tensors: Mapping[str, Tensor]) -> Vector:
@@ -82,10 +82,10 @@ def unit(tensors: Mapping[str, Tensor]) -> Vector:
 
 def unit_outer(member: Stored) -> Vector:
     """The outer products E[g²] ⊗ E[x²] of every layer, each at norm 1, in one vector."""
-    outputs, inputs = read(member, "marginals", ".output"), read(member, "marginals", ".input")
+    outputs, inputs = read(member, "marginals", "output."), read(member, "marginals", "input.")
     outer = {}
     for name in member.expert.modules:
-        g, x = outputs[f"{name}.output"].double(), inputs[f"{name}.input"].double()
+        g, x = outputs[f"output.{name}"].double(), inputs[f"input.{name}"].double()
         outer[name] = torch.outer(g, x)
     return unit(outer)
 
@@ -104,7 +104,7 @@ POOLS = [(4, range(5)), (2, range(3)), (2, range(5)), (2, range(2, 5)), (1, rang
 @pytest.mark.parametrize(("candidates", "centre"), POOLS)
 def test_fisher_is_half_gradients_and_half_updates(pool: list[Stored], candidates: int, centre: Sequence[int]) -> None:
     members = pool[: max(candidates, *centre) + 1]
-    gradients = cosines([unit(read(member, "marginals", ".gradient")) for member in members], candidates, centre)
+    gradients = cosines([unit(read(member, "marginals", "gradient.")) for member in members], candidates, centre)
     updates = cosines([all_of(kept_deltas(member.expert)) for member in members], candidates, centre)
     expected = [(g + d) / 2 for g, d in zip(gradients, updates, strict=True)]
     found = fisher.similarity(members, candidates, list(centre))
@@ -131,7 +131,8 @@ def test_fisher_factors_is_the_centred_cosine_of_unit_factors_B(
     pool: list[Stored], candidates: int, centre: Sequence[int]
 ) -> None:
     members = pool[: max(candidates, *centre) + 1]
-    expected = cosines([unit(read(member, "diagonal", "lora_B.weight")) for member in members], candidates, centre)
+    factors = [unit(read(member, "diagonal", ending="lora_B.weight")) for member in members]
+    expected = cosines(factors, candidates, centre)
     found = fisher_factors.similarity(members, candidates, list(centre))
     assert found.scores().tolist() == pytest.approx(expected, abs=1e-9)
 
@@ -146,12 +147,12 @@ def test_the_scale_of_a_members_information_does_not_matter(
 
 
 def test_fisher_raw_is_the_cosine_of_everything(pool: list[Stored]) -> None:
-    expected = cosines([all_of(read(member, "diagonal", "")) for member in pool], 4)
+    expected = cosines([all_of(read(member, "diagonal")) for member in pool], 4)
     assert fisher_raw.similarity(pool, 4, range(5)).scores().tolist() == pytest.approx(expected, abs=1e-12)
 
 
 def test_task2vec_is_the_mean_cosine_of_shares(pool: list[Stored]) -> None:
-    own, *others = [read(member, "diagonal", "") for member in pool]
+    own, *others = [read(member, "diagonal") for member in pool]
     expected = []
     for other in others:
         shares = []
@@ -192,7 +193,7 @@ def test_experts_of_any_rank_init_and_modules_compare(
 
     if measure is fisher:
         gradients = [
-            whole({name.removesuffix(".gradient"): x for name, x in read(m, "marginals", ".gradient").items()}, 256)
+            whole({name.removeprefix("gradient."): x for name, x in read(m, "marginals", "gradient.").items()}, 256)
             for m in members
         ]
         for row in gradients:
@@ -206,7 +207,7 @@ def test_experts_of_any_rank_init_and_modules_compare(
         for m in members:
             found = read(m, "marginals", "")
             outer.append(
-                {name: torch.outer(found[f"{name}.output"], found[f"{name}.input"]) for name in m.expert.modules}
+                {name: torch.outer(found[f"output.{name}"], found[f"input.{name}"]) for name in m.expert.modules}
             )
         vectors = [whole({n: v.double() / v.double().norm() for n, v in each.items()}, 256) for each in outer]
         expected = cosines(vectors, 3, range(4))
