@@ -11,6 +11,7 @@ import typer
 
 from pimerge.cli import options
 from pimerge.cli.console import note, print_json, print_table
+from pimerge.errors import PimergeError
 
 if TYPE_CHECKING:
     from pimerge.expert import Expert
@@ -41,7 +42,7 @@ def inspect(
     from pimerge.cli.inputs import pool_members
     from pimerge.inspection import inspect as look
 
-    opened = _open_store(store)
+    opened = _open_store(store, quiet)
     findings = look(pool_members(pools or ["experts"]), base, opened)
     if json:
         print_json([_document(finding) for finding in findings])
@@ -88,13 +89,17 @@ def _row(finding: Finding, others: int) -> list[str]:
     ]
 
 
-def _open_store(store: Path | None) -> Store | None:
-    """The store given, which has to be there; else the default one, if it is there."""
+def _open_store(store: Path | None, quiet: bool) -> Store | None:
+    """The store given, which has to be there; else the default one, if it is there and can be read."""
     from pimerge.store import Store, open_store
 
     if store is not None:
         return open_store(store)
-    return Store(DEFAULT_STORE) if DEFAULT_STORE.is_file() else None
+    try:
+        return Store(DEFAULT_STORE) if DEFAULT_STORE.is_file() else None
+    except PimergeError as error:  # of no concern to somebody who asked about the experts
+        note(f"without Fisher information: {error.problems[0].message}", quiet)
+        return None
 
 
 def _fisher_row(finding: Finding) -> list[str]:

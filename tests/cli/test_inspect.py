@@ -158,6 +158,16 @@ def test_json_holds_the_trace_of_every_module(inspect: Cli, embedded: Path) -> N
     assert (b["fisher"], b["no_fisher"]) == (None, "changed since it was embedded")
 
 
+def test_a_default_store_that_cannot_be_read_is_left_out(inspect: Cli, pool: Path) -> None:
+    store = pool.parent / "embeddings.json"
+    store.write_text(json.dumps({"schema_version": 1, "experts": {}}))
+    result = inspect()
+    assert (result.exit_code, "Fisher " in result.stdout) == (0, False)
+    assert "without Fisher information: 'embeddings.json' has the schema version 1" in result.stderr
+    with pytest.raises(PimergeError, match="schema version 1"):
+        raise_from(inspect("--store", "embeddings.json"))
+
+
 def test_the_default_store_is_used_only_if_it_is_there(inspect: Cli, cli: Cli, embedded: Path) -> None:
     assert "Fisher" not in inspect().stdout
     with pytest.raises(PimergeError, match=r"there is no store 'gone\.json'"):
