@@ -2,8 +2,8 @@
 
 A candidate is an expert at one of the strengths of :data:`pimerge.features.SCALES`; of each expert the strength
 with the highest score stands for it. Whatever the measure, each candidate's expected gain in accuracy over the bare
-base comes from the measure ``combined``, whose score it is, and the gate opens for a candidate whose gain is above its
-own error.
+base comes from the measure ``combined``, whose score it is, and the gate opens for a candidate whose gain is above
+three of its errors.
 """
 
 from __future__ import annotations

@@ -54,6 +54,12 @@ def rank_by_examples(
         ]
     else:
         count = wish.k
+        unsure = [each.name for each in candidates if verdict.judged[each.name].is_unsure]
+        if wish.gate and unsure and len(helpful) < count:
+            notes.append(
+                f"not selected: {', '.join(unsure)}: the best of so many candidates gains something by luck, so a gain "
+                "has to be above three of its errors (--no-gate selects all the same)"
+            )
     return document(
         target,
         measure,

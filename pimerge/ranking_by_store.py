@@ -12,7 +12,16 @@ from pimerge.expert import Expert
 from pimerge.files import relative_to
 from pimerge.measures.history import predicted
 from pimerge.ranking import Candidate, Ranking, Target
-from pimerge.selecting import BY_STORE, Z95, Judged, Wish, document, judged_candidate, widest_gap
+from pimerge.selecting import (
+    BY_STORE,
+    LEAST_ERRORS_OF_HISTORY,
+    Z95,
+    Judged,
+    Wish,
+    document,
+    judged_candidate,
+    widest_gap,
+)
 from pimerge.store import Store
 
 
@@ -99,7 +108,8 @@ def rank_by_history(
             continue
         scale, gain, error = found
         error = min(error, 1.0)
-        candidates.append(judged_candidate(name, expert, Judged(scale, gain, error, gain, error), folder))
+        judged = Judged(scale, gain, error, gain, error, least_errors=LEAST_ERRORS_OF_HISTORY)
+        candidates.append(judged_candidate(name, expert, judged, folder))
     candidates.sort(key=lambda candidate: (-candidate.score, candidate.name))
     helpful = [candidate for candidate in candidates if candidate.helps or not wish.gate]
     count = wish.k if wish.k is not None else widest_gap([candidate.score for candidate in helpful])

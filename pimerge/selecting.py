@@ -15,8 +15,10 @@ BY_EXAMPLES, BY_STORE = "combined", "fisher"
 """The measures where none is asked for."""
 MOST = 8
 Z95 = 1.959963984540054
-# The gate opens above so many standard errors of the expected gain.
-LEAST_ERRORS = 1.0
+# The gate opens above so many standard errors of the expected gain. By examples the best of some dozens of candidates,
+# experts at several strengths, stands there partly by luck: three errors are what such a choice needs.
+LEAST_ERRORS = 3.0
+LEAST_ERRORS_OF_HISTORY = 1.0
 # Features are computed in float32: a gain below this is rounding.
 LEAST_GAIN = 1e-6
 
@@ -44,6 +46,7 @@ class Judged:
             ``combined`` they are those of the gain.
         gain, gain_error: expected gain in accuracy over the bare base (0.01 is a point), and its standard error.
         tested: whether the gain rests on examples that were held out; without, the gate stays shut.
+        least_errors: how many of its errors the gain has to be above zero.
     """
 
     scale: float
@@ -52,11 +55,17 @@ class Judged:
     gain: float
     gain_error: float
     tested: bool = True
+    least_errors: float = LEAST_ERRORS
 
     @property
     def helps(self) -> bool:
-        """Whether the gate opens: the gain stands out from zero by its own error."""
-        return self.tested and self.gain > max(LEAST_ERRORS * self.gain_error, LEAST_GAIN)
+        """Whether the gate opens: the gain stands out from zero."""
+        return self.tested and self.gain > max(self.least_errors * self.gain_error, LEAST_GAIN)
+
+    @property
+    def is_unsure(self) -> bool:
+        """Whether the gate stays shut though the interval of the gain is above zero."""
+        return self.tested and not self.helps and self.gain - Z95 * self.gain_error > LEAST_GAIN
 
 
 def judged_candidate(name: str, expert: Expert, found: Judged, folder: Path) -> Candidate:

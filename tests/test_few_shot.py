@@ -123,8 +123,8 @@ def test_equal_scores_go_to_the_smallest_scale() -> None:
     assert judged_by(combined, BASE, same=dict.fromkeys(SCALES, GOOD[0.5])).judged["same"].scale == 0.25
 
 
-def test_the_gate_opens_for_a_gain_above_its_own_error() -> None:
-    for gain, error, helps in ((0.02, 0.01, True), (0.02, 0.03, False), (-0.02, 0.01, False), (0.0, 0.0, False)):
+def test_the_gate_opens_for_a_gain_above_three_of_its_errors() -> None:
+    for gain, error, helps in ((0.04, 0.01, True), (0.02, 0.01, False), (-0.04, 0.01, False), (0.0, 0.0, False)):
         assert Judged(1.0, 0.0, 0.0, gain, error).helps is helps
     shuffled = sample_of(1.5).vectors[torch.randperm(30, generator=torch.Generator().manual_seed(1))]
     verdict = judged_by(

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from pimerge import strategies
+from pimerge import ranking_by_examples, strategies
+from pimerge.few_shot import Verdict
 from pimerge.ranking import Ranking, Seen, Target
-from pimerge.ranking_by_examples import rank_by_examples
 from pimerge.sample import Sample
-from pimerge.selecting import BY_EXAMPLES, Wish
+from pimerge.selecting import BY_EXAMPLES, Judged, Wish
 from tests.test_few_shot import BASE, plain, sample_of
 
 TARGET = Target(name="new", path="tasks/new", sha256="0", expert=False)
@@ -68,7 +68,8 @@ class Viewed:
 def ranked(wish: Wish, measure: str = BY_EXAMPLES, means: Sequence[float] = (), **signals: float) -> Ranking:
     viewer: Any = Viewed(signals, means)
     experts: Any = {name: Named(name) for name in signals}
-    return rank_by_examples(viewer, experts, {"gone": "its folder is gone"}, TARGET, None, measure, wish, Path())
+    gone = {"gone": "its folder is gone"}
+    return ranking_by_examples.rank_by_examples(viewer, experts, gone, TARGET, None, measure, wish, Path())
 
 
 def test_the_best_that_are_expected_to_help_are_selected_at_their_scale() -> None:
@@ -109,10 +110,19 @@ def test_if_none_helps_none_is_selected_unless_the_gate_is_off() -> None:
     assert nobody.why == "no expert of the store can be compared with new"
 
 
+def test_a_gain_that_stands_out_but_not_by_three_errors_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    judged = {"slight": Judged(1.0, 0.025, 0.01, 0.025, 0.01), "sure": Judged(1.0, 0.02, 0.005, 0.02, 0.005)}
+    monkeypatch.setattr(ranking_by_examples, "judge", lambda *_, **__: Verdict(0.0, judged, {}))
+    both, one, ungated = (ranked(wish, slight=0.0, sure=0.0) for wish in (Wish(2), Wish(1), Wish(2, gate=False)))
+    assert (both.selected, one.selected, ungated.selected) == (["sure"], ["sure"], ["slight", "sure"])
+    said = [sum("not selected: slight:" in note for note in ranking.notes) for ranking in (both, one, ungated)]
+    assert said == [1, 0, 0]
+
+
 def test_auto_takes_the_first_so_many_whose_mean_gains_most() -> None:
     viewer: Any = Viewed({"a": 2.0, "b": 1.5, "c": 1.2, "d": 0.0}, means=[1.0, 2.0, 0.5])
     experts: Any = {name: Named(name) for name in viewer.signals}
-    ranking = rank_by_examples(viewer, experts, {}, TARGET, None, BY_EXAMPLES, Wish(None), Path())
+    ranking = ranking_by_examples.rank_by_examples(viewer, experts, {}, TARGET, None, BY_EXAMPLES, Wish(None), Path())
     assert viewer.summed == [[(name, 0.5) for name in "abc"[:count]] for count in (1, 2, 3)]
     assert ranking.selected == ["a", "b"]
     assert ranking.k == 2

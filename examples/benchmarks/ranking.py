@@ -421,14 +421,13 @@ def choices(k: int, seen: Mapping[str, Seen], trials: Mapping) -> dict[str, list
         for seed, scores in enumerate(trials[name]):
             own = scores["combined"]
             best = max(own, key=lambda key: own[key])
-            error = gain_error(one, drawn(one, k, seed), best)
-            passes = k > 1 and own[best] > LEAST_ERRORS * 100 * error
+            passing = first_passing(one, drawn(one, k, seed), own) if k > 1 else None
             per.setdefault("first choice at scale 1", []).append(
                 gains[max((key for key in own if key[1] == 1.0), key=lambda key: own[key])]
             )
             per.setdefault("first choice at its scale", []).append(gains[best])
-            per.setdefault("the same, gated (none counts 0)", []).append(gains[best] if passes else 0.0)
-            per.setdefault("share of answers 'none'", []).append(float(not passes))
+            per.setdefault("first that passes the gate", []).append(gains[passing] if passing else 0.0)
+            per.setdefault("share of answers 'none', counted 0", []).append(float(passing is None))
             if seed == 0:
                 merged(per, one, k, own)
         per["best candidate there is"] = [max(0.0, *gains.values())]
@@ -440,6 +439,13 @@ def choices(k: int, seen: Mapping[str, Seen], trials: Mapping) -> dict[str, list
     return found
 
 
+def first_passing(one: Seen, indices: Sequence[int], own: Mapping) -> tuple[str, float] | None:
+    """What ``rank`` selects: of the sources at their best scales the first that is expected to help, if any is."""
+    best = {source: max(SCALES, key=lambda scale: own[(source, scale)]) for source in one.pool}
+    ordered = sorted(best.items(), key=lambda key: (-own[key], key))
+    return next((key for key in ordered if own[key] > LEAST_ERRORS * 100 * gain_error(one, indices, key)), None)
+
+
 def gain_error(one: Seen, indices: Sequence[int], key: tuple[str, float]) -> float:
     """The standard error of a candidate's expected gain over draws of the examples, as ``rank`` has it."""
     own, bare = subset(one.train[key], indices), subset(one.train[BARE], indices)
@@ -449,7 +455,7 @@ def gain_error(one: Seen, indices: Sequence[int], key: tuple[str, float]) -> flo
 
 def merged(per: dict[str, list[float]], one: Seen, k: int, own: Mapping[tuple[str, float], float]) -> None:
     """The true gain of the mean of the first 1, 2, … experts, and of the number that ``-k auto`` takes."""
-    best = {source: max((s for s in SCALES), key=lambda s: own[(source, s)]) for source, _ in own}
+    best = {source: max(SCALES, key=lambda scale: own[(source, scale)]) for source in one.pool}
     order = sorted(best, key=lambda source: -own[(source, best[source])])[:MOST_MERGED]
     indices = drawn(one, k, 0)
     weights = torch.ones(1, len(indices), dtype=torch.float64)
