@@ -16,7 +16,8 @@ from pimerge.card import CARD_FILE
 from pimerge.errors import PimergeError, Problems
 from pimerge.expert import CONFIG, TASK, WEIGHTS, Expert
 from pimerge.files import json_text, new_folder, relative_to, sha256_bytes, sha256_file, write_into
-from pimerge.kinds.lora import PREFIX, LoraModule
+from pimerge.kinds._keys import PREFIX
+from pimerge.kinds.lora import LoraModule
 from pimerge.lowrank import MergedModule, Summary
 from pimerge.manifest import MANIFEST_FILE, Manifest
 from pimerge.task import Task, open_task
