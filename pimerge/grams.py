@@ -144,9 +144,9 @@ def real_tokens(batch: Batch, virtual: int = 0) -> Tensor | None:
     """(batch × tokens): False for padding; None if there can be none, as with images.
 
     Args:
-        virtual: tokens that an expert puts before a text; they are no tokens of the example.
+        virtual: tokens that an expert puts before a text; they count, since a head may read the first of them.
     """
     mask = batch.get("attention_mask")
     if mask is None or mask.dim() != 2:
         return None
-    return torch.cat([mask.new_zeros(len(mask), virtual), mask], 1).bool()
+    return torch.cat([mask.new_ones(len(mask), virtual), mask], 1).bool()

@@ -33,7 +33,7 @@ class Marginals:
 
     Args:
         layers: name → layer. An output that requires no gradient, since nothing before it trains, is made to.
-        virtual: tokens that an expert puts before a text; they are not counted.
+        virtual: tokens that an expert puts before a text; they count as others do.
 
     >>> layer = nn.Linear(1, 1, bias=False)
     >>> nn.init.constant_(layer.weight, 3.0).item()
