@@ -205,7 +205,7 @@ def plugged_in(expert: Expert, loaded: LoadedBase) -> Iterator[nn.Module]:
     from pimerge import peft_methods  # noqa: F401  PEFT has to know every kind
 
     check_fits(expert, loaded.model)
-    with _restored(loaded.model):
+    with as_before(loaded.model):
         yield PeftModel.from_pretrained(loaded.model, str(expert.path)).eval()
 
 
@@ -239,10 +239,16 @@ def plugged_in_sum(experts: Sequence[Expert], weights: Sequence[float], loaded: 
     require_alike(experts)
     if experts[0].groups:
         tensors = sum_of(experts, weights, loaded.model.get_parameter)
-        with _restored(loaded.model):
-            yield _with_tensors(experts[0], tensors, loaded.model)
+        with as_before(loaded.model):
+            adapted = with_adapter(experts[0], loaded.model)
+            key_of = strategies.load("kinds", experts[0].kind).key_of_parameter
+            with torch.no_grad():
+                for name, parameter in adapted.named_parameters():
+                    if key_of(name) in tensors:
+                        parameter.copy_(tensors[key_of(name)])
+            yield adapted
         return
-    with _restored(loaded.model):
+    with as_before(loaded.model):
         model: Any = None
         names = [f"expert{index}" for index in range(len(experts))]
         for name, expert in zip(names, experts, strict=True):
@@ -263,8 +269,8 @@ def plugged_in_sum(experts: Sequence[Expert], weights: Sequence[float], loaded: 
         yield model.eval()
 
 
-def _with_tensors(expert: Expert, tensors: Mapping[str, Tensor], base_model: nn.Module) -> nn.Module:
-    """PEFT's model of a base with an expert of such a form and these tensors."""
+def with_adapter(expert: Expert, base_model: nn.Module) -> nn.Module:
+    """PEFT's model of a base with a fresh adapter of the form of an expert, in eval mode, under the base's own head."""
     from peft import PeftConfig, PeftModel, get_peft_model
 
     from pimerge import peft_methods  # noqa: F401  PEFT has to know every kind
@@ -277,16 +283,11 @@ def _with_tensors(expert: Expert, tensors: Mapping[str, Tensor], base_model: nn.
     else:
         config.modules_to_save = config.task_type = None  # a task type brings modules to save of its own
         model = PeftModel(base_model, config)
-    key_of = strategies.load("kinds", expert.kind).key_of_parameter
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if key_of(name) in tensors:
-                parameter.copy_(tensors[key_of(name)])
     return model.eval()
 
 
 @contextmanager
-def _restored(base_model: nn.Module) -> Iterator[None]:
+def as_before(base_model: nn.Module) -> Iterator[None]:
     """Take out whatever PEFT put into a base during the block."""
     before, attributes = dict(base_model.named_modules()), set(vars(base_model))
     try:
