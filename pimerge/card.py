@@ -59,6 +59,7 @@ def card(
     loading: str,
     *,
     adapter: bool,
+    kind: str = "lora",
 ) -> str:
     """A README.md.
 
@@ -68,6 +69,7 @@ def card(
         truncation: what was lost, as a sentence.
         loading: Python that loads the result.
         adapter: whether it is an adapter; else a full model.
+        kind: of the adapter.
     """
     from huggingface_hub import ModelCardData
 
@@ -76,7 +78,7 @@ def card(
         base_model=base,
         library_name="peft" if adapter else "transformers",
         license=known.pop() if len(known) == 1 and UNKNOWN not in known else None,
-        tags=["merge", "pimerge", *(["lora"] if adapter else [])],
+        tags=["merge", "pimerge", *([kind] if adapter else [])],
     )
     rows = "\n".join(f"| {s.name} | {_strength(s)} | {s.licence} | `{s.sha256}` |" for s in sources)
     chosen = ", ".join(f"{name} {value}" for name, value in options.items()) or "none"

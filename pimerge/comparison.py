@@ -53,8 +53,14 @@ def compare(store: Store, target: str, measure: ModuleType) -> Compared:
     Raises:
         PimergeError: if the target itself has changed, or a score is not finite.
     """
-    own = store.member(target, store.open(target), measure.NEEDS)
-    names, others = _alike(store, target)
+    opened = store.open(target)
+    if getattr(measure, "NEEDS_UPDATE", False) and not opened.modules:
+        raise PimergeError(
+            f"the measure compares updates ΔW, and '{target}' is of kind {opened.kind}, which has none",
+            "take --measure fisher, marginals or fisher-raw",
+        )
+    own = store.member(target, opened, measure.NEEDS)
+    names, others = _alike(store, target, measure)
     sampled: list[str] = []
     if len(names) > SHORTLIST:
         ordered = by_sketch(store, target, names)
@@ -113,16 +119,22 @@ def by_sketch(store: Store, target: str, others: Sequence[str]) -> list[str]:
     return [others[index] for index in np.argsort(-scores, kind="stable")]
 
 
-def _alike(store: Store, target: str) -> tuple[list[str], dict[str, str]]:
-    """Those of the target's base and kind, by the document alone; and why each of the others is none of them."""
+def _alike(store: Store, target: str, measure: ModuleType) -> tuple[list[str], dict[str, str]]:
+    """Those that the measure can compare with the target, by the document alone; and why it cannot each of the others.
+
+    They have the target's base and, unless the measure looks at the layers' marginals alone, its kind.
+    """
+    by_layers = measure.NEEDS == "marginals" and not measure.SAME_BASIS
     entries = store.document.experts
     own, alike, others = entries[target], [], {}
     for name, entry in entries.items():
         if entry.base != own.base:
             bases = [store.base_name(each) for each in (name, target)]
             others[name] = f"its base is {bases[0]}, another model than the target's {bases[1]}"
-        elif entry.kind != own.kind:
-            others[name] = f"its kind is {entry.kind}, the target's {own.kind}"
+        elif entry.kind != own.kind and not by_layers:
+            others[name] = (
+                f"its kind is {entry.kind}, the target's {own.kind}; '--measure marginals' compares experts of any kind"
+            )
         elif name != target:
             alike.append(name)
     return alike, others

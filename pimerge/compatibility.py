@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pimerge import strategies
 from pimerge.errors import PimergeError, Problems
 from pimerge.expert import Expert
 from pimerge.task import Task, open_task
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 SHARED_INIT_COSINE = 0.1
 SHARED_INIT_DEVIATIONS = 5.0
 INIT_MODULES = 16
+MEANING = {"bottleneck": ("activation", "scale"), "prompt": ("num_transformer_submodules",)}
+"""Kind → fields of the config that say what its tensors mean."""
 
 
 def check_expert(expert: Expert) -> Task:
@@ -34,10 +37,12 @@ def check_expert(expert: Expert) -> Task:
     problems = Problems()
     task = None
     with problems.collected():
+        expert.require_handled()
+    with problems.collected():
         task = open_task(expert.path)
     with problems.collected():
         _ = expert.base.identity
-        if task is not None:
+        if task is not None and not expert.unhandled:
             check_fits_on_disk(expert, task)
     with problems.collected():
         expert.require_finite()
@@ -47,7 +52,8 @@ def check_expert(expert: Expert) -> Task:
 
 
 def require_alike(experts: Sequence[Expert]) -> None:
-    """Check that experts can be summed: one base, one kind, each module of one shape and layer type.
+    """Check that experts can be summed: one base, one kind, each module of one shape and layer type;
+    experts without ΔW the same tensors.
 
     Raises:
         PimergeError: with each difference.
@@ -62,8 +68,15 @@ def require_alike(experts: Sequence[Expert]) -> None:
                 "which is another model",
                 "leave one of them out; if both are the same model, pass it with --base",
             )
+        with problems.collected():
+            expert.require_handled()
         if expert.kind != first.kind:
-            problems.add(f"'{expert.name}' is of kind {expert.kind}, '{first.name}' of kind {first.kind}")
+            problems.add(
+                f"'{expert.name}' is of kind {expert.kind}, '{first.name}' of kind {first.kind}",
+                "only experts that both have a ΔW could be summed: combine those of one kind",
+            )
+        elif expert.groups and (why := differing_form(first, expert)):
+            problems.add(f"'{expert.name}': {why.replace('the target', repr(first.name))}", "leave it out")
         for name, module in expert.modules.items():
             form = (module.layer, module.d_out, module.d_in, module.shape_A[2:])
             _, owner, known = shapes.setdefault(name, (name, expert, form))
@@ -90,29 +103,44 @@ def require_finite(experts: Sequence[Expert]) -> None:
 
 
 def init_cosine(first: Expert, second: Expert) -> tuple[float, float]:
-    """Cosine of the factors A of two experts, and the least that a shared init can be told by.
+    """Cosine of what tells the inits of two experts, and the least that a shared init can be told by.
 
-    Training moves A little, so experts from one init have much in common; experts from independent inits, or
-    of which one is in another basis (BR, R⁻¹A), have a cosine of about ±1/√n over n numbers.
+    Of LoRA that is the factors A, of other kinds the tensors in their ``INIT``; a kind without any starts from the
+    same point always. Training moves these little, so experts from one init have much in common; experts from
+    independent inits, or of which one is in another basis (BR, R⁻¹A), have a cosine of about ±1/√n over n numbers.
     """
-    common = sorted(first.modules.keys() & second.modules.keys())
+    if first.groups and not strategies.load("kinds", first.kind).INIT:
+        return 1.0, 0.0
+    common = sorted(set(first.parts) & set(second.parts))
     few = common[:: -(-len(common) // INIT_MODULES) or 1]  # they tell as much as all
-    a, b = (_factors_A(expert, few) for expert in (first, second))
+    a, b = (_init_numbers(expert, few) for expert in (first, second))
     norms = float(np.linalg.norm(a) * np.linalg.norm(b))
     least = max(SHARED_INIT_COSINE, SHARED_INIT_DEVIATIONS / max(len(a), 1) ** 0.5)
     return (float(a @ b) / norms if norms > 0 else 0.0), least
 
 
-def _factors_A(expert: Expert, modules: Sequence[str]) -> NDArray[np.float64]:
-    keys = [expert.modules[name].A for name in modules]
+def _init_numbers(expert: Expert, parts: Sequence[str]) -> NDArray[np.float64]:
+    if expert.groups:
+        slots = strategies.load("kinds", expert.kind).INIT
+        keys = list(dict.fromkeys(expert.groups[name].slots[slot].key for name in parts for slot in slots))
+    else:
+        keys = [expert.modules[name].A for name in parts]
     arrays = expert.file.arrays(keys)
     return np.concatenate([np.zeros(0), *(arrays[key].ravel() for key in keys)]).astype(np.float64)
 
 
 def differing_form(first: Expert, second: Expert) -> str:
-    """Why two experts cannot be compared factor by factor; empty if they can be."""
-    if first.modules.keys() != second.modules.keys():
+    """Why two experts cannot be compared number by number; empty if they can be."""
+    if first.kind != second.kind:
+        return f"its kind is {second.kind}, the target's {first.kind}"
+    if first.parts != second.parts:
         return "it adapts other modules than the target"
+    for name, group in first.groups.items():
+        if group.form != second.groups[name].form:
+            return f"its tensors of '{name}' have other shapes than the target's"
+    for field in MEANING.get(first.kind, ()):
+        if first.config.get(field) != second.config.get(field):
+            return f"its {field} is {second.config.get(field)}, the target's {first.config.get(field)}"
     if first.ranks != second.ranks or any(
         first.modules[name].rank != second.modules[name].rank for name in first.modules
     ):

@@ -16,9 +16,8 @@ from pimerge.expert import CONFIG, Expert
 from pimerge.files import sha256_file
 from pimerge.fisher import Fisher, diagonal_fisher
 from pimerge.grams import input_grams, linear_layers
-from pimerge.kinds.lora import PREFIX
 from pimerge.marginals import Marginals
-from pimerge.model import Bases, plugged_in
+from pimerge.model import Bases, peft_prefix, plugged_in
 from pimerge.progress import Track, silent
 from pimerge.sketch import sketch, to_text, update_embedding
 from pimerge.store import DIAGONAL, GRAMS, MARGINALS, Store
@@ -31,6 +30,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 LABEL_MODES = ("true", "sampled")
+QUERIES_AND_VALUES = ("q_proj", "v_proj", "query", "value", "q_lin", "v_lin", "qkv", "c_attn")
+"""Their names in architectures for which PEFT has no default."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def embed(
     force: bool = False,
     track: Track = silent,
 ) -> Outcome:
-    """Embed one expert by the diagonal Fisher information of its factors on its own training split.
+    """Embed one expert by the diagonal Fisher information of its factors or groups on its own training split.
 
     The head serves the likelihood and is no part of the embedding.
 
@@ -85,8 +86,8 @@ def embed(
         "base": expert.base.identity,
         "settings": settings,
     }
-    # else a merge by them would fail as soon as somebody embeds the pool once more
-    grams = grams or store.has_grams(expert.name)
+    # they serve merging in ΔW; and a merge by them must not fail as soon as somebody embeds the pool once more
+    grams = bool(expert.modules) and (grams or store.has_grams(expert.name))
     if not force and store.is_current(expert.name, fields, grams):
         return Outcome(expert.name, computed=False)
     loaded = bases.load(expert.base, task)
@@ -98,20 +99,28 @@ def embed(
     examples, _ = task.examples(
         "train",
         loaded.processor,
-        loaded.config,
+        loaded.config_for([expert]),
         shots=settings.shots,
         seed=settings.seed,
         limit=settings.max_examples,
     )
-    batches = bucket_by_length(examples.lengths, batch_tokens or default_batch_tokens(bases.device, loaded.config))
+    tokens = batch_tokens or default_batch_tokens(bases.device, loaded.config)
+    batches = bucket_by_length(examples.lengths, tokens, padded=not expert.virtual_tokens)
     # the fast path is checked once for each base and form of expert in a run
-    form = (expert.base.identity, *((m.name, m.layer, m.bias is None) for m in expert.modules.values()))
+    form = (
+        expert.base.identity,
+        expert.kind,
+        *((m.name, m.layer, m.bias is None) for m in expert.modules.values()),
+        *((group.name, *group.slots) for group in expert.groups.values()),
+    )
     make_plain = partial(_on_device, examples, bases.device)
     tensors: dict[str, dict[str, Tensor]] = {}
     with plugged_in(expert, loaded) as model:
-        layers = linear_layers(model, expert.modules)
+        layers = linear_layers(model, expert.modules or lora_targets(loaded.model))
         # PEFT's wrapper, since the base's own layer may compute nothing that needs a gradient
-        marginals = Marginals({name: model.get_submodule(PREFIX + name) for name in layers})
+        prefix = peft_prefix(model)
+        watched = {name: model.get_submodule(prefix + name) for name in layers}
+        marginals = Marginals(watched, expert.virtual_tokens)
         fisher = diagonal_fisher(
             model,
             factors_of(expert, model),
@@ -155,12 +164,21 @@ def default_batch_tokens(device: torch.device, config: Any) -> int:
 def factors_of(expert: Expert, model: nn.Module) -> dict[str, nn.Parameter]:
     """Key in the adapter's file → the model's parameter; only these require gradients."""
     key_of = strategies.load("kinds", expert.kind).key_of_parameter
-    keys = {key for module in expert.modules.values() for key in (module.A, module.B, module.bias) if key}
+    keys = set(expert.keys)
     model.requires_grad_(False)
     found = {key_of(name): parameter for name, parameter in model.named_parameters() if key_of(name) in keys}
     for parameter in found.values():
         parameter.requires_grad_(True)
     return found
+
+
+def lora_targets(base_model: nn.Module) -> list[str]:
+    """The modules that PEFT adapts by LoRA in this architecture, such as q and v, so that all kinds compare there."""
+    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as TARGETS
+
+    model_type = str(base_model.config.model_type)  # type: ignore[union-attr]
+    ends = tuple(f".{end}" for end in TARGETS.get(model_type, QUERIES_AND_VALUES))
+    return [name for name, _ in base_model.named_modules() if f".{name}".endswith(ends)]
 
 
 def updates_of(expert: Expert) -> dict[str, Tensor]:

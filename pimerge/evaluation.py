@@ -14,7 +14,15 @@ from pimerge.base import Base
 from pimerge.errors import PimergeError, Problems
 from pimerge.expert import Expert
 from pimerge.export import task_of
-from pimerge.model import LoadedBase, load_base, plugged_in, resolve_device, resolve_dtype, set_head
+from pimerge.model import (
+    LoadedBase,
+    load_base,
+    most_virtual_tokens,
+    plugged_in,
+    resolve_device,
+    resolve_dtype,
+    set_head,
+)
 from pimerge.progress import Advance, Track, silent
 from pimerge.task import Task
 from pimerge.task_types import Examples, bucket_by_length
@@ -82,13 +90,15 @@ def evaluate(
     precision = resolve_dtype(dtype, resolved)
     scores = []
     loaded = load_base(base, task, resolved, precision)
-    examples, _ = task.examples("test", loaded.processor, loaded.config)
+    examples, _ = task.examples("test", loaded.processor, loaded.config_for(experts))
+    padded = not most_virtual_tokens(experts)
     head, note = _base_head(loaded, target, task)
     total = len(examples) * (len(experts) + (note is not None))
     with track("evaluating", total, "examples") as advance:
 
         def run(name: str, model: nn.Module, note: str) -> None:
-            scores.append(_score(name, model, examples, task, resolved, batch_tokens, note, advance))
+            batches = bucket_by_length(examples.lengths, batch_tokens, padded=padded)
+            scores.append(_score(name, model, examples, batches, task, resolved, note, advance))
 
         if note is not None:
             set_head(loaded.model, head)
@@ -140,14 +150,14 @@ def _score(
     name: str,
     model: nn.Module,
     examples: Examples,
+    batches: Sequence[Sequence[int]],
     task: Task,
     device: torch.device,
-    batch_tokens: int,
     note: str,
     advance: Advance,
 ) -> Score:
     losses, right = [], 0
-    for indices in bucket_by_length(examples.lengths, batch_tokens):
+    for indices in batches:
         batch = {key: value.to(device) for key, value in examples.batch(indices).items()}
         loss, correct = task.type.score(model, batch)
         losses.append(loss.double().cpu())

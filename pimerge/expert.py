@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,8 @@ from pimerge import strategies
 from pimerge.base import Base, find_base, is_hub_id
 from pimerge.errors import PimergeError, Problems
 from pimerge.files import read_json, sha256_file
-from pimerge.kinds import lora
+from pimerge.kinds import _unhandled, lora
+from pimerge.kinds._groups import Group
 from pimerge.tensorfile import FLOATS, TensorFile, is_finite, open_tensors
 
 if TYPE_CHECKING:
@@ -42,14 +43,16 @@ class Expert:
 
     Attributes:
         path: its folder.
-        kind: ``lora``.
+        kind: the name of a file in ``kinds/``; of one that is only looked at, PEFT's name for it.
         config: the content of ``adapter_config.json``.
         file: its tensors.
-        modules: name of each adapted module → its update.
+        modules: name of each adapted module → its update ΔW; empty for a kind that has none.
+        groups: name → tensors that are combined number by number, for the other kinds.
         head: parameter name in the base model → key, for each tensor of ``modules_to_save``.
-        dtypes: the dtypes of the factors, as safetensors names them.
+        dtypes: the dtypes of its tensors without the head's, as safetensors names them.
         base_override: the base given by option in place of the one that the config names.
         scale: strength of its update; its modules' scalings have it already.
+        unhandled: why it can be looked at, but not embedded, ranked, merged or tuned; empty if it can.
     """
 
     path: Path
@@ -61,6 +64,8 @@ class Expert:
     dtypes: tuple[str, ...]
     base_override: str | None = None
     scale: float = 1.0
+    groups: dict[str, Group] = field(default_factory=dict)
+    unhandled: str = ""
 
     @property
     def name(self) -> str:
@@ -88,13 +93,44 @@ class Expert:
 
     @property
     def parameters(self) -> int:
-        """Numbers in its factors, the head not counted."""
-        return sum(m.rank * (m.d_in + m.d_out) for m in self.modules.values())
+        """Numbers in its factors or groups, the head not counted."""
+        factors = sum(m.rank * (m.d_in + m.d_out) for m in self.modules.values())
+        return factors + sum(group.numbers for group in self.groups.values())
+
+    @property
+    def parts(self) -> list[str]:
+        """The names of its modules or groups, in order: what has a weight of its own."""
+        return list(self.modules or self.groups)
+
+    @property
+    def keys(self) -> list[str]:
+        """The keys of its tensors without the head's, in alphabetical order."""
+        factors = {key for module in self.modules.values() for key in (module.A, module.B, module.bias) if key}
+        return sorted(factors | {slot.key for group in self.groups.values() for slot in group.slots.values()})
+
+    @property
+    def has_strength(self) -> bool:
+        """Whether another strength than 1 means anything: there is an expert like it that changes nothing."""
+        return all(any(slot.has_neutral for slot in group.slots.values()) for group in self.groups.values())
+
+    @property
+    def virtual_tokens(self) -> int:
+        """How many vectors it puts before a text."""
+        return int(self.config["num_virtual_tokens"]) if self.kind == "prompt" else 0
 
     def scaled(self, scale: float) -> Expert:
-        """The same expert at another strength: scale · ΔW in every module; ``scale`` adds up over calls."""
+        """The same expert at another strength: scale · ΔW in every module; ``scale`` adds up over calls.
+
+        Raises:
+            PimergeError: if its kind has but one strength.
+        """
         if scale == 1:
             return self
+        if not self.has_strength:
+            raise PimergeError(
+                f"'{self.name}' is of kind {self.kind}, which has one strength, and {scale:g} was asked for",
+                "set its scale to 1",
+            )
         modules = {name: replace(module, scaling=scale * module.scaling) for name, module in self.modules.items()}
         return replace(self, modules=modules, scale=scale * self.scale)
 
@@ -141,14 +177,29 @@ class Expert:
                 )
         problems.raise_any("NaN or Inf weights")
 
+    def require_handled(self) -> None:
+        """Refuse an expert that can only be looked at.
 
-def open_expert(reference: str | Path, base: str | None = None, *, convert: bool = False) -> Expert:
+        Raises:
+            PimergeError: saying why.
+        """
+        if self.unhandled:
+            raise PimergeError(
+                f"'{self.name}' is of PEFT's kind {self.kind}, which is only looked at: {self.unhandled}",
+                f"pimerge combines the kinds: {', '.join(strategies.summaries('kinds'))}",
+            )
+
+
+def open_expert(
+    reference: str | Path, base: str | None = None, *, convert: bool = False, only_look: bool = False
+) -> Expert:
     """Open an expert and check its files.
 
     Args:
         reference: a folder, or a Hub id (``org/name`` or ``org/name@revision``).
         base: a base model's folder or Hub id, in place of the one that the expert names.
         convert: accept what has to be converted with the base's weights (DoRA, PiSSA, OLoRA).
+        only_look: accept kinds of PEFT's that cannot be combined, too; they say why in ``unhandled``.
 
     Raises:
         PimergeError: with every problem of its files: missing or truncated safetensors, a pickle, JSON that
@@ -166,19 +217,10 @@ def open_expert(reference: str | Path, base: str | None = None, *, convert: bool
         file = _tensors(path)
     if not problems.found and file is not None:
         with problems.collected():
-            kind = _kind(config)
-            shapes = tuple((key, entry.shape) for key, entry in file.entries.items())
-            modules, head = _parsed(kind, json.dumps(config), shapes, convert)
-            dtypes = {key: entry.dtype for key, entry in file.entries.items()}
-            used = {dtypes[key] for module in modules.values() for key in (module.A, module.B)}
-            biases = {dtypes[module.bias] for module in modules.values() if module.bias}
-            other = (used | biases) - _FLOATS | {dtypes[key] for key in head.values()} - _FLOATS - _INTEGERS
-            if other:
-                raise PimergeError(
-                    f"it holds tensors stored as {', '.join(sorted(other))}",
-                    "expected F16, BF16, F32 or F64: save the adapter in one of these",
-                )
-            return Expert(path, kind, config, file, modules, head, tuple(sorted(used)), base)
+            expert = _checked(path, config, file, base, convert)
+            if not only_look:
+                expert.require_handled()
+            return expert
     problems.raise_any(f"the expert '{path}' has several problems")
     raise AssertionError("unreachable: a problem was raised")
 
@@ -304,23 +346,53 @@ def _tensors(path: Path) -> TensorFile:
     raise PimergeError(f"'{file}' is not there", "save the adapter with PEFT: model.save_pretrained(FOLDER)")
 
 
+def _checked(path: Path, config: dict[str, Any], file: TensorFile, base: str | None, convert: bool) -> Expert:
+    """The expert of a config and tensors that fit each other."""
+    kind, unhandled = _kind(config)
+    shapes = tuple((key, entry.shape) for key, entry in file.entries.items())
+    parts, head = _parsed("" if unhandled else kind, json.dumps(config), shapes, convert)
+    modules = {name: part for name, part in parts.items() if isinstance(part, lora.LoraModule)}
+    groups = {name: part for name, part in parts.items() if isinstance(part, Group)}
+    expert = Expert(path, kind, config, file, modules, head, (), base, groups=groups, unhandled=unhandled)
+    dtypes = {key: entry.dtype for key, entry in file.entries.items()}
+    biases = {module.bias for module in modules.values() if module.bias}
+    used = {dtypes[key] for key in expert.keys}
+    other = used - _FLOATS | {dtypes[key] for key in head.values()} - _FLOATS - _INTEGERS
+    if other and not unhandled:
+        raise PimergeError(
+            f"it holds tensors stored as {', '.join(sorted(other))}",
+            "expected F16, BF16, F32 or F64: save the adapter in one of these",
+        )
+    return replace(expert, dtypes=tuple(sorted({dtypes[key] for key in expert.keys if key not in biases})))
+
+
 @lru_cache(maxsize=32)
 def _parsed(
     kind: str, config: str, shapes: tuple[tuple[str, tuple[int, ...]], ...], convert: bool
-) -> tuple[dict[str, lora.LoraModule], dict[str, str]]:
-    """The modules and the head of an expert, not to be changed; most experts of a pool have the same."""
-    found: tuple[dict[str, lora.LoraModule], dict[str, str]] = strategies.load("kinds", kind).parse(
-        json.loads(config), dict(shapes), convert=convert
-    )
+) -> tuple[dict[str, lora.LoraModule | Group], dict[str, str]]:
+    """The parts and the head of an expert, not to be changed; most experts of a pool have the same.
+
+    Args:
+        kind: empty for one that is only looked at.
+    """
+    found: tuple[dict[str, lora.LoraModule | Group], dict[str, str]]
+    if kind:
+        found = strategies.load("kinds", kind).parse(json.loads(config), dict(shapes), convert=convert)
+    else:
+        parts, head = _unhandled.parse(json.loads(config), dict(shapes))
+        found = {**parts}, head
     return found
 
 
-def _kind(config: dict[str, Any]) -> str:
+def _kind(config: dict[str, Any]) -> tuple[str, str]:
+    """The kind that a config says, and why it is only looked at; empty if it is not."""
     peft_type = str(config.get("peft_type"))
     kinds: Sequence[str] = list(strategies.summaries("kinds"))
     for kind in kinds:
         if peft_type == strategies.load("kinds", kind).PEFT_TYPE:
-            return kind
+            return kind, ""
+    if reason := _unhandled.why_unhandled(peft_type):
+        return peft_type.lower(), reason
     raise PimergeError(
         f"its peft_type is '{peft_type}', which is not handled",
         f"pimerge reads the kinds: {', '.join(kinds)}",

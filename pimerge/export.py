@@ -16,7 +16,8 @@ from pimerge.card import CARD_FILE
 from pimerge.errors import PimergeError, Problems
 from pimerge.expert import CONFIG, TASK, WEIGHTS, Expert
 from pimerge.files import json_text, new_folder, relative_to, sha256_bytes, sha256_file, write_into
-from pimerge.kinds.lora import PREFIX, LoraModule
+from pimerge.kinds._keys import PREFIX, PROMPT_PREFIX
+from pimerge.kinds.lora import LoraModule
 from pimerge.lowrank import MergedModule, Summary
 from pimerge.manifest import MANIFEST_FILE, Manifest
 from pimerge.task import Task, open_task
@@ -185,10 +186,69 @@ def write_expert(
         PimergeError: if the folder is there and ``force`` is off, or the disk refuses.
     """
     _refuse_biased_embeddings(layout)
+    return _write_folder(
+        path,
+        lambda file: _write_tensors(file, layout, modules, head),
+        lambda summaries: _config(path, layout, summaries, head, base, like),
+        head,
+        documents,
+        force,
+    )
+
+
+def write_groups(
+    path: Path,
+    tensors: Callable[[], Mapping[str, Tensor]],
+    head: Head,
+    *,
+    base: Base,
+    like: Expert,
+    documents: Callable[[], Documents],
+    force: bool,
+) -> Documents:
+    """Write an expert without ΔW, whole or not at all.
+
+    Args:
+        tensors: gives key → tensor, once the folder can be written.
+        like: an expert of the same form, whose config it has, but for the base and the head.
+        documents: as of :func:`write_expert`.
+
+    Raises:
+        PimergeError: as :func:`write_expert`.
+    """
+    prefix = PROMPT_PREFIX if like.kind in ("prefix", "prompt") else PREFIX
+
+    def write(file: Path) -> list[Summary]:
+        everything = {**tensors(), **{prefix + name: tensor for name, tensor in head.tensors.items()}}
+        with writing_tensors(file, sorted(everything)) as writer:
+            # wide dtypes first, so that every tensor starts at a multiple of its size
+            for key, tensor in sorted(everything.items(), key=lambda item: (-item[1].itemsize, item[0])):
+                writer.add(key, tensor.contiguous())
+        return []
+
+    name, revision = base_reference(base, path)
+    own = {
+        "base_model_name_or_path": name,
+        "revision": revision,
+        "inference_mode": True,
+        "modules_to_save": sorted(head.modules) or None,
+    }
+    return _write_folder(path, write, lambda _: {**like.config, **own}, head, lambda _: documents(), force)
+
+
+def _write_folder(
+    path: Path,
+    write_tensors: Callable[[Path], list[Summary]],
+    config: Callable[[Sequence[Summary]], dict[str, Any]],
+    head: Head,
+    documents: Callable[[Sequence[Summary]], Documents],
+    force: bool,
+) -> Documents:
+    """Tensors first, then what is known when they are written."""
     with new_folder(path, force=force) as partial:
-        summaries = _write_tensors(partial / WEIGHTS, layout, modules, head)
+        summaries = write_tensors(partial / WEIGHTS)
         written = documents(summaries)
-        contents = {CONFIG: json_text(_config(path, layout, summaries, head, base, like))}
+        contents = {CONFIG: json_text(config(summaries))}
         if head.task is not None:
             contents[TASK] = json_text(head.task.document_for(path))
         if written.coefficients is not None:

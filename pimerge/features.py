@@ -1,6 +1,7 @@
 """Candidates forwarded over the target's examples: the vectors that the task head reads, and its answers.
 
-Every candidate is an expert at a strength in :data:`SCALES`, W0 + scale · ΔW. One pass per strength gives the
+Every candidate is an expert at a strength in :data:`SCALES`, W0 + scale · ΔW, or neutral + scale · (φ − neutral) for
+one without ΔW; where there is no neutral point, at full strength alone. One pass per strength gives the
 vectors and the answers of the candidate's own head; they are cached by the hashes of expert, base and data, so
 ranking again, or by another measure, forwards nothing.
 """
@@ -24,8 +25,15 @@ from pimerge.errors import PimergeError
 from pimerge.expert import CONFIG, Expert
 from pimerge.export import task_of
 from pimerge.files import sha256_bytes, sha256_file, write_file
-from pimerge.kinds.lora import PREFIX
-from pimerge.model import LoadedBase, head_of_size, in_head, plugged_in_sum, set_head
+from pimerge.model import (
+    LoadedBase,
+    head_of_size,
+    in_head,
+    most_virtual_tokens,
+    peft_prefix,
+    plugged_in_sum,
+    set_head,
+)
 from pimerge.progress import Advance
 from pimerge.ranking import Seen
 from pimerge.sample import Sample
@@ -98,6 +106,7 @@ class Viewer:
         self._device, self._dtype = parameter.device, parameter.dtype
         tokens = default_batch_tokens(self._device, loaded.config)
         self._batches = bucket_by_length(self.examples.lengths, tokens)
+        self._unpadded = bucket_by_length(self.examples.lengths, tokens, padded=False)
         self._pad = getattr(loaded.config.get_text_config(), "pad_token_id", None)
         self._data = [task.sha256(), draw.role, draw.shots, draw.limit, draw.seed, base.identity, str(self._dtype)]
 
@@ -140,7 +149,7 @@ class Viewer:
     def samples(self, expert: Expert) -> dict[float, Sample]:
         """Scale → what the base with the expert makes of the examples."""
         found = self._cached(_identity(expert), lambda: self._candidate(expert))
-        return {scale: self._sample(found, f"{scale}.") for scale in SCALES}
+        return {scale: self._sample(found, f"{scale}.") for scale in scales_of(expert)}
 
     def with_losses(
         self, expert: Expert, samples: Mapping[float, Sample], target: Expert | None
@@ -156,7 +165,7 @@ class Viewer:
                 return dict(samples)
             key = f"{_identity(expert)} answered by {_identity(target)}"
             found = self._cached(key, lambda: self._candidate(expert, target))
-            samples = {scale: self._sample(found, f"{scale}.") for scale in SCALES}
+            samples = {scale: self._sample(found, f"{scale}.") for scale in scales_of(expert)}
         return {scale: _lossy(sample) for scale, sample in samples.items()}
 
     def sum_sample(self, experts: Sequence[Expert]) -> Sample:
@@ -164,7 +173,7 @@ class Viewer:
 
         def compute() -> dict[str, Tensor]:
             with plugged_in_sum(experts, [1 / len(experts)] * len(experts), self.loaded) as model:
-                return self._read(model)
+                return self._read(model, padded=not most_virtual_tokens(experts))
 
         return self._sample(self._cached("mean of " + " + ".join(map(_identity, experts)), compute), "")
 
@@ -193,19 +202,21 @@ class Viewer:
         with ExitStack() as stack:
             if own is not None:
                 stack.enter_context(head_of_size(self.loaded, self.base, self.task, len(own.labels)))
-            model = stack.enter_context(plugged_in_sum([expert], [1.0], self.loaded))
-            if own is not None:
-                set_head(model, answering.head_tensors())
-            for scale in strengths(model):
-                found |= self._read(model, f"{scale}.", answers=own is not None)
+            for scale, model in at_strengths(expert, self.loaded):
+                if own is not None:
+                    set_head(model, answering.head_tensors())
+                padded = not expert.virtual_tokens
+                found |= self._read(model, f"{scale}.", answers=own is not None, padded=padded)
         return found
 
-    def _read(self, model: nn.Module, prefix: str = "", *, answers: bool = False) -> dict[str, Tensor]:
+    def _read(
+        self, model: nn.Module, prefix: str = "", *, answers: bool = False, padded: bool = True
+    ) -> dict[str, Tensor]:
         """One pass over the examples: what the head reads of each and, where asked for, what it answers."""
         count = len(self.examples)
         vectors: list[Tensor] = [torch.empty(0)] * count
         logits: list[Tensor] = [torch.empty(0)] * count
-        for indices in self._batches:
+        for indices in self._batches if padded else self._unpadded:
             batch = self.examples.batch(indices)
             del batch["labels"]
             batch = {key: value.to(self._device) for key, value in batch.items()}
@@ -253,7 +264,8 @@ def reading_head(model: nn.Module, head: Sequence[str]) -> Iterator[list[Tensor]
     """What the first of the head's modules to run takes in, as the first of the list that is yielded."""
     seen: list[Tensor] = []
     names = dict(model.named_modules())
-    modules = [names[prefix + name] for name in head for prefix in ("", PREFIX) if prefix + name in names]
+    prefix = peft_prefix(model)
+    modules = [names[prefix + name] for name in head if prefix + name in names]
     handles = [
         module.register_forward_pre_hook(
             lambda _, inputs, kwargs: seen.append((*inputs, *kwargs.values())[0]), with_kwargs=True
@@ -286,11 +298,29 @@ def read_position(states: Tensor, real: Tensor | None, *, causal: bool) -> Tenso
         return states[:, 0]
     if real is None:
         return states[:, -1]
-    last = (real * torch.arange(real.shape[1], device=real.device)).argmax(1)
+    virtual = states.shape[1] - real.shape[1]  # vectors that an expert put before the text
+    last = virtual + (real * torch.arange(real.shape[1], device=real.device)).argmax(1)
     return states[torch.arange(len(states), device=states.device), last]
 
 
-def strengths(model: nn.Module) -> Iterator[float]:
+def scales_of(expert: Expert) -> tuple[float, ...]:
+    """The strengths at which an expert is tried."""
+    return SCALES if expert.has_strength else (1.0,)
+
+
+def at_strengths(expert: Expert, loaded: LoadedBase) -> Iterator[tuple[float, nn.Module]]:
+    """PEFT's model of the base with an expert at each of its strengths, one after the other."""
+    if expert.groups:
+        for scale in scales_of(expert):
+            with plugged_in_sum([expert.scaled(scale)], [1.0], loaded) as model:
+                yield scale, model
+        return
+    with plugged_in_sum([expert], [1.0], loaded) as model:
+        for scale in _strengths(model):
+            yield scale, model
+
+
+def _strengths(model: nn.Module) -> Iterator[float]:
     """Set PEFT's model to W0 + scale · ΔW for each of :data:`SCALES`; it ends at scale 1."""
     from peft.tuners.lora import LoraLayer
 

@@ -10,15 +10,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from torch.nn.functional import linear
 
+from pimerge.fisher_rules import covered, squaring
 from pimerge.progress import Track, silent
 
 if TYPE_CHECKING:
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
 NegativeLogLikelihood = Callable[[nn.Module, "Batch"], "Tensor"]
 
 CHECKED_EXAMPLES = 2
-_PRODUCT_BYTES = 8 * 2**20
 # What rounding may change between one example alone and the same example in a batch, by the model's dtype.
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 1e-1, torch.float16: 1e-1}
 
@@ -88,7 +86,7 @@ def diagonal_fisher(
     """
     alone = [[index] for index in sorted(itertools.chain.from_iterable(batches))]
     deviation, why_loop = None, ""
-    uncovered = sorted(set(parameters) - {name for _, names in _owners(model, parameters) for name in names})
+    uncovered = sorted(parameters.keys() - covered(model, parameters))
     if uncovered:
         why_loop = f"no rule covers {', '.join(uncovered[:3])}" + (" …" if len(uncovered) > 3 else "")
     elif check:
@@ -116,12 +114,12 @@ def fisher_by_rules(
 ) -> dict[str, Tensor]:
     """Σ over all examples of the squared per-example gradients, in one forward and backward per batch.
 
-    Covers parameters of ``nn.Linear`` whose input has the examples on its first axis; each must be used once
-    per example.
+    Covers the parameters that :mod:`pimerge.fisher_rules` has rules for, where a layer's input has the examples on its
+    first axis; each must be used once per example.
     """
     _reset(parameters)
     sums = _zeros(parameters)
-    with _squaring_linears(model, parameters):
+    with squaring(model, parameters):
         for batch in batches:
             # backward, not autograd.grad: under reentrant checkpointing the latter finds nothing
             nll(model, batch).sum().backward()  # type: ignore[no-untyped-call]
@@ -176,73 +174,6 @@ def _harvest(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
         found[name] = gradient.detach().to(_sum_dtype(parameter))
     _reset(parameters)
     return found
-
-
-def _owners(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Iterator[tuple[nn.Linear, list[str]]]:
-    """The Linear modules that hold some of the parameters; one that somebody patched has no rule."""
-    names = {id(parameter): name for name, parameter in parameters.items()}
-    for module in model.modules():
-        if type(module) is nn.Linear and "forward" not in vars(module):
-            owned = [names[id(p)] for p in module.parameters(recurse=False) if id(p) in names]
-            if owned:
-                yield module, owned
-
-
-@contextmanager
-def _squaring_linears(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
-    patched = [module for module, _ in _owners(model, parameters)]
-    try:
-        for module in patched:
-            module.forward = partial(_squaring_linear, module)  # type: ignore[method-assign]
-        yield
-    finally:
-        for module in patched:
-            del module.forward
-
-
-def _squaring_linear(module: nn.Linear, x: Tensor) -> Tensor:
-    output: Tensor = _SquaringLinear.apply(x, module.weight, module.bias)  # type: ignore[no-untyped-call]
-    return output
-
-
-class _SquaringLinear(torch.autograd.Function):
-    """A Linear whose backward gives, as the gradient of its weight W, Σ_b (Σ_t g_bt x_btᵀ)².
-
-    So ``.grad`` holds a batch's sum of squared per-example gradients after an ordinary backward.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x if weight.requires_grad else None, weight)
-        return linear(x, weight, bias)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        (g,) = gradients  # (batch, …, d_out)
-        x, weight = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
-        return (
-            g @ weight if needs_x else None,
-            _sum_of_squares(g, x) if needs_weight else None,
-            g.reshape(len(g), -1, g.shape[-1]).sum(1).square().sum(0) if needs_bias else None,
-        )
-
-
-def _sum_of_squares(g: Tensor, x: Tensor) -> Tensor:
-    """Σ_b (Σ_t g_bt x_btᵀ)², (d_out × d_in), for g (batch, …, d_out) and x (batch, …, d_in)."""
-    if g.dim() == 2:  # one position per example: the square of a product is the product of the squares
-        return g.square().T @ x.square()
-    g, x = g.flatten(1, -2), x.flatten(1, -2)
-    if g.shape[-1] > x.shape[-1]:  # the batched product is faster with the small dimension as its rows
-        return _sum_of_squares(x, g).T
-    size = g.shape[-1] * x.shape[-1]
-    examples = max(1, _PRODUCT_BYTES // (size * g.element_size()))
-    total = g.new_zeros(1, size)
-    for start in range(0, len(g), examples):
-        products = torch.bmm(g[start : start + examples].mT, x[start : start + examples])
-        # Σ_b as a product with ones: faster than a reduction over the first axis
-        total.addmm_(g.new_ones(1, len(products)), products.square_().flatten(1))
-    return total.view(g.shape[-1], x.shape[-1])
 
 
 def _deviation(found: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> float:

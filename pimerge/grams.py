@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from pimerge.kinds.lora import PREFIX
+from pimerge.model import peft_prefix
 from pimerge.progress import Track, silent
 
 if TYPE_CHECKING:
@@ -84,8 +84,9 @@ def linear_layers(model: nn.Module, modules: Iterable[str]) -> dict[str, nn.Modu
         module name → the base's layer inside PEFT's wrapper.
     """
     found = {}
+    prefix = peft_prefix(model)
     for name in modules:
-        wrapper = model.get_submodule(PREFIX + name)
+        wrapper = model.get_submodule(prefix + name)
         layer = getattr(wrapper, "base_layer", wrapper)
         if isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D":
             found[name] = layer
@@ -139,7 +140,13 @@ def real_rows(x: Tensor, real: Tensor | None) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-def real_tokens(batch: Batch) -> Tensor | None:
-    """(batch × tokens): False for padding; None if there can be none, as with images."""
+def real_tokens(batch: Batch, virtual: int = 0) -> Tensor | None:
+    """(batch × tokens): False for padding; None if there can be none, as with images.
+
+    Args:
+        virtual: tokens that an expert puts before a text; they count, since a head may read the first of them.
+    """
     mask = batch.get("attention_mask")
-    return mask.bool() if mask is not None and mask.dim() == 2 else None
+    if mask is None or mask.dim() != 2:
+        return None
+    return torch.cat([mask.new_ones(len(mask), virtual), mask], 1).bool()

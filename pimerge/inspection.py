@@ -119,7 +119,7 @@ class _Opened:
 
 def _open(reference: str | Path, base: str | None) -> _Opened:
     try:
-        expert = open_expert(reference, base)
+        expert = open_expert(reference, base, only_look=True)
     except PimergeError as error:
         return _Opened(Path(reference), None, None, error.problems, error.problems[0].message)
     try:
@@ -182,6 +182,8 @@ def _why_unmergeable(expert: Expert) -> str:
 
 
 def _why_not_merged(expert: Expert, other: Expert) -> str:
+    if expert.kind != other.kind:
+        return f"its kind is {other.kind}, not {expert.kind} ('rank --measure marginals' compares them)"
     try:
         require_alike([expert, other])
     except PimergeError as error:

@@ -32,7 +32,8 @@ class Marginals:
     """Sums of squares of what enters layers and of the gradients that come back, over the batches of a block.
 
     Args:
-        layers: name → layer, whose output requires a gradient.
+        layers: name → layer. An output that requires no gradient, since nothing before it trains, is made to.
+        virtual: tokens that an expert puts before a text; they count as others do.
 
     >>> layer = nn.Linear(1, 1, bias=False)
     >>> nn.init.constant_(layer.weight, 3.0).item()
@@ -45,15 +46,15 @@ class Marginals:
     {'gradient.q': [[90.0]], 'input.q': [2.5], 'output.q': [90.0]}
     """
 
-    def __init__(self, layers: Mapping[str, nn.Module]) -> None:
-        self._layers = layers
+    def __init__(self, layers: Mapping[str, nn.Module], virtual: int = 0) -> None:
+        self._layers, self._virtual = layers, virtual
         self._sums: dict[str, Tensor] = {}
         self._tokens: dict[str, int] = {}
         self._real: Tensor | None = None
 
     def of(self, batch: Batch) -> Batch:
         """The batch itself; its padding is left out of what is recorded next."""
-        self._real = real_tokens(batch)
+        self._real = real_tokens(batch, self._virtual)
         return batch
 
     @contextmanager
@@ -72,15 +73,18 @@ class Marginals:
         """``input.LAYER`` → E[x²] (d_in), ``output.`` → E[g²] (d_out), ``gradient.`` → E[Qᵀg gᵀQ], in float32."""
         return {name: (self._sums[name] / self._tokens[name]).float() for name in sorted(self._sums)}
 
-    def _watch(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
-        def hook(layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def _watch(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
+        def hook(layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
             real = self._real
             entering = _wide_rows(inputs[0].detach(), real)
             self._add(f"{INPUT}.{name}", entering.square().sum(0), len(entering))
-            if output.requires_grad:
+            if torch.is_grad_enabled():
+                if not output.requires_grad:
+                    output = output.detach().requires_grad_().clone()  # a leaf itself may not be changed in place
                 output.register_hook(  # type: ignore[no-untyped-call]
                     lambda gradient: self._add_gradient(name, _wide_rows(gradient, real))
                 )
+            return output
 
         return hook
 

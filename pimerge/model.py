@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from copy import deepcopy
+from copy import copy, deepcopy
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -12,9 +12,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from pimerge import strategies
 from pimerge.base import Base
+from pimerge.compatibility import require_alike
 from pimerge.errors import PimergeError, Problems
 from pimerge.expert import Expert
+from pimerge.kinds._groups import Group
+from pimerge.kinds._keys import PREFIX, PROMPT_PREFIX
+from pimerge.parameter_space import sum_of
 from pimerge.task import Task
 
 if TYPE_CHECKING:
@@ -45,10 +50,27 @@ class LoadedBase:
         """The model's config, of transformers."""
         return self.model.config
 
+    def config_for(self, experts: Sequence[Expert]) -> Any:
+        """The config with room for what the experts put before a text."""
+        virtual, positions = most_virtual_tokens(experts), getattr(self.config, "max_position_embeddings", None)
+        if not virtual or positions is None:
+            return self.config
+        found = copy(self.config)
+        found.max_position_embeddings = positions - virtual
+        return found
+
     def head_tensors(self) -> dict[str, Tensor]:
         """The head's parameters and buffers by their names in the base model."""
         state = self.model.state_dict()
         return {name: value for name, value in state.items() if in_head(name, self.head)}
+
+
+def most_virtual_tokens(experts: Sequence[Expert]) -> int:
+    """How many vectors some expert puts before a text; a batch of such must not be padded.
+
+    A causal model looks for the last token that is no padding among the tokens, which it does not see behind vectors.
+    """
+    return max((expert.virtual_tokens for expert in experts), default=0)
 
 
 def in_head(name: str, head: tuple[str, ...]) -> bool:
@@ -180,28 +202,53 @@ def plugged_in(expert: Expert, loaded: LoadedBase) -> Iterator[nn.Module]:
     """
     from peft import PeftModel
 
+    from pimerge import peft_methods  # noqa: F401  PEFT has to know every kind
+
     check_fits(expert, loaded.model)
-    with _restored(loaded.model):
+    with as_before(loaded.model):
         yield PeftModel.from_pretrained(loaded.model, str(expert.path)).eval()
+
+
+def peft_prefix(model: nn.Module) -> str:
+    """What PEFT's model puts before the names of the base's modules; nothing for a plain model."""
+    from peft import PeftModel
+
+    if not isinstance(model, PeftModel):
+        return ""
+    return PROMPT_PREFIX if model.active_peft_config.is_prompt_learning else PREFIX
 
 
 @contextmanager
 def plugged_in_sum(experts: Sequence[Expert], weights: Sequence[float], loaded: LoadedBase) -> Iterator[nn.Module]:
     """PEFT's model of W0 + Σ w_n ΔW_n under the base's own head, in eval mode; afterwards the base is as it was.
 
+    Experts without ΔW are summed number by number, see :mod:`pimerge.parameter_space`.
+
     Args:
         experts: each at its own scale.
         weights: one for each.
 
     Raises:
-        PimergeError: if a module or a shape does not fit the base.
+        PimergeError: if a module or a shape does not fit the base, or the experts do not fit each other.
     """
     from peft import PeftConfig, PeftModel, set_peft_model_state_dict
     from peft.tuners.lora import LoraLayer
 
     for expert in experts:
         check_fits(expert, loaded.model, head=False)
-    with _restored(loaded.model):
+    require_alike(experts)
+    if experts[0].groups:
+        tensors = sum_of(experts, weights, loaded.model.get_parameter)
+        with as_before(loaded.model):
+            adapted = with_adapter(experts[0], loaded.model)
+            key_of = strategies.load("kinds", experts[0].kind).key_of_parameter
+            with torch.no_grad():
+                for name, parameter in adapted.named_parameters():
+                    if key_of(name) in tensors:
+                        parameter.copy_(tensors[key_of(name)])
+            yield adapted
+        return
+    with as_before(loaded.model):
         model: Any = None
         names = [f"expert{index}" for index in range(len(experts))]
         for name, expert in zip(names, experts, strict=True):
@@ -222,8 +269,25 @@ def plugged_in_sum(experts: Sequence[Expert], weights: Sequence[float], loaded: 
         yield model.eval()
 
 
+def with_adapter(expert: Expert, base_model: nn.Module) -> nn.Module:
+    """PEFT's model of a base with a fresh adapter of the form of an expert, in eval mode, under the base's own head."""
+    from peft import PeftConfig, PeftModel, get_peft_model
+
+    from pimerge import peft_methods  # noqa: F401  PEFT has to know every kind
+
+    config = PeftConfig.from_pretrained(str(expert.path))
+    config.inference_mode = True
+    model: nn.Module
+    if config.is_prompt_learning:  # what its task type does is what puts the prompt in
+        model = get_peft_model(base_model, config)
+    else:
+        config.modules_to_save = config.task_type = None  # a task type brings modules to save of its own
+        model = PeftModel(base_model, config)
+    return model.eval()
+
+
 @contextmanager
-def _restored(base_model: nn.Module) -> Iterator[None]:
+def as_before(base_model: nn.Module) -> Iterator[None]:
     """Take out whatever PEFT put into a base during the block."""
     before, attributes = dict(base_model.named_modules()), set(vars(base_model))
     try:
@@ -267,8 +331,9 @@ def set_head(model: nn.Module, head: Mapping[str, Tensor]) -> None:
         PimergeError: if a tensor has no place in the model, or another shape.
     """
     places = {}
+    prefix = peft_prefix(model)
     for name, parameter in model.named_parameters():
-        plain = name.removeprefix("base_model.model.")
+        plain = name.removeprefix(prefix)
         if ".original_module." not in name:
             places[plain.replace(".modules_to_save.default.", ".")] = parameter
     problems = Problems()
@@ -303,6 +368,9 @@ def check_fits(expert: Expert, base_model: nn.Module, *, head: bool = True) -> N
         expected, found = _delta_shape(layer), (module.d_out, module.d_in)
         if expected != found:
             problems.add(f"module '{module.name}': ΔW is {found}, the base's weight {expected}", hint)
+    for reason in dict.fromkeys(_misfit(expert, group, base_model) for group in expert.groups.values()):
+        if reason:
+            problems.add(reason, hint)
     own = base_model.state_dict()
     for name, key in expert.head.items() if head else ():
         shape = tuple(expert.tensor(key).shape)
@@ -312,6 +380,15 @@ def check_fits(expert: Expert, base_model: nn.Module, *, head: bool = True) -> N
                 "task.json's labels must be those that the expert was trained on",
             )
     problems.raise_any(f"the expert '{expert.name}' does not fit the base '{expert.base.name}'")
+
+
+def _misfit(expert: Expert, group: Group, base_model: nn.Module) -> str:
+    kind = strategies.load("kinds", expert.kind)
+    try:
+        reason: str = kind.misfit(group, base_model, expert.config)
+    except AttributeError:
+        return f"the base has no module '{group.name}'"
+    return f"module '{group.name}': {reason}" if reason and "." in group.name and expert.kind != "prefix" else reason
 
 
 @cache

@@ -10,7 +10,7 @@ from pimerge.expert import Expert
 from pimerge.features import Viewer
 from pimerge.few_shot import gains_of_means, judge
 from pimerge.ranking import Ranking, Target
-from pimerge.selecting import MOST, Wish, document, judged_candidate
+from pimerge.selecting import MOST, Wish, document, judged_candidate, of_first_kind
 
 
 def rank_by_examples(
@@ -42,6 +42,7 @@ def rank_by_examples(
     candidates.sort(key=lambda candidate: (-candidate.score, candidate.name))
     helpful = [candidate for candidate in candidates if candidate.helps or not wish.gate]
     notes = viewer.notes()
+    helpful = of_first_kind(helpful, experts, notes)
     if own is None:
         notes.insert(0, "the target has no expert: its examples alone decide")
     if wish.k is None:

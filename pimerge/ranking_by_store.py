@@ -20,6 +20,7 @@ from pimerge.selecting import (
     Wish,
     document,
     judged_candidate,
+    of_first_kind,
     widest_gap,
 )
 from pimerge.store import Store
@@ -52,9 +53,10 @@ def rank_by_store(store: Store, target: str, measure: str, wish: Wish, folder: P
         for (name, expert), score, error in zip(compared.experts.items(), scores, errors, strict=True)
     ]
     candidates.sort(key=lambda candidate: (-candidate.score, candidate.name))
-    helpful = [candidate for candidate in candidates if candidate.helps or not wish.gate]
+    notes: list[str] = []
+    every = [candidate for candidate in candidates if candidate.helps or not wish.gate]
+    helpful = of_first_kind(every, compared.experts, notes)
     count = wish.k if wish.k is not None else widest_gap([candidate.score for candidate in helpful])
-    notes = []
     if compared.shortlisted_from is not None:
         notes.append(
             f"the {len(candidates) + len(compared.excluded)} nearest of {compared.shortlisted_from} by their sketches "
@@ -111,7 +113,9 @@ def rank_by_history(
         judged = Judged(scale, gain, error, gain, error, least_errors=LEAST_ERRORS_OF_HISTORY)
         candidates.append(judged_candidate(name, expert, judged, folder))
     candidates.sort(key=lambda candidate: (-candidate.score, candidate.name))
-    helpful = [candidate for candidate in candidates if candidate.helps or not wish.gate]
+    every = [candidate for candidate in candidates if candidate.helps or not wish.gate]
+    notes: list[str] = []
+    helpful = of_first_kind(every, experts, notes)
     count = wish.k if wish.k is not None else widest_gap([candidate.score for candidate in helpful])
     weighted = "weighted by their similarity to it" if similarities else "weighted alike, since it is not in the store"
     return document(
@@ -122,7 +126,7 @@ def rank_by_history(
         unknown,
         helpful[:count],
         f"of {len(candidates)} experts by 'history': {strategies.summaries('measures')['history']}",
-        [f"from the gains for {len(history)} other targets, {weighted}"],
+        [f"from the gains for {len(history)} other targets, {weighted}", *notes],
         0.0,
     )
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 SIDECARS = "embeddings"
 DIAGONAL, MARGINALS, GRAMS = "diagonal", "marginals", "grams"
+_TENSOR = re.compile(r"\.(?:lora|ia3|ln_tuning|bitfit|bottleneck)_.*")  # behind a module's name
 TRACES = "traces"  # of the modules, in the metadata of the diagonal: in the document they were most of it
 
 
@@ -179,7 +181,7 @@ class Store:
         diagonal = tensors[DIAGONAL]
         traces: dict[str, float] = {}
         for key, value in diagonal.items():
-            module = key.removeprefix("base_model.model.").partition(".lora_")[0]
+            module = _TENSOR.sub("", key.removeprefix("base_model.model."))
             traces[module] = traces.get(module, 0.0) + float(value.double().sum())
         metadata = {DIAGONAL: {TRACES: json.dumps(dict(sorted(traces.items())))}}
         contents = {part: _safetensors(values, metadata.get(part)) for part, values in tensors.items()}

@@ -39,9 +39,8 @@ class Stored:
 
     @property
     def parameters(self) -> list[str]:
-        """The keys of the factors and their biases in the adapter's file, in order."""
-        modules = self.expert.modules.values()
-        return sorted(key for module in modules for key in (module.A, module.B, module.bias) if key)
+        """The keys of the expert's tensors in its file, in order."""
+        return self.expert.keys
 
     def fisher(self, keys: Iterable[str]) -> dict[str, NDArray[Any]]:
         """The diagonal Fisher of some tensors, by their keys."""

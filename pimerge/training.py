@@ -95,6 +95,7 @@ def train(
     options: Options,
     precision: torch.dtype,
     *,
+    through: nn.Module | None = None,
     track: Track = silent,
     note: Callable[[str], None] = lambda message: None,
 ) -> Outcome:
@@ -105,11 +106,12 @@ def train(
         mixture: its weights.
         run: the folder of the checkpoints; a whole one that lies there is gone on from.
         precision: float32, or bfloat16 for mixed precision.
+        through: a model around the base that is called in its place, such as PEFT's, which puts a prompt in.
 
     Raises:
         PimergeError: if the disk is full or the training diverges.
     """
-    model = _trainable(loaded, mixture)
+    model = _trainable(loaded, mixture, through or loaded.model)
     checkpoint = _last_whole_checkpoint(run)
     if checkpoint is not None:
         note(f"resuming from {checkpoint.name} of an interrupted run")
@@ -166,7 +168,7 @@ def split_holdout(labels: Sequence[int], share: float, seed: int) -> tuple[list[
     return [index for index in range(len(labels)) if index not in kept], sorted(held_out)
 
 
-def _trainable(loaded: LoadedBase, mixture: Mixture) -> nn.Module:
+def _trainable(loaded: LoadedBase, mixture: Mixture, model: nn.Module) -> nn.Module:
     """The composed model as the Trainer sees it: its state is what trains, so checkpoints are small."""
     for name, parameter in loaded.model.named_parameters():
         if in_head(name, loaded.head):
@@ -179,7 +181,7 @@ def _trainable(loaded: LoadedBase, mixture: Mixture) -> nn.Module:
 
         def __init__(self) -> None:
             super().__init__()
-            self.model, self.mixture, self.config = loaded.model, mixture, loaded.config
+            self.model, self.mixture, self.config = model, mixture, loaded.config
 
         def forward(self, **batch: Any) -> Any:
             return self.model(**batch)

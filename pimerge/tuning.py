@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from pimerge import strategies
 from pimerge.base import Base
@@ -21,8 +22,9 @@ from pimerge.compatibility import refuse_over_inputs, require_alike, require_fin
 from pimerge.composition import ComposedLinear, Member, Mixture, compose
 from pimerge.errors import PimergeError
 from pimerge.expert import Expert
-from pimerge.export import Coefficients, Documents, Head, Layout, write_expert
+from pimerge.export import Coefficients, Documents, Head, Layout, write_expert, write_groups
 from pimerge.files import relative_to, require_absent, sha256_bytes
+from pimerge.group_composition import GroupMember, compose_groups, fresh_member, member_of
 from pimerge.kinds.lora import Factors, parse
 from pimerge.lowrank import MergedModule, Truncation, relative_error, weighted_bias, weighted_sum
 from pimerge.manifest import Manifest, inputs_of, library_versions
@@ -34,6 +36,7 @@ from pimerge.training import Options, Outcome, check_options, split_holdout, tra
 from pimerge.tune_methods import Plan
 
 STARTS = ("ranking", "equal")
+NO_EXPERT = "the target has no expert of its own: a fresh one takes its place"
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,7 @@ class Tuned:
     """What :func:`tune` wrote.
 
     Attributes:
+        rank: of the updates; 0 for kinds without ΔW.
         truncation: relative error of cutting the sum to the asked rank.
         examples: trained on.
         weights: module → weight of each of ``experts``.
@@ -99,22 +103,37 @@ def tune(
     options = options if options.lr is not None else replace(options, lr=plan.lr)
     chosen = _chosen(plan, method, experts, target)
     like = target or like or next(iter(chosen), None)
-    form = like.sha256 if like else None
-    run = _run_folder(method, task, base, chosen, output, options, scores, device, dtype, form)
+    like_sha256 = like.sha256 if like else None
+    run = _run_folder(method, task, base, chosen, output, options, scores, device, dtype, like_sha256)
     resolved = resolve_device(device)
     precision = resolve_dtype(dtype, resolved)
     loaded = load_base(base, task, resolved, precision, options.seed)
-    members, fresh = _members(plan, loaded, chosen, target, like, options, note)
+    form = _form(plan, chosen, like, options)
     if plan.target and target is not None:
         set_head(loaded.model, target.head_tensors())
-    logits = _start(plan, len(members), experts, chosen, scores)
-    names = sorted({name for member in members for name in member.modules})
-    mixture = Mixture(names, logits, options.granularity, plan.train_weights and len(members) > 1)
-    layers = compose(loaded.model, members, mixture, plan.train_experts)
-    kept, held_out = _examples(task, loaded, options, note)
-    outcome = train(loaded, mixture.to(resolved), kept, held_out, run, options, precision, track=track, note=note)
-    layout, merged = _collapse(layers, members, mixture, Truncation(options.rank))
-    error = relative_error([module.summary for module in merged])
+    sum_of_experts: _Updates | _Groups
+    if form is None:
+        sum_of_experts = _Updates(*_members(plan, loaded, chosen, target, like, options, note), plan)
+    else:
+        sum_of_experts = _Groups(form, *_group_members(plan, loaded, form, chosen, target, options, note), plan)
+    names, fresh = sum_of_experts.names, sum_of_experts.fresh
+    logits = _start(plan, len(names), experts, chosen, scores)
+    mixture = Mixture(sum_of_experts.parts, logits, options.granularity, plan.train_weights and len(names) > 1)
+    sum_of_experts.compose(loaded, mixture)
+    kept, held_out = _examples(task, loaded, chosen, options, note)
+    outcome = train(
+        loaded,
+        mixture.to(resolved),
+        kept,
+        held_out,
+        run,
+        options,
+        precision,
+        through=sum_of_experts.through,
+        track=track,
+        note=note,
+    )
+    rank, error = sum_of_experts.collapse(mixture, Truncation(options.rank))
     coefficients = Coefficients(
         method=method,
         granularity=options.granularity,
@@ -150,27 +169,111 @@ def tune(
         },
     )
     if outcome.writes:
-        write_expert(
-            output,
-            layout,
-            merged,
-            Head({name: tensor.float().cpu() for name, tensor in loaded.head_tensors().items()}, loaded.head, task),
-            base=base,
-            like=_config_fields(loaded, task, layers),
-            documents=lambda _: Documents(manifest, None if fresh else coefficients),
-            force=force,
-        )
+        head = Head({name: tensor.float().cpu() for name, tensor in loaded.head_tensors().items()}, loaded.head, task)
+        documents = Documents(manifest, None if fresh else coefficients)
+        sum_of_experts.write(output, head, loaded, task, base, documents, force)
         shutil.rmtree(run, ignore_errors=True)
     return Tuned(
         output,
-        max(module.summary.rank for module in merged),
+        rank,
         error,
         outcome,
         len(kept),
         mixture.weights(),
-        [member.name for member in members],
-        [1.0] * (len(members) - len(chosen)) + [expert.scale for expert in chosen],  # a fresh one goes first
+        names,
+        [1.0] * (len(names) - len(chosen)) + [expert.scale for expert in chosen],  # a fresh one goes first
     )
+
+
+class _Updates:
+    """A sum of updates ΔW: how it is composed, collapsed and written."""
+
+    through: nn.Module | None = None
+
+    def __init__(self, members: Sequence[Member], fresh: bool, plan: Plan) -> None:
+        self.members, self.fresh, self.plan = members, fresh, plan
+        self.names = [member.name for member in members]
+        self.parts = sorted({name for member in members for name in member.modules})
+
+    def compose(self, loaded: LoadedBase, mixture: Mixture) -> None:
+        self.layers = compose(loaded.model, self.members, mixture, self.plan.train_experts)
+
+    def collapse(self, mixture: Mixture, truncation: Truncation) -> tuple[int, float]:
+        """The rank of the result, and the relative error of cutting it to that."""
+        self.layout, self.merged = _collapse(self.layers, self.members, mixture, truncation)
+        summaries = [module.summary for module in self.merged]
+        return max(summary.rank for summary in summaries), relative_error(summaries)
+
+    def write(
+        self, output: Path, head: Head, loaded: LoadedBase, task: Task, base: Base, documents: Documents, force: bool
+    ) -> None:
+        like = _config_fields(loaded, task, self.layers)
+        write_expert(
+            output, self.layout, self.merged, head, base=base, like=like, documents=lambda _: documents, force=force
+        )
+
+
+class _Groups:
+    """The same for experts without ΔW: a sum of tensors."""
+
+    def __init__(self, form: Expert, members: Sequence[GroupMember], fresh: bool, plan: Plan) -> None:
+        self.form, self.members, self.fresh, self.plan = form, members, fresh, plan
+        self.names = [member.name for member in members]
+        self.parts = form.parts
+
+    def compose(self, loaded: LoadedBase, mixture: Mixture) -> None:
+        self.composition = compose_groups(loaded, self.form, self.members, mixture, self.plan.train_experts)
+        self.through: nn.Module | None = self.composition.model
+
+    def collapse(self, mixture: Mixture, truncation: Truncation) -> tuple[int, float]:
+        """Nothing is cut off."""
+        self.tensors = self.composition.collapsed()
+        return 0, 0.0
+
+    def write(
+        self, output: Path, head: Head, loaded: LoadedBase, task: Task, base: Base, documents: Documents, force: bool
+    ) -> None:
+        write_groups(
+            output,
+            lambda: self.tensors,
+            head,
+            base=base,
+            like=self.form,
+            documents=lambda: documents,
+            force=force,
+        )
+
+
+def _form(plan: Plan, chosen: Sequence[Expert], like: Expert | None, options: Options) -> Expert | None:
+    """An expert whose form the sum has, if it is of a kind without ΔW; None for LoRA."""
+    form = chosen[0] if chosen else like
+    if form is None or not form.groups:
+        return None
+    if not plan.experts and (options.fresh_rank or options.fresh_modules or options.fresh_alpha):
+        return None  # a fresh LoRA is asked for
+    if not plan.experts and not plan.train_experts and not form.has_strength:
+        return None  # a fresh prompt that is not trained would change the base
+    if options.rank is not None:
+        raise PimergeError(f"--rank is for updates ΔW, and experts of kind {form.kind} have none", "leave it out")
+    return form
+
+
+def _group_members(
+    plan: Plan,
+    loaded: LoadedBase,
+    form: Expert,
+    chosen: Sequence[Expert],
+    target: Expert | None,
+    options: Options,
+    note: Callable[[str], None],
+) -> tuple[list[GroupMember], bool]:
+    """As :func:`_members`, for experts without ΔW."""
+    members = [member_of(expert, loaded) for expert in chosen]
+    if not plan.fresh and not (plan.target and target is None):
+        return members, False
+    if plan.target:
+        note(NO_EXPERT)
+    return [fresh_member(form, loaded, options.init_seed), *members], True
 
 
 def fresh_lora(
@@ -262,6 +365,7 @@ def _members(
     ]
     if not plan.fresh and not (plan.target and target is None):
         return members, False
+    like = like if like and like.modules else None  # one without ΔW has no rank
     rank = options.fresh_rank or (max(like.ranks) if like else 8)
     alpha = options.fresh_alpha
     if alpha is None:
@@ -270,14 +374,15 @@ def _members(
     modules = options.fresh_modules or (tuple(sorted(like.modules)) if like else None)
     fresh = fresh_lora(loaded, rank if plan.train_experts else 1, alpha, modules, options.init_seed)
     if plan.target:
-        note("the target has no expert of its own: a fresh one takes its place")
+        note(NO_EXPERT)
     return [fresh, *members], True
 
 
 def _examples(
-    task: Task, loaded: LoadedBase, options: Options, note: Callable[[str], None]
+    task: Task, loaded: LoadedBase, chosen: Sequence[Expert], options: Options, note: Callable[[str], None]
 ) -> tuple[Examples, Examples | None]:
-    examples, labels = task.examples("train", loaded.processor, loaded.config, shots=options.shots, seed=options.seed)
+    config = loaded.config_for(chosen)
+    examples, labels = task.examples("train", loaded.processor, config, shots=options.shots, seed=options.seed)
     if examples.truncated:
         note(f"{examples.truncated} training examples are longer than the model takes and were cut")
     kept, held_out = split_holdout(labels, options.holdout, options.seed)

@@ -23,7 +23,16 @@ import pytest
 import torch
 import transformers
 from datasets import Dataset, Features, Image, Value, disable_progress_bars
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import (
+    IA3Config,
+    LNTuningConfig,
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    get_peft_model,
+)
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
@@ -43,6 +52,7 @@ from pimerge.expert import Expert
 from pimerge.lowrank import MergedModule, Truncation
 from pimerge.merging import prepare
 from pimerge.method import open_method
+from pimerge.peft_methods import BitFitConfig, BottleneckConfig
 from pimerge.progress import Advance, Track
 from pimerge.task import open_task
 from pimerge.task_types import Batch, Examples
@@ -207,12 +217,39 @@ TARGETS = {"vit": ["q_proj", "v_proj"], "bert": ["query", "value"], "gpt2": ["c_
 HEADS = {"vit": ["classifier"], "bert": ["classifier"], "gpt2": ["score"]}
 
 
+KINDS = ("ia3", "ln_tuning", "bitfit", "bottleneck", "prefix", "prompt")
+"""Those that have no ΔW."""
+PROMPTS = ("prefix", "prompt")
+NORMS = {"vit": ["layernorm_before", "layernorm_after"], "bert": ["LayerNorm"], "gpt2": ["ln_1", "ln_2"]}
+FEEDFORWARD = {"vit": ["fc2"], "bert": ["intermediate.dense"], "gpt2": ["mlp.c_proj"]}
+
+
+def peft_config(kind: str, base: str, **config: Any) -> PeftConfig:
+    """PEFT's config of a small expert of a kind on one of the tests' bases."""
+    match kind:
+        case "lora":
+            return LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": TARGETS[base]} | config)
+        case "ia3":
+            layers = [*TARGETS[base], *FEEDFORWARD[base]]
+            return IA3Config(**{"target_modules": layers, "feedforward_modules": FEEDFORWARD[base]} | config)
+        case "ln_tuning":
+            return LNTuningConfig(**{"target_modules": NORMS[base]} | config)
+        case "bitfit":
+            return BitFitConfig(**config)
+        case "bottleneck":
+            return BottleneckConfig(**{"bottleneck_dim": 3, "activation": "gelu", "scale": 0.5} | config)
+        case "prefix":
+            return PrefixTuningConfig(**{"task_type": "SEQ_CLS", "num_virtual_tokens": 3} | config)
+    return PromptTuningConfig(**{"task_type": "SEQ_CLS", "num_virtual_tokens": 3} | config)
+
+
 @pytest.fixture(scope="session")
 def make_expert() -> MakeExpert:
     """Make an expert with PEFT: ``make_expert(folder, base, task=None, seed=0, init_seed=0, head=True, **config)``.
 
-    A comes from PEFT's own init by ``init_seed``, moved a little by ``seed``; B, bias and head are random by
-    ``seed``, so that ΔW is not zero: experts with one ``init_seed`` look as if trained from one init.
+    ``kind`` is LoRA if it is not given. A comes from PEFT's own init by ``init_seed``, moved a little by ``seed``; B,
+    bias and head are random by ``seed``, so that ΔW is not zero: experts with one ``init_seed`` look as if trained
+    from one init.
     """
 
     def make(
@@ -224,22 +261,23 @@ def make_expert() -> MakeExpert:
         init_seed: int = 0,
         labels: int = 2,
         head: bool = True,
+        kind: str = "lora",
         **config: Any,
     ) -> Path:
         model = model_for(base, labels)
-        settings: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": TARGETS[base.name]} | config
-        if head:
-            settings.setdefault("modules_to_save", HEADS[base.name])
+        if head and kind not in PROMPTS:
+            config.setdefault("modules_to_save", HEADS[base.name])
         torch.manual_seed(init_seed)
-        peft_model = get_peft_model(model, LoraConfig(**settings))
+        peft_model = get_peft_model(model, peft_config(kind, base.name, **config))
         generator = torch.Generator().manual_seed(seed + 1)
         with torch.no_grad():
             for name, parameter in peft_model.named_parameters():
                 if not parameter.requires_grad:
                     continue
                 noise = torch.randn(parameter.shape, generator=generator)
-                is_A = "lora_A" in name or "lora_embedding_A" in name
-                parameter.copy_(parameter + 0.02 * noise if is_A else 0.2 * noise)
+                starts = ("lora_A", "lora_embedding_A", "ia3_", "ln_tuning_", "bitfit_", "bottleneck_down", "prompt_")
+                small = 0.02 if "lora_" in name else 0.1
+                parameter.copy_(parameter + small * noise if any(start in name for start in starts) else 0.2 * noise)
         peft_model.save_pretrained(folder)
         if task is not None:
             document = json.loads((task / "task.json").read_text())
@@ -260,20 +298,21 @@ def peft_case(
     parity_task: Path,
     text_task: Path,
 ) -> PeftCase:
-    """``peft_case(kind, count, dtype, **config)``: an expert's model, and the first examples of its task.
+    """``peft_case(base's name, count, dtype, **config)``: an expert's model, and the first examples of its task.
 
     The model is PEFT's own, its factors alone require gradients; the examples come once together and once one by one.
     """
     bases = {"vit": vit_base, "bert": bert_base, "gpt2": gpt2_base}
 
     def make(
-        kind: str, count: int, dtype: torch.dtype = torch.float32, **config: object
+        name: str, count: int, dtype: torch.dtype = torch.float32, **config: object
     ) -> tuple[PeftModel, Examples, list[Batch]]:
-        base, task = bases[kind], open_task(parity_task if kind == "vit" else text_task)
+        base, task = bases[name], open_task(parity_task if name == "vit" else text_task)
         folder = make_expert(tmp_path_factory.mktemp("case") / "expert", base, **config)
         model = PeftModel.from_pretrained(model_for(base).to(dtype), folder).eval()
+        adapter = ("lora_", "ia3_", "ln_tuning_", "bitfit_", "bottleneck_", "prompt_encoder")
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_("lora_" in name)
+            parameter.requires_grad_(any(part in name for part in adapter))
         examples, _ = task.examples("train", task.type.load_processor(str(base), None), model.config, limit=count)
         return model, examples, [examples.batch([index]) for index in range(count)]
 

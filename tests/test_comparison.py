@@ -213,18 +213,18 @@ def test_those_that_cannot_be_compared_say_why(store: Store, tmp_path: Path) -> 
     store = Store(store.path)
     shared = {
         "f1-2": "its base is org/other, another model than the target's org/base",
-        "f1-3": "its kind is other, the target's lora",
         "f2-0": "is gone",
         "f2-1": "has changed since it was embedded",
     }
+    kind = {"f1-3": "its kind is other, the target's lora"}
     labels = {"f1-1": "its Fisher has sampled labels, the target's true"}
     rank = {"f1-0": "its rank is 3, the target's 2"}
     for measure, reasons in (
         (fisher, shared | labels),
         (marginals, shared | labels),
-        (fisher_factors, shared | labels | rank),
-        (delta, shared),
-        (parameters, shared | rank),
+        (fisher_factors, shared | kind | labels | rank),
+        (delta, shared | kind),
+        (parameters, shared | kind | rank),
     ):
         compared = compare(store, TARGET, measure)
         assert compared.excluded.keys() == reasons.keys()

@@ -20,7 +20,7 @@ from pimerge.compatibility import check_expert
 from pimerge.embedding import embed
 from pimerge.expert import open_expert
 from pimerge.grams import linear_layers
-from pimerge.kinds.lora import PREFIX
+from pimerge.kinds._keys import PREFIX
 from pimerge.marginals import Marginals
 from pimerge.model import Bases
 from pimerge.sketch import DIRECTIONS, projection

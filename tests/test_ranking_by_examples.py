@@ -25,6 +25,7 @@ class Named:
 
     name: str
     scale: float = 1.0
+    kind: str = "lora"
 
     @property
     def path(self) -> Path:

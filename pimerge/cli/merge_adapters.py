@@ -44,10 +44,15 @@ def run(request: Request) -> None:
     if not request.dry_run:
         require_absent(request.output, request.force)
     chosen = choose(request)
-    request.require_globs_match(sorted({name for expert in chosen.experts for name in expert.modules}))
+    request.require_globs_match(sorted({name for expert in chosen.experts for name in expert.parts}))
     refuse_over_inputs(request.output, [*chosen.experts, *([chosen.target] if chosen.target else [])])
     if request.head == "target" and chosen.target is not None:
         require_alike([*chosen.experts, chosen.target])
+    if chosen.experts[0].groups:
+        from pimerge.cli import merge_groups
+
+        merge_groups.run(request, chosen, method, statistics_of(request, chosen.experts, method.needs).get("fisher"))
+        return
     merge = prepare(
         chosen.experts,
         chosen.weights,
@@ -57,7 +62,7 @@ def run(request: Request) -> None:
         dtype=request.torch_dtype(),
         selected=request.selects,
         read=_reader(chosen.experts),
-        **_statistics(request, chosen.experts, method.needs),
+        **statistics_of(request, chosen.experts, method.needs),
     )
     head = choose_head(request.head, chosen.experts, chosen.target)
     plan = plan_of(merge, chosen.experts, head)
@@ -187,7 +192,7 @@ def _reader(experts: Sequence[Expert]) -> Callable[[Expert, str], Any]:
     return converting(base_weights(experts[0].base, layouts, fan_in_fan_out=transposed))
 
 
-def _statistics(request: Request, experts: Sequence[Expert], needs: Sequence[str]) -> dict[str, Any]:
+def statistics_of(request: Request, experts: Sequence[Expert], needs: Sequence[str]) -> dict[str, Any]:
     """What the store knows that the method needs: Fisher information or Gram matrices."""
     if not {"fishers", "grams"} & set(needs):
         return {}

@@ -31,6 +31,7 @@ def choose(request: Request) -> Chosen:
     Raises:
         PimergeError: if they do not fit each other.
     """
+    from pimerge.compatibility import require_alike
     from pimerge.weighting import by_module, parse_rules, rules_of
 
     rules = parse_rules(request.rules)
@@ -48,7 +49,8 @@ def choose(request: Request) -> Chosen:
     experts, references, given, target = _from_options(request)
     method = request.open_method()
     start = starting_weights(method, len(experts), given, bool(rules))
-    names = sorted({name for expert in experts for name in expert.modules})
+    require_alike(experts)
+    names = sorted({name for expert in experts for name in expert.parts})
     weights = by_module(names, experts, references, start, rules)
     for row in sorted({tuple(row) for row in weights.values()}) if rules else ():
         method.weights(len(experts), list(row))

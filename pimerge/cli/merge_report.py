@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from pimerge.cli.console import print_json, print_table, size_text
 from pimerge.cli.merge_request import Request
 
 if TYPE_CHECKING:
     from pimerge.card import Source
+    from pimerge.expert import Expert
     from pimerge.export import Coefficients
     from pimerge.lowrank import Summary
     from pimerge.manifest import Manifest
@@ -57,7 +58,19 @@ def print_plan(request: Request, merge: Merge, plan: Plan) -> None:
     print_table(["", ""], rows)
 
 
-def weight_text(merge: Merge, place: int) -> str:
+class Weighted(Protocol):
+    """A merge as far as its weights are concerned."""
+
+    @property
+    def experts(self) -> Sequence[Expert]:
+        """Those that are merged."""
+
+    @property
+    def weights(self) -> Mapping[str, Sequence[float]]:
+        """Module or group → one weight per expert."""
+
+
+def weight_text(merge: Weighted, place: int) -> str:
     """An expert's weight as it was asked for, or its range over the modules."""
     return range_text(list(merge.weights.values()), place)
 
@@ -68,7 +81,7 @@ def range_text(rows: Sequence[Sequence[float]], place: int) -> str:
     return f"{values[0]:.3f}" if len(values) == 1 else f"{values[0]:.3f} to {values[-1]:.3f}"
 
 
-def flat_weights(merge: Merge) -> list[float] | None:
+def flat_weights(merge: Weighted) -> list[float] | None:
     """The weights, if they are the same in every module."""
     rows = list(merge.weights.values())
     return list(rows[0]) if all(list(row) == list(rows[0]) for row in rows) else None
@@ -128,7 +141,7 @@ def coefficients_of(request: Request, merge: Merge, summaries: Sequence[Summary]
     )
 
 
-def sources_of(merge: Merge) -> list[Source]:
+def sources_of(merge: Weighted) -> list[Source]:
     """The experts, for the model card."""
     from pimerge.card import Source, licence_of
 

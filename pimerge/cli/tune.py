@@ -125,8 +125,9 @@ def tune(
         ["trained parameters", str(result.outcome.trained_parameters)],
         ["train loss", f"{result.outcome.train_loss:.4f}"],
         ["held-out loss", "–" if result.outcome.held_out_loss is None else f"{result.outcome.held_out_loss:.4f}"],
-        ["rank", f"{result.rank} (error {result.truncation:.2%})"],
     ]
+    if result.rank:
+        rows.append(["rank", f"{result.rank} (error {result.truncation:.2%})"])
     if plan.experts:
         columns = list(zip(*result.weights.values(), strict=True))
         rows += [

@@ -1,5 +1,16 @@
-"""Kinds of expert: adapter keys ↔ mergeable tensors, one file per kind.
+"""Kinds of expert: adapter keys ↔ tensors that can be combined, one file per kind.
 
-A kind has ``PEFT_TYPE`` (the ``peft_type`` of its ``adapter_config.json``) and ``parse(config, shapes)``,
-which gives the expert's modules and head or says by name what it cannot handle.
+A kind has
+
+- ``PEFT_TYPE``: the ``peft_type`` of its ``adapter_config.json``;
+- ``parse(config, shapes, convert=…)``: the expert's parts and its head, or by name what it cannot handle;
+- ``key_of_parameter(name)``: the file's key of a parameter of PEFT's model.
+
+The parts of ``lora`` are updates ΔW of the base's matrices (:class:`pimerge.kinds.lora.LoraModule`), which are
+combined whatever factors they are stored in. Those of every other kind are :class:`pimerge.kinds._groups.Group`:
+tensors that are combined number by number, around the kind's neutral point where it has one. Such a kind also has
+``INIT``, the slots that tell from which init an expert was trained, and ``misfit(group, model, config)``, why a group
+has no place in a base.
+
+Files that begin with an underscore hold what several kinds share.
 """

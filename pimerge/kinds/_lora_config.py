@@ -6,9 +6,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
-
 from pimerge.errors import Problems
+from pimerge.kinds._keys import CommonFields, faulty_fields
 
 # Fields of adapter_config.json that change what the tensors mean, and why pimerge does not merge them.
 _NOT_LINEAR = {
@@ -51,13 +50,9 @@ _HARMLESS = frozenset(
 )
 
 
-class _Fields(BaseModel):
+class _Fields(CommonFields):
     """The fields of ``adapter_config.json`` that are read, with their types."""
 
-    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
-
-    base_model_name_or_path: str | None = None
-    revision: str | None = None
     r: int = 8
     lora_alpha: float = 8
     rank_pattern: dict[str, int] | None = None
@@ -67,19 +62,11 @@ class _Fields(BaseModel):
     fan_in_fan_out: bool | None = None
     bias: str | None = None
     init_lora_weights: bool | str | None = None
-    modules_to_save: list[str] | None = None
 
 
 def well_typed(config: Mapping[str, Any], problems: Problems) -> dict[str, Any]:
     """The config without the fields of a wrong type, which are problems."""
-    faulty = set()
-    try:
-        _Fields.model_validate(config)
-    except ValidationError as error:
-        for fault in error.errors():
-            faulty.add(fault["loc"][0])
-            where = ".".join(str(part) for part in fault["loc"])
-            problems.add(f"{where} in adapter_config.json: {fault['msg']}", "save the adapter again with PEFT")
+    faulty = faulty_fields(_Fields, config, problems)
     for field in {"rank_pattern", "alpha_pattern"} - faulty:
         for key in config.get(field) or {}:
             try:

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pimerge.errors import Problems
+from pimerge.kinds._keys import PREFIX, sort_keys
 from pimerge.kinds._lora_config import DORA, OLORA, conversions_of, refuse_unhandled, well_typed
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 PEFT_TYPE = "LORA"
-PREFIX = "base_model.model."
 
 _FACTOR_KEY = re.compile(
     re.escape(PREFIX) + r"(?P<module>.+)\.(?:lora_(?P<factor>[AB])\.weight|lora_B\.(?P<bias>bias)"
@@ -114,14 +114,12 @@ def parse(
     problems = Problems()
     config = well_typed(config, problems)
     refuse_unhandled(config, problems, convert=convert)
-    keys, head = _sort_keys(config, shapes, problems)
+    keys, head = sort_keys(config, shapes, _slot_of, "LoRA factors", problems)
     modules = {}
     for name in sorted(keys):
         module = _module(name, keys[name], config, shapes, problems, convert=convert)
         if module is not None:
             modules[name] = module
-    if not keys and not problems.found:
-        problems.add("it holds no LoRA factors", "save the adapter again: model.save_pretrained(FOLDER)")
     problems.raise_any("this LoRA cannot be used")
     return modules, head
 
@@ -188,30 +186,11 @@ def pattern_value(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
     return default
 
 
-def _sort_keys(
-    config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], problems: Problems
-) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
-    """Factor keys by module, and head keys; every other key is a problem."""
-    saved = config.get("modules_to_save") or []
-    keys: dict[str, dict[str, str]] = {}
-    head, unknown = {}, []
-    for key in sorted(shapes):
-        if match := _FACTOR_KEY.fullmatch(key):
-            slot = match["factor"] or match["embedding"] or match["bias"] or match["magnitude"]
-            keys.setdefault(match["module"], {})[slot] = key
-            continue
-        name = key.removeprefix(PREFIX)
-        if name != key and any(f".{saved_name}." in f".{name}" for saved_name in saved):
-            head[name] = key
-        else:
-            unknown.append(key)
-    if unknown:
-        shown = ", ".join(unknown[:5]) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
-        problems.add(
-            f"tensors that are neither LoRA factors nor in modules_to_save: {shown}",
-            "save the adapter with PEFT (for embeddings: save_embedding_layers=False); nothing is dropped in silence",
-        )
-    return keys, head
+def _slot_of(key: str) -> tuple[str, str] | None:
+    match = _FACTOR_KEY.fullmatch(key)
+    if match is None:
+        return None
+    return match["module"], match["factor"] or match["embedding"] or match["bias"] or match["magnitude"]
 
 
 def _module(

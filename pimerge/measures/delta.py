@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 NEEDS = "experts"
 SAME_BASIS = False
 GATE = 0.0
+NEEDS_UPDATE = True
 
 
 def similarity(members: Sequence[Stored], candidates: int, pool: Sequence[int], sampled: bool = False) -> Similarity:

@@ -6,7 +6,8 @@ G is the Fisher information on the output side of the adapted layers, E[g gᵀ] 
 unit norm for each layer so that no layer decides alone (the factor of the outputs in K-FAC, arXiv 1503.05671). The
 first cosine tells whether two tasks ask the same of the layers, the second whether their experts answered alike.
 Neither depends on the basis, the rank or the init of the factors. Both are seen in up to 64 random directions of the
-outputs and inputs of each layer (:mod:`pimerge.sketch`), so that all of it is in the store.
+outputs and inputs of each layer (:mod:`pimerge.sketch`), so that all of it is in the store. Where the target or a
+candidate is of a kind without ΔW, the first cosine alone compares all of them, at the layers that they have in common.
 """
 
 from __future__ import annotations
@@ -26,11 +27,13 @@ GATE = 0.02
 def similarity(members: Sequence[Stored], candidates: int, pool: Sequence[int], sampled: bool = False) -> Similarity:
     """The score of each candidate, in [−1, 1].
 
-    A part that is zero counts as 0; a target without an update, at the pool's init, has the first cosine alone.
+    A part that is zero counts as 0; a target without an update, at the pool's init, or experts of kinds that have
+    none, have the first cosine alone.
     """
     parts = {"gradients": unit_parts(members, GRADIENT)}
     target = members[0].marginal(f"{UPDATE}.{layer}" for layer in members[0].layers(UPDATE))
-    if any(update.any() for update in target.values()):
+    compared = members[: candidates + 1]
+    if all(member.expert.modules for member in compared) and any(update.any() for update in target.values()):
         parts["update"] = parts_of(members, UPDATE)
     # to read and to multiply, which takes long in large pools, releases the interpreter's lock
     with ThreadPoolExecutor(len(parts)) as threads:

@@ -16,6 +16,7 @@ from pimerge.stored import Stored, rows_by_name
 NEEDS = "fisher"
 SAME_BASIS = True
 GATE = 0.0
+NEEDS_UPDATE = True
 
 
 def similarity(members: Sequence[Stored], candidates: int, pool: Sequence[int], sampled: bool = False) -> Similarity:

@@ -52,17 +52,21 @@ class Examples:
         return self.collate([self.get(index) for index in indices])
 
 
-def bucket_by_length(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+def bucket_by_length(lengths: Sequence[int], max_tokens: int, *, padded: bool = True) -> list[list[int]]:
     """Batches of examples of similar length, each of at most ``max_tokens`` with its padding.
 
     An example longer than that is a batch of its own.
+
+    Args:
+        padded: off, the examples of a batch have one length.
 
     >>> bucket_by_length([5, 2, 2, 9], max_tokens=10)
     [[1, 2], [0], [3]]
     """
     batches: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
-        if batches and (len(batches[-1]) + 1) * lengths[index] <= max_tokens:
+        alike = padded or (batches and lengths[batches[-1][0]] == lengths[index])
+        if batches and alike and (len(batches[-1]) + 1) * lengths[index] <= max_tokens:
             batches[-1].append(index)
         else:
             batches.append([index])

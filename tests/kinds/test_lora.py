@@ -139,7 +139,7 @@ def plain(folder: Path, **config: Any) -> Path:
         ("target_parameters", ["w"], "target_parameters"),
         ("trainable_token_indices", [1], "trained tokens"),
         ("a_field_of_tomorrow", True, "a_field_of_tomorrow"),
-        ("peft_type", "IA3", "IA3"),
+        ("peft_type", "ADALORA", "AdaLoRA"),
         ("peft_type", None, "None"),
         ("r", 3, "the tensors have rank 2, adapter_config.json says 3"),
         ("rank_pattern", {"q": 1}, "the tensors have rank 2, adapter_config.json says 1"),

@@ -1,0 +1,279 @@
+"""Rules by which a backward leaves squared per-example gradients: for each kind of layer what ``.grad`` becomes.
+
+During :func:`squaring` an ordinary ``loss.sum().backward()`` puts into ``.grad`` of a parameter θ, instead of Σ_b ∂
+log p_b/∂θ, the sum of squares Σ_b (∂ log p_b/∂θ)² over the examples b of the batch, at about the cost of the plain
+backward:
+
+- Linear y = Wx + b: Σ_b (Σ_t g_bt x_btᵀ)² and Σ_b (Σ_t g_bt)²;
+- an elementwise scale y = w ⊙ x, as (IA)³ has it, and LayerNorm and RMSNorm behind the normalisation:
+  Σ_b (Σ_t g_bt ⊙ x_bt)²;
+- a bias that is added (BitFit), and of LayerNorm: Σ_b (Σ_t g_bt)²;
+- a prompt or prefix that is repeated for every example: Σ_b g_b².
+
+Layout: (batch, …, d), examples first. g is the gradient of a layer's output, t counts positions within an example.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn.functional import layer_norm, linear
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    from torch import Tensor
+
+_PRODUCT_BYTES = 8 * 2**20
+Owned = dict[str, nn.Parameter]
+"""Parameters of a module: their names within it → parameter."""
+Rule = Callable[[Any, Owned], "AbstractContextManager[None]"]
+"""(module, the parameters that are asked for) → the block in which a backward squares."""
+
+
+def covered(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> set[str]:
+    """The names of the parameters that some rule covers.
+
+    >>> layer = nn.Linear(1, 1)
+    >>> sorted(covered(layer, dict(layer.named_parameters()))), covered(nn.Conv1d(1, 1, 1), {})
+    (['bias', 'weight'], set())
+    """
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    return {names[id(each)] for _, owned, _ in _ruled(model, parameters) for each in owned.values()}
+
+
+@contextmanager
+def squaring(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
+    """During the block a backward leaves sums of squares in ``.grad`` of the parameters that some rule covers."""
+    with ExitStack() as stack:
+        for module, owned, rule in list(_ruled(model, parameters)):
+            stack.enter_context(rule(module, owned))
+        yield
+
+
+def _ruled(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Iterator[tuple[nn.Module, Owned, Rule]]:
+    """Modules that own some of the parameters, with the rule for them; one that somebody patched has none."""
+    wanted = {id(parameter) for parameter in parameters.values()}
+    for module in model.modules():
+        found = None if "forward" in vars(module) else _rule_for(module)
+        if found is not None:
+            rule, own = found
+            owned = {name: parameter for name, parameter in own.items() if id(parameter) in wanted}
+            if owned:
+                yield module, owned, rule
+
+
+def _rule_for(module: Any) -> tuple[Rule, Owned] | None:
+    """The rule for a module and the parameters that it covers."""
+    kind = type(module)
+    own = dict(module.named_parameters(recurse=False))
+    if kind is nn.Linear:
+        return _linear, own
+    if kind is nn.LayerNorm:
+        return _layer_norm, own
+    if (kind.__name__.endswith("RMSNorm") or kind.__name__ == "T5LayerNorm") and own.keys() == {"weight"}:
+        return _rms_norm, own
+    if kind.__module__ == "peft.tuners.ia3.layer" and kind.__name__ == "Linear":
+        return _ia3, _of_adapter(module, "ia3_l")
+    if kind.__name__ == "BitFitLayer":
+        return _bitfit, _of_adapter(module, "bitfit_bias")
+    if hasattr(module, "prompt_encoder") and module.active_peft_config.inference_mode:
+        return _prompt, {"weight": module.prompt_encoder[module.active_adapter].embedding.weight}
+    return None
+
+
+def _of_adapter(module: Any, attribute: str) -> Owned:
+    """The active adapter's parameter in one of PEFT's dictionaries; of several active adapters there is no rule."""
+    active = [name for name in module.active_adapters if name in getattr(module, attribute)]
+    return {attribute: getattr(module, attribute)[active[0]]} if len(active) == 1 and not module.merged else {}
+
+
+@contextmanager
+def _forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Another forward for a module during the block."""
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+
+
+@contextmanager
+def _standing_in(module: nn.Module, **stand_ins: Any) -> Iterator[None]:
+    """Other values in place of a module's parameters during the block; what is in the dictionary goes first."""
+    vars(module).update(stand_ins)
+    try:
+        yield
+    finally:
+        for name in stand_ins:
+            del vars(module)[name]
+
+
+def _linear(module: nn.Linear, owned: Owned) -> AbstractContextManager[None]:
+    def forward(x: Tensor) -> Tensor:
+        return _apply(_SquaringLinear, x, module.weight, module.bias)
+
+    return _forward(module, forward)
+
+
+def _layer_norm(module: nn.LayerNorm, owned: Owned) -> AbstractContextManager[None]:
+    def forward(x: Tensor) -> Tensor:
+        return _apply(
+            _SquaringScale, layer_norm(x, module.normalized_shape, eps=module.eps), module.weight, module.bias
+        )
+
+    return _forward(module, forward)
+
+
+def _rms_norm(module: nn.Module, owned: Owned) -> AbstractContextManager[None]:
+    plain = type(module).forward
+    weight = owned["weight"]
+
+    def forward(x: Tensor) -> Tensor:
+        with _standing_in(module, weight=torch.ones_like(weight, requires_grad=False)):
+            normalised = plain(module, x)
+        return _apply(_SquaringScale, normalised, weight, None)
+
+    return _forward(module, forward)
+
+
+def _ia3(module: Any, owned: Owned) -> AbstractContextManager[None]:
+    scale = owned["ia3_l"]
+
+    def scaled(x: Tensor) -> Tensor:
+        return _apply(_SquaringScale, x.to(scale.dtype), scale, None).to(x.dtype)
+
+    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        output: Tensor = module.base_layer(scaled(x) if module.is_feedforward else x, *args, **kwargs)
+        return output if module.is_feedforward else scaled(output)
+
+    return _forward(module, forward)
+
+
+def _bitfit(module: Any, owned: Owned) -> AbstractContextManager[None]:
+    bias = owned["bitfit_bias"]
+    axis = 1 if isinstance(module.base_layer, nn.Conv1d | nn.Conv2d | nn.Conv3d) else -1
+
+    def forward(*args: Any, **kwargs: Any) -> Tensor:
+        with _standing_in(module.base_layer, bias=bias.detach()):
+            output = module.base_layer(*args, **kwargs)
+        return _apply(_SquaringBias, output, bias, axis)
+
+    return _forward(module, forward)
+
+
+def _prompt(module: Any, owned: Owned) -> AbstractContextManager[None]:
+    """PEFT repeats the weight itself for every example in inference mode, which an expert that was loaded is in."""
+    return _standing_in(module.prompt_encoder[module.active_adapter].embedding, weight=_Repeatable(owned["weight"]))
+
+
+class _Repeatable:
+    """A prompt as far as PEFT looks at it before it repeats it for every example."""
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        self.weight, self.device = weight, weight.device
+
+    def repeat(self, examples: int, *ones: int) -> Tensor:
+        """(tokens × d) → (examples × tokens × d)."""
+        return _apply(_SquaringRepeat, self.weight, examples)
+
+
+def _apply(function: type[torch.autograd.Function], *arguments: Any) -> Tensor:
+    output: Tensor = function.apply(*arguments)  # type: ignore[no-untyped-call]
+    return output
+
+
+class _SquaringLinear(torch.autograd.Function):
+    """A Linear whose backward gives, as the gradient of its weight W, Σ_b (Σ_t g_bt x_btᵀ)².
+
+    So ``.grad`` holds a batch's sum of squared per-example gradients after an ordinary backward.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x if weight.requires_grad else None, weight)
+        return linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        (g,) = gradients  # (batch, …, d_out)
+        x, weight = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        return (
+            g @ weight if needs_x else None,
+            _sum_of_squares(g, x) if needs_weight else None,
+            _squared_sums(g) if needs_bias else None,
+        )
+
+
+class _SquaringScale(torch.autograd.Function):
+    """w ⊙ x + b with w and b of the last axis; the gradient of w is Σ_b (Σ_t g_bt ⊙ x_bt)²."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x if weight.requires_grad else None, weight)
+        scaled = x * weight.flatten()
+        return scaled if bias is None else scaled + bias
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        (g,) = gradients
+        x, weight = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        return (
+            g * weight.flatten() if needs_x else None,
+            _squared_sums(g * x).view_as(weight) if needs_weight else None,
+            _squared_sums(g) if needs_bias else None,
+        )
+
+
+class _SquaringBias(torch.autograd.Function):
+    """A bias that is in y already; its gradient is Σ_b (Σ_t g_bt)², with the channels on ``axis``."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, bias: Tensor, axis: int) -> Tensor:
+        ctx.axis = axis
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        (g,) = gradients
+        return g if ctx.needs_input_grad[0] else None, _squared_sums(g.movedim(ctx.axis, -1)), None
+
+
+class _SquaringRepeat(torch.autograd.Function):
+    """A tensor for each example; its gradient is Σ_b g_b²."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, examples: int) -> Tensor:
+        return weight.repeat(examples, 1, 1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0].square().sum(0), None
+
+
+def _squared_sums(g: Tensor) -> Tensor:
+    """Σ_b (Σ_t g_bt)², (d), for g (batch, …, d)."""
+    return g.reshape(len(g), -1, g.shape[-1]).sum(1).square().sum(0)
+
+
+def _sum_of_squares(g: Tensor, x: Tensor) -> Tensor:
+    """Σ_b (Σ_t g_bt x_btᵀ)², (d_out × d_in), for g (batch, …, d_out) and x (batch, …, d_in)."""
+    if g.dim() == 2:  # one position per example: the square of a product is the product of the squares
+        return g.square().T @ x.square()
+    g, x = g.flatten(1, -2), x.flatten(1, -2)
+    if g.shape[-1] > x.shape[-1]:  # the batched product is faster with the small dimension as its rows
+        return _sum_of_squares(x, g).T
+    size = g.shape[-1] * x.shape[-1]
+    examples = max(1, _PRODUCT_BYTES // (size * g.element_size()))
+    total = g.new_zeros(1, size)
+    for start in range(0, len(g), examples):
+        products = torch.bmm(g[start : start + examples].mT, x[start : start + examples])
+        # Σ_b as a product with ones: faster than a reduction over the first axis
+        total.addmm_(g.new_ones(1, len(products)), products.square_().flatten(1))
+    return total.view(g.shape[-1], x.shape[-1])

@@ -1,0 +1,61 @@
+"""Kinds that PEFT ships and pimerge only looks at: why their tensors are not combined."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pimerge.kinds._groups import Group, Slot
+
+_NOT_A_DELTA = "its tensors give ΔW only together with what it draws or reads from the base"
+_ROTATES = "it multiplies the base's weights by an orthogonal matrix, and the sum of two such is none"
+_WHY = {
+    "ADALORA": "AdaLoRA prunes ΔW = B diag(E) A as it trains, and one expert's directions are not another's",
+    "BOFT": _ROTATES,
+    "OFT": _ROTATES,
+    "HRA": _ROTATES,
+    "PSOFT": _ROTATES,
+    "POLY": "Poly routes each task over several LoRAs",
+    "XLORA": "X-LoRA routes each token over several LoRAs",
+    "MIXED": "it is several adapters in one",
+    "VBLORA": "VB-LoRA chooses its factors from a bank of vectors, and the choice is no number to be summed",
+    "LOHA": "the Hadamard product of two low-rank matrices is not linear in its factors",
+    "LOKR": "a Kronecker product is not linear in its factors",
+    "VERA": _NOT_A_DELTA,
+    "RANDLORA": _NOT_A_DELTA,
+    "FOURIERFT": _NOT_A_DELTA,
+    "P_TUNING": "the prompt is made by a network that is not in the file",
+    "MULTITASK_PROMPT_TUNING": "the prompt is a product of a shared and a task's part",
+    "ADAPTION_PROMPT": "LLaMA-Adapter gates its prompts layer by layer",
+    "TRAINABLE_TOKENS": "rows of the embedding are no update of the whole matrix",
+}
+_PREFIXES = ("base_model.model.", "base_model.")
+
+
+def why_unhandled(peft_type: str) -> str:
+    """Why experts of a type are not combined; empty of a type that PEFT does not know either.
+
+    >>> why_unhandled("OFT").partition(",")[0]
+    "it multiplies the base's weights by an orthogonal matrix"
+    """
+    if peft_type in _WHY:
+        return _WHY[peft_type]
+    from peft import PeftType
+
+    return "no rule says what its tensors mean" if peft_type in PeftType.__members__ else ""
+
+
+def parse(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, Group], dict[str, str]]:
+    """Every tensor that is no head's, by the module that its name says."""
+    saved = config.get("modules_to_save")
+    heads = saved if isinstance(saved, list) else []
+    found: dict[str, dict[str, Slot]] = {}
+    head = {}
+    for key, shape in sorted(shapes.items()):
+        name = next((key.removeprefix(prefix) for prefix in _PREFIXES if key.startswith(prefix)), key)
+        if any(f".{each}." in f".{name}" for each in heads):
+            head[name] = key
+        else:
+            module, _, slot = name.rpartition(".")
+            found.setdefault(module or slot, {})[slot] = Slot(key, shape)
+    return {name: Group(name, slots) for name, slots in found.items()}, head

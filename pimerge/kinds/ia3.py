@@ -1,0 +1,56 @@
+"""(IA)³: vectors that scale the outputs of layers, or the inputs of feed-forward layers (arXiv 2205.05638).
+
+Layout: (d_out × 1) for a layer whose outputs are scaled, (1 × d_in) for one whose inputs are. At 1 nothing changes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from pimerge.kinds._groups import Group, Slot, parse_groups
+
+if TYPE_CHECKING:
+    from torch import nn
+
+PEFT_TYPE = "IA3"
+INIT: tuple[str, ...] = ()
+_KEY = re.compile(r"(?P<module>.+)\.(?P<slot>ia3_l)")
+
+
+def parse(
+    config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], *, convert: bool = False
+) -> tuple[dict[str, Group], dict[str, str]]:
+    """Read the layout of an (IA)³ expert; see :mod:`pimerge.kinds`.
+
+    >>> groups, _ = parse({}, {"base_model.model.k.ia3_l": (4, 1)})
+    >>> groups["k"].slots["ia3_l"].neutral
+    1.0
+    """
+
+    def slot(module: str, name: str, key: str, shape: tuple[int, ...]) -> Slot | str:
+        return Slot(key, shape, neutral=1.0) if shape.count(1) >= len(shape) - 1 > 0 else "expected a row or a column"
+
+    return parse_groups(config, shapes, _KEY, "(IA)³ vectors", slot, frozenset({"ia3_l"}))
+
+
+def key_of_parameter(name: str) -> str:
+    """The adapter file's key for the name of a parameter of PEFT's model with adapter ``default``.
+
+    >>> key_of_parameter("base_model.model.k.ia3_l.default")
+    'base_model.model.k.ia3_l'
+    """
+    return re.sub(r"\.ia3_l\.default$", ".ia3_l", name)
+
+
+def misfit(group: Group, model: nn.Module, config: Mapping[str, Any]) -> str:
+    """Why a group has no place in a base; empty if it has."""
+    weight = getattr(model.get_submodule(group.name), "weight", None)
+    if weight is None or weight.dim() < 2:
+        return f"the base's '{group.name}' has no matrix to scale"
+    shape = group.slots["ia3_l"].shape
+    length = max(shape)
+    return (
+        "" if length in weight.shape[:2] else f"it scales {length} numbers, the base's weight is {tuple(weight.shape)}"
+    )

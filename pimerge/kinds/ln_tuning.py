@@ -1,0 +1,48 @@
+"""Trained LayerNorms: weights and biases in place of the base's own (arXiv 2312.11420)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from pimerge.kinds._groups import Group, Slot, parse_groups
+
+if TYPE_CHECKING:
+    from torch import nn
+
+PEFT_TYPE = "LN_TUNING"
+INIT: tuple[str, ...] = ()
+_KEY = re.compile(r"(?P<module>.+)\.ln_tuning_layers\.(?P<slot>weight|bias)")
+
+
+def parse(
+    config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], *, convert: bool = False
+) -> tuple[dict[str, Group], dict[str, str]]:
+    """Read the layout of an expert of trained LayerNorms; see :mod:`pimerge.kinds`.
+
+    >>> groups, _ = parse({}, {"base_model.model.norm.ln_tuning_layers.weight": (4,)})
+    >>> groups["norm"].slots["weight"].base
+    'norm.weight'
+    """
+
+    def slot(module: str, name: str, key: str, shape: tuple[int, ...]) -> Slot | str:
+        return Slot(key, shape, base=f"{module}.{name}")
+
+    return parse_groups(config, shapes, _KEY, "LayerNorms", slot, frozenset({"weight"}))
+
+
+def key_of_parameter(name: str) -> str:
+    """The adapter file's key for the name of a parameter of PEFT's model with adapter ``default``.
+
+    >>> key_of_parameter("base_model.model.norm.ln_tuning_layers.default.weight")
+    'base_model.model.norm.ln_tuning_layers.weight'
+    """
+    return name.replace(".ln_tuning_layers.default.", ".ln_tuning_layers.")
+
+
+def misfit(group: Group, model: nn.Module, config: Mapping[str, Any]) -> str:
+    """Why a group has no place in a base; empty if it has."""
+    own = {name: tuple(value.shape) for name, value in model.get_submodule(group.name).named_parameters(recurse=False)}
+    found = {name: slot.shape for name, slot in group.slots.items()}
+    return "" if own == found else f"it holds {found}, the base's layer {own}"

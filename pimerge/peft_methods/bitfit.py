@@ -1,0 +1,134 @@
+"""BitFit for PEFT: biases in place of the base's own (arXiv 2106.10199)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from pimerge.peft_methods._types import peft_type
+
+
+@dataclass
+class BitFitConfig(PeftConfig):  # type: ignore[misc]
+    """Which biases are trained.
+
+    Attributes:
+        target_modules: names or name endings of modules with a bias, or a regular expression; by default every module
+            with a bias outside the head.
+        exclude_modules, modules_to_save: as in PEFT's own configs.
+    """
+
+    target_modules: list[str] | set[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    modules_to_save: list[str] | None = field(default=None)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = peft_type("BITFIT")
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)
+
+
+class BitFitLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
+    """A layer with another bias; what else it computes is the base's."""
+
+    adapter_layer_names = ("bitfit_bias",)
+    active_adapters: list[str]
+    set_adapter: Any
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: BitFitConfig) -> None:
+        super().__init__()
+        self.base_layer: Any = base_layer
+        self.bitfit_bias = nn.ParameterDict({})
+        self.merged_adapters: list[str] = []
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, config)
+
+    def update_layer(self, adapter_name: str, config: BitFitConfig) -> None:
+        """Add an adapter, with the base's bias for a start."""
+        self.bitfit_bias[adapter_name] = nn.Parameter(self.base_layer.bias.detach().clone())
+        self.set_adapter(adapter_name, inference_mode=config.inference_mode)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The base's layer with the active adapter's bias."""
+        active = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.bitfit_bias]
+        if len(active) > 1:
+            raise ValueError(f"a layer has one bias, and {len(active)} adapters are active")
+        replaced = {"bias": self.bitfit_bias[active[0]]} if active else {}
+        output: Tensor = functional_call(self.base_layer, replaced, args, kwargs)
+        return output
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Put the adapter's bias into the base."""
+        for name in adapter_names or self.active_adapters:
+            own, bias = self.base_layer.bias, self.bitfit_bias[name]
+            own.data, bias.data = bias.data, own.data
+            self.merged_adapters.append(name)
+
+    def unmerge(self) -> None:
+        """Take it out again."""
+        while self.merged_adapters:
+            own, bias = self.base_layer.bias, self.bitfit_bias[self.merged_adapters.pop()]
+            own.data, bias.data = bias.data, own.data
+
+
+class BitFitModel(BaseTuner):  # type: ignore[misc]
+    """A model with trained biases."""
+
+    prefix = "bitfit_"
+    tuner_layer_cls = BitFitLayer
+    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
+
+    def _prepare_adapter_config(self, peft_config: BitFitConfig, model_config: dict[str, Any]) -> BitFitConfig:
+        if peft_config.target_modules is None:
+            peft_config.target_modules = biased_modules(self.model, peft_config.modules_to_save or ())
+        return peft_config
+
+    def _create_and_replace(
+        self,
+        peft_config: BitFitConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **optional: Any,
+    ) -> None:
+        if isinstance(target, BitFitLayer):
+            target.update_layer(adapter_name, peft_config)
+            return
+        if getattr(target, "bias", None) is None:
+            raise ValueError(f"'{current_key}' has no bias: name modules that have one in target_modules")
+        layer = BitFitLayer(target, adapter_name, peft_config)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Nothing: a bias has the dtype of its layer."""
+
+
+def biased_modules(model: nn.Module, head: Iterable[str]) -> set[str]:
+    """The names of the modules with a bias, without those of the head.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    backbone = getattr(model, "base_model_prefix", "")
+    within = f"{backbone}." if hasattr(model, backbone or " ") else ""
+    found = {
+        name
+        for name, module in model.named_modules()
+        if name.startswith(within)
+        and isinstance(getattr(module, "bias", None), nn.Parameter)
+        and not any(f".{saved}." in f".{name}." for saved in head)
+    }
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no biases, so BitFit has nothing to train")
+    return found
