@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import nn
@@ -17,13 +17,14 @@ from pimerge.export import task_of
 from pimerge.model import LoadedBase, load_base, plugged_in, resolve_device, resolve_dtype, set_head
 from pimerge.progress import Advance, Track, silent
 from pimerge.task import Task
-from pimerge.task_types import Examples, bucket_by_length
+from pimerge.task_types import Examples, Scored, bucket_by_length
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 Z95 = 1.959963984540054
 BASE = "(base)"
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ def evaluate(
     dtype: str = "auto",
     batch_tokens: int = 16_384,
     track: Track = silent,
+    note: Callable[[str], None] = lambda message: None,
 ) -> list[Score]:
     """Score the bare base and each expert on the target's test split.
 
@@ -69,6 +71,7 @@ def evaluate(
         task: the target's.
         base: that of every expert.
         target: the target's own expert, if it is known.
+        note: told what the user should know, a sentence at a time.
 
     Raises:
         PimergeError: if an expert has no head for the task's labels, another base, or does not fit it.
@@ -83,16 +86,21 @@ def evaluate(
     scores = []
     loaded = load_base(base, task, resolved, precision)
     examples, _ = task.examples("test", loaded.processor, loaded.config)
-    head, note = _base_head(loaded, target, task)
-    total = len(examples) * (len(experts) + (note is not None))
+    if examples.truncated:
+        note(f"{examples.truncated} test examples are longer than the model takes and were cut")
+    head, whose = _base_head(loaded, target, task)
+    total = len(examples) * (len(experts) + (whose is not None))
     with track("evaluating", total, "examples") as advance:
 
-        def run(name: str, model: nn.Module, note: str) -> None:
-            scores.append(_score(name, model, examples, task, resolved, batch_tokens, note, advance))
+        def run(name: str, model: nn.Module, whose: str) -> None:
+            found = _answers(model, examples, task, batch_tokens, advance)
+            if found.cut:
+                note(f"{name}: {found.cut} answers were cut at max_new_tokens")
+            scores.append(_score(name, found, whose))
 
-        if note is not None:
+        if whose is not None:
             set_head(loaded.model, head)
-            run(BASE, loaded.model, note)
+            run(BASE, loaded.model, whose)
         for expert in experts:
             with plugged_in(expert, loaded) as model:
                 run(expert.name, model, "")
@@ -114,6 +122,8 @@ def wilson_interval(right: int, total: int) -> tuple[float, float]:
 def _require_answers(expert: Expert, task: Task, base: Base) -> None:
     if expert.base.identity != base.identity:
         raise PimergeError(f"its base is '{expert.base.name}', the target's '{base.name}'", "score it apart")
+    if not task.type.TRAINS_HEAD:  # the base itself answers
+        return
     own = task_of(expert)
     if not expert.head:
         raise PimergeError("it has no head", "merge it with --head target, or tune it")
@@ -127,7 +137,7 @@ def _require_answers(expert: Expert, task: Task, base: Base) -> None:
 def _base_head(loaded: LoadedBase, target: Expert | None, task: Task) -> tuple[Mapping[str, Tensor], str | None]:
     """The head for the bare base, and a note on it; no note means that there is no head to be had."""
     if loaded.has_own_head:
-        return {}, "its own head"
+        return {}, "its own head" if loaded.head else ""
     if target is None or not target.head:
         return {}, None
     own = task_of(target)
@@ -136,28 +146,34 @@ def _base_head(loaded: LoadedBase, target: Expert | None, task: Task) -> tuple[M
     return target.head_tensors(), f"the head of {target.name}"
 
 
-def _score(
-    name: str,
-    model: nn.Module,
-    examples: Examples,
-    task: Task,
-    device: torch.device,
-    batch_tokens: int,
-    note: str,
-    advance: Advance,
-) -> Score:
-    losses, right = [], 0
+def _answers(model: nn.Module, examples: Examples, task: Task, batch_tokens: int, advance: Advance) -> Scored:
+    """How a model does on all examples, in their order."""
+    order: list[int] = []
+    parts: list[Scored] = []
     for indices in bucket_by_length(examples.lengths, batch_tokens):
-        batch = {key: value.to(device) for key, value in examples.batch(indices).items()}
-        loss, correct = task.type.score(model, batch)
-        losses.append(loss.double().cpu())
-        right += int(correct.sum())
+        parts.append(task.type.score(model, examples, indices))
+        order += indices
         advance(len(indices))
-    all_losses = torch.cat(losses)
-    total = len(all_losses)
+    places = sorted(range(len(order)), key=lambda place: order[place])
+    return Scored(
+        torch.cat([part.losses.double().cpu() for part in parts])[places],
+        _ordered([right for part in parts for right in part.right], places),
+        _ordered([choice for part in parts for choice in part.chosen], places),
+        _ordered([text for part in parts for text in part.texts], places),
+        sum(part.cut for part in parts),
+    )
+
+
+def _ordered(values: Sequence[Value], places: Sequence[int]) -> list[Value]:
+    return [values[place] for place in places] if values else []
+
+
+def _score(name: str, found: Scored, note: str) -> Score:
+    total = len(found.losses)
+    right = sum(found.right)
     low, high = wilson_interval(right, total)
-    mean = float(all_losses.mean())
-    half = Z95 * float(all_losses.std()) / math.sqrt(total) if total > 1 else math.inf
+    mean = float(found.losses.mean())
+    half = Z95 * float(found.losses.std()) / math.sqrt(total) if total > 1 else math.inf
     if not math.isfinite(mean):
         raise PimergeError(f"the loss of '{name}' is not finite", "its weights diverged: tune it with a lower --lr")
     return Score(name, right / total, low, high, mean, mean - half, mean + half, total, note)

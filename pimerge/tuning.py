@@ -30,10 +30,11 @@ from pimerge.model import LoadedBase, load_base, resolve_device, resolve_dtype, 
 from pimerge.progress import Track, silent
 from pimerge.task import Task
 from pimerge.task_types import Examples
-from pimerge.training import Options, Outcome, check_options, split_holdout, train
+from pimerge.training import Options, Outcome, check_options, split_holdout, train, untrained
 from pimerge.tune_methods import Plan
 
 STARTS = ("ranking", "equal")
+HEAD_ALONE = Plan(fresh=True)
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,11 @@ def tune(
     resolved = resolve_device(device)
     precision = resolve_dtype(dtype, resolved)
     loaded = load_base(base, task, resolved, precision, options.seed)
+    if plan == HEAD_ALONE and not loaded.head:
+        raise PimergeError(
+            f"'{method}' trains a head alone, and a base that answers in text ({task.file.type}) has none to train",
+            "take 'scratch' for a control without experts; 'pimerge eval' scores the bare base, too",
+        )
     members, fresh = _members(plan, loaded, chosen, target, like, options, note)
     if plan.target and target is not None:
         set_head(loaded.model, target.head_tensors())
@@ -112,7 +118,11 @@ def tune(
     mixture = Mixture(names, logits, options.granularity, plan.train_weights and len(members) > 1)
     layers = compose(loaded.model, members, mixture, plan.train_experts)
     kept, held_out = _examples(task, loaded, options, note)
-    outcome = train(loaded, mixture.to(resolved), kept, held_out, run, options, precision, track=track, note=note)
+    if loaded.head or any(p.requires_grad for p in (*mixture.parameters(), *loaded.model.parameters())):
+        outcome = train(loaded, mixture.to(resolved), kept, held_out, run, options, precision, track=track, note=note)
+    else:
+        note(f"'{method}' trains nothing but a head, and {task.file.type} has none: the experts are summed as they are")
+        outcome = untrained()
     layout, merged = _collapse(layers, members, mixture, Truncation(options.rank))
     error = relative_error([module.summary for module in merged])
     coefficients = Coefficients(

@@ -58,6 +58,7 @@ def evaluate(
         device=device,
         dtype=dtype,
         track=tracker(quiet),
+        note=lambda message: note(message, quiet),
     )
     document = {"target": task.name, "split": "test", "scores": [asdict(row) for row in scores]}
     if output is not None:
