@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -14,6 +14,7 @@ from pimerge.base import Base
 from pimerge.errors import PimergeError, Problems
 from pimerge.expert import Expert
 from pimerge.export import task_of
+from pimerge.metrics import Answers, Interval, measure
 from pimerge.model import LoadedBase, load_base, plugged_in, resolve_device, resolve_dtype, set_head
 from pimerge.progress import Advance, Track, silent
 from pimerge.task import Task
@@ -33,10 +34,12 @@ class Score:
 
     Attributes:
         name: the expert's, or ``(base)``.
-        accuracy, accuracy_low, accuracy_high: share of right answers and its 95 % interval (Wilson).
+        accuracy, accuracy_low, accuracy_high: share of right answers and its 95 % interval (Wilson); without classes an
+            answer is right that is one of the references.
         loss, loss_low, loss_high: mean of −log p(y|x) in nats and its 95 % interval (normal).
         examples: of the test split.
         note: whose head answers, where it is not the expert's own.
+        metrics: those of the task, each with its 95 % interval: accuracy as above, the others by a bootstrap.
     """
 
     name: str
@@ -48,6 +51,7 @@ class Score:
     loss_high: float
     examples: int
     note: str = ""
+    metrics: dict[str, Interval] = field(default_factory=dict)
 
 
 def evaluate(
@@ -85,7 +89,7 @@ def evaluate(
     precision = resolve_dtype(dtype, resolved)
     scores = []
     loaded = load_base(base, task, resolved, precision)
-    examples, _ = task.examples("test", loaded.processor, loaded.config)
+    examples, labels = task.examples("test", loaded.processor, loaded.config)
     if examples.truncated:
         note(f"{examples.truncated} test examples are longer than the model takes and were cut")
     head, whose = _base_head(loaded, target, task)
@@ -96,7 +100,7 @@ def evaluate(
             found = _answers(model, examples, task, batch_tokens, advance)
             if found.cut:
                 note(f"{name}: {found.cut} answers were cut at max_new_tokens")
-            scores.append(_score(name, found, whose))
+            scores.append(_score(name, found, labels, examples.references, task, whose))
 
         if whose is not None:
             set_head(loaded.model, head)
@@ -168,7 +172,9 @@ def _ordered(values: Sequence[Value], places: Sequence[int]) -> list[Value]:
     return [values[place] for place in places] if values else []
 
 
-def _score(name: str, found: Scored, note: str) -> Score:
+def _score(
+    name: str, found: Scored, labels: Sequence[int], references: Sequence[Sequence[str]], task: Task, note: str
+) -> Score:
     total = len(found.losses)
     right = sum(found.right)
     low, high = wilson_interval(right, total)
@@ -176,4 +182,9 @@ def _score(name: str, found: Scored, note: str) -> Score:
     half = Z95 * float(found.losses.std()) / math.sqrt(total) if total > 1 else math.inf
     if not math.isfinite(mean):
         raise PimergeError(f"the loss of '{name}' is not finite", "its weights diverged: tune it with a lower --lr")
-    return Score(name, right / total, low, high, mean, mean - half, mean + half, total, note)
+    answers = Answers(found.chosen, labels, len(task.labels), found.texts, references)
+    metrics = {metric: measure(metric, answers) for metric in task.metrics if metric != "accuracy"}
+    if "accuracy" in task.metrics:
+        metrics["accuracy"] = Interval(right / total, low, high)
+    metrics = {metric: metrics[metric] for metric in task.metrics}
+    return Score(name, right / total, low, high, mean, mean - half, mean + half, total, note, metrics)

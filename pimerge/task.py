@@ -70,6 +70,11 @@ class Task:
         return self.file.labels or []
 
     @property
+    def metrics(self) -> list[str]:
+        """What ``eval`` shows besides the loss."""
+        return self.file.metrics or ["accuracy" if self.labels else "exact-match"]
+
+    @property
     def type(self) -> ModuleType:
         """The strategy for this type of task."""
         return strategies.load("task_types", self.file.type)

@@ -26,7 +26,7 @@ class TaskFile(BaseModel):
         verbalizer: class → its text; by default its name.
         scoring: ``likelihood`` (the likeliest answer of all classes counts) or ``generation`` (what it writes).
         chat: whether prompts go through the tokenizer's chat template.
-        metrics: what ``eval`` shows.
+        metrics: what ``eval`` shows besides the loss; accuracy, or exact-match without labels, if it is not given.
         max_new_tokens: most tokens that are generated for an answer.
     """
 

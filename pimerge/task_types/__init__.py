@@ -80,13 +80,15 @@ class Examples:
         lengths: tokens (or patches) of each example, for batches of bounded size.
         get: example i as tensors without a batch axis, ``labels`` among them.
         collate: several examples → one padded batch.
-        truncated: how many were longer than the model takes and lost their end.
+        truncated: how many were longer than the model takes and were cut.
+        references: the texts that are right for each; none for a type that answers in classes only.
     """
 
     lengths: Sequence[int]
     get: Callable[[int], Batch]
     collate: Callable[[Sequence[Batch]], Batch]
     truncated: int = 0
+    references: Sequence[Sequence[str]] = ()
 
     def __len__(self) -> int:
         return len(self.lengths)

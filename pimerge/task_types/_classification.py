@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn.functional import cross_entropy
 
-from pimerge.errors import PimergeError
+from pimerge.errors import Problems
+from pimerge.metrics import check as check_metrics
 from pimerge.task_types import Scored, on_device
 from pimerge.task_types._reading import catching, read_position, text_config
 
@@ -19,17 +20,21 @@ if TYPE_CHECKING:
     from pimerge.task_types import Batch, Examples
 
 TRAINS_HEAD = True
-FIELDS: frozenset[str] = frozenset()
+FIELDS = frozenset({"metrics"})
 
 
 def check(file: TaskFile) -> None:
-    """Check that there are classes.
+    """Check that there are classes, and that the metrics are about them.
 
     Raises:
-        PimergeError: if there are none.
+        PimergeError: if it is not so.
     """
+    problems = Problems()
     if file.labels is None:
-        raise PimergeError("labels: Field required", "list the names of the classes")
+        problems.add("labels: Field required", "list the names of the classes")
+    with problems.collected():
+        check_metrics(file.metrics or [], ["classes"])
+    problems.raise_any("it does not fit")
 
 
 def logits(model: nn.Module, batch: Batch) -> Tensor:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 TRAINS_HEAD = False
 COLUMNS = {"label": False}
-FIELDS = frozenset({"prompt", "answer", "verbalizer", "scoring", "max_new_tokens"})
+FIELDS = frozenset({"prompt", "answer", "verbalizer", "scoring", "metrics", "max_new_tokens"})
 _USUAL_NEW_TOKENS = 64
 _PADDING = {"attention_mask": 0, "decoder_attention_mask": 0, "labels": IGNORED}
 
@@ -111,6 +111,7 @@ def examples_of(
         get,
         lambda batch: collate(batch, pad),
         truncated,
+        [text.references for text in texts],
         tokens=tokens,
         item=item,
         texts=texts,

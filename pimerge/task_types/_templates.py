@@ -13,6 +13,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from pimerge.errors import PimergeError, Problems, nearest
+from pimerge.metrics import check as check_metrics
 
 if TYPE_CHECKING:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -136,6 +137,8 @@ def check_texts(file: TaskFile) -> None:
         _check_free(file, problems)
     else:
         _check_labelled(file, file.labels, templates, problems)
+    with problems.collected():
+        check_metrics(file.metrics or [], ["texts"] if file.labels is None else ["classes", "texts"])
     problems.raise_any("it does not fit")
 
 
