@@ -24,7 +24,7 @@ from pimerge.store import DIAGONAL, GRAMS, MARGINALS, Store
 from pimerge.store_document import Settings
 from pimerge.stored import GRADIENT, UPDATE
 from pimerge.task import Task
-from pimerge.task_types import Batch, Examples, bucket_by_length
+from pimerge.task_types import Batch, Examples, bucket_by_length, on_device
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -117,6 +117,7 @@ def embed(
     tensors: dict[str, dict[str, Tensor]] = {}
     with plugged_in(expert, loaded) as model:
         layers = linear_layers(model, expert.modules or lora_targets(loaded.model))
+        make = _batch_maker(model, task, examples, batches, make_plain, settings)
         # PEFT's wrapper, since the base's own layer may compute nothing that needs a gradient
         prefix = peft_prefix(model)
         watched = {name: model.get_submodule(prefix + name) for name in layers}
@@ -125,7 +126,7 @@ def embed(
             model,
             factors_of(expert, model),
             batches,
-            _batch_maker(model, task, lambda ids: marginals.of(make_plain(ids)), len(examples), settings),
+            lambda indices: marginals.of(make(indices)),
             task.type.nll,
             check=form not in bases.checked,
             during=marginals.recording(),
@@ -198,20 +199,29 @@ def _parts(marginals: Mapping[str, Tensor], part: str) -> list[tuple[str, Tensor
 
 
 def _on_device(examples: Examples, device: torch.device, indices: Sequence[int]) -> Batch:
-    return {name: value.to(device) for name, value in examples.batch(indices).items()}
+    return on_device(examples.batch(indices), device)
 
 
 def _batch_maker(
-    model: nn.Module, task: Task, make_plain: Callable[[Sequence[int]], Batch], count: int, settings: Settings
+    model: nn.Module,
+    task: Task,
+    examples: Examples,
+    batches: Sequence[Sequence[int]],
+    make_plain: Callable[[Sequence[int]], Batch],
+    settings: Settings,
 ) -> Callable[[Sequence[int]], Batch]:
-    """Batches with true labels, or with labels drawn by the uniform number of each of the ``count`` examples."""
+    """Batches with true labels, or with labels drawn by the uniform number of each example."""
     if settings.labels != "sampled":
         return make_plain
     generator = torch.Generator().manual_seed(settings.seed)
-    uniform = torch.rand(count, generator=generator, dtype=torch.float64)
+    uniform = torch.rand(len(examples), generator=generator, dtype=torch.float64)
+    drawn: dict[int, int] = {}
+    for indices in batches:
+        drawn |= zip(indices, task.type.draw(model, examples, indices, uniform[list(indices)]), strict=True)
+
+    device = next(model.parameters()).device
 
     def make(indices: Sequence[int]) -> Batch:
-        batch: Batch = task.type.draw(model, make_plain(indices), uniform[list(indices)])
-        return batch
+        return on_device(examples.collate([examples.labelled(index, drawn[index]) for index in indices]), device)
 
     return make

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import nn
@@ -14,6 +14,7 @@ from pimerge.base import Base
 from pimerge.errors import PimergeError, Problems
 from pimerge.expert import Expert
 from pimerge.export import task_of
+from pimerge.metrics import Answers, Interval, measure
 from pimerge.model import (
     LoadedBase,
     load_base,
@@ -25,13 +26,14 @@ from pimerge.model import (
 )
 from pimerge.progress import Advance, Track, silent
 from pimerge.task import Task
-from pimerge.task_types import Examples, bucket_by_length
+from pimerge.task_types import Examples, Scored, bucket_by_length
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 Z95 = 1.959963984540054
 BASE = "(base)"
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -40,10 +42,12 @@ class Score:
 
     Attributes:
         name: the expert's, or ``(base)``.
-        accuracy, accuracy_low, accuracy_high: share of right answers and its 95 % interval (Wilson).
+        accuracy, accuracy_low, accuracy_high: share of right answers and its 95 % interval (Wilson); without classes an
+            answer is right that is one of the references.
         loss, loss_low, loss_high: mean of −log p(y|x) in nats and its 95 % interval (normal).
         examples: of the test split.
         note: whose head answers, where it is not the expert's own.
+        metrics: those of the task, each with its 95 % interval: accuracy as above, the others by a bootstrap.
     """
 
     name: str
@@ -55,6 +59,7 @@ class Score:
     loss_high: float
     examples: int
     note: str = ""
+    metrics: dict[str, Interval] = field(default_factory=dict)
 
 
 def evaluate(
@@ -67,6 +72,7 @@ def evaluate(
     dtype: str = "auto",
     batch_tokens: int = 16_384,
     track: Track = silent,
+    note: Callable[[str], None] = lambda message: None,
 ) -> list[Score]:
     """Score the bare base and each expert on the target's test split.
 
@@ -77,6 +83,7 @@ def evaluate(
         task: the target's.
         base: that of every expert.
         target: the target's own expert, if it is known.
+        note: told what the user should know, a sentence at a time.
 
     Raises:
         PimergeError: if an expert has no head for the task's labels, another base, or does not fit it.
@@ -90,19 +97,23 @@ def evaluate(
     precision = resolve_dtype(dtype, resolved)
     scores = []
     loaded = load_base(base, task, resolved, precision)
-    examples, _ = task.examples("test", loaded.processor, loaded.config_for(experts))
-    padded = not most_virtual_tokens(experts)
-    head, note = _base_head(loaded, target, task)
-    total = len(examples) * (len(experts) + (note is not None))
+    examples, labels = task.examples("test", loaded.processor, loaded.config_for(experts))
+    if examples.truncated:
+        note(f"{examples.truncated} test examples are longer than the model takes and were cut")
+    batches = bucket_by_length(examples.lengths, batch_tokens, padded=not most_virtual_tokens(experts))
+    head, whose = _base_head(loaded, target, task)
+    total = len(examples) * (len(experts) + (whose is not None))
     with track("evaluating", total, "examples") as advance:
 
-        def run(name: str, model: nn.Module, note: str) -> None:
-            batches = bucket_by_length(examples.lengths, batch_tokens, padded=padded)
-            scores.append(_score(name, model, examples, batches, task, resolved, note, advance))
+        def run(name: str, model: nn.Module, whose: str) -> None:
+            found = _answers(model, examples, batches, task, advance)
+            if found.cut:
+                note(f"{name}: {found.cut} answers were cut at max_new_tokens")
+            scores.append(_score(name, found, labels, examples.references, task, whose))
 
-        if note is not None:
+        if whose is not None:
             set_head(loaded.model, head)
-            run(BASE, loaded.model, note)
+            run(BASE, loaded.model, whose)
         for expert in experts:
             with plugged_in(expert, loaded) as model:
                 run(expert.name, model, "")
@@ -124,6 +135,8 @@ def wilson_interval(right: int, total: int) -> tuple[float, float]:
 def _require_answers(expert: Expert, task: Task, base: Base) -> None:
     if expert.base.identity != base.identity:
         raise PimergeError(f"its base is '{expert.base.name}', the target's '{base.name}'", "score it apart")
+    if not task.type.TRAINS_HEAD:  # the base itself answers
+        return
     own = task_of(expert)
     if not expert.head:
         raise PimergeError("it has no head", "merge it with --head target, or tune it")
@@ -137,7 +150,7 @@ def _require_answers(expert: Expert, task: Task, base: Base) -> None:
 def _base_head(loaded: LoadedBase, target: Expert | None, task: Task) -> tuple[Mapping[str, Tensor], str | None]:
     """The head for the bare base, and a note on it; no note means that there is no head to be had."""
     if loaded.has_own_head:
-        return {}, "its own head"
+        return {}, "its own head" if loaded.head else ""
     if target is None or not target.head:
         return {}, None
     own = task_of(target)
@@ -146,28 +159,43 @@ def _base_head(loaded: LoadedBase, target: Expert | None, task: Task) -> tuple[M
     return target.head_tensors(), f"the head of {target.name}"
 
 
-def _score(
-    name: str,
-    model: nn.Module,
-    examples: Examples,
-    batches: Sequence[Sequence[int]],
-    task: Task,
-    device: torch.device,
-    note: str,
-    advance: Advance,
-) -> Score:
-    losses, right = [], 0
+def _answers(
+    model: nn.Module, examples: Examples, batches: Sequence[Sequence[int]], task: Task, advance: Advance
+) -> Scored:
+    """How a model does on all examples, in their order."""
+    order: list[int] = []
+    parts: list[Scored] = []
     for indices in batches:
-        batch = {key: value.to(device) for key, value in examples.batch(indices).items()}
-        loss, correct = task.type.score(model, batch)
-        losses.append(loss.double().cpu())
-        right += int(correct.sum())
+        parts.append(task.type.score(model, examples, indices))
+        order += indices
         advance(len(indices))
-    all_losses = torch.cat(losses)
-    total = len(all_losses)
+    places = sorted(range(len(order)), key=lambda place: order[place])
+    return Scored(
+        torch.cat([part.losses.double().cpu() for part in parts])[places],
+        _ordered([right for part in parts for right in part.right], places),
+        _ordered([choice for part in parts for choice in part.chosen], places),
+        _ordered([text for part in parts for text in part.texts], places),
+        sum(part.cut for part in parts),
+    )
+
+
+def _ordered(values: Sequence[Value], places: Sequence[int]) -> list[Value]:
+    return [values[place] for place in places] if values else []
+
+
+def _score(
+    name: str, found: Scored, labels: Sequence[int], references: Sequence[Sequence[str]], task: Task, note: str
+) -> Score:
+    total = len(found.losses)
+    right = sum(found.right)
     low, high = wilson_interval(right, total)
-    mean = float(all_losses.mean())
-    half = Z95 * float(all_losses.std()) / math.sqrt(total) if total > 1 else math.inf
+    mean = float(found.losses.mean())
+    half = Z95 * float(found.losses.std()) / math.sqrt(total) if total > 1 else math.inf
     if not math.isfinite(mean):
         raise PimergeError(f"the loss of '{name}' is not finite", "its weights diverged: tune it with a lower --lr")
-    return Score(name, right / total, low, high, mean, mean - half, mean + half, total, note)
+    answers = Answers(found.chosen, labels, len(task.labels), found.texts, references)
+    metrics = {metric: measure(metric, answers) for metric in task.metrics if metric != "accuracy"}
+    if "accuracy" in task.metrics:
+        metrics["accuracy"] = Interval(right / total, low, high)
+    metrics = {metric: metrics[metric] for metric in task.metrics}
+    return Score(name, right / total, low, high, mean, mean - half, mean + half, total, note, metrics)

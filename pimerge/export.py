@@ -69,7 +69,7 @@ class Head:
     Attributes:
         tensors: parameter name in the base model → tensor.
         modules: ``modules_to_save`` that they belong to.
-        task: what the head answers; None if that is not known.
+        task: what the head answers, or the base itself in text; None if that is not known.
     """
 
     tensors: Mapping[str, Tensor]
@@ -94,6 +94,8 @@ def choose_head(policy: str, experts: Sequence[Expert], target: Expert | None) -
 
     if policy not in HEAD_POLICIES:
         raise PimergeError(f"--head is '{policy}'", f"expected {', '.join(HEAD_POLICIES)}")
+    if policy != "none" and target is not None and (task := task_of(target)) and not task.type.TRAINS_HEAD:
+        return Head({}, (), task)
     if policy == "none" or not any(expert.head for expert in experts):
         return NO_HEAD
     if policy == "target":

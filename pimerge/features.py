@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SCALES = (0.25, 0.5, 0.75, 1.0)
+NO_CLASSES = "the task has no classes, which a ranking by examples needs"
 
 
 @dataclass(frozen=True)
@@ -91,10 +92,13 @@ class Viewer:
     ) -> None:
         self.loaded, self.base, self.task, self.draw, self.cache = loaded, base, task, draw, cache
         self.advance = advance
+        self._trains_head: bool = task.type.TRAINS_HEAD
         self._uncached: list[str] = []
         self.examples, labels = task.examples(
             draw.role, loaded.processor, loaded.config, shots=draw.shots, seed=draw.seed, limit=draw.limit
         )
+        if not task.labels:
+            raise PimergeError(NO_CLASSES, "take a measure of the store, such as --measure fisher")
         if len(set(labels)) < 2:
             raise PimergeError(
                 f"all {len(labels)} examples of '{task.path}' are of the class '{task.labels[labels[0]]}'",
@@ -107,7 +111,6 @@ class Viewer:
         tokens = default_batch_tokens(self._device, loaded.config)
         self._batches = bucket_by_length(self.examples.lengths, tokens)
         self._unpadded = bucket_by_length(self.examples.lengths, tokens, padded=False)
-        self._pad = getattr(loaded.config.get_text_config(), "pad_token_id", None)
         self._data = [task.sha256(), draw.role, draw.shots, draw.limit, draw.seed, base.identity, str(self._dtype)]
 
     def seen(self) -> Seen:
@@ -160,12 +163,14 @@ class Viewer:
             target: the target's own expert, if it has one; its head answers on the candidate's vectors.
         """
         own = task_of(expert)
-        if own is None or own.labels != self.task.labels or not self._answers(expert):
+        if self._trains_head and (own is None or own.labels != self.task.labels or not self._answers(expert)):
             if target is None or not self._answers(target):
                 return dict(samples)
             key = f"{_identity(expert)} answered by {_identity(target)}"
             found = self._cached(key, lambda: self._candidate(expert, target))
             samples = {scale: self._sample(found, f"{scale}.") for scale in scales_of(expert)}
+        if any(sample.logits is None for sample in samples.values()):  # answers that are generated have no likelihoods
+            return dict(samples)
         return {scale: _lossy(sample) for scale, sample in samples.items()}
 
     def sum_sample(self, experts: Sequence[Expert]) -> Sample:
@@ -187,8 +192,11 @@ class Viewer:
         )
 
     def _answers(self, expert: Expert) -> bool:
-        """Whether an expert's head can answer on the base: it knows its labels, and no part lies in the backbone."""
-        return (
+        """Whether an expert can answer on the base: its head's labels are known, and no part lies in the backbone.
+
+        Where the base answers in text, every expert does, and to the target's own classes.
+        """
+        return not self._trains_head or (
             bool(expert.head)
             and task_of(expert) is not None
             and all(in_head(name, self.loaded.head) for name in expert.head)
@@ -197,7 +205,8 @@ class Viewer:
     def _candidate(self, expert: Expert, head_of: Expert | None = None) -> dict[str, Tensor]:
         """One pass per scale, with the expert's own head or with another's."""
         answering = head_of or expert
-        own = task_of(answering) if self._answers(answering) else None
+        answers = self._answers(answering)
+        own = task_of(answering) if answers and self._trains_head else None
         found: dict[str, Tensor] = {}
         with ExitStack() as stack:
             if own is not None:
@@ -206,7 +215,7 @@ class Viewer:
                 if own is not None:
                     set_head(model, answering.head_tensors())
                 padded = not expert.virtual_tokens
-                found |= self._read(model, f"{scale}.", answers=own is not None, padded=padded)
+                found |= self._read(model, f"{scale}.", answers=answers, padded=padded)
         return found
 
     def _read(
@@ -215,25 +224,30 @@ class Viewer:
         """One pass over the examples: what the head reads of each and, where asked for, what it answers."""
         count = len(self.examples)
         vectors: list[Tensor] = [torch.empty(0)] * count
-        logits: list[Tensor] = [torch.empty(0)] * count
-        for indices in self._batches if padded else self._unpadded:
-            batch = self.examples.batch(indices)
-            del batch["labels"]
-            batch = {key: value.to(self._device) for key, value in batch.items()}
-            with torch.no_grad(), reading_head(model, self.loaded.head) as seen:
-                output = model(**batch).logits.float().cpu()
-            tokens = batch.get("input_ids")
-            real = None if tokens is None or self._pad is None else tokens != self._pad
-            read = read_position(seen[0], real, causal="score" in self.loaded.head)
-            for row, (index, vector) in enumerate(zip(indices, read.float().cpu(), strict=True)):
-                vectors[index], logits[index] = vector, output[row]
+        logits: list[Tensor] = []
+        batches = self._batches if padded else self._unpadded
+        reading = self._reading(model)
+        for indices in batches:
+            read, answered = self.task.type.read(model, reading, self.examples, indices, answers)
+            for index, vector in zip(indices, read.float().cpu(), strict=True):
+                vectors[index] = vector
+            if answered is not None:
+                logits.append(answered.float().cpu())
             self.advance(len(indices))
         found = {f"{prefix}vectors": torch.stack(vectors)}
-        if answers:
-            found[f"{prefix}logits"] = torch.stack(logits)
+        if logits:
+            order = torch.tensor([index for indices in batches for index in indices])
+            found[f"{prefix}logits"] = torch.cat(logits)[order.argsort()]
         if not all(bool(tensor.isfinite().all()) for tensor in found.values()):
             raise PimergeError("the features hold NaN or Inf", "compute them with --dtype float32")
         return found
+
+    def _reading(self, model: nn.Module) -> dict[str, nn.Module]:
+        """The modules of which the first to run takes in what is looked at: the head, or what gives out the words."""
+        if not self._trains_head:
+            return {"output": self.loaded.model.get_output_embeddings()}  # type: ignore[operator]
+        names, prefix = dict(model.named_modules()), peft_prefix(model)
+        return {name: names[prefix + name] for name in self.loaded.head if prefix + name in names}
 
     def _cached(self, key: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         if self.cache is None:
@@ -257,50 +271,6 @@ class Viewer:
 def _identity(expert: Expert) -> str:
     """Whatever decides what an expert adds to its base: tensors, scalings, strength."""
     return f"{expert.sha256} {sha256_file(expert.path / CONFIG)} {expert.scale}"
-
-
-@contextmanager
-def reading_head(model: nn.Module, head: Sequence[str]) -> Iterator[list[Tensor]]:
-    """What the first of the head's modules to run takes in, as the first of the list that is yielded."""
-    seen: list[Tensor] = []
-    names = dict(model.named_modules())
-    prefix = peft_prefix(model)
-    modules = [names[prefix + name] for name in head if prefix + name in names]
-    handles = [
-        module.register_forward_pre_hook(
-            lambda _, inputs, kwargs: seen.append((*inputs, *kwargs.values())[0]), with_kwargs=True
-        )
-        for module in modules
-    ]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def read_position(states: Tensor, real: Tensor | None, *, causal: bool) -> Tensor:
-    """The vector of each example that a head reads: (batch × tokens × d) → (batch × d).
-
-    A causal model's head answers at every token, of which transformers takes the last that is no padding; any other
-    reads the first. A head that takes no tokens, but (batch × d) or (batch × d × 1 × 1), reads all of it.
-
-    Args:
-        real: (batch × tokens) which tokens are no padding; None if all are.
-
-    >>> states = torch.tensor([[[1.0], [2.0], [3.0]]])
-    >>> read_position(states, torch.tensor([[True, True, False]]), causal=True).item()
-    2.0
-    """
-    if states.dim() != 3:
-        return states.flatten(1)
-    if not causal:
-        return states[:, 0]
-    if real is None:
-        return states[:, -1]
-    virtual = states.shape[1] - real.shape[1]  # vectors that an expert put before the text
-    last = virtual + (real * torch.arange(real.shape[1], device=real.device)).argmax(1)
-    return states[torch.arange(len(states), device=states.device), last]
 
 
 def scales_of(expert: Expert) -> tuple[float, ...]:

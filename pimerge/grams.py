@@ -26,6 +26,10 @@ if TYPE_CHECKING:
 
     from pimerge.task_types import Batch
 
+# As transformers names them, in T5 and in BART and its kin.
+_CROSS_ATTENTION = {"EncDecAttention", "encoder_attn", "crossattention", "cross_attn"}
+_KEYS_AND_VALUES = {"k", "v", "k_proj", "v_proj", "key", "value"}
+
 
 def input_grams(
     layers: Mapping[str, nn.Module],
@@ -43,7 +47,8 @@ def input_grams(
     Args:
         layers: name → layer, in eval mode inside a model that ``forward`` runs.
         batches: indices of the examples of each batch.
-        make_batch: the batch of some examples; an ``attention_mask`` (batch × tokens) in it marks the padding.
+        make_batch: the batch of some examples; an ``attention_mask`` (batch × tokens) in it marks the padding, for a
+            decoder's layers a ``decoder_attention_mask``.
         forward: run the model on a batch; what it returns is not used.
         track: progress over examples.
 
@@ -63,7 +68,7 @@ def input_grams(
     with torch.no_grad(), track("Gram matrices", sum(map(len, batches)), "examples") as advance:
         for indices in batches:
             batch = make_batch(indices)
-            with _recording(layers, sums, real_tokens(batch)):
+            with _recording(layers, sums, batch):
                 forward(batch)
             advance(len(indices))
     # a sum in float64 goes as soon as its mean is there
@@ -117,9 +122,12 @@ class _Sum:
 
 
 @contextmanager
-def _recording(layers: Mapping[str, nn.Module], sums: Mapping[str, _Sum], real: Tensor | None) -> Iterator[None]:
+def _recording(layers: Mapping[str, nn.Module], sums: Mapping[str, _Sum], batch: Batch) -> Iterator[None]:
     """Add up what enters the layers during the block; what they compute stays the same."""
-    handles = [layer.register_forward_pre_hook(partial(_record, sums[name], real)) for name, layer in layers.items()]
+    handles = [
+        layer.register_forward_pre_hook(partial(_record, sums[name], real_tokens(batch, name)))
+        for name, layer in layers.items()
+    ]
     try:
         yield
     finally:
@@ -140,13 +148,29 @@ def real_rows(x: Tensor, real: Tensor | None) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-def real_tokens(batch: Batch, virtual: int = 0) -> Tensor | None:
-    """(batch × tokens): False for padding; None if there can be none, as with images.
+def real_tokens(batch: Batch, layer: str, virtual: int = 0) -> Tensor | None:
+    """(batch × tokens) of what enters a layer: False for padding; None if there can be none, as with images.
 
     Args:
-        virtual: tokens that an expert puts before a text; they count, since a head may read the first of them.
+        virtual: tokens that an expert puts before a text, which the decoder beside an encoder does not see; they count,
+            since a head may read the first of them.
+
+    >>> batch = {"attention_mask": torch.tensor([[1, 0]]), "decoder_attention_mask": torch.tensor([[1, 1, 0]])}
+    >>> real_tokens(batch, "decoder.layers.0.self_attn.k_proj").tolist()
+    [[True, True, False]]
+    >>> real_tokens(batch, "decoder.layers.0.encoder_attn.k_proj").tolist()  # it reads what the encoder says
+    [[True, False]]
+    >>> real_tokens(batch, "encoder.layers.0.self_attn.k_proj", virtual=1).tolist()
+    [[True, True, False]]
     """
-    mask = batch.get("attention_mask")
+    decodes = "decoder_attention_mask" in batch and _decodes(layer.split("."))
+    mask = batch.get("decoder_attention_mask" if decodes else "attention_mask")
     if mask is None or mask.dim() != 2:
         return None
-    return torch.cat([mask.new_ones(len(mask), virtual), mask], 1).bool()
+    return mask.bool() if decodes else torch.cat([mask.new_ones(len(mask), virtual), mask], 1).bool()
+
+
+def _decodes(path: Sequence[str]) -> bool:
+    """Whether a layer of an encoder-decoder takes in the decoder's tokens."""
+    reads_encoder = not _CROSS_ATTENTION.isdisjoint(path) and path[-1] in _KEYS_AND_VALUES
+    return not reads_encoder and ("decoder" in path or "lm_head" in path)

@@ -50,11 +50,11 @@ class Marginals:
         self._layers, self._virtual = layers, virtual
         self._sums: dict[str, Tensor] = {}
         self._tokens: dict[str, int] = {}
-        self._real: Tensor | None = None
+        self._batch: Batch = {}
 
     def of(self, batch: Batch) -> Batch:
         """The batch itself; its padding is left out of what is recorded next."""
-        self._real = real_tokens(batch, self._virtual)
+        self._batch = batch
         return batch
 
     @contextmanager
@@ -75,7 +75,7 @@ class Marginals:
 
     def _watch(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
         def hook(layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-            real = self._real
+            real = real_tokens(self._batch, name, self._virtual)
             entering = _wide_rows(inputs[0].detach(), real)
             self._add(f"{INPUT}.{name}", entering.square().sum(0), len(entering))
             if torch.is_grad_enabled():

@@ -36,8 +36,8 @@ class LoadedBase:
         model: in eval mode, nothing in it requires a gradient.
         processor: tokenizer or image processor.
         head: names of the modules that a task trains besides its expert: those outside the backbone, and
-            any other that the checkpoint has no weights for.
-        has_own_head: whether the checkpoint holds a head for just these labels.
+            any other that the checkpoint has no weights for; none where the base answers in text.
+        has_own_head: whether the checkpoint holds a head for just these labels, or answers in text.
     """
 
     model: nn.Module
@@ -119,7 +119,7 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
 
 
 def load_base(base: Base, task: Task, device: torch.device, dtype: torch.dtype, seed: int = 0) -> LoadedBase:
-    """Load a base model with a head for the task's labels; remote code is never run.
+    """Load a base model, with a head for the task's labels where it trains one; remote code is never run.
 
     Args:
         seed: of weights that the checkpoint does not hold, such as the head.
@@ -130,19 +130,17 @@ def load_base(base: Base, task: Task, device: torch.device, dtype: torch.dtype, 
     import transformers
 
     where = "a folder" if base.folder else f"the Hub id, revision {base.revision or 'main'}"
-    names = dict(enumerate(task.labels))
+    trains_head: bool = task.type.TRAINS_HEAD
     torch.manual_seed(seed)
     try:
         model, info = getattr(transformers, task.type.AUTO_MODEL).from_pretrained(
             base.source,
             revision=base.revision,
-            num_labels=len(names),
-            id2label=names,
-            label2id={name: index for index, name in names.items()},
             dtype=dtype,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
             trust_remote_code=False,
+            **(_classes(task.labels) if trains_head else {}),
         )
         processor = task.type.load_processor(base.source, base.revision)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
@@ -156,18 +154,38 @@ def load_base(base: Base, task: Task, device: torch.device, dtype: torch.dtype, 
     padding = getattr(processor, "pad_token_id", None)
     if padding is not None and getattr(model.config, "pad_token_id", None) is None:
         model.config.pad_token_id = padding
-    head = _head_modules(model, set(info["missing_keys"]))
+    missing = set(info["missing_keys"])
+    if missing and not trains_head:
+        raise PimergeError(
+            f"the base model '{base.name}' has no weights for {', '.join(sorted(missing)[:5])}, "
+            f"so it cannot answer in text ({task.file.type})",
+            "take a base that was trained as a language model",
+        )
+    head = _head_modules(model, missing) if trains_head else ()
     stray = sorted(key for key, *_ in info["mismatched_keys"] if not in_head(key, head))
     if stray:
         raise PimergeError(
             f"the base model '{base.name}' does not fit its own config: {', '.join(stray[:5])}",
             "download or save the base again",
         )
-    replaced = set(info["missing_keys"]) | {key for key, *_ in info["mismatched_keys"]}
+    replaced = missing | {key for key, *_ in info["mismatched_keys"]}
     own_labels = getattr(transformers.AutoConfig.from_pretrained(base.source, revision=base.revision), "id2label", {})
-    has_own_head = not any(in_head(key, head) for key in replaced) and list(own_labels.values()) == task.labels
+    has_own_head = not trains_head or (
+        not any(in_head(key, head) for key in replaced) and list(own_labels.values()) == task.labels
+    )
+    if not trains_head:
+        model.config.use_cache = False  # only generation has a use for it, and asks for it
     model.requires_grad_(False)
     return LoadedBase(model.to(device).eval(), processor, head, has_own_head)
+
+
+def _classes(labels: Sequence[str]) -> dict[str, Any]:
+    """What a config says of a head's classes."""
+    return {
+        "num_labels": len(labels),
+        "id2label": dict(enumerate(labels)),
+        "label2id": {name: index for index, name in enumerate(labels)},
+    }
 
 
 class Bases:
@@ -185,7 +203,7 @@ class Bases:
 
     def load(self, base: Base, task: Task) -> LoadedBase:
         """The base with a head of as many labels as the task has; see :func:`load_base`."""
-        key = (base.identity, task.file.type, len(task.labels))
+        key = (base.identity, task.file.type, len(task.labels) if task.type.TRAINS_HEAD else 0)
         if self._loaded is None or self._key != key:
             self._loaded = None  # two bases are never held at once
             self._loaded = load_base(base, task, self.device, self.dtype)
@@ -395,8 +413,8 @@ def _misfit(expert: Expert, group: Group, base_model: nn.Module) -> str:
 def _skeleton(source: str, revision: str | None, auto_model: str, labels: int) -> nn.Module:
     import transformers
 
-    names = {index: str(index) for index in range(labels)}
-    config = transformers.AutoConfig.from_pretrained(source, revision=revision, id2label=names)
+    names = {"id2label": {index: str(index) for index in range(labels)}} if labels else {}
+    config = transformers.AutoConfig.from_pretrained(source, revision=revision, **names)
     with torch.device("meta"):
         model: nn.Module = getattr(transformers, auto_model).from_config(config, trust_remote_code=False)
     return model
@@ -414,7 +432,8 @@ def check_fits_on_disk(expert: Expert, task: Task) -> None:
     if base.folder is None:
         return
     try:
-        skeleton = _skeleton(base.source, base.revision, task.type.AUTO_MODEL, len(task.labels))
+        classes = len(task.labels) if task.type.TRAINS_HEAD else 0
+        skeleton = _skeleton(base.source, base.revision, task.type.AUTO_MODEL, classes)
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise PimergeError(f"the base '{base.name}' does not serve {task.file.type}: {reason}") from error

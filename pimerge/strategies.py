@@ -19,7 +19,7 @@ def summaries(package: str) -> dict[str, str]:
     """Name → first line of the docstring, for each strategy of a folder, in alphabetical order.
 
     Args:
-        package: ``kinds``, ``measures``, ``merge_methods``, ``tune_methods`` or ``task_types``.
+        package: ``kinds``, ``measures``, ``merge_methods``, ``tune_methods``, ``task_types`` or ``metrics``.
 
     >>> list(summaries("merge_methods"))[:2]
     ['breadcrumbs', 'core-space']

@@ -39,7 +39,7 @@ def initial_expert(
     dtype: str = "auto",
     track: Track = silent,
 ) -> Iterator[Expert]:
-    """The pool's init with a head for the target, in a temporary folder that goes with the block.
+    """The pool's init, with a head for the target if it trains one, in a temporary folder that goes with the block.
 
     Args:
         pool: experts of one form and one init.
@@ -63,16 +63,19 @@ def initial_expert(
                 "rank by its examples (--measure combined), or name one pool's experts to 'pimerge embed' alone",
             )
     with tempfile.TemporaryDirectory() as folder:
-        head = Path(folder) / "head"
-        tune("head", task, base, [], None, head, options, like=like, device=device, dtype=dtype, track=track)
-        with_head = open_expert(head, base.reference)
-        tensors = {key: with_head.tensor(key) for key in with_head.head.values()}
+        tensors, modules = {}, None
+        if task.type.TRAINS_HEAD:
+            head = Path(folder) / "head"
+            tune("head", task, base, [], None, head, options, like=like, device=device, dtype=dtype, track=track)
+            with_head = open_expert(head, base.reference)
+            tensors = {key: with_head.tensor(key) for key in with_head.head.values()}
+            modules = with_head.config.get("modules_to_save")
         for module in like.modules.values():
             tensors[module.A] = _mean([expert.tensor(module.A) for expert in pool])
             tensors[module.B] = torch.zeros_like(like.tensor(module.B))
             if module.bias:
                 tensors[module.bias] = torch.zeros_like(like.tensor(module.bias))
-        config = {**like.config, "modules_to_save": with_head.config.get("modules_to_save")}
+        config = {**like.config, "modules_to_save": modules}
         path = Path(folder) / task.name
         from safetensors.torch import save
 

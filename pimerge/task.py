@@ -7,14 +7,15 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from pimerge import strategies
 from pimerge.errors import PimergeError, Problems, nearest
 from pimerge.files import read_json, relative_to, sha256_bytes, sha256_file
-from pimerge.task_types import Examples
+from pimerge.task_file import COMMON, TaskFile
+from pimerge.task_types import Examples, Rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -23,31 +24,6 @@ TASK_FILE = "task.json"
 _BUILDERS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json"}
 _NOT_EMPTY = "give it at least one example"
 Document = TypeVar("Document", bound=BaseModel)
-
-
-class TaskFile(BaseModel):
-    """The content of ``task.json``.
-
-    Attributes:
-        type: ``text-classification`` or ``image-classification``.
-        data: a file or folder (relative to ``task.json``), split → file(s), or a data set's Hub id.
-        subset, revision: of a Hub data set.
-        splits: role (``train``, ``test``) → split of the data set, in its slicing syntax (``train[:80%]``).
-        columns: role (``text``, ``image``, ``label``) → column.
-        labels: the names of the classes; label i in the data is the i-th of them.
-        description: for people.
-    """
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    type: str
-    data: str | dict[str, str | list[str]]
-    subset: str | None = None
-    revision: str | None = None
-    splits: dict[str, str] = Field(default_factory=dict)
-    columns: dict[str, str] = Field(default_factory=dict)
-    labels: Annotated[list[str], Field(min_length=2)]
-    description: str | None = None
 
 
 def parse_document(model: type[Document], path: Path, hint: str = "") -> Document:
@@ -90,8 +66,13 @@ class Task:
 
     @property
     def labels(self) -> list[str]:
-        """The names of the classes."""
-        return self.file.labels
+        """The names of the classes; none where the answers are free."""
+        return self.file.labels or []
+
+    @property
+    def metrics(self) -> list[str]:
+        """What ``eval`` shows besides the loss."""
+        return self.file.metrics or ["accuracy" if self.labels else "exact-match"]
 
     @property
     def type(self) -> ModuleType:
@@ -102,11 +83,13 @@ class Task:
     def columns(self) -> dict[str, str]:
         """Role → column: as the file says, else the column has the role's name."""
         required: Mapping[str, bool] = self.type.COLUMNS
-        return {role: role for role, needed in required.items() if needed} | self.file.columns
+        labelled = {"label"} if self.labels else set()
+        return {role: role for role, needed in required.items() if needed or role in labelled} | self.file.columns
 
     def sha256(self) -> str:
         """SHA-256 of the file's meaning and of its local data: the same wherever both lie."""
-        meaning = self.file.model_dump_json(exclude={"data", "description"})
+        unset = set(TaskFile.model_fields) - COMMON - self.file.given()
+        meaning = self.file.model_dump_json(exclude={"data", "description"} | unset)
         return sha256_bytes(f"{meaning}\n{json.dumps(self._content(), sort_keys=True)}".encode())
 
     def _content(self) -> Any:
@@ -142,7 +125,7 @@ class Task:
         return {**self.file.model_dump(exclude_none=True), "data": rebased}
 
     def rows(self, role: str) -> tuple[Any, list[int]]:
-        """Read one split: its rows (a ``datasets.Dataset``) and the class index of each.
+        """Read one split: its rows (a ``datasets.Dataset``) and the class index of each, 0 where there are no classes.
 
         Args:
             role: ``train`` or ``test``.
@@ -163,6 +146,8 @@ class Task:
         if len(rows) == 0:
             problems.add(f"{self._where(role)} is empty", _NOT_EMPTY)
         problems.raise_any(f"{self._where(role)} does not fit")
+        if not self.labels:
+            return rows, [0] * len(rows)
         return rows, _class_indices(rows, self.columns["label"], self.labels, self._where(role))
 
     def examples(
@@ -178,7 +163,7 @@ class Task:
         """Encode one split for a model.
 
         Args:
-            shots: draw so many examples of each class; None for all.
+            shots: draw so many examples of each class, or in all where there are no classes; None for all.
             limit: draw at most so many examples in all.
             seed: of both draws.
 
@@ -186,7 +171,7 @@ class Task:
             the examples, in the order of the data, and the class index of each.
 
         Raises:
-            PimergeError: as :meth:`rows`, or if a class has fewer examples than ``shots``.
+            PimergeError: as :meth:`rows`, if a class has fewer examples than ``shots``, or a row cannot be encoded.
         """
         rows, labels = self.rows(role)
         chosen = list(range(len(rows)))
@@ -196,7 +181,8 @@ class Task:
             chosen = sorted(chosen[i] for i in _permutation(len(chosen), seed)[:limit])
         labels = [labels[index] for index in chosen]
         rows = rows if len(chosen) == len(rows) else rows.select(chosen)
-        return self.type.encode(rows, self.columns, labels, processor, config), labels
+        chosen_rows = Rows(rows, self.columns, labels, chosen, self._where(role))
+        return self.type.encode(chosen_rows, self.file, processor, config), labels
 
     def _where(self, role: str) -> str:
         return f"the {role} split '{self.file.splits.get(role, role)}' of '{self.path}'"
@@ -221,18 +207,29 @@ def open_task(path: str | Path) -> Task:
     if task.file.type not in known:
         problems.add(f"'{file}': type is '{task.file.type}'", nearest(task.file.type, known))
         problems.raise_any(f"'{file}' does not fit")
+    for field in sorted(task.file.given() - COMMON - task.type.FIELDS):
+        problems.add(
+            f"'{file}': {field} means nothing to the type '{task.file.type}'",
+            f"it knows {', '.join(sorted(task.type.FIELDS))}" if task.type.FIELDS else "leave it out",
+        )
     for role in sorted(set(task.file.columns) - set(task.type.COLUMNS)):
         problems.add(f"'{file}': columns names the role '{role}'", nearest(role, list(task.type.COLUMNS)))
     for role in sorted(set(task.file.splits) - {"train", "test"}):
         problems.add(f"'{file}': splits names the role '{role}'", nearest(role, ["train", "test"]))
     if len(set(task.labels)) < len(task.labels):
         problems.add(f"'{file}': labels has a name twice", "give each class a name of its own")
+    with problems.collected(f"'{file}': "):
+        task.type.check(task.file)
     problems.raise_any(f"'{file}' does not fit")
     return task
 
 
 def draw_shots(labels: Sequence[int], shots: int, seed: int, names: Sequence[str]) -> list[int]:
     """Draw ``shots`` examples of each class, by a seed; the indices come back in the order of the data.
+
+    Args:
+        labels: the class of each example.
+        names: of the classes; none if all examples are one group, of the class 0.
 
     Raises:
         PimergeError: naming each class with fewer examples.
@@ -245,12 +242,11 @@ def draw_shots(labels: Sequence[int], shots: int, seed: int, names: Sequence[str
         raise PimergeError(f"--shots is {shots}, expected at least 1")
     chosen: list[int] = []
     order = _permutation(len(labels), seed)
-    for index, name in enumerate(names):
+    groups = [f"the class '{name}' has" for name in names] or ["there are"]
+    for index, group in enumerate(groups):
         members = [i for i in order if labels[i] == index]
         if len(members) < shots:
-            problems.add(
-                f"the class '{name}' has {len(members)} examples, {shots} were asked for", "ask for fewer --shots"
-            )
+            problems.add(f"{group} {len(members)} examples, {shots} were asked for", "ask for fewer --shots")
         chosen += members[:shots]
     problems.raise_any(f"{shots} shots cannot be drawn from each class")
     return sorted(chosen)

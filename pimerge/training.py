@@ -7,10 +7,12 @@ killed goes on from its last whole checkpoint.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from zipfile import is_zipfile
@@ -18,15 +20,17 @@ from zipfile import is_zipfile
 import torch
 from safetensors import SafetensorError
 from torch import nn
+from torch.nn.functional import cross_entropy
 
 from pimerge.composition import GRANULARITIES, Mixture
 from pimerge.errors import PimergeError, Problems
 from pimerge.files import disk_errors
 from pimerge.model import LoadedBase, in_head
 from pimerge.progress import Track, silent
-from pimerge.task_types import Examples
+from pimerge.task_types import IGNORED, Examples
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import Trainer, TrainingArguments
 
 _ROOM_FOR_CHECKPOINTS = 64 * 2**20
@@ -74,16 +78,22 @@ class Outcome:
 
     Attributes:
         epochs: passes over the training examples until it ended.
-        train_loss: of the last pass; ``held_out_loss``: the best one, None without held-out examples.
+        train_loss: of the last pass, None if nothing trained; ``held_out_loss``: the best one, None without held-out
+            examples.
         trained_parameters: numbers that trained.
         writes: whether this process writes the result (under ``accelerate launch`` one of several does).
     """
 
     epochs: float
-    train_loss: float
+    train_loss: float | None
     held_out_loss: float | None
     trained_parameters: int
     writes: bool
+
+
+def untrained() -> Outcome:
+    """Of a composition in which nothing trains."""
+    return Outcome(0, None, None, 0, writes=os.environ.get("RANK", "0") == "0")
 
 
 def train(
@@ -117,7 +127,8 @@ def train(
         note(f"resuming from {checkpoint.name} of an interrupted run")
     with ExitStack() as stack, _training_errors(run):
         progress = _progress_callback(track, stack)
-        trainer = _trainer(model, mixture, train_examples, held_out, run, options, precision, progress)
+        at_once = max(64, options.batch_size) if loaded.head else options.batch_size  # of words there are many logits
+        trainer = _trainer(model, mixture, train_examples, held_out, at_once, run, options, precision, progress)
         _train(trainer, checkpoint)
     _require_converged(model)
     return Outcome(
@@ -198,6 +209,7 @@ def _trainer(
     mixture: Mixture,
     train: Examples,
     held_out: Examples | None,
+    at_once: int,
     run: Path,
     options: Options,
     precision: torch.dtype,
@@ -209,11 +221,11 @@ def _trainer(
         output_dir=str(run),
         num_train_epochs=options.epochs,
         per_device_train_batch_size=options.batch_size,
-        per_device_eval_batch_size=max(64, options.batch_size),
+        per_device_eval_batch_size=at_once,
         lr_scheduler_type="cosine",
         warmup_steps=options.warmup,  # below 1 it is a share of all steps
         max_grad_norm=options.max_grad_norm,
-        label_smoothing_factor=options.label_smoothing,
+        average_tokens_across_devices=False,  # the loss is a mean
         bf16=precision == torch.bfloat16,
         use_cpu=mixture.logits.device.type == "cpu",
         seed=options.seed,
@@ -242,10 +254,35 @@ def _trainer(
         eval_dataset=held_out,
         data_collator=train.collate,
         callbacks=callbacks,
+        compute_loss_func=partial(mean_loss, label_smoothing=options.label_smoothing),
         optimizers=(_optimizer(model, mixture, options), None),
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def mean_loss(output: Any, labels: Tensor, num_items_in_batch: Any = None, *, label_smoothing: float = 0.0) -> Tensor:
+    """The mean over all targets of −Σ_c q_c log p_c, with q = (1 − ε)·[c is the target] + ε/C (arXiv 1512.00567).
+
+    Models' own losses are no good here: some of them shift the labels, which are aligned already, and none of them
+    smooths.
+
+    Args:
+        output: of the model; its logits are (…, C).
+        labels: (…), −100 for none.
+        num_items_in_batch: of the Trainer; not used.
+        label_smoothing: ε.
+
+    >>> from types import SimpleNamespace
+    >>> output = SimpleNamespace(logits=torch.tensor([[[0.0, 0.0], [9.0, 0.0]]]))
+    >>> round(float(mean_loss(output, torch.tensor([[1, -100]]))), 4)
+    0.6931
+    """
+    kept = labels != IGNORED
+    logits = output.logits[kept]
+    return cross_entropy(
+        logits.to(torch.promote_types(logits.dtype, torch.float32)), labels[kept], label_smoothing=label_smoothing
+    )
 
 
 def _optimizer(model: nn.Module, mixture: Mixture, options: Options) -> torch.optim.Optimizer:

@@ -32,10 +32,11 @@ from pimerge.model import LoadedBase, load_base, resolve_device, resolve_dtype, 
 from pimerge.progress import Track, silent
 from pimerge.task import Task
 from pimerge.task_types import Examples
-from pimerge.training import Options, Outcome, check_options, split_holdout, train
+from pimerge.training import Options, Outcome, check_options, split_holdout, train, untrained
 from pimerge.tune_methods import Plan
 
 STARTS = ("ranking", "equal")
+HEAD_ALONE = Plan(fresh=True)
 NO_EXPERT = "the target has no expert of its own: a fresh one takes its place"
 
 
@@ -108,6 +109,11 @@ def tune(
     resolved = resolve_device(device)
     precision = resolve_dtype(dtype, resolved)
     loaded = load_base(base, task, resolved, precision, options.seed)
+    if plan == HEAD_ALONE and not loaded.head:
+        raise PimergeError(
+            f"'{method}' trains a head alone, and a base that answers in text ({task.file.type}) has none to train",
+            "take 'scratch' for a control without experts; 'pimerge eval' scores the bare base, too",
+        )
     form = _form(plan, chosen, like, options)
     if plan.target and target is not None:
         set_head(loaded.model, target.head_tensors())
@@ -121,18 +127,23 @@ def tune(
     mixture = Mixture(sum_of_experts.parts, logits, options.granularity, plan.train_weights and len(names) > 1)
     sum_of_experts.compose(loaded, mixture)
     kept, held_out = _examples(task, loaded, chosen, options, note)
-    outcome = train(
-        loaded,
-        mixture.to(resolved),
-        kept,
-        held_out,
-        run,
-        options,
-        precision,
-        through=sum_of_experts.through,
-        track=track,
-        note=note,
-    )
+    model = sum_of_experts.through or loaded.model
+    if loaded.head or any(p.requires_grad for p in (*mixture.parameters(), *model.parameters())):
+        outcome = train(
+            loaded,
+            mixture.to(resolved),
+            kept,
+            held_out,
+            run,
+            options,
+            precision,
+            through=model,
+            track=track,
+            note=note,
+        )
+    else:
+        note(f"'{method}' trains nothing but a head, and {task.file.type} has none: the experts are summed as they are")
+        outcome = untrained()
     rank, error = sum_of_experts.collapse(mixture, Truncation(options.rank))
     coefficients = Coefficients(
         method=method,

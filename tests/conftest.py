@@ -130,6 +130,109 @@ def gpt2_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+LANGUAGE_MODELS = ["t5", "bart", "gpt2-lm", "llama-lm", "qwen2-lm"]
+END = 4
+_SMALL = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "intermediate_size": 32,
+    "max_position_embeddings": 32,
+}
+
+
+def language_model(name: str, vocabulary: int) -> nn.Module:
+    """A model that answers in text, of two layers, from its config."""
+    special = {"vocab_size": vocabulary, "pad_token_id": 0, "eos_token_id": END}
+    torch.manual_seed(0)
+    match name:
+        case "t5":
+            sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2, "decoder_start_token_id": 0}
+            sizes["dropout_rate"] = 0.0
+            return transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes, **special))
+        case "bart":
+            sides = {"layers": 2, "attention_heads": 2, "ffn_dim": 32}
+            sizes = {f"{side}_{size}": value for side in ("encoder", "decoder") for size, value in sides.items()}
+            tokens = {"bos_token_id": 2, "decoder_start_token_id": END, "forced_eos_token_id": END}
+            config = transformers.BartConfig(
+                d_model=16, dropout=0.0, max_position_embeddings=32, **sizes, **tokens, **special
+            )
+            return transformers.BartForConditionalGeneration(config)
+        case "gpt2-lm":
+            dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+            config = GPT2Config(n_embd=16, n_layer=2, n_head=2, n_positions=32, bos_token_id=END, **dropout, **special)
+            return transformers.GPT2LMHeadModel(config)
+        case "llama-lm":
+            return transformers.LlamaForCausalLM(transformers.LlamaConfig(bos_token_id=2, **_SMALL, **special))
+        case "qwen2-lm":
+            return transformers.Qwen2ForCausalLM(
+                transformers.Qwen2Config(tie_word_embeddings=True, **_SMALL, **special)
+            )
+    raise AssertionError(name)
+
+
+def save_language_tokenizer(folder: Path, length: int = 24) -> int:
+    """A byte-level tokenizer that merges the tests' words, as GPT-2's and Qwen's do; how many tokens it has."""
+    from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, trainers
+    from tokenizers.models import BPE
+
+    tokenizer = Tokenizer(BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<pad>", "<unk>", "<s>", "<|im_end|>", "</s>"]
+    trainer = trainers.BpeTrainer(
+        special_tokens=[AddedToken(token, special=True) for token in special],
+        initial_alphabet=[],
+        vocab_size=400,
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([f"{word} {word} {word}: ?" for word in WORDS], trainer)
+    saved = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>", eos_token="</s>", model_max_length=length
+    )
+    saved.save_pretrained(folder)
+    return len(saved)
+
+
+@pytest.fixture(scope="session")
+def language_base(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a base that answers in text, by its name."""
+    root = tmp_path_factory.mktemp("language")
+
+    def make(name: str) -> Path:
+        folder = root / name
+        if not folder.is_dir():
+            language_model(name, save_language_tokenizer(folder)).save_pretrained(folder)
+        return folder
+
+    return make
+
+
+def write_text_task(folder: Path, base: str, count: int = 12, **fields: Any) -> Path:
+    """A task for a language model of that name: which of two animals a row names; fields replace those of task.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = torch.Generator().manual_seed(1)
+    for split in ("train", "test"):
+        rows = []
+        for index in range(count):
+            words = [WORDS[i] for i in torch.randint(4, len(WORDS), (index % 5,), generator=generator).tolist()]
+            rows.append(
+                {"words": " ".join(["cat" if index % 2 else "dog", *words]), "animal": index % 2, "colour": "red"}
+            )
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    document = {
+        "type": "seq2seq" if base in ("t5", "bart") else "causal-lm",
+        "data": {"train": "train.jsonl", "test": "test.jsonl"},
+        "columns": {"label": "animal"},
+        "labels": ["dog", "cat"],
+        "prompt": "the {{ words }}:",
+        **fields,
+    }
+    write_json(folder / "task.json", {name: value for name, value in document.items() if value is not None})
+    return folder
+
+
 @pytest.fixture(scope="session")
 def scans() -> tuple[list[Any], list[int]]:
     """200 real scans of digits as 16 × 16 PIL images, and what they show."""
@@ -202,18 +305,31 @@ def write_json(path: Path, document: Any) -> None:
 
 def model_for(base: Path, labels: int = 2) -> nn.Module:
     """The base with a fresh head, as transformers loads it."""
+    if base.name in LANGUAGE_MODELS:
+        seq2seq = base.name in ("t5", "bart")
+        kind = transformers.AutoModelForSeq2SeqLM if seq2seq else transformers.AutoModelForCausalLM
+        return kind.from_pretrained(base).eval()
     kind = {
-        "vit": "AutoModelForImageClassification",
-        "bert": "AutoModelForSequenceClassification",
-        "gpt2": "AutoModelForSequenceClassification",
+        "vit": transformers.AutoModelForImageClassification,
+        "bert": transformers.AutoModelForSequenceClassification,
+        "gpt2": transformers.AutoModelForSequenceClassification,
     }[base.name]
     torch.manual_seed(0)
-    model = getattr(transformers, kind).from_pretrained(base, num_labels=labels)
+    model = kind.from_pretrained(base, num_labels=labels)
     model.config.pad_token_id = 0
     return model.eval()
 
 
-TARGETS = {"vit": ["q_proj", "v_proj"], "bert": ["query", "value"], "gpt2": ["c_attn"]}
+TARGETS = {
+    "vit": ["q_proj", "v_proj"],
+    "bert": ["query", "value"],
+    "gpt2": ["c_attn"],
+    "t5": ["q", "v"],
+    "bart": ["q_proj", "v_proj"],
+    "gpt2-lm": ["c_attn"],
+    "llama-lm": ["q_proj", "v_proj"],
+    "qwen2-lm": ["q_proj", "v_proj"],
+}
 HEADS = {"vit": ["classifier"], "bert": ["classifier"], "gpt2": ["score"]}
 
 
@@ -265,7 +381,7 @@ def make_expert() -> MakeExpert:
         **config: Any,
     ) -> Path:
         model = model_for(base, labels)
-        if head and kind not in PROMPTS:
+        if head and kind not in PROMPTS and base.name in HEADS:
             config.setdefault("modules_to_save", HEADS[base.name])
         torch.manual_seed(init_seed)
         peft_model = get_peft_model(model, peft_config(kind, base.name, **config))

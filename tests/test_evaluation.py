@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,10 @@ from pimerge.base import find_base
 from pimerge.errors import PimergeError
 from pimerge.evaluation import BASE, Score, evaluate, wilson_interval
 from pimerge.expert import Expert, open_expert
+from pimerge.metrics import Answers, Interval, measure
 from pimerge.model import set_head
 from pimerge.task import open_task
-from tests.conftest import MakeExpert, model_for, write_image_task, write_json
+from tests.conftest import MakeExpert, model_for, write_image_task, write_json, write_text_task
 
 
 def by_loop(model: nn.Module, folder: Path, base: Path) -> tuple[int, list[float]]:
@@ -197,3 +200,61 @@ def test_an_expert_that_answers_nan_is_named(
     x = open_expert(pool / "x")
     with pytest.raises(PimergeError, match="'broken'"):
         evaluate([broken], open_task(x.path), find_base(str(vit_base), None, vit_base), x, device="cpu")
+
+
+@pytest.mark.parametrize("name", ["bart", "qwen2-lm"])
+def test_answers_in_text_are_scored_by_the_tasks_metrics(
+    name: str, tmp_path: Path, make_expert: MakeExpert, language_base: Callable[[str], Path]
+) -> None:
+    base = language_base(name)
+    metrics = ["exact-match", "token-f1", "rouge-l", "bleu", "cider"]
+    fields = {"labels": None, "columns": {}, "answer": "{{ words }}", "max_new_tokens": 5, "metrics": metrics}
+    task = open_task(write_text_task(tmp_path / "task", name, **fields))
+    expert = open_expert(make_expert(tmp_path / "x", base, tmp_path / "task"))
+    notes: list[str] = []
+    bare, own = evaluate([expert], task, find_base(str(base), None, base), None, device="cpu", note=notes.append)
+    assert (bare.name, bare.note) == (BASE, "")
+    model = PeftModel.from_pretrained(model_for(base), expert.path).eval()
+    examples, _ = task.examples("test", task.type.load_processor(str(base), None), model.config)
+    answers = [task.type.score(model, examples, [index]) for index in range(len(examples))]
+    texts = [answer.texts[0] for answer in answers]
+    assert own.loss == pytest.approx(sum(float(answer.losses) for answer in answers) / len(answers), rel=1e-5)
+    assert list(own.metrics) == metrics
+    expected = Answers([None] * len(texts), [0] * len(texts), 0, texts, examples.references)
+    for metric, interval in own.metrics.items():
+        assert interval == measure(metric, expected)
+    cut = sum(answer.cut for answer in answers)
+    assert (f"{own.name}: {cut} answers were cut at max_new_tokens" in notes) == (cut > 0)
+
+
+def test_classes_have_accuracy_by_wilson_and_macro_f1(
+    tmp_path: Path, make_expert: MakeExpert, bert_base: Path, text_task: Path
+) -> None:
+    expert = make_expert(tmp_path / "x", bert_base, text_task)
+    document = json.loads((expert / "task.json").read_text()) | {"metrics": ["macro-f1", "accuracy"]}
+    write_json(expert / "task.json", document)
+    opened = open_expert(expert)
+    (found,) = evaluate([opened], open_task(expert), find_base(str(bert_base), None, bert_base), None, device="cpu")
+    assert list(found.metrics) == ["macro-f1", "accuracy"]
+    assert found.metrics["accuracy"] == Interval(found.accuracy, found.accuracy_low, found.accuracy_high)
+    assert 0 < found.metrics["macro-f1"].value <= 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"metrics": ["acuracy"]}, "did you mean 'accuracy'"),
+        ({"metrics": ["bleu", "bleu"]}, "'bleu' is there twice"),
+        ({"metrics": ["accuracy"], "labels": None, "columns": {}, "answer": "x"}, "the task has no labels"),
+    ],
+)
+def test_metrics_that_do_not_fit_the_task_are_refused(fields: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(PimergeError, match=message):
+        open_task(write_text_task(tmp_path / "task", "t5", **fields))
+
+
+def test_a_classification_has_no_texts_for_a_metric(text_task: Path, tmp_path: Path) -> None:
+    document = json.loads((text_task / "task.json").read_text()) | {"metrics": ["rouge-l"]}
+    write_json(tmp_path / "task.json", document)
+    with pytest.raises(PimergeError, match="'rouge-l' is about texts, and the task is not answered in text"):
+        open_task(tmp_path)

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from pimerge.base import find_base
 from pimerge.errors import PimergeError
 from pimerge.expert import Expert, open_expert
-from pimerge.features import SCALES, Draw, Viewer, read_position
+from pimerge.features import SCALES, Draw, Viewer
 from pimerge.model import load_base
 from pimerge.task import open_task
+from pimerge.task_types._reading import read_position
 from tests.conftest import (
     WORDS,
     Interrupt,

@@ -33,6 +33,7 @@ def evaluate(
     """Score experts and the bare base on the target's test split, each with a 95 % interval."""
     from pimerge.evaluation import evaluate as score
     from pimerge.files import json_text, require_absent, write_file
+    from pimerge.strategies import load
     from pimerge.task import open_task
 
     references = experts or [name for name in DEFAULT_OUTPUTS if Path(name).is_dir()]
@@ -58,6 +59,7 @@ def evaluate(
         device=device,
         dtype=dtype,
         track=tracker(quiet),
+        note=lambda message: note(message, quiet),
     )
     document = {"target": task.name, "split": "test", "scores": [asdict(row) for row in scores]}
     if output is not None:
@@ -65,13 +67,20 @@ def evaluate(
     if json:
         print_json(document)
         return
+    shown = [(name, load("metrics", name).FORMAT) for name in task.metrics]
     print_table(
-        ["expert", "accuracy", "95 %", "loss", "95 %  ", "n", ""],
+        [
+            "expert",
+            *(title for name, _ in shown for title in (name, "95 %")),
+            "loss",
+            "95 %",
+            "n",
+            "",
+        ],
         [
             [
                 row.name,
-                f"{row.accuracy:.1%}",
-                f"{row.accuracy_low:.1%} – {row.accuracy_high:.1%}",
+                *(text for name, style in shown for text in _cells(asdict(row.metrics[name]), style)),
                 f"{row.loss:.3f}",
                 f"{row.loss_low:.3f} – {row.loss_high:.3f}",
                 str(row.examples),
@@ -79,6 +88,11 @@ def evaluate(
             ]
             for row in scores
         ],
-        right=["accuracy", "loss", "n"],
+        right=[*task.metrics, "loss", "n"],
     )
     note(f"on the test split of {task.name}", quiet)
+
+
+def _cells(found: dict[str, float], style: str) -> list[str]:
+    """A value and its interval."""
+    return [format(found["value"], style), f"{found['low']:{style}} – {found['high']:{style}}"]

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from pimerge.expert import Expert
     from pimerge.inspection import Finding
     from pimerge.store import Store
+    from pimerge.task import Task
 
 DEFAULT_STORE = Path("embeddings.json")
 SHOWN_MODULES = 3
@@ -73,7 +74,7 @@ def _row(finding: Finding, others: int) -> list[str]:
     if expert is None:
         return [finding.path.name, *["–"] * 8, "no", "no"]
     ranks, merges = f"{len(finding.ranks_with)}/{others}", f"{len(finding.merges_with)}/{others}"
-    task = f"{finding.task.file.type}, {len(finding.task.labels)} labels" if finding.task else "–"
+    task = _task(finding.task) if finding.task else "–"
     return [
         expert.name,
         expert.kind,
@@ -87,6 +88,10 @@ def _row(finding: Finding, others: int) -> list[str]:
         "no" if finding.problems else ranks,
         merges if finding.merges_with or not finding.problems else "no",
     ]
+
+
+def _task(task: Task) -> str:
+    return f"{task.file.type}, {len(task.labels)} labels" if task.labels else task.file.type
 
 
 def _open_store(store: Path | None, quiet: bool) -> Store | None:

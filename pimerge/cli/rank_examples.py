@@ -13,7 +13,7 @@ from pimerge.cli.rank_own_expert import target_in_store
 from pimerge.cli.rank_request import Asked, Request, names_on, open_all, pool_base, pool_of
 from pimerge.comparison import SHORTLIST, by_sketch, compare
 from pimerge.errors import PimergeError, Problems
-from pimerge.features import SCALES, Draw, Viewer
+from pimerge.features import NO_CLASSES, SCALES, Draw, Viewer
 from pimerge.few_shot import gains_by_part
 from pimerge.measures.combined import store_weight
 from pimerge.model import load_base, resolve_device, resolve_dtype
@@ -28,7 +28,7 @@ LEAST_WEIGHT = 0.01
 
 
 def by_default(asked: Asked, store: Store, request: Request, folder: Path, track: Track) -> Ranking | str:
-    """Rank by the default measure of the examples; or why the store has to decide for a target with an expert.
+    """Rank by the default measure of the examples; or why the store has to decide.
 
     Args:
         folder: where the ranking will lie.
@@ -37,6 +37,8 @@ def by_default(asked: Asked, store: Store, request: Request, folder: Path, track
         PimergeError: if the examples cannot be used, and the target has no expert or they were asked for by --shots.
     """
     try:
+        if not asked.task().labels:
+            return NO_CLASSES
         viewer = _viewer(asked, store, request)
         if asked.expert is not None and not viewer.holds_out:
             return "one example of a class is too few to judge by"

@@ -69,7 +69,8 @@ def ranked(target: str, request: Request, folder: Path, track: Track) -> Iterato
         ranking = rank_by_store(where, asked.name, measure, request.wish, folder)
         notes = [f"{found}: ranked by '{measure}' from the store"] if found else []
         if asked.expert is None:
-            notes.append("the target has no expert: its Fisher is that at the pool's init, with a head of its examples")
+            head = ", with a head of its examples" if asked.task().type.TRAINS_HEAD else ""
+            notes.append(f"the target has no expert: its Fisher is that at the pool's init{head}")
         ranking = ranking.model_copy(update={"target": asked.named_from(folder)}).with_notes(*notes)
         yield Ranked(ranking, asked, store, where, request)
 

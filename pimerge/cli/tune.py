@@ -123,8 +123,8 @@ def tune(
         ["method", used],
         ["trained on", f"{result.examples} examples, {result.outcome.epochs:.0f} epochs"],
         ["trained parameters", str(result.outcome.trained_parameters)],
-        ["train loss", f"{result.outcome.train_loss:.4f}"],
-        ["held-out loss", "–" if result.outcome.held_out_loss is None else f"{result.outcome.held_out_loss:.4f}"],
+        ["train loss", _loss(result.outcome.train_loss)],
+        ["held-out loss", _loss(result.outcome.held_out_loss)],
     ]
     if result.rank:
         rows.append(["rank", f"{result.rank} (error {result.truncation:.2%})"])
@@ -140,3 +140,7 @@ def tune(
         ]
     print_table(["", ""], rows)
     note(f"→ {output}; next: pimerge eval {output}", quiet)
+
+
+def _loss(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4f}"

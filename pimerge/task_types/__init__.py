@@ -3,26 +3,73 @@
 A type has
 
 - ``AUTO_MODEL``: the transformers class that loads a base for it, and ``PEFT_TASK``: PEFT's name for it;
-- ``COLUMNS``: role → whether ``task.json``'s data must have it;
+- ``TRAINS_HEAD``: whether the task has a head of its own, beside the expert; else the base's own answers;
+- ``COLUMNS``: role → whether ``task.json``'s data must have it; ``label`` is needed where there are labels;
+- ``FIELDS``: what ``task.json`` may say besides the fields of every type, and ``check(file)``, which raises a
+  PimergeError with all that does not fit each other there;
 - ``load_processor(source, revision)``: tokenizer or image processor of the base;
-- ``encode(rows, columns, labels, processor, config)`` → :class:`Examples`;
+- ``encode(rows, file, processor, config)`` → :class:`Examples`;
 - ``nll(model, batch)``: −log p(y|x) of each example, summed over its target tokens, shape (batch);
-- ``draw(model, batch, uniform)``: the batch with its targets drawn from the model's own distribution;
-- ``score(model, batch)``: −log p(y|x) and whether the answer is right, each of shape (batch).
+- ``draw(model, examples, indices, uniform)``: the examples' classes, drawn from the model's own distribution;
+- ``score(model, examples, indices)`` → :class:`Scored`;
+- ``read(model, reading, examples, indices, answers)``: the vectors that the head reads (n × d) and, if ``answers``, the
+  logits of the classes (n × classes); ``reading`` are the modules of which the first to run takes the vectors in.
 
 Files that begin with an underscore hold what several types share.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 Batch: TypeAlias = "dict[str, Tensor]"
+
+IGNORED = -100
+"""The label of a token that is no target."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of one split that are to be encoded.
+
+    Attributes:
+        table: a ``datasets.Dataset``.
+        columns: role → column.
+        labels: the class index of each row.
+        numbers: the place of each row in its split, for messages.
+        where: the split, in words.
+    """
+
+    table: Any
+    columns: Mapping[str, str]
+    labels: Sequence[int]
+    numbers: Sequence[int]
+    where: str
+
+
+@dataclass(frozen=True)
+class Scored:
+    """How a model did on some examples.
+
+    Attributes:
+        losses: −log p(y|x) of each, (n).
+        right: whether its answer is right, of each.
+        chosen: the class that it answers, of each; None where it is none of them.
+        texts: what it answers in words, of each; empty for a type that answers in classes only.
+        cut: how many answers were generated up to the most tokens, without an end.
+    """
+
+    losses: Tensor
+    right: Sequence[bool]
+    chosen: Sequence[int | None]
+    texts: Sequence[str] = ()
+    cut: int = 0
 
 
 @dataclass(frozen=True)
@@ -33,13 +80,15 @@ class Examples:
         lengths: tokens (or patches) of each example, for batches of bounded size.
         get: example i as tensors without a batch axis, ``labels`` among them.
         collate: several examples → one padded batch.
-        truncated: how many were longer than the model takes and lost their end.
+        truncated: how many were longer than the model takes and were cut.
+        references: the texts that are right for each; none for a type that answers in classes only.
     """
 
     lengths: Sequence[int]
     get: Callable[[int], Batch]
     collate: Callable[[Sequence[Batch]], Batch]
     truncated: int = 0
+    references: Sequence[Sequence[str]] = ()
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -50,6 +99,16 @@ class Examples:
     def batch(self, indices: Sequence[int]) -> Batch:
         """The padded batch of these examples."""
         return self.collate([self.get(index) for index in indices])
+
+    def labelled(self, index: int, label: int) -> Batch:
+        """Example i as :attr:`get` has it, but of another class."""
+        example = self.get(index)
+        return {**example, "labels": example["labels"].new_tensor(label)}
+
+
+def on_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch on a device."""
+    return {name: value.to(device) for name, value in batch.items()}
 
 
 def bucket_by_length(lengths: Sequence[int], max_tokens: int, *, padded: bool = True) -> list[list[int]]:

@@ -2,15 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch.nn.functional import cross_entropy
 
+from pimerge.errors import Problems
+from pimerge.metrics import check as check_metrics
+from pimerge.task_types import Scored, on_device
+from pimerge.task_types._reading import catching, read_position, text_config
+
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from pimerge.task_types import Batch
+    from pimerge.task_file import TaskFile
+    from pimerge.task_types import Batch, Examples
+
+TRAINS_HEAD = True
+FIELDS = frozenset({"metrics"})
+
+
+def check(file: TaskFile) -> None:
+    """Check that there are classes, and that the metrics are about them.
+
+    Raises:
+        PimergeError: if it is not so.
+    """
+    problems = Problems()
+    if file.labels is None:
+        problems.add("labels: Field required", "list the names of the classes")
+    with problems.collected():
+        check_metrics(file.metrics or [], ["classes"])
+    problems.raise_any("it does not fit")
 
 
 def logits(model: nn.Module, batch: Batch) -> Tensor:
@@ -24,16 +48,41 @@ def nll(model: nn.Module, batch: Batch) -> Tensor:
     return cross_entropy(logits(model, batch), batch["labels"], reduction="none")
 
 
-def draw(model: nn.Module, batch: Batch, uniform: Tensor) -> Batch:
-    """The batch with y drawn from p(·|x) by inverting its distribution function at ``uniform`` (batch)."""
+def draw(model: nn.Module, examples: Examples, indices: Sequence[int], uniform: Tensor) -> list[int]:
+    """y of each example drawn from p(·|x) by inverting its distribution function at ``uniform`` (n)."""
     with torch.no_grad():
-        distribution = logits(model, batch).double().softmax(1).cumsum(1)
-    drawn = torch.searchsorted(distribution, uniform.to(distribution)[:, None])[:, 0]
-    return {**batch, "labels": drawn.clamp(max=distribution.shape[1] - 1)}
+        answers = logits(model, on_device(examples.batch(indices), next(model.parameters()).device))
+    return drawn(answers, uniform)
 
 
-def score(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """−log p(y|x) and whether the most likely class is y, each of shape (batch)."""
+def drawn(answers: Tensor, uniform: Tensor) -> list[int]:
+    """A class of each row of logits (n × classes), where the distribution function passes ``uniform`` (n).
+
+    >>> drawn(torch.tensor([[0.0, 0.0], [0.0, 0.0]]), torch.tensor([0.4, 0.6]))
+    [0, 1]
+    """
+    distribution = answers.double().softmax(1).cumsum(1)
+    found = torch.searchsorted(distribution, uniform.to(distribution)[:, None])[:, 0]
+    classes: list[int] = found.clamp(max=distribution.shape[1] - 1).tolist()
+    return classes
+
+
+def score(model: nn.Module, examples: Examples, indices: Sequence[int]) -> Scored:
+    """−log p(y|x), and whether the most likely class is y."""
+    batch = on_device(examples.batch(indices), next(model.parameters()).device)
     with torch.no_grad():
         output = logits(model, batch)
-    return cross_entropy(output, batch["labels"], reduction="none"), output.argmax(1) == batch["labels"]
+    losses, chosen = cross_entropy(output, batch["labels"], reduction="none"), output.argmax(1)
+    return Scored(losses, (chosen == batch["labels"]).tolist(), chosen.tolist())
+
+
+def read(
+    model: nn.Module, reading: Mapping[str, nn.Module], examples: Examples, indices: Sequence[int], answers: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The vectors that the head reads, and what it answers."""
+    batch = on_device(examples.batch(indices), next(model.parameters()).device)
+    with torch.no_grad(), catching(reading.values()) as seen:
+        output = logits(model, batch)
+    tokens, pad = batch.get("input_ids"), getattr(text_config(model), "pad_token_id", None)
+    real = None if tokens is None or pad is None else tokens != pad
+    return read_position(seen[0], real, causal="score" in reading), output if answers else None

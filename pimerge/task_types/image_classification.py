@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pimerge.task_types import Batch, Examples
-from pimerge.task_types._classification import draw, nll, score
+from pimerge.task_types import Batch, Examples, Rows
+from pimerge.task_types._classification import FIELDS, TRAINS_HEAD, check, draw, nll, read, score
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-__all__ = ["AUTO_MODEL", "COLUMNS", "PEFT_TASK", "draw", "encode", "load_processor", "nll", "score"]
+    from pimerge.task_file import TaskFile
+
+__all__ = [
+    "AUTO_MODEL",
+    "COLUMNS",
+    "FIELDS",
+    "PEFT_TASK",
+    "TRAINS_HEAD",
+    "check",
+    "draw",
+    "encode",
+    "load_processor",
+    "nll",
+    "read",
+    "score",
+]
 
 AUTO_MODEL = "AutoModelForImageClassification"
 PEFT_TASK = None  # PEFT has no task type for images; its plain PeftModel serves them
@@ -30,16 +45,10 @@ def load_processor(source: str, revision: str | None) -> Any:
     return AutoImageProcessor.from_pretrained(source, revision=revision, trust_remote_code=False)
 
 
-def encode(
-    rows: Any,
-    columns: Mapping[str, str],
-    labels: Sequence[int],
-    processor: Any,
-    config: PreTrainedConfig,
-) -> Examples:
+def encode(rows: Rows, file: TaskFile, processor: Any, config: PreTrainedConfig) -> Examples:
     """Decode and process an image when it is asked for; up to 256 MB of them are kept for the next epoch."""
     mode = _MODES[getattr(config, "num_channels", 3)]
-    images = rows[columns["image"]]
+    images = rows.table[rows.columns["image"]]
     kept: dict[int, torch.Tensor] = {}
 
     def pixels(index: int) -> torch.Tensor:
@@ -51,12 +60,12 @@ def encode(
         return values
 
     def get(index: int) -> Batch:
-        return {"pixel_values": pixels(index), "labels": torch.tensor(labels[index])}
+        return {"pixel_values": pixels(index), "labels": torch.tensor(rows.labels[index])}
 
     def collate(examples: Sequence[Batch]) -> Batch:
         return {name: torch.stack([example[name] for example in examples]) for name in examples[0]}
 
-    return Examples([_tokens(config, pixels(0))] * len(labels), get, collate)
+    return Examples([_tokens(config, pixels(0))] * len(rows.labels), get, collate)
 
 
 def _tokens(config: PreTrainedConfig, pixel_values: torch.Tensor) -> int:

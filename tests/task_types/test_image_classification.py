@@ -9,14 +9,17 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoImageProcessor
 
-from pimerge.task_types import Examples
+from pimerge.task_file import TaskFile
+from pimerge.task_types import Examples, Rows
 from pimerge.task_types import image_classification as images
 
 
 def encode(base: Path, pictures: list[Any], labels: list[int]) -> Examples:
     processor = images.load_processor(str(base), None)
     columns = {"image": "image", "label": "label"}
-    return images.encode({"image": pictures}, columns, labels, processor, AutoConfig.from_pretrained(base))
+    rows = Rows({"image": pictures}, columns, labels, range(len(labels)), "the train split")
+    file = TaskFile(type="image-classification", data="images", labels=["a", "b"])
+    return images.encode(rows, file, processor, AutoConfig.from_pretrained(base))
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P", "1"])

@@ -7,16 +7,19 @@ from pathlib import Path
 import pytest
 from transformers import AutoConfig, AutoTokenizer
 
-from pimerge.task_types import Examples
+from pimerge.task_file import TaskFile
+from pimerge.task_types import Examples, Rows
 from pimerge.task_types import text_classification as texts
 
+FILE = TaskFile(type="text-classification", data="rows.jsonl", labels=["a", "b"])
 ROWS = {"text": ["a cat", "the dog runs fast", "bird"], "other": ["a dog", "cat", "the red bird sits on mat"]}
 
 
 def encode(base: Path, rows: dict[str, list[str]], columns: dict[str, str]) -> Examples:
     processor = texts.load_processor(str(base), None)
-    labels = [0] * len(rows["text"])
-    return texts.encode(rows, {"label": "label", **columns}, labels, processor, AutoConfig.from_pretrained(base))
+    count = len(rows["text"])
+    chosen = Rows(rows, {"label": "label", **columns}, [0] * count, range(count), "the train split")
+    return texts.encode(chosen, FILE, processor, AutoConfig.from_pretrained(base))
 
 
 def test_a_batch_is_what_the_tokenizer_pads(bert_base: Path) -> None:

@@ -1,0 +1,314 @@
+"""What the types that answer in text share: p(y|x) is the product over the tokens of the answer and its end.
+
+Layout: ``labels`` (batch × tokens) stand where the model's output foretells them, −100 elsewhere, so a causal model's
+are shifted already. Every class of a task with labels has an answer in words, a candidate; the likeliest one counts,
+or what the model writes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
+
+from pimerge.errors import PimergeError
+from pimerge.task_types import IGNORED, Batch, Examples, Scored, on_device
+from pimerge.task_types._classification import drawn
+from pimerge.task_types._reading import catching, text_config
+from pimerge.task_types._templates import RowProblems, Text
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from pimerge.task_file import TaskFile
+    from pimerge.task_types import Rows
+
+TRAINS_HEAD = False
+COLUMNS = {"label": False}
+FIELDS = frozenset({"prompt", "answer", "verbalizer", "scoring", "metrics", "max_new_tokens"})
+_USUAL_NEW_TOKENS = 64
+_PADDING = {"attention_mask": 0, "decoder_attention_mask": 0, "labels": IGNORED}
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A row in tokens.
+
+    Attributes:
+        prompt: what the model reads.
+        answers: each candidate, with its end.
+        right: which of them is the row's.
+    """
+
+    prompt: list[int]
+    answers: list[list[int]]
+    right: int
+
+
+@dataclass(frozen=True)
+class Writing:
+    """How answers are generated.
+
+    Attributes:
+        prompts: the prompts of some examples as ``generate`` takes them.
+        decode: tokens → text.
+        start: what an encoder-decoder's answer starts from; None for a causal model.
+        ends: tokens that end an answer.
+        pad: what fills up after the end.
+        most: tokens of an answer.
+    """
+
+    prompts: Callable[[Sequence[int]], Batch]
+    decode: Callable[[list[int]], str]
+    start: int | None
+    ends: tuple[int, ...]
+    pad: int
+    most: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextExamples(Examples):
+    """Examples that are answered in text.
+
+    Attributes:
+        tokens: of each example.
+        item: prompt and answer in tokens → example without a batch axis.
+        texts: each example in words.
+        writing: how answers are generated; None where the likeliest candidate is the answer.
+    """
+
+    tokens: Sequence[Tokens]
+    item: Callable[[list[int], list[int]], Batch]
+    texts: Sequence[Text]
+    writing: Writing | None
+
+    def labelled(self, index: int, label: int) -> Batch:
+        """Example i with another candidate for its answer."""
+        return self.item(self.tokens[index].prompt, self.tokens[index].answers[label])
+
+
+def examples_of(
+    rows: Rows,
+    texts: Sequence[Text],
+    tokens: Sequence[Tokens],
+    item: Callable[[list[int], list[int]], Batch],
+    pad: int,
+    truncated: int,
+    writing: Writing | None,
+) -> TextExamples:
+    """Put together what a type has encoded."""
+
+    def get(index: int) -> Batch:
+        return item(tokens[index].prompt, tokens[index].answers[tokens[index].right])
+
+    return TextExamples(
+        [len(row.prompt) + len(row.answers[row.right]) for row in tokens],
+        get,
+        lambda batch: collate(batch, pad),
+        truncated,
+        [text.references for text in texts],
+        tokens=tokens,
+        item=item,
+        texts=texts,
+        writing=writing,
+    )
+
+
+def collate(examples: Sequence[Batch], pad: int) -> Batch:
+    """Several examples → one batch, padded on the right."""
+    return {
+        name: pad_sequence([example[name] for example in examples], True, _PADDING.get(name, pad))
+        for name in examples[0]
+    }
+
+
+def logits(model: nn.Module, batch: Batch) -> Tensor:
+    """The logits (batch × tokens × vocabulary) in the model's dtype, but for those of vectors put before a text."""
+    output: Tensor = model(**{name: value for name, value in batch.items() if name != "labels"}).logits
+    return output[:, -batch["labels"].shape[1] :]
+
+
+def nll(model: nn.Module, batch: Batch) -> Tensor:
+    """−log p(y|x) of each example, summed over the tokens of its answer, shape (batch); in float32 or wider."""
+    labels = batch["labels"]
+    answering = labels != IGNORED
+    kept = logits(model, batch)[answering]
+    kept = kept if kept.dtype == torch.float64 else kept.float()
+    losses = cross_entropy(kept, labels[answering], reduction="none")
+    return losses.new_zeros(labels.shape).masked_scatter(answering, losses).sum(1)
+
+
+def likelihoods(model: nn.Module, examples: TextExamples, indices: Sequence[int]) -> Tensor:
+    """log p(candidate|x): (n × candidates), −inf where an example has fewer candidates than another."""
+    most = max(len(examples.tokens[index].answers) for index in indices)
+    device = next(model.parameters()).device
+    found: list[list[float]] = [[-math.inf] * most for _ in indices]
+    for candidate in range(most):
+        asked = [place for place, i in enumerate(indices) if candidate < len(examples.tokens[i].answers)]
+        batch = examples.collate([examples.labelled(indices[place], candidate) for place in asked])
+        with torch.no_grad():
+            losses = nll(model, on_device(batch, device))
+        for place, loss in zip(asked, losses.tolist(), strict=True):
+            found[place][candidate] = -loss
+    return torch.tensor(found, dtype=torch.float64)
+
+
+def draw(model: nn.Module, examples: Examples, indices: Sequence[int], uniform: Tensor) -> list[int]:
+    """The candidate of each example drawn from softmax(log p(candidate|x)) at ``uniform`` (n).
+
+    Raises:
+        PimergeError: if the answers are no choice between candidates.
+    """
+    assert isinstance(examples, TextExamples)
+    if any(len(examples.tokens[index].answers) < 2 for index in indices):
+        raise PimergeError(
+            "labels cannot be sampled, since the task's answers are free text", "leave out --labels sampled"
+        )
+    return drawn(likelihoods(model, examples, indices), uniform)
+
+
+def score(model: nn.Module, examples: Examples, indices: Sequence[int]) -> Scored:
+    """−log p(y|x), and the answer: the likeliest candidate, or what the model writes."""
+    assert isinstance(examples, TextExamples)
+    rights = [examples.tokens[index].right for index in indices]
+    if examples.writing is None:
+        found = likelihoods(model, examples, indices)
+        likeliest = found.argmax(1).tolist()
+        losses = -found[torch.arange(len(indices)), rights]
+        words = [examples.texts[index].answers[choice] for index, choice in zip(indices, likeliest, strict=True)]
+        return Scored(losses, [a == b for a, b in zip(likeliest, rights, strict=True)], likeliest, words)
+    with torch.no_grad():
+        losses = nll(model, on_device(examples.batch(indices), next(model.parameters()).device))
+        words, cut = generate(model, examples.writing, indices)
+    pairs = [(examples.texts[index], word) for index, word in zip(indices, words, strict=True)]
+    chosen = [text.answers.index(word) if word in text.answers else None for text, word in pairs]
+    return Scored(losses, [word in text.references for text, word in pairs], chosen, words, cut)
+
+
+def generate(model: Any, writing: Writing, indices: Sequence[int]) -> tuple[list[str], int]:
+    """What the model writes to each prompt, and how many answers reached the most tokens without an end.
+
+    By the model's own generation config, but never sampled.
+    """
+    batch = on_device(writing.prompts(indices), next(model.parameters()).device)
+    own = model.generation_config.eos_token_id
+    ends = {*writing.ends, *(own if isinstance(own, list) else [] if own is None else [own])}
+    start = {} if writing.start is None else {"decoder_start_token_id": writing.start}
+    # BART's config forces an end on the last token, where one would not see that the answer is cut
+    forced = model.generation_config.forced_eos_token_id is not None
+    written = model.generate(
+        **batch,
+        **start,
+        max_new_tokens=writing.most + forced,
+        do_sample=False,
+        use_cache=True,
+        eos_token_id=sorted(ends),
+        pad_token_id=writing.pad,
+    )
+    skipped = batch["input_ids"].shape[1] if writing.start is None else 1
+    words, cut = [], 0
+    for row in written[:, skipped:].tolist():
+        row = row[: writing.most]
+        end = next((place for place, token in enumerate(row) if token in ends), None)
+        cut += end is None
+        words.append(writing.decode(row[:end]).strip())
+    return words, cut
+
+
+def read(
+    model: nn.Module, reading: Mapping[str, nn.Module], examples: Examples, indices: Sequence[int], answers: bool
+) -> tuple[Tensor, Tensor | None]:
+    """What the output layer reads where the answer begins, and log p(candidate|x) if the likeliest is the answer."""
+    assert isinstance(examples, TextExamples)
+    by_likelihood = answers and examples.writing is None
+    batch = examples.collate([examples.labelled(index, 0) for index in indices])
+    with torch.no_grad(), catching(reading.values()) as seen:
+        if by_likelihood:  # the first pass is over the first candidates
+            found = likelihoods(model, examples, indices)
+        else:
+            logits(model, on_device(batch, next(model.parameters()).device))
+    begin = getattr(text_config(model), "bos_token_id", None)
+    labels = batch["labels"]
+    begins = labels == (IGNORED if begin is None else begin)  # BART's answers begin with a token that says nothing
+    first = ((labels != IGNORED) & ~begins).int().argmax(1)
+    states = seen[0][:, -labels.shape[1] :]
+    vectors = states[torch.arange(len(states), device=states.device), first.to(states.device)]
+    return vectors, found if by_likelihood else None
+
+
+def fit(
+    rows: Rows,
+    prompts: Sequence[list[int]],
+    answers: Sequence[list[list[int]]],
+    texts: Sequence[Text],
+    longest: int,
+    cut: Callable[[int, int], list[int]],
+) -> tuple[list[Tokens], int]:
+    """Cut prompts that are too long, never answers; and how many were.
+
+    Args:
+        longest: tokens of an answer.
+        cut: place of a row, tokens of its longest candidate → the part of its prompt that has room beside that.
+
+    Raises:
+        PimergeError: with each row whose answer alone is too long.
+    """
+    problems = RowProblems(rows)
+    found, truncated = [], 0
+    for place, (prompt, candidates, text) in enumerate(zip(prompts, answers, texts, strict=True)):
+        with problems.row(place):
+            if (most := max(map(len, candidates))) > longest:
+                raise PimergeError(
+                    f"the answer has {most} tokens with its end, and there is room for {longest}",
+                    "shorten the answer or leave the row out",
+                )
+            kept = cut(place, most)
+            truncated += len(kept) < len(prompt)
+            found.append(Tokens(kept, candidates, text.right))
+    problems.raise_any()
+    return found, truncated
+
+
+def generates(file: TaskFile) -> bool:
+    """Whether the answer is what the model writes."""
+    return (file.scoring or ("generation" if file.labels is None else "likelihood")) == "generation"
+
+
+def new_tokens(file: TaskFile, longest: int, answers: Sequence[list[list[int]]]) -> int:
+    """The most tokens that are generated: what the task says, else enough for each of its answers.
+
+    Args:
+        longest: tokens that there is room for.
+
+    Raises:
+        PimergeError: if the task wants more than there is room for.
+    """
+    if file.max_new_tokens is not None:
+        if file.max_new_tokens > longest:
+            raise PimergeError(
+                f"max_new_tokens is {file.max_new_tokens}, and the model has room for {longest}", "ask for fewer"
+            )
+        return file.max_new_tokens
+    needed = max(len(candidate) for row in answers for candidate in row)
+    return min(longest, needed if file.labels else max(needed, _USUAL_NEW_TOKENS))
+
+
+def end_token(processor: Any, config: Any) -> int:
+    """The token that ends an answer.
+
+    Raises:
+        PimergeError: if there is none.
+    """
+    own = config.eos_token_id
+    found = processor.eos_token_id if processor.eos_token_id is not None else own[0] if isinstance(own, list) else own
+    if found is None:
+        raise PimergeError(
+            "neither the tokenizer nor the model's config has an end token, so no answer would end",
+            "set eos_token in the base's tokenizer",
+        )
+    return int(found)

@@ -1,0 +1,58 @@
+"""The vectors that a model's head takes in, as hooks catch them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+@contextmanager
+def catching(modules: Iterable[nn.Module]) -> Iterator[list[Tensor]]:
+    """What some modules take in during the block, in the order in which they run."""
+    seen: list[Tensor] = []
+    handles = [
+        module.register_forward_pre_hook(
+            lambda _, inputs, kwargs: seen.append((*inputs, *kwargs.values())[0]), with_kwargs=True
+        )
+        for module in modules
+    ]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def text_config(model: Any) -> Any:
+    """The part of a model's config that says which tokens are special."""
+    return model.config.get_text_config()
+
+
+def read_position(states: Tensor, real: Tensor | None, *, causal: bool) -> Tensor:
+    """The vector of each example that a head reads: (batch × tokens × d) → (batch × d).
+
+    A causal model's head answers at every token, of which transformers takes the last that is no padding; any other
+    reads the first. A head that takes no tokens, but (batch × d) or (batch × d × 1 × 1), reads all of it.
+
+    Args:
+        real: (batch × tokens) which tokens are no padding; None if all are.
+
+    >>> states = torch.tensor([[[1.0], [2.0], [3.0]]])
+    >>> read_position(states, torch.tensor([[True, True, False]]), causal=True).item()
+    2.0
+    """
+    if states.dim() != 3:
+        return states.flatten(1)
+    if not causal:
+        return states[:, 0]
+    if real is None:
+        return states[:, -1]
+    virtual = states.shape[1] - real.shape[1]  # vectors that an expert put before the text
+    last = virtual + (real * torch.arange(real.shape[1], device=real.device)).argmax(1)
+    return states[torch.arange(len(states), device=states.device), last]
