@@ -10,12 +10,25 @@ from pimerge.cli.console import note, print_json, print_table, size_text, tracke
 from pimerge.cli.inputs import parse_numbers
 from pimerge.cli.merge_choice import starting_weights
 from pimerge.cli.merge_report import method_summary
-from pimerge.cli.merge_request import Request, is_checkpoint
+from pimerge.cli.merge_request import Request, is_checkpoint, is_state_dict
 from pimerge.errors import PimergeError, Problems
 
 if TYPE_CHECKING:
     from pimerge.checkpoint import Checkpoint
     from pimerge.checkpoint_planning import MergePlan
+
+_FOLDER_LOADING = """
+from transformers import AutoModel  # or the Auto class of your task
+
+model = AutoModel.from_pretrained("path/to/this/folder")
+"""
+_FILE_LOADING = """
+from safetensors.torch import load_file
+
+tensors = load_file("path/to/this/folder/{}")
+"""
+BASELESS = ("uniform", "interpolated", "fisher")
+"""Methods that average the numbers themselves."""
 
 
 def run(request: Request) -> None:
@@ -45,6 +58,12 @@ def run(request: Request) -> None:
             f"the base has {len(base.home)}, such as '{next(iter(base.home))}'; look at --include and --exclude",
         )
     weights = _weights(request, base, experts)
+    sums = {round(sum(row), 9) for row in weights.values()}
+    if request.base is None and method.space == "linear" and sums != {1.0}:
+        raise PimergeError(
+            f"the weights sum to {sorted(sums)[0]:g}, and without a base only a mean has a meaning",
+            "pass weights that sum to 1, or --base",
+        )
     if request.dry_run:
         _print_plan(request, plan, weights)
         return
@@ -67,18 +86,26 @@ def _refuse_other_options(request: Request) -> None:
     for reference in request.experts or []:
         if not is_checkpoint(reference):
             problems.add(f"'{reference}' is no full checkpoint, and others are", "fold adapters in first, with --into")
-    if request.base is None:
-        problems.add("full checkpoints merge against their base, and none is given", "pass --base FOLDER_OR_HUB_ID")
+    if request.base is None and not _is_baseless(request):
+        problems.add(
+            "full checkpoints merge against their base, and none is given",
+            "pass --base FOLDER_OR_HUB_ID; single .safetensors files do without by uniform, interpolated and fisher",
+        )
     problems.raise_any("these checkpoints cannot be merged")
+
+
+def _is_baseless(request: Request) -> bool:
+    """Whether the numbers themselves are averaged, so that no base is needed: it is in no mean of weights of sum 1."""
+    return request.method in BASELESS and all(is_state_dict(reference) for reference in request.experts or [])
 
 
 def _open(request: Request) -> tuple[Checkpoint, list[Checkpoint]]:
     from pimerge.base import find_base
     from pimerge.checkpoint import open_checkpoint
 
-    assert request.base is not None
-    name, _, revision = request.base.partition("@")
-    folder = Path(request.base) if Path(request.base).exists() else find_base(name, revision or None, Path.cwd()).folder
+    reference = request.base or (request.experts or [""])[0]  # of files without a base, the first gives the layout
+    name, _, revision = reference.partition("@")
+    folder = Path(reference) if Path(reference).exists() else find_base(name, revision or None, Path.cwd()).folder
     if folder is None:
         raise PimergeError(f"the base '{request.base}' is not on this machine", "download it first: hf download NAME")
     problems = Problems()
@@ -178,8 +205,8 @@ def _write(request: Request, plan: MergePlan, weights: dict[str, list[float]]) -
                 "method": request.method,
                 **method.resolved,
                 "weights": list(rows[0]) if len(rows) == 1 else weights,
-                "base": plan.base.name,
-                "base_sha256": plan.base.sha256,
+                "base": plan.base.name if request.base else None,
+                "base_sha256": plan.base.sha256 if request.base else None,
                 "seed": request.seed,
                 "include": list(request.include),
                 "exclude": list(request.exclude),
@@ -216,7 +243,6 @@ def _card(request: Request, plan: MergePlan, weights: dict[str, list[float]]) ->
         method_summary(request.method),
         {**request.open_method().resolved, "seed": request.seed},
         "nothing is truncated.",
-        "from transformers import AutoModel  # or the Auto class of your task\n\n"
-        'model = AutoModel.from_pretrained("path/to/this/folder")',
+        _FILE_LOADING.format(plan.base.name) if plan.base.is_file else _FOLDER_LOADING,
         adapter=False,
     )

@@ -98,8 +98,19 @@ class Request:
         problems.raise_any("globs that match nothing")
 
 
+def is_state_dict(reference: str) -> bool:
+    """Whether a reference is a single file of tensors.
+
+    >>> is_state_dict("no/such.safetensors")
+    False
+    """
+    return reference.endswith(".safetensors") and os.path.isfile(reference)
+
+
 def is_checkpoint(reference: str) -> bool:
-    """Whether a reference is a full checkpoint's folder: a config and no adapter."""
+    """Whether a reference is a full checkpoint: a folder with a config and no adapter, or one safetensors file."""
+    if is_state_dict(reference):
+        return True
     return os.path.isfile(os.path.join(reference, "config.json")) and not os.path.isfile(
         os.path.join(reference, "adapter_config.json")
     )

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from pimerge.errors import PimergeError
 from tests.cli.conftest import Cli
 from tests.conftest import Shell
 from tests.merge_methods.references import REFERENCES
@@ -196,3 +197,38 @@ def test_another_model_is_refused(shell: Shell, two: list[dict[str, Tensor]], be
     result = shell("merge", *TWO, "--base", bert_base)
     assert result.code == 3
     assert "'b' is a roberta, the base 'bert' a bert" in result.err
+
+
+def test_single_files_without_a_base_are_averaged_number_by_number(cli: Cli, tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    files = [{"a": torch.randn(4, 5, generator=generator), "b": torch.randn(3, generator=generator)} for _ in range(2)]
+    fishers = [{key: torch.rand(tensor.shape, generator=generator) for key, tensor in file.items()} for file in files]
+    for number, (file, fisher) in enumerate(zip(files, fishers, strict=True)):
+        save_file(file, tmp_path / f"{number}.safetensors")
+        save_file(fisher, tmp_path / f"f{number}.safetensors")
+    names = ["0.safetensors", "1.safetensors"]
+
+    def merged(*arguments: str) -> dict[str, torch.Tensor]:
+        result = cli("merge", *names, *arguments, "--output", "out", "--force")
+        assert result.exit_code == 0, result.exception
+        return load_file(tmp_path / "out" / "0.safetensors")
+
+    uniform, weighted = merged(), merged("--method", "interpolated", "--weights", "0.2,0.8")
+    by_fisher = merged("--method", "fisher", "--fisher", "f0.safetensors", "--fisher", "f1.safetensors", "--floor", "0")
+    for key in files[0]:
+        first, second = (file[key] for file in files)
+        torch.testing.assert_close(uniform[key], (first + second) / 2)
+        torch.testing.assert_close(weighted[key], 0.2 * first + 0.8 * second)
+        total = fishers[0][key] + fishers[1][key]
+        torch.testing.assert_close(by_fisher[key], (fishers[0][key] * first + fishers[1][key] * second) / total)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "load_file" in card
+    save_file({"a": torch.ones(2, 2)}, tmp_path / "other.safetensors")
+    for arguments, named in (
+        ([*names, "--method", "ties"], "single .safetensors files do without"),
+        ([*names, "--method", "interpolated", "--weights", "0.2,0.3"], "only a mean"),
+        ([names[0], "other.safetensors"], "other.safetensors"),
+    ):
+        result = cli("merge", *arguments, "--output", "none")
+        assert isinstance(result.exception, PimergeError)
+        assert any(named in str(problem) for problem in [result.exception, *result.exception.problems])
