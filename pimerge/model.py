@@ -21,6 +21,7 @@ from pimerge.kinds._groups import Group
 from pimerge.kinds._keys import PREFIX, PROMPT_PREFIX
 from pimerge.parameter_space import sum_of
 from pimerge.task import Task
+from pimerge.task_types import for_base
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -133,7 +134,8 @@ def load_base(base: Base, task: Task, device: torch.device, dtype: torch.dtype, 
     trains_head: bool = task.type.TRAINS_HEAD
     torch.manual_seed(seed)
     try:
-        model, info = getattr(transformers, task.type.AUTO_MODEL).from_pretrained(
+        config = transformers.AutoConfig.from_pretrained(base.source, revision=base.revision, trust_remote_code=False)
+        model, info = getattr(transformers, for_base(task.type.AUTO_MODEL, config)).from_pretrained(
             base.source,
             revision=base.revision,
             dtype=dtype,
@@ -169,7 +171,7 @@ def load_base(base: Base, task: Task, device: torch.device, dtype: torch.dtype, 
             "download or save the base again",
         )
     replaced = missing | {key for key, *_ in info["mismatched_keys"]}
-    own_labels = getattr(transformers.AutoConfig.from_pretrained(base.source, revision=base.revision), "id2label", {})
+    own_labels = getattr(config, "id2label", {})
     has_own_head = not trains_head or (
         not any(in_head(key, head) for key in replaced) and list(own_labels.values()) == task.labels
     )
@@ -410,13 +412,14 @@ def _misfit(expert: Expert, group: Group, base_model: nn.Module) -> str:
 
 
 @cache
-def _skeleton(source: str, revision: str | None, auto_model: str, labels: int) -> nn.Module:
+def _skeleton(source: str, revision: str | None, auto_model: str | tuple[str, str], labels: int) -> nn.Module:
     import transformers
 
     names = {"id2label": {index: str(index) for index in range(labels)}} if labels else {}
     config = transformers.AutoConfig.from_pretrained(source, revision=revision, **names)
     with torch.device("meta"):
-        model: nn.Module = getattr(transformers, auto_model).from_config(config, trust_remote_code=False)
+        kind = getattr(transformers, for_base(auto_model, config))
+        model: nn.Module = kind.from_config(config, trust_remote_code=False)
     return model
 
 

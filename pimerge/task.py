@@ -72,7 +72,8 @@ class Task:
     @property
     def metrics(self) -> list[str]:
         """What ``eval`` shows besides the loss."""
-        return self.file.metrics or ["accuracy" if self.labels else "exact-match"]
+        chosen = self.labels or "choices" in self.type.COLUMNS
+        return self.file.metrics or ["accuracy" if chosen else "exact-match"]
 
     @property
     def type(self) -> ModuleType:

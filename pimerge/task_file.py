@@ -27,6 +27,7 @@ class TaskFile(BaseModel):
         scoring: ``likelihood`` (the likeliest answer of all classes counts) or ``generation`` (what it writes).
         chat: whether prompts go through the tokenizer's chat template.
         metrics: what ``eval`` shows besides the loss; accuracy, or exact-match without labels, if it is not given.
+        normalise: the likeliest choice is so by the ``sum`` of log p over its tokens, or by their mean (``tokens``).
         max_new_tokens: most tokens that are generated for an answer.
     """
 
@@ -46,6 +47,7 @@ class TaskFile(BaseModel):
     scoring: Literal["likelihood", "generation"] | None = None
     chat: bool | None = None
     metrics: Annotated[list[str], Field(min_length=1)] | None = None
+    normalise: Literal["sum", "tokens"] | None = None
     max_new_tokens: Annotated[int, Field(ge=1)] | None = None
 
     def given(self) -> set[str]:

@@ -31,7 +31,7 @@ from pimerge.manifest import Manifest, inputs_of, library_versions
 from pimerge.model import LoadedBase, load_base, resolve_device, resolve_dtype, set_head
 from pimerge.progress import Track, silent
 from pimerge.task import Task
-from pimerge.task_types import Examples
+from pimerge.task_types import Examples, for_base
 from pimerge.training import Options, Outcome, check_options, split_holdout, train, untrained
 from pimerge.tune_methods import Plan
 
@@ -428,11 +428,10 @@ def _collapse(
 def _config_fields(loaded: LoadedBase, task: Task, layers: dict[str, ComposedLinear]) -> dict[str, Any]:
     """What PEFT's config says besides the factors."""
     kind = type(loaded.model)
+    peft_task = for_base(task.type.PEFT_TASK, loaded.config)
     return {
-        "task_type": task.type.PEFT_TASK,
-        "auto_mapping": None
-        if task.type.PEFT_TASK
-        else {"base_model_class": kind.__name__, "parent_library": kind.__module__},
+        "task_type": peft_task,
+        "auto_mapping": None if peft_task else {"base_model_class": kind.__name__, "parent_library": kind.__module__},
         "fan_in_fan_out": any(type(layer.layer).__name__ == "Conv1D" for layer in layers.values()),
     }
 

@@ -2,7 +2,8 @@
 
 A type has
 
-- ``AUTO_MODEL``: the transformers class that loads a base for it, and ``PEFT_TASK``: PEFT's name for it;
+- ``AUTO_MODEL``: the transformers class that loads a base for it, and ``PEFT_TASK``: PEFT's name for it; or two of
+  each, the second for a base with an encoder and a decoder (:func:`for_base`);
 - ``TRAINS_HEAD``: whether the task has a head of its own, beside the expert; else the base's own answers;
 - ``COLUMNS``: role → whether ``task.json``'s data must have it; ``label`` is needed where there are labels;
 - ``FIELDS``: what ``task.json`` may say besides the fields of every type, and ``check(file)``, which raises a
@@ -22,12 +23,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+Value = TypeVar("Value", str, None)
 Batch: TypeAlias = "dict[str, Tensor]"
 
 IGNORED = -100
@@ -109,6 +111,16 @@ class Examples:
 def on_device(batch: Batch, device: torch.device) -> Batch:
     """The batch on a device."""
     return {name: value.to(device) for name, value in batch.items()}
+
+
+def for_base(values: Value | tuple[Value, Value], config: Any) -> Value:
+    """What a type has for a base: one value for all, or the second of two if it is an encoder-decoder.
+
+    >>> from types import SimpleNamespace
+    >>> for_base(("causal", "encoder-decoder"), SimpleNamespace(is_encoder_decoder=False))
+    'causal'
+    """
+    return values[bool(config.is_encoder_decoder)] if isinstance(values, tuple) else values
 
 
 def bucket_by_length(lengths: Sequence[int], max_tokens: int, *, padded: bool = True) -> list[list[int]]:

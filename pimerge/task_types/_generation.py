@@ -80,12 +80,14 @@ class TextExamples(Examples):
         item: prompt and answer in tokens → example without a batch axis.
         texts: each example in words.
         writing: how answers are generated; None where the likeliest candidate is the answer.
+        per_token: whether the likeliest is so by the mean over its tokens, not by their sum.
     """
 
     tokens: Sequence[Tokens]
     item: Callable[[list[int], list[int]], Batch]
     texts: Sequence[Text]
     writing: Writing | None
+    per_token: bool
 
     def labelled(self, index: int, label: int) -> Batch:
         """Example i with another candidate for its answer."""
@@ -100,6 +102,7 @@ def examples_of(
     pad: int,
     truncated: int,
     writing: Writing | None,
+    per_token: bool,
 ) -> TextExamples:
     """Put together what a type has encoded."""
 
@@ -116,6 +119,7 @@ def examples_of(
         item=item,
         texts=texts,
         writing=writing,
+        per_token=per_token,
     )
 
 
@@ -158,6 +162,12 @@ def likelihoods(model: nn.Module, examples: TextExamples, indices: Sequence[int]
     return torch.tensor(found, dtype=torch.float64)
 
 
+def _token_counts(examples: TextExamples, indices: Sequence[int]) -> Tensor:
+    """Tokens of each candidate, its end among them: (n × candidates), 1 where there is none."""
+    counts = [torch.tensor([len(answer) for answer in examples.tokens[index].answers]) for index in indices]
+    return pad_sequence(counts, True, 1)
+
+
 def draw(model: nn.Module, examples: Examples, indices: Sequence[int], uniform: Tensor) -> list[int]:
     """The candidate of each example drawn from softmax(log p(candidate|x)) at ``uniform`` (n).
 
@@ -169,7 +179,9 @@ def draw(model: nn.Module, examples: Examples, indices: Sequence[int], uniform: 
         raise PimergeError(
             "labels cannot be sampled, since the task's answers are free text", "leave out --labels sampled"
         )
-    return drawn(likelihoods(model, examples, indices), uniform)
+    classes = drawn(likelihoods(model, examples, indices), uniform)
+    # rounding must not lead beyond an example's own candidates
+    return [min(drew, len(examples.tokens[index].answers) - 1) for index, drew in zip(indices, classes, strict=True)]
 
 
 def score(model: nn.Module, examples: Examples, indices: Sequence[int]) -> Scored:
@@ -178,7 +190,7 @@ def score(model: nn.Module, examples: Examples, indices: Sequence[int]) -> Score
     rights = [examples.tokens[index].right for index in indices]
     if examples.writing is None:
         found = likelihoods(model, examples, indices)
-        likeliest = found.argmax(1).tolist()
+        likeliest = (found / _token_counts(examples, indices) if examples.per_token else found).argmax(1).tolist()
         losses = -found[torch.arange(len(indices)), rights]
         words = [examples.texts[index].answers[choice] for index, choice in zip(indices, likeliest, strict=True)]
         return Scored(losses, [a == b for a, b in zip(likeliest, rights, strict=True)], likeliest, words)
@@ -274,9 +286,9 @@ def fit(
     return found, truncated
 
 
-def generates(file: TaskFile) -> bool:
-    """Whether the answer is what the model writes."""
-    return (file.scoring or ("generation" if file.labels is None else "likelihood")) == "generation"
+def by_likelihood(file: TaskFile) -> bool:
+    """Whether the likeliest candidate is the answer, and not what the model writes."""
+    return (file.scoring or ("generation" if file.labels is None else "likelihood")) == "likelihood"
 
 
 def new_tokens(file: TaskFile, longest: int, answers: Sequence[list[list[int]]]) -> int:

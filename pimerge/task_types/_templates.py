@@ -182,7 +182,7 @@ def fill_in(rows: Rows, file: TaskFile) -> list[Text]:
     answer = None if file.answer is None else Template("answer", file.answer)
     used = prompt.names | (answer.names if answer else set())
     own = {LABEL} if file.labels else set()
-    _require_columns(rows, used - own)
+    require_columns(rows, used - own)
     names = file.labels or []
     words = [(file.verbalizer or {}).get(name, name).strip() for name in names]
     columns = sorted(used - own)
@@ -214,7 +214,12 @@ def _required(field: str, text: str) -> str:
     return text
 
 
-def _require_columns(rows: Rows, names: Iterable[str]) -> None:
+def require_columns(rows: Rows, names: Iterable[str]) -> None:
+    """Check that the columns are there that templates name.
+
+    Raises:
+        PimergeError: with each that is not.
+    """
     problems = Problems()
     columns = list(rows.table.column_names)
     for name in sorted(set(names) - set(columns)):

@@ -43,13 +43,21 @@ check = check_texts
 
 def encode(rows: Rows, file: TaskFile, processor: Any, config: PreTrainedConfig) -> Examples:
     """Tokenize every row once; where prompt and answer are too long together, the prompt loses its beginning."""
-    return encode_texts(rows, fill_in(rows, file), file, processor, config)
+    return encode_texts(
+        rows, fill_in(rows, file), file, processor, config, by_likelihood=generation.by_likelihood(file)
+    )
 
 
 def encode_texts(
-    rows: Rows, texts: Sequence[Text], file: TaskFile, processor: Any, config: PreTrainedConfig
+    rows: Rows,
+    texts: Sequence[Text],
+    file: TaskFile,
+    processor: Any,
+    config: PreTrainedConfig,
+    *,
+    by_likelihood: bool,
 ) -> Examples:
-    """Encode rows that are in words already."""
+    """Encode rows that are in words already; ``by_likelihood`` if the likeliest candidate is the answer."""
     end, longest = generation.end_token(processor, config), longest_input(processor, config)
     if file.chat:
         _require_chat_template(processor)
@@ -73,7 +81,7 @@ def encode_texts(
     )
     pad = processor.pad_token_id if processor.pad_token_id is not None else end
     writing = None
-    if generation.generates(file):
+    if not by_likelihood:
         most = generation.new_tokens(file, longest - 1, answers)
 
         def to_continue(indices: Sequence[int]) -> Batch:
@@ -89,7 +97,7 @@ def encode_texts(
             return str(processor.decode(ids, skip_special_tokens=True))
 
         writing = generation.Writing(to_continue, decode, None, (end,), pad, most)
-    return generation.examples_of(rows, texts, tokens, _item, pad, truncated, writing)
+    return generation.examples_of(rows, texts, tokens, _item, pad, truncated, writing, file.normalise == "tokens")
 
 
 def _item(prompt: list[int], answer: list[int]) -> Batch:

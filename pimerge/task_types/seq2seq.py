@@ -43,13 +43,21 @@ check = check_texts
 
 def encode(rows: Rows, file: TaskFile, processor: Any, config: PreTrainedConfig) -> Examples:
     """Tokenize every row once; a prompt that the encoder does not take whole loses its end."""
-    return encode_texts(rows, fill_in(rows, file), file, processor, config)
+    return encode_texts(
+        rows, fill_in(rows, file), file, processor, config, by_likelihood=generation.by_likelihood(file)
+    )
 
 
 def encode_texts(
-    rows: Rows, texts: Sequence[Text], file: TaskFile, processor: Any, config: PreTrainedConfig
+    rows: Rows,
+    texts: Sequence[Text],
+    file: TaskFile,
+    processor: Any,
+    config: PreTrainedConfig,
+    *,
+    by_likelihood: bool,
 ) -> Examples:
-    """Encode rows that are in words already."""
+    """Encode rows that are in words already; ``by_likelihood`` if the likeliest candidate is the answer."""
     end, longest = generation.end_token(processor, config), longest_input(processor, config)
     start = _start_token(config)
     asked = [text.prompt for text in texts]
@@ -62,7 +70,7 @@ def encode_texts(
     tokens, truncated = generation.fit(rows, whole, answers, texts, longest, lambda place, answer: fitting[place])
     pad = processor.pad_token_id if processor.pad_token_id is not None else end
     writing = None
-    if generation.generates(file):
+    if not by_likelihood:
 
         def to_answer(indices: Sequence[int]) -> Batch:
             ids = [torch.tensor(tokens[i].prompt) for i in indices]
@@ -76,7 +84,9 @@ def encode_texts(
 
         most = generation.new_tokens(file, longest - 1, answers)
         writing = generation.Writing(to_answer, decode, start, (end,), pad, most)
-    return generation.examples_of(rows, texts, tokens, partial(_item, start), pad, truncated, writing)
+    return generation.examples_of(
+        rows, texts, tokens, partial(_item, start), pad, truncated, writing, file.normalise == "tokens"
+    )
 
 
 def _item(start: int, prompt: list[int], answer: list[int]) -> Batch:
