@@ -15,6 +15,7 @@ from pimerge.cli.merge_report import (
     print_plan,
     range_text,
     sources_of,
+    weights_of,
 )
 from pimerge.cli.merge_request import Request
 from pimerge.errors import Problems
@@ -148,7 +149,7 @@ def _documents(request: Request, merge: Merge, summaries: Sequence[Summary], dev
 
     return Documents(
         manifest_of(request, merge, summaries, deviation),
-        coefficients_of(request, merge, summaries),
+        coefficients_of(request, merge.experts, weights_of(merge, summaries)),
         _card(request, merge, summaries),
     )
 

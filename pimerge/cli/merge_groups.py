@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 from pimerge.cli.console import note, print_json, print_table
 from pimerge.cli.merge_choice import Chosen
-from pimerge.cli.merge_report import flat_weights, method_summary, range_text, sources_of, weight_text
+from pimerge.cli.merge_report import (
+    coefficients_of,
+    flat_weights,
+    method_summary,
+    range_text,
+    sources_of,
+    weight_text,
+)
 from pimerge.cli.merge_request import Request
 from pimerge.errors import Problems
 from pimerge.method import Method
@@ -112,12 +119,10 @@ def _print_plan(request: Request, merge: GroupMerge) -> None:
 
 
 def _documents(request: Request, merge: GroupMerge) -> Documents:
-    from pimerge.export import Coefficients, Documents
-    from pimerge.files import relative_to
+    from pimerge.export import Documents
     from pimerge.manifest import Manifest, inputs_of, library_versions
 
     weights = {name: list(values) for name, values in (merge.coefficients or merge.weights).items()}
-    rows = list(weights.values())
     options: dict[str, Any] = {
         "method": request.method,
         **merge.method.resolved,
@@ -138,15 +143,7 @@ def _documents(request: Request, merge: GroupMerge) -> Documents:
         outputs={},
         results={"parameters": merge.experts[0].parameters},
     )
-    coefficients = Coefficients(
-        method=request.method,
-        granularity="global" if all(row == rows[0] for row in rows) else "matrix",
-        experts=[relative_to(expert.path, request.output) for expert in merge.experts],
-        sha256=[expert.sha256 for expert in merge.experts],
-        scales=[expert.scale for expert in merge.experts],
-        experts_trained=False,
-        weights=weights,
-    )
+    coefficients = coefficients_of(request, merge.experts, weights)
     return Documents(manifest, coefficients, _card(request, merge))
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pimerge.cli.console import note, print_json, print_table, size_text, tracker
-from pimerge.cli.merge_report import coefficients_of, manifest_of, method_summary, print_plan, sources_of
+from pimerge.cli.merge_report import coefficients_of, manifest_of, method_summary, print_plan, sources_of, weights_of
 from pimerge.cli.merge_request import Request
 from pimerge.errors import PimergeError
 
@@ -64,7 +64,7 @@ def fold_into(request: Request, merge: Merge, head: Head, plan: Plan, deviation:
             track=tracker(request.quiet),
         )
         found = [summaries[name] for name in merge.names]
-        coefficients = coefficients_of(request, merge, found)
+        coefficients = coefficients_of(request, merge.experts, weights_of(merge, found))
         manifest = manifest_of(request, merge, found, deviation)
         contents = {
             COEFFICIENTS_FILE: json_text(coefficients.model_dump()),

@@ -123,21 +123,29 @@ def manifest_of(request: Request, merge: Merge, summaries: Sequence[Summary], de
     )
 
 
-def coefficients_of(request: Request, merge: Merge, summaries: Sequence[Summary]) -> Coefficients:
-    """The content of ``coefficients.json``: what each update was multiplied by, or the method's weights."""
+def weights_of(merge: Merge, summaries: Sequence[Summary]) -> dict[str, list[float]]:
+    """Module → what each update was multiplied by, or the method's weights."""
+    return {s.name: list(s.coefficients or merge.weights[s.name]) for s in summaries}
+
+
+def coefficients_of(request: Request, experts: Sequence[Expert], weights: Mapping[str, list[float]]) -> Coefficients:
+    """The content of ``coefficients.json``.
+
+    Args:
+        weights: module or group → one number per expert.
+    """
     from pimerge.export import Coefficients
     from pimerge.files import relative_to
 
-    by_module = {s.name: list(s.coefficients or merge.weights[s.name]) for s in summaries}
-    rows = list(by_module.values())
+    rows = list(weights.values())
     return Coefficients(
         method=request.method,
         granularity="global" if all(row == rows[0] for row in rows) else "matrix",
-        experts=[relative_to(expert.path, request.output) for expert in merge.experts],
-        sha256=[expert.sha256 for expert in merge.experts],
-        scales=[expert.scale for expert in merge.experts],
+        experts=[relative_to(expert.path, request.output) for expert in experts],
+        sha256=[expert.sha256 for expert in experts],
+        scales=[expert.scale for expert in experts],
         experts_trained=False,
-        weights=by_module,
+        weights=dict(weights),
     )
 
 

@@ -44,8 +44,8 @@ def scores(sample: Sample, weights: Tensor) -> Tensor:
     """
     if sample.logits is None:
         raise PimergeError(
-            "the expert has no head, so leep has no answers of it to look at",
-            "train it with its head saved (modules_to_save), or take a measure of features, such as logme",
+            "the expert gives no probabilities of classes, so leep has no answers of it to look at",
+            "train it with its head saved (modules_to_save), score by likelihood, or take a measure of features: logme",
         )
     answers = sample.logits.double().softmax(1)
     targets = one_hot(sample.labels, sample.classes).double()
