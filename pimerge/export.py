@@ -16,7 +16,7 @@ from pimerge.card import CARD_FILE
 from pimerge.errors import PimergeError, Problems
 from pimerge.expert import CONFIG, TASK, WEIGHTS, Expert
 from pimerge.files import json_text, new_folder, relative_to, sha256_bytes, sha256_file, write_into
-from pimerge.kinds._keys import PREFIX, PROMPT_PREFIX
+from pimerge.kinds._keys import PREFIX, PROMPT_PREFIX, PROMPTS
 from pimerge.kinds.lora import LoraModule
 from pimerge.lowrank import MergedModule, Summary
 from pimerge.manifest import MANIFEST_FILE, Manifest
@@ -218,7 +218,7 @@ def write_groups(
     Raises:
         PimergeError: as :func:`write_expert`.
     """
-    prefix = PROMPT_PREFIX if like.kind in ("prefix", "prompt") else PREFIX
+    prefix = PROMPT_PREFIX if like.kind in PROMPTS else PREFIX
 
     def write(file: Path) -> list[Summary]:
         everything = {**tensors(), **{prefix + name: tensor for name, tensor in head.tensors.items()}}

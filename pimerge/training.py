@@ -47,8 +47,9 @@ class Options:
         patience: epochs without a better held-out loss before it stops.
         shots: examples drawn of each class; None for all.
         rank: of the exported expert; None keeps every direction.
+        fresh_kind: of a fresh expert; None for the pool's, else LoRA.
         fresh_rank, fresh_alpha, fresh_modules: of a fresh expert; None for the pool's, else r = alpha = 8 on
-            the modules that PEFT adapts in this architecture.
+            the modules that PEFT adapts in this architecture. Of a bottleneck, prefix or prompt, the rank is its size.
         init_seed: of a fresh expert, so that several tasks share one init; ``seed`` decides all else.
     """
 
@@ -66,6 +67,7 @@ class Options:
     max_grad_norm: float = 1.0
     granularity: str = "matrix"
     rank: int | None = None
+    fresh_kind: str | None = None
     fresh_rank: int | None = None
     fresh_alpha: float | None = None
     fresh_modules: tuple[str, ...] | None = None

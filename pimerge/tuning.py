@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from pimerge.errors import PimergeError
 from pimerge.expert import Expert
 from pimerge.export import Coefficients, Documents, Head, Layout, write_expert, write_groups
 from pimerge.files import relative_to, require_absent, sha256_bytes
+from pimerge.fresh_expert import fresh_expert
 from pimerge.group_composition import GroupMember, compose_groups, fresh_member, member_of
 from pimerge.kinds.lora import Factors, parse
 from pimerge.lowrank import MergedModule, Truncation, relative_error, weighted_bias, weighted_sum
@@ -36,6 +38,7 @@ from pimerge.training import Options, Outcome, check_options, split_holdout, tra
 from pimerge.tune_methods import Plan
 
 STARTS = ("ranking", "equal")
+LORA = "lora"
 HEAD_ALONE = Plan(fresh=True)
 NO_EXPERT = "the target has no expert of its own: a fresh one takes its place"
 
@@ -101,6 +104,7 @@ def tune(
     require_absent(output, force)
     refuse_over_inputs(output, [*experts, *([target] if target else [])])
     check_options(options)
+    _check_kind(method, plan, options)
     options = options if options.lr is not None else replace(options, lr=plan.lr)
     chosen = _chosen(plan, method, experts, target)
     like = target or like or next(iter(chosen), None)
@@ -114,18 +118,18 @@ def tune(
             f"'{method}' trains a head alone, and a base that answers in text ({task.file.type}) has none to train",
             "take 'scratch' for a control without experts; 'pimerge eval' scores the bare base, too",
         )
-    form = _form(plan, chosen, like, options)
     if plan.target and target is not None:
         set_head(loaded.model, target.head_tensors())
     sum_of_experts: _Updates | _Groups
-    if form is None:
-        sum_of_experts = _Updates(*_members(plan, loaded, chosen, target, like, options, note), plan)
-    else:
-        sum_of_experts = _Groups(form, *_group_members(plan, loaded, form, chosen, target, options, note), plan)
-    names, fresh = sum_of_experts.names, sum_of_experts.fresh
-    logits = _start(plan, len(names), experts, chosen, scores)
-    mixture = Mixture(sum_of_experts.parts, logits, options.granularity, plan.train_weights and len(names) > 1)
-    sum_of_experts.compose(loaded, mixture)
+    with _form(plan, chosen, like, options, loaded, base, task) as form:
+        if form is None:
+            sum_of_experts = _Updates(*_members(plan, loaded, chosen, target, like, options, note), plan)
+        else:
+            sum_of_experts = _Groups(form, *_group_members(plan, loaded, form, chosen, target, options, note), plan)
+        names, fresh = sum_of_experts.names, sum_of_experts.fresh
+        logits = _start(plan, len(names), experts, chosen, scores)
+        mixture = Mixture(sum_of_experts.parts, logits, options.granularity, plan.train_weights and len(names) > 1)
+        sum_of_experts.compose(loaded, mixture)
     kept, held_out = _examples(task, loaded, chosen, options, note)
     model = sum_of_experts.through or loaded.model
     if loaded.head or any(p.requires_grad for p in (*mixture.parameters(), *model.parameters())):
@@ -255,8 +259,50 @@ class _Groups:
         )
 
 
-def _form(plan: Plan, chosen: Sequence[Expert], like: Expert | None, options: Options) -> Expert | None:
+@contextmanager
+def _form(
+    plan: Plan,
+    chosen: Sequence[Expert],
+    like: Expert | None,
+    options: Options,
+    loaded: LoadedBase,
+    base: Base,
+    task: Task,
+) -> Iterator[Expert | None]:
     """An expert whose form the sum has, if it is of a kind without ΔW; None for LoRA."""
+    kind = options.fresh_kind
+    if kind is None:
+        yield _known_form(plan, chosen, like, options)
+    elif kind == LORA:
+        yield None
+    else:
+        with fresh_expert(kind, loaded, base, task, options.fresh_rank, options.fresh_modules) as form:
+            yield form
+
+
+def _check_kind(method: str, plan: Plan, options: Options) -> None:
+    """Check that a fresh expert of a kind can be trained.
+
+    Raises:
+        PimergeError: if there is no such kind, or the method or another option does not go with it.
+    """
+    if options.fresh_kind is None:
+        return
+    strategies.load("kinds", options.fresh_kind)
+    if plan.experts or not plan.train_experts:
+        raise PimergeError(
+            f"--kind is for a fresh expert alone, and '{method}' trains none", "leave it out, or take --method scratch"
+        )
+    if options.fresh_kind == LORA:
+        return
+    for option, value in (("--fresh-alpha", options.fresh_alpha), ("--rank", options.rank)):
+        if value is not None:
+            raise PimergeError(
+                f"{option} is for updates ΔW, and experts of kind {options.fresh_kind} have none", "leave it out"
+            )
+
+
+def _known_form(plan: Plan, chosen: Sequence[Expert], like: Expert | None, options: Options) -> Expert | None:
     form = chosen[0] if chosen else like
     if form is None or not form.groups:
         return None

@@ -145,3 +145,53 @@ def test_what_cannot_be_tuned_is_refused(
         assert isinstance(result.exception, PimergeError), given
         assert any(named in str(problem) for problem in [result.exception, *result.exception.problems])
         assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_fresh_expert_of_a_kind_is_trained_for_a_task_alone(
+    bert_base: Path, text_task: Path, cli: Run, kind: str, tmp_path: Path
+) -> None:
+    named = {"ln_tuning": ["--modules", "LayerNorm"], "ia3": ["--modules", "query,value"]}.get(kind, [])
+    sized = {"bottleneck": (("down.weight", 0), 3), "prefix": (("prompt_embeddings", 0), 3)}
+    size = ["--fresh-rank", "3"] if kind in sized or kind == "prompt" else []
+    line = ("--method", "scratch", "--kind", kind.replace("_", "-"), "--target", text_task, "--base", bert_base)
+    result = cli("tune", *line, *named, *size, *QUICK)
+    assert result.exit_code == 0, result.exception
+    expert = open_expert(tmp_path / "tuned")
+    assert expert.kind == kind.replace("_", "-")
+    model = PeftModel.from_pretrained(model_for(bert_base), tmp_path / "tuned").eval()
+    assert not torch.equal(logits_of(model, inputs("bert")), logits_of(model_for(bert_base), inputs("bert")))
+    if kind in sized:
+        (ending, axis), expected = sized[kind]
+        shapes = {entry.shape[axis] for key, entry in expert.file.entries.items() if key.endswith(ending)}
+        assert shapes == {expected}
+
+
+def test_a_fresh_kind_that_cannot_be_is_refused(
+    pool: Callable[[str], list[Path]], vit_base: Path, bert_base: Path, parity_task: Path, text_task: Path, cli: Run
+) -> None:
+    ia3 = pool("ia3")
+    text, scans = ("--target", text_task, "--base", bert_base), ("--target", parity_task, "--base", vit_base)
+    scratch = ("--method", "scratch", "--kind")
+    for given, named in (
+        ((*scratch, "prefix", *scans), "a prefix goes before a text, and ViTForImageClassification takes none"),
+        ((*scratch, "prompt", *scans), "a prompt goes before a text"),
+        ((*scratch, "bottle", *text), "did you mean 'bottleneck'"),
+        ((*scratch, "ia3", "--fresh-rank", "3", *text), "this kind of expert has no size"),
+        ((*scratch, "prefix", "--modules", "query", *text), "stands before the text"),
+        ((*scratch, "bottleneck", "--modules", "nowhere", *text), "cannot be put into BertForSequenceClassification"),
+        ((*scratch, "bottleneck", "--fresh-alpha", "3", *text), "--fresh-alpha is for updates"),
+        (("--method", "head", "--kind", "bottleneck", *text), "'head' trains none"),
+        ((ia3[0], "--kind", "bottleneck", "--target", ia3[1]), "'learned' trains none"),
+    ):
+        result = cli("tune", *given, "--output", "out", *QUICK)
+        assert isinstance(result.exception, PimergeError), (given, result.exception)
+        found = [str(problem) for problem in [result.exception, *result.exception.problems]]
+        assert any(named in text for text in found), (given, found)
+
+
+def test_a_fresh_lora_is_trained_beside_a_pool_of_another_kind(
+    pool: Callable[[str], list[Path]], cli: Run, tmp_path: Path
+) -> None:
+    assert cli("tune", "--method", "scratch", "--kind", "lora", "--target", pool("ia3")[0], *QUICK).exit_code == 0
+    assert open_expert(tmp_path / "tuned").kind == "lora"

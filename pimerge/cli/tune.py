@@ -40,12 +40,20 @@ def tune(
     ),
     granularity: Annotated[str, typer.Option(help="One weight vector per matrix, per layer, or global.")] = "matrix",
     rank: options.Rank = "max",
-    fresh_rank: Annotated[int | None, typer.Option(help="Rank of a fresh LoRA. Default: the pool's, else 8.")] = None,
+    kind: Annotated[
+        str | None,
+        typer.Option(help=f"Kind of a fresh expert ({options.names('kinds')}). Default: the pool's, else lora."),
+    ] = None,
+    fresh_rank: Annotated[
+        int | None,
+        typer.Option(help="Rank of a fresh LoRA, or size of a bottleneck, prefix or prompt. Default: the pool's."),
+    ] = None,
     fresh_alpha: Annotated[float | None, typer.Option(help="Alpha of a fresh LoRA. Default: as the rank's.")] = None,
     modules: Annotated[
-        str | None, typer.Option(help="Modules of a fresh LoRA, with commas. Default: the pool's, else PEFT's choice.")
+        str | None,
+        typer.Option(help="Modules of a fresh expert, with commas. Default: the pool's, or PEFT's choice."),
     ] = None,
-    init_seed: Annotated[int, typer.Option(help="Init of a fresh LoRA; experts of one pool share it.")] = 0,
+    init_seed: Annotated[int, typer.Option(help="Init of a fresh expert; experts of one pool share it.")] = 0,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder of the tuned expert.")] = Path("tuned"),
@@ -79,6 +87,7 @@ def tune(
     values = {
         **locals(),
         "rank": parse_rank(rank),
+        "fresh_kind": kind,
         "fresh_modules": tuple(name.strip() for name in modules.split(",")) if modules else None,
     }
     quiet_libraries()

@@ -9,7 +9,8 @@ A kind has
 The parts of ``lora`` are updates ΔW of the base's matrices (:class:`pimerge.kinds.lora.LoraModule`), which are
 combined whatever factors they are stored in. Those of every other kind are :class:`pimerge.kinds._groups.Group`:
 tensors that are combined number by number, around the kind's neutral point where it has one. Such a kind also has
-``INIT``, the slots that tell from which init an expert was trained, and ``misfit(group, model, config)``, why a group
+``INIT``, the slots that tell from which init an expert was trained, ``fresh_fields(size, modules)``, what PEFT's config
+says of a fresh one, and ``misfit(group, model, config)``, why a group
 has no place in a base.
 
 Files that begin with an underscore hold what several kinds share.

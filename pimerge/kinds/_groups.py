@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pimerge.errors import Problems
+from pimerge.errors import PimergeError, Problems
 from pimerge.kinds._keys import PREFIX, CommonFields, faulty_fields, sort_keys
 
 if TYPE_CHECKING:
@@ -87,6 +87,23 @@ def joined(groups: Mapping[str, Group], tensors: Mapping[tuple[str, str], Tensor
         else found[0][1].contiguous()
         for key, found in parts.items()
     }
+
+
+def fresh_fields(size: int | None, modules: Sequence[str] | None) -> dict[str, Any]:
+    """What PEFT's config says of a fresh expert of a kind that has no size; see :mod:`pimerge.kinds`.
+
+    Raises:
+        PimergeError: if a size is asked for.
+
+    >>> fresh_fields(None, ["q_proj"])
+    {'target_modules': ['q_proj']}
+    """
+    if size is not None:
+        raise PimergeError(
+            f"--fresh-rank is {size}, and this kind of expert has no size",
+            "leave it out: it is the rank of a LoRA, or the size of a bottleneck, a prefix or a prompt",
+        )
+    return {"target_modules": list(modules)} if modules else {}
 
 
 def parse_groups(

@@ -12,6 +12,8 @@ from pimerge.errors import Problems
 PREFIX = "base_model.model."
 """Of every name in PEFT's model, but for prompts and prefixes, which leave the model as it is."""
 PROMPT_PREFIX = "base_model."
+PROMPTS = ("prefix", "prompt")
+"""Kinds that stand before a text."""
 
 
 class CommonFields(BaseModel):

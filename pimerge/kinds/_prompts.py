@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from pimerge.errors import Problems
+from pimerge.errors import PimergeError, Problems
 from pimerge.kinds._keys import PROMPT_PREFIX, CommonFields, faulty_fields, sort_keys
 
 if TYPE_CHECKING:
     from torch import nn
 
 KEY = "prompt_embeddings"
+_USUAL_VECTORS = 16
 
 
 class Fields(CommonFields):
@@ -55,6 +56,23 @@ def parse_prompt(
         problems.add(f"{KEY} is {shape}, adapter_config.json says {told}", "save config and tensors together")
     problems.raise_any(f"this {what} cannot be used")
     return shape, head
+
+
+def fresh_fields(size: int | None, modules: Sequence[str] | None) -> dict[str, Any]:
+    """What PEFT's config says of a fresh expert: so many vectors, 16 if no size is given.
+
+    Raises:
+        PimergeError: if modules are named.
+
+    >>> fresh_fields(4, None)
+    {'num_virtual_tokens': 4}
+    """
+    if modules:
+        raise PimergeError(
+            f"--modules is {','.join(modules)}, and a prompt or prefix stands before the text, in no module",
+            "leave it out",
+        )
+    return {"num_virtual_tokens": size or _USUAL_VECTORS}
 
 
 def key_of_parameter(name: str) -> str:

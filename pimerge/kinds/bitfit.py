@@ -6,10 +6,12 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from pimerge.kinds._groups import Group, Slot, parse_groups
+from pimerge.kinds._groups import Group, Slot, fresh_fields, parse_groups
 
 if TYPE_CHECKING:
     from torch import nn
+
+__all__ = ["INIT", "PEFT_TYPE", "fresh_fields", "key_of_parameter", "misfit", "parse"]
 
 PEFT_TYPE = "BITFIT"
 INIT: tuple[str, ...] = ()

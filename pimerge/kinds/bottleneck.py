@@ -6,11 +6,12 @@ and U of one position share one weight when experts are combined, as in π-Tunin
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pimerge.errors import Problems
 from pimerge.kinds._groups import Group, Slot, parse_groups
+from pimerge.kinds._groups import fresh_fields as placed
 from pimerge.kinds._keys import CommonFields
 
 if TYPE_CHECKING:
@@ -55,6 +56,15 @@ def parse(
             problems.add(f"module '{group.name}': its projections have the widths {sorted(widths)}", "save it again")
     problems.raise_any("these bottleneck adapters cannot be used")
     return groups, head
+
+
+def fresh_fields(size: int | None, modules: Sequence[str] | None) -> dict[str, Any]:
+    """What PEFT's config says of a fresh expert: d = 64 if no size is given.
+
+    >>> fresh_fields(8, None)
+    {'bottleneck_dim': 8}
+    """
+    return {"bottleneck_dim": size or _Fields.model_fields["bottleneck_dim"].default, **placed(None, modules)}
 
 
 def key_of_parameter(name: str) -> str:

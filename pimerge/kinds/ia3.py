@@ -6,10 +6,11 @@ Layout: (d_out × 1) for a layer whose outputs are scaled, (1 × d_in) for one w
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pimerge.kinds._groups import Group, Slot, parse_groups
+from pimerge.kinds._groups import fresh_fields as placed
 
 if TYPE_CHECKING:
     from torch import nn
@@ -33,6 +34,15 @@ def parse(
         return Slot(key, shape, neutral=1.0) if shape.count(1) >= len(shape) - 1 > 0 else "expected a row or a column"
 
     return parse_groups(config, shapes, _KEY, "(IA)³ vectors", slot, frozenset({"ia3_l"}))
+
+
+def fresh_fields(size: int | None, modules: Sequence[str] | None) -> dict[str, Any]:
+    """What PEFT's config says of a fresh expert; of modules that are named, the outputs are scaled.
+
+    >>> fresh_fields(None, ["k"])
+    {'target_modules': ['k'], 'feedforward_modules': []}
+    """
+    return placed(size, modules) | ({"feedforward_modules": []} if modules else {})
 
 
 def key_of_parameter(name: str) -> str:

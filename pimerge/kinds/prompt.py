@@ -10,12 +10,12 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from pimerge.kinds._groups import Group, Slot
-from pimerge.kinds._prompts import KEY, key_of_parameter, parse_prompt, takes_text, text_field
+from pimerge.kinds._prompts import KEY, fresh_fields, key_of_parameter, parse_prompt, takes_text, text_field
 
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["INIT", "PEFT_TYPE", "key_of_parameter", "misfit", "parse"]
+__all__ = ["INIT", "PEFT_TYPE", "fresh_fields", "key_of_parameter", "misfit", "parse"]
 
 PEFT_TYPE = "PROMPT_TUNING"
 INIT = ("prompt",)

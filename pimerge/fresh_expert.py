@@ -1,0 +1,60 @@
+"""Experts that nobody has trained yet, of kinds without ΔW: PEFT puts them into a base by its own defaults."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from pimerge import strategies
+from pimerge.base import Base
+from pimerge.errors import PimergeError
+from pimerge.expert import Expert, open_expert
+from pimerge.kinds._keys import PROMPTS
+from pimerge.model import LoadedBase, as_before, check_fits
+from pimerge.task import Task
+
+
+@contextmanager
+def fresh_expert(
+    kind: str, loaded: LoadedBase, base: Base, task: Task, size: int | None = None, modules: Sequence[str] | None = None
+) -> Iterator[Expert]:
+    """A fresh expert of a kind, in a temporary folder that goes with the block; the base comes back as it was.
+
+    Args:
+        kind: one without ΔW.
+        size: numbers in the middle of a bottleneck, or vectors of a prefix or prompt; None for the usual.
+        modules: names or name endings; None for those that PEFT adapts in this architecture.
+
+    Raises:
+        PimergeError: if the kind has no place in the base, or a size or modules mean nothing to it.
+    """
+    from peft import get_peft_config, get_peft_model
+
+    from pimerge import peft_methods  # noqa: F401  PEFT has to know every kind
+
+    strategy = strategies.load("kinds", kind)
+    if kind in PROMPTS and task.type.PEFT_TASK is None:
+        raise PimergeError(
+            f"a {kind} goes before a text, and {type(loaded.model).__name__} takes none", "take another --kind"
+        )
+    config = {
+        "peft_type": strategy.PEFT_TYPE,
+        "task_type": task.type.PEFT_TASK,
+        **strategy.fresh_fields(size, modules),
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            with as_before(loaded.model):
+                get_peft_model(loaded.model, get_peft_config(config)).save_pretrained(
+                    folder, save_embedding_layers=False
+                )
+        except (ValueError, TypeError, AttributeError, KeyError, NotImplementedError) as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise PimergeError(
+                f"a fresh expert of kind {kind} cannot be put into {type(loaded.model).__name__}: {reason}",
+                "name layers with --modules, or take another --kind",
+            ) from error
+        expert = open_expert(folder, base.reference)
+        check_fits(expert, loaded.model, head=False)
+        yield expert
