@@ -7,6 +7,7 @@ import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from peft import PeftModel
 from typer.testing import Result
@@ -14,6 +15,7 @@ from typer.testing import Result
 from pimerge.base import find_base
 from pimerge.model import load_base, resolve_device, resolve_dtype
 from pimerge.task import open_task
+from tests.conftest import model_for
 
 ROOT = Path(__file__).parent.parent
 DIGITS = ROOT / "examples" / "digits"
@@ -50,6 +52,13 @@ def test_every_command_runs(cli: Callable[..., Result], tmp_path: Path) -> None:
         find_base("base", None, tmp_path), open_task(tmp_path / "tuned"), device, resolve_dtype("auto", device)
     )
     PeftModel.from_pretrained(loaded.model, tmp_path / "tuned")
+
+
+def test_the_python_runs(bert_base: Path) -> None:
+    for block in blocks("python"):
+        found: dict[str, Any] = {"base": model_for(bert_base)}
+        exec(block, found)
+        assert isinstance(found["model"], PeftModel)
 
 
 def test_the_first_two_commands_set_up_a_virtual_environment_with_the_constraints() -> None:
