@@ -124,7 +124,8 @@ def test_an_interrupt_leaves_everything_as_it_was(old: Path, monkeypatch: pytest
     assert [child.name for child in old.parent.iterdir()] == ["out"]
 
 
-@pytest.mark.parametrize("pid", [DEAD_PID, os.getpid()])  # a container gives the same id to every run
+# a container gives the same id to every run
+@pytest.mark.parametrize("pid", [DEAD_PID, os.getpid()], ids=["of the dead", "its own"])
 def test_leftovers_of_the_dead_are_swept_and_those_of_the_living_kept(pid: int, tmp_path: Path) -> None:
     out = tmp_path / "out[1]"
     living = tmp_path / f".out[1].partial-{os.getppid()}"
