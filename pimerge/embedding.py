@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from pimerge import strategies
+from pimerge.backbone import lora_targets
 from pimerge.errors import PimergeError
 from pimerge.expert import CONFIG, Expert
 from pimerge.files import sha256_file
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 LABEL_MODES = ("true", "sampled")
-QUERIES_AND_VALUES = ("q_proj", "v_proj", "query", "value", "q_lin", "v_lin", "qkv", "c_attn")
-"""Their names in architectures for which PEFT has no default."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +115,7 @@ def embed(
     make_plain = partial(_on_device, examples, bases.device)
     tensors: dict[str, dict[str, Tensor]] = {}
     with plugged_in(expert, loaded) as model:
+        # those of LoRA for kinds without ΔW, so that all kinds compare there
         layers = linear_layers(model, expert.modules or lora_targets(loaded.model))
         make = _batch_maker(model, task, examples, batches, make_plain, settings)
         # PEFT's wrapper, since the base's own layer may compute nothing that needs a gradient
@@ -171,15 +171,6 @@ def factors_of(expert: Expert, model: nn.Module) -> dict[str, nn.Parameter]:
     for parameter in found.values():
         parameter.requires_grad_(True)
     return found
-
-
-def lora_targets(base_model: nn.Module) -> list[str]:
-    """The modules that PEFT adapts by LoRA in this architecture, such as q and v, so that all kinds compare there."""
-    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as TARGETS
-
-    model_type = str(base_model.config.model_type)  # type: ignore[union-attr]
-    ends = tuple(f".{end}" for end in TARGETS.get(model_type, QUERIES_AND_VALUES))
-    return [name for name, _ in base_model.named_modules() if f".{name}".endswith(ends)]
 
 
 def updates_of(expert: Expert) -> dict[str, Tensor]:

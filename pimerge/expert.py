@@ -18,6 +18,7 @@ from pimerge.errors import PimergeError, Problems
 from pimerge.files import read_json, sha256_file
 from pimerge.kinds import _unhandled, lora
 from pimerge.kinds._groups import Group
+from pimerge.kinds._keys import PROMPTS
 from pimerge.tensorfile import FLOATS, TensorFile, is_finite, open_tensors
 
 if TYPE_CHECKING:
@@ -112,6 +113,11 @@ class Expert:
     def has_strength(self) -> bool:
         """Whether another strength than 1 means anything: there is an expert like it that changes nothing."""
         return all(any(slot.has_neutral for slot in group.slots.values()) for group in self.groups.values())
+
+    @property
+    def positions(self) -> int:
+        """How many positions before a text it takes."""
+        return int(self.config["num_virtual_tokens"]) if self.kind in PROMPTS else 0
 
     @property
     def virtual_tokens(self) -> int:

@@ -38,7 +38,7 @@ from pimerge.progress import Advance
 from pimerge.ranking import Seen
 from pimerge.sample import Sample
 from pimerge.task import Task
-from pimerge.task_types import bucket_by_length
+from pimerge.task_types import Examples, bucket_by_length
 from pimerge.tensorfile import open_tensors
 
 if TYPE_CHECKING:
@@ -108,9 +108,8 @@ class Viewer:
         self.labels = torch.tensor(labels)
         parameter = next(loaded.model.parameters())
         self._device, self._dtype = parameter.device, parameter.dtype
-        tokens = default_batch_tokens(self._device, loaded.config)
-        self._batches = bucket_by_length(self.examples.lengths, tokens)
-        self._unpadded = bucket_by_length(self.examples.lengths, tokens, padded=False)
+        self._tokens = default_batch_tokens(self._device, loaded.config)
+        self._encoded: dict[int | None, Examples] = {self._room(): self.examples}
         self._data = [task.sha256(), draw.role, draw.shots, draw.limit, draw.seed, base.identity, str(self._dtype)]
 
     def seen(self) -> Seen:
@@ -178,7 +177,7 @@ class Viewer:
 
         def compute() -> dict[str, Tensor]:
             with plugged_in_sum(experts, [1 / len(experts)] * len(experts), self.loaded) as model:
-                return self._read(model, padded=not most_virtual_tokens(experts))
+                return self._read(model, experts)
 
         return self._sample(self._cached("mean of " + " + ".join(map(_identity, experts)), compute), "")
 
@@ -214,21 +213,42 @@ class Viewer:
             for scale, model in at_strengths(expert, self.loaded):
                 if own is not None:
                     set_head(model, answering.head_tensors())
-                padded = not expert.virtual_tokens
-                found |= self._read(model, f"{scale}.", answers=answers, padded=padded)
+                found |= self._read(model, [expert], f"{scale}.", answers=answers)
         return found
 
+    def _room(self, experts: Sequence[Expert] = ()) -> int | None:
+        """Tokens that are left for a text behind what some experts put before it; None where there is no bound."""
+        return getattr(self.loaded.config_for(experts), "max_position_embeddings", None)
+
+    def _examples_for(self, experts: Sequence[Expert]) -> Examples:
+        """The examples, cut a little more where they have to leave room."""
+        room, draw = self._room(experts), self.draw
+        if room not in self._encoded:
+            self._encoded[room], _ = self.task.examples(
+                draw.role,
+                self.loaded.processor,
+                self.loaded.config_for(experts),
+                shots=draw.shots,
+                seed=draw.seed,
+                limit=draw.limit,
+            )
+        return self._encoded[room]
+
     def _read(
-        self, model: nn.Module, prefix: str = "", *, answers: bool = False, padded: bool = True
+        self, model: nn.Module, experts: Sequence[Expert] = (), prefix: str = "", *, answers: bool = False
     ) -> dict[str, Tensor]:
-        """One pass over the examples: what the head reads of each and, where asked for, what it answers."""
-        count = len(self.examples)
-        vectors: list[Tensor] = [torch.empty(0)] * count
+        """One pass over the examples: what the head reads of each and, where asked for, what it answers.
+
+        Args:
+            experts: those in the model.
+        """
+        examples = self._examples_for(experts)
+        vectors: list[Tensor] = [torch.empty(0)] * len(examples)
         logits: list[Tensor] = []
-        batches = self._batches if padded else self._unpadded
+        batches = bucket_by_length(examples.lengths, self._tokens, padded=not most_virtual_tokens(experts))
         reading = self._reading(model)
         for indices in batches:
-            read, answered = self.task.type.read(model, reading, self.examples, indices, answers)
+            read, answered = self.task.type.read(model, reading, examples, indices, answers)
             for index, vector in zip(indices, read.float().cpu(), strict=True):
                 vectors[index] = vector
             if answered is not None:

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 from pimerge import strategies
+from pimerge.backbone import inside
 from pimerge.base import Base
 from pimerge.errors import PimergeError
 from pimerge.expert import Expert, open_expert
 from pimerge.kinds._keys import PROMPTS
 from pimerge.model import LoadedBase, as_before, check_fits
 from pimerge.task import Task
+from pimerge.task_types import for_base
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_OTHER_KIND = "take another --kind"
 
 
 @contextmanager
@@ -35,12 +43,13 @@ def fresh_expert(
 
     strategy = strategies.load("kinds", kind)
     if kind in PROMPTS and task.type.PEFT_TASK is None:
-        raise PimergeError(
-            f"a {kind} goes before a text, and {type(loaded.model).__name__} takes none", "take another --kind"
-        )
+        raise PimergeError(f"a {kind} goes before a text, and {type(loaded.model).__name__} takes none", _OTHER_KIND)
+    usual_places: Callable[[nn.Module], dict[str, Any]] = getattr(strategy, "usual_places", lambda model: {})
     config = {
         "peft_type": strategy.PEFT_TYPE,
-        "task_type": task.type.PEFT_TASK,
+        "task_type": for_base(task.type.PEFT_TASK, loaded.config),
+        **({} if kind in PROMPTS else {"exclude_modules": inside(loaded.head)}),
+        **usual_places(loaded.model),
         **strategy.fresh_fields(size, modules),
     }
     with tempfile.TemporaryDirectory() as folder:
@@ -56,5 +65,11 @@ def fresh_expert(
                 "name layers with --modules, or take another --kind",
             ) from error
         expert = open_expert(folder, base.reference)
-        check_fits(expert, loaded.model, head=False)
+        try:
+            check_fits(expert, loaded.model, head=False)
+        except PimergeError as error:
+            reason = "; ".join(problem.message for problem in error.problems)
+            raise PimergeError(
+                f"a fresh expert of kind {kind} has no place in {type(loaded.model).__name__}: {reason}", _OTHER_KIND
+            ) from error
         yield expert

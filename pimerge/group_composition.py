@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -16,7 +16,6 @@ from torch.nn.utils.parametrize import register_parametrization
 
 from pimerge import strategies
 from pimerge.composition import Mixture
-from pimerge.errors import PimergeError
 from pimerge.expert import Expert
 from pimerge.kinds._groups import Group
 from pimerge.model import LoadedBase, as_before, check_fits, with_adapter
@@ -57,6 +56,29 @@ class MixedTensor(nn.Module):
             part = self.stack if columns is None else self.stack[..., columns[0] : columns[1]]
             parts.append(torch.tensordot(self.mixture(group).to(part), part, 1))
         return (parts[0] if len(parts) == 1 else torch.cat(parts, -1)).to(original.dtype)
+
+
+class ByLength(nn.Module):
+    """A classifier whose batches are taken apart into texts of one length, without padding, on either side."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, attention_mask: Tensor, **batch: Tensor) -> Any:
+        """The logits of every text, as the model gives them of each alone."""
+        from transformers.modeling_outputs import SequenceClassifierOutput
+
+        real = attention_mask.bool()
+        lengths = real.sum(1)
+        found: list[Tensor] = [attention_mask.new_empty(0)] * len(lengths)
+        for length in sorted(set(lengths.tolist())):
+            rows = (lengths == length).nonzero()[:, 0]
+            alike = {name: value[rows] for name, value in {"attention_mask": attention_mask, **batch}.items()}
+            inputs = {name: value[real[rows]].view(len(rows), length) for name, value in alike.items()}
+            for row, logits in zip(rows.tolist(), self.model(**inputs).logits, strict=True):
+                found[row] = logits
+        return SequenceClassifierOutput(logits=torch.stack(found))
 
 
 @dataclass(frozen=True)
@@ -108,15 +130,7 @@ def compose_groups(
     Args:
         form: an expert whose form all of them have.
         trained: whether their tensors train.
-
-    Raises:
-        PimergeError: for a prompt before a causal model that classifies, which cannot tell padding behind it.
     """
-    if form.virtual_tokens and "score" in loaded.head:
-        raise PimergeError(
-            f"a prompt cannot be tuned on {type(loaded.model).__name__}: in a batch it cannot tell where a text ends",
-            "use prefix tuning or another kind on causal models with a classification head",
-        )
     model = with_adapter(form, loaded.model)
     for name in loaded.head:  # the base's own head is trained, not a copy
         wrapper = loaded.model.get_submodule(name)
@@ -134,7 +148,8 @@ def compose_groups(
         mixed[key] = MixedTensor(stack, columns[key], mixture, trained)
         owner, _, name = path.rpartition(".")
         register_parametrization(model.get_submodule(owner), name, mixed[key])
-    return GroupComposition(model, mixed)
+    behind_vectors = form.virtual_tokens and "score" in loaded.head  # where a causal model cannot tell padding
+    return GroupComposition(ByLength(model) if behind_vectors else model, mixed)
 
 
 def _parameters(expert: Expert, model: nn.Module) -> dict[str, tuple[str, nn.Parameter]]:

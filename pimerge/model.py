@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from pimerge import strategies
+from pimerge.backbone import heads_of
 from pimerge.base import Base
 from pimerge.compatibility import require_alike
 from pimerge.errors import PimergeError, Problems
@@ -53,11 +54,12 @@ class LoadedBase:
 
     def config_for(self, experts: Sequence[Expert]) -> Any:
         """The config with room for what the experts put before a text."""
-        virtual, positions = most_virtual_tokens(experts), getattr(self.config, "max_position_embeddings", None)
-        if not virtual or positions is None:
+        taken = max((expert.positions for expert in experts), default=0)
+        positions = getattr(self.config, "max_position_embeddings", None)
+        if not taken or positions is None:
             return self.config
         found = copy(self.config)
-        found.max_position_embeddings = positions - virtual
+        found.max_position_embeddings = positions - taken
         return found
 
     def head_tensors(self) -> dict[str, Tensor]:
@@ -456,10 +458,7 @@ def _delta_shape(layer: nn.Module) -> tuple[int, ...]:
 
 def _head_modules(model: nn.Module, missing: set[str]) -> tuple[str, ...]:
     """The modules outside the backbone, and those whose weights the checkpoint lacks."""
-    backbone = getattr(model, "base_model_prefix", "")
-    names = [
-        name for name, child in model.named_children() if name != backbone and any(True for _ in child.parameters())
-    ]
+    names = heads_of(model)
     for key in sorted(missing):
         module = key.rpartition(".")[0]
         if module and not in_head(key, tuple(names)):

@@ -63,6 +63,10 @@ def rank_by_store(store: Store, target: str, measure: str, wish: Wish, folder: P
             "were compared exactly"
         )
     own = store.open(target)
+    if compared.experts and (
+        remark := getattr(strategy, "remark", lambda experts: "")([own, *compared.experts.values()])
+    ):
+        notes.append(remark)
     return document(
         Target(name=target, path=relative_to(own.path, folder), sha256=own.sha256),
         measure,

@@ -33,11 +33,12 @@ def summaries(package: str) -> dict[str, str]:
 
 
 def load(package: str, name: str) -> ModuleType:
-    """Import one strategy.
+    """Import one strategy; underscores in its name are hyphens.
 
     Raises:
         PimergeError: if there is none of that name; the nearest name is suggested.
     """
+    name = name.replace("_", "-")
     if name not in summaries(package):
         what = package.removesuffix("s").replace("_", " ")
         raise PimergeError(f"there is no {what} '{name}'", nearest(name, list(summaries(package))))

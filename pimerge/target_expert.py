@@ -1,7 +1,8 @@
 """An expert for a target that has none: at the pool's init, so that its Fisher compares with the pool's.
 
 At the init ΔW is zero: A is the mean of the pool's factors A, which training moves little, and B is zero. The Fisher
-of B tells the target's task there, that of A is zero.
+of B tells the target's task there, that of A is zero. An expert without ΔW is at its neutral point, and what has none,
+as the down-projections of a bottleneck and all of a prefix, is the pool's mean.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ from pimerge.compatibility import differing_form, init_cosine
 from pimerge.errors import PimergeError
 from pimerge.expert import CONFIG, TASK, WEIGHTS, Expert, open_expert
 from pimerge.files import json_text, write_folder
+from pimerge.group_merging import base_reader
+from pimerge.kinds._keys import PREFIX, PROMPT_PREFIX, PROMPTS
+from pimerge.parameter_space import sum_of
 from pimerge.progress import Track, silent
 from pimerge.task import Task
 from pimerge.training import Options
@@ -42,7 +46,7 @@ def initial_expert(
     """The pool's init, with a head for the target if it trains one, in a temporary folder that goes with the block.
 
     Args:
-        pool: experts of one form and one init.
+        pool: experts of one kind, form and init.
         task: the target's.
         options: how the head is trained on the bare base.
 
@@ -50,11 +54,6 @@ def initial_expert(
         PimergeError: if the pool has no shared init, or the task has a problem.
     """
     like = pool[0]
-    if like.groups:
-        raise PimergeError(
-            f"the pool's experts are of kind {like.kind}, and only LoRA has an init that a target can start from",
-            "rank by its examples (--measure combined), or train an expert for it first",
-        )
     for other in pool[1:]:
         cosine, least = (0.0, 1.0) if differing_form(like, other) else init_cosine(like, other)
         if cosine < least:
@@ -68,13 +67,10 @@ def initial_expert(
             head = Path(folder) / "head"
             tune("head", task, base, [], None, head, options, like=like, device=device, dtype=dtype, track=track)
             with_head = open_expert(head, base.reference)
-            tensors = {key: with_head.tensor(key) for key in with_head.head.values()}
+            prefix = PROMPT_PREFIX if like.kind in PROMPTS else PREFIX
+            tensors = {prefix + name: tensor for name, tensor in with_head.head_tensors().items()}
             modules = with_head.config.get("modules_to_save")
-        for module in like.modules.values():
-            tensors[module.A] = _mean([expert.tensor(module.A) for expert in pool])
-            tensors[module.B] = torch.zeros_like(like.tensor(module.B))
-            if module.bias:
-                tensors[module.bias] = torch.zeros_like(like.tensor(module.bias))
+        tensors |= _neutral_groups(pool, base) if like.groups else _zero_updates(pool)
         config = {**like.config, "modules_to_save": modules}
         path = Path(folder) / task.name
         from safetensors.torch import save
@@ -86,6 +82,25 @@ def initial_expert(
         }
         write_folder(path, contents, force=False)
         yield open_expert(path, base.reference)
+
+
+def _zero_updates(pool: Sequence[Expert]) -> dict[str, Tensor]:
+    """Key → tensor of ΔW = 0 at the mean of the factors A."""
+    like = pool[0]
+    tensors = {}
+    for module in like.modules.values():
+        tensors[module.A] = _mean([expert.tensor(module.A) for expert in pool])
+        tensors[module.B] = torch.zeros_like(like.tensor(module.B))
+        if module.bias:
+            tensors[module.bias] = torch.zeros_like(like.tensor(module.bias))
+    return tensors
+
+
+def _neutral_groups(pool: Sequence[Expert], base: Base) -> dict[str, Tensor]:
+    """Key → tensor of an expert without ΔW at strength 0, as far as it has strengths, at the mean of all else."""
+    still = [expert.scaled(0.0) if expert.has_strength else expert for expert in pool]
+    found = sum_of(still, [1 / len(still)] * len(still), base_reader(base))
+    return {key: tensor.to(pool[0].tensor(key).dtype) for key, tensor in found.items()}
 
 
 def train_expert(

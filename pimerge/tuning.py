@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from pimerge import strategies
+from pimerge.backbone import inside, lora_targets
 from pimerge.base import Base
 from pimerge.compatibility import refuse_over_inputs, require_alike, require_finite
 from pimerge.composition import ComposedLinear, Member, Mixture, compose
@@ -130,7 +131,7 @@ def tune(
         logits = _start(plan, len(names), experts, chosen, scores)
         mixture = Mixture(sum_of_experts.parts, logits, options.granularity, plan.train_weights and len(names) > 1)
         sum_of_experts.compose(loaded, mixture)
-    kept, held_out = _examples(task, loaded, chosen, options, note)
+    kept, held_out = _examples(task, loaded, form, options, note)
     model = sum_of_experts.through or loaded.model
     if loaded.head or any(p.requires_grad for p in (*mixture.parameters(), *model.parameters())):
         outcome = train(
@@ -351,7 +352,7 @@ def fresh_lora(
         r=rank,
         lora_alpha=alpha,
         target_modules=list(modules) if modules else None,
-        exclude_modules=list(loaded.head),
+        exclude_modules=inside(loaded.head),
         base_model_name_or_path="",
     )
     try:
@@ -428,7 +429,7 @@ def _members(
     if alpha is None:
         alpha = max((module.alpha for module in like.modules.values()), default=float(rank)) if like else float(rank)
         alpha = alpha * rank / max(like.ranks) if like else alpha
-    modules = options.fresh_modules or (tuple(sorted(like.modules)) if like else None)
+    modules = options.fresh_modules or (tuple(sorted(like.modules)) if like else lora_targets(loaded.model))
     fresh = fresh_lora(loaded, rank if plan.train_experts else 1, alpha, modules, options.init_seed)
     if plan.target:
         note(NO_EXPERT)
@@ -436,9 +437,9 @@ def _members(
 
 
 def _examples(
-    task: Task, loaded: LoadedBase, chosen: Sequence[Expert], options: Options, note: Callable[[str], None]
+    task: Task, loaded: LoadedBase, form: Expert | None, options: Options, note: Callable[[str], None]
 ) -> tuple[Examples, Examples | None]:
-    config = loaded.config_for(chosen)
+    config = loaded.config_for([form] if form else [])
     examples, labels = task.examples("train", loaded.processor, config, shots=options.shots, seed=options.seed)
     if examples.truncated:
         note(f"{examples.truncated} training examples are longer than the model takes and were cut")

@@ -125,21 +125,12 @@ def test_a_prefix_has_one_vector_per_layer_and_a_bottleneck_one_per_position(
         assert len(weights) == count
 
 
-def test_what_cannot_be_tuned_is_refused(
-    pool: Callable[[str], list[Path]],
-    make_expert: MakeExpert,
-    gpt2_base: Path,
-    text_task: Path,
-    cli: Run,
-    tmp_path: Path,
-) -> None:
+def test_what_cannot_be_tuned_is_refused(pool: Callable[[str], list[Path]], cli: Run, tmp_path: Path) -> None:
     ia3, lora = pool("ia3"), pool("lora")
-    prompt = make_expert(tmp_path / "prompt", gpt2_base, text_task, kind="prompt")
     for given, named in (
         ([ia3[0], lora[0], "--target", ia3[1]], "is of kind"),
         ([ia3[0], "--method", "interpolated", "--target", lora[0]], "is of kind"),
         ([*ia3[:2], "--target", ia3[2], "--rank", "2"], "--rank is for updates"),
-        ([prompt, "--method", "uniform", "--target", prompt], "cannot tell where a text ends"),
     ):
         result = cli("tune", *given, "--output", "out", *QUICK)
         assert isinstance(result.exception, PimergeError), given
@@ -147,15 +138,35 @@ def test_what_cannot_be_tuned_is_refused(
         assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_is_no_part_of_a_text_behind_a_prompt(
+    make_expert: MakeExpert, gpt2_base: Path, text_task: Path, side: str, tmp_path: Path
+) -> None:
+    expert = open_expert(make_expert(tmp_path / "x", gpt2_base, text_task, kind="prompt", head=False))
+    loaded = loaded_base(gpt2_base)
+    mixture = Mixture(expert.parts, [0.0], "matrix", trained=False)
+    model = compose_groups(loaded, expert, [member_of(expert, loaded)], mixture, trained=True).model
+    texts = [torch.arange(4, 4 + length) for length in (3, 5, 2, 5)]
+    pad = (lambda x: (5 - len(x), 0)) if side == "left" else (lambda x: (0, 5 - len(x)))
+    batch = {
+        "input_ids": torch.stack([torch.nn.functional.pad(text, pad(text)) for text in texts]),
+        "attention_mask": torch.stack([torch.nn.functional.pad(torch.ones_like(t), pad(t)) for t in texts]),
+    }
+    by_peft = PeftModel.from_pretrained(model_for(gpt2_base), tmp_path / "x").eval()
+    wrapper = by_peft.get_base_model().score
+    wrapper.modules_to_save["default"].load_state_dict(loaded.model.score.state_dict())
+    alone = [logits_of(by_peft, {"input_ids": t[None], "attention_mask": torch.ones_like(t)[None]})[0] for t in texts]
+    torch.testing.assert_close(logits_of(model, batch), torch.stack(alone))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_fresh_expert_of_a_kind_is_trained_for_a_task_alone(
     bert_base: Path, text_task: Path, cli: Run, kind: str, tmp_path: Path
 ) -> None:
-    named = {"ln_tuning": ["--modules", "LayerNorm"], "ia3": ["--modules", "query,value"]}.get(kind, [])
     sized = {"bottleneck": (("down.weight", 0), 3), "prefix": (("prompt_embeddings", 0), 3)}
     size = ["--fresh-rank", "3"] if kind in sized or kind == "prompt" else []
     line = ("--method", "scratch", "--kind", kind.replace("_", "-"), "--target", text_task, "--base", bert_base)
-    result = cli("tune", *line, *named, *size, *QUICK)
+    result = cli("tune", *line, *size, *QUICK)
     assert result.exit_code == 0, result.exception
     expert = open_expert(tmp_path / "tuned")
     assert expert.kind == kind.replace("_", "-")

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from pimerge.errors import PimergeError
+from pimerge.expert import open_expert
 from pimerge.store import Store
 from tests.conftest import KINDS, MakeExpert, relative_difference
 
@@ -55,6 +56,25 @@ def test_by_layers_all_kinds_compare_and_by_tensors_one_kind_does(pool: Path, cl
             document = ranked(cli, pool, "--target", f"{kind}0", "--measure", measure)
             assert [candidate["name"] for candidate in document["candidates"]] == [f"{kind}1"]
             assert "its kind is" in document["not_comparable"][0]["reason"]
+
+
+def test_a_task_alone_starts_as_the_kind_that_most_have(
+    pool: Path, make_expert: MakeExpert, bert_base: Path, text_task: Path, cli: Run, tmp_path: Path
+) -> None:
+    make_expert(tmp_path / "experts" / "ia32", bert_base, text_task, kind="ia3", seed=2)
+    assert cli("embed").exit_code == 0
+    line = ("rank", "--target", str(text_task), "--measure", "fisher", "--shots", "4", "--no-gate")
+    found = cli(*line, "--force")
+    assert found.exit_code == 0, found.exception
+    assert "the kind ia3, which most experts of the pool have" in " ".join(found.stderr.split())
+    document = json.loads((pool / "ranking.json").read_text())
+    assert len(document["candidates"]) == 2 * len(ALL) + 1
+    assert any("have no ΔW, so all were compared by their gradients alone" in note for note in document["notes"])
+    trained = cli(*line, "--train-target", "--force")
+    assert trained.exit_code == 0, trained.exception
+    assert open_expert(pool / "targets" / text_task.name).kind == "ia3"
+    document = ranked(cli, pool, "--target", "ia30", "--measure", "parameters", "-k", "3")
+    assert {candidate["name"] for candidate in document["candidates"]} == {"ia31", "ia32", text_task.name}
 
 
 def test_what_needs_an_update_says_so(pool: Path, cli: Run) -> None:

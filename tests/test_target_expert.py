@@ -13,7 +13,7 @@ from pimerge.compatibility import check_expert, differing_form, init_cosine
 from pimerge.embedding import embed
 from pimerge.errors import PimergeError
 from pimerge.expert import Expert, open_expert
-from pimerge.model import Bases, load_base, plugged_in
+from pimerge.model import Bases, load_base, plugged_in, set_head
 from pimerge.ranking_by_store import rank_by_store
 from pimerge.selecting import Wish
 from pimerge.store import Store
@@ -21,7 +21,7 @@ from pimerge.store_document import Settings
 from pimerge.target_expert import initial_expert, train_expert
 from pimerge.task import Task, open_task
 from pimerge.training import Options
-from tests.conftest import MakeExpert, logits_of, relative_difference
+from tests.conftest import KINDS, PROMPTS, MakeExpert, logits_of, relative_difference
 
 BRIEFLY = Options(epochs=2)
 CPU = torch.device("cpu")
@@ -112,6 +112,31 @@ def test_a_pool_without_a_shared_init_says_so(
     ):
         pass
     assert "--measure combined" in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_of_a_kind_without_updates_it_starts_where_that_changes_nothing_or_at_the_pools_mean(
+    make_expert: MakeExpert, bert_base: Path, text_task: Path, base: Base, task: Task, kind: str, tmp_path: Path
+) -> None:
+    folders = [make_expert(tmp_path / f"{n}", bert_base, text_task, kind=kind, seed=n) for n in range(2)]
+    stored = [load_file(folder / "adapter_model.safetensors") for folder in folders]
+    loaded = load_base(base, task, CPU, torch.float32)
+    batch = task.examples("train", loaded.processor, loaded.config, limit=4)[0].batch(range(4))
+    with initial_expert([open_expert(folder) for folder in folders], task, base, BRIEFLY) as expert:
+        found = load_file(expert.path / "adapter_model.safetensors")
+        assert found.keys() == stored[0].keys()
+        if kind in PROMPTS:
+            mean = (stored[0]["prompt_embeddings"] + stored[1]["prompt_embeddings"]) / 2
+            torch.testing.assert_close(found["prompt_embeddings"], mean)
+        else:
+            set_head(loaded.model, expert.head_tensors())
+            before = logits_of(loaded.model, batch)
+            with plugged_in(expert, loaded) as model:
+                torch.testing.assert_close(logits_of(model, batch), before)
+        assert init_cosine(expert, open_expert(folders[0]))[0] >= init_cosine(expert, open_expert(folders[0]))[1]
+    train_expert([open_expert(folder) for folder in folders], task, base, tmp_path / "new", BRIEFLY)
+    trained = load_file(tmp_path / "new" / "adapter_model.safetensors")
+    assert any(not torch.equal(trained[key], found[key]) for key in expert.keys)
 
 
 def test_a_trained_one_compares_with_the_pool_factor_by_factor(

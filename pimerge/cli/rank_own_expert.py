@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from pimerge.cli.console import note, quiet_libraries
 from pimerge.cli.rank_request import Asked, Request, folder_for, names_on, open_all, pool_base
 from pimerge.comparison import SHORTLIST
 from pimerge.errors import PimergeError, Problems
-from pimerge.expert import open_expert
+from pimerge.expert import Expert, open_expert
 from pimerge.files import require_absent
 from pimerge.progress import Track
 from pimerge.store import Store
@@ -34,9 +35,11 @@ def target_in_store(asked: Asked, store: Store, request: Request, track: Track) 
         return
     from pimerge.target_expert import initial_expert
 
-    with tempfile.TemporaryDirectory() as folder, initial_expert(**_start(asked, store, request, track)) as start:
+    start_from = _start(asked, store, request, track)
+    with tempfile.TemporaryDirectory() as folder, initial_expert(**start_from) as start:
         note(
-            f"{asked.name} has no expert: its Fisher is taken at the pool's init (--train-target trains one)",
+            f"{asked.name} has no expert: its Fisher is taken at the pool's init{_of_kind(start_from['pool'], store)} "
+            "(--train-target trains one)",
             request.quiet,
         )
         overlay = store.overlay(Path(folder))
@@ -59,15 +62,17 @@ def trained(asked: Asked, store: Store, request: Request, track: Track) -> Asked
         from pimerge.target_expert import train_expert
 
         require_absent(output, request.force)
-        note(f"{asked.name} has no expert: training one from the pool's init into '{output}'", request.quiet)
-        train_expert(**_start(asked, store, request, track), output=output, force=request.force)
+        start = _start(asked, store, request, track)
+        whose = _of_kind(start["pool"], store)
+        note(f"{asked.name} has no expert: training one{whose} from the pool's init into '{output}'", request.quiet)
+        train_expert(**start, output=output, force=request.force)
     own = Asked(asked.name, open_expert(output, request.base), output, stored=True)
     _embed(own, store, request, track)
     return own
 
 
 def _start(asked: Asked, store: Store, request: Request, track: Track) -> dict[str, Any]:
-    """What an expert for the target starts from, and how it is trained.
+    """What an expert for the target starts from, of the kind that most experts have, and how it is trained.
 
     Raises:
         PimergeError: if the store has no expert of the target's base.
@@ -76,6 +81,9 @@ def _start(asked: Asked, store: Store, request: Request, track: Track) -> dict[s
 
     base = pool_base(store, asked, request.base)
     names, excluded = names_on(store, asked, base)
+    kinds = Counter(store.experts[name].kind for name in names)
+    if kinds:  # of several kinds the one with the most experts
+        names = [name for name in names if store.experts[name].kind == kinds.most_common(1)[0][0]]
     pool, broken = open_all(store, names[:SHORTLIST])  # the mean init of so many is that of all
     if not pool:
         problems = Problems()
@@ -91,6 +99,12 @@ def _start(asked: Asked, store: Store, request: Request, track: Track) -> dict[s
         "dtype": request.dtype,
         "track": track,
     }
+
+
+def _of_kind(pool: Sequence[Expert], store: Store) -> str:
+    """Which kind of expert a target starts as, where the pool has several."""
+    kind, kinds = pool[0].kind, {entry.kind for entry in store.experts.values()}
+    return f" of the kind {kind}, which most experts of the pool have," if len(kinds) > 1 else ""
 
 
 def _embed(asked: Asked, store: Store, request: Request, track: Track) -> None:

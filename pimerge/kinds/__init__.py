@@ -10,8 +10,8 @@ The parts of ``lora`` are updates ΔW of the base's matrices (:class:`pimerge.ki
 combined whatever factors they are stored in. Those of every other kind are :class:`pimerge.kinds._groups.Group`:
 tensors that are combined number by number, around the kind's neutral point where it has one. Such a kind also has
 ``INIT``, the slots that tell from which init an expert was trained, ``fresh_fields(size, modules)``, what PEFT's config
-says of a fresh one, and ``misfit(group, model, config)``, why a group
-has no place in a base.
+says of a fresh one, and ``misfit(group, model, config)``, why a group has no place in a base. It may have
+``usual_places(model)``: what the config says of a fresh one in an architecture that PEFT does not know.
 
 Files that begin with an underscore hold what several kinds share.
 """

@@ -89,6 +89,14 @@ def takes_text(model: nn.Module) -> bool:
     return getattr(_text_config(model), "vocab_size", None) is not None
 
 
+def reads_an_end(model: Any) -> bool:
+    """Whether a base has an encoder and a decoder and classifies by what stands at the end of the text.
+
+    transformers lets nothing be put before the text of such a base.
+    """
+    return bool(model.config.is_encoder_decoder) and not model.can_generate()
+
+
 def text_field(model: nn.Module, *names: str) -> Any:
     """The first field of a base's text config that is set; None without one."""
     config = _text_config(model)

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 PEFT_TYPE = "IA3"
 INIT: tuple[str, ...] = ()
+_KEYS_AND_VALUES = ("k_proj", "v_proj", "key", "value", "k_lin", "v_lin", "qkv")
+_FEEDFORWARD = ("fc2", "lin2", "down_proj", "wo", "dense_4h_to_h", "mlp.c_proj")
 _KEY = re.compile(r"(?P<module>.+)\.(?P<slot>ia3_l)")
 
 
@@ -43,6 +45,22 @@ def fresh_fields(size: int | None, modules: Sequence[str] | None) -> dict[str, A
     {'target_modules': ['k'], 'feedforward_modules': []}
     """
     return placed(size, modules) | ({"feedforward_modules": []} if modules else {})
+
+
+def usual_places(model: nn.Module) -> dict[str, Any]:
+    """What PEFT's config says of a fresh expert where PEFT knows no layers of the architecture.
+
+    As in the paper: keys, values, and what enters the last layer of a feed-forward block.
+    """
+    from peft.utils import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING as KNOWN
+
+    from pimerge.backbone import named_layers  # imports torch, which reading a file needs not
+
+    config: Any = model.config
+    if config.model_type in KNOWN:
+        return {}
+    last = named_layers(model, _FEEDFORWARD)
+    return {"target_modules": named_layers(model, _KEYS_AND_VALUES) + last, "feedforward_modules": last}
 
 
 def key_of_parameter(name: str) -> str:

@@ -34,6 +34,16 @@ def parse(
     return parse_groups(config, shapes, _KEY, "LayerNorms", slot, frozenset({"weight"}))
 
 
+def usual_places(model: nn.Module) -> dict[str, Any]:
+    """What PEFT's config says of a fresh expert where PEFT knows no layers of the architecture: all normalisations."""
+    from peft.utils import TRANSFORMERS_MODELS_TO_LNTUNING_TARGET_MODULES_MAPPING as KNOWN
+
+    from pimerge.backbone import norms  # imports torch, which reading a file needs not
+
+    config: Any = model.config
+    return {} if config.model_type in KNOWN else {"target_modules": norms(model)}
+
+
 def key_of_parameter(name: str) -> str:
     """The adapter file's key for the name of a parameter of PEFT's model with adapter ``default``.
 

@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 from pimerge.errors import PimergeError
 from pimerge.kinds._groups import Group, Slot
-from pimerge.kinds._prompts import KEY, fresh_fields, key_of_parameter, parse_prompt, takes_text, text_field
+from pimerge.kinds._prompts import (
+    KEY,
+    fresh_fields,
+    key_of_parameter,
+    parse_prompt,
+    reads_an_end,
+    takes_text,
+    text_field,
+)
 
 if TYPE_CHECKING:
     from torch import nn
@@ -50,6 +58,8 @@ def misfit(group: Group, model: nn.Module, config: Mapping[str, Any]) -> str:
     """Why the prefix has no place in a base; empty if it has."""
     if not takes_text(model) or not _takes_past(model):
         return f"a prefix goes before a text's keys and values, and {type(model).__name__} takes none"
+    if reads_an_end(model):
+        return f"a prefix cannot go before a text that {type(model).__name__} classifies: PEFT gives its encoder none"
     layers = text_field(model, "num_hidden_layers")
     if layers != config["num_layers"]:
         return f"it has {config['num_layers']} layers, the base {layers}"

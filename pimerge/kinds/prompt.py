@@ -10,7 +10,15 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from pimerge.kinds._groups import Group, Slot
-from pimerge.kinds._prompts import KEY, fresh_fields, key_of_parameter, parse_prompt, takes_text, text_field
+from pimerge.kinds._prompts import (
+    KEY,
+    fresh_fields,
+    key_of_parameter,
+    parse_prompt,
+    reads_an_end,
+    takes_text,
+    text_field,
+)
 
 if TYPE_CHECKING:
     from torch import nn
@@ -39,6 +47,8 @@ def misfit(group: Group, model: nn.Module, config: Mapping[str, Any]) -> str:
     """Why the prompt has no place in a base; empty if it has."""
     if not takes_text(model):
         return f"a prompt goes before a text, and {type(model).__name__} reads none"
+    if reads_an_end(model):
+        return f"a prompt cannot go before a text that {type(model).__name__} classifies: it takes no vectors"
     width = text_field(model, "embedding_size", "hidden_size", "d_model")
     own = group.slots["prompt"].shape[1]
     return "" if width == own else f"its vectors have {own} numbers, the base's embeddings {width}"

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+from pimerge.expert import Expert
 from pimerge.measures.marginals import parts_of, unit_parts
 from pimerge.similarity import Similarity, balanced, from_vectors
 from pimerge.stored import GRADIENT, UPDATE, Stored
@@ -22,6 +23,12 @@ from pimerge.stored import GRADIENT, UPDATE, Stored
 NEEDS = "marginals"
 SAME_BASIS = False
 GATE = 0.02
+
+
+def remark(experts: Sequence[Expert]) -> str:
+    """What a reader should know of a comparison of some experts, the target among them; empty if nothing."""
+    without = sorted({expert.kind for expert in experts if not expert.modules})
+    return f"{', '.join(without)} have no ΔW, so all were compared by their gradients alone" if without else ""
 
 
 def similarity(members: Sequence[Stored], candidates: int, pool: Sequence[int], sampled: bool = False) -> Similarity:

@@ -11,6 +11,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from pimerge.backbone import layers_within
 from pimerge.peft_methods._types import peft_type
 
 
@@ -120,13 +121,10 @@ def biased_modules(model: nn.Module, head: Iterable[str]) -> set[str]:
     Raises:
         ValueError: if there is none.
     """
-    backbone = getattr(model, "base_model_prefix", "")
-    within = f"{backbone}." if hasattr(model, backbone or " ") else ""
     found = {
         name
-        for name, module in model.named_modules()
-        if name.startswith(within)
-        and isinstance(getattr(module, "bias", None), nn.Parameter)
+        for name, module in layers_within(model).items()
+        if isinstance(getattr(module, "bias", None), nn.Parameter)
         and not any(f".{saved}." in f".{name}." for saved in head)
     }
     if not found:

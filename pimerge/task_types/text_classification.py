@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from pimerge.errors import PimergeError
 from pimerge.task_types import Batch, Examples, Rows
 from pimerge.task_types._classification import FIELDS, TRAINS_HEAD, check, draw, nll, read, score
+from pimerge.task_types._templates import RowProblems
 from pimerge.task_types._tokenizer import load_processor, longest_input
 
 if TYPE_CHECKING:
@@ -37,7 +39,11 @@ COLUMNS = {"text": True, "text_pair": False, "label": True}
 
 
 def encode(rows: Rows, file: TaskFile, processor: Any, config: PreTrainedConfig) -> Examples:
-    """Tokenize every row once; texts longer than the model takes are cut."""
+    """Tokenize every row once; texts longer than the model takes are cut.
+
+    Raises:
+        PimergeError: if the head of a base with an encoder and a decoder cannot find the end of a text.
+    """
     longest = longest_input(processor, config)
     pairs = rows.table[rows.columns["text_pair"]] if "text_pair" in rows.columns else None
     texts = [str(text) for text in rows.table[rows.columns["text"]]]
@@ -45,6 +51,8 @@ def encode(rows: Rows, file: TaskFile, processor: Any, config: PreTrainedConfig)
     whole = processor(texts, pairs, truncation=False, verbose=False)["input_ids"]
     cut = sum(len(ids) > longest for ids in whole)
     encoded = processor(texts, pairs, truncation=True, max_length=longest)
+    if config.is_encoder_decoder:
+        _require_ends(encoded["input_ids"], rows, config)
     lengths = [len(ids) for ids in encoded["input_ids"]]
 
     def get(index: int) -> Batch:
@@ -59,3 +67,21 @@ def encode(rows: Rows, file: TaskFile, processor: Any, config: PreTrainedConfig)
         return {**padded, "labels": torch.stack([example["labels"] for example in examples])}
 
     return Examples(lengths, get, collate, cut)
+
+
+def _require_ends(texts: Sequence[Sequence[int]], rows: Rows, config: PreTrainedConfig) -> None:
+    """Check for the end token that such a head reads, as often in every text, as transformers asks for."""
+    ends = [list(ids).count(config.eos_token_id) for ids in texts]
+    usual = max(set(ends), key=ends.count)
+    if not usual:
+        raise PimergeError(
+            f"the base's tokenizer puts no end token ({config.eos_token_id}) behind a text, which is what the head of "
+            "a base with an encoder and a decoder reads",
+            "take a tokenizer that does, or a task of the type seq2seq",
+        )
+    problems = RowProblems(rows)
+    for position, count in enumerate(ends):
+        with problems.row(position):
+            if count != usual:
+                raise PimergeError(f"{count} end tokens, the others have {usual}", "leave out what reads as one")
+    problems.raise_any()

@@ -1,0 +1,78 @@
+"""What of a model of transformers is its backbone, and the layers in it that an adapter has places at."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from torch import nn
+
+QUERIES_AND_VALUES = ("q_proj", "v_proj", "query", "value", "q_lin", "v_lin", "qkv", "c_attn")
+"""Their names in architectures for which PEFT has no default."""
+
+
+def heads_of(model: nn.Module) -> list[str]:
+    """The names of the modules that stand on the backbone, a task's head or what gives out the words.
+
+    The backbone is the child that transformers names so; where there is none, as in CLIP's classifier and in T5, all
+    that holds layers, or embeds.
+
+    >>> vision = nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(4, 4)])})
+    >>> heads_of(nn.ModuleDict({"vision_model": vision, "classifier": nn.Linear(4, 2)}))
+    ['classifier']
+    """
+    named = str(getattr(model, "base_model_prefix", ""))
+    children = {name: child for name, child in model.named_children() if any(True for _ in child.parameters())}
+    if named in children:
+        return [name for name in children if name != named]
+    return [
+        name
+        for name, child in children.items()
+        if not any(isinstance(module, nn.ModuleList | nn.Embedding) for module in child.modules())
+    ]
+
+
+def inside(modules: Sequence[str]) -> str | None:
+    """The regular expression of these modules and all in them, as PEFT takes it; None of none.
+
+    >>> inside(["classifier", "pooler"])
+    '(classifier|pooler)(\\\\..*)?'
+    """
+    return f"({'|'.join(map(re.escape, modules))})(\\..*)?" if modules else None
+
+
+def layers_within(model: nn.Module) -> dict[str, nn.Module]:
+    """Full name → module, of those in the backbone."""
+    heads = tuple(f"{name}." for name in heads_of(model))
+    return {name: module for name, module in model.named_modules() if not f"{name}.".startswith(heads)}
+
+
+def named_layers(model: nn.Module, ends: Sequence[str]) -> list[str]:
+    """The modules of the backbone whose names end so.
+
+    >>> block = nn.ModuleDict({"q_proj": nn.Linear(1, 1)})
+    >>> named_layers(nn.ModuleDict({"layers": nn.ModuleList([block])}), ["q_proj", "v_proj"])
+    ['layers.0.q_proj']
+    """
+    dotted = tuple(f".{end}" for end in ends)
+    return [name for name in layers_within(model) if f".{name}".endswith(dotted)]
+
+
+def norms(model: nn.Module) -> list[str]:
+    """The normalisations of the backbone that have weights."""
+    found = layers_within(model).items()
+    return [
+        name
+        for name, module in found
+        if type(module).__name__.endswith(("LayerNorm", "RMSNorm")) and getattr(module, "weight", None) is not None
+    ]
+
+
+def lora_targets(model: nn.Module) -> list[str]:
+    """The modules that PEFT adapts by LoRA in this architecture, such as q and v, or where it knows none, the same."""
+    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as TARGETS
+
+    ends = TARGETS.get(str(model.config.model_type), QUERIES_AND_VALUES)  # type: ignore[union-attr]
+    if isinstance(ends, str):
+        return [name for name in layers_within(model) if re.fullmatch(ends, name)]
+    return named_layers(model, ends)
