@@ -50,7 +50,7 @@ def initial_expert(
         PimergeError: if the pool has no shared init, or the task has a problem.
     """
     like = pool[0]
-    if like.groups:
+    if like.groups or like.is_computed:
         raise PimergeError(
             f"the pool's experts are of kind {like.kind}, and only LoRA has an init that a target can start from",
             "rank by its examples (--measure combined), or train an expert for it first",
