@@ -14,12 +14,14 @@ from types import ModuleType
 
 import numpy as np
 
+from pimerge import strategies
 from pimerge.compatibility import differing_form, init_cosine
 from pimerge.errors import PimergeError
 from pimerge.expert import Expert
 from pimerge.similarity import Similarity
 from pimerge.sketch import from_texts
 from pimerge.store import Store
+from pimerge.store_document import Embedding
 from pimerge.stored import Stored
 
 SHORTLIST = 100
@@ -122,22 +124,29 @@ def by_sketch(store: Store, target: str, others: Sequence[str]) -> list[str]:
 def _alike(store: Store, target: str, measure: ModuleType) -> tuple[list[str], dict[str, str]]:
     """Those that the measure can compare with the target, by the document alone; and why it cannot each of the others.
 
-    They have the target's base and, unless the measure looks at the layers' marginals alone, its kind.
+    They have the target's base and its kind, unless the measure looks at the layers' marginals or at ΔW alone.
     """
     by_layers = measure.NEEDS == "marginals" and not measure.SAME_BASIS
+    by_update = getattr(measure, "NEEDS_UPDATE", False) and not measure.SAME_BASIS
     entries = store.document.experts
     own, alike, others = entries[target], [], {}
     for name, entry in entries.items():
         if entry.base != own.base:
             bases = [store.base_name(each) for each in (name, target)]
             others[name] = f"its base is {bases[0]}, another model than the target's {bases[1]}"
-        elif entry.kind != own.kind and not by_layers:
+        elif entry.kind != own.kind and not (by_layers or (by_update and _has_update(entry) and _has_update(own))):
             others[name] = (
                 f"its kind is {entry.kind}, the target's {own.kind}; '--measure marginals' compares experts of any kind"
             )
         elif name != target:
             alike.append(name)
     return alike, others
+
+
+def _has_update(entry: Embedding) -> bool:
+    """Whether an expert is of a kind that is known and has a ΔW."""
+    known = entry.kind in strategies.summaries("kinds")
+    return known and getattr(strategies.load("kinds", entry.kind), "HAS_UPDATE", False)
 
 
 def _spread(ordered: Sequence[str]) -> list[str]:

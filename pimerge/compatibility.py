@@ -11,6 +11,7 @@ import numpy as np
 from pimerge import strategies
 from pimerge.errors import PimergeError, Problems
 from pimerge.expert import Expert
+from pimerge.kinds._relatives import Relative
 from pimerge.task import Task, open_task
 
 if TYPE_CHECKING:
@@ -19,7 +20,14 @@ if TYPE_CHECKING:
 SHARED_INIT_COSINE = 0.1
 SHARED_INIT_DEVIATIONS = 5.0
 INIT_MODULES = 16
-MEANING = {"bottleneck": ("activation", "scale"), "prompt": ("num_transformer_submodules",)}
+LORA = "lora"
+MEANING: dict[str, tuple[str, ...]] = {
+    "bottleneck": ("activation", "scale"),
+    "prompt": ("num_transformer_submodules",),
+    "vera": ("projection_prng_key",),
+    "randlora": ("projection_prng_key", "sparse", "very_sparse"),
+    "fourierft": ("random_loc_seed",),
+}
 """Kind → fields of the config that say what its tensors mean."""
 
 
@@ -52,8 +60,8 @@ def check_expert(expert: Expert) -> Task:
 
 
 def require_alike(experts: Sequence[Expert]) -> None:
-    """Check that experts can be summed: one base, one kind, each module of one shape and layer type;
-    experts without ΔW the same tensors.
+    """Check that experts can be summed: one base, and updates ΔW of one shape and layer type in each module, whatever
+    their kinds; or, without ΔW, one kind and the same tensors.
 
     Raises:
         PimergeError: with each difference.
@@ -70,10 +78,11 @@ def require_alike(experts: Sequence[Expert]) -> None:
             )
         with problems.collected():
             expert.require_handled()
-        if expert.kind != first.kind:
+        if expert.kind != first.kind and (expert.groups or first.groups):
+            reason = _why_no_update(expert if expert.groups else first)
             problems.add(
-                f"'{expert.name}' is of kind {expert.kind}, '{first.name}' of kind {first.kind}",
-                "only experts that both have a ΔW could be summed: combine those of one kind",
+                f"'{expert.name}' is of kind {expert.kind}, '{first.name}' of kind {first.kind}: {reason}",
+                "only experts that all have a ΔW are summed across kinds: combine those of one kind",
             )
         elif expert.groups and (why := differing_form(first, expert)):
             problems.add(f"'{expert.name}': {why.replace('the target', repr(first.name))}", "leave it out")
@@ -102,6 +111,13 @@ def require_finite(experts: Sequence[Expert]) -> None:
     problems.raise_any("NaN or Inf weights")
 
 
+def _why_no_update(expert: Expert) -> str:
+    """Why an expert has no ΔW that could be added to another's."""
+    if expert.kind == "ia3":
+        return "(IA)³ scales what a matrix W gives or takes, so that its ΔW = diag(l − 1)·W needs the base's weights"
+    return f"{expert.kind} changes no matrix of the base by a ΔW"
+
+
 def init_cosine(first: Expert, second: Expert) -> tuple[float, float]:
     """Cosine of what tells the inits of two experts, and the least that a shared init can be told by.
 
@@ -109,7 +125,7 @@ def init_cosine(first: Expert, second: Expert) -> tuple[float, float]:
     same point always. Training moves these little, so experts from one init have much in common; experts from
     independent inits, or of which one is in another basis (BR, R⁻¹A), have a cosine of about ±1/√n over n numbers.
     """
-    if first.groups and not strategies.load("kinds", first.kind).INIT:
+    if first.kind != LORA and not strategies.load("kinds", first.kind).INIT:
         return 1.0, 0.0
     common = sorted(set(first.parts) & set(second.parts))
     few = common[:: -(-len(common) // INIT_MODULES) or 1]  # they tell as much as all
@@ -120,13 +136,22 @@ def init_cosine(first: Expert, second: Expert) -> tuple[float, float]:
 
 
 def _init_numbers(expert: Expert, parts: Sequence[str]) -> NDArray[np.float64]:
-    if expert.groups:
-        slots = strategies.load("kinds", expert.kind).INIT
-        keys = list(dict.fromkeys(expert.groups[name].slots[slot].key for name in parts for slot in slots))
-    else:
+    if expert.kind == LORA:
         keys = [expert.modules[name].A for name in parts]
+    else:
+        slots = strategies.load("kinds", expert.kind).INIT
+        found = [_keys_by_slot(expert, name) for name in parts]
+        keys = list(dict.fromkeys(each[slot] for each in found for slot in slots if slot in each))
     arrays = expert.file.arrays(keys)
     return np.concatenate([np.zeros(0), *(arrays[key].ravel() for key in keys)]).astype(np.float64)
+
+
+def _keys_by_slot(expert: Expert, part: str) -> dict[str, str]:
+    """Slot → key of a module or group of a kind other than LoRA."""
+    if expert.groups:
+        return {name: slot.key for name, slot in expert.groups[part].slots.items()}
+    module = expert.modules[part]
+    return dict(module.slots) if isinstance(module, Relative) else {}
 
 
 def differing_form(first: Expert, second: Expert) -> str:
@@ -141,6 +166,9 @@ def differing_form(first: Expert, second: Expert) -> str:
     for field in MEANING.get(first.kind, ()):
         if first.config.get(field) != second.config.get(field):
             return f"its {field} is {second.config.get(field)}, the target's {first.config.get(field)}"
+    for name, module in first.modules.items():
+        if isinstance(module, Relative) and module.form != getattr(second.modules[name], "form", None):
+            return f"its tensors of '{name}' have other shapes than the target's"
     if first.ranks != second.ranks or any(
         first.modules[name].rank != second.modules[name].rank for name in first.modules
     ):
@@ -158,6 +186,13 @@ def require_shared_form(experts: Sequence[Expert]) -> None:
     """
     problems = Problems()
     first = experts[0]
+    for expert in experts:
+        if expert.is_computed:
+            problems.add(
+                f"'{expert.name}' is of kind {expert.kind}: its factors are computed from what was trained",
+                "use a method that works on ΔW, such as uniform or ties",
+            )
+    problems.raise_any("the factors of these experts cannot be compared entry by entry")
     for expert in experts[1:]:
         why = differing_form(first, expert).replace("the target", f"'{first.name}'")
         if not why:

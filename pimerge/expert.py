@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache, partial
@@ -77,10 +77,7 @@ class Expert:
     @cached_property
     def base(self) -> Base:
         """The base model it belongs to."""
-        if self.base_override:
-            name, _, revision = self.base_override.partition("@")
-            return find_base(name, revision or None, Path.cwd())
-        return find_base(self.config.get("base_model_name_or_path"), self.config.get("revision"), self.path)
+        return _base(self.path, self.config, self.base_override)
 
     @cached_property
     def sha256(self) -> str:
@@ -95,8 +92,9 @@ class Expert:
     @property
     def parameters(self) -> int:
         """Numbers in its factors or groups, the head not counted."""
-        factors = sum(m.rank * (m.d_in + m.d_out) for m in self.modules.values())
-        return factors + sum(group.numbers for group in self.groups.values())
+        return sum(module.numbers for module in self.modules.values()) + sum(
+            group.numbers for group in self.groups.values()
+        )
 
     @property
     def parts(self) -> list[str]:
@@ -106,7 +104,7 @@ class Expert:
     @property
     def keys(self) -> list[str]:
         """The keys of its tensors without the head's, in alphabetical order."""
-        factors = {key for module in self.modules.values() for key in (module.A, module.B, module.bias) if key}
+        factors = {key for module in self.modules.values() for key in module.keys}
         return sorted(factors | {slot.key for group in self.groups.values() for slot in group.slots.values()})
 
     @property
@@ -123,6 +121,11 @@ class Expert:
     def virtual_tokens(self) -> int:
         """How many vectors it puts before a text."""
         return int(self.config["num_virtual_tokens"]) if self.kind == "prompt" else 0
+
+    @property
+    def is_computed(self) -> bool:
+        """Whether its updates ΔW are computed from tensors of another form than LoRA's."""
+        return any(module.is_computed for module in self.modules.values())
 
     def scaled(self, scale: float) -> Expert:
         """The same expert at another strength: scale · ΔW in every module; ``scale`` adds up over calls.
@@ -146,21 +149,26 @@ class Expert:
 
     def factors(self, module: str) -> lora.Factors:
         """Read the update of one module: A (r × d_in), B (d_out × r), scaling, bias."""
-        return lora.factors(self.modules[module], self.tensor)
+        return self.modules[module].factors(self.tensor)
 
     def updates(self, modules: Iterable[str]) -> dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]]:
         """Read the updates of several modules at once: name → A (r × d_in) and scaling · Bᵀ (r × d_out) in float64."""
         import numpy as np
 
         chosen = {name: self.modules[name] for name in modules}
-        read = self.file.arrays(key for module in chosen.values() for key in (module.A, module.B))
-        return {
+        stored = {name: module for name, module in chosen.items() if not module.is_computed}
+        read = self.file.arrays(key for module in stored.values() for key in (module.A, module.B))
+        found = {
             name: (
                 read[module.A].reshape(module.rank, -1).astype(np.float64),
                 np.multiply(read[module.B].reshape(module.d_out, -1), module.scaling, dtype=np.float64).T,
             )
-            for name, module in chosen.items()
+            for name, module in stored.items()
         }
+        for name in chosen.keys() - stored.keys():
+            factors = self.factors(name)
+            found[name] = factors.A.numpy(), (factors.scaling * factors.B).numpy().T
+        return found
 
     def head_tensors(self) -> dict[str, Tensor]:
         """Read the task head: parameter name in the base model → tensor."""
@@ -356,7 +364,11 @@ def _checked(path: Path, config: dict[str, Any], file: TensorFile, base: str | N
     """The expert of a config and tensors that fit each other."""
     kind, unhandled = _kind(config)
     shapes = tuple((key, entry.shape) for key, entry in file.entries.items())
-    parts, head = _parsed("" if unhandled else kind, json.dumps(config), shapes, convert)
+    strategy = None if unhandled else strategies.load("kinds", kind)
+    if getattr(strategy, "READS_BASE", False):
+        parts, head = _parsed_with_base(strategy, path, config, dict(shapes), base)
+    else:
+        parts, head = _parsed("" if unhandled else kind, json.dumps(config), shapes, convert)
     modules = {name: part for name, part in parts.items() if isinstance(part, lora.LoraModule)}
     groups = {name: part for name, part in parts.items() if isinstance(part, Group)}
     expert = Expert(path, kind, config, file, modules, head, (), base, groups=groups, unhandled=unhandled)
@@ -388,6 +400,28 @@ def _parsed(
         parts, head = _unhandled.parse(json.loads(config), dict(shapes))
         found = {**parts}, head
     return found
+
+
+def _parsed_with_base(
+    kind: Any, path: Path, config: dict[str, Any], shapes: dict[str, tuple[int, ...]], base: str | None
+) -> tuple[Mapping[str, lora.LoraModule | Group], dict[str, str]]:
+    """The same for a kind whose layout depends on the shapes of the base's layers."""
+
+    def layers(modules: Sequence[str]) -> Mapping[str, tuple[int, ...]]:
+        from pimerge.base_layers import layer_shapes  # imports torch, which other kinds need not
+
+        return layer_shapes(_base(path, config, base), modules, fan_in_fan_out=bool(config.get("fan_in_fan_out")))
+
+    found: tuple[dict[str, lora.LoraModule], dict[str, str]] = kind.parse(config, shapes, layers=layers)
+    return found
+
+
+def _base(path: Path, config: dict[str, Any], override: str | None) -> Base:
+    """The base of an expert at a path, or the one given in its place."""
+    if override:
+        name, _, revision = override.partition("@")
+        return find_base(name, revision or None, Path.cwd())
+    return find_base(config.get("base_model_name_or_path"), config.get("revision"), path)
 
 
 def _kind(config: dict[str, Any]) -> tuple[str, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from pimerge.errors import PimergeError, Problems
 from pimerge.expert import CONFIG, TASK, WEIGHTS, Expert
 from pimerge.files import json_text, new_folder, relative_to, sha256_bytes, sha256_file, write_into
 from pimerge.kinds._keys import PREFIX, PROMPT_PREFIX, PROMPTS
-from pimerge.kinds.lora import LoraModule
+from pimerge.kinds.lora import LoraModule, rank_fields
 from pimerge.lowrank import MergedModule, Summary
 from pimerge.manifest import MANIFEST_FILE, Manifest
 from pimerge.task import Task, open_task
@@ -288,11 +287,6 @@ def _write_tensors(file: Path, layout: Layout, modules: Iterable[MergedModule], 
 def _config(
     path: Path, layout: Layout, summaries: Sequence[Summary], head: Head, base: Base, like: Mapping[str, Any]
 ) -> dict[str, Any]:
-    ranks = {summary.name: summary.rank for summary in summaries}
-    usual = Counter(ranks.values()).most_common(1)[0][0] if ranks else 1
-    # PEFT takes the first key that a module's name ends with, so longer names go first and all are listed.
-    differ = len(set(ranks.values())) > 1
-    pattern = {name: ranks[name] for name in sorted(ranks, key=lambda n: (-len(n), n))} if differ else {}
     name, revision = base_reference(base, path)
     return {
         "peft_type": "LORA",
@@ -301,17 +295,13 @@ def _config(
         "base_model_name_or_path": name,
         "revision": revision,
         "inference_mode": True,
-        "r": usual,
-        "lora_alpha": usual,
-        "rank_pattern": pattern,
-        "alpha_pattern": pattern,
+        **rank_fields({summary.name: summary.rank for summary in summaries}),
         "use_rslora": False,
         "lora_dropout": 0.0,
         "lora_bias": layout.has_bias,
         "bias": "none",
         "fan_in_fan_out": bool(like.get("fan_in_fan_out")),
         "init_lora_weights": True,
-        "target_modules": sorted(ranks),
         "modules_to_save": sorted(head.modules) or None,
     }
 

@@ -15,7 +15,7 @@ from pimerge.checkpoint import Checkpoint, require_foldable
 from pimerge.checkpoint_writing import flat_pieces, write_like
 from pimerge.errors import PimergeError, Problems
 from pimerge.kinds.lora import Factors, LoraModule
-from pimerge.matching import Names, match, match_modules, names_of, skeleton
+from pimerge.matching import Names, is_fan_in_first, match, match_modules, names_of, skeleton
 from pimerge.progress import Track, silent
 from pimerge.tensorfile import FLOATS, PIECE, dtype_name
 
@@ -233,14 +233,8 @@ def _is_transposed(checkpoint: Checkpoint, key: str, layout: LoraModule, fan_in_
     if layout.layer == "embedding" or plain != turned:
         return stored == turned
     if names.known:
-        return any(way in names.fan_in_first for way in _ways(names, layout.name))
+        return is_fan_in_first(names, layout.name)
     return fan_in_fan_out
-
-
-def _ways(names: Names, module: str) -> tuple[str, ...]:
-    prefix = names.prefix + "."
-    renamed = names.rename(f"{module}.weight").removesuffix(".weight")
-    return (module, renamed, prefix + module, module.removeprefix(prefix))
 
 
 def _bias(checkpoint: Checkpoint, names: Names, module: str) -> str:

@@ -1,10 +1,11 @@
-"""Experts that nobody has trained yet, of kinds without ΔW: PEFT puts them into a base by its own defaults."""
+"""Experts that nobody has trained yet, of kinds other than LoRA: PEFT puts them into a base by its own defaults."""
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from pimerge import strategies
@@ -13,6 +14,7 @@ from pimerge.base import Base
 from pimerge.errors import PimergeError
 from pimerge.expert import Expert, open_expert
 from pimerge.kinds._keys import PROMPTS
+from pimerge.kinds._relatives import as_groups
 from pimerge.model import LoadedBase, as_before, check_fits
 from pimerge.task import Task
 from pimerge.task_types import for_base
@@ -30,7 +32,7 @@ def fresh_expert(
     """A fresh expert of a kind, in a temporary folder that goes with the block; the base comes back as it was.
 
     Args:
-        kind: one without ΔW.
+        kind: one other than LoRA; those that have a ΔW come as the tensors that are trained.
         size: numbers in the middle of a bottleneck, or vectors of a prefix or prompt; None for the usual.
         modules: names or name endings; None for those that PEFT adapts in this architecture.
 
@@ -65,6 +67,8 @@ def fresh_expert(
                 "name layers with --modules, or take another --kind",
             ) from error
         expert = open_expert(folder, base.reference)
+        if expert.is_computed:
+            expert = replace(expert, groups=as_groups(expert.modules), modules={})
         try:
             check_fits(expert, loaded.model, head=False)
         except PimergeError as error:

@@ -145,6 +145,13 @@ def match(names: Names, name: str, what: str) -> str:
     raise PimergeError(f"the checkpoint has no weight for {what}", nearest(name, sorted(names.parameter)[:2000]))
 
 
+def is_fan_in_first(names: Names, module: str) -> bool:
+    """Whether a module of a model that transformers knows stores its weight (d_in × d_out)."""
+    prefix = names.prefix + "."
+    renamed = names.rename(f"{module}.weight").removesuffix(".weight")
+    return any(way in names.fan_in_first for way in (module, renamed, prefix + module, module.removeprefix(prefix)))
+
+
 def align(own: Names, other: Names) -> dict[str, str]:
     """Key of another checkpoint → this one's key of the same parameter, the backbone's prefix aside."""
     index = {name: key for key, name in own.parameter.items()}

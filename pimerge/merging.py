@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from pimerge.compatibility import require_alike, require_finite, require_shared_form
+from pimerge.compatibility import MEANING, require_alike, require_finite, require_shared_form
 from pimerge.errors import PimergeError, Problems
 from pimerge.expert import Expert
 from pimerge.kinds.lora import Factors, LoraModule
@@ -300,7 +300,8 @@ def _identity(expert: Expert, experts: Sequence[Expert]) -> tuple[object, ...]:
     """What equal experts share; the whole file is hashed only if another has the same beginning."""
     begins = [other for other in experts if other.file.beginning == expert.file.beginning]
     scalings = tuple(module.scaling for module in expert.modules.values())
-    return expert.file.beginning, scalings, expert.sha256 if len(begins) > 1 else ""
+    meaning = tuple(expert.config.get(field) for field in MEANING.get(expert.kind, ()))
+    return expert.file.beginning, expert.kind, meaning, scalings, expert.sha256 if len(begins) > 1 else ""
 
 
 def _weights_by_module(

@@ -20,11 +20,13 @@ from pimerge.errors import PimergeError, Problems
 from pimerge.expert import Expert
 from pimerge.kinds._groups import Group
 from pimerge.kinds._keys import PREFIX, PROMPT_PREFIX
+from pimerge.kinds.lora import Factors, rank_fields, stored
 from pimerge.parameter_space import sum_of
 from pimerge.task import Task
 from pimerge.task_types import for_base
 
 if TYPE_CHECKING:
+    from peft import PeftConfig
     from torch import Tensor
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -254,7 +256,7 @@ def plugged_in_sum(experts: Sequence[Expert], weights: Sequence[float], loaded: 
     Raises:
         PimergeError: if a module or a shape does not fit the base, or the experts do not fit each other.
     """
-    from peft import PeftConfig, PeftModel, set_peft_model_state_dict
+    from peft import PeftModel, set_peft_model_state_dict
     from peft.tuners.lora import LoraLayer
 
     for expert in experts:
@@ -274,22 +276,40 @@ def plugged_in_sum(experts: Sequence[Expert], weights: Sequence[float], loaded: 
     with as_before(loaded.model):
         model: Any = None
         names = [f"expert{index}" for index in range(len(experts))]
-        for name, expert in zip(names, experts, strict=True):
-            config = PeftConfig.from_pretrained(str(expert.path))
+        strength = {}
+        for name, expert, weight in zip(names, experts, weights, strict=True):
+            config, tensors, scale = _as_lora(expert)
+            strength[name] = weight * scale
             config.modules_to_save = config.task_type = None  # a task type brings modules to save of its own
             config.inference_mode = True
             if model is None:
                 model = PeftModel(loaded.model, config, adapter_name=name)
             else:
                 model.add_adapter(name, config)
-            keys = expert.file.entries.keys() - set(expert.head.values())
-            set_peft_model_state_dict(model, {key: expert.tensor(key) for key in sorted(keys)}, adapter_name=name)
+            set_peft_model_state_dict(model, tensors, adapter_name=name)
         model.base_model.set_adapter(names)
-        strength = {n: w * e.scale for n, w, e in zip(names, weights, experts, strict=True)}
         for layer in model.modules():
             if isinstance(layer, LoraLayer):
                 layer.scaling.update({name: strength[name] * value for name, value in layer.scaling.items()})
         yield model.eval()
+
+
+def _as_lora(expert: Expert) -> tuple[PeftConfig, dict[str, Tensor], float]:
+    """PEFT's config and tensors of an expert's update as a LoRA, and the strength that is not in them."""
+    from peft import LoraConfig, PeftConfig
+
+    if not expert.is_computed:
+        keys = expert.file.entries.keys() - set(expert.head.values())
+        tensors = {key: expert.tensor(key) for key in sorted(keys)}
+        return PeftConfig.from_pretrained(str(expert.path)), tensors, expert.scale
+    ranks = {name: module.rank for name, module in expert.modules.items()}
+    config = LoraConfig(**rank_fields(ranks), fan_in_fan_out=bool(expert.config.get("fan_in_fan_out")))
+    tensors = {}
+    for name, module in expert.modules.items():
+        factors = expert.factors(name)
+        plain = Factors(factors.A.float(), (factors.scaling * factors.B).float(), 1.0)
+        tensors |= stored(module, plain)
+    return config, tensors, 1.0
 
 
 def with_adapter(expert: Expert, base_model: nn.Module) -> nn.Module:

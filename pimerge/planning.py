@@ -76,6 +76,8 @@ def _handled(merge: Merge) -> list[str]:
             "the others count as a zero update there, with their weight"
         )
     for expert in experts:
+        if expert.is_computed:
+            found.append(f"'{expert.name}' is of kind {expert.kind}: its ΔW is computed and goes into the LoRA")
         conversions = {conversion for module in expert.modules.values() for conversion in module.conversions}
         if conversions:
             kinds = ", ".join(sorted(conversions))

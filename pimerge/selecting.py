@@ -88,15 +88,18 @@ def judged_candidate(name: str, expert: Expert, found: Judged, folder: Path) -> 
 def of_first_kind(candidates: Sequence[Candidate], experts: Mapping[str, Expert], notes: list[str]) -> list[Candidate]:
     """Those that can be summed with the first, so that whatever is selected can be merged or tuned together.
 
+    All that have a ΔW can, whatever their kinds; the others with those of their kind.
+
     Args:
         notes: told how many are left out.
     """
-    kinds = [experts[candidate.name].kind for candidate in candidates]
-    found = [candidate for candidate, kind in zip(candidates, kinds, strict=True) if kind == kinds[0]]
+    every = [experts[candidate.name] for candidate in candidates]
+    summed = ["" if expert.modules else expert.kind for expert in every]
+    found = [candidate for candidate, kind in zip(candidates, summed, strict=True) if kind == summed[0]]
     if len(found) < len(candidates):
         notes.append(
-            f"{len(candidates) - len(found)} more are of other kinds than {kinds[0]}, the first one's: they cannot be "
-            "summed with it and are not selected"
+            f"{len(candidates) - len(found)} more are of other kinds than {every[0].kind}, the first one's: they "
+            "cannot be summed with it and are not selected"
         )
     return found
 

@@ -30,7 +30,9 @@ if TYPE_CHECKING:
 
 SIDECARS = "embeddings"
 DIAGONAL, MARGINALS, GRAMS = "diagonal", "marginals", "grams"
-_TENSOR = re.compile(r"\.(?:lora|ia3|ln_tuning|bitfit|bottleneck)_.*")  # behind a module's name
+_TENSOR = re.compile(
+    r"\.(?:lora|ia3|ln_tuning|bitfit|bottleneck|hada|lokr|vera|randlora|fourierft)_.*"
+)  # behind a module's name
 TRACES = "traces"  # of the modules, in the metadata of the diagonal: in the document they were most of it
 
 

@@ -54,6 +54,11 @@ def initial_expert(
         PimergeError: if the pool has no shared init, or the task has a problem.
     """
     like = pool[0]
+    if like.is_computed:
+        raise PimergeError(
+            f"the pool's experts are of kind {like.kind}, which has no init that a target can start from",
+            "rank by its examples (--measure combined), or train an expert for it first",
+        )
     for other in pool[1:]:
         cosine, least = (0.0, 1.0) if differing_form(like, other) else init_cosine(like, other)
         if cosine < least:

@@ -29,7 +29,7 @@ from pimerge.files import relative_to, require_absent, sha256_bytes
 from pimerge.fresh_expert import fresh_expert
 from pimerge.group_composition import GroupMember, compose_groups, fresh_member, member_of
 from pimerge.kinds.lora import Factors, parse
-from pimerge.lowrank import MergedModule, Truncation, relative_error, weighted_bias, weighted_sum
+from pimerge.lowrank import DEFAULT_ENERGY, MergedModule, Truncation, relative_error, weighted_bias, weighted_sum
 from pimerge.manifest import Manifest, inputs_of, library_versions
 from pimerge.model import LoadedBase, load_base, resolve_device, resolve_dtype, set_head
 from pimerge.progress import Track, silent
@@ -298,9 +298,7 @@ def _check_kind(method: str, plan: Plan, options: Options) -> None:
         return
     for option, value in (("--fresh-alpha", options.fresh_alpha), ("--rank", options.rank)):
         if value is not None:
-            raise PimergeError(
-                f"{option} is for updates ΔW, and experts of kind {options.fresh_kind} have none", "leave it out"
-            )
+            raise PimergeError(f"{option} is for LoRA, and --kind is '{options.fresh_kind}'", "leave it out")
 
 
 def _known_form(plan: Plan, chosen: Sequence[Expert], like: Expert | None, options: Options) -> Expert | None:
@@ -417,23 +415,42 @@ def _members(
     note: Callable[[str], None],
 ) -> tuple[list[Member], bool]:
     """The members of the sum, and whether one of them is fresh."""
-    members = [
-        Member(expert.name, expert.modules, {name: expert.factors(name) for name in expert.modules})
-        for expert in chosen
-    ]
+    members = [_member(expert, options.rank, note) for expert in chosen]
     if not plan.fresh and not (plan.target and target is None):
         return members, False
-    like = like if like and like.modules else None  # one without ΔW has no rank
+    places = tuple(sorted(like.modules)) if like and like.modules else lora_targets(loaded.model)
+    modules = options.fresh_modules or places
+    like = like if like and like.kind == LORA else None  # others have no rank
     rank = options.fresh_rank or (max(like.ranks) if like else 8)
     alpha = options.fresh_alpha
     if alpha is None:
         alpha = max((module.alpha for module in like.modules.values()), default=float(rank)) if like else float(rank)
         alpha = alpha * rank / max(like.ranks) if like else alpha
-    modules = options.fresh_modules or (tuple(sorted(like.modules)) if like else lora_targets(loaded.model))
     fresh = fresh_lora(loaded, rank if plan.train_experts else 1, alpha, modules, options.init_seed)
     if plan.target:
         note(NO_EXPERT)
     return [fresh, *members], True
+
+
+def _member(expert: Expert, rank: int | None, note: Callable[[str], None]) -> Member:
+    """An expert of the sum; one of another kind than LoRA becomes a LoRA.
+
+    Args:
+        rank: that it then has at most; None for what keeps most of ΔW.
+    """
+    if not expert.is_computed:
+        return Member(expert.name, expert.modules, {name: expert.factors(name) for name in expert.modules})
+    truncation = Truncation(rank, None if rank else DEFAULT_ENERGY)
+    factors, summaries = {}, []
+    for name, module in expert.modules.items():
+        found = weighted_sum([expert.factors(name)], [1.0], truncation, torch.float64)
+        factors[name] = found.factors
+        summaries.append(MergedModule(module, found.factors, found.energy, found.lost).summary)
+    note(
+        f"'{expert.name}' is of kind {expert.kind}: it goes in as a LoRA of rank {max(s.rank for s in summaries)}, "
+        f"without {relative_error(summaries):.1%} of its ‖ΔW‖ (--rank N for another rank)"
+    )
+    return Member(expert.name, expert.modules, factors)
 
 
 def _examples(

@@ -24,13 +24,18 @@ import torch
 import transformers
 from datasets import Dataset, Features, Image, Value, disable_progress_bars
 from peft import (
+    FourierFTConfig,
     IA3Config,
     LNTuningConfig,
+    LoHaConfig,
+    LoKrConfig,
     LoraConfig,
     PeftConfig,
     PeftModel,
     PrefixTuningConfig,
     PromptTuningConfig,
+    RandLoraConfig,
+    VeraConfig,
     get_peft_model,
 )
 from safetensors.torch import load_file, save_file
@@ -468,6 +473,8 @@ HEADS = {"vit": ["classifier"], "bert": ["classifier"], "gpt2": ["score"]}
 
 KINDS = ("ia3", "ln_tuning", "bitfit", "bottleneck", "prefix", "prompt")
 """Those that have no ΔW."""
+RELATIVES = ("loha", "lokr", "vera", "randlora", "fourierft")
+"""Those whose ΔW is computed."""
 PROMPTS = ("prefix", "prompt")
 NORMS = {"vit": ["layernorm_before", "layernorm_after"], "bert": ["LayerNorm"], "gpt2": ["ln_1", "ln_2"]}
 FEEDFORWARD = {"vit": ["fc2"], "bert": ["intermediate.dense"], "gpt2": ["mlp.c_proj"]}
@@ -478,6 +485,18 @@ def peft_config(kind: str, base: str, **config: Any) -> PeftConfig:
     match kind:
         case "lora":
             return LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": TARGETS[base]} | config)
+        case "loha":
+            return LoHaConfig(**{"r": 2, "alpha": 3, "target_modules": TARGETS[base]} | config)
+        case "lokr":
+            return LoKrConfig(**{"r": 1, "alpha": 3, "target_modules": TARGETS[base]} | config)
+        case "vera":
+            fields = {"r": 5, "save_projection": False, "projection_prng_key": 3}
+            return VeraConfig(**fields | {"target_modules": TARGETS[base]} | config)
+        case "randlora":
+            fields = {"r": 5, "randlora_alpha": 20, "save_projection": False, "projection_prng_key": 3}
+            return RandLoraConfig(**fields | {"target_modules": TARGETS[base]} | config)
+        case "fourierft":
+            return FourierFTConfig(**{"n_frequency": 6, "target_modules": TARGETS[base]} | config)
         case "ia3":
             layers = [*TARGETS[base], *FEEDFORWARD[base]]
             return IA3Config(**{"target_modules": layers, "feedforward_modules": FEEDFORWARD[base]} | config)
@@ -525,6 +544,7 @@ def make_expert() -> MakeExpert:
                     continue
                 noise = torch.randn(parameter.shape, generator=generator)
                 starts = ("lora_A", "lora_embedding_A", "ia3_", "ln_tuning_", "bitfit_", "bottleneck_down", "prompt_")
+                starts += ("hada_w1", "hada_w2_a", "lokr_w2", "vera_lambda_d", "randlora_gamma")
                 small = 0.02 if "lora_" in name else 0.1
                 parameter.copy_(parameter + small * noise if any(start in name for start in starts) else 0.2 * noise)
         peft_model.save_pretrained(folder)

@@ -191,7 +191,7 @@ def test_a_fresh_kind_that_cannot_be_is_refused(
         ((*scratch, "ia3", "--fresh-rank", "3", *text), "this kind of expert has no size"),
         ((*scratch, "prefix", "--modules", "query", *text), "stands before the text"),
         ((*scratch, "bottleneck", "--modules", "nowhere", *text), "cannot be put into BertForSequenceClassification"),
-        ((*scratch, "bottleneck", "--fresh-alpha", "3", *text), "--fresh-alpha is for updates"),
+        ((*scratch, "bottleneck", "--fresh-alpha", "3", *text), "--fresh-alpha is for LoRA"),
         (("--method", "head", "--kind", "bottleneck", *text), "'head' trains none"),
         ((ia3[0], "--kind", "bottleneck", "--target", ia3[1]), "'learned' trains none"),
     ):

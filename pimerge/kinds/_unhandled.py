@@ -7,7 +7,6 @@ from typing import Any
 
 from pimerge.kinds._groups import Group, Slot
 
-_NOT_A_DELTA = "its tensors give ΔW only together with what it draws or reads from the base"
 _ROTATES = "it multiplies the base's weights by an orthogonal matrix, and the sum of two such is none"
 _WHY = {
     "ADALORA": "AdaLoRA prunes ΔW = B diag(E) A as it trains, and one expert's directions are not another's",
@@ -19,11 +18,6 @@ _WHY = {
     "XLORA": "X-LoRA routes each token over several LoRAs",
     "MIXED": "it is several adapters in one",
     "VBLORA": "VB-LoRA chooses its factors from a bank of vectors, and the choice is no number to be summed",
-    "LOHA": "the Hadamard product of two low-rank matrices is not linear in its factors",
-    "LOKR": "a Kronecker product is not linear in its factors",
-    "VERA": _NOT_A_DELTA,
-    "RANDLORA": _NOT_A_DELTA,
-    "FOURIERFT": _NOT_A_DELTA,
     "P_TUNING": "the prompt is made by a network that is not in the file",
     "MULTITASK_PROMPT_TUNING": "the prompt is a product of a shared and a task's part",
     "ADAPTION_PROMPT": "LLaMA-Adapter gates its prompts layer by layer",

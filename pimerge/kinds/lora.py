@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PEFT_TYPE = "LORA"
+HAS_UPDATE = True
 
 _FACTOR_KEY = re.compile(
     re.escape(PREFIX) + r"(?P<module>.+)\.(?:lora_(?P<factor>[AB])\.weight|lora_B\.(?P<bias>bias)"
@@ -63,6 +65,21 @@ class LoraModule:
         return self.rank * 2 if self.conversions else self.rank
 
     @property
+    def is_computed(self) -> bool:
+        """Whether its factors are computed from other tensors, so that they are nobody's to compare or train."""
+        return False
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Of its tensors that are combined."""
+        return tuple(key for key in (self.A, self.B, self.bias) if key)
+
+    @property
+    def numbers(self) -> int:
+        """How many its factors hold."""
+        return self.rank * (self.d_in + self.d_out)
+
+    @property
     def d_in(self) -> int:
         """Inputs of ΔW, a convolution's kernel included."""
         return math.prod(self.shape_A[1:])
@@ -71,6 +88,16 @@ class LoraModule:
     def d_out(self) -> int:
         """Outputs of ΔW."""
         return self.shape_B[0]
+
+    def factors(self, read: Callable[[str], Tensor]) -> Factors:
+        """Its factors in the common layout; ``read`` gives the tensor of a key."""
+        A, B = read(self.A), read(self.B)
+        return Factors(
+            A.reshape(A.shape[0], -1),
+            B.reshape(B.shape[0], -1),
+            self.scaling,
+            read(self.bias) if self.bias else None,
+        )
 
 
 @dataclass(frozen=True)
@@ -124,19 +151,8 @@ def parse(
     return modules, head
 
 
-def factors(module: LoraModule, read: Callable[[str], Tensor]) -> Factors:
-    """The factors of one module in the common layout; ``read`` gives the tensor of a key."""
-    A, B = read(module.A), read(module.B)
-    return Factors(
-        A.reshape(A.shape[0], -1),
-        B.reshape(B.shape[0], -1),
-        module.scaling,
-        read(module.bias) if module.bias else None,
-    )
-
-
 def stored(module: LoraModule, merged: Factors) -> dict[str, Tensor]:
-    """The tensors of one module as PEFT stores them: the inverse of :func:`factors` for scaling 1."""
+    """The tensors of one module as PEFT stores them: the inverse of :meth:`LoraModule.factors` for scaling 1."""
     rank = merged.A.shape[0]
     tensors = {
         module.A: merged.A.reshape(rank, *module.shape_A[1:]).contiguous(),
@@ -145,6 +161,26 @@ def stored(module: LoraModule, merged: Factors) -> dict[str, Tensor]:
     if merged.bias is not None:
         tensors[bias_key(module.name)] = merged.bias.contiguous()
     return tensors
+
+
+def rank_fields(ranks: Mapping[str, int]) -> dict[str, Any]:
+    """What PEFT's config says of a LoRA of these modules and ranks, with scaling 1.
+
+    >>> rank_fields({"q": 2, "v": 4, "k": 2})
+    {'r': 2, 'lora_alpha': 2, 'rank_pattern': {'k': 2, 'q': 2, 'v': 4}, 'alpha_pattern': {'k': 2, 'q': 2, 'v': 4}, \
+'target_modules': ['k', 'q', 'v']}
+    """
+    usual = Counter(ranks.values()).most_common(1)[0][0] if ranks else 1
+    # PEFT takes the first key that a module's name ends with, so longer names go first and all are listed.
+    differ = len(set(ranks.values())) > 1
+    pattern = {name: ranks[name] for name in sorted(ranks, key=lambda n: (-len(n), n))} if differ else {}
+    return {
+        "r": usual,
+        "lora_alpha": usual,
+        "rank_pattern": pattern,
+        "alpha_pattern": pattern,
+        "target_modules": sorted(ranks),
+    }
 
 
 def bias_key(module: str) -> str:
