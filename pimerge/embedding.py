@@ -105,7 +105,7 @@ def embed(
         limit=settings.max_examples,
     )
     tokens = batch_tokens or default_batch_tokens(bases.device, loaded.config)
-    batches = bucket_by_length(examples.lengths, tokens, padded=not expert.virtual_tokens)
+    batches = bucket_by_length(examples.lengths, tokens if examples.alike else 1, padded=not expert.virtual_tokens)
     # the fast path is checked once for each base and form of expert in a run
     form = (
         expert.base.identity,

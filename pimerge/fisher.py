@@ -71,7 +71,7 @@ def diagonal_fisher(
         model: in eval mode; only ``parameters`` require gradients.
         parameters: name → parameter.
         batches: indices of the examples of each batch.
-        make_batch: the batch of some examples, on the model's device; every tensor has the examples first.
+        make_batch: the batch of some examples, on the model's device; the first of its tensors has the examples first.
         nll: −log p(y|x) of each example of a batch, summed over its target tokens.
         check: compare with the loop first; off where the same was done for parameters of the same form.
         during: entered around the passes over the batches, the check left out.
@@ -115,17 +115,18 @@ def fisher_by_rules(
     """Σ over all examples of the squared per-example gradients, in one forward and backward per batch.
 
     Covers the parameters that :mod:`pimerge.fisher_rules` has rules for, where a layer's input has the examples on its
-    first axis; each must be used once per example.
+    first axis, or as many rows of each example one after the other; each must be used once per example. The first
+    tensor of a batch has as many rows as there are examples.
     """
     _reset(parameters)
     sums = _zeros(parameters)
-    with squaring(model, parameters):
-        for batch in batches:
+    for batch in batches:
+        with squaring(model, parameters, len(next(iter(batch.values())))):
             # backward, not autograd.grad: under reentrant checkpointing the latter finds nothing
             nll(model, batch).sum().backward()  # type: ignore[no-untyped-call]
-            # summed outside of .grad, where a parameter of 16 bits would soon swallow what is added
-            for name, squares in _harvest(parameters).items():
-                sums[name] += squares
+        # summed outside of .grad, where a parameter of 16 bits would soon swallow what is added
+        for name, squares in _harvest(parameters).items():
+            sums[name] += squares
     return sums
 
 
@@ -135,15 +136,13 @@ def fisher_by_loop(
     batches: Iterable[Batch],
     nll: NegativeLogLikelihood,
 ) -> dict[str, Tensor]:
-    """The same sum, one example at a time: slow and always exact."""
+    """The same sum from batches of one example each: slow and always exact."""
     _reset(parameters)
     sums = _zeros(parameters)
     for batch in batches:
-        for index in range(len(next(iter(batch.values())))):
-            example = {name: value[index : index + 1] for name, value in batch.items()}
-            nll(model, example).sum().backward()  # type: ignore[no-untyped-call]
-            for name, gradient in _harvest(parameters).items():
-                sums[name] += gradient.square_()
+        nll(model, batch).sum().backward()  # type: ignore[no-untyped-call]
+        for name, gradient in _harvest(parameters).items():
+            sums[name] += gradient.square_()
     return sums
 
 

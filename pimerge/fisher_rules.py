@@ -10,7 +10,8 @@ backward:
 - a bias that is added (BitFit), and of LayerNorm: Σ_b (Σ_t g_bt)²;
 - a prompt or prefix that is repeated for every example: Σ_b g_b².
 
-Layout: (batch, …, d), examples first. g is the gradient of a layer's output, t counts positions within an example.
+Layout: (batch, …, d), examples first, or as many rows of each example one after the other, as of DaViT's windows of an
+image. g is the gradient of a layer's output, t counts positions within an example.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ if TYPE_CHECKING:
 _PRODUCT_BYTES = 8 * 2**20
 Owned = dict[str, nn.Parameter]
 """Parameters of a module: their names within it → parameter."""
-Rule = Callable[[Any, Owned], "AbstractContextManager[None]"]
-"""(module, the parameters that are asked for) → the block in which a backward squares."""
+Rule = Callable[[Any, Owned, int], "AbstractContextManager[None]"]
+"""(module, the parameters that are asked for, examples of the batch) → the block in which a backward squares."""
 
 
 def covered(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> set[str]:
@@ -47,11 +48,15 @@ def covered(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> set[str
 
 
 @contextmanager
-def squaring(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
-    """During the block a backward leaves sums of squares in ``.grad`` of the parameters that some rule covers."""
+def squaring(model: nn.Module, parameters: Mapping[str, nn.Parameter], examples: int) -> Iterator[None]:
+    """During the block a backward leaves sums of squares in ``.grad`` of the parameters that some rule covers.
+
+    Args:
+        examples: of the batch.
+    """
     with ExitStack() as stack:
         for module, owned, rule in list(_ruled(model, parameters)):
-            stack.enter_context(rule(module, owned))
+            stack.enter_context(rule(module, owned, examples))
         yield
 
 
@@ -113,39 +118,39 @@ def _standing_in(module: nn.Module, **stand_ins: Any) -> Iterator[None]:
             del vars(module)[name]
 
 
-def _linear(module: nn.Linear, owned: Owned) -> AbstractContextManager[None]:
+def _linear(module: nn.Linear, owned: Owned, examples: int) -> AbstractContextManager[None]:
     def forward(x: Tensor) -> Tensor:
-        return _apply(_SquaringLinear, x, module.weight, module.bias)
+        return _apply(_SquaringLinear, examples, x, module.weight, module.bias)
 
     return _forward(module, forward)
 
 
-def _layer_norm(module: nn.LayerNorm, owned: Owned) -> AbstractContextManager[None]:
+def _layer_norm(module: nn.LayerNorm, owned: Owned, examples: int) -> AbstractContextManager[None]:
     def forward(x: Tensor) -> Tensor:
         return _apply(
-            _SquaringScale, layer_norm(x, module.normalized_shape, eps=module.eps), module.weight, module.bias
+            _SquaringScale, examples, layer_norm(x, module.normalized_shape, eps=module.eps), module.weight, module.bias
         )
 
     return _forward(module, forward)
 
 
-def _rms_norm(module: nn.Module, owned: Owned) -> AbstractContextManager[None]:
+def _rms_norm(module: nn.Module, owned: Owned, examples: int) -> AbstractContextManager[None]:
     plain = type(module).forward
     weight = owned["weight"]
 
     def forward(x: Tensor) -> Tensor:
         with _standing_in(module, weight=torch.ones_like(weight, requires_grad=False)):
             normalised = plain(module, x)
-        return _apply(_SquaringScale, normalised, weight, None)
+        return _apply(_SquaringScale, examples, normalised, weight, None)
 
     return _forward(module, forward)
 
 
-def _ia3(module: Any, owned: Owned) -> AbstractContextManager[None]:
+def _ia3(module: Any, owned: Owned, examples: int) -> AbstractContextManager[None]:
     scale = owned["ia3_l"]
 
     def scaled(x: Tensor) -> Tensor:
-        return _apply(_SquaringScale, x.to(scale.dtype), scale, None).to(x.dtype)
+        return _apply(_SquaringScale, examples, x.to(scale.dtype), scale, None).to(x.dtype)
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         output: Tensor = module.base_layer(scaled(x) if module.is_feedforward else x, *args, **kwargs)
@@ -154,19 +159,19 @@ def _ia3(module: Any, owned: Owned) -> AbstractContextManager[None]:
     return _forward(module, forward)
 
 
-def _bitfit(module: Any, owned: Owned) -> AbstractContextManager[None]:
+def _bitfit(module: Any, owned: Owned, examples: int) -> AbstractContextManager[None]:
     bias = owned["bitfit_bias"]
     axis = 1 if isinstance(module.base_layer, nn.Conv1d | nn.Conv2d | nn.Conv3d) else -1
 
     def forward(*args: Any, **kwargs: Any) -> Tensor:
         with _standing_in(module.base_layer, bias=bias.detach()):
             output = module.base_layer(*args, **kwargs)
-        return _apply(_SquaringBias, output, bias, axis)
+        return _apply(_SquaringBias, examples, output, bias, axis)
 
     return _forward(module, forward)
 
 
-def _prompt(module: Any, owned: Owned) -> AbstractContextManager[None]:
+def _prompt(module: Any, owned: Owned, examples: int) -> AbstractContextManager[None]:
     """PEFT repeats the weight itself for every example in inference mode, which an expert that was loaded is in."""
     return _standing_in(module.prompt_encoder[module.active_adapter].embedding, weight=_Repeatable(owned["weight"]))
 
@@ -194,19 +199,21 @@ class _SquaringLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, examples: int, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.examples = examples
         ctx.save_for_backward(x if weight.requires_grad else None, weight)
         return linear(x, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor | None, Tensor | None, Tensor | None]:
         (g,) = gradients  # (batch, …, d_out)
         x, weight = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        _, needs_x, needs_weight, needs_bias = ctx.needs_input_grad
         return (
+            None,
             g @ weight if needs_x else None,
-            _sum_of_squares(g, x) if needs_weight else None,
-            _squared_sums(g) if needs_bias else None,
+            _sum_of_squares(_by_example(g, ctx.examples), _by_example(x, ctx.examples)) if needs_weight else None,
+            _squared_sums(g, ctx.examples) if needs_bias else None,
         )
 
 
@@ -214,20 +221,22 @@ class _SquaringScale(torch.autograd.Function):
     """w ⊙ x + b with w and b of the last axis; the gradient of w is Σ_b (Σ_t g_bt ⊙ x_bt)²."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, examples: int, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.examples = examples
         ctx.save_for_backward(x if weight.requires_grad else None, weight)
         scaled = x * weight.flatten()
         return scaled if bias is None else scaled + bias
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor | None, Tensor | None, Tensor | None]:
         (g,) = gradients
         x, weight = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        _, needs_x, needs_weight, needs_bias = ctx.needs_input_grad
         return (
+            None,
             g * weight.flatten() if needs_x else None,
-            _squared_sums(g * x).view_as(weight) if needs_weight else None,
-            _squared_sums(g) if needs_bias else None,
+            _squared_sums(g * x, ctx.examples).view_as(weight) if needs_weight else None,
+            _squared_sums(g, ctx.examples) if needs_bias else None,
         )
 
 
@@ -235,14 +244,15 @@ class _SquaringBias(torch.autograd.Function):
     """A bias that is in y already; its gradient is Σ_b (Σ_t g_bt)², with the channels on ``axis``."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, bias: Tensor, axis: int) -> Tensor:
-        ctx.axis = axis
+    def forward(ctx: Any, examples: int, y: Tensor, bias: Tensor, axis: int) -> Tensor:
+        ctx.examples, ctx.axis = examples, axis
         return y.view_as(y)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor | None, Tensor | None, None]:
         (g,) = gradients
-        return g if ctx.needs_input_grad[0] else None, _squared_sums(g.movedim(ctx.axis, -1)), None
+        squares = _squared_sums(g.movedim(ctx.axis, -1), ctx.examples)
+        return None, g if ctx.needs_input_grad[1] else None, squares, None
 
 
 class _SquaringRepeat(torch.autograd.Function):
@@ -257,8 +267,20 @@ class _SquaringRepeat(torch.autograd.Function):
         return gradients[0].square().sum(0), None
 
 
-def _squared_sums(g: Tensor) -> Tensor:
-    """Σ_b (Σ_t g_bt)², (d), for g (batch, …, d)."""
+def _by_example(values: Tensor, examples: int) -> Tensor:
+    """(rows, …, d) → (batch, positions, d), or (batch, d) of one position each, with as many rows of every example.
+
+    Other rows stay as they are: what comes of them is wrong, which the check against the loop finds.
+    """
+    if len(values) % examples:
+        return values
+    found = values.reshape(examples, -1, values.shape[-1])
+    return found[:, 0] if found.shape[1] == 1 else found
+
+
+def _squared_sums(g: Tensor, examples: int) -> Tensor:
+    """Σ_b (Σ_t g_bt)², (d), for g (rows, …, d)."""
+    g = _by_example(g, examples)
     return g.reshape(len(g), -1, g.shape[-1]).sum(1).square().sum(0)
 
 

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 # As transformers names them, in T5 and in BART and its kin.
 _CROSS_ATTENTION = {"EncDecAttention", "encoder_attn", "crossattention", "cross_attn"}
 _KEYS_AND_VALUES = {"k", "v", "k_proj", "v_proj", "key", "value"}
+# What reads tokens in a model that is shown images; all else reads pieces of these.
+_OF_WORDS = {"language_model", "text_model", "lm_head"}
 
 
 def input_grams(
@@ -163,7 +165,10 @@ def real_tokens(batch: Batch, layer: str, virtual: int = 0) -> Tensor | None:
     >>> real_tokens(batch, "encoder.layers.0.self_attn.k_proj", virtual=1).tolist()
     [[True, True, False]]
     """
-    decodes = "decoder_attention_mask" in batch and _decodes(layer.split("."))
+    path = layer.split(".")
+    if "pixel_values" in batch and _OF_WORDS.isdisjoint(path):
+        return None
+    decodes = "decoder_attention_mask" in batch and _decodes(path)
     mask = batch.get("decoder_attention_mask" if decodes else "attention_mask")
     if mask is None or mask.dim() != 2:
         return None

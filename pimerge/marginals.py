@@ -70,8 +70,14 @@ class Marginals:
                 handle.remove()
 
     def means(self) -> dict[str, Tensor]:
-        """``input.LAYER`` → E[x²] (d_in), ``output.`` → E[g²] (d_out), ``gradient.`` → E[Qᵀg gᵀQ], in float32."""
-        return {name: (self._sums[name] / self._tokens[name]).float() for name in sorted(self._sums)}
+        """``input.LAYER`` → E[x²] (d_in), ``output.`` → E[g²] (d_out), ``gradient.`` → E[Qᵀg gᵀQ], in float32.
+
+        Where gradients came back, a layer that none came back to, since no answer depends on it, has none of the three.
+        """
+        idle = {name for name in self._layers if f"{OUTPUT}.{name}" not in self._sums}
+        left_out = {f"{INPUT}.{name}" for name in idle} if len(idle) < len(self._layers) else set()
+        kept = sorted(self._sums.keys() - left_out)
+        return {name: (self._sums[name] / self._tokens[name]).float() for name in kept}
 
     def _watch(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
         def hook(layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:

@@ -153,7 +153,7 @@ def load_base(base: Base, task: Task, device: torch.device, dtype: torch.dtype, 
         raise PimergeError(
             f"the base model '{base.name}' ({where}) cannot be loaded for {task.file.type}: {reason}", hint
         ) from error
-    padding = getattr(processor, "pad_token_id", None)
+    padding = getattr(getattr(processor, "tokenizer", processor), "pad_token_id", None)
     if padding is not None and getattr(model.config, "pad_token_id", None) is None:
         model.config.pad_token_id = padding
     missing = set(info["missing_keys"])
@@ -176,7 +176,8 @@ def load_base(base: Base, task: Task, device: torch.device, dtype: torch.dtype, 
         not any(in_head(key, head) for key in replaced) and list(own_labels.values()) == task.labels
     )
     if not trains_head:
-        model.config.use_cache = False  # only generation has a use for it, and asks for it
+        for part in (model.config, model.config.get_text_config()):
+            part.use_cache = False  # only generation has a use for it, and asks for it
     model.requires_grad_(False)
     return LoadedBase(model.to(device).eval(), processor, head, has_own_head)
 

@@ -174,13 +174,23 @@ def language_model(name: str, vocabulary: int) -> nn.Module:
 
 def save_language_tokenizer(folder: Path, length: int = 24) -> int:
     """A byte-level tokenizer that merges the tests' words, as GPT-2's and Qwen's do; how many tokens it has."""
+    tokenizer = byte_level_tokenizer()
+    saved = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>", eos_token="</s>", model_max_length=length
+    )
+    saved.save_pretrained(folder)
+    return len(saved)
+
+
+def byte_level_tokenizer(*more: str) -> Any:
+    """The byte-level tokenizer, with more special tokens."""
     from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, trainers
     from tokenizers.models import BPE
 
     tokenizer = Tokenizer(BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    special = ["<pad>", "<unk>", "<s>", "<|im_end|>", "</s>"]
+    special = ["<pad>", "<unk>", "<s>", "<|im_end|>", "</s>", *more]
     trainer = trainers.BpeTrainer(
         special_tokens=[AddedToken(token, special=True) for token in special],
         initial_alphabet=[],
@@ -188,11 +198,130 @@ def save_language_tokenizer(folder: Path, length: int = 24) -> int:
         show_progress=False,
     )
     tokenizer.train_from_iterator([f"{word} {word} {word}: ?" for word in WORDS], trainer)
-    saved = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>", eos_token="</s>", model_max_length=length
+    return tokenizer
+
+
+IMAGE_TEXT_MODELS = ["florence2", "llava"]
+
+
+def image_text_tokenizer(length: int, *, wraps: bool) -> PreTrainedTokenizerFast:
+    """The byte-level tokenizer with a token for pieces of an image.
+
+    Args:
+        wraps: whether it puts a text between its begin and its end, as BART's does.
+    """
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = byte_level_tokenizer("<image>")
+    if wraps:
+        ends = [("<s>", tokenizer.token_to_id("<s>")), ("</s>", END)]
+        tokenizer.post_processor = TemplateProcessing("<s> $A </s>", "<s> $A </s> $B </s>", ends)
+    names = {"unk_token": "<unk>", "pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
+    extra = {"image_token": "<image>"}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, model_max_length=length, extra_special_tokens=extra, **names
     )
-    saved.save_pretrained(folder)
-    return len(saved)
+
+
+def save_florence2(folder: Path) -> None:
+    """A Florence-2 for 16 × 16 images: a DaViT of two stages, of which the first has four windows, and a BART."""
+    tokenizer = image_text_tokenizer(48, wraps=True)
+    special = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": END, "decoder_start_token_id": END}
+    vision = {
+        "depths": [1, 1],
+        "patch_size": [3, 3],
+        "patch_stride": [2, 2],
+        "patch_padding": [1, 1],
+        "patch_prenorm": [False, True],
+        "embed_dim": [8, 16],
+        "num_heads": [2, 2],
+        "num_groups": [2, 2],
+        "window_size": 4,
+        "projection_dim": 16,
+        "max_position_embeddings": 8,
+        "drop_path_rate": 0.0,
+    }
+    sides = {"layers": 1, "attention_heads": 2, "ffn_dim": 32}
+    text = {f"{side}_{size}": value for side in ("encoder", "decoder") for size, value in sides.items()}
+    text |= {"model_type": "bart", "vocab_size": len(tokenizer), "d_model": 16, "dropout": 0.0, **special}
+    text |= {"max_position_embeddings": 48, "forced_eos_token_id": END}
+    image = tokenizer.convert_tokens_to_ids("<image>")
+    torch.manual_seed(0)
+    config = transformers.Florence2Config(vision_config=vision, text_config=text, image_token_id=image, **special)
+    transformers.Florence2ForConditionalGeneration(config).save_pretrained(folder)
+    transformers.Florence2Processor(
+        image_processor=transformers.CLIPImageProcessorPil(
+            size={"height": 16, "width": 16}, crop_size={"height": 16, "width": 16}, image_seq_length=1 + 4 * 4
+        ),
+        tokenizer=tokenizer,
+    ).save_pretrained(folder)
+
+
+def save_llava(folder: Path) -> None:
+    """A LLaVA for 16 × 16 images: a CLIP, of whose two layers the first is read, and a Llama."""
+    tokenizer = image_text_tokenizer(40, wraps=False)
+    image = tokenizer.convert_tokens_to_ids("<image>")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    vision = {"model_type": "clip_vision_model", "image_size": 16, "patch_size": 8, "projection_dim": 16, **sizes}
+    special = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": END}
+    text = {"model_type": "llama", "vocab_size": len(tokenizer), **_SMALL, "max_position_embeddings": 64, **special}
+    torch.manual_seed(0)
+    config = transformers.LlavaConfig(
+        vision_config=vision, text_config=text, image_token_id=image, vision_feature_layer=-2, image_seq_length=4
+    )
+    transformers.LlavaForConditionalGeneration(config).save_pretrained(folder)
+    transformers.LlavaProcessor(
+        image_processor=transformers.CLIPImageProcessorPil(
+            size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}
+        ),
+        tokenizer=tokenizer,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    ).save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def image_text_base(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a base that answers in text about images, by its name."""
+    root = tmp_path_factory.mktemp("image-text")
+
+    def make(name: str) -> Path:
+        folder = root / name
+        if not folder.is_dir():
+            {"florence2": save_florence2, "llava": save_llava}[name](folder)
+        return folder
+
+    return make
+
+
+def write_image_text_task(folder: Path, scans: tuple[list[Any], list[int]], count: int = 12, **fields: Any) -> Path:
+    """A task about scans: whether the digit is even; fields replace those of task.json.
+
+    The columns are ``scan``, ``words`` (none to three), ``name`` of the digit, ``parity``.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    features = Features(scan=Image(), words=Value("string"), name=Value("string"), parity=Value("int64"))
+    images, digits = scans
+    for start, split in ((0, "train"), (100, "test")):
+        part = range(start, start + count)
+        rows = {
+            "scan": [images[i] for i in part],
+            "words": [" ".join(WORDS[i % 7 : i % 7 + i % 4]) for i in part],
+            "name": [WORDS[digits[i]] for i in part],
+            "parity": [digits[i] % 2 for i in part],
+        }
+        Dataset.from_dict(rows, features=features).to_parquet(str(folder / f"{split}.parquet"))
+    document = {
+        "type": "image-text-to-text",
+        "data": {"train": "train.parquet", "test": "test.parquet"},
+        "columns": {"image": "scan", "label": "parity"},
+        "labels": ["dog", "cat"],
+        "prompt": "the {{ words }}:",
+        **fields,
+    }
+    write_json(folder / "task.json", {name: value for name, value in document.items() if value is not None})
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -309,6 +438,8 @@ def model_for(base: Path, labels: int = 2) -> nn.Module:
         seq2seq = base.name in ("t5", "bart")
         kind = transformers.AutoModelForSeq2SeqLM if seq2seq else transformers.AutoModelForCausalLM
         return kind.from_pretrained(base).eval()
+    if base.name in IMAGE_TEXT_MODELS:
+        return transformers.AutoModelForImageTextToText.from_pretrained(base).eval()
     kind = {
         "vit": transformers.AutoModelForImageClassification,
         "bert": transformers.AutoModelForSequenceClassification,
@@ -329,6 +460,8 @@ TARGETS = {
     "gpt2-lm": ["c_attn"],
     "llama-lm": ["q_proj", "v_proj"],
     "qwen2-lm": ["q_proj", "v_proj"],
+    "florence2": ["q_proj", "v_proj", "qkv"],
+    "llava": ["q_proj", "v_proj"],
 }
 HEADS = {"vit": ["classifier"], "bert": ["classifier"], "gpt2": ["score"]}
 

@@ -84,6 +84,8 @@ class Examples:
         collate: several examples → one padded batch.
         truncated: how many were longer than the model takes and were cut.
         references: the texts that are right for each; none for a type that answers in classes only.
+        alike: whether a batch has as much of every example, but for padded tokens; not so of images of several sizes
+            where a model takes them as they are.
     """
 
     lengths: Sequence[int]
@@ -91,6 +93,7 @@ class Examples:
     collate: Callable[[Sequence[Batch]], Batch]
     truncated: int = 0
     references: Sequence[Sequence[str]] = ()
+    alike: bool = True
 
     def __len__(self) -> int:
         return len(self.lengths)

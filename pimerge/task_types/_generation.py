@@ -32,7 +32,30 @@ TRAINS_HEAD = False
 COLUMNS = {"label": False}
 FIELDS = frozenset({"prompt", "answer", "verbalizer", "scoring", "metrics", "max_new_tokens"})
 _USUAL_NEW_TOKENS = 64
-_PADDING = {"attention_mask": 0, "decoder_attention_mask": 0, "labels": IGNORED}
+_TOKENS = ("input_ids", "decoder_input_ids")
+
+
+def nothing_beside(place: int, ids: list[int], answered: int) -> Batch:
+    """What a model of text alone reads besides tokens."""
+    return {}
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """What the model is asked in each row.
+
+    Attributes:
+        tokens: each prompt, whole.
+        cut: place of a row, tokens that there is room for → its prompt without what there is no room for.
+        beside: place of a row, what is read in tokens, how many of these are the answer's → what is read besides, such
+            as an image; a tensor of one dimension has a number for each token, any other its examples first.
+        alike: as :class:`Examples` has it.
+    """
+
+    tokens: Sequence[list[int]]
+    cut: Callable[[int, int], list[int]]
+    beside: Callable[[int, list[int], int], Batch] = nothing_beside
+    alike: bool = True
 
 
 @dataclass(frozen=True)
@@ -77,58 +100,74 @@ class TextExamples(Examples):
 
     Attributes:
         tokens: of each example.
-        item: prompt and answer in tokens → example without a batch axis.
+        answered: place of an example, one of its candidates → the example as the model takes it.
         texts: each example in words.
         writing: how answers are generated; None where the likeliest candidate is the answer.
         per_token: whether the likeliest is so by the mean over its tokens, not by their sum.
     """
 
     tokens: Sequence[Tokens]
-    item: Callable[[list[int], list[int]], Batch]
+    answered: Callable[[int, int], Batch]
     texts: Sequence[Text]
     writing: Writing | None
     per_token: bool
 
     def labelled(self, index: int, label: int) -> Batch:
         """Example i with another candidate for its answer."""
-        return self.item(self.tokens[index].prompt, self.tokens[index].answers[label])
+        return self.answered(index, label)
 
 
 def examples_of(
-    rows: Rows,
     texts: Sequence[Text],
     tokens: Sequence[Tokens],
-    item: Callable[[list[int], list[int]], Batch],
+    answered: Callable[[int, int], Batch],
     pad: int,
     truncated: int,
     writing: Writing | None,
     per_token: bool,
+    alike: bool,
 ) -> TextExamples:
     """Put together what a type has encoded."""
-
-    def get(index: int) -> Batch:
-        return item(tokens[index].prompt, tokens[index].answers[tokens[index].right])
-
     return TextExamples(
         [len(row.prompt) + len(row.answers[row.right]) for row in tokens],
-        get,
+        lambda index: answered(index, tokens[index].right),
         lambda batch: collate(batch, pad),
         truncated,
         [text.references for text in texts],
+        alike,
         tokens=tokens,
-        item=item,
+        answered=answered,
         texts=texts,
         writing=writing,
         per_token=per_token,
     )
 
 
-def collate(examples: Sequence[Batch], pad: int) -> Batch:
-    """Several examples → one batch, padded on the right."""
-    return {
-        name: pad_sequence([example[name] for example in examples], True, _PADDING.get(name, pad))
-        for name in examples[0]
-    }
+def collate(examples: Sequence[Batch], pad: int, side: str = "right") -> Batch:
+    """Several examples → one batch, tokens padded on one side."""
+    found = {}
+    for name, first in examples[0].items():
+        values = [example[name] for example in examples]
+        if first.dim() == 1:
+            value = pad if name in _TOKENS else IGNORED if name == "labels" else 0
+            found[name] = pad_sequence(values, True, value, padding_side=side)
+        else:
+            found[name] = _joined(values)
+    return found
+
+
+def _joined(values: Sequence[Tensor]) -> Tensor:
+    """Tensors one after the other on their first axis, filled up with zeros to the largest on the others.
+
+    >>> _joined([torch.ones(1, 1), torch.ones(1, 2)]).tolist()
+    [[1.0, 0.0], [1.0, 1.0]]
+    """
+    sizes = [max(size) for size in zip(*(value.shape[1:] for value in values), strict=True)]
+    fill = [
+        [part for size, own in reversed(list(zip(sizes, value.shape[1:], strict=True))) for part in (0, size - own)]
+        for value in values
+    ]
+    return torch.cat([torch.nn.functional.pad(value, more) for value, more in zip(values, fill, strict=True)])
 
 
 def logits(model: nn.Module, batch: Batch) -> Tensor:
@@ -255,31 +294,31 @@ def read(
 
 def fit(
     rows: Rows,
-    prompts: Sequence[list[int]],
+    prompts: Prompts,
     answers: Sequence[list[list[int]]],
     texts: Sequence[Text],
     longest: int,
-    cut: Callable[[int, int], list[int]],
+    room: Callable[[int], int],
 ) -> tuple[list[Tokens], int]:
     """Cut prompts that are too long, never answers; and how many were.
 
     Args:
         longest: tokens of an answer.
-        cut: place of a row, tokens of its longest candidate → the part of its prompt that has room beside that.
+        room: tokens of a row's longest candidate → tokens that its prompt has room for.
 
     Raises:
-        PimergeError: with each row whose answer alone is too long.
+        PimergeError: with each row whose answer alone is too long, or that a prompt cannot be cut for.
     """
     problems = RowProblems(rows)
     found, truncated = [], 0
-    for place, (prompt, candidates, text) in enumerate(zip(prompts, answers, texts, strict=True)):
+    for place, (prompt, candidates, text) in enumerate(zip(prompts.tokens, answers, texts, strict=True)):
         with problems.row(place):
             if (most := max(map(len, candidates))) > longest:
                 raise PimergeError(
                     f"the answer has {most} tokens with its end, and there is room for {longest}",
                     "shorten the answer or leave the row out",
                 )
-            kept = cut(place, most)
+            kept = prompts.cut(place, room(most))
             truncated += len(kept) < len(prompt)
             found.append(Tokens(kept, candidates, text.right))
     problems.raise_any()

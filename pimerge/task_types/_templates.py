@@ -7,7 +7,8 @@ column that the data lacks and a value that is null are errors, and nothing in i
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -225,6 +226,15 @@ def require_columns(rows: Rows, names: Iterable[str]) -> None:
     for name in sorted(set(names) - set(columns)):
         problems.add(f"{rows.where} has no column '{name}', which a template names", nearest(name, columns))
     problems.raise_any("the templates name columns that are not there")
+
+
+@contextmanager
+def naming_row(rows: Rows, position: int) -> Iterator[None]:
+    """Say in a PimergeError of the block which row it is about."""
+    problems = RowProblems(rows)
+    with problems.row(position):
+        yield
+    problems.raise_any()
 
 
 class RowProblems(Problems):

@@ -9,6 +9,8 @@ import torch
 
 from pimerge.task_types import Batch, Examples, Rows
 from pimerge.task_types._classification import FIELDS, TRAINS_HEAD, check, draw, nll, read, score
+from pimerge.task_types._images import decoder, mode_of, remembered
+from pimerge.task_types._templates import naming_row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -34,9 +36,6 @@ AUTO_MODEL = "AutoModelForImageClassification"
 PEFT_TASK = None  # PEFT has no task type for images; its plain PeftModel serves them
 COLUMNS = {"image": True, "label": True}
 
-_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
-_KEPT_BYTES = 256 * 2**20
-
 
 def load_processor(source: str, revision: str | None) -> Any:
     """The base's image processor."""
@@ -47,25 +46,22 @@ def load_processor(source: str, revision: str | None) -> Any:
 
 def encode(rows: Rows, file: TaskFile, processor: Any, config: PreTrainedConfig) -> Examples:
     """Decode and process an image when it is asked for; up to 256 MB of them are kept for the next epoch."""
-    mode = _MODES[getattr(config, "num_channels", 3)]
-    images = rows.table[rows.columns["image"]]
-    kept: dict[int, torch.Tensor] = {}
+    decode = decoder(rows, mode_of(config))
 
-    def pixels(index: int) -> torch.Tensor:
-        if index in kept:
-            return kept[index]
-        values: torch.Tensor = processor(images[index].convert(mode), return_tensors="pt")["pixel_values"][0]
-        if (len(kept) + 1) * values.nbytes <= _KEPT_BYTES:
-            kept[index] = values
-        return values
+    def process(place: int) -> Batch:
+        with naming_row(rows, place):
+            image = decode(place)
+        return {"pixel_values": processor(image, return_tensors="pt")["pixel_values"][0]}
+
+    pixels = remembered(process)
 
     def get(index: int) -> Batch:
-        return {"pixel_values": pixels(index), "labels": torch.tensor(rows.labels[index])}
+        return {**pixels(index), "labels": torch.tensor(rows.labels[index])}
 
     def collate(examples: Sequence[Batch]) -> Batch:
         return {name: torch.stack([example[name] for example in examples]) for name in examples[0]}
 
-    return Examples([_tokens(config, pixels(0))] * len(rows.labels), get, collate)
+    return Examples([_tokens(config, pixels(0)["pixel_values"])] * len(rows.labels), get, collate)
 
 
 def _tokens(config: PreTrainedConfig, pixel_values: torch.Tensor) -> int:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 
 from pimerge.errors import PimergeError
 from pimerge.task_types import Batch, Examples, Rows
 from pimerge.task_types import _generation as generation
-from pimerge.task_types._generation import COLUMNS, FIELDS, TRAINS_HEAD, draw, nll, read, score
+from pimerge.task_types._generation import COLUMNS, FIELDS, TRAINS_HEAD, Prompts, draw, nll, read, score
 from pimerge.task_types._templates import Text, check_texts, fill_in
 from pimerge.task_types._tokenizer import load_processor, longest_input
 
@@ -58,43 +56,64 @@ def encode_texts(
     by_likelihood: bool,
 ) -> Examples:
     """Encode rows that are in words already; ``by_likelihood`` if the likeliest candidate is the answer."""
-    end, longest = generation.end_token(processor, config), longest_input(processor, config)
-    start = _start_token(config)
     asked = [text.prompt for text in texts]
     whole = processor(asked, truncation=False, verbose=False)["input_ids"]
-    fitting = processor(asked, truncation=True, max_length=longest)["input_ids"]
+    fitting = processor(asked, truncation=True, max_length=longest_input(processor, config))["input_ids"]
+    prompts = Prompts(whole, lambda place, room: fitting[place])
+    return encode_prompts(rows, texts, prompts, file, processor, config, by_likelihood=by_likelihood)
+
+
+def encode_prompts(
+    rows: Rows,
+    texts: Sequence[Text],
+    prompts: Prompts,
+    file: TaskFile,
+    tokenizer: Any,
+    config: PreTrainedConfig,
+    *,
+    by_likelihood: bool,
+) -> Examples:
+    """Encode the answers to prompts that are in tokens already."""
+    end, longest = generation.end_token(tokenizer, config), longest_input(tokenizer, config)
+    start = _start_token(config)
     answers = [
-        [_ended(ids, end) for ids in processor(text_target=list(text.answers), verbose=False)["input_ids"]]
+        [_ended(ids, end) for ids in tokenizer(text_target=list(text.answers), verbose=False)["input_ids"]]
         for text in texts
     ]
-    tokens, truncated = generation.fit(rows, whole, answers, texts, longest, lambda place, answer: fitting[place])
-    pad = processor.pad_token_id if processor.pad_token_id is not None else end
+    tokens, truncated = generation.fit(rows, prompts, answers, texts, longest, lambda answer: longest)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end
+
+    def source(index: int) -> Batch:
+        ids = tokens[index].prompt
+        return {
+            "input_ids": torch.tensor(ids),
+            "attention_mask": torch.ones(len(ids), dtype=torch.int64),
+            **prompts.beside(index, ids, 0),
+        }
+
+    def answered(index: int, candidate: int) -> Batch:
+        return {**source(index), **_target(start, tokens[index].answers[candidate])}
+
     writing = None
     if not by_likelihood:
 
         def to_answer(indices: Sequence[int]) -> Batch:
-            ids = [torch.tensor(tokens[i].prompt) for i in indices]
-            return {
-                "input_ids": pad_sequence(ids, True, pad),
-                "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], True, 0),
-            }
+            return generation.collate([source(index) for index in indices], pad)
 
         def decode(ids: list[int]) -> str:
-            return str(processor.decode(ids, skip_special_tokens=True))
+            return str(tokenizer.decode(ids, skip_special_tokens=True))
 
         most = generation.new_tokens(file, longest - 1, answers)
         writing = generation.Writing(to_answer, decode, start, (end,), pad, most)
     return generation.examples_of(
-        rows, texts, tokens, partial(_item, start), pad, truncated, writing, file.normalise == "tokens"
+        texts, tokens, answered, pad, truncated, writing, file.normalise == "tokens", prompts.alike
     )
 
 
-def _item(start: int, prompt: list[int], answer: list[int]) -> Batch:
+def _target(start: int, answer: list[int]) -> Batch:
     """The decoder reads the answer behind its start token, and foretells it one token ahead."""
-    source, labels = torch.tensor(prompt), torch.tensor(answer)
+    labels = torch.tensor(answer)
     return {
-        "input_ids": source,
-        "attention_mask": torch.ones_like(source),
         "decoder_input_ids": torch.tensor([start, *answer[:-1]]),
         "decoder_attention_mask": torch.ones_like(labels),
         "labels": labels,

@@ -1,0 +1,62 @@
+"""What the types of images share: decoding, and keeping what was made of an image for the next epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from pimerge.errors import PimergeError
+
+if TYPE_CHECKING:
+    from pimerge.task_types import Batch, Rows
+
+_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+_KEPT_BYTES = 256 * 2**20
+
+
+def mode_of(config: Any) -> str:
+    """The mode of the images that a model takes, by its channels.
+
+    >>> from types import SimpleNamespace
+    >>> mode_of(SimpleNamespace(num_channels=1)), mode_of(SimpleNamespace())
+    ('L', 'RGB')
+    """
+    return _MODES[getattr(config, "num_channels", getattr(config, "in_channels", 3))]
+
+
+def decoder(rows: Rows, mode: str) -> Callable[[int], Any]:
+    """What decodes the image of a row, by its place; it raises a PimergeError if there is none that can be."""
+    images = rows.table[rows.columns["image"]]
+
+    def decode(place: int) -> Any:
+        try:
+            image = images[place]
+            if hasattr(image, "convert"):
+                return image.convert(mode)
+        except Exception as error:  # whatever a broken file makes the library for images do
+            raise PimergeError(f"the image cannot be decoded: {error}", "mend the file or leave the row out") from error
+        raise PimergeError(
+            f"the column '{rows.columns['image']}' holds no image, but {image!r}",
+            "take parquet with a column of images, or a folder of images with a metadata.jsonl",
+        )
+
+    return decode
+
+
+def remembered(compute: Callable[[int], Batch]) -> Callable[[int], Batch]:
+    """The same function of a place; the first 256 MB of what it gives are kept, the rest is computed each time."""
+    kept: dict[int, Batch] = {}
+    free = _KEPT_BYTES
+
+    def get(place: int) -> Batch:
+        nonlocal free
+        if place in kept:
+            return kept[place]
+        found = compute(place)
+        size = sum(value.nbytes for value in found.values())
+        if size <= free:
+            kept[place] = found
+            free -= size
+        return found
+
+    return get

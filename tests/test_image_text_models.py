@@ -1,0 +1,150 @@
+"""Bases that answer in text about images, from Fisher to features, against the batch of one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from pimerge.base import find_base
+from pimerge.expert import Expert, open_expert
+from pimerge.features import Draw, Viewer
+from pimerge.fisher import diagonal_fisher
+from pimerge.grams import input_grams, linear_layers
+from pimerge.marginals import Marginals
+from pimerge.model import load_base
+from pimerge.task import Task, open_task
+from tests.conftest import (
+    IMAGE_TEXT_MODELS,
+    MakeExpert,
+    dense_deltas,
+    model_for,
+    relative_difference,
+    write_image_text_task,
+)
+
+COUNT = 7
+CPU = torch.device("cpu")
+LINEAR = r".*\.(q_proj|k_proj|v_proj|out_proj|o_proj|fc1|fc2|qkv|proj|image_projection|linear_1|gate_proj|down_proj)"
+TOLD = {"columns": {"label": "parity"}}
+
+
+@dataclass
+class Case:
+    """A base with an expert, and a task for it."""
+
+    base: Path
+    expert: Expert
+    task: Task
+
+    def model(self, dtype: torch.dtype) -> Any:
+        model = PeftModel.from_pretrained(model_for(self.base).to(dtype), self.expert.path).eval()
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("lora_" in name or "bottleneck_" in name)
+        return model
+
+    def examples(self, model: Any) -> Any:
+        processor = self.task.type.load_processor(str(self.base), None)
+        return self.task.examples("train", processor, model.config, limit=COUNT)[0]
+
+
+CASES = [
+    *((name, "lora", {"target_modules": LINEAR}, {}) for name in IMAGE_TEXT_MODELS),
+    ("florence2", "bottleneck", {}, {}),
+    ("florence2", "lora", {"target_modules": LINEAR}, TOLD),
+]
+
+
+@pytest.fixture(scope="module", params=CASES, ids=["florence2", "llava", "bottlenecks", "without images"])
+def case(
+    request: pytest.FixtureRequest,
+    image_text_base: Callable[[str], Path],
+    make_expert: MakeExpert,
+    scans: tuple[list[Any], list[int]],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Case:
+    name, kind, config, fields = request.param
+    folder, base = tmp_path_factory.mktemp(name), image_text_base(name)
+    task = write_image_text_task(folder / "task", scans, **fields)
+    expert = make_expert(folder / "x", base, task, kind=kind, **config)
+    return Case(base, open_expert(expert), open_task(task))
+
+
+def plain_nll(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """−log p(y|x) of one example, its answer's tokens picked one by one."""
+    logits = model(**{name: value for name, value in batch.items() if name != "labels"}).logits[0]
+    answer = [(place, int(token)) for place, token in enumerate(batch["labels"][0]) if token != -100]
+    return -torch.stack([logits[place].log_softmax(0)[token] for place, token in answer]).sum()
+
+
+def test_fisher_is_that_of_the_batch_of_one_in_tower_projector_and_words(case: Case) -> None:
+    model = case.model(torch.float64)
+    examples = case.examples(model)
+    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    expected = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
+    for index in range(COUNT):
+        loss = plain_nll(model, examples.batch([index]))
+        gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+        for name, gradient in zip(parameters, gradients, strict=True):
+            expected[name] += 0 if gradient is None else gradient.square() / COUNT
+    found = diagonal_fisher(model, parameters, [[4, 0, 1], [2, 3, 5, 6]], examples.batch, case.task.type.nll)
+    assert found.route == "rules", found.why_loop
+    whole = float(torch.cat([value.flatten() for value in expected.values()]).norm())
+    for name, value in expected.items():
+        assert float((found.diagonal[name] - value).norm()) < 1e-9 * max(float(value.norm()), 1e-3 * whole), name
+    sees = any(value.any() for name, value in expected.items() if "vision_tower" in name)
+    assert sees == ("image" in case.task.columns)
+
+
+def test_what_enters_a_layer_is_counted_without_the_padding_of_words(case: Case) -> None:
+    if case.expert.kind != "lora":
+        return
+    model = case.model(torch.float32)
+    examples, nll = case.examples(model), case.task.type.nll
+    layers = linear_layers(model, case.expert.modules)
+
+    def statistics(batches: list[list[int]]) -> dict[str, Tensor]:
+        marginals = Marginals({name: model.get_submodule("base_model.model." + name) for name in layers})
+        with marginals.recording():
+            for indices in batches:
+                nll(model, marginals.of(examples.batch(indices))).sum().backward()
+        grams = input_grams(layers, batches, examples.batch, lambda batch: nll(model, batch))
+        return marginals.means() | grams
+
+    alone, together = statistics([[index] for index in range(COUNT)]), statistics([list(range(COUNT))])
+    assert alone.keys() == together.keys()
+    with_gradient = {name.partition(".")[2] for name in alone if name.startswith("output.")}
+    assert with_gradient == {name.partition(".")[2] for name in alone if name.startswith("input.")}
+    for name, value in alone.items():
+        assert relative_difference(together[name], value) < 1e-4, name
+
+
+def test_vectors_and_answers_are_those_of_transformers(case: Case) -> None:
+    if case.expert.kind != "lora":
+        return
+    identity = find_base(str(case.base), None, case.base)
+    loaded = load_base(identity, case.task, CPU, torch.float32)
+    viewer = Viewer(loaded, identity, case.task, Draw(limit=COUNT))
+    dense = model_for(case.base)
+    with torch.no_grad():
+        for name, delta in dense_deltas(case.expert).items():
+            dense.get_submodule(name).weight += 0.5 * delta
+    sample = viewer.samples(case.expert)[0.5]
+    assert sample.logits is not None
+    for index in range(COUNT):
+        batch = viewer.examples.batch([index])
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        with torch.no_grad():
+            states = dense.model(**inputs).last_hidden_state[0]
+        first = int((batch["labels"][0] > 2).nonzero()[0, 0])  # 2 begins a text
+        assert relative_difference(sample.vectors[index], states[first]) < 1e-4
+        for label in (0, 1):
+            batch = viewer.examples.collate([viewer.examples.labelled(index, label)])
+            with torch.no_grad():
+                assert float(sample.logits[index, label]) == pytest.approx(-float(plain_nll(dense, batch)), rel=1e-4)
