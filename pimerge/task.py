@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -85,7 +85,9 @@ class Task:
         """Role → column: as the file says, else the column has the role's name."""
         required: Mapping[str, bool] = self.type.COLUMNS
         labelled = {"label"} if self.labels else set()
-        return {role: role for role, needed in required.items() if needed or role in labelled} | self.file.columns
+        given = {role for role in required if getattr(self.file, role, None) is not None}  # by a template of that name
+        needed = {role: role for role in required if (required[role] or role in labelled) and role not in given}
+        return needed | self.file.columns
 
     def sha256(self) -> str:
         """SHA-256 of the file's meaning and of its local data: the same wherever both lie."""
@@ -192,6 +194,8 @@ class Task:
 def open_task(path: str | Path) -> Task:
     """Open a task by its ``task.json`` or the folder that holds it.
 
+    A classification without labels takes their names from the data, which is read for that.
+
     Raises:
         PimergeError: with every problem of the file.
     """
@@ -222,6 +226,8 @@ def open_task(path: str | Path) -> Task:
     with problems.collected(f"'{file}': "):
         task.type.check(task.file)
     problems.raise_any(f"'{file}' does not fit")
+    if task.type.TRAINS_HEAD and task.file.labels is None:
+        task = replace(task, file=task.file.model_copy(update={"labels": _class_names(task)}))
     return task
 
 
@@ -282,7 +288,7 @@ def _source(task: Task) -> tuple[str, dict[str, Any]]:
     data, folder = task.file.data, task.path.parent
     if isinstance(data, str) and not (folder / data).is_file():
         if (folder / data).is_dir():
-            return str(folder / data), {}
+            return str(folder / data), {"name": task.file.subset}
         return data, {"name": task.file.subset, "revision": task.file.revision}
     given = {"train": data} if isinstance(data, str) else data
     names = {split: [value] if isinstance(value, str) else value for split, value in given.items()}
@@ -302,6 +308,25 @@ def _source(task: Task) -> tuple[str, dict[str, Any]]:
     files = {split: [str((folder / name).resolve()) for name in group] for split, group in names.items()}
     builder, by_tabs = formats.pop()
     return builder, {"data_files": files, **({"sep": "\t"} if by_tabs else {})}
+
+
+def _class_names(task: Task) -> list[str]:
+    """The names that the label's column has for its classes.
+
+    Raises:
+        PimergeError: if the data cannot be read or has no names.
+    """
+    column, where = task.columns["label"], task._where("train")
+    features = _load_split(task, task.file.splits.get("train", "train")).features
+    if column not in features:
+        raise PimergeError(f"{where} has no column '{column}' for the label", nearest(column, list(features)))
+    names = getattr(features[column], "names", None) or []
+    if len(names) < 2:
+        raise PimergeError(
+            f"'{task.path}' has no labels, and the column '{column}' of its train split names no classes",
+            "list the names of the classes as labels",
+        )
+    return list(names)
 
 
 def _class_indices(rows: Any, column: str, names: Sequence[str], where: str) -> list[int]:

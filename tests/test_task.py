@@ -97,6 +97,52 @@ def test_a_class_label_feature_with_other_names_goes_by_its_numbers(tmp_path: Pa
     assert task.rows("train")[1] == LABELS
 
 
+def named_classes(path: Path, column: str = "label") -> None:
+    """The texts with labels of a feature that names its classes."""
+    features = Features({"text": Value("string"), column: ClassLabel(names=NAMES)})
+    rows = [{"text": row["text"], column: row["label"]} for row in text_rows()]
+    Dataset.from_list(rows, features=features).to_parquet(str(path))
+
+
+def test_labels_that_are_left_out_are_those_of_the_data(tmp_path: Path) -> None:
+    named_classes(tmp_path / "train.parquet", "kind")
+    fields = {"data": {"train": "train.parquet"}, "columns": {"label": "kind"}}
+    listed = open_task(make_task(tmp_path, [], **fields))
+    left_out = open_task(make_task(tmp_path, [], labels=None, **fields))
+    assert left_out.labels == NAMES
+    assert left_out.rows("train")[1] == LABELS
+    assert left_out.sha256() == listed.sha256()
+    assert left_out.document_for(tmp_path)["labels"] == NAMES
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({}, "has no labels, and the column 'label' of its train split names no classes"),
+        ({"columns": {"label": "lable"}}, "no column 'lable' for the label"),
+        ({"data": {"train": "gone.jsonl"}}, "there is no data file"),
+    ],
+)
+def test_labels_that_nobody_names_are_asked_for(tmp_path: Path, fields: dict[str, Any], message: str) -> None:
+    folder = make_task(tmp_path, labels=None, **fields)
+    assert message in problem_of(lambda: open_task(folder))
+
+
+def test_a_folder_like_a_repository_has_subsets(tmp_path: Path) -> None:
+    repository = tmp_path / "org" / "pets"
+    for subset in ("wild", "tame"):
+        (repository / subset).mkdir(parents=True)
+        named_classes(repository / subset / "train-00000-of-00001.parquet", subset)
+    configs = "".join(
+        f"- config_name: {subset}\n  data_files:\n  - split: train\n    path: {subset}/train-*\n"
+        for subset in ("wild", "tame")
+    )
+    (repository / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    fields = {"data": "org/pets", "labels": None, "columns": {"label": "tame"}}
+    assert open_task(make_task(tmp_path, [], subset="tame", **fields)).rows("train")[1] == LABELS
+    assert "tame" in problem_of(lambda: open_task(make_task(tmp_path, [], subset="lame", **fields)))
+
+
 @pytest.fixture
 def image_folder(tmp_path: Path, scans: tuple[list[Any], list[int]]) -> Path:
     """data/train/{even,odd}/N.png, whose class names sort otherwise than the task's labels."""

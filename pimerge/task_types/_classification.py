@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn.functional import cross_entropy
 
-from pimerge.errors import Problems
 from pimerge.metrics import check as check_metrics
 from pimerge.task_types import Scored, on_device
 from pimerge.task_types._reading import catching, read_position, text_config
@@ -24,17 +23,12 @@ FIELDS = frozenset({"metrics"})
 
 
 def check(file: TaskFile) -> None:
-    """Check that there are classes, and that the metrics are about them.
+    """Check that the metrics are about classes.
 
     Raises:
         PimergeError: if it is not so.
     """
-    problems = Problems()
-    if file.labels is None:
-        problems.add("labels: Field required", "list the names of the classes")
-    with problems.collected():
-        check_metrics(file.metrics or [], ["classes"])
-    problems.raise_any("it does not fit")
+    check_metrics(file.metrics or [], ["classes"])
 
 
 def logits(model: nn.Module, batch: Batch) -> Tensor:

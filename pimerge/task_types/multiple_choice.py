@@ -1,4 +1,7 @@
-"""Which of a row's choices answers its question, by likelihood (columns ``question``, ``choices``, ``answer``)."""
+"""Which of a row's choices answers its question, by likelihood (columns ``question``, ``choices``, ``answer``).
+
+Where no column holds all choices, the template ``choices`` gives a list of them.
+"""
 
 from __future__ import annotations
 
@@ -35,13 +38,13 @@ __all__ = [
 AUTO_MODEL = (causal_lm.AUTO_MODEL, seq2seq.AUTO_MODEL)
 PEFT_TASK = (causal_lm.PEFT_TASK, seq2seq.PEFT_TASK)
 COLUMNS = {"question": True, "choices": True, "answer": True}
-FIELDS = frozenset({"prompt", "normalise", "chat", "metrics"})
+FIELDS = frozenset({"prompt", "choices", "normalise", "chat", "metrics"})
 _PROMPT = "Question: {{ QUESTION }}\nAnswer:"
 _QUESTION = "QUESTION"
 
 
 def check(file: TaskFile) -> None:
-    """Check the prompt and the metrics.
+    """Check the templates and the metrics.
 
     Raises:
         PimergeError: with all that does not fit.
@@ -51,6 +54,11 @@ def check(file: TaskFile) -> None:
         problems.add("labels are the same for all rows, and here each has its choices", "leave the labels out")
     with problems.collected():
         Template("prompt", file.prompt or _PROMPT)
+    if file.choices is not None:
+        if "choices" in file.columns:
+            problems.add("both choices and columns say what the choices are", "leave one of them out")
+        with problems.collected():
+            Template("choices", file.choices)
     with problems.collected():
         check_metrics([name for name in file.metrics or [] if name != "accuracy"], ["texts"])
     problems.raise_any("it does not fit")
@@ -73,7 +81,8 @@ def _texts(rows: Rows, file: TaskFile) -> list[Text]:
         PimergeError: with each column that is not there, and each row that is no question with choices.
     """
     template = Template("prompt", file.prompt or _PROMPT)
-    require_columns(rows, template.names - {_QUESTION})
+    listed = Template("choices", file.choices) if file.choices is not None else None
+    require_columns(rows, template.names - {_QUESTION} | (listed.names if listed else set()))
     problems = RowProblems(rows)
     found = []
     for place, row in enumerate(rows.table):
@@ -81,7 +90,7 @@ def _texts(rows: Rows, file: TaskFile) -> list[Text]:
             prompt = template.text({**row, _QUESTION: row[rows.columns["question"]]})
             if not prompt.strip():
                 raise PimergeError("the prompt is empty", "fill the row or leave it out")
-            choices, keys = _choices(row[rows.columns["choices"]])
+            choices, keys = _choices(listed.values(row) if listed else row[rows.columns["choices"]])
             right = _right(row[rows.columns["answer"]], choices, keys)
             found.append(Text(prompt, choices, right, (choices[right],)))
     problems.raise_any()

@@ -87,6 +87,31 @@ def test_the_likeliest_choice_is_the_answer(
     assert all(0 <= c < len(ROWS[1]["choices"]) for c in task.type.draw(loaded.model, examples, [1] * 9, torch.rand(9)))
 
 
+def test_a_template_lists_choices_that_lie_in_several_columns(language_base: Base, tmp_path: Path) -> None:
+    base = language_base("t5")
+    rows = [
+        {
+            "question": row["question"],
+            "right": row["choices"][row["answer"]],
+            "wrong": row["choices"][1 - row["answer"]],
+        }
+        for row in ROWS
+    ]
+    spread = open_task(
+        write_task(tmp_path / "spread", rows, choices="{{ [wrong, right] }}", columns={"answer": "right"})
+    )
+    whole = [
+        {"question": row["question"], "choices": [row["wrong"], row["right"]], "answer": row["right"]} for row in rows
+    ]
+    listed = open_task(write_task(tmp_path / "listed", whole))
+    found, expected = (
+        task.examples("train", task.type.load_processor(str(base), None), model_for(base).config)[0]
+        for task in (spread, listed)
+    )
+    assert found.texts == expected.texts
+    assert [text.right for text in found.texts] == [1, 1, 1]
+
+
 @pytest.mark.parametrize(("name", "peft_task"), [("bart", "SEQ_2_SEQ_LM"), ("gpt2-lm", "CAUSAL_LM")])
 def test_it_tunes_and_scores_either_kind_of_base(
     language_base: Base, make_expert: MakeExpert, tmp_path: Path, name: str, peft_task: str
@@ -126,6 +151,8 @@ def test_a_row_that_is_no_question_is_told(
     [
         ({"labels": ["a", "b"]}, "each has its choices"),
         ({"prompt": "{{"}, "prompt: line 1"),
+        ({"choices": "{{"}, "choices: line 1"),
+        ({"choices": "{{ [a] }}", "columns": {"choices": "b"}}, "both choices and columns say"),
         ({"metrics": ["macro-f1"]}, "'macro-f1' is about classes"),
         ({"normalise": "characters"}, "normalise"),
         ({"scoring": "generation"}, "scoring means nothing to the type 'multiple-choice'"),

@@ -1,0 +1,54 @@
+# The road that every recipe goes; its run.sh sets these variables and sources this file.
+#
+#   BASE      the base: a Hub id or a folder
+#   TASKS     the tasks: folders in the recipe's tasks/; each gets an expert of its own
+#   TARGETS   those of them that the others' experts are combined for
+#   EXPERT    options of 'pimerge tune' that make an expert of a task
+#   RANK      options of 'pimerge rank'
+#   SHOTS     how many training examples of a target's class the methods see, several numbers, or all
+#   SEEDS     one run for each: another draw of the shots, another order
+#   METHODS   lines of a name and the options of 'pimerge tune'
+#
+# All can be set from outside, and what a run.sh makes them from (EPOCHS, FEW_EPOCHS, FORM). Results go to the folder that
+# is given, else to work/ in the recipe's. A run that was interrupted goes on when it is started again.
+here=$(cd "$(dirname "$0")" && pwd)
+work=${1:-$here/work}
+python=${PYTHON:-python}
+run() { printf '\n$ pimerge %s\n' "$*"; "$python" -m pimerge "$@" < /dev/null; }
+
+[ ! -d "$BASE" ] || BASE=$(cd "$BASE" && pwd)
+mkdir -p "$work"
+ln -sfn "$here/tasks" "$work/tasks"
+cd "$work"
+for task in $TASKS; do
+  # the same --init-seed (0) for all, so that the experts can be compared number by number
+  [ -d "experts/$task" ] || run tune --method scratch --target "tasks/$task" --base "$BASE" $EXPERT --output "experts/$task"
+done
+run embed experts
+
+for target in $TARGETS; do
+  mkdir -p "$target"
+  cd "$target"
+  run rank --target "$target" --store ../embeddings.json --no-gate $RANK -k 1 --output nearest.json --force
+  run rank --target "$target" --store ../embeddings.json --no-gate $RANK --force
+  run merge --method uniform --ranking nearest.json --output nearest --force
+  run merge --method uniform --force
+  outputs=(nearest merged)
+  while read -r name options; do
+    for shots in $SHOTS; do
+      for seed in $SEEDS; do
+        output=$name-$shots-$seed
+        few=(--shots "$shots")
+        [ "$shots" != all ] || few=()
+        [ -d "$output" ] || run tune $options ${few[@]+"${few[@]}"} --seed "$seed" --output "$output"
+        outputs+=("$output")
+      done
+    done
+  done <<< "$METHODS"
+  run eval "${outputs[@]}" "../experts/$target" --output scores.json --force
+  cd ..
+done
+
+printf '\n%s, %s:\n\n' "$(basename "$here")" "$BASE"
+"$python" "$here/../table.py" $(printf '%s/scores.json ' $TARGETS) | tee table.md
+printf '\nEverything is in %s\n' "$work"

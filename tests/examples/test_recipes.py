@@ -1,0 +1,239 @@
+"""The recipes' own scripts and tasks on stand-ins: tiny models of the same form, data of the same columns."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, Features, Image, Value
+from datasets import Sequence as Nested
+from PIL import Image as PILImage
+from transformers import (
+    T5Config,
+    T5ForConditionalGeneration,
+    T5Tokenizer,
+    ViTConfig,
+    ViTImageProcessorPil,
+    ViTModel,
+)
+
+from pimerge.expert import open_expert
+from tests.conftest import WORDS
+from tests.examples.warm import run_script
+
+RECIPES = Path(__file__).parents[2] / "examples" / "recipes"
+ROWS = 12
+TEXT, NUMBER = Value("string"), Value("int64")
+Rows = list[dict[str, Any]]
+
+
+def words(count: int) -> str:
+    return " ".join(random.choices(WORDS, k=count))
+
+
+def lettered(count: int, **types: Any) -> tuple[dict[str, Any], Rows]:
+    """Questions with choices and their letters, as ARC and CommonsenseQA have them."""
+    features = {"id": TEXT, "question": TEXT, **types, "choices": Nested({"text": TEXT, "label": TEXT})}
+    letters = list("ABCDE"[:count])
+    rows = [
+        {
+            "id": str(index),
+            "question": words(5) + "?",
+            **dict.fromkeys(types, words(1)),
+            "choices": {"text": [words(2) for _ in letters], "label": letters},
+            "answerKey": letters[index % count],
+        }
+        for index in range(ROWS)
+    ]
+    return {**features, "answerKey": TEXT}, rows
+
+
+def sciq() -> tuple[dict[str, Any], Rows]:
+    names = ["question", "distractor3", "distractor1", "distractor2", "correct_answer", "support"]
+    # some questions come without a paragraph
+    return dict.fromkeys(names, TEXT), [{**{name: words(2) for name in names}, "support": ""} for _ in range(ROWS)]
+
+
+def quail() -> tuple[dict[str, Any], Rows]:
+    names = ["id", "context_id", "question_id", "domain", "context", "question", "question_type"]
+    source = {"author": TEXT, "title": TEXT, "url": TEXT}
+    features = {**dict.fromkeys(names, TEXT), "metadata": source, "answers": Nested(TEXT)}
+    rows = [
+        {
+            **{name: words(3) for name in names},
+            "context": words(30),
+            "metadata": dict.fromkeys(source, "x"),
+            "answers": [words(2) for _ in range(3)] + ["not enough information"],
+            "correct_answer_id": index % 4,
+        }
+        for index in range(ROWS)
+    ]
+    return {**features, "correct_answer_id": Value("int32")}, rows
+
+
+def glue(labels: Sequence[str], *texts: str) -> tuple[dict[str, Any], Rows]:
+    features = {**dict.fromkeys(texts, TEXT), "label": ClassLabel(names=list(labels)), "idx": Value("int32")}
+    rows = [{**{text: words(4) for text in texts}, "label": index % len(labels), "idx": index} for index in range(ROWS)]
+    return features, rows
+
+
+def images(classes: Sequence[str], size: int = 48, image: str = "image", label: str = "label", **more: Any) -> Any:
+    features = {image: Image(), label: ClassLabel(names=list(classes)), **more}
+    rows = []
+    for index in range(ROWS):
+        noise = PILImage.effect_noise((size, size), 20 + 40 * (index % len(classes)))
+        mode = "L" if index == 1 else "RGB"  # real sets hold a grey image now and then
+        rows.append({image: noise.convert(mode), label: index % len(classes), **dict.fromkeys(more, 0)})
+    return features, rows
+
+
+ENTAILMENT = ("entailment", "not_entailment")
+# id on the Hub, subset, splits, columns and rows
+DATA: dict[str, tuple[str, str | None, list[str], Callable[[], tuple[dict[str, Any], Rows]]]] = {
+    "arc": ("allenai/ai2_arc", "ARC-Challenge", ["train", "validation", "test"], lambda: lettered(4)),
+    "sciq": ("allenai/sciq", None, ["train", "validation", "test"], sciq),
+    "commonsense-qa": (
+        "tau/commonsense_qa",
+        None,
+        ["train", "validation", "test"],
+        lambda: lettered(5, question_concept=TEXT),
+    ),
+    "quail": ("textmachinelab/quail", None, ["train", "validation", "challenge"], quail),
+    "cifar100": (
+        "uoft-cs/cifar100",
+        None,
+        ["train", "test"],
+        lambda: images(["apple", "baby"], 32, "img", "fine_label", coarse_label=ClassLabel(names=["fruit", "people"])),
+    ),
+    "food101": ("ethz/food101", None, ["train", "validation"], lambda: images(["apple_pie", "waffles"])),
+    "flowers": ("nelorth/oxford-flowers", None, ["train", "test"], lambda: images(["1", "10", "2"])),
+    "eurosat": (
+        "timm/eurosat-rgb",
+        None,
+        ["train", "validation", "test"],
+        lambda: images(["Forest", "River"], 64, image_id=TEXT),
+    ),
+    "cars": ("tanganke/stanford_cars", None, ["train", "test"], lambda: images(["Audi S4", "BMW M3"])),
+    "sun397": ("tanganke/sun397", None, ["train", "test"], lambda: images(["abbey", "zoo"], 80)),
+    **{
+        name: ("nyu-mll/glue", name, splits, lambda labels=labels, texts=texts: glue(labels, *texts))
+        for name, splits, labels, texts in [
+            ("cola", ["train", "validation", "test"], ("unacceptable", "acceptable"), ("sentence",)),
+            ("sst2", ["train", "validation", "test"], ("negative", "positive"), ("sentence",)),
+            ("mrpc", ["train", "validation", "test"], ("not_equivalent", "equivalent"), ("sentence1", "sentence2")),
+            ("qqp", ["train", "validation", "test"], ("not_duplicate", "duplicate"), ("question1", "question2")),
+            (
+                "mnli",
+                ["train", "validation_matched", "validation_mismatched"],
+                ("entailment", "neutral", "contradiction"),
+                ("premise", "hypothesis"),
+            ),
+            ("qnli", ["train", "validation", "test"], ENTAILMENT, ("question", "sentence")),
+            ("rte", ["train", "validation", "test"], ENTAILMENT, ("sentence1", "sentence2")),
+        ]
+    },
+}
+
+
+def write_data(task: Path) -> None:
+    """A folder beside a task that is built like its data set on the Hub, under the same name."""
+    name, subset, splits, make = DATA[task.name]
+    features, rows = make()
+    repository = task / name
+    inner = subset or "data"
+    (repository / inner).mkdir(parents=True)
+    for split in splits:
+        file = repository / inner / f"{split}-00000-of-00001.parquet"
+        Dataset.from_list(rows, features=Features(features)).to_parquet(str(file))
+    paths = "".join(f"\n  - split: {split}\n    path: {inner}/{split}-*" for split in splits)
+    configuration = f"- config_name: {subset or 'default'}\n  data_files:{paths}\n"
+    (repository / "README.md").write_text(f"---\nconfigs:\n{configuration}---\n")
+
+
+def t5(folder: Path, **config: Any) -> Path:
+    """A T5 with a SentencePiece tokenizer."""
+    letters = "abcdefghijklmnopqrstuvwxyz_:.?-12"
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *((f"▁{word}", -3.0) for word in WORDS)]
+    tokenizer = T5Tokenizer(vocab=[*pieces, *((letter, -5.0) for letter in letters)], extra_ids=2, model_max_length=512)
+    tokenizer.save_pretrained(folder)
+    sizes = {"d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 1, "num_heads": 2}
+    torch.manual_seed(0)
+    special = {"vocab_size": len(tokenizer), "decoder_start_token_id": 0}
+    T5ForConditionalGeneration(T5Config(**sizes, **special, **config)).save_pretrained(folder)
+    return folder
+
+
+def vit(folder: Path) -> Path:
+    """A ViT for images of 224 × 224 in patches of 32 × 32, without a head."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+    ViTModel(ViTConfig(**sizes, image_size=224, patch_size=32)).save_pretrained(folder)
+    ViTImageProcessorPil(size={"height": 224, "width": 224}).save_pretrained(folder)
+    return folder
+
+
+BASES: dict[str, Callable[[Path], Path]] = {
+    "flan-t5": lambda folder: t5(folder, feed_forward_proj="gated-gelu", tie_word_embeddings=False),
+    "vit": vit,
+    "glue": t5,
+}
+FEW = {"EPOCHS": "3", "FEW_EPOCHS": "3", "SEEDS": "0 1"}
+RUNS: dict[str, dict[str, str]] = {
+    "flan-t5": {**FEW, "TARGETS": "quail", "SHOTS": "2"},
+    "vit": {**FEW, "TARGETS": "flowers", "SHOTS": "2"},
+    "glue": {**FEW, "TARGETS": "rte"},
+}
+METHODS = {
+    "flan-t5": ["(base)", "nearest", "merged", "scratch", "learned"],
+    "vit": ["(base)", "nearest", "merged", "head", "scratch", "uniform", "learned"],
+    "glue": ["(base)", "nearest", "merged", "scratch", "pi-tuning"],
+}
+
+
+@pytest.fixture
+def short() -> Iterator[Path]:
+    """A folder with a path that a socket takes."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+
+
+@pytest.mark.parametrize("recipe", BASES)
+def test_the_script_runs_to_its_table(recipe: str, tmp_path: Path, short: Path) -> None:
+    random.seed(0)
+    shutil.copytree(RECIPES, tmp_path / "recipes")
+    folder = tmp_path / "recipes" / recipe
+    tasks = sorted((folder / "tasks").iterdir())
+    for task in tasks:
+        write_data(task)
+    base = BASES[recipe](tmp_path / "base")
+    work = tmp_path / "work"
+    code, printed = run_script(folder / "run.sh", [str(work)], short, BASE=str(base), **RUNS[recipe])
+    assert code == 0, printed
+    target = RUNS[recipe]["TARGETS"]
+    assert {path.name for path in (work / "experts").iterdir()} == {task.name for task in tasks}
+    table = [[part.strip() for part in line.split("|")[1:-1]] for line in (work / "table.md").read_text().splitlines()]
+    assert table[0] == ["method", "shots", f"{target}, accuracy"]
+    assert [row[0] for row in table[2:]] == [*METHODS[recipe], "its own expert, on all its data"]
+    scores = {row["name"]: row for row in json.loads((work / target / "scores.json").read_text())["scores"]}
+    assert all(row["examples"] == ROWS for row in scores.values())
+    shots = RUNS[recipe].get("SHOTS", "all")
+    last = [100 * scores[f"{METHODS[recipe][-1]}-{shots}-{seed}"]["accuracy"] for seed in (0, 1)]
+    assert table[-2][1] == shots
+    assert table[-2][2].startswith(f"{sum(last) / 2:.1f} ± ")
+    assert (work / "table.md").read_text() in printed
+    made = [*(work / "experts").iterdir(), *(work / target).glob("*-[0-9]")]
+    assert len({open_expert(expert).sha256 for expert in made}) == len(made)
+
+
+def test_every_recipe_says_what_the_paper_reports_and_what_it_costs() -> None:
+    for recipe in BASES:
+        text = (RECIPES / recipe / "README.md").read_text()
+        for part in ("## What the paper reports", "## The same", "## Different", "## Cost (estimated)"):
+            assert part in text

@@ -1,0 +1,73 @@
+"""Run a shell script whose ``python -m pimerge`` is answered by the test's own process.
+
+Each start of Python would load PyTorch for seconds. The script gets, as ``PYTHON``, a program that hands its arguments
+and its folder over a socket, and prints and exits as it is told; whatever else it is asked to run, Python runs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from contextlib import chdir, redirect_stderr, redirect_stdout
+from io import StringIO
+from pathlib import Path
+from unittest.mock import patch
+
+from pimerge.cli.app import main
+
+CLIENT = """
+import json, os, socket, sys
+if sys.argv[1:3] != ["-m", "pimerge"]:
+    os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+server = socket.socket(socket.AF_UNIX)
+server.connect(os.path.join(os.path.dirname(__file__), "socket"))
+server.sendall(json.dumps([os.getcwd(), sys.argv[3:]]).encode())
+server.shutdown(socket.SHUT_WR)
+code, out, err = json.load(server.makefile())
+sys.stdout.write(out)
+sys.stderr.write(err)
+sys.exit(code)
+"""
+
+
+def run_script(script: Path, arguments: Sequence[str], folder: Path, **variables: str) -> tuple[int, str]:
+    """Run a script with these variables; its exit status and all that it printed.
+
+    Args:
+        folder: an empty one, for the socket and what is printed; its path has to be short.
+    """
+    (folder / "client.py").write_text(CLIENT)
+    python = folder / "python"
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" -S -E "{folder / "client.py"}" "$@"\n')
+    python.chmod(0o755)
+    environment = {**os.environ, "PYTHON": str(python), **variables}
+    with socket.socket(socket.AF_UNIX) as server, (folder / "printed").open("w+") as printed:
+        server.bind(str(folder / "socket"))
+        server.listen()
+        server.settimeout(0.05)
+        with subprocess.Popen(["bash", script, *arguments], env=environment, stdout=printed, stderr=printed) as process:
+            while process.poll() is None:
+                try:
+                    client, _ = server.accept()
+                except TimeoutError:
+                    continue
+                with client:
+                    client.sendall(json.dumps(answer(*json.load(client.makefile()))).encode())
+        printed.seek(0)
+        return process.returncode, printed.read()
+
+
+def answer(folder: str, arguments: list[str]) -> tuple[int, str, str]:
+    """What ``pimerge`` would do there: exit status, standard output, standard error."""
+    out, err = StringIO(), StringIO()
+    code: object = 0
+    with chdir(folder), redirect_stdout(out), redirect_stderr(err), patch.object(sys, "argv", ["pimerge", *arguments]):
+        try:
+            main()
+        except SystemExit as ended:
+            code = ended.code
+    return int(code or 0), out.getvalue(), err.getvalue()  # type: ignore[call-overload]
