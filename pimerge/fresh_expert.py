@@ -39,25 +39,25 @@ def fresh_expert(
     Raises:
         PimergeError: if the kind has no place in the base, or a size or modules mean nothing to it.
     """
-    from peft import get_peft_config, get_peft_model
+    from peft import PEFT_TYPE_TO_CONFIG_MAPPING, get_peft_model
 
     from pimerge import peft_methods  # noqa: F401  PEFT has to know every kind
 
     strategy = strategies.load("kinds", kind)
     if kind in PROMPTS and task.type.PEFT_TASK is None:
         raise PimergeError(f"a {kind} goes before a text, and {type(loaded.model).__name__} takes none", _OTHER_KIND)
+    config_class = PEFT_TYPE_TO_CONFIG_MAPPING[strategy.PEFT_TYPE]
     usual_places: Callable[[nn.Module], dict[str, Any]] = getattr(strategy, "usual_places", lambda model: {})
-    config = {
-        "peft_type": strategy.PEFT_TYPE,
+    fields = {
         "task_type": for_base(task.type.PEFT_TASK, loaded.config),
-        **({} if kind in PROMPTS else {"exclude_modules": inside(loaded.head)}),
+        **({"exclude_modules": inside(loaded.head)} if hasattr(config_class, "exclude_modules") else {}),
         **usual_places(loaded.model),
         **strategy.fresh_fields(size, modules),
     }
     with tempfile.TemporaryDirectory() as folder:
         try:
             with as_before(loaded.model):
-                get_peft_model(loaded.model, get_peft_config(config)).save_pretrained(
+                get_peft_model(loaded.model, config_class(**fields)).save_pretrained(
                     folder, save_embedding_layers=False
                 )
         except (ValueError, TypeError, AttributeError, KeyError, NotImplementedError) as error:
