@@ -144,14 +144,20 @@ class Task:
                     f"{self._where(role)} has no column '{column}' for the {use}",
                     nearest(column, rows.column_names),
                 )
-            elif use != "label" and (empty := rows.data.column(column).null_count):
-                problems.add(f"{self._where(role)} has {empty} rows without a {use}", "fill them or leave them out")
+            elif use != "label" and rows.data.column(column).null_count:
+                empty = [place for place, value in enumerate(rows.data.column(column).is_null().to_pylist()) if value]
+                problems.add(
+                    f"{self._where(role)} has {len(empty)} rows without a {use}: {_some(empty)} (from 0)",
+                    "fill them or leave them out",
+                )
         if len(rows) == 0:
             problems.add(f"{self._where(role)} is empty", _NOT_EMPTY)
+        classes = [0] * len(rows)
+        if self.labels and self.columns["label"] in rows.column_names:
+            with problems.collected():
+                classes = _class_indices(rows, self.columns["label"], self.labels, self._where(role))
         problems.raise_any(f"{self._where(role)} does not fit")
-        if not self.labels:
-            return rows, [0] * len(rows)
-        return rows, _class_indices(rows, self.columns["label"], self.labels, self._where(role))
+        return rows, classes
 
     def examples(
         self,
@@ -329,6 +335,15 @@ def _class_names(task: Task) -> list[str]:
     return list(names)
 
 
+def _some(places: Sequence[int], most: int = 5) -> str:
+    """The first of some places.
+
+    >>> _some(range(9))
+    '0, 1, 2, 3, 4 …'
+    """
+    return ", ".join(map(str, places[:most])) + (" …" if len(places) > most else "")
+
+
 def _class_indices(rows: Any, column: str, names: Sequence[str], where: str) -> list[int]:
     """Each row's class: by name where the data has names, else by number."""
     feature = rows.features[column]
@@ -338,17 +353,19 @@ def _class_indices(rows: Any, column: str, names: Sequence[str], where: str) -> 
     if set(own_names) & set(names):  # a ClassLabel whose numbers mean its own names, in its own order
         classes = {index: index_of.get(name) for index, name in enumerate(own_names)}
     classes.update(index_of.items())
-    unknown: dict[str, int] = {}
+    unknown: dict[str, list[int]] = {}
     indices = []
-    for value in rows[column]:
+    for place, value in enumerate(rows[column]):
         known = classes.get(value) if isinstance(value, Hashable) else None
         if known is None:
             shown = repr(own_names[value] if own_names and value is not None and value >= 0 else value)
-            unknown[shown] = unknown.get(shown, 0) + 1
+            unknown.setdefault(shown, []).append(place)
         else:
             indices.append(known)
     if unknown:
-        listed = ", ".join(f"{value} ({count} rows)" for value, count in list(unknown.items())[:5])
+        listed = ", ".join(
+            f"{value} ({len(places)} rows: {_some(places)}, from 0)" for value, places in list(unknown.items())[:5]
+        )
         raise PimergeError(
             f"{where} has unknown labels: {listed}",
             f"task.json knows {', '.join(names)} (or 0 to {len(names) - 1})",

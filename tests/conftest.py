@@ -90,6 +90,22 @@ def vit_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def clip_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A CLIP whose image encoder has two layers for 16 × 16 images."""
+    folder = tmp_path_factory.mktemp("bases") / "clip"
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    config = transformers.CLIPConfig(
+        text_config={**sizes, "vocab_size": 8, "max_position_embeddings": 8},
+        vision_config={**sizes, "image_size": 16, "patch_size": 8},
+        projection_dim=8,
+    )
+    transformers.CLIPModel(config).save_pretrained(folder)
+    ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(folder)
+    return folder
+
+
 def save_tokenizer(folder: Path) -> None:
     """A tokenizer of whole words, of which the tests know every one."""
     from tokenizers import Tokenizer
@@ -447,6 +463,7 @@ def model_for(base: Path, labels: int = 2) -> nn.Module:
         return transformers.AutoModelForImageTextToText.from_pretrained(base).eval()
     kind = {
         "vit": transformers.AutoModelForImageClassification,
+        "clip": transformers.AutoModelForImageClassification,
         "bert": transformers.AutoModelForSequenceClassification,
         "gpt2": transformers.AutoModelForSequenceClassification,
     }[base.name]
@@ -458,6 +475,7 @@ def model_for(base: Path, labels: int = 2) -> nn.Module:
 
 TARGETS = {
     "vit": ["q_proj", "v_proj"],
+    "clip": ["q_proj", "v_proj"],
     "bert": ["query", "value"],
     "gpt2": ["c_attn"],
     "t5": ["q", "v"],
@@ -469,7 +487,7 @@ TARGETS = {
     "llava": ["q_proj", "v_proj"],
     "idefics3": ["q_proj", "v_proj"],
 }
-HEADS = {"vit": ["classifier"], "bert": ["classifier"], "gpt2": ["score"]}
+HEADS = {"vit": ["classifier"], "clip": ["classifier"], "bert": ["classifier"], "gpt2": ["score"]}
 
 
 KINDS = ("ia3", "ln_tuning", "bitfit", "bottleneck", "prefix", "prompt")
@@ -477,12 +495,21 @@ KINDS = ("ia3", "ln_tuning", "bitfit", "bottleneck", "prefix", "prompt")
 RELATIVES = ("loha", "lokr", "vera", "randlora", "fourierft")
 """Those whose ΔW is computed."""
 PROMPTS = ("prefix", "prompt")
-NORMS = {"vit": ["layernorm_before", "layernorm_after"], "bert": ["LayerNorm"], "gpt2": ["ln_1", "ln_2"]}
-FEEDFORWARD = {"vit": ["fc2"], "bert": ["intermediate.dense"], "gpt2": ["mlp.c_proj"]}
+NORMS = {
+    "vit": ["layernorm_before", "layernorm_after"],
+    "clip": ["layer_norm1", "layer_norm2"],
+    "bert": ["LayerNorm"],
+    "gpt2": ["ln_1", "ln_2"],
+}
+FEEDFORWARD = {"vit": ["fc2"], "clip": ["fc2"], "bert": ["intermediate.dense"], "gpt2": ["mlp.c_proj"]}
+"""Of these bases; of others PEFT knows the places."""
 
 
 def peft_config(kind: str, base: str, **config: Any) -> PeftConfig:
     """PEFT's config of a small expert of a kind on one of the tests' bases."""
+    task = "SEQ_CLS"
+    if base in LANGUAGE_MODELS:
+        task = "SEQ_2_SEQ_LM" if base in ("t5", "bart") else "CAUSAL_LM"
     match kind:
         case "lora":
             return LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": TARGETS[base]} | config)
@@ -498,18 +525,20 @@ def peft_config(kind: str, base: str, **config: Any) -> PeftConfig:
             return RandLoraConfig(**fields | {"target_modules": TARGETS[base]} | config)
         case "fourierft":
             return FourierFTConfig(**{"n_frequency": 6, "target_modules": TARGETS[base]} | config)
+        case "ia3" if base in LANGUAGE_MODELS:
+            return IA3Config(**config)
         case "ia3":
             layers = [*TARGETS[base], *FEEDFORWARD[base]]
             return IA3Config(**{"target_modules": layers, "feedforward_modules": FEEDFORWARD[base]} | config)
         case "ln_tuning":
-            return LNTuningConfig(**{"target_modules": NORMS[base]} | config)
+            return LNTuningConfig(**{"target_modules": NORMS.get(base)} | config)
         case "bitfit":
             return BitFitConfig(**config)
         case "bottleneck":
             return BottleneckConfig(**{"bottleneck_dim": 3, "activation": "gelu", "scale": 0.5} | config)
         case "prefix":
-            return PrefixTuningConfig(**{"task_type": "SEQ_CLS", "num_virtual_tokens": 3} | config)
-    return PromptTuningConfig(**{"task_type": "SEQ_CLS", "num_virtual_tokens": 3} | config)
+            return PrefixTuningConfig(**{"task_type": task, "num_virtual_tokens": 3} | config)
+    return PromptTuningConfig(**{"task_type": task, "num_virtual_tokens": 3} | config)
 
 
 @pytest.fixture(scope="session")

@@ -217,8 +217,8 @@ def test_columns_may_have_other_names(tmp_path: Path) -> None:
 def test_every_unknown_label_is_counted(tmp_path: Path) -> None:
     task = open_task(make_task(tmp_path, text_rows(["cat", "wolf", "wolf", "emu", "dog"])))
     message = problem_of(lambda: task.rows("train"))
-    assert "'wolf' (2 rows)" in message
-    assert "'emu' (1 rows)" in message
+    assert "'wolf' (2 rows: 1, 2, from 0)" in message
+    assert "'emu' (1 rows: 3, from 0)" in message
     assert "dog, cat" in message
 
 
@@ -226,16 +226,23 @@ def test_every_unknown_label_is_counted(tmp_path: Path) -> None:
 def test_a_label_that_is_no_class_is_named(tmp_path: Path, label: Any) -> None:
     rows = [{"text": "a", "label": label}, {"text": "b", "label": label}]
     task = open_task(make_task(tmp_path, rows))
-    assert f"unknown labels: {label} (2 rows)" in problem_of(lambda: task.rows("train"))
+    assert f"unknown labels: {label} (2 rows: 0, 1, from 0)" in problem_of(lambda: task.rows("train"))
 
 
 @pytest.mark.parametrize("text", [None, 3.5])
 def test_a_row_without_a_text_is_named(tmp_path: Path, text: Any) -> None:
     task = open_task(make_task(tmp_path, [{"text": text, "label": 0}]))
     if text is None:
-        assert "1 rows without a text" in problem_of(lambda: task.rows("train"))
+        assert "1 rows without a text: 0 (from 0)" in problem_of(lambda: task.rows("train"))
     else:
         assert task.rows("train")[1] == [0]
+
+
+def test_texts_and_labels_that_are_wrong_are_told_at_once(tmp_path: Path) -> None:
+    rows = [{"text": "a", "label": 0}, *({"text": None, "label": 9} for _ in range(6))]
+    message = problem_of(lambda: open_task(make_task(tmp_path, rows)).rows("train"))
+    assert "6 rows without a text: 1, 2, 3, 4, 5 … (from 0)" in message
+    assert "unknown labels: 9 (6 rows: 1, 2, 3, 4, 5 …, from 0)" in message
 
 
 def test_an_empty_split_is_refused(tmp_path: Path) -> None:

@@ -247,6 +247,9 @@ def generate(model: Any, writing: Writing, indices: Sequence[int]) -> tuple[list
     By the model's own generation config, but never sampled.
     """
     batch = on_device(writing.prompts(indices), next(model.parameters()).device)
+    lengths = batch["attention_mask"].sum(1).tolist()
+    if writing.start is None and _puts_vectors_before(model) and len(set(lengths)) > 1:
+        return _generate_by_length(model, writing, indices, lengths)
     own = model.generation_config.eos_token_id
     ends = {*writing.ends, *(own if isinstance(own, list) else [] if own is None else [own])}
     start = {} if writing.start is None else {"decoder_start_token_id": writing.start}
@@ -268,6 +271,26 @@ def generate(model: Any, writing: Writing, indices: Sequence[int]) -> tuple[list
         end = next((place for place, token in enumerate(row) if token in ends), None)
         cut += end is None
         words.append(writing.decode(row[:end]).strip())
+    return words, cut
+
+
+def _puts_vectors_before(model: Any) -> bool:
+    """Whether PEFT puts a prompt before the text: left padding would lie between, and shift the text's positions."""
+    config = getattr(model, "active_peft_config", None)
+    return config is not None and config.peft_type == "PROMPT_TUNING"
+
+
+def _generate_by_length(
+    model: Any, writing: Writing, indices: Sequence[int], lengths: Sequence[int]
+) -> tuple[list[str], int]:
+    """As :func:`generate`, with prompts of one length at a time, so without padding."""
+    words, cut = [""] * len(indices), 0
+    for length in sorted(set(lengths)):
+        places = [place for place, own in enumerate(lengths) if own == length]
+        found, cut_here = generate(model, writing, [indices[place] for place in places])
+        cut += cut_here
+        for place, word in zip(places, found, strict=True):
+            words[place] = word
     return words, cut
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, T5Config
 
+from pimerge.errors import PimergeError
 from pimerge.task_file import TaskFile
 from pimerge.task_types import Examples, Rows
 from pimerge.task_types import text_classification as texts
@@ -40,6 +41,21 @@ def test_texts_longer_than_the_model_takes_are_cut_and_counted(bert_base: Path, 
     assert list(examples.lengths) == [min(words, 24), 2]  # the tokenizer's model_max_length is 24
     assert len(examples[0]["input_ids"]) == min(words, 24)
     assert examples.truncated == (words > 24)
+
+
+def test_texts_for_a_head_that_reads_their_end_have_one_each(bert_base: Path) -> None:
+    processor = texts.load_processor(str(bert_base), None)
+    config = T5Config(eos_token_id=processor.convert_tokens_to_ids("fast"))
+    rows = Rows({"text": ["a fast", "fast fast", "cat fast", "dog"]}, {"text": "text"}, [0] * 4, [0, 1, 5, 7], "test")
+    with pytest.raises(PimergeError) as caught:
+        texts.encode(rows, FILE, processor, config)
+    found = [problem.message for problem in caught.value.problems]
+    assert found == [
+        "row 1 (from 0) of test: 2 end tokens, the others have 1",
+        "row 7 (from 0) of test: 0 end tokens, the others have 1",
+    ]
+    with pytest.raises(PimergeError, match="puts no end token"):
+        texts.encode(rows, FILE, processor, T5Config(eos_token_id=99))
 
 
 def test_a_tokenizer_without_padding_pads_with_its_end(gpt2_base: Path, tmp_path: Path) -> None:
