@@ -8,12 +8,14 @@ A kind has
 
 The parts of ``lora`` are updates ΔW of the base's matrices (:class:`pimerge.kinds.lora.LoraModule`), which are
 combined whatever factors they are stored in; it and its relatives say so by ``HAS_UPDATE``. A relative's ΔW is computed
-from tensors of its own (:class:`pimerge.kinds._relatives.Relative`); it says by ``READS_BASE`` that its ``parse`` also
-takes ``layers``, what gives the shapes of the base's weights. Those of every other kind are :class:`pimerge.kinds._groups.Group`:
-tensors that are combined number by number, around the kind's neutral point where it has one. Every kind but ``lora`` has
-``INIT``, the slots that tell from which init an expert was trained, ``fresh_fields(size, modules)``, what PEFT's config
-says of a fresh one, and ``misfit(group, model, config)``, why a group
-has no place in a base.
+from tensors of its own (:class:`pimerge.kinds._relatives.Relative`); it says by ``READS_BASE`` that its ``parse`` takes
+``layers``, too: what gives the shapes of the base's weights. Those of every other kind are
+:class:`pimerge.kinds._groups.Group`: tensors that are combined number by number, around the kind's neutral point where
+it has one.
+
+Every kind but ``lora`` also has ``INIT``, the slots that tell from which init an expert was trained,
+``fresh_fields(size, modules)``, what PEFT's config says of a fresh one, and ``misfit(group, model, config)``, why a
+group has no place in a base.
 
 Files that begin with an underscore hold what several kinds share.
 """
