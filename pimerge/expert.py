@@ -250,6 +250,11 @@ def find_experts(pool: Path) -> list[Path]:
     if _looks_like_expert(pool):
         return [pool]
     found = sorted(child for child in pool.iterdir() if not child.name.startswith(".") and _looks_like_expert(child))
+    if not found and any(pool.glob("*.safetensors")):
+        raise PimergeError(
+            f"'{pool}' holds plain state dicts and no expert",
+            f"those need no store: pimerge rank --target {pool}/NAME.safetensors, pimerge merge FILE FILE",
+        )
     if not found:
         raise PimergeError(
             f"'{pool}' holds no expert",

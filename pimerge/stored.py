@@ -22,6 +22,7 @@ AT_ONCE = 8
 """Tensors or modules that are read of each member at a time: a file is opened seldom, and memory stays small."""
 
 Part = TypeVar("Part")
+Member = TypeVar("Member")
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Stored:
 
 
 def by_name(
-    members: Sequence[Stored], names: Sequence[str], read: Callable[[Stored, Sequence[str]], dict[str, Part]]
+    members: Sequence[Member], names: Sequence[str], read: Callable[[Member, Sequence[str]], dict[str, Part]]
 ) -> Iterator[tuple[str, dict[int, Part]]]:
     """For each name, member → what it has under that name; :data:`AT_ONCE` names are held at once.
 
@@ -74,7 +75,7 @@ def by_name(
 
 
 def rows_by_name(
-    members: Sequence[Stored], names: Sequence[str], read: Callable[[Stored, Sequence[str]], dict[str, NDArray[Any]]]
+    members: Sequence[Member], names: Sequence[str], read: Callable[[Member, Sequence[str]], dict[str, NDArray[Any]]]
 ) -> Iterator[tuple[str, NDArray[np.float64]]]:
     """For each name, (members × numbers) the tensors under it, each in a row; 0 for a member without it.
 

@@ -9,7 +9,7 @@ import typer
 
 from pimerge.cli import options
 from pimerge.cli.console import print_json, print_table
-from pimerge.cli.merge_request import Request, is_checkpoint
+from pimerge.cli.merge_request import Request, is_checkpoint, with_ranked_state_dicts
 
 METHODS = "merge_methods"
 
@@ -165,7 +165,8 @@ def merge(
         json=json,
         quiet=quiet,
     )
-    if experts and any(is_checkpoint(reference) for reference in experts):
+    request = with_ranked_state_dicts(request)
+    if request.experts and any(is_checkpoint(reference) for reference in request.experts):
         from pimerge.cli import merge_checkpoints
 
         merge_checkpoints.run(request)

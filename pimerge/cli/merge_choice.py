@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -140,7 +141,9 @@ def _from_options(request: Request) -> tuple[list[Expert], list[str], list[float
             references = [str(expert.path) for expert in experts]
             scores = [None, *(scores[i] for i in others)]
         if given is None and (request.method == "interpolated" or request.alpha is not None):
-            given = _shares(experts, own, scores, request.alpha, by_score=request.method == "interpolated")
+            sha256 = [expert.sha256 for expert in experts]
+            by_score = request.method == "interpolated"
+            given = shares(sha256, own.sha256 if own else None, scores, request.alpha, by_score=by_score)
     if given is not None and len(given) != len(experts):
         names = ", ".join(expert.name for expert in experts)
         raise PimergeError(
@@ -149,14 +152,22 @@ def _from_options(request: Request) -> tuple[list[Expert], list[str], list[float
     return experts, list(references), given, own
 
 
-def _shares(
-    experts: list[Expert], own: Expert | None, scores: list[float | None], alpha: float | None, *, by_score: bool
+def shares(
+    experts: Sequence[str], own: str | None, scores: Sequence[float | None], alpha: float | None, *, by_score: bool
 ) -> list[float] | None:
     """α for the target's expert, and (1 − α) for the others by the softmax of their scores or evenly.
 
     None where a score is missing.
+
+    Args:
+        experts: the SHA-256 of each.
+        own: that of the target's expert; None if it is not known.
+        alpha: None for 1/N.
+
+    >>> shares(["x", "a", "b"], "x", [None, 0.3, 0.3], 0.5, by_score=True)
+    [0.5, 0.25, 0.25]
     """
-    others = [i for i, expert in enumerate(experts) if own is None or expert.sha256 != own.sha256]
+    others = [i for i, sha256 in enumerate(experts) if sha256 != own]
     known = [score for i in others if (score := scores[i] if by_score else 0.0) is not None]
     if len(known) < len(others):
         return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -96,6 +96,43 @@ class Request:
                 if not any(fnmatchcase(name, glob) for name in names):
                     problems.add(f"{option} '{glob}' matches none of {len(names)} names", f"they are like '{names[0]}'")
         problems.raise_any("globs that match nothing")
+
+
+def with_ranked_state_dicts(request: Request) -> Request:
+    """The request with the files that a ranking of plain state dicts selected, if no others are given.
+
+    As of adapters, the target's own is among them for 'interpolated' and 'fisher', and its share in 'interpolated' is
+    1/(k+1), the others divide the rest by the softmax of their scores.
+
+    Raises:
+        PimergeError: if one of the files has changed.
+    """
+    if request.experts or request.coefficients is not None or not request.ranking.is_file():
+        return request
+    from pimerge.cli.merge_choice import shares
+    from pimerge.files import sha256_file
+    from pimerge.ranking import read_ranking
+
+    ranking = read_ranking(request.ranking)
+    chosen, target = ranking.chosen(), ranking.target
+    if not chosen or not all(candidate.path.endswith(".safetensors") for candidate in chosen):
+        return request
+    joined = getattr(request.open_method().file, "JOINS_TARGET", False)
+    members = [target, *chosen] if joined else chosen
+    problems = Problems()
+    for member in members:
+        path = request.ranking.parent / member.path
+        if not path.is_file() or sha256_file(path) != member.sha256:
+            state = "has changed" if path.is_file() else "is gone"
+            problems.add(f"'{path}' {state} since '{request.ranking}' was written", "run 'pimerge rank' again")
+    problems.raise_any("the state dicts of the ranking cannot be merged")
+    weights = request.weights
+    if weights is None and request.method == "interpolated" and not request.rules:
+        scores = [None, *(candidate.score for candidate in chosen)]
+        own = [member.sha256 for member in members]
+        weights = ",".join(map(repr, shares(own, target.sha256, scores, None, by_score=True) or []))
+    paths = [str(request.ranking.parent / member.path) for member in members]
+    return replace(request, experts=paths, weights=weights)
 
 
 def is_state_dict(reference: str) -> bool:

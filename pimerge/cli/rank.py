@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pimerge.cli import options
 from pimerge.cli.console import note, print_json, tracker
 from pimerge.errors import PimergeError
+
+if TYPE_CHECKING:
+    from pimerge.cli.rank_request import Request
+    from pimerge.ranking import Ranking
 
 AUTO = "auto"
 
@@ -54,15 +58,18 @@ def rank(
 
     Where the target's examples can be read, every expert is tried on them at four strengths; else the store alone
     decides. If no expert is expected to help, none is selected, and 'pimerge tune' trains a fresh one.
+
+    Plain state dicts, .safetensors files in one folder, need no store: pass the target's file. They are ranked by
+    'parameters'.
     """
-    from pimerge.cli.rank_lists import print_explanation, print_gains, print_measures, print_ranking
+    from pimerge.cli.rank_lists import print_explanation, print_gains, print_measures
 
     if measures:
         print_measures(json)
         return
     from pimerge.cli.rank_request import Request
+    from pimerge.cli.rank_state_dicts import ranked_state_dicts
     from pimerge.cli.rank_target import ranked
-    from pimerge.ranking import write_ranking
 
     request = Request(
         store, measure, _count(k), gate, shots, examples, seed, train_target, base, device, dtype, force, quiet
@@ -77,16 +84,29 @@ def rank(
             return
     if target is None:
         raise PimergeError("the target is not given", "pass --target NAME, an expert's folder or a task's folder")
+    states = ranked_state_dicts(target, request, output.resolve().parent)
+    if states is not None:
+        if explain is not None or calibrate:
+            raise PimergeError("--explain and --calibrate mean nothing to plain state dicts", "leave them out")
+        _write(states, output, request, force, json, "merge --method uniform")
+        return
     with ranked(target, request, output.resolve().parent, tracker(quiet)) as found:
         if explain is not None:
             print_explanation(found, explain, json)
             return
-    write_ranking(found.ranking, output, force)
+    _write(found.ranking, output, request, force, json, "tune --method learned")
+
+
+def _write(ranking: Ranking, output: Path, request: Request, force: bool, json: bool, after: str) -> None:
+    from pimerge.cli.rank_lists import print_ranking
+    from pimerge.ranking import write_ranking
+
+    write_ranking(ranking, output, force)
     if json:
-        print_json(found.ranking.model_dump())
+        print_json(ranking.model_dump())
         return
-    print_ranking(found.ranking, request.k, quiet)
-    note(f"→ {output}; next: pimerge tune --method learned", quiet)
+    print_ranking(ranking, request.k, request.quiet)
+    note(f"→ {output}; next: pimerge {after}", request.quiet)
 
 
 def _count(k: str) -> int | None:

@@ -1,4 +1,4 @@
-"""Cosine of the numbers in the factors A and B themselves, as they are stored.
+"""Cosine of the numbers themselves, as they are stored: of a LoRA the factors A and B.
 
 The cosine is taken over all modules together: the numbers of A, of B and of a bias of B form one long vector,
 and no scaling is applied. One (BR, R⁻¹A) of the same ΔW has other numbers, so it tells something only among
@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from pimerge.similarity import Similarity, from_vectors
 from pimerge.stored import Stored, rows_by_name
+from pimerge.tensorfile import TensorFile
 
 NEEDS = "experts"
 SAME_BASIS = True
@@ -19,7 +20,9 @@ GATE = -1.0  # without a mean to compare with it cannot tell that an expert does
 
 def similarity(members: Sequence[Stored], candidates: int, pool: Sequence[int], sampled: bool = False) -> Similarity:
     """The cosines of all numbers, in [−1, 1]; no mean is subtracted."""
-    parts = rows_by_name(
-        members[: candidates + 1], members[0].parameters, lambda member, keys: member.expert.file.arrays(keys)
-    )
-    return from_vectors(parts, candidates)
+    return of_files([member.expert.file for member in members[: candidates + 1]], members[0].parameters)
+
+
+def of_files(files: Sequence[TensorFile], keys: Sequence[str]) -> Similarity:
+    """The cosines of the numbers of the first file with those of each other, over some tensors."""
+    return from_vectors(rows_by_name(files, keys, TensorFile.arrays), len(files) - 1)
