@@ -34,7 +34,7 @@ from tests.conftest import WORDS, save_florence2
 from tests.examples.warm import run_script
 
 RECIPES = Path(__file__).parents[2] / "examples" / "recipes"
-ROWS = 12
+ROWS = 8
 TEXT, NUMBER = Value("string"), Value("int64")
 Rows = list[dict[str, Any]]
 
@@ -238,7 +238,7 @@ FEW = {"EPOCHS": "2", "FEW_EPOCHS": "3", "SEEDS": "0"}
 RUNS: dict[str, dict[str, str]] = {
     "flan-t5": {**FEW, "TARGETS": "quail", "SHOTS": "2", "SEEDS": "0 1"},
     "vit": {**FEW, "TARGETS": "flowers", "SHOTS": "2"},
-    "glue": {**FEW, "TARGETS": "rte"},
+    "glue": {**FEW, "TARGETS": "rte", "TASKS": "cola mnli rte"},
     "florence": {**FEW, "TARGETS": "refcocog"},
 }
 METRICS = {"florence": "box-accuracy"}
@@ -262,15 +262,15 @@ def test_the_script_runs_to_its_table(recipe: str, tmp_path: Path, short: Path) 
     random.seed(0)
     shutil.copytree(RECIPES, tmp_path / "recipes")
     folder = tmp_path / "recipes" / recipe
-    tasks = sorted((folder / "tasks").iterdir())
-    for task in tasks:
-        write_data(task)
+    tasks = {path.name for path in (folder / "tasks").iterdir()}
+    for name in tasks:
+        write_data(folder / "tasks" / name)
     base = BASES[recipe](tmp_path / "base")
     work = tmp_path / "work"
     code, printed = run_script(folder / "run.sh", [str(work)], short, BASE=str(base), **RUNS[recipe])
     assert code == 0, printed
     target = RUNS[recipe]["TARGETS"]
-    assert {path.name for path in (work / "experts").iterdir()} == {task.name for task in tasks}
+    assert {path.name for path in (work / "experts").iterdir()} == set(RUNS[recipe].get("TASKS", "").split() or tasks)
     table = [[part.strip() for part in line.split("|")[1:-1]] for line in (work / "table.md").read_text().splitlines()]
     assert table[0] == ["method", "shots", f"{target}, {METRICS.get(recipe, 'accuracy')}"]
     assert [row[0] for row in table[2:]] == [*METHODS[recipe], "its own expert, on all its data"]
@@ -309,6 +309,27 @@ def test_questions_show_their_options_in_an_order_that_does_not_tell(tmp_path: P
     options = [f"- {option}" for option in rows[5]["answers"]]
     assert examples.texts[5].prompt == "\n".join([rows[5]["question"], "OPTIONS:", *options, rows[5]["context"]])
     assert examples.texts[5].right == 5 % 4
+
+
+@pytest.mark.parametrize(
+    ("name", "prompt"),
+    [
+        ("cola", "cola sentence: {sentence}"),
+        ("sst2", "sst2 sentence: {sentence}"),
+        ("mrpc", "mrpc sentence1: {sentence1} sentence2: {sentence2}"),
+        ("qqp", "qqp question1: {question1} question2: {question2}"),
+        ("mnli", "mnli hypothesis: {hypothesis} premise: {premise}"),
+        ("qnli", "qnli question: {question} sentence: {sentence}"),
+        ("rte", "rte sentence1: {sentence1} sentence2: {sentence2}"),
+    ],
+)
+def test_t5_is_asked_as_it_was_pretrained_and_answers_by_the_names_of_the_data(
+    name: str, prompt: str, tmp_path: Path
+) -> None:
+    examples, _, rows = examples_of("glue", name, tmp_path)
+    classes = DATA[name][3]()[0]["label"].names
+    assert [text.prompt for text in examples.texts] == [prompt.format(**row) for row in rows]
+    assert [text.answers[text.right] for text in examples.texts] == [classes[row["label"]] for row in rows]
 
 
 def test_boxes_are_written_in_the_models_own_tokens_and_read_again(tmp_path: Path) -> None:
