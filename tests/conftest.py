@@ -244,9 +244,15 @@ def image_text_tokenizer(length: int, *, wraps: bool) -> PreTrainedTokenizerFast
     )
 
 
-def save_florence2(folder: Path) -> None:
-    """A Florence-2 for 16 × 16 images: a DaViT of two stages, of which the first has four windows, and a BART."""
-    tokenizer = image_text_tokenizer(48, wraps=True)
+def save_florence2(folder: Path, length: int = 48, places: int = 0) -> None:
+    """A Florence-2 for 16 × 16 images: a DaViT of two stages, of which the first has four windows, and a BART.
+
+    Args:
+        length: tokens that it takes.
+        places: how many tokens for places in an image it has.
+    """
+    tokenizer = image_text_tokenizer(length, wraps=True)
+    tokenizer.add_tokens([f"<loc_{place}>" for place in range(places)], special_tokens=True)
     special = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": END, "decoder_start_token_id": END}
     vision = {
         "depths": [1, 1],
@@ -265,7 +271,7 @@ def save_florence2(folder: Path) -> None:
     sides = {"layers": 1, "attention_heads": 2, "ffn_dim": 32}
     text = {f"{side}_{size}": value for side in ("encoder", "decoder") for size, value in sides.items()}
     text |= {"model_type": "bart", "vocab_size": len(tokenizer), "d_model": 16, "dropout": 0.0, **special}
-    text |= {"max_position_embeddings": 48, "forced_eos_token_id": END}
+    text |= {"max_position_embeddings": length, "forced_eos_token_id": END}
     image = tokenizer.convert_tokens_to_ids("<image>")
     torch.manual_seed(0)
     config = transformers.Florence2Config(vision_config=vision, text_config=text, image_token_id=image, **special)

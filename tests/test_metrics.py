@@ -31,6 +31,11 @@ CLASS_ANSWERS = Answers(CHOSEN, LABELS, 4)
 NAMES = sorted(strategies.summaries("metrics"))
 
 
+BOXES = [f"the cat<loc_{x}><loc_10><loc_{x + 40}><loc_50>" for x in (0, 10, 20, 30, 200)]
+BOX_ANSWERS = Answers([None] * 5, [0] * 5, 0, BOXES, [[BOXES[0]], [BOXES[0], BOXES[4]], *([[BOXES[0]]] * 3)])
+OWN_ANSWERS = {"box-accuracy": BOX_ANSWERS}
+
+
 def value_of(name: str, answers: Answers = TEXT_ANSWERS) -> float:
     return measure(name, answers).value
 
@@ -80,9 +85,19 @@ def test_cider_is_ten_for_the_references_themselves() -> None:
     assert value_of("cider", swapped) < 1
 
 
+def test_a_box_is_right_that_overlaps_by_more_than_half() -> None:
+    # shifted by 0, 10, 20 and 30 of 40: 1, 0.6, 1/3 and 1/7
+    assert value_of("box-accuracy", BOX_ANSWERS) == 2 / 5
+    turned = Answers([None] * 3, [0] * 3, 0, ["40 50 0 10", "no box", "1 2 3"], [["a 0 10 40 50"]] * 3)
+    assert value_of("box-accuracy", turned) == 1 / 3
+    with pytest.raises(PimergeError, match="the right answer 'b' holds no box"):
+        measure("box-accuracy", Answers([None], [0], 0, ["1 2 3 4"], [["b"]]))
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_the_interval_is_of_resampled_examples_and_seeded(name: str) -> None:
-    answers = CLASS_ANSWERS if strategies.load("metrics", name).NEEDS == "classes" else TEXT_ANSWERS
+    usual = CLASS_ANSWERS if strategies.load("metrics", name).NEEDS == "classes" else TEXT_ANSWERS
+    answers = OWN_ANSWERS.get(name, usual)
     found = measure(name, answers)
     assert found == measure(name, answers)
     assert found.low <= found.value <= found.high

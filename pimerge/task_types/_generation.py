@@ -372,6 +372,23 @@ def new_tokens(file: TaskFile, longest: int, answers: Sequence[list[list[int]]])
     return min(longest, needed if file.labels else max(needed, _USUAL_NEW_TOKENS))
 
 
+def decoding(tokenizer: Any, answers: Sequence[list[list[int]]]) -> Callable[[list[int]], str]:
+    """Tokens that were written → text without special tokens, unless answers have some that say something.
+
+    Such are Florence-2's places, ``<loc_12>``.
+    """
+    named = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+    control = {getattr(tokenizer, f"{name}_token_id", None) for name in named}
+    telling = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special} - control
+    told = not telling.isdisjoint(token for row in answers for answer in row for token in answer)
+
+    def decode(ids: list[int]) -> str:
+        kept = [token for token in ids if token not in control] if told else ids
+        return str(tokenizer.decode(kept, skip_special_tokens=not told))
+
+    return decode
+
+
 def end_token(processor: Any, config: Any) -> int:
     """The token that ends an answer.
 

@@ -1,6 +1,7 @@
 """Prompts and answers from Jinja2 templates over a row's columns, in a sandbox.
 
-A template sees every column by its name, and the row's class by its name as ``label``. What it prints must be there: a
+A template sees every column by its name (an image as its width and height), and the row's class by its name as
+``label``. What it prints must be there: a
 column that the data lacks and a value that is null are errors, and nothing in it is random.
 """
 
@@ -186,11 +187,9 @@ def fill_in(rows: Rows, file: TaskFile) -> list[Text]:
     require_columns(rows, used - own)
     names = file.labels or []
     words = [(file.verbalizer or {}).get(name, name).strip() for name in names]
-    columns = sorted(used - own)
-    table = rows.table.select_columns(columns) if columns else [{}] * len(rows.labels)
     problems = RowProblems(rows)
     found = []
-    for position, (row, label) in enumerate(zip(table, rows.labels, strict=True)):
+    for position, (row, label) in enumerate(zip(seen(rows, used - own), rows.labels, strict=True)):
         with problems.row(position):
             asked = _required("prompt", prompt.text(row))
             if answer is None:
@@ -235,6 +234,34 @@ def naming_row(rows: Rows, position: int) -> Iterator[None]:
     with problems.row(position):
         yield
     problems.raise_any()
+
+
+def seen(rows: Rows, columns: Iterable[str]) -> Iterator[Mapping[str, Any]]:
+    """The rows in order as templates see them: these columns, and of an image only its width and height.
+
+    Raises:
+        PimergeError: with the row that cannot be read.
+    """
+    names = sorted(set(columns))
+    done = 0
+    try:
+        for row in rows.table.select_columns(names) if names else [{}] * len(rows.labels):
+            yield _plain(row)
+            done += 1
+    except Exception as error:  # whatever a broken image does to the library that decodes it
+        with naming_row(rows, done):
+            raise PimergeError(f"it cannot be read: {error}", "mend the file or leave the row out") from error
+
+
+def _plain(value: Any) -> Any:
+    """A value without the methods of images, which could write files from inside the sandbox."""
+    if isinstance(value, Mapping):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    if hasattr(value, "width") and hasattr(value, "height"):
+        return {"width": value.width, "height": value.height}
+    return value
 
 
 class RowProblems(Problems):

@@ -129,10 +129,7 @@ def encode_prompts(
             # padded on the left, so that every answer follows its prompt
             return generation.collate([reads(index, asked[index], []) for index in indices], pad, "left")
 
-        def decode(ids: list[int]) -> str:
-            return str(tokenizer.decode(ids, skip_special_tokens=True))
-
-        writing = generation.Writing(to_continue, decode, None, (end,), pad, most)
+        writing = generation.Writing(to_continue, generation.decoding(tokenizer, answers), None, (end,), pad, most)
     return generation.examples_of(
         texts, tokens, answered, pad, truncated, writing, file.normalise == "tokens", prompts.alike
     )

@@ -12,7 +12,7 @@ from pimerge.errors import PimergeError, Problems
 from pimerge.metrics import check as check_metrics
 from pimerge.task_types import Examples, Rows, causal_lm, seq2seq
 from pimerge.task_types._generation import TRAINS_HEAD, draw, nll, read, score
-from pimerge.task_types._templates import RowProblems, Template, Text, require_columns
+from pimerge.task_types._templates import RowProblems, Template, Text, require_columns, seen
 from pimerge.task_types._tokenizer import load_processor
 
 if TYPE_CHECKING:
@@ -82,10 +82,11 @@ def _texts(rows: Rows, file: TaskFile) -> list[Text]:
     """
     template = Template("prompt", file.prompt or _PROMPT)
     listed = Template("choices", file.choices) if file.choices is not None else None
-    require_columns(rows, template.names - {_QUESTION} | (listed.names if listed else set()))
+    used = template.names - {_QUESTION} | (listed.names if listed else set())
+    require_columns(rows, used)
     problems = RowProblems(rows)
     found = []
-    for place, row in enumerate(rows.table):
+    for place, row in enumerate(seen(rows, used | set(rows.columns.values()))):
         with problems.row(place):
             prompt = template.text({**row, _QUESTION: row[rows.columns["question"]]})
             if not prompt.strip():

@@ -100,11 +100,8 @@ def encode_prompts(
         def to_answer(indices: Sequence[int]) -> Batch:
             return generation.collate([source(index) for index in indices], pad)
 
-        def decode(ids: list[int]) -> str:
-            return str(tokenizer.decode(ids, skip_special_tokens=True))
-
         most = generation.new_tokens(file, longest - 1, answers)
-        writing = generation.Writing(to_answer, decode, start, (end,), pad, most)
+        writing = generation.Writing(to_answer, generation.decoding(tokenizer, answers), start, (end,), pad, most)
     return generation.examples_of(
         texts, tokens, answered, pad, truncated, writing, file.normalise == "tokens", prompts.alike
     )

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
+import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -16,6 +18,7 @@ from datasets import ClassLabel, Dataset, Features, Image, Value
 from datasets import Sequence as Nested
 from PIL import Image as PILImage
 from transformers import (
+    AutoConfig,
     T5Config,
     T5ForConditionalGeneration,
     T5Tokenizer,
@@ -25,11 +28,13 @@ from transformers import (
 )
 
 from pimerge.expert import open_expert
-from tests.conftest import WORDS
+from pimerge.metrics.box_accuracy import box_of
+from pimerge.task import open_task
+from tests.conftest import WORDS, save_florence2
 from tests.examples.warm import run_script
 
 RECIPES = Path(__file__).parents[2] / "examples" / "recipes"
-ROWS = 12
+ROWS = 8
 TEXT, NUMBER = Value("string"), Value("int64")
 Rows = list[dict[str, Any]]
 
@@ -94,6 +99,35 @@ def images(classes: Sequence[str], size: int = 48, image: str = "image", label: 
     return features, rows
 
 
+def expressions() -> tuple[dict[str, Any], Rows]:
+    """What RefCOCO asks, with boxes as COCO has them: left, top, width, height in pixels."""
+    numbers = {"segmentation": Nested(Value("float32")), "bbox": Nested(Value("float32"))}
+    features = {"question_id": TEXT, "image": Image(), "question": TEXT, "answer": Nested(TEXT), **numbers}
+    rows = [
+        {
+            "question_id": str(index),
+            "image": PILImage.effect_noise((80, 40), 50).convert("RGB"),
+            "question": "Please carefully observe the area circled in the image.",
+            "answer": [words(2), words(3)],
+            "segmentation": [0.0] * 6,
+            "bbox": [8.0, 10.0, 72.0, 30.0] if index else [0.5, 1.25, 20.0, 3.0],
+            "iscrowd": 0,
+            "file_name": f"COCO_train2014_{index}_0.jpg",
+        }
+        for index in range(ROWS)
+    ]
+    return {**features, "iscrowd": Value("int8"), "file_name": TEXT}, rows
+
+
+def with_texts(*names: str) -> tuple[dict[str, Any], Rows]:
+    """Images, and texts about them."""
+    rows = [
+        {"image": PILImage.effect_noise((60, 40), 50).convert("RGB"), **{name: words(2) for name in names}}
+        for _ in range(ROWS)
+    ]
+    return {"image": Image(), **dict.fromkeys(names, TEXT)}, rows
+
+
 ENTAILMENT = ("entailment", "not_entailment")
 # id on the Hub, subset, splits, columns and rows
 DATA: dict[str, tuple[str, str | None, list[str], Callable[[], tuple[dict[str, Any], Rows]]]] = {
@@ -121,6 +155,15 @@ DATA: dict[str, tuple[str, str | None, list[str], Callable[[], tuple[dict[str, A
         lambda: images(["Forest", "River"], 64, image_id=TEXT),
     ),
     "cars": ("tanganke/stanford_cars", None, ["train", "test"], lambda: images(["Audi S4", "BMW M3"])),
+    "refcoco-plus": ("lmms-lab/RefCOCOplus", None, ["val", "testA", "testB"], expressions),
+    "refcocog": ("lmms-lab/RefCOCOg", None, ["val", "test"], expressions),
+    "vqa": ("merve/vqav2-small", None, ["validation"], lambda: with_texts("multiple_choice_answer", "question")),
+    "captions": (
+        "jxie/flickr8k",
+        None,
+        ["train", "validation", "test"],
+        lambda: with_texts(*(f"caption_{index}" for index in range(5))),
+    ),
     "sun397": ("tanganke/sun397", None, ["train", "test"], lambda: images(["abbey", "zoo"], 80)),
     **{
         name: ("nyu-mll/glue", name, splits, lambda labels=labels, texts=texts: glue(labels, *texts))
@@ -179,21 +222,31 @@ def vit(folder: Path) -> Path:
     return folder
 
 
+def florence(folder: Path) -> Path:
+    """A Florence-2 with the tokens for places that the real one has."""
+    save_florence2(folder, 128, 1000)
+    return folder
+
+
 BASES: dict[str, Callable[[Path], Path]] = {
     "flan-t5": lambda folder: t5(folder, feed_forward_proj="gated-gelu", tie_word_embeddings=False),
     "vit": vit,
     "glue": t5,
+    "florence": florence,
 }
-FEW = {"EPOCHS": "3", "FEW_EPOCHS": "3", "SEEDS": "0 1"}
+FEW = {"EPOCHS": "2", "FEW_EPOCHS": "3", "SEEDS": "0"}
 RUNS: dict[str, dict[str, str]] = {
-    "flan-t5": {**FEW, "TARGETS": "quail", "SHOTS": "2"},
+    "flan-t5": {**FEW, "TARGETS": "quail", "SHOTS": "2", "SEEDS": "0 1"},
     "vit": {**FEW, "TARGETS": "flowers", "SHOTS": "2"},
-    "glue": {**FEW, "TARGETS": "rte"},
+    "glue": {**FEW, "TARGETS": "rte", "TASKS": "cola mnli rte"},
+    "florence": {**FEW, "TARGETS": "refcocog"},
 }
+METRICS = {"florence": "box-accuracy"}
 METHODS = {
     "flan-t5": ["(base)", "nearest", "merged", "scratch", "learned"],
     "vit": ["(base)", "nearest", "merged", "head", "scratch", "uniform", "learned"],
     "glue": ["(base)", "nearest", "merged", "scratch", "pi-tuning"],
+    "florence": ["(base)", "nearest", "merged", "scratch", "pi-tuning"],
 }
 
 
@@ -209,27 +262,86 @@ def test_the_script_runs_to_its_table(recipe: str, tmp_path: Path, short: Path) 
     random.seed(0)
     shutil.copytree(RECIPES, tmp_path / "recipes")
     folder = tmp_path / "recipes" / recipe
-    tasks = sorted((folder / "tasks").iterdir())
-    for task in tasks:
-        write_data(task)
+    tasks = {path.name for path in (folder / "tasks").iterdir()}
+    for name in tasks:
+        write_data(folder / "tasks" / name)
     base = BASES[recipe](tmp_path / "base")
     work = tmp_path / "work"
     code, printed = run_script(folder / "run.sh", [str(work)], short, BASE=str(base), **RUNS[recipe])
     assert code == 0, printed
     target = RUNS[recipe]["TARGETS"]
-    assert {path.name for path in (work / "experts").iterdir()} == {task.name for task in tasks}
+    assert {path.name for path in (work / "experts").iterdir()} == set(RUNS[recipe].get("TASKS", "").split() or tasks)
     table = [[part.strip() for part in line.split("|")[1:-1]] for line in (work / "table.md").read_text().splitlines()]
-    assert table[0] == ["method", "shots", f"{target}, accuracy"]
+    assert table[0] == ["method", "shots", f"{target}, {METRICS.get(recipe, 'accuracy')}"]
     assert [row[0] for row in table[2:]] == [*METHODS[recipe], "its own expert, on all its data"]
     scores = {row["name"]: row for row in json.loads((work / target / "scores.json").read_text())["scores"]}
     assert all(row["examples"] == ROWS for row in scores.values())
     shots = RUNS[recipe].get("SHOTS", "all")
-    last = [100 * scores[f"{METHODS[recipe][-1]}-{shots}-{seed}"]["accuracy"] for seed in (0, 1)]
-    assert table[-2][1] == shots
-    assert table[-2][2].startswith(f"{sum(last) / 2:.1f} ± ")
+    metric = table[0][2].partition(", ")[2]
+    runs = [scores[f"{METHODS[recipe][-1]}-{shots}-{seed}"] for seed in RUNS[recipe]["SEEDS"].split()]
+    values = [100 * run["metrics"][metric]["value"] for run in runs]
+    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    assert table[-2][1:] == [shots, f"{statistics.mean(values):.1f}{spread}"]
     assert (work / "table.md").read_text() in printed
     made = [*(work / "experts").iterdir(), *(work / target).glob("*-[0-9]")]
     assert len({open_expert(expert).sha256 for expert in made}) == len(made)
+
+
+def examples_of(recipe: str, name: str, folder: Path) -> tuple[Any, Any, list[dict[str, Any]]]:
+    """A task of a recipe on its stand-in: the training examples, the processor, the rows."""
+    random.seed(0)
+    shutil.copytree(RECIPES / recipe / "tasks" / name, folder / name)
+    write_data(folder / name)
+    task, base = open_task(folder / name), BASES[recipe](folder / "base")
+    processor = task.type.load_processor(str(base), None)
+    examples, _ = task.examples("train", processor, AutoConfig.from_pretrained(base))
+    return examples, processor, list(task.rows("train")[0])
+
+
+def test_questions_show_their_options_in_an_order_that_does_not_tell(tmp_path: Path) -> None:
+    examples, _, rows = examples_of("flan-t5", "sciq", tmp_path)
+    for text, row in zip(examples.texts, rows, strict=True):
+        options = sorted([row["correct_answer"], *(row[f"distractor{place}"] for place in (1, 2, 3))])
+        assert text.prompt == "\n".join([row["question"], "OPTIONS:", *(f"- {option}" for option in options), ""])
+        assert list(text.answers) == options
+        assert options[text.right] == row["correct_answer"]
+    examples, _, rows = examples_of("flan-t5", "quail", tmp_path / "quail")
+    options = [f"- {option}" for option in rows[5]["answers"]]
+    assert examples.texts[5].prompt == "\n".join([rows[5]["question"], "OPTIONS:", *options, rows[5]["context"]])
+    assert examples.texts[5].right == 5 % 4
+
+
+@pytest.mark.parametrize(
+    ("name", "prompt"),
+    [
+        ("cola", "cola sentence: {sentence}"),
+        ("sst2", "sst2 sentence: {sentence}"),
+        ("mrpc", "mrpc sentence1: {sentence1} sentence2: {sentence2}"),
+        ("qqp", "qqp question1: {question1} question2: {question2}"),
+        ("mnli", "mnli hypothesis: {hypothesis} premise: {premise}"),
+        ("qnli", "qnli question: {question} sentence: {sentence}"),
+        ("rte", "rte sentence1: {sentence1} sentence2: {sentence2}"),
+    ],
+)
+def test_t5_is_asked_as_it_was_pretrained_and_answers_by_the_names_of_the_data(
+    name: str, prompt: str, tmp_path: Path
+) -> None:
+    examples, _, rows = examples_of("glue", name, tmp_path)
+    classes = DATA[name][3]()[0]["label"].names
+    assert [text.prompt for text in examples.texts] == [prompt.format(**row) for row in rows]
+    assert [text.answers[text.right] for text in examples.texts] == [classes[row["label"]] for row in rows]
+
+
+def test_boxes_are_written_in_the_models_own_tokens_and_read_again(tmp_path: Path) -> None:
+    examples, processor, rows = examples_of("florence", "refcocog", tmp_path)
+    # left, top, right and bottom in thousandths of 80 × 40 pixels, the last ones at the border
+    ends = ["<loc_6><loc_31><loc_256><loc_106>", *["<loc_100><loc_250><loc_999><loc_999>"] * (ROWS - 1)]
+    for index, (text, row, end) in enumerate(zip(examples.texts, rows, ends, strict=True)):
+        assert text.prompt == f"<CAPTION_TO_PHRASE_GROUNDING>{row['answer'][0]}"
+        assert text.answers == (row["answer"][0] + end,)
+        tokens = examples.tokens[index].answers[0]
+        assert set(processor.tokenizer.convert_tokens_to_ids(re.findall("<.*?>", end))) <= set(tokens)
+        assert box_of(examples.writing.decode(tokens)) == box_of(end)
 
 
 def test_every_recipe_says_what_the_paper_reports_and_what_it_costs() -> None:

@@ -43,6 +43,42 @@ def test_a_list_is_several_references_of_which_the_first_is_taught() -> None:
     assert fill_in(rows_of(ROWS), file_of(prompt="{{ q }}", answer="{{ answers[0] }}!"))[0].references == ("a!",)
 
 
+def with_images(*content: bytes) -> Rows:
+    """Rows with an image and a list of one."""
+    from datasets import Dataset, Features, Image, List
+
+    table = Dataset.from_dict(
+        {"scan": [{"bytes": item} for item in content], "scans": [[{"bytes": item}] for item in content]},
+        features=Features(scan=Image(), scans=List(Image())),
+    )
+    return Rows(table, {}, [0] * len(content), list(range(len(content))), "the train split")
+
+
+def png(width: int, height: int) -> bytes:
+    from io import BytesIO
+
+    from PIL import Image
+
+    content = BytesIO()
+    Image.new("L", (width, height)).save(content, "PNG")
+    return content.getvalue()
+
+
+def test_of_an_image_a_template_has_the_size_and_nothing_that_could_write_files(tmp_path: Path) -> None:
+    rows = with_images(png(6, 4), png(2, 9))
+    found = fill_in(rows, file_of(prompt="{{ scan.width }} × {{ scan.height }}", answer="{{ scans[0].width }}"))
+    assert [(text.prompt, text.answers) for text in found] == [("6 × 4", ("6",)), ("2 × 9", ("2",))]
+    for image in ("scan", "scans[0]"):
+        with pytest.raises(PimergeError, match="no attribute 'save'"):
+            fill_in(rows, file_of(prompt=f"{{{{ {image}.save('{tmp_path}/x.png') }}}}", answer="x"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_row_of_an_image_that_is_broken_is_told() -> None:
+    with pytest.raises(PimergeError, match=r"row 1 \(from 0\) of the train split: it cannot be read"):
+        fill_in(with_images(png(2, 2), b"no image"), file_of(prompt="{{ scan.width }}", answer="x"))
+
+
 def test_classes_answer_by_name_by_verbalizer_or_by_template() -> None:
     rows = rows_of(ROWS, [1, 0])
     named = fill_in(rows, file_of(prompt="{{ q }}", labels=["no", "yes"]))
