@@ -198,9 +198,11 @@ class Expert:
             PimergeError: saying why.
         """
         if self.unhandled:
+            kinds = strategies.summaries("kinds")
+            known = "download it first (hf download NAME), or pass --base with its folder"
             raise PimergeError(
                 f"'{self.name}' is of PEFT's kind {self.kind}, which is only looked at: {self.unhandled}",
-                f"pimerge combines the kinds: {', '.join(strategies.summaries('kinds'))}",
+                known if self.kind in kinds else f"pimerge combines the kinds: {', '.join(kinds)}",
             )
 
 
@@ -213,7 +215,8 @@ def open_expert(
         reference: a folder, or a Hub id (``org/name`` or ``org/name@revision``).
         base: a base model's folder or Hub id, in place of the one that the expert names.
         convert: accept what has to be converted with the base's weights (DoRA, PiSSA, OLoRA).
-        only_look: accept kinds of PEFT's that cannot be combined, too; they say why in ``unhandled``.
+        only_look: accept kinds of PEFT's that cannot be combined, and those that cannot without a base that is not
+            there, too; they say why in ``unhandled``.
 
     Raises:
         PimergeError: with every problem of its files: missing or truncated safetensors, a pickle, JSON that
@@ -231,7 +234,7 @@ def open_expert(
         file = _tensors(path)
     if not problems.found and file is not None:
         with problems.collected():
-            expert = _checked(path, config, file, base, convert)
+            expert = _checked(path, config, file, base, convert, only_look)
             if not only_look:
                 expert.require_handled()
             return expert
@@ -365,14 +368,23 @@ def _tensors(path: Path) -> TensorFile:
     raise PimergeError(f"'{file}' is not there", "save the adapter with PEFT: model.save_pretrained(FOLDER)")
 
 
-def _checked(path: Path, config: dict[str, Any], file: TensorFile, base: str | None, convert: bool) -> Expert:
+def _checked(
+    path: Path, config: dict[str, Any], file: TensorFile, base: str | None, convert: bool, only_look: bool
+) -> Expert:
     """The expert of a config and tensors that fit each other."""
     kind, unhandled = _kind(config)
     shapes = tuple((key, entry.shape) for key, entry in file.entries.items())
     strategy = None if unhandled else strategies.load("kinds", kind)
+    parts: Mapping[str, lora.LoraModule | Group] = {}
+    head: dict[str, str] = {}
     if getattr(strategy, "READS_BASE", False):
-        parts, head = _parsed_with_base(strategy, path, config, dict(shapes), base)
-    else:
+        try:
+            parts, head = _parsed_with_base(strategy, path, config, dict(shapes), base)
+        except PimergeError as error:
+            if not only_look or _base(path, config, base).folder is not None:
+                raise
+            unhandled = error.problems[0].message
+    if not parts:
         parts, head = _parsed("" if unhandled else kind, json.dumps(config), shapes, convert)
     modules = {name: part for name, part in parts.items() if isinstance(part, lora.LoraModule)}
     groups = {name: part for name, part in parts.items() if isinstance(part, Group)}

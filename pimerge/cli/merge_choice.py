@@ -55,7 +55,8 @@ def choose(request: Request) -> Chosen:
     weights = by_module(names, experts, references, start, rules)
     for row in sorted({tuple(row) for row in weights.values()}) if rules else ():
         method.weights(len(experts), list(row))
-    return Chosen(experts, weights, target)
+    alone = experts[0] if len(experts) == 1 else None  # a single one is its own target
+    return Chosen(experts, weights, target or alone)
 
 
 def starting_weights(method: Method, count: int, given: list[float] | None, has_rules: bool) -> list[float] | None:

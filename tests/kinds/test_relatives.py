@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pimerge.errors import PimergeError
-from pimerge.expert import open_expert
+from pimerge.expert import WEIGHTS, open_expert
 from pimerge.features import SCALES, at_strengths
 from pimerge.model import plugged_in, plugged_in_sum, set_head
 from pimerge.store import Store
@@ -359,6 +359,12 @@ def test_without_the_base_only_those_that_need_no_shapes_are_read(
     else:
         with pytest.raises(PimergeError, match=r"the base 'org/elsewhere' is not on this machine[\s\S]*--base"):
             open_expert(folder)
+        seen = open_expert(folder, only_look=True)
+        assert (seen.kind, seen.parameters) == (
+            kind,
+            sum(tensor.numel() for tensor in load_file(folder / WEIGHTS).values()),
+        )
+        assert "not on this machine" in seen.unhandled
         found = dense_deltas(open_expert(folder, str(bert_base)))
     assert all(torch.equal(found[name], delta) for name, delta in expected.items())
 
