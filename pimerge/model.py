@@ -416,8 +416,10 @@ def check_fits(expert: Expert, base_model: nn.Module, *, head: bool = True) -> N
             problems.add(reason, hint)
     own = base_model.state_dict()
     for name, key in expert.head.items() if head else ():
-        shape = tuple(expert.tensor(key).shape)
-        if name in own and tuple(own[name].shape) != shape:
+        shape = tuple(expert.file.entries[key].shape)
+        if name not in own:
+            problems.add(f"the base has no '{name}' for the head", hint)
+        elif tuple(own[name].shape) != shape:
             problems.add(
                 f"the head's '{name}' is {shape}, the task needs {tuple(own[name].shape)}",
                 "task.json's labels must be those that the expert was trained on",

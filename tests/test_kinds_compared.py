@@ -66,9 +66,10 @@ def test_a_task_alone_starts_as_the_kind_that_most_have(
     line = ("rank", "--target", str(text_task), "--measure", "fisher", "--shots", "4", "--no-gate")
     found = cli(*line, "--force")
     assert found.exit_code == 0, found.exception
-    assert "the kind ia3, which most experts of the pool have" in " ".join(found.stderr.split())
+    assert "the init of the pool's most frequent kind, ia3" in " ".join(found.stderr.split())
     document = json.loads((pool / "ranking.json").read_text())
     assert len(document["candidates"]) == 2 * len(ALL) + 1
+    assert any("at the pool's init of the kind ia3" in note for note in document["notes"])
     assert any("have no ΔW, so all were compared by their gradients alone" in note for note in document["notes"])
     trained = cli(*line, "--train-target", "--force")
     assert trained.exit_code == 0, trained.exception

@@ -38,7 +38,7 @@ def target_in_store(asked: Asked, store: Store, request: Request, track: Track) 
     start_from = _start(asked, store, request, track)
     with tempfile.TemporaryDirectory() as folder, initial_expert(**start_from) as start:
         note(
-            f"{asked.name} has no expert: its Fisher is taken at the pool's init{_of_kind(start_from['pool'], store)} "
+            f"{asked.name} has no expert: its Fisher is taken at {_init_of(start_from['pool'], store)} "
             "(--train-target trains one)",
             request.quiet,
         )
@@ -63,8 +63,8 @@ def trained(asked: Asked, store: Store, request: Request, track: Track) -> Asked
 
         require_absent(output, request.force)
         start = _start(asked, store, request, track)
-        whose = _of_kind(start["pool"], store)
-        note(f"{asked.name} has no expert: training one{whose} from the pool's init into '{output}'", request.quiet)
+        init = _init_of(start["pool"], store)
+        note(f"{asked.name} has no expert: training one from {init} into '{output}'", request.quiet)
         train_expert(**start, output=output, force=request.force)
     own = Asked(asked.name, open_expert(output, request.base), output, stored=True)
     _embed(own, store, request, track)
@@ -101,10 +101,10 @@ def _start(asked: Asked, store: Store, request: Request, track: Track) -> dict[s
     }
 
 
-def _of_kind(pool: Sequence[Expert], store: Store) -> str:
-    """Which kind of expert a target starts as, where the pool has several."""
-    kind, kinds = pool[0].kind, {entry.kind for entry in store.experts.values()}
-    return f" of the kind {kind}, which most experts of the pool have," if len(kinds) > 1 else ""
+def _init_of(pool: Sequence[Expert], store: Store) -> str:
+    """What a target starts from, in words: where the pool has several kinds of expert, which."""
+    several = len({entry.kind for entry in store.experts.values()}) > 1
+    return f"the init of the pool's most frequent kind, {pool[0].kind}" if several else "the pool's init"
 
 
 def _embed(asked: Asked, store: Store, request: Request, track: Track) -> None:

@@ -70,7 +70,8 @@ def ranked(target: str, request: Request, folder: Path, track: Track) -> Iterato
         notes = [f"{found}: ranked by '{measure}' from the store"] if found else []
         if asked.expert is None:
             head = ", with a head of its examples" if asked.task().type.TRAINS_HEAD else ""
-            notes.append(f"the target has no expert: its Fisher is that at the pool's init{head}")
+            kind = where.experts[asked.name].kind
+            notes.append(f"the target has no expert: its Fisher is that at the pool's init of the kind {kind}{head}")
         ranking = ranking.model_copy(update={"target": asked.named_from(folder)}).with_notes(*notes)
         yield Ranked(ranking, asked, store, where, request)
 

@@ -149,6 +149,14 @@ def test_modules_that_the_base_lacks_are_named(
         check_fits(expert, model_for(vit_base))
 
 
+def test_a_head_that_the_base_lacks_is_named(
+    make_expert: MakeExpert, bert_base: Path, gpt2_base: Path, tmp_path: Path
+) -> None:
+    expert = open_expert(make_expert(tmp_path / "x", bert_base, kind="prefix"))
+    with pytest.raises(PimergeError, match=r"has no 'classifier\.bias' for the head"):
+        check_fits(expert, model_for(gpt2_base))
+
+
 @pytest.mark.parametrize(("kind", "base"), CASES)
 def test_other_shapes_than_the_bases_are_refused(
     make_expert: MakeExpert, bases: dict[str, Path], kind: str, base: str, tmp_path: Path
