@@ -444,7 +444,7 @@ def model_for(base: Path, labels: int = 2) -> nn.Module:
         seq2seq = base.name in ("t5", "bart")
         kind = transformers.AutoModelForSeq2SeqLM if seq2seq else transformers.AutoModelForCausalLM
         return kind.from_pretrained(base).eval()
-    if base.name in IMAGE_TEXT_MODELS:
+    if base.name in (*IMAGE_TEXT_MODELS, "idefics3"):
         return transformers.AutoModelForImageTextToText.from_pretrained(base).eval()
     kind = {
         "vit": transformers.AutoModelForImageClassification,
@@ -468,6 +468,7 @@ TARGETS = {
     "qwen2-lm": ["q_proj", "v_proj"],
     "florence2": ["q_proj", "v_proj", "qkv"],
     "llava": ["q_proj", "v_proj"],
+    "idefics3": ["q_proj", "v_proj"],
 }
 HEADS = {"vit": ["classifier"], "bert": ["classifier"], "gpt2": ["score"]}
 

@@ -9,21 +9,26 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from peft import PeftModel
 from torch import Tensor, nn
 
 from pimerge.base import find_base
+from pimerge.embedding import embed
 from pimerge.expert import Expert, open_expert
 from pimerge.features import Draw, Viewer
 from pimerge.fisher import diagonal_fisher
 from pimerge.grams import input_grams, linear_layers
 from pimerge.marginals import Marginals
-from pimerge.model import load_base
+from pimerge.model import Bases, load_base
+from pimerge.store import Store
+from pimerge.store_document import Settings
 from pimerge.task import Task, open_task
 from tests.conftest import (
     IMAGE_TEXT_MODELS,
     MakeExpert,
     dense_deltas,
+    image_text_tokenizer,
     model_for,
     relative_difference,
     write_image_text_task,
@@ -148,3 +153,53 @@ def test_vectors_and_answers_are_those_of_transformers(case: Case) -> None:
             batch = viewer.examples.collate([viewer.examples.labelled(index, label)])
             with torch.no_grad():
                 assert float(sample.logits[index, label]) == pytest.approx(-float(plain_nll(dense, batch)), rel=1e-4)
+
+
+def save_idefics3(folder: Path) -> None:
+    """An Idefics3, as SmolVLM is one: an image becomes as many tiles as its size needs."""
+    tokenizer = image_text_tokenizer(200, wraps=False)
+    processor = transformers.Idefics3Processor(
+        image_processor=transformers.Idefics3ImageProcessorPil(
+            do_image_splitting=True, size={"longest_edge": 32}, max_image_size={"longest_edge": 16}
+        ),
+        tokenizer=tokenizer,
+        image_seq_len=4,
+    )
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    text = {"model_type": "llama", "vocab_size": len(processor.tokenizer), **sizes, "pad_token_id": 0}
+    torch.manual_seed(0)
+    config = transformers.Idefics3Config(
+        text_config=text,
+        vision_config={"image_size": 16, "patch_size": 4, **sizes},
+        scale_factor=2,
+        image_token_id=processor.image_token_id,
+    )
+    transformers.Idefics3ForConditionalGeneration(config).save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+def test_images_of_several_sizes_are_embedded_one_by_one(
+    tmp_path: Path, scans: tuple[list[Any], list[int]], make_expert: MakeExpert
+) -> None:
+    save_idefics3(tmp_path / "idefics3")
+    images = [image.resize((16, 16) if index % 3 else (40, 16)) for index, image in enumerate(scans[0])]
+    task = write_image_text_task(tmp_path / "task", (images, scans[1]), 6)
+    expert = make_expert(tmp_path / "x", tmp_path / "idefics3", task, target_modules=LINEAR)
+    case = Case(tmp_path / "idefics3", open_expert(expert), open_task(task))
+    model = case.model(torch.float32)
+    examples, nll = case.examples(model), case.task.type.nll
+    assert not examples.alike
+    together = nll(model, examples.batch(range(6)))
+    alone = [plain_nll(model, examples.batch([index])).item() for index in range(6)]
+    assert together.tolist() == pytest.approx(alone, rel=1e-4)
+    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    expected = 0.0
+    for index in range(6):
+        gradients = torch.autograd.grad(plain_nll(model, examples.batch([index])), list(parameters.values()))
+        expected += sum(float(gradient.square().sum()) for gradient in gradients) / 6
+    store = Store(tmp_path / "embeddings.json")
+    settings = Settings(labels="true", max_examples=6, shots=None, seed=0)
+    outcome = embed(case.expert, case.task, store, settings, Bases(CPU, torch.float32), batch_tokens=1000)
+    assert outcome.fisher is not None
+    found = sum(float(value.sum()) for value in outcome.fisher.diagonal.values())
+    assert found == pytest.approx(expected, rel=1e-3)

@@ -34,7 +34,10 @@ def decoder(rows: Rows, mode: str) -> Callable[[int], Any]:
             if hasattr(image, "convert"):
                 return image.convert(mode)
         except Exception as error:  # whatever a broken file makes the library for images do
-            raise PimergeError(f"the image cannot be decoded: {error}", "mend the file or leave the row out") from error
+            reason = str(error).partition(" <_io")[0]  # where Pillow's buffer lies tells nobody anything
+            raise PimergeError(
+                f"the image cannot be decoded: {reason}", "mend the file or leave the row out"
+            ) from error
         raise PimergeError(
             f"the column '{rows.columns['image']}' holds no image, but {image!r}",
             "take parquet with a column of images, or a folder of images with a metadata.jsonl",

@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset, Image
 from transformers import AutoConfig, AutoImageProcessor
 
+from pimerge.errors import PimergeError
 from pimerge.task_file import TaskFile
 from pimerge.task_types import Examples, Rows
 from pimerge.task_types import image_classification as images
@@ -43,3 +45,14 @@ def test_an_image_that_was_kept_is_the_same_the_second_time(vit_base: Path, scan
 
 def test_an_image_counts_its_patches_and_the_class_token(vit_base: Path, scans: tuple[list[Any], list[int]]) -> None:
     assert list(encode(vit_base, scans[0][:2], [0, 0]).lengths) == [2 * 2 + 1] * 2
+
+
+def test_an_image_that_cannot_be_decoded_is_an_error_with_its_row() -> None:
+    table = Dataset.from_dict({"image": [{"bytes": b"no image", "path": None}]}).cast_column("image", Image())
+    rows = Rows(table, {"image": "image", "label": "label"}, [0], [7], "the train split")
+    config = AutoConfig.for_model("vit")
+    file = TaskFile(type="image-classification", data="images", labels=["a", "b"])
+    with pytest.raises(
+        PimergeError, match=r"row 7 \(from 0\) of the train split: the image cannot be decoded: cannot "
+    ):
+        images.encode(rows, file, None, config)
