@@ -4,9 +4,10 @@
 
 A model is made from its config, filled with random numbers and saved into a temporary folder (14 GB for the 7B shape in
 bfloat16), so that it goes through everything that a downloaded one does. A task of so many prompts of ``--length``
-tokens, with answers of ``--answer``, is embedded for a LoRA expert, and tuned: a fresh LoRA (``scratch``), and the
-weights of three experts (``learned``). The rate is that between the first and the last report of progress: it counts
-neither loading nor warming up. Peak memory is the GPU's, or without one the most that the process ever held.
+tokens, with answers of ``--answer``, is tuned, a fresh LoRA (``scratch``) and the weights of three (``learned``),
+and embedded: by ``rules``, or by a ``loop`` over single examples, where the rules do not pass their check. The rate is
+that between the first and the last report of progress: it counts neither loading nor warming up. Peak memory is the
+GPU's, or without one the most that the process ever held.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from transformers import (
 from pimerge.base import find_base
 from pimerge.cli.console import print_table, quiet_libraries
 from pimerge.compatibility import check_expert
-from pimerge.embedding import embed
+from pimerge.embedding import Outcome, embed
 from pimerge.expert import open_expert
 from pimerge.model import Bases, resolve_device, resolve_dtype
 from pimerge.progress import Advance
@@ -115,11 +116,13 @@ def measure(shape: str, folder: Path, arguments: argparse.Namespace) -> list[lis
     base = find_base(str(folder / "base"), None, folder)
     rows = []
 
-    def stage(name: str, examples: int, run: Callable[[Stopwatch], object]) -> None:
+    def stage(name: str, examples: int, run: Callable[[Stopwatch], Any]) -> None:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         watch = Stopwatch(device)
-        run(watch)
+        done = run(watch)
+        if isinstance(done, Outcome) and done.fisher:
+            name = f"{name}, {done.fisher.route}"
         rate = watch.rate() * examples
         peak = (
             torch.cuda.max_memory_allocated(device)
@@ -127,7 +130,7 @@ def measure(shape: str, folder: Path, arguments: argparse.Namespace) -> list[lis
             else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         )
         tokens = rate * (arguments.length + arguments.answer)
-        rows.append([shape, f"{parameters / 1e6:.0f} M", name, f"{rate:.1f}", f"{tokens:.0f}", f"{peak / 1e9:.2f} GB"])
+        rows.append([shape, f"{parameters / 1e6:.0f} M", name, f"{rate:.3g}", f"{tokens:.3g}", f"{peak / 1e9:.2f} GB"])
 
     options = Options(
         epochs=1, batch_size=arguments.batch_size, holdout=0, lr=1e-4, fresh_rank=RANK, fresh_modules=modules

@@ -30,6 +30,7 @@ def test_it_runs_to_its_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     runpy.run_path(str(SCRIPT), run_name="__main__")
     rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
     assert [row[0] for row in rows] == ["tiny"] * 3 + ["tiny-causal"] * 3
+    assert [" ".join(row[3:-4]) for row in rows[:3]] == ["tune scratch", "tune learned, 3 experts", "embed, rules"]
     for row in rows:
         rate, tokens, memory = float(row[-4]), float(row[-3]), float(row[-2])
         assert rate > 0
