@@ -206,7 +206,7 @@ def _batch_maker(
         return make_plain
     generator = torch.Generator().manual_seed(settings.seed)
     uniform = torch.rand(len(examples), generator=generator, dtype=torch.float64)
-    drawn: dict[int, int] = {}
+    drawn: dict[int, Any] = {}
     for indices in batches:
         drawn |= zip(indices, task.type.draw(model, examples, indices, uniform[list(indices)]), strict=True)
 

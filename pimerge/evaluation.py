@@ -43,7 +43,7 @@ class Score:
     Attributes:
         name: the expert's, or ``(base)``.
         accuracy, accuracy_low, accuracy_high: share of right answers and its 95 % interval (Wilson); without classes an
-            answer is right that is one of the references.
+            answer is right that is one of the references; of words, with the interval of a bootstrap over sentences.
         loss, loss_low, loss_high: mean of −log p(y|x) in nats and its 95 % interval (normal).
         examples: of the test split.
         note: whose head answers, where it is not the expert's own.
@@ -109,7 +109,7 @@ def evaluate(
             found = _answers(model, examples, batches, task, advance)
             if found.cut:
                 note(f"{name}: {found.cut} answers were cut at max_new_tokens")
-            scores.append(_score(name, found, labels, examples.references, task, whose))
+            scores.append(_score(name, found, examples.classes or labels, examples.references, task, whose))
 
         if whose is not None:
             set_head(loaded.model, head)
@@ -184,18 +184,24 @@ def _ordered(values: Sequence[Value], places: Sequence[int]) -> list[Value]:
 
 
 def _score(
-    name: str, found: Scored, labels: Sequence[int], references: Sequence[Sequence[str]], task: Task, note: str
+    name: str,
+    found: Scored,
+    labels: Sequence[int | Sequence[int]],
+    references: Sequence[Sequence[str]],
+    task: Task,
+    note: str,
 ) -> Score:
     total = len(found.losses)
     right = sum(found.right)
-    low, high = wilson_interval(right, total)
     mean = float(found.losses.mean())
     half = Z95 * float(found.losses.std()) / math.sqrt(total) if total > 1 else math.inf
     if not math.isfinite(mean):
         raise PimergeError(f"the loss of '{name}' is not finite", "its weights diverged: tune it with a lower --lr")
     answers = Answers(found.chosen, labels, len(task.labels), found.texts, references)
-    metrics = {metric: measure(metric, answers) for metric in task.metrics if metric != "accuracy"}
-    if "accuracy" in task.metrics:
-        metrics["accuracy"] = Interval(right / total, low, high)
-    metrics = {metric: metrics[metric] for metric in task.metrics}
-    return Score(name, right / total, low, high, mean, mean - half, mean + half, total, note, metrics)
+    # the words of a sentence go wrong together, so that no share of them has Wilson's interval
+    accuracy = (
+        measure("accuracy", answers) if task.of_words else Interval(right / total, *wilson_interval(right, total))
+    )
+    metrics = {metric: accuracy if metric == "accuracy" else measure(metric, answers) for metric in task.metrics}
+    share, low, high = accuracy.value, accuracy.low, accuracy.high
+    return Score(name, share, low, high, mean, mean - half, mean + half, total, note, metrics)

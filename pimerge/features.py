@@ -45,7 +45,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SCALES = (0.25, 0.5, 0.75, 1.0)
-NO_CLASSES = "the task has no classes, which a ranking by examples needs"
+
+
+def why_not(task: Task) -> str:
+    """Why experts cannot be ranked by the examples of a task; empty if they can."""
+    if task.of_words:
+        return "the task's classes are those of words, and a ranking by examples needs one of each example"
+    return "" if task.labels else "the task has no classes, which a ranking by examples needs"
 
 
 @dataclass(frozen=True)
@@ -97,8 +103,8 @@ class Viewer:
         self.examples, labels = task.examples(
             draw.role, loaded.processor, loaded.config, shots=draw.shots, seed=draw.seed, limit=draw.limit
         )
-        if not task.labels:
-            raise PimergeError(NO_CLASSES, "take a measure of the store, such as --measure fisher")
+        if reason := why_not(task):
+            raise PimergeError(reason, "take a measure of the store, such as --measure fisher")
         if len(set(labels)) < 2:
             raise PimergeError(
                 f"all {len(labels)} examples of '{task.path}' are of the class '{task.labels[labels[0]]}'",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -76,6 +77,11 @@ class Task:
         return self.file.metrics or ["accuracy" if chosen else "exact-match"]
 
     @property
+    def of_words(self) -> bool:
+        """Whether the classes are those of words, not of examples."""
+        return "labels" in self.type.COLUMNS
+
+    @property
     def type(self) -> ModuleType:
         """The strategy for this type of task."""
         return strategies.load("task_types", self.file.type)
@@ -85,7 +91,7 @@ class Task:
         """Role → column: as the file says, else the column has the role's name."""
         required: Mapping[str, bool] = self.type.COLUMNS
         labelled = {"label"} if self.labels else set()
-        given = {role for role in required if getattr(self.file, role, None) is not None}  # by a template of that name
+        given = {"choices"} if self.file.choices is not None else set()  # by a template
         needed = {role: role for role in required if (required[role] or role in labelled) and role not in given}
         return needed | self.file.columns
 
@@ -153,7 +159,7 @@ class Task:
         if len(rows) == 0:
             problems.add(f"{self._where(role)} is empty", _NOT_EMPTY)
         classes = [0] * len(rows)
-        if self.labels and self.columns["label"] in rows.column_names:
+        if self.labels and not self.of_words and self.columns["label"] in rows.column_names:
             with problems.collected():
                 classes = _class_indices(rows, self.columns["label"], self.labels, self._where(role))
         problems.raise_any(f"{self._where(role)} does not fit")
@@ -172,7 +178,8 @@ class Task:
         """Encode one split for a model.
 
         Args:
-            shots: draw so many examples of each class, or in all where there are no classes; None for all.
+            shots: draw so many examples of each class, or in all where there are no classes; None for all. Where words
+                have classes, so many sentences at least that hold each class that there is.
             limit: draw at most so many examples in all.
             seed: of both draws.
 
@@ -183,14 +190,18 @@ class Task:
             PimergeError: as :meth:`rows`, if a class has fewer examples than ``shots``, or a row cannot be encoded.
         """
         rows, labels = self.rows(role)
+        words = _word_classes(rows, self.columns["labels"], self.labels, self._where(role)) if self.of_words else []
         chosen = list(range(len(rows)))
-        if shots is not None:
+        if shots is not None and self.of_words:
+            chosen = draw_holding([set(classes) for classes in words], shots, seed, self.labels)
+        elif shots is not None:
             chosen = draw_shots(labels, shots, seed, self.labels)
         if limit is not None and limit < len(chosen):
             chosen = sorted(chosen[i] for i in _permutation(len(chosen), seed)[:limit])
         labels = [labels[index] for index in chosen]
         rows = rows if len(chosen) == len(rows) else rows.select(chosen)
-        chosen_rows = Rows(rows, self.columns, labels, chosen, self._where(role))
+        words = [words[index] for index in chosen] if self.of_words else []
+        chosen_rows = Rows(rows, self.columns, labels, chosen, self._where(role), words)
         return self.type.encode(chosen_rows, self.file, processor, config), labels
 
     def _where(self, role: str) -> str:
@@ -265,6 +276,37 @@ def draw_shots(labels: Sequence[int], shots: int, seed: int, names: Sequence[str
     return sorted(chosen)
 
 
+def draw_holding(held: Sequence[set[int]], shots: int, seed: int, names: Sequence[str]) -> list[int]:
+    """Draw sentences by a seed until ``shots`` of them hold each class that some sentence holds.
+
+    One after the other, each sentence is taken that holds a class of which there are not enough yet.
+
+    Args:
+        held: the classes that each sentence holds.
+        names: of the classes.
+
+    Raises:
+        PimergeError: naming each class that fewer sentences hold.
+
+    >>> draw_holding([{0}, {0, 1}, {0}, {1}], 1, seed=0, names=["O", "NAME"])
+    [0, 1]
+    """
+    if shots < 1:
+        raise PimergeError(f"--shots is {shots}, expected at least 1")
+    problems = Problems()
+    for index, name in enumerate(names):
+        if 0 < (there := sum(index in classes for classes in held)) < shots:
+            problems.add(f"{there} sentences hold the class '{name}', {shots} were asked for", "ask for fewer --shots")
+    problems.raise_any(f"{shots} sentences cannot be drawn of each class")
+    counts: Counter[int] = Counter()
+    chosen = []
+    for index in _permutation(len(held), seed):
+        if any(counts[label] < shots for label in held[index]):
+            chosen.append(index)
+            counts.update(held[index])
+    return sorted(chosen)
+
+
 def _permutation(length: int, seed: int) -> list[int]:
     import torch
 
@@ -322,11 +364,12 @@ def _class_names(task: Task) -> list[str]:
     Raises:
         PimergeError: if the data cannot be read or has no names.
     """
-    column, where = task.columns["label"], task._where("train")
+    column, where = task.columns["labels" if task.of_words else "label"], task._where("train")
     features = _load_split(task, task.file.splits.get("train", "train")).features
     if column not in features:
         raise PimergeError(f"{where} has no column '{column}' for the label", nearest(column, list(features)))
-    names = getattr(features[column], "names", None) or []
+    feature = features[column]
+    names = getattr(getattr(feature, "feature", feature), "names", None) or []  # a word's, of a list of labels
     if len(names) < 2:
         raise PimergeError(
             f"'{task.path}' has no labels, and the column '{column}' of its train split names no classes",
@@ -346,7 +389,23 @@ def _some(places: Sequence[int], most: int = 5) -> str:
 
 def _class_indices(rows: Any, column: str, names: Sequence[str], where: str) -> list[int]:
     """Each row's class: by name where the data has names, else by number."""
+    return [
+        index for [index] in _lookup([[value] for value in rows[column]], rows.features[column], names, where, "rows")
+    ]
+
+
+def _word_classes(rows: Any, column: str, names: Sequence[str], where: str) -> list[list[int]]:
+    """The classes of each row's words."""
     feature = rows.features[column]
+    if not hasattr(feature, "feature"):
+        raise PimergeError(f"the column '{column}' of {where} holds no lists", "give each row a list of labels")
+    return _lookup(rows[column], feature.feature, names, where, "words in rows")
+
+
+def _lookup(
+    values: Sequence[Sequence[Any]], feature: Any, names: Sequence[str], where: str, unit: str
+) -> list[list[int]]:
+    """The class of each value of each row."""
     index_of = {name: index for index, name in enumerate(names)}
     classes: dict[Hashable, int | None] = {index: index for index in range(len(names))}
     own_names: list[str] = getattr(feature, "names", None) or []
@@ -354,17 +413,20 @@ def _class_indices(rows: Any, column: str, names: Sequence[str], where: str) -> 
         classes = {index: index_of.get(name) for index, name in enumerate(own_names)}
     classes.update(index_of.items())
     unknown: dict[str, list[int]] = {}
-    indices = []
-    for place, value in enumerate(rows[column]):
-        known = classes.get(value) if isinstance(value, Hashable) else None
-        if known is None:
-            shown = repr(own_names[value] if own_names and value is not None and value >= 0 else value)
-            unknown.setdefault(shown, []).append(place)
-        else:
-            indices.append(known)
+    indices: list[list[int]] = []
+    for place, row in enumerate(values):
+        indices.append([])
+        for value in row:
+            known = classes.get(value) if isinstance(value, Hashable) else None
+            if known is None:
+                shown = repr(own_names[value] if own_names and value is not None and value >= 0 else value)
+                unknown.setdefault(shown, []).append(place)
+            else:
+                indices[-1].append(known)
     if unknown:
         listed = ", ".join(
-            f"{value} ({len(places)} rows: {_some(places)}, from 0)" for value, places in list(unknown.items())[:5]
+            f"{value} ({len(places)} {unit}: {_some(list(dict.fromkeys(places)))}, from 0)"
+            for value, places in list(unknown.items())[:5]
         )
         raise PimergeError(
             f"{where} has unknown labels: {listed}",

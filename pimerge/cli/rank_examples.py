@@ -13,7 +13,7 @@ from pimerge.cli.rank_own_expert import target_in_store
 from pimerge.cli.rank_request import Asked, Request, names_on, open_all, pool_base, pool_of
 from pimerge.comparison import SHORTLIST, by_sketch, compare
 from pimerge.errors import PimergeError, Problems
-from pimerge.features import NO_CLASSES, SCALES, Draw, Viewer
+from pimerge.features import SCALES, Draw, Viewer, why_not
 from pimerge.few_shot import gains_by_part
 from pimerge.measures.combined import store_weight
 from pimerge.model import load_base, resolve_device, resolve_dtype
@@ -37,8 +37,8 @@ def by_default(asked: Asked, store: Store, request: Request, folder: Path, track
         PimergeError: if the examples cannot be used, and the target has no expert or they were asked for by --shots.
     """
     try:
-        if not asked.task().labels:
-            return NO_CLASSES
+        if reason := why_not(asked.task()):
+            return reason
         viewer = _viewer(asked, store, request)
         if asked.expert is not None and not viewer.holds_out:
             return "one example of a class is too few to judge by"

@@ -37,16 +37,25 @@ class Answers:
     """What a model answered to n examples, and what was right.
 
     Attributes:
-        chosen: the class of each answer, None for none of them; ``labels`` the right one.
+        chosen: the class of each answer, None for none of them, or the classes of its words; ``labels`` the right ones.
         classes: how many the task has; 0 where answers are free.
         texts: each answer in words; ``references`` every right one.
     """
 
-    chosen: Sequence[int | None]
-    labels: Sequence[int]
+    chosen: Sequence[int | Sequence[int] | None]
+    labels: Sequence[int | Sequence[int]]
     classes: int
     texts: Sequence[str] = ()
     references: Sequence[Sequence[str]] = ()
+
+
+def by_word(values: Sequence[Any]) -> list[list[Any]]:
+    """The classes of each example's words; an example that has one class is like one word.
+
+    >>> by_word([1, None]), by_word([[0, 1]])
+    ([[1], [None]], [[0, 1]])
+    """
+    return [list(value) if isinstance(value, Sequence) else [value] for value in values]
 
 
 @dataclass(frozen=True)

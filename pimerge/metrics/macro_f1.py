@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
-from pimerge.metrics import require
+from pimerge.metrics import by_word, require
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -15,19 +16,21 @@ if TYPE_CHECKING:
 
 NEEDS = "classes"
 FORMAT = ".1%"
+_NOTHING = -1
 
 
 def statistics(answers: Answers) -> Tensor:
     """True positives, and all that are answered or right, of each class: (n × 2·classes)."""
     counts = require("torchmetrics.functional.classification").multiclass_stat_scores
     none = answers.classes  # an answer that is no class is wrong for its own, and speaks for no other
-    chosen = torch.tensor([none if choice is None else choice for choice in answers.chosen])
+    chosen = [torch.tensor([none if one is None else one for one in row]) for row in by_word(answers.chosen)]
     found = counts(
-        chosen[:, None],
-        torch.tensor(answers.labels)[:, None],
+        pad_sequence(chosen, True, none),
+        pad_sequence([torch.tensor(row) for row in by_word(answers.labels)], True, _NOTHING),
         num_classes=answers.classes + 1,
         average="none",
         multidim_average="samplewise",
+        ignore_index=_NOTHING,
     ).reshape(len(chosen), -1, 5)[:, : answers.classes]
     right, wrong, _, missed, _ = found.double().unbind(-1)
     return torch.cat([right, 2 * right + wrong + missed], 1)

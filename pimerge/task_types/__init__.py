@@ -5,13 +5,15 @@ A type has
 - ``AUTO_MODEL``: the transformers class that loads a base for it, and ``PEFT_TASK``: PEFT's name for it; or two of
   each, the second for a base with an encoder and a decoder (:func:`for_base`);
 - ``TRAINS_HEAD``: whether the task has a head of its own, beside the expert; else the base's own answers;
-- ``COLUMNS``: role → whether ``task.json``'s data must have it; ``label`` is needed where there are labels;
+- ``COLUMNS``: role → whether ``task.json``'s data must have it; ``label``, the class of a row, is needed where there
+  are labels; ``labels`` are the classes of its words;
 - ``FIELDS``: what ``task.json`` may say besides the fields of every type, and ``check(file)``, which raises a
   PimergeError with all that does not fit each other there;
 - ``load_processor(source, revision)``: tokenizer or image processor of the base;
 - ``encode(rows, file, processor, config)`` → :class:`Examples`;
 - ``nll(model, batch)``: −log p(y|x) of each example, summed over its target tokens, shape (batch);
-- ``draw(model, examples, indices, uniform)``: the examples' classes, drawn from the model's own distribution;
+- ``draw(model, examples, indices, uniform)``: the examples' classes, or those of their words, drawn from the model's
+  own distribution;
 - ``score(model, examples, indices)`` → :class:`Scored`;
 - ``read(model, reading, examples, indices, answers)``: the vectors that the head reads (n × d) and, if ``answers``, the
   logits of the classes (n × classes); ``reading`` are the modules of which the first to run takes the vectors in.
@@ -46,6 +48,7 @@ class Rows:
         labels: the class index of each row.
         numbers: the place of each row in its split, for messages.
         where: the split, in words.
+        words: the class indices of each row's words, where words have classes.
     """
 
     table: Any
@@ -53,6 +56,7 @@ class Rows:
     labels: Sequence[int]
     numbers: Sequence[int]
     where: str
+    words: Sequence[Sequence[int]] = ()
 
 
 @dataclass(frozen=True)
@@ -62,14 +66,14 @@ class Scored:
     Attributes:
         losses: −log p(y|x) of each, (n).
         right: whether its answer is right, of each.
-        chosen: the class that it answers, of each; None where it is none of them.
+        chosen: the class that it answers, of each, or the classes of its words; None where it is none of them.
         texts: what it answers in words, of each; empty for a type that answers in classes only.
         cut: how many answers were generated up to the most tokens, without an end.
     """
 
     losses: Tensor
     right: Sequence[bool]
-    chosen: Sequence[int | None]
+    chosen: Sequence[int | Sequence[int] | None]
     texts: Sequence[str] = ()
     cut: int = 0
 
@@ -86,6 +90,7 @@ class Examples:
         references: the texts that are right for each; none for a type that answers in classes only.
         alike: whether a batch has as much of every example, but for padded tokens; not so of images of several sizes
             where a model takes them as they are.
+        classes: of the words of each, where words have classes; without those that were cut.
     """
 
     lengths: Sequence[int]
@@ -94,6 +99,7 @@ class Examples:
     truncated: int = 0
     references: Sequence[Sequence[str]] = ()
     alike: bool = True
+    classes: Sequence[Sequence[int]] = ()
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -105,8 +111,8 @@ class Examples:
         """The padded batch of these examples."""
         return self.collate([self.get(index) for index in indices])
 
-    def labelled(self, index: int, label: int) -> Batch:
-        """Example i as :attr:`get` has it, but of another class."""
+    def labelled(self, index: int, label: Any) -> Batch:
+        """Example i as :attr:`get` has it, but of another class, or of other classes of its words."""
         example = self.get(index)
         return {**example, "labels": example["labels"].new_tensor(label)}
 
