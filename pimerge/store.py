@@ -55,6 +55,12 @@ class Store:
         """Name → entry, in alphabetical order."""
         return self.document.experts
 
+    @property
+    def sidecars(self) -> Path:
+        """The folder of the sidecars: ``embeddings``, for ``embeddings.json``; of each other store one of its own."""
+        stem = self.path.stem
+        return self.path.with_name(SIDECARS if stem == SIDECARS else f"{stem}-{SIDECARS}")
+
     def folder_of(self, name: str) -> Path:
         """The folder of an expert in the store."""
         return self.path.parent / self.document.experts[name].path
@@ -188,7 +194,7 @@ class Store:
         metadata = {DIAGONAL: {TRACES: json.dumps(dict(sorted(traces.items())))}}
         contents = {part: _safetensors(values, metadata.get(part)) for part, values in tensors.items()}
         sidecars = {
-            part: Sidecar(file=_sidecar_of(name, part), sha256=sha256_bytes(content))
+            part: Sidecar(file=f"{self.sidecars.name}/{_file_of(name, part)}", sha256=sha256_bytes(content))
             for part, content in contents.items()
         }
         squares = sum(float(value.double().square().sum()) for value in diagonal.values())
@@ -278,10 +284,9 @@ class Store:
         """
         from filelock import FileLock
 
-        folder = self.path.parent / SIDECARS
-        with disk_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(folder / ".lock")
+        with disk_errors(self.sidecars):
+            self.sidecars.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self.sidecars / ".lock")
             lock.acquire()
         try:
             document = read_document(self.path)
@@ -297,8 +302,8 @@ class Store:
             lock.release()
 
 
-def _sidecar_of(name: str, part: str) -> str:
-    return f"{SIDECARS}/{name}{'' if part == DIAGONAL else '.' + part}.safetensors"
+def _file_of(name: str, part: str) -> str:
+    return f"{name}{'' if part == DIAGONAL else '.' + part}.safetensors"
 
 
 def _sidecars(entries: Iterable[Embedding]) -> set[str]:

@@ -281,8 +281,8 @@ def mean_loss(output: Any, labels: Tensor, num_items_in_batch: Any = None, *, la
     0.6931
     """
     kept = labels != IGNORED
-    # but for those of vectors put before a text
-    logits = (output.logits[:, -labels.shape[1] :] if labels.dim() > 1 else output.logits)[kept]
+    logits = output.logits[:, -labels.shape[1] :] if labels.dim() > 1 else output.logits  # behind a prompt's vectors
+    logits = logits[kept]
     return cross_entropy(
         logits.to(torch.promote_types(logits.dtype, torch.float32)), labels[kept], label_smoothing=label_smoothing
     )

@@ -288,6 +288,17 @@ def test_grams_and_diagonals_are_read_one_tensor_at_a_time(with_grams: Store) ->
     assert with_grams.grams_size("n1") == 0
 
 
+def test_two_stores_in_one_folder_keep_apart(with_grams: Store) -> None:
+    other = Store(with_grams.path.with_name("sampled.json"))
+    other.add("n0", fields_of("n0"), tensors_of(2))
+    assert torch.equal(other.diagonal_file("n0").read(KEY.format("q")), diagonal_of(2)[KEY.format("q")])
+    assert torch.equal(
+        Store(with_grams.path).diagonal_file("n0").read(KEY.format("q")), diagonal_of(0)[KEY.format("q")]
+    )
+    other.drop("n0")
+    assert "n0.safetensors" in sidecars(with_grams)
+
+
 def test_missing_grams_say_what_to_run(with_grams: Store) -> None:
     with pytest.raises(PimergeError, match=r"has no Gram matrices of 'n1'\n.*run 'pimerge embed --grams .*n1'"):
         with_grams.grams("n1")

@@ -62,3 +62,10 @@ def test_training_and_held_out_loss_are_that_of_the_composed_model(
         batch = examples.batch(indices)
         expected.append(by_hand(logits_of(model, batch), batch["labels"], smoothing))
     assert (result.outcome.train_loss, result.outcome.held_out_loss) == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_loss_leaves_out_what_a_prompt_puts_before_a_text() -> None:
+    logits = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([[0, -100, 2], [1, 1, -100]])
+    found = mean_loss(SimpleNamespace(logits=logits), labels)
+    torch.testing.assert_close(found, mean_loss(SimpleNamespace(logits=logits[:, 2:]), labels))

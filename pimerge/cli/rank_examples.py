@@ -21,7 +21,7 @@ from pimerge.progress import Track
 from pimerge.ranking import Ranking
 from pimerge.ranking_by_examples import rank_by_examples
 from pimerge.selecting import BY_EXAMPLES, BY_STORE
-from pimerge.store import SIDECARS, Store, open_store
+from pimerge.store import Store, open_store
 
 LEAST_WEIGHT = 0.01
 """Of the store's part in an expected gain: below that it is not worth the look."""
@@ -108,7 +108,7 @@ def _viewer(asked: Asked, store: Store, request: Request) -> Viewer:
     device = resolve_device(request.device)
     loaded = load_base(base, task, device, resolve_dtype(request.dtype, device))
     draw = Draw("train", request.shots, request.examples, request.seed)
-    return Viewer(loaded, base, task, draw, store.path.parent / SIDECARS / "features")
+    return Viewer(loaded, base, task, draw, store.sidecars / "features")
 
 
 def calibrate_store(request: Request, track: Track) -> dict[str, dict[str, dict[float, float]]]:
