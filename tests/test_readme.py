@@ -20,12 +20,14 @@ from tests.conftest import model_for
 ROOT = Path(__file__).parent.parent
 DIGITS = ROOT / "examples" / "digits"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+REFERENCE = [(ROOT / "pimerge" / part / "README.md").read_text(encoding="utf-8") for part in ("task_types", "measures")]
+DOCUMENTS = "\n".join([README, *REFERENCE])
 SETUP = "python3 -m venv"
 
 
 def blocks(language: str) -> list[str]:
     """The fenced blocks of a language."""
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+    return re.findall(rf"```{language}\n(.*?)```", DOCUMENTS, re.DOTALL)
 
 
 def commands() -> list[str]:
@@ -76,10 +78,16 @@ def test_the_tasks_that_it_shows_are_some(tmp_path: Path) -> None:
     for shown in blocks("json"):
         path.write_text(shown)
         found.append(open_task(path).labels)
-    assert found == [["sport", "science", "politics"], ["negative", "positive"]]
+    topics = ["sport", "science", "politics"]
+    assert found == [topics, topics, ["negative", "positive"]]
 
 
 def test_it_lists_every_strategy() -> None:
     for package in ("measures", "merge_methods", "tune_methods", "task_types", "metrics"):
         for file in (ROOT / "pimerge" / package).glob("[!_]*.py"):
-            assert f"`{file.stem.replace('_', '-')}`" in README
+            assert f"`{file.stem.replace('_', '-')}`" in DOCUMENTS
+
+
+def test_it_links_to_what_is_there() -> None:
+    for place in re.findall(r"\]\((?!http)([^)]+)\)", README):
+        assert (ROOT / place).exists(), place
