@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from threading import Lock
 
 from pimerge.base import Base
 from pimerge.checkpoint import open_checkpoint
 from pimerge.errors import PimergeError, Problems
 from pimerge.matching import Names, is_fan_in_first, match_modules, names_of
+
+
+_ONE_AT_A_TIME = Lock()  # transformers looks up its renamings when they are first asked for, and not safely
 
 
 def layer_shapes(base: Base, modules: Sequence[str], *, fan_in_fan_out: bool = False) -> dict[str, tuple[int, ...]]:
@@ -30,7 +34,8 @@ def layer_shapes(base: Base, modules: Sequence[str], *, fan_in_fan_out: bool = F
     keys = {name: f"{name}.weight" for name in modules}
     names = Names({})
     if fan_in_fan_out or not checkpoint.home.keys() >= set(keys.values()):  # else there is no need to ask the model
-        names = _names(base.folder)
+        with _ONE_AT_A_TIME:  # experts are opened in several threads
+            names = _names(base.folder)
         keys = match_modules(names, modules)
     problems = Problems()
     found = {}

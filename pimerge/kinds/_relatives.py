@@ -228,6 +228,13 @@ def fresh_fields(size: int | None, modules: Sequence[str] | None, name: str = "r
     return {"init_weights": True, **sizes, **({"target_modules": list(modules)} if modules else {})}
 
 
+def usual_places(model: nn.Module) -> dict[str, Any]:
+    """What PEFT's config says of a fresh expert that is told no modules: those of a LoRA."""
+    from pimerge.backbone import lora_targets  # imports torch, which reading a file needs not
+
+    return {"target_modules": lora_targets(model)}
+
+
 def key_of_parameter(name: str) -> str:
     """The adapter file's key for the name of a parameter of PEFT's model with adapter ``default``.
 

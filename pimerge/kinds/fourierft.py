@@ -24,13 +24,24 @@ from pimerge.kinds._relatives import (
     keys_by_module,
     misfit,
     relative,
+    usual_places,
 )
 from pimerge.kinds._relatives import fresh_fields as fresh
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["HAS_UPDATE", "INIT", "PEFT_TYPE", "READS_BASE", "fresh_fields", "key_of_parameter", "misfit", "parse"]
+__all__ = [
+    "HAS_UPDATE",
+    "INIT",
+    "PEFT_TYPE",
+    "READS_BASE",
+    "fresh_fields",
+    "key_of_parameter",
+    "misfit",
+    "parse",
+    "usual_places",
+]
 
 PEFT_TYPE = "FOURIERFT"
 HAS_UPDATE = READS_BASE = True

@@ -31,13 +31,24 @@ from pimerge.kinds._relatives import (
     relative,
     require_shapes,
     require_slots,
+    usual_places,
 )
 from pimerge.kinds.lora import pattern_value
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["HAS_UPDATE", "INIT", "PEFT_TYPE", "READS_BASE", "fresh_fields", "key_of_parameter", "misfit", "parse"]
+__all__ = [
+    "HAS_UPDATE",
+    "INIT",
+    "PEFT_TYPE",
+    "READS_BASE",
+    "fresh_fields",
+    "key_of_parameter",
+    "misfit",
+    "parse",
+    "usual_places",
+]
 
 PEFT_TYPE = "LOHA"
 HAS_UPDATE = READS_BASE = True

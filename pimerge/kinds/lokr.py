@@ -30,13 +30,24 @@ from pimerge.kinds._relatives import (
     misfit,
     relative,
     require_slots,
+    usual_places,
 )
 from pimerge.kinds.lora import pattern_value
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["HAS_UPDATE", "INIT", "PEFT_TYPE", "READS_BASE", "fresh_fields", "key_of_parameter", "misfit", "parse"]
+__all__ = [
+    "HAS_UPDATE",
+    "INIT",
+    "PEFT_TYPE",
+    "READS_BASE",
+    "fresh_fields",
+    "key_of_parameter",
+    "misfit",
+    "parse",
+    "usual_places",
+]
 
 PEFT_TYPE = "LOKR"
 HAS_UPDATE = READS_BASE = True
