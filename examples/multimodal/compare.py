@@ -32,7 +32,7 @@ from pimerge.training import Options
 from pimerge.tuning import tune
 
 EPOCHS = 30
-LR = 5e-3  # make.py's
+LR = 1e-2  # make.py's
 FORM: dict[str, Any] = {"fresh_rank": 4, "fresh_alpha": 8.0, "fresh_modules": ("q_proj", "v_proj", "qkv")}
 COMPANIONS = 2
 METHODS = [
@@ -104,6 +104,7 @@ def accuracies(epochs: int, path: Path, seed: int) -> list[float]:
         epochs=epochs,
         lr=LR,
         holdout=0.0,
+        label_smoothing=0.0,
         shots=ranking.seen.shots if ranking.seen else None,
         seed=seed,
         init_seed=seed,

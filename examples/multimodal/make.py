@@ -126,8 +126,8 @@ POOL: dict[str, Spec] = {
     "v-inverted": Spec(INVERTED, OCR, "digit", DIGITS[:7], "inverted"),
     "v-three-or-eight": Spec(PAIR, OCR, "digit", ["three", "eight"], epochs=30),
     "l-sum": Spec(SUM, "What is {{ first }} plus {{ second }}?", "sum", image=None, epochs=30),
-    "l-parity": Spec(PARITY, "Is {{ number }} even?", "even", YES_NO, None, epochs=30),
-    "l-more": Spec(MORE, "Is {{ first }} more than {{ second }}?", "more", YES_NO, None),
+    "l-parity": Spec(PARITY, "Is {{ number }} even?", "even", YES_NO, None, epochs=50),
+    "l-more": Spec(MORE, "Is {{ first }} more than {{ second }}?", "more", YES_NO, None, epochs=20),
     "vl-even": Spec(SCANS, EVEN, "even", YES_NO),
     "vl-caption": Spec(SCANS, CAPTION, "caption"),
     "vl-fits": Spec(SCANS, "Does the caption fit? {{ claim }}", "fits", YES_NO),
@@ -417,7 +417,7 @@ def answers_of(tokenizer: PreTrainedTokenizerFast, sentences: Sequence[str]) -> 
 def train_expert(folder: Path, task: str, name: str, form: Mapping[str, Any]) -> None:
     """``pimerge tune --method scratch`` on one task; all experts of a kind start from one init."""
     base, opened = find_base("base", None, folder), open_task(folder / "tasks" / task)
-    options = Options(epochs=POOL[task].epochs, lr=5e-3, batch_size=32, **form)
+    options = Options(epochs=POOL[task].epochs, lr=1e-2, batch_size=32, label_smoothing=0.0, **form)
     outcome = tune("scratch", opened, base, [], None, folder / "experts" / name, options, device="cpu").outcome
     print(f"{name}: held-out loss {outcome.held_out_loss:.3f} after {outcome.epochs:.0f} epochs", flush=True)
 
