@@ -12,7 +12,6 @@ from pimerge.checkpoint import open_checkpoint
 from pimerge.errors import PimergeError, Problems
 from pimerge.matching import Names, is_fan_in_first, match_modules, names_of
 
-
 _ONE_AT_A_TIME = Lock()  # transformers looks up its renamings when they are first asked for, and not safely
 
 
