@@ -26,6 +26,7 @@ class Named:
     name: str
     scale: float = 1.0
     kind: str = "lora"
+    modules: tuple[str, ...] = ("q",)
 
     @property
     def path(self) -> Path:
