@@ -71,6 +71,11 @@ MakeExpert = Callable[..., Path]
 PeftCase = Callable[..., tuple[PeftModel, Examples, list[Batch]]]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The scripts first: they take minutes, and no worker shall be left alone with one at the end."""
+    items.sort(key=lambda item: item.path.name not in ("test_readme.py", "test_digits.py"))
+
+
 @pytest.fixture(scope="session")
 def vit_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A ViT of two layers for 16 × 16 images, without a head."""
