@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -169,6 +170,51 @@ def keys_by_module(
 
     keys, head = sort_keys(config, shapes, slot_of, what, problems)
     return {name: dict(sorted(keys[name].items())) for name in sorted(keys)}, head
+
+
+class PatternFields(CommonFields):
+    """What LoHa and LoKr read of a config."""
+
+    r: int = 8
+    alpha: float = 8
+    rank_pattern: dict[str, int] | None = None
+    alpha_pattern: dict[str, float] | None = None
+
+
+def parse_modules(
+    config: Mapping[str, Any],
+    shapes: Mapping[str, tuple[int, ...]],
+    layers: Layers,
+    slots: Collection[str],
+    known: Collection[str],
+    what: str,
+    module: Callable[..., Relative],
+) -> tuple[dict[str, Relative], dict[str, str]]:
+    """The modules of a kind whose tensors tell the shape of a layer, but for a convolution's, and the head.
+
+    A base that is not on this machine is needed for convolutions alone: without it a layer counts as Linear.
+
+    Args:
+        slots: all that a module can have.
+        known: fields of the config that do not change what the tensors mean.
+        what: the kind's name.
+        module: name, slot → key, shapes, config and the base's shape, or None → the module.
+
+    Raises:
+        PimergeError: with all that it cannot handle.
+    """
+    problems = Problems()
+    config = checked_config(PatternFields, config, problems, known)
+    keys, head = keys_by_module(config, shapes, slots, f"{what} factors", problems)
+    weights: Mapping[str, tuple[int, ...]] = {}
+    with suppress(PimergeError):
+        weights = layers(list(keys))
+    found = {}
+    for name, own in keys.items():
+        with problems.collected(f"module '{name}': "):
+            found[name] = module(name, own, shapes, config, weights.get(name))
+    problems.raise_any(f"this {what} cannot be used")
+    return found, head
 
 
 def require_slots(slots: Collection[str], wanted: Collection[str]) -> None:

@@ -11,23 +11,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from pimerge.errors import PimergeError, Problems
-from pimerge.kinds._keys import CommonFields
+from pimerge.errors import PimergeError
 from pimerge.kinds._relatives import (
     BASE_HINT,
     CONVOLUTION,
     Layers,
     Read,
     Relative,
-    checked_config,
     fresh_fields,
     key_of_parameter,
-    keys_by_module,
     misfit,
+    parse_modules,
     relative,
     require_shapes,
     require_slots,
@@ -58,19 +55,10 @@ _CORES = frozenset({"hada_t1", "hada_t2"})
 _HARMLESS = ("rank_dropout", "module_dropout", "use_effective_conv2d")
 
 
-class _Fields(CommonFields):
-    r: int = 8
-    alpha: float = 8
-    rank_pattern: dict[str, int] | None = None
-    alpha_pattern: dict[str, float] | None = None
-
-
 def parse(
     config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], *, convert: bool = False, layers: Layers
 ) -> tuple[dict[str, Relative], dict[str, str]]:
     """Read the layout of a LoHa expert; see :mod:`pimerge.kinds`.
-
-    A base that is not on this machine is needed for convolutions alone: without it a layer counts as Linear.
 
     >>> shapes = {"w1_a": (6, 2), "w1_b": (2, 8), "w2_a": (6, 2), "w2_b": (2, 8)}
     >>> modules, _ = parse({"r": 2, "alpha": 4}, {f"base_model.model.q.hada_{name}": s for name, s in shapes.items()},
@@ -78,18 +66,7 @@ def parse(
     >>> modules["q"].scaling, modules["q"].rank
     (2.0, 4)
     """
-    problems = Problems()
-    config = checked_config(_Fields, config, problems, _HARMLESS)
-    keys, head = keys_by_module(config, shapes, _PAIRS | _CORES, "LoHa factors", problems)
-    weights: Mapping[str, tuple[int, ...]] = {}
-    with suppress(PimergeError):
-        weights = layers(list(keys))
-    found = {}
-    for name, slots in keys.items():
-        with problems.collected(f"module '{name}': "):
-            found[name] = _module(name, slots, shapes, config, weights.get(name))
-    problems.raise_any("this LoHa cannot be used")
-    return found, head
+    return parse_modules(config, shapes, layers, _PAIRS | _CORES, _HARMLESS, "LoHa", _module)
 
 
 def _module(
