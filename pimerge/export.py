@@ -197,6 +197,9 @@ def write_expert(
     )
 
 
+_SETS = frozenset({"target_modules", "exclude_modules", "feedforward_modules"})
+
+
 def write_groups(
     path: Path,
     tensors: Callable[[], Mapping[str, Tensor]],
@@ -234,7 +237,9 @@ def write_groups(
         "inference_mode": True,
         "modules_to_save": sorted(head.modules) or None,
     }
-    return _write_folder(path, write, lambda _: {**like.config, **own}, head, lambda _: documents(), force)
+    # PEFT writes sets, in another order in every process
+    sets = {name: sorted(value) for name, value in like.config.items() if name in _SETS and isinstance(value, list)}
+    return _write_folder(path, write, lambda _: {**like.config, **sets, **own}, head, lambda _: documents(), force)
 
 
 def _write_folder(

@@ -91,15 +91,16 @@ def of_first_kind(candidates: Sequence[Candidate], experts: Mapping[str, Expert]
     All that have a ΔW can, whatever their kinds; the others with those of their kind.
 
     Args:
-        notes: told how many are left out.
+        notes: told who is left out.
     """
     every = [experts[candidate.name] for candidate in candidates]
     summed = ["" if expert.modules else expert.kind for expert in every]
     found = [candidate for candidate, kind in zip(candidates, summed, strict=True) if kind == summed[0]]
-    if len(found) < len(candidates):
+    left = [expert.name for expert, kind in zip(every, summed, strict=True) if kind != summed[0]]
+    if left:
         notes.append(
-            f"{len(candidates) - len(found)} more are of other kinds than {every[0].kind}, the first one's: they "
-            "cannot be summed with it and are not selected"
+            f"not selected, since {every[0].name} is of kind {every[0].kind} and they cannot be summed with it: "
+            f"{', '.join(left)}"
         )
     return found
 

@@ -2,8 +2,8 @@
 
     python -m examples.multimodal.make [FOLDER]
 
-in a clone of the repository; needs ``pip install scikit-learn``. Every draw is seeded; it takes about half an hour on
-one core, a third of it for the base.
+in a clone of the repository; needs ``pip install scikit-learn``. Every draw is seeded; it takes about ten minutes on
+one core, a third of them for the base.
 
 The scans are divided as those of ``examples/digits``: ``pretrain`` trains the base alone; ``train`` the pool; ``few``
 and ``draws`` the few-shot targets; ``test`` tests every task. The base is a Florence-2 of 0.3 million parameters,

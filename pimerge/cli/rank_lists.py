@@ -55,10 +55,12 @@ def print_ranking(ranking: Ranking, k: int | None, quiet: bool) -> None:
         note(sentence, quiet)
     if ranking.candidates and not ranking.selected:
         note("'pimerge tune' will train a fresh expert (--no-gate selects anyway)", quiet)
-    elif k is not None and 0 < len(ranking.candidates) < k:
-        note(f"only {len(ranking.candidates)} experts are comparable, {k} were asked for", quiet)
-    elif k is not None and 0 < len(ranking.selected) < k:
-        note(f"only {len(ranking.selected)} experts are expected to help, {k} were asked for", quiet)
+    elif k is not None and len(ranking.candidates) < k:
+        note(f"comparable: {len(ranking.candidates)}, of {k} that were asked for", quiet)
+    elif k is not None and len(ranking.selected) < k:
+        helpful = sum(each.helps for each in ranking.candidates)
+        if helpful < k:
+            note(f"expected to help: {helpful}, of {k} that were asked for", quiet)
 
 
 def _points(candidate: Candidate) -> str:

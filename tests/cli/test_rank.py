@@ -170,7 +170,7 @@ def test_another_measure_and_output(folder: Path, shell: Shell) -> None:
     assert {candidate["path"] for candidate in result.document["candidates"]} == {
         f"../experts/{name}" for name in ("a", "b", "other-rank")
     }
-    assert "only 3 experts are comparable, 9 were asked for" in shell(*line).err
+    assert "comparable: 3, of 9 that were asked for" in shell(*line).err
 
 
 def test_nobody_to_compare_with_is_a_valid_answer(folder: Path, shell: Shell) -> None:
