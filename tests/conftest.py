@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="pimerge-tests-")  # no cache of the user's own
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the workers fill the cores: more threads would wait for each other
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 
