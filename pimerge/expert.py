@@ -165,7 +165,7 @@ class Expert:
             )
             for name, module in stored.items()
         }
-        for name in chosen.keys() - stored.keys():
+        for name in (name for name in chosen if name not in stored):
             factors = self.factors(name)
             found[name] = factors.A.numpy(), (factors.scaling * factors.B).numpy().T
         return found

@@ -38,7 +38,7 @@ def check_projections(
     problems: Problems,
 ) -> None:
     """Note what is wrong with projections in a file: one of the two is missing, or a shape differs."""
-    for letter in wanted.keys() - stored.keys():
+    for letter in sorted(wanted.keys() - stored.keys()):
         problems.add(f"the projection {letter} is not in the file, the other one is", "save the adapter again")
     for letter, key in stored.items():
         if shapes[key] != wanted[letter]:

@@ -162,7 +162,7 @@ def _check_labelled(
     if "answer" in templates and LABEL not in templates["answer"].names:
         problems.add("the answer is the same for all labels", "let it say '{{ label }}', or leave it out")
     words = file.verbalizer or {}
-    for name in words.keys() - set(labels):
+    for name in sorted(words.keys() - set(labels)):
         problems.add(f"the verbalizer names the label '{name}'", nearest(name, labels))
     if missing := [name for name in labels if words and name not in words]:
         problems.add(f"the verbalizer has no text for {', '.join(missing)}", "give each label one")
