@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -13,6 +12,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from pimerge import strategies
+from pimerge.class_labels import class_indices, some, word_classes
+from pimerge.draws import draw_holding, draw_shots, permutation
 from pimerge.errors import PimergeError, Problems, nearest
 from pimerge.files import read_json, relative_to, sha256_bytes, sha256_file
 from pimerge.task_file import COMMON, TaskFile
@@ -153,7 +154,7 @@ class Task:
             elif use != "label" and rows.data.column(column).null_count:
                 empty = [place for place, value in enumerate(rows.data.column(column).is_null().to_pylist()) if value]
                 problems.add(
-                    f"{self._where(role)} has {len(empty)} rows without a {use}: {_some(empty)} (from 0)",
+                    f"{self._where(role)} has {len(empty)} rows without a {use}: {some(empty)} (from 0)",
                     "fill them or leave them out",
                 )
         if len(rows) == 0:
@@ -161,7 +162,7 @@ class Task:
         classes = [0] * len(rows)
         if self.labels and not self.of_words and self.columns["label"] in rows.column_names:
             with problems.collected():
-                classes = _class_indices(rows, self.columns["label"], self.labels, self._where(role))
+                classes = class_indices(rows, self.columns["label"], self.labels, self._where(role))
         problems.raise_any(f"{self._where(role)} does not fit")
         return rows, classes
 
@@ -190,14 +191,14 @@ class Task:
             PimergeError: as :meth:`rows`, if a class has fewer examples than ``shots``, or a row cannot be encoded.
         """
         rows, labels = self.rows(role)
-        words = _word_classes(rows, self.columns["labels"], self.labels, self._where(role)) if self.of_words else []
+        words = word_classes(rows, self.columns["labels"], self.labels, self._where(role)) if self.of_words else []
         chosen = list(range(len(rows)))
         if shots is not None and self.of_words:
             chosen = draw_holding([set(classes) for classes in words], shots, seed, self.labels)
         elif shots is not None:
             chosen = draw_shots(labels, shots, seed, self.labels)
         if limit is not None and limit < len(chosen):
-            chosen = sorted(chosen[i] for i in _permutation(len(chosen), seed)[:limit])
+            chosen = sorted(chosen[i] for i in permutation(len(chosen), seed)[:limit])
         labels = [labels[index] for index in chosen]
         rows = rows if len(chosen) == len(rows) else rows.select(chosen)
         words = [words[index] for index in chosen] if self.of_words else []
@@ -246,72 +247,6 @@ def open_task(path: str | Path) -> Task:
     if task.type.TRAINS_HEAD and task.file.labels is None:
         task = replace(task, file=task.file.model_copy(update={"labels": _class_names(task)}))
     return task
-
-
-def draw_shots(labels: Sequence[int], shots: int, seed: int, names: Sequence[str]) -> list[int]:
-    """Draw ``shots`` examples of each class, by a seed; the indices come back in the order of the data.
-
-    Args:
-        labels: the class of each example.
-        names: of the classes; none if all examples are one group, of the class 0.
-
-    Raises:
-        PimergeError: naming each class with fewer examples.
-
-    >>> draw_shots([0, 1, 0, 1, 0], 1, seed=0, names=["even", "odd"])
-    [1, 4]
-    """
-    problems = Problems()
-    if shots < 1:
-        raise PimergeError(f"--shots is {shots}, expected at least 1")
-    chosen: list[int] = []
-    order = _permutation(len(labels), seed)
-    groups = [f"the class '{name}' has" for name in names] or ["there are"]
-    for index, group in enumerate(groups):
-        members = [i for i in order if labels[i] == index]
-        if len(members) < shots:
-            problems.add(f"{group} {len(members)} examples, {shots} were asked for", "ask for fewer --shots")
-        chosen += members[:shots]
-    problems.raise_any(f"{shots} shots cannot be drawn from each class")
-    return sorted(chosen)
-
-
-def draw_holding(held: Sequence[set[int]], shots: int, seed: int, names: Sequence[str]) -> list[int]:
-    """Draw sentences by a seed until ``shots`` of them hold each class that some sentence holds.
-
-    One after the other, each sentence is taken that holds a class of which there are not enough yet.
-
-    Args:
-        held: the classes that each sentence holds.
-        names: of the classes.
-
-    Raises:
-        PimergeError: naming each class that fewer sentences hold.
-
-    >>> draw_holding([{0}, {0, 1}, {0}, {1}], 1, seed=0, names=["O", "NAME"])
-    [0, 1]
-    """
-    if shots < 1:
-        raise PimergeError(f"--shots is {shots}, expected at least 1")
-    problems = Problems()
-    for index, name in enumerate(names):
-        if 0 < (there := sum(index in classes for classes in held)) < shots:
-            problems.add(f"{there} sentences hold the class '{name}', {shots} were asked for", "ask for fewer --shots")
-    problems.raise_any(f"{shots} sentences cannot be drawn of each class")
-    counts: Counter[int] = Counter()
-    chosen = []
-    for index in _permutation(len(held), seed):
-        if any(counts[label] < shots for label in held[index]):
-            chosen.append(index)
-            counts.update(held[index])
-    return sorted(chosen)
-
-
-def _permutation(length: int, seed: int) -> list[int]:
-    import torch
-
-    order: list[int] = torch.randperm(length, generator=torch.Generator().manual_seed(seed)).tolist()
-    return order
 
 
 def _load_split(task: Task, split: str) -> Any:
@@ -376,60 +311,3 @@ def _class_names(task: Task) -> list[str]:
             "list the names of the classes as labels",
         )
     return list(names)
-
-
-def _some(places: Sequence[int], most: int = 5) -> str:
-    """The first of some places.
-
-    >>> _some(range(9))
-    '0, 1, 2, 3, 4 …'
-    """
-    return ", ".join(map(str, places[:most])) + (" …" if len(places) > most else "")
-
-
-def _class_indices(rows: Any, column: str, names: Sequence[str], where: str) -> list[int]:
-    """Each row's class: by name where the data has names, else by number."""
-    return [
-        index for [index] in _lookup([[value] for value in rows[column]], rows.features[column], names, where, "rows")
-    ]
-
-
-def _word_classes(rows: Any, column: str, names: Sequence[str], where: str) -> list[list[int]]:
-    """The classes of each row's words."""
-    feature = rows.features[column]
-    if not hasattr(feature, "feature"):
-        raise PimergeError(f"the column '{column}' of {where} holds no lists", "give each row a list of labels")
-    return _lookup(rows[column], feature.feature, names, where, "words in rows")
-
-
-def _lookup(
-    values: Sequence[Sequence[Any]], feature: Any, names: Sequence[str], where: str, unit: str
-) -> list[list[int]]:
-    """The class of each value of each row."""
-    index_of = {name: index for index, name in enumerate(names)}
-    classes: dict[Hashable, int | None] = {index: index for index in range(len(names))}
-    own_names: list[str] = getattr(feature, "names", None) or []
-    if set(own_names) & set(names):  # a ClassLabel whose numbers mean its own names, in its own order
-        classes = {index: index_of.get(name) for index, name in enumerate(own_names)}
-    classes.update(index_of.items())
-    unknown: dict[str, list[int]] = {}
-    indices: list[list[int]] = []
-    for place, row in enumerate(values):
-        indices.append([])
-        for value in row:
-            known = classes.get(value) if isinstance(value, Hashable) else None
-            if known is None:
-                shown = repr(own_names[value] if own_names and value is not None and value >= 0 else value)
-                unknown.setdefault(shown, []).append(place)
-            else:
-                indices[-1].append(known)
-    if unknown:
-        listed = ", ".join(
-            f"{value} ({len(places)} {unit}: {_some(list(dict.fromkeys(places)))}, from 0)"
-            for value, places in list(unknown.items())[:5]
-        )
-        raise PimergeError(
-            f"{where} has unknown labels: {listed}",
-            f"task.json knows {', '.join(names)} (or 0 to {len(names) - 1})",
-        )
-    return indices

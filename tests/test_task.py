@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
+from pimerge.draws import draw_shots
 from pimerge.errors import PimergeError
-from pimerge.task import Task, draw_shots, open_task
+from pimerge.task import Task, open_task
 from tests.conftest import write_json
 
 TEXTS = ["a cat", "the dog runs", "a bird", "cat on mat", "dog, \tquoted"]

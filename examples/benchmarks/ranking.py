@@ -41,6 +41,7 @@ from pimerge.calibration import held_out_accuracy
 from pimerge.cli.console import quiet_libraries
 from pimerge.comparison import compare
 from pimerge.compatibility import check_expert
+from pimerge.draws import draw_shots
 from pimerge.embedding import embed
 from pimerge.evaluation import evaluate
 from pimerge.expert import Expert, open_expert
@@ -53,7 +54,7 @@ from pimerge.sample import Sample
 from pimerge.selecting import LEAST_ERRORS
 from pimerge.store import Store
 from pimerge.store_document import Settings
-from pimerge.task import Task, draw_shots, open_task
+from pimerge.task import Task, open_task
 from pimerge.training import Options
 from pimerge.tuning import tune
 

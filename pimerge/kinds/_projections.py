@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
 
 from pimerge.errors import Problems
+from pimerge.kinds import _relatives
 from pimerge.kinds._relatives import Read
 
 if TYPE_CHECKING:
@@ -48,6 +50,21 @@ def check_projections(
             )
 
 
+def from_file_or_drawn(stored: Mapping[str, str], draw: Callable[[], tuple[Tensor, Tensor]]) -> Projections:
+    """What reads the projections where they are in the file, and draws them elsewhere."""
+    return lambda read: (read(stored["A"]), read(stored["B"])) if stored else draw()
+
+
+def fresh_fields(size: int | None, modules: Sequence[str] | None) -> dict[str, Any]:
+    """What PEFT's config says of a fresh expert; its projections can be drawn again, so they are not saved.
+
+    >>> fresh_fields(4, None)
+    {'init_weights': True, 'r': 4, 'save_projection': False}
+    """
+    return _relatives.fresh_fields(size, modules) | {"save_projection": False}
+
+
+@lru_cache(maxsize=2)
 def drawn_by_peft(tuner: str, rank: int, d_out: int, d_in: int, **fields: object) -> tuple[Tensor, Tensor]:
     """The projections that PEFT draws for a single layer of a shape, which are those for layers up to that.
 

@@ -10,13 +10,20 @@ rows of matrices for the largest layer. They are in the file (``save_projection`
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from functools import lru_cache, partial
+from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pimerge.errors import Problems
 from pimerge.kinds._keys import CommonFields
-from pimerge.kinds._projections import Projections, check_projections, drawn_by_peft, split_projections
+from pimerge.kinds._projections import (
+    Projections,
+    check_projections,
+    drawn_by_peft,
+    fresh_fields,
+    from_file_or_drawn,
+    split_projections,
+)
 from pimerge.kinds._relatives import (
     Layers,
     Read,
@@ -29,7 +36,6 @@ from pimerge.kinds._relatives import (
     require_shapes,
     usual_places,
 )
-from pimerge.kinds._relatives import fresh_fields as fresh
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -84,8 +90,8 @@ def parse(
     small, large = sorted((d_out, d_in))
     if stored and weights:
         check_projections(stored, shapes, {"A": (r, 1, small), "B": (large, math.ceil(small / r), r)}, problems)
-    sparsity = config["sparse"], config["very_sparse"]
-    projections = partial(_projections, stored, r, d_out, d_in, config["projection_prng_key"], sparsity)
+    fields = {name: config[name] for name in ("projection_prng_key", "sparse", "very_sparse")}
+    projections = from_file_or_drawn(stored, partial(drawn_by_peft, "RandLora", r, d_out, d_in, **fields))
     found = {}
     for name, weight in weights.items():
         bases = math.ceil(min(weight[:2]) / r)
@@ -98,15 +104,6 @@ def parse(
     return found, head
 
 
-def fresh_fields(size: int | None, modules: Sequence[str] | None) -> dict[str, Any]:
-    """What PEFT's config says of a fresh expert; its projections can be drawn again, so they are not saved.
-
-    >>> fresh_fields(4, None)
-    {'init_weights': True, 'r': 4, 'save_projection': False}
-    """
-    return fresh(size, modules) | {"save_projection": False}
-
-
 def _build(
     slots: Mapping[str, str], weight: tuple[int, ...], projections: Projections, read: Read
 ) -> tuple[Tensor, Tensor]:
@@ -117,15 +114,3 @@ def _build(
     # PEFT counts the columns by base first, and the rows above by rank first
     outer = B[: max(weight), :bases].double().flatten(1)  # (the larger side × n·r)
     return (inner, outer) if weight[1] == small else (outer.T, inner.T)
-
-
-def _projections(
-    stored: Mapping[str, str], r: int, d_out: int, d_in: int, key: int, sparsity: tuple[bool, bool], read: Read
-) -> tuple[Tensor, Tensor]:
-    return (read(stored["A"]), read(stored["B"])) if stored else _drawn(r, d_out, d_in, key, sparsity)
-
-
-@lru_cache(maxsize=2)
-def _drawn(r: int, d_out: int, d_in: int, key: int, sparsity: tuple[bool, bool]) -> tuple[Tensor, Tensor]:
-    sparse, very_sparse = sparsity
-    return drawn_by_peft("RandLora", r, d_out, d_in, projection_prng_key=key, sparse=sparse, very_sparse=very_sparse)

@@ -8,13 +8,20 @@ drawn again from ``projection_prng_key``, by PEFT itself. Layout: vera_lambda_b 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from functools import lru_cache, partial
+from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pimerge.errors import Problems
 from pimerge.kinds._keys import CommonFields
-from pimerge.kinds._projections import Projections, check_projections, drawn_by_peft, split_projections
+from pimerge.kinds._projections import (
+    Projections,
+    check_projections,
+    drawn_by_peft,
+    fresh_fields,
+    from_file_or_drawn,
+    split_projections,
+)
 from pimerge.kinds._relatives import (
     Layers,
     Read,
@@ -27,7 +34,6 @@ from pimerge.kinds._relatives import (
     require_shapes,
     usual_places,
 )
-from pimerge.kinds._relatives import fresh_fields as fresh
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -78,7 +84,8 @@ def parse(
     d_out, d_in = (max((weight[side] for weight in weights.values()), default=0) for side in (0, 1))
     if stored and weights:
         check_projections(stored, shapes, {"A": (rank, d_in), "B": (d_out, rank)}, problems)
-    projections = partial(_projections, stored, rank, d_out, d_in, config["projection_prng_key"])
+    draw = partial(drawn_by_peft, "Vera", rank, d_out, d_in, projection_prng_key=config["projection_prng_key"])
+    projections = from_file_or_drawn(stored, draw)
     found = {}
     for name, weight in weights.items():
         with problems.collected(f"module '{name}': "):
@@ -89,27 +96,7 @@ def parse(
     return found, head
 
 
-def fresh_fields(size: int | None, modules: Sequence[str] | None) -> dict[str, Any]:
-    """What PEFT's config says of a fresh expert; its projections can be drawn again, so they are not saved.
-
-    >>> fresh_fields(4, None)
-    {'init_weights': True, 'r': 4, 'save_projection': False}
-    """
-    return fresh(size, modules) | {"save_projection": False}
-
-
 def _build(slots: Mapping[str, str], d_in: int, projections: Projections, read: Read) -> tuple[Tensor, Tensor]:
     A, B = projections(read)
     d, b = (read(slots[f"vera_lambda_{letter}"]).double() for letter in "db")
     return d[:, None] * A[:, :d_in].double(), b[:, None] * B[: len(b)].double()
-
-
-def _projections(
-    stored: Mapping[str, str], rank: int, d_out: int, d_in: int, key: int, read: Read
-) -> tuple[Tensor, Tensor]:
-    return (read(stored["A"]), read(stored["B"])) if stored else _drawn(rank, d_out, d_in, key)
-
-
-@lru_cache(maxsize=2)
-def _drawn(rank: int, d_out: int, d_in: int, key: int) -> tuple[Tensor, Tensor]:
-    return drawn_by_peft("Vera", rank, d_out, d_in, projection_prng_key=key)

@@ -13,9 +13,10 @@ from datasets import ClassLabel, Dataset, Features, Sequence, Value
 from sklearn.metrics import f1_score
 from transformers import AutoModelForTokenClassification, AutoTokenizer
 
+from pimerge.draws import draw_holding
 from pimerge.errors import PimergeError
 from pimerge.metrics import Answers, measure
-from pimerge.task import draw_holding, open_task
+from pimerge.task import open_task
 from pimerge.task_types import token_classification as words
 from tests.conftest import WORDS, Shell, write_json
 
