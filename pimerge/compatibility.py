@@ -40,7 +40,7 @@ def check_expert(expert: Expert) -> Task:
     Raises:
         PimergeError: with each problem: no task, no base, shapes that differ from it, NaN or Inf in a tensor.
     """
-    from pimerge.model import check_fits_on_disk  # imports torch, which comparing experts needs not
+    from pimerge.fitting import check_fits_on_disk  # imports torch, which comparing experts needs not
 
     problems = Problems()
     task = None

@@ -13,9 +13,10 @@ from pimerge.backbone import inside
 from pimerge.base import Base
 from pimerge.errors import PimergeError
 from pimerge.expert import Expert, open_expert
+from pimerge.fitting import check_fits
 from pimerge.kinds._keys import PROMPTS
 from pimerge.kinds._relatives import as_groups
-from pimerge.model import LoadedBase, as_before, check_fits
+from pimerge.model import LoadedBase, as_before
 from pimerge.task import Task
 from pimerge.task_types import for_base
 

@@ -17,8 +17,9 @@ from torch.nn.utils.parametrize import register_parametrization
 from pimerge import strategies
 from pimerge.composition import Mixture
 from pimerge.expert import Expert
+from pimerge.fitting import check_fits
 from pimerge.kinds._groups import Group
-from pimerge.model import LoadedBase, as_before, check_fits, with_adapter
+from pimerge.model import LoadedBase, as_before, with_adapter
 from pimerge.parameter_space import sum_of
 
 if TYPE_CHECKING:

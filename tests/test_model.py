@@ -12,11 +12,10 @@ from peft import PeftModel
 from pimerge.base import find_base
 from pimerge.errors import PimergeError
 from pimerge.expert import open_expert
+from pimerge.fitting import check_fits, check_fits_on_disk
 from pimerge.model import (
     Bases,
     LoadedBase,
-    check_fits,
-    check_fits_on_disk,
     head_of_size,
     load_base,
     plugged_in,

@@ -17,8 +17,9 @@ from pimerge.compatibility import check_expert
 from pimerge.errors import PimergeError
 from pimerge.expert import Expert, open_expert
 from pimerge.features import at_strengths, scales_of
+from pimerge.fitting import check_fits
 from pimerge.kinds._groups import joined, read_slot
-from pimerge.model import LoadedBase, check_fits, plugged_in, plugged_in_sum, set_head
+from pimerge.model import LoadedBase, plugged_in, plugged_in_sum, set_head
 from tests.conftest import KINDS, PROMPTS, MakeExpert, edit_tensors, logits_of, model_for, write_json
 
 BASES = {"bert": "text_task", "gpt2": "text_task", "vit": "parity_task"}
