@@ -27,7 +27,7 @@ from pimerge.kinds.lora import Factors, LoraModule
 if TYPE_CHECKING:
     from torch import Tensor
 
-GRANULARITIES = ("matrix", "layer", "global")
+GRANULARITIES = ("matrix", "layer", "role", "global")
 PLANS = ("stack", "materialise", "materialise-dense")
 
 
@@ -41,30 +41,91 @@ class Member:
 
 
 class Mixture(nn.Module):
-    """Softmax weights of N experts, one vector per group of modules.
+    """Weights of N experts, one vector per group of modules: the softmax of what trains.
 
     Args:
         modules: names of all composed modules.
         start: N numbers whose softmax the weights start from.
-        granularity: ``matrix`` (a vector per module), ``layer`` (shared within a layer) or ``global``.
+        granularity: ``matrix`` (a vector per module), ``layer`` (shared within a layer), ``role`` (shared by what has
+            one name in all layers) or ``global``.
         trained: whether the weights train.
     """
+
+    sums_to_one = True
 
     def __init__(self, modules: Sequence[str], start: Sequence[float], granularity: str, trained: bool) -> None:
         super().__init__()
         self.group_of = group_modules(modules, granularity)
         groups = max(self.group_of.values(), default=0) + 1
-        logits = torch.tensor(list(start), dtype=torch.float32).repeat(groups, 1)
-        self.logits = nn.Parameter(logits, requires_grad=trained)
+        self.logits = nn.Parameter(self._start(torch.tensor(list(start)).float()).repeat(groups, 1), trained)
+
+    def _start(self, logits: Tensor) -> Tensor:
+        return logits
 
     def forward(self, module: str) -> Tensor:
-        """The weights (N) of one module; they sum to 1."""
+        """The weights (N) of one module, or of each of its outputs (N × d_out)."""
         return self.logits[self.group_of[module]].softmax(0)
 
     def weights(self) -> dict[str, list[float]]:
-        """Module → weights."""
+        """Module → weights; the mean where each output has its own."""
         with torch.no_grad():
-            return {module: self(module).tolist() for module in sorted(self.group_of)}
+            found = {module: self(module) for module in sorted(self.group_of)}
+        return {
+            module: each.flatten(1).mean(1).tolist() if each.dim() > 1 else each.tolist()
+            for module, each in found.items()
+        }
+
+
+class FreeMixture(Mixture):
+    """The weights themselves train, and need not sum to one."""
+
+    sums_to_one = False
+
+    def _start(self, logits: Tensor) -> Tensor:
+        return logits.softmax(0)
+
+    def forward(self, module: str) -> Tensor:
+        """The weights (N) of one module."""
+        return self.logits[self.group_of[module]]
+
+
+class ChannelMixture(FreeMixture):
+    """Weights of every output: ΔW = Σ_n diag(ω_n) s_n B_n A_n.
+
+    Args:
+        widths: d_out of each module.
+    """
+
+    def __init__(self, widths: Mapping[str, int], start: Sequence[float], granularity: str, trained: bool) -> None:
+        super().__init__(list(widths), start, granularity, trained)
+        self.widths = dict(widths)
+        widest = max(self.widths.values(), default=0)
+        self.logits = nn.Parameter(self.logits.detach()[..., None].repeat(1, 1, widest), trained)
+
+    def forward(self, module: str) -> Tensor:
+        """The weights (N × d_out) of one module."""
+        return super().forward(module)[:, : self.widths[module]]
+
+
+class Switch(Mixture):
+    """One expert at a time, at full weight, or none: nothing trains."""
+
+    sums_to_one = False
+
+    def __init__(self, modules: Sequence[str], count: int) -> None:
+        super().__init__(modules, [0.0] * count, "global", trained=False)
+        self.choose(None)
+
+    def choose(self, expert: int | None) -> None:
+        """Let one answer; None for the bare base."""
+        with torch.no_grad():
+            self.logits.zero_()
+            if expert is not None:
+                self.logits[:, expert] = 1.0
+
+    def forward(self, module: str) -> Tensor:
+        """The weights (N) of one module: a one, or none, and zeros."""
+        return self.logits[self.group_of[module]]
 
 
 class ComposedLinear(nn.Module):
@@ -103,8 +164,11 @@ class ComposedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The composed layer on x (…, d_in)."""
-        factor = self.mixture(self.name).to(self.A.dtype) * self.scaling  # w_n s_n
-        scale = factor[self.owner]
+        weights = self.mixture(self.name).to(self.A.dtype)
+        by_output = weights.dim() > 1
+        factor = (weights.T * self.scaling).T  # w_n s_n
+        scale = (self.scaling if by_output else factor)[self.owner]
+        B = self.B * weights[self.owner].T if by_output else self.B
         transposed = type(self.layer).__name__ == "Conv1D"
         weight = self.layer.weight.T if transposed else self.layer.weight
         dtype = x.dtype
@@ -115,23 +179,32 @@ class ComposedLinear(nn.Module):
             x.to(dtype),
             scale.to(dtype),
             self.A.to(dtype),
-            self.B.to(dtype),
+            B.to(dtype),
             weight.to(dtype),  # type: ignore[arg-type]
             None if bias is None else bias.to(dtype),  # type: ignore[arg-type]
         )
-        return output + (factor @ self.biases).to(dtype) if self.has_bias else output
+        if not self.has_bias:
+            return output
+        bias_update: Tensor = (factor * self.biases).sum(0) if by_output else factor @ self.biases
+        return output + bias_update.to(dtype)
 
     def parts(self, count: int) -> list[Factors | None]:
-        """Each expert's update as it is now, with its scaling; the inverse of the constructor."""
+        """Each expert's update as it is now, with its scaling; the inverse of the constructor.
+
+        Weights of every output are in the factors B and the biases, already.
+        """
+        weights = self.mixture(self.name).detach()
         found: list[Factors | None] = []
         for index in range(count):
             rows = (self.owner == index).nonzero()[:, 0]
             if len(rows) == 0:
                 found.append(None)
                 continue
-            bias = self.biases[index].detach().cpu() if self.has_bias else None
+            B, bias = self.B.detach()[:, rows], self.biases[index].detach() if self.has_bias else None
+            if weights.dim() > 1:
+                B, bias = B * weights[index][:, None], None if bias is None else bias * weights[index]
             scaling = float(self.scaling[index])
-            found.append(Factors(self.A.detach()[rows].cpu(), self.B.detach()[:, rows].cpu(), scaling, bias))
+            found.append(Factors(self.A.detach()[rows].cpu(), B.cpu(), scaling, None if bias is None else bias.cpu()))
         return found
 
 
@@ -185,7 +258,12 @@ def group_modules(modules: Sequence[str], granularity: str) -> dict[str, int]:
     groups = {}
     for module in sorted(modules):
         layer = re.match(r"(.*?\.\d+)(?:\.|$)", module)
-        key = {"matrix": module, "layer": layer[1] if layer else module, "global": ""}[granularity]
+        key = {
+            "matrix": module,
+            "layer": layer[1] if layer else module,
+            "role": re.sub(r"\.\d+(?=\.|$)", "", module),
+            "global": "",
+        }[granularity]
         groups[module] = numbers.setdefault(key, len(numbers))
     return groups
 
@@ -242,10 +320,11 @@ class _Composed(torch.autograd.Function):
         ctx: Any, x: Tensor, scale: Tensor, A: Tensor, B: Tensor, weight: Tensor, bias: Tensor | None, plan: str | None
     ) -> Tensor:
         tokens, (R, d_in), d_out = math.prod(x.shape[:-1]), A.shape, len(B)
-        ctx.plan = plan or cheapest_plan(tokens, d_in, d_out, R, ctx.needs_input_grad[2])
+        factors_train = any(ctx.needs_input_grad[2:4])
+        ctx.plan = plan or cheapest_plan(tokens, d_in, d_out, R, factors_train)
         if ctx.plan == "stack":
             H = x.reshape(-1, d_in) @ A.T
-            ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, scale, A, B, weight, H)
+            ctx.save_for_backward(x if factors_train else None, scale, A, B, weight, H)
             y = linear(x, weight, bias)
             return y + ((H * scale) @ B.T).view(y.shape)
         delta = (B * scale) @ A
@@ -259,7 +338,8 @@ class _Composed(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, A, B, weight, H = ctx.saved_tensors  # weight is W0 for stack, else W0 + ΔW
         G = gradients[0].reshape(-1, len(B))
-        needs_x, needs_scale, needs_factors = ctx.needs_input_grad[:3]
+        needs_x, needs_scale = ctx.needs_input_grad[:2]
+        needs_factors = any(ctx.needs_input_grad[2:4])
         flat = None if x is None else x.reshape(-1, A.shape[1])
         grad_scale = grad_A = grad_B = None
         grad_x = G @ weight if needs_x else None

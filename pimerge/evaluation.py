@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import nn
 
 from pimerge.base import Base
+from pimerge.ensembles import Ensemble, plugged_in_ensemble
 from pimerge.errors import PimergeError, Problems
 from pimerge.expert import Expert
 from pimerge.export import task_of
@@ -63,7 +65,7 @@ class Score:
 
 
 def evaluate(
-    experts: Sequence[Expert],
+    experts: Sequence[Expert | Ensemble],
     task: Task,
     base: Base,
     target: Expert | None,
@@ -74,7 +76,7 @@ def evaluate(
     track: Track = silent,
     note: Callable[[str], None] = lambda message: None,
 ) -> list[Score]:
-    """Score the bare base and each expert on the target's test split.
+    """Score the bare base and each expert, or ensemble of some, on the target's test split.
 
     The base answers with its own head if its labels are the task's, else with the target expert's head; if
     neither is there, it has no row.
@@ -89,7 +91,8 @@ def evaluate(
         PimergeError: if an expert has no head for the task's labels, another base, or does not fit it.
     """
     problems = Problems()
-    for expert in experts:
+    single = [each for row in experts for each in (row.experts if isinstance(row, Ensemble) else [row])]
+    for expert in single:
         with problems.collected(f"'{expert.name}': "):
             _require_answers(expert, task, base)
     problems.raise_any("these experts cannot be scored on this task")
@@ -97,10 +100,10 @@ def evaluate(
     precision = resolve_dtype(dtype, resolved)
     scores = []
     loaded = load_base(base, task, resolved, precision)
-    examples, labels = task.examples("test", loaded.processor, loaded.config_for(experts))
+    examples, labels = task.examples("test", loaded.processor, loaded.config_for(single))
     if examples.truncated:
         note(f"{examples.truncated} test examples are longer than the model takes and were cut")
-    batches = bucket_by_length(examples.lengths, batch_tokens, padded=not most_virtual_tokens(experts))
+    batches = bucket_by_length(examples.lengths, batch_tokens, padded=not most_virtual_tokens(single))
     head, whose = _base_head(loaded, target, task)
     total = len(examples) * (len(experts) + (whose is not None))
     with track("evaluating", total, "examples") as advance:
@@ -114,10 +117,33 @@ def evaluate(
         if whose is not None:
             set_head(loaded.model, head)
             run(BASE, loaded.model, whose)
-        for expert in experts:
-            with plugged_in(expert, loaded) as model:
-                run(expert.name, model, "")
+        for row in experts:
+            with plugged_in_ensemble(row, loaded) if isinstance(row, Ensemble) else plugged_in(row, loaded) as model:
+                run(row.name, model, f"{len(row.experts)} experts together" if isinstance(row, Ensemble) else "")
     return scores
+
+
+def evaluate_checkpoint(
+    path: Path,
+    task: Task,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    track: Track = silent,
+    note: Callable[[str], None] = lambda message: None,
+) -> Score:
+    """Score a full checkpoint on the target's test split.
+
+    Raises:
+        PimergeError: if it has no head for the task's labels.
+    """
+    base = Base(str(path), None, path)
+    rows = evaluate([], task, base, None, device=device, dtype=dtype, track=track, note=note)
+    if not rows:
+        raise PimergeError(
+            f"the checkpoint '{path}' has no head for {', '.join(task.labels)}", "tune it on the target: --method full"
+        )
+    return replace(rows[0], name=path.name, note="a full checkpoint")
 
 
 def wilson_interval(right: int, total: int) -> tuple[float, float]:

@@ -40,22 +40,36 @@ class MixedTensor(nn.Module):
     Args:
         stack: (N, *shape) the experts' tensors.
         groups: name → columns of the tensor that share its weights; None for all.
+        neutral: (*shape) what changes nothing: φ0 of Σ_n α_n φ_n + (1 − Σ_n α_n) φ0.
         trained: whether the experts' tensors train.
     """
 
+    neutral: Tensor
+
     def __init__(
-        self, stack: Tensor, groups: Mapping[str, tuple[int, int] | None], mixture: Mixture, trained: bool
+        self,
+        stack: Tensor,
+        neutral: Tensor,
+        groups: Mapping[str, tuple[int, int] | None],
+        mixture: Mixture,
+        trained: bool,
     ) -> None:
         super().__init__()
         self.stack = nn.Parameter(stack, trained)
+        self.register_buffer("neutral", neutral, persistent=False)
         self.groups, self.mixture = dict(groups), mixture
 
     def forward(self, original: Tensor) -> Tensor:
         """The sum, in the dtype of the parameter that it stands for."""
         parts = []
         for group, columns in self.groups.items():
-            part = self.stack if columns is None else self.stack[..., columns[0] : columns[1]]
-            parts.append(torch.tensordot(self.mixture(group).to(part), part, 1))
+            span = slice(None) if columns is None else slice(*columns)
+            part = self.stack[..., span]
+            weights = self.mixture(group).to(part)
+            total = torch.tensordot(weights, part, 1)
+            if not self.mixture.sums_to_one:
+                total = total + (1 - weights.sum()) * self.neutral[..., span]
+            parts.append(total)
         return (parts[0] if len(parts) == 1 else torch.cat(parts, -1)).to(original.dtype)
 
 
@@ -143,10 +157,11 @@ def compose_groups(
         for slot in group.slots.values():
             columns.setdefault(slot.key, {})[group.name] = slot.columns
     mixed = {}
+    neutral = sum_of([form], [0.0], loaded.model.get_parameter)
     for key, (path, parameter) in _parameters(form, model).items():
         dtype = torch.promote_types(parameter.dtype, torch.float32)  # trained and summed in float32 at least
         stack = torch.stack([member.tensors[key] for member in members]).to(parameter.device, dtype)
-        mixed[key] = MixedTensor(stack, columns[key], mixture, trained)
+        mixed[key] = MixedTensor(stack, neutral[key].to(stack), columns[key], mixture, trained)
         owner, _, name = path.rpartition(".")
         register_parametrization(model.get_submodule(owner), name, mixed[key])
     behind_vectors = form.virtual_tokens and "score" in loaded.head  # where a causal model cannot tell padding

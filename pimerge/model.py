@@ -41,12 +41,14 @@ class LoadedBase:
         head: names of the modules that a task trains besides its expert: those outside the backbone, and
             any other that the checkpoint has no weights for; none where the base answers in text.
         has_own_head: whether the checkpoint holds a head for just these labels, or answers in text.
+        drawn: names of the head's parameters that the checkpoint has no values for: they were drawn by the seed.
     """
 
     model: nn.Module
     processor: Any
     head: tuple[str, ...]
     has_own_head: bool
+    drawn: frozenset[str] = frozenset()
 
     @property
     def config(self) -> Any:
@@ -182,7 +184,8 @@ def load_base(base: Base, task: Task, device: torch.device, dtype: torch.dtype, 
         for part in (model.config, model.config.get_text_config()):
             part.use_cache = False  # only generation has a use for it, and asks for it
     model.requires_grad_(False)
-    return LoadedBase(model.to(device).eval(), processor, head, has_own_head)
+    drawn = frozenset(key for key in replaced if in_head(key, head))
+    return LoadedBase(model.to(device).eval(), processor, head, has_own_head, drawn)
 
 
 def _classes(labels: Sequence[str]) -> dict[str, Any]:
@@ -388,6 +391,23 @@ def set_head(model: nn.Module, head: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for name, value in head.items():
             places[name].copy_(value)
+
+
+def draw_head(loaded: LoadedBase, seed: int) -> None:
+    """Draw anew what the checkpoint has no values for, as :func:`load_base` draws it by this seed."""
+    modules = {name.rpartition(".")[0] for name in loaded.drawn}
+    initialise = loaded.model._init_weights
+
+    def draw(module: nn.Module) -> None:
+        if names[module] in modules:
+            for marked in (module, *module.parameters(recurse=False)):  # transformers draws what has no mark
+                vars(marked).pop("_is_hf_initialized", None)
+            initialise(module)  # type: ignore[operator]
+
+    names = {module: name for name, module in loaded.model.named_modules()}
+    torch.manual_seed(seed)
+    for name in loaded.head:
+        loaded.model.get_submodule(name).apply(draw)
 
 
 def _head_modules(model: nn.Module, missing: set[str]) -> tuple[str, ...]:

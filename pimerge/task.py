@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 TASK_FILE = "task.json"
+UNLABELLED = "unlabelled"
 _BUILDERS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json"}
 _NOT_EMPTY = "give it at least one example"
 Document = TypeVar("Document", bound=BaseModel)
@@ -134,18 +135,24 @@ class Task:
             }
         return {**self.file.model_dump(exclude_none=True), "data": rebased}
 
+    def has_split(self, role: str) -> bool:
+        """Whether ``task.json`` names a split for a role that need not be there."""
+        return role in self.file.splits or (isinstance(self.file.data, dict) and role in self.file.data)
+
     def rows(self, role: str) -> tuple[Any, list[int]]:
         """Read one split: its rows (a ``datasets.Dataset``) and the class index of each, 0 where there are no classes.
 
         Args:
-            role: ``train`` or ``test``.
+            role: ``train``, ``test`` or ``unlabelled``; the last needs no labels, and has the class 0 throughout.
 
         Raises:
             PimergeError: if data, split or column is not there, the split is empty, or a label is unknown.
         """
         rows = _load_split(self, self.file.splits.get(role, role))
         problems = Problems()
-        for use, column in self.columns.items():
+        labels = () if role == UNLABELLED else ("label", "labels")
+        columns = {use: column for use, column in self.columns.items() if use in labels or not use.startswith("label")}
+        for use, column in columns.items():
             if column not in rows.column_names:
                 problems.add(
                     f"{self._where(role)} has no column '{column}' for the {use}",
@@ -160,7 +167,7 @@ class Task:
         if len(rows) == 0:
             problems.add(f"{self._where(role)} is empty", _NOT_EMPTY)
         classes = [0] * len(rows)
-        if self.labels and not self.of_words and self.columns["label"] in rows.column_names:
+        if "label" in columns and self.labels and not self.of_words and columns["label"] in rows.column_names:
             with problems.collected():
                 classes = class_indices(rows, self.columns["label"], self.labels, self._where(role))
         problems.raise_any(f"{self._where(role)} does not fit")

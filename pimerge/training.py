@@ -22,17 +22,21 @@ from safetensors import SafetensorError
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from pimerge.averaging import Averaged
 from pimerge.composition import GRANULARITIES, Mixture
 from pimerge.errors import PimergeError, Problems
 from pimerge.files import disk_errors
 from pimerge.model import LoadedBase, in_head
 from pimerge.progress import Track, silent
-from pimerge.task_types import IGNORED, Examples
+from pimerge.sharpness import sharpness_aware
+from pimerge.task_types import IGNORED, Examples, bucket_by_length, on_device
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import Trainer, TrainingArguments
 
+DECAYS = ("zero", "start")
+_TOKENS_AT_ONCE = 4096
 _ROOM_FOR_CHECKPOINTS = 64 * 2**20
 
 
@@ -41,11 +45,15 @@ class Options:
     """How to train.
 
     Attributes:
-        epochs: most passes over the training examples; early stopping may end it before.
+        epochs: most passes over the training examples; early stopping may end it before. ``stop_after``: where it ends
+            in any case, with the learning rate on its way through all epochs; None for the end.
         lr: learning rate of factors and head; None for the method's own. ``weights_lr``: of the mixture's logits.
         holdout: share of the training examples kept for early stopping, the same of each class; 0 for none.
         patience: epochs without a better held-out loss before it stops.
         shots: examples drawn of each class; None for all.
+        weight_decay: of factors and head; ``decay_towards``: ``zero``, or the ``start`` (L2-SP, arXiv 1802.01483).
+        ema: decay of a moving average of what trains, which is what is scored and kept; None for none.
+        sam: radius of sharpness-aware minimisation, at two passes a step; None for none.
         rank: of the exported expert; None keeps every direction.
         fresh_kind: of a fresh expert; None for the pool's, else LoRA.
         fresh_rank, fresh_alpha, fresh_modules: of a fresh expert; None for the pool's, else r = alpha = 8 on
@@ -54,6 +62,7 @@ class Options:
     """
 
     epochs: float = 30
+    stop_after: int | None = None
     lr: float | None = None
     weights_lr: float = 5e-2
     batch_size: int = 16
@@ -65,6 +74,9 @@ class Options:
     warmup: float = 0.06
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
+    decay_towards: str = "zero"
+    ema: float | None = None
+    sam: float | None = None
     granularity: str = "matrix"
     rank: int | None = None
     fresh_kind: str | None = None
@@ -82,6 +94,7 @@ class Outcome:
         epochs: passes over the training examples until it ended.
         train_loss: of the last pass, None if nothing trained; ``held_out_loss``: the best one, None without held-out
             examples.
+        held_out_losses: after each pass.
         trained_parameters: numbers that trained.
         writes: whether this process writes the result (under ``accelerate launch`` one of several does).
     """
@@ -89,13 +102,14 @@ class Outcome:
     epochs: float
     train_loss: float | None
     held_out_loss: float | None
+    held_out_losses: tuple[float, ...]
     trained_parameters: int
     writes: bool
 
 
 def untrained() -> Outcome:
     """Of a composition in which nothing trains."""
-    return Outcome(0, None, None, 0, writes=os.environ.get("RANK", "0") == "0")
+    return Outcome(0, None, None, (), 0, writes=os.environ.get("RANK", "0") == "0")
 
 
 def train(
@@ -116,6 +130,7 @@ def train(
     Args:
         loaded: the base that holds the composition.
         mixture: its weights.
+        train_examples: their labels may be shares of the classes in place of a class, (C) of each.
         run: the folder of the checkpoints; a whole one that lies there is gone on from.
         precision: float32, or bfloat16 for mixed precision.
         through: a model around the base that is called in its place, such as PEFT's, which puts a prompt in.
@@ -124,6 +139,8 @@ def train(
         PimergeError: if the disk is full or the training diverges.
     """
     model = _trainable(loaded, mixture, through or loaded.model)
+    if options.ema is not None:
+        model = Averaged(model, options.ema)
     checkpoint = _last_whole_checkpoint(run)
     if checkpoint is not None:
         note(f"resuming from {checkpoint.name} of an interrupted run")
@@ -132,11 +149,13 @@ def train(
         at_once = max(64, options.batch_size) if loaded.head else options.batch_size  # of words there are many logits
         trainer = _trainer(model, mixture, train_examples, held_out, at_once, run, options, precision, progress)
         _train(trainer, checkpoint)
+    model.eval()
     _require_converged(model)
     return Outcome(
         epochs=trainer.state.epoch,
         train_loss=[entry["loss"] for entry in trainer.state.log_history if "loss" in entry][-1],
         held_out_loss=trainer.state.best_metric,
+        held_out_losses=tuple(entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry),
         trained_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         writes=trainer.is_world_process_zero(),
     )
@@ -149,16 +168,20 @@ def check_options(options: Options) -> None:
         PimergeError: with each that does not fit.
     """
     problems = Problems()
-    positive = ("epochs", "lr", "weights_lr", "batch_size", "patience", "max_grad_norm")
+    positive = ("epochs", "lr", "weights_lr", "batch_size", "patience", "max_grad_norm", "sam")
     for field in positive:
         if getattr(options, field) is not None and not getattr(options, field) > 0:
             problems.add(f"--{field.replace('_', '-')} is {getattr(options, field)}, expected more than 0")
-    for field in ("holdout", "label_smoothing", "warmup"):
-        if not 0 <= getattr(options, field) < 1:
+    for field in ("holdout", "label_smoothing", "warmup", "ema"):
+        if getattr(options, field) is not None and not 0 <= getattr(options, field) < 1:
             problems.add(f"--{field.replace('_', '-')} is {getattr(options, field)}, expected 0 or more and below 1")
     for field in ("rank", "fresh_rank", "shots"):
         if getattr(options, field) is not None and getattr(options, field) < 1:
             problems.add(f"--{field.replace('_', '-')} is {getattr(options, field)}, expected at least 1")
+    if not options.weight_decay >= 0:
+        problems.add(f"--weight-decay is {options.weight_decay}, expected 0 or more")
+    if options.decay_towards not in DECAYS:
+        problems.add(f"--decay-towards is '{options.decay_towards}'", f"expected {' or '.join(DECAYS)}")
     if options.granularity not in GRANULARITIES:
         problems.add(f"--granularity is '{options.granularity}'", f"expected {', '.join(GRANULARITIES)}")
     problems.raise_any("the options do not fit")
@@ -177,6 +200,23 @@ def split_holdout(labels: Sequence[int], share: float, seed: int) -> tuple[list[
         order = torch.randperm(len(members), generator=generator).tolist()
         count = min(round(share * len(members)), len(members) - 1)
         held_out += [members[i] for i in order[:count]]
+    kept = set(held_out)
+    return [index for index in range(len(labels)) if index not in kept], sorted(held_out)
+
+
+def split_fold(labels: Sequence[int], fold: int, folds: int, seed: int) -> tuple[list[int], list[int]]:
+    """Indices to train on and to hold out: one of several folds, with as many of each class as can be.
+
+    >>> split_fold([0, 0, 0, 1, 1, 1], 0, 3, seed=0)
+    ([0, 1, 3, 4], [2, 5])
+    """
+    generator = torch.Generator().manual_seed(seed)
+    held_out: list[int] = []
+    for label in sorted(set(labels)):
+        members = [index for index, value in enumerate(labels) if value == label]
+        order = torch.randperm(len(members), generator=generator).tolist()
+        if len(members) > 1:  # the only example of a class is always trained on
+            held_out += [members[i] for place, i in enumerate(order) if place % folds == fold]
     kept = set(held_out)
     return [index for index in range(len(labels)) if index not in kept], sorted(held_out)
 
@@ -249,7 +289,11 @@ def _trainer(
     callbacks: list[Any] = [progress]
     if held_out:
         callbacks.append(EarlyStoppingCallback(options.patience))
-    trainer = Trainer(
+    if options.stop_after is not None:
+        callbacks.append(_stopping_callback(options.stop_after))
+    if isinstance(model, Averaged):
+        callbacks.append(_averaging_callback(model))
+    trainer = (sharpness_aware(Trainer, options.sam) if options.sam else Trainer)(
         model=model,
         args=arguments,
         train_dataset=train,
@@ -271,7 +315,7 @@ def mean_loss(output: Any, labels: Tensor, num_items_in_batch: Any = None, *, la
 
     Args:
         output: of the model; its logits are (…, C).
-        labels: (…), −100 for none.
+        labels: (…), −100 for none; or, (n, C), the shares of the classes as they are, q.
         num_items_in_batch: of the Trainer; not used.
         label_smoothing: ε.
 
@@ -280,6 +324,8 @@ def mean_loss(output: Any, labels: Tensor, num_items_in_batch: Any = None, *, la
     >>> round(float(mean_loss(output, torch.tensor([[1, -100]]))), 4)
     0.6931
     """
+    if labels.is_floating_point():
+        return cross_entropy(output.logits.to(labels.dtype), labels)
     kept = labels != IGNORED
     logits = output.logits[:, -labels.shape[1] :] if labels.dim() > 1 else output.logits  # behind a prompt's vectors
     logits = logits[kept]
@@ -288,13 +334,69 @@ def mean_loss(output: Any, labels: Tensor, num_items_in_batch: Any = None, *, la
     )
 
 
+def held_out_loss(model: nn.Module, examples: Examples, device: torch.device) -> float:
+    """The mean over all targets of −log p, in nats, in eval mode."""
+    model.eval()
+    total, count = 0.0, 0
+    for indices in bucket_by_length(examples.lengths, _TOKENS_AT_ONCE):
+        batch = on_device(examples.batch(indices), device)
+        targets = int((batch["labels"] != IGNORED).sum())
+        with torch.no_grad():
+            output = model(**batch)
+        total += targets * float(mean_loss(output, batch["labels"]))
+        count += targets
+    return total / count
+
+
 def _optimizer(model: nn.Module, mixture: Mixture, options: Options) -> torch.optim.Optimizer:
-    """AdamW; the mixture's logits have their own learning rate and no decay."""
+    """AdamW; the mixture's logits have their own learning rate, and no decay but towards their start."""
     others = [p for p in model.parameters() if p.requires_grad and p is not mixture.logits]
-    groups: list[dict[str, Any]] = [{"params": others, "lr": options.lr, "weight_decay": options.weight_decay}]
+    to_start = options.decay_towards == "start"
+    decay = 0.0 if to_start else options.weight_decay
+    groups: list[dict[str, Any]] = [{"params": others, "lr": options.lr, "weight_decay": decay}]
     if mixture.logits.requires_grad:
         groups.append({"params": [mixture.logits], "lr": options.weights_lr, "weight_decay": 0.0})
-    return torch.optim.AdamW(groups)
+    optimizer = torch.optim.AdamW(groups)
+    if to_start:
+        optimizer.register_step_post_hook(_towards_start(optimizer, options.weight_decay))
+    return optimizer
+
+
+def _towards_start(optimizer: torch.optim.Optimizer, decay: float) -> Callable[..., None]:
+    """After each step w ← w − lr · decay · (w − w0), apart from the gradient, as AdamW decays towards 0."""
+    starts = {p: p.detach().clone() for group in optimizer.param_groups for p in group["params"]}
+
+    @torch.no_grad()
+    def pull(*_: Any) -> None:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.lerp_(starts[parameter], group["lr"] * decay)
+
+    return pull
+
+
+def _stopping_callback(epochs: int) -> Any:
+    from transformers import TrainerCallback
+
+    class Stopping(TrainerCallback):  # type: ignore[misc]
+        """Ends the training after so many passes."""
+
+        def on_epoch_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+            control.should_training_stop = control.should_training_stop or round(state.epoch) >= epochs
+
+    return Stopping()
+
+
+def _averaging_callback(model: Averaged) -> Any:
+    from transformers import TrainerCallback
+
+    class Averaging(TrainerCallback):  # type: ignore[misc]
+        """Takes every step into the average."""
+
+        def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+            model.update(state.global_step)
+
+    return Averaging()
 
 
 def _progress_callback(track: Track, stack: ExitStack) -> Any:

@@ -10,7 +10,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,11 +54,13 @@ from transformers import (
 )
 from typer.testing import CliRunner, Result
 
+from pimerge.bench import Bench
 from pimerge.cli.app import app, main
 from pimerge.expert import Expert
 from pimerge.lowrank import MergedModule, Truncation
 from pimerge.merging import prepare
 from pimerge.method import open_method
+from pimerge.model import draw_head
 from pimerge.peft_methods import BitFitConfig, BottleneckConfig
 from pimerge.progress import Advance, Track
 from pimerge.task import open_task
@@ -732,6 +734,13 @@ def shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Capture
 
 class Interrupt(KeyboardInterrupt):
     """Stands for a kill."""
+
+
+@contextmanager
+def untidied(bench: Bench, seed: int) -> Iterator[ExitStack]:
+    """In place of ``Bench.tidied``: what was trained stays in the base, to be looked at."""
+    draw_head(bench.loaded, seed)
+    yield ExitStack()
 
 
 def interrupted_after(steps: int | None) -> Track:

@@ -16,7 +16,8 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from pimerge import tuning
+from pimerge import composed
+from pimerge.bench import Bench, Fitted
 from pimerge.compatibility import init_cosine
 from pimerge.composition import Mixture
 from pimerge.errors import PimergeError
@@ -24,7 +25,7 @@ from pimerge.expert import Expert, open_expert
 from pimerge.export import Coefficients
 from pimerge.task import Task, open_task
 from pimerge.training import Options, split_holdout
-from pimerge.tuning import Tuned, tune
+from pimerge.tuning import tune
 from tests.conftest import (
     Interrupt,
     MakeExpert,
@@ -34,6 +35,7 @@ from tests.conftest import (
     merge,
     model_for,
     relative_difference,
+    untidied,
 )
 
 QUICK = Options(epochs=2, shots=6, batch_size=8)
@@ -63,7 +65,7 @@ class Tuner:
         experts: Sequence[Expert] | None = None,
         target: Expert | None = None,
         **rest: Any,
-    ) -> Tuned:
+    ) -> Fitted:
         chosen = [self.a, self.b] if experts is None else experts
         return tune(method, self.task, self.x.base, chosen, target, output, options, **rest)
 
@@ -77,14 +79,15 @@ def tuner(pool: Path, parity_task: Path) -> Tuner:
 def starts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[nn.Module, dict[str, list[float]]]]:
     """The model and the mixture's weights of each run when training begins."""
     found = []
-    compose = tuning.compose
+    compose = composed.compose
 
     def spying(model: nn.Module, members: Any, mixture: Mixture, trained: bool) -> Any:
         layers = compose(model, members, mixture, trained)
         found.append((model, mixture.weights()))
         return layers
 
-    monkeypatch.setattr(tuning, "compose", spying)
+    monkeypatch.setattr(composed, "compose", spying)
+    monkeypatch.setattr(Bench, "tidied", untidied)
     return found
 
 

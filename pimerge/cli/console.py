@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from pimerge.cli.options import flag
 from pimerge.progress import Advance, Track, silent
 
 _WIDE = 10_000  # where no terminal sets a width, nothing is cut
@@ -57,6 +58,23 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], right: Se
     for row in rows:
         table.add_row(*map(escape, row))
     stdout().print(table)
+
+
+def print_methods(summaries: Mapping[str, str], defaults: Mapping[str, Mapping[str, Any]], as_json: bool) -> None:
+    """List a folder's methods with their options.
+
+    Args:
+        summaries: name → first line of its docstring.
+        defaults: name → option → the value that it has where it is not given.
+    """
+    if as_json:
+        print_json([{"name": n, "summary": s, "options": dict(defaults[n])} for n, s in summaries.items()])
+        return
+    rows = [
+        [name, summary, " ".join(f"{flag(option)} {value}" for option, value in defaults[name].items())]
+        for name, summary in summaries.items()
+    ]
+    print_table(["method", "what it does", "options"], rows)
 
 
 def size_text(count: float) -> str:

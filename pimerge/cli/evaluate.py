@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from pimerge.cli import options
 from pimerge.cli.console import note, print_json, print_table, quiet_libraries, tracker
 from pimerge.cli.inputs import base_of, open_all, select
+from pimerge.cli.merge_request import is_checkpoint
 from pimerge.errors import PimergeError
 
 DEFAULT_OUTPUTS = ("tuned", "merged")
@@ -30,8 +31,13 @@ def evaluate(
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Score experts and the bare base on the target's test split, each with a 95 % interval."""
+    """Score experts and the bare base on the target's test split, each with a 95 % interval.
+
+    What 'tune --method ensemble' and '--method full' wrote is scored, too.
+    """
+    from pimerge.ensembles import is_ensemble, open_ensemble
     from pimerge.evaluation import evaluate as score
+    from pimerge.evaluation import evaluate_checkpoint
     from pimerge.files import json_text, require_absent, write_file
     from pimerge.strategies import load
     from pimerge.task import open_task
@@ -39,10 +45,14 @@ def evaluate(
     references = experts or [name for name in DEFAULT_OUTPUTS if Path(name).is_dir()]
     if output is not None:
         require_absent(output, force)
-    opened = open_all(references, base)
+    checkpoints = [reference for reference in references if is_checkpoint(reference)]
+    ensembles = [open_ensemble(Path(reference), base) for reference in references if is_ensemble(Path(reference))]
+    known = {*checkpoints, *(str(ensemble.path) for ensemble in ensembles)}
+    singles = open_all([reference for reference in references if str(Path(reference)) not in known], base)
+    opened = [*singles, *(expert for ensemble in ensembles for expert in ensemble.experts)]
     chosen = select(None, ranking, target, base, needed=False)
     folder = chosen.task_folder or next(
-        (expert.path for expert in opened if (expert.path / "task.json").is_file()), None
+        (path for path in [*(e.path for e in opened), *map(Path, checkpoints)] if (path / "task.json").is_file()), None
     )
     if folder is None:
         raise PimergeError(
@@ -51,16 +61,16 @@ def evaluate(
         )
     quiet_libraries()
     task = open_task(folder)
-    scores = score(
-        opened,
-        task,
-        base_of(opened, chosen.target, base),
-        chosen.target,
-        device=device,
-        dtype=dtype,
-        track=tracker(quiet),
-        note=lambda message: note(message, quiet),
-    )
+    how: dict[str, Any] = {
+        "device": device,
+        "dtype": dtype,
+        "track": tracker(quiet),
+        "note": lambda message: note(message, quiet),
+    }
+    scores = []
+    if opened or chosen.target or base:
+        scores = score([*singles, *ensembles], task, base_of(opened, chosen.target, base), chosen.target, **how)
+    scores += [evaluate_checkpoint(Path(path), task, **how) for path in checkpoints]
     document = {"target": task.name, "split": "test", "scores": [asdict(row) for row in scores]}
     if output is not None:
         write_file(output, json_text(document))

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from pimerge.cli import options
-from pimerge.cli.console import print_json, print_table
+from pimerge.cli.console import print_methods
 from pimerge.cli.merge_request import Request, is_checkpoint, with_ranked_state_dicts
 
 METHODS = "merge_methods"
@@ -182,11 +182,4 @@ def _list_methods(json: bool) -> None:
 
     summaries = strategies.summaries(METHODS)
     defaults = {name: open_method(name).resolved for name in summaries}
-    if json:
-        print_json([{"name": n, "summary": s, "options": defaults[n]} for n, s in summaries.items()])
-        return
-    rows = [
-        [name, summary, " ".join(f"{options.flag(option)} {value}" for option, value in defaults[name].items())]
-        for name, summary in summaries.items()
-    ]
-    print_table(["method", "what it does", "options"], rows)
+    print_methods(summaries, defaults, json)

@@ -9,17 +9,23 @@ from typing import Annotated
 import typer
 
 from pimerge.cli import options
-from pimerge.cli.console import note, print_json, print_table, quiet_libraries, tracker, warn
+from pimerge.cli.console import note, print_json, print_methods, print_table, quiet_libraries, tracker, warn
 from pimerge.cli.inputs import base_of, from_pool, parse_rank, select
 from pimerge.errors import PimergeError
 
+METHODS = "tune_methods"
 INSTEAD = "scratch"
 """The method where the ranking expects no expert to help."""
 
 
 def tune(
     experts: options.Experts = None,
-    method: Annotated[str, typer.Option(help=options.listing("tune_methods"))] = "learned",
+    method: Annotated[
+        str, typer.Option(help=f"How to combine and train; --methods says more: {options.names(METHODS)}.")
+    ] = "learned",
+    methods: Annotated[
+        bool, typer.Option("--methods", help="List the methods, each with its formula and source.")
+    ] = False,
     target: options.TargetReference = None,
     ranking: options.RankingPath = Path("ranking.json"),
     base: options.BaseReference = None,
@@ -35,6 +41,23 @@ def tune(
     holdout: Annotated[float, typer.Option(help="Share of the training examples kept for early stopping.")] = 0.2,
     patience: Annotated[int, typer.Option(help="Epochs without a better held-out loss before it stops.")] = 8,
     label_smoothing: Annotated[float, typer.Option(help="Share of the target spread over all classes.")] = 0.1,
+    choose: Annotated[
+        str,
+        typer.Option(
+            "--select",
+            help="fixed: learning rate and epochs as given; cv: chosen on folds of the examples, ten trainings.",
+        ),
+    ] = "fixed",
+    weight_decay: Annotated[float, typer.Option(help="Of factors and head.")] = 0.01,
+    decay_towards: Annotated[
+        str, typer.Option(help="What weights decay towards: zero, or the start of the training.")
+    ] = "zero",
+    ema: Annotated[
+        float | None, typer.Option(help="Keep a moving average of what trains, with this decay, such as 0.99.")
+    ] = None,
+    sam: Annotated[
+        float | None, typer.Option(help="Sharpness-aware minimisation with this radius, such as 0.05: twice the time.")
+    ] = None,
     start: Annotated[str, typer.Option(help="Weights start from the softmax of the ranking's scores, or equal.")] = (
         "ranking"
     ),
@@ -53,6 +76,25 @@ def tune(
         str | None,
         typer.Option(help="Modules of a fresh expert, with commas. Default: the pool's, or PEFT's choice."),
     ] = None,
+    uniform: Annotated[
+        bool | None, typer.Option("--uniform", help="One scale per layer, for scalearn.", show_default=False)
+    ] = None,
+    shared: Annotated[
+        bool | None, typer.Option("--shared", help="The same scales in all layers, for scalearn.", show_default=False)
+    ] = None,
+    evaluations: Annotated[
+        int | None, typer.Option(help="Sets of weights that are tried, for gradient-free. Default: 40.")
+    ] = None,
+    runs: Annotated[int | None, typer.Option(help="Runs that are mixed, for soup. Default: 3.")] = None,
+    teacher: Annotated[
+        str | None, typer.Option(help="Whose votes count, for distill: mean (all alike) or similarity. Default: mean.")
+    ] = None,
+    label_share: Annotated[
+        float | None, typer.Option(help="Share of the labels beside the teacher's, for distill. Default: 0.5.")
+    ] = None,
+    unlabelled: Annotated[
+        int | None, typer.Option(help="Most inputs without a label, for distill. Default: 500.")
+    ] = None,
     init_seed: Annotated[int, typer.Option(help="Init of a fresh expert; experts of one pool share it.")] = 0,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
@@ -66,12 +108,24 @@ def tune(
     Where the ranking expects no expert to help, a fresh one is trained ('--method scratch').
     A run that was interrupted goes on where it was when the same command is given again.
     """
-    from pimerge import strategies
+    if methods:
+        _list_methods(json)
+        return
     from pimerge.training import Options
     from pimerge.tuning import STARTS
     from pimerge.tuning import tune as tune_experts
+    from pimerge.tuning_method import open_tune_method
 
-    plan = strategies.load("tune_methods", method).PLAN
+    settings = {
+        "uniform": uniform,
+        "shared": shared,
+        "evaluations": evaluations,
+        "runs": runs,
+        "teacher": teacher,
+        "label_share": label_share,
+        "unlabelled": unlabelled,
+    }
+    plan = open_tune_method(method, settings).plan
     if start not in STARTS:
         raise PimergeError(f"--start is '{start}'", f"expected {' or '.join(STARTS)}")
     chosen = select(experts, ranking, target, base, needed=plan.experts)
@@ -82,7 +136,7 @@ def tune(
     used = method
     if plan.experts and not chosen.experts:
         warn(f"no expert is expected to help ({ranking}): training a fresh expert instead")
-        used, plan = INSTEAD, strategies.load("tune_methods", INSTEAD).PLAN
+        used, settings, plan = INSTEAD, {}, open_tune_method(INSTEAD).plan
     like = from_pool(chosen, ranking, base)
     values = {
         **locals(),
@@ -101,6 +155,8 @@ def tune(
         chosen.target,
         output,
         Options(**{field.name: values[field.name] for field in fields(Options) if field.name in values}),
+        settings=settings,
+        select=choose,
         scores=chosen.scores if start == "ranking" else None,
         like=like,
         instead_of=method if used != method else None,
@@ -124,6 +180,7 @@ def tune(
                 "held_out_loss": result.outcome.held_out_loss,
                 "examples": result.examples,
                 "trained_parameters": result.outcome.trained_parameters,
+                "deployed_parameters": result.deployed_parameters,
                 "weights": result.weights,
             }
         )
@@ -131,13 +188,13 @@ def tune(
     rows = [
         ["method", used],
         ["trained on", f"{result.examples} examples, {result.outcome.epochs:.0f} epochs"],
-        ["trained parameters", str(result.outcome.trained_parameters)],
+        ["parameters", f"{result.outcome.trained_parameters} trained, {result.deployed_parameters} deployed"],
         ["train loss", _loss(result.outcome.train_loss)],
         ["held-out loss", _loss(result.outcome.held_out_loss)],
     ]
     if result.rank:
         rows.append(["rank", f"{result.rank} (error {result.truncation:.2%})"])
-    if plan.experts:
+    if result.weights and plan.experts:
         columns = list(zip(*result.weights.values(), strict=True))
         rows += [
             [
@@ -149,6 +206,15 @@ def tune(
         ]
     print_table(["", ""], rows)
     note(f"→ {output}; next: pimerge eval {output}", quiet)
+
+
+def _list_methods(json: bool) -> None:
+    from pimerge import strategies
+    from pimerge.tuning_method import open_tune_method
+
+    summaries = strategies.summaries(METHODS)
+    defaults = {name: open_tune_method(name).resolved for name in summaries}
+    print_methods(summaries, defaults, json)
 
 
 def _loss(value: float | None) -> str:

@@ -111,6 +111,10 @@ class Examples:
         """The padded batch of these examples."""
         return self.collate([self.get(index) for index in indices])
 
+    def subset(self, indices: Sequence[int]) -> Examples:
+        """These examples alone, for training."""
+        return Examples([self.lengths[i] for i in indices], lambda i: self.get(indices[i]), self.collate)
+
     def labelled(self, index: int, label: Any) -> Batch:
         """Example i as :attr:`get` has it, but of another class, or of other classes of its words."""
         example = self.get(index)

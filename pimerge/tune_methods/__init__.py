@@ -1,7 +1,8 @@
 """Ways to tune on the target's examples, one file each: which parameters train, and from which start.
 
-A method has ``PLAN``, a :class:`Plan`. Whatever it trains, the result is a weighted sum of updates, which
-collapses into one expert. The task head trains in every method.
+A method has ``PLAN``, a :class:`Plan` of a weighted sum of experts, and is that sum, trained. One that is more has
+``fit(job, *, options)`` → :class:`pimerge.bench.Fitted` besides; its keyword arguments are its options. The task head
+trains in every method.
 """
 
 from __future__ import annotations
@@ -17,19 +18,35 @@ class Plan:
         experts: whether the chosen experts are in the sum.
         target: whether the target's own expert is in the sum (a fresh one stands in if it has none).
         fresh: whether a fresh expert, trained from the pool's init, is the whole sum.
-        train_weights: the softmax weights train; else they stay as they start.
+        random_experts: whether fresh experts take the places of the chosen ones.
+        train_weights: the weights train; else they stay as they start.
         train_experts: the experts' factors train.
         ranked_start: the weights may start from the ranking; else they are equal.
+        mixture: the weights are a ``softmax``, ``free``, free for each of the ``channels`` of an output, or a
+            ``switch`` that lets one expert answer at a time.
+        granularity: what shares weights, where the method says it; None for the option's.
+        full: the whole base trains, in place of any expert.
     """
 
     experts: bool = False
     target: bool = False
     fresh: bool = False
+    random_experts: bool = False
     train_weights: bool = False
     train_experts: bool = False
     ranked_start: bool = False
+    mixture: str = "softmax"
+    granularity: str | None = None
+    full: bool = False
 
     @property
     def lr(self) -> float:
-        """The learning rate where the user gives none: factors want a smaller one than a head on frozen features."""
+        """The learning rate where the user gives none: the more trains, the smaller."""
+        if self.full:
+            return 5e-5
         return 2e-3 if self.train_experts else 5e-3
+
+    @property
+    def head_alone(self) -> bool:
+        """Whether nothing but a head trains, and no expert is there."""
+        return not self.experts and not self.train_experts and not self.full

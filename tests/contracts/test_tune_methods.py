@@ -12,15 +12,16 @@ from peft import PeftModel
 from PIL import ImageOps
 from torch import Tensor, nn
 
-from pimerge import strategies, tuning
+from pimerge import composed, strategies
+from pimerge.bench import Bench, Fitted
 from pimerge.errors import PimergeError
 from pimerge.expert import open_expert
 from pimerge.export import task_of
 from pimerge.task import open_task
 from pimerge.training import Options
 from pimerge.tune_methods import Plan
-from pimerge.tuning import Tuned, tune
-from tests.conftest import MakeExpert, logits_of, model_for, write_image_task
+from pimerge.tuning import tune
+from tests.conftest import MakeExpert, logits_of, model_for, untidied, write_image_task
 
 METHODS = sorted(strategies.summaries("tune_methods"))
 OPTIONS = Options(epochs=6, shots=12, lr=1e-2, batch_size=8)
@@ -32,7 +33,7 @@ class Run:
 
     plan: Plan
     output: Path
-    result: Tuned | None = None
+    result: Fitted | None = None
     model: nn.Module | None = None
     before: dict[str, Tensor] = field(default_factory=dict)
 
@@ -55,7 +56,7 @@ class Inputs:
     base: Path
     task: Path
 
-    def tune(self, method: str, output: Path, **options: Any) -> Tuned:
+    def tune(self, method: str, output: Path, **options: Any) -> Fitted:
         pool = [open_expert(self.folder / name) for name in ("a", "b")]
         target = open_expert(self.folder / "x")
         return tune(method, open_task(self.task), target.base, pool, target, output, OPTIONS, **options)
@@ -82,7 +83,7 @@ def inputs(
 def run(request: pytest.FixtureRequest, inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """One tuning by each method."""
     found = Run(strategies.load("tune_methods", request.param).PLAN, tmp_path_factory.mktemp("out") / "tuned")
-    compose = tuning.compose
+    compose = composed.compose
 
     def spying(model: nn.Module, *rest: Any) -> Any:
         layers = compose(model, *rest)
@@ -91,7 +92,8 @@ def run(request: pytest.FixtureRequest, inputs: Inputs, tmp_path_factory: pytest
         return layers
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tuning, "compose", spying)
+        patch.setattr(composed, "compose", spying)
+        patch.setattr(Bench, "tidied", untidied)
         found.result = inputs.tune(request.param, found.output)
     return found
 

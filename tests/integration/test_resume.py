@@ -13,11 +13,12 @@ from pathlib import Path
 
 import pytest
 
+from pimerge.bench import Fitted
 from pimerge.expert import open_expert
 from pimerge.progress import Track, silent
 from pimerge.task import open_task
 from pimerge.training import Options
-from pimerge.tuning import Tuned, tune
+from pimerge.tuning import tune
 from tests.conftest import Interrupt, MakeExpert, interrupted_after
 
 LONG = Options(epochs=10, shots=10, batch_size=8, lr=0.3, patience=3, holdout=0.4)
@@ -36,7 +37,7 @@ def uninterrupted(
     return folder
 
 
-def resumable(folder: Path, name: str, track: Track, note: Callable[[str], None] = lambda message: None) -> Tuned:
+def resumable(folder: Path, name: str, track: Track, note: Callable[[str], None] = lambda message: None) -> Fitted:
     x, a = (open_expert(folder / name) for name in ("x", "a"))
     return tune(
         "interpolated",

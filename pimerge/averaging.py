@@ -1,0 +1,101 @@
+"""An exponential moving average of what trains, in place of it whenever the model is evaluated."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+PREFIX = "average."
+
+
+class Averaged(nn.Module):
+    """A model whose trained parameters p have an average m ← β m + (1 − β) p, which answers in eval mode.
+
+    The first steps count as much as later ones: β is the smaller of the given one and (1 + t) / (10 + t) at step t.
+    Averages are part of the state, so that a run that was killed goes on with them.
+
+    Args:
+        decay: β.
+
+    >>> model = Averaged(nn.Linear(1, 1, bias=False), decay=0.5)
+    >>> _ = nn.init.ones_(model.model.weight)
+    >>> model.reset()
+    >>> with torch.no_grad(): _ = model.model.weight.fill_(2.0)
+    >>> model.update(step=100)
+    >>> model.train()(torch.ones(1, 1)).item(), model.eval()(torch.ones(1, 1)).item()
+    (2.0, 1.5)
+    """
+
+    accepts_loss_kwargs = False  # this and the next are what the Trainer asks a model for
+    _keys_to_ignore_on_save = None
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        super().__init__()
+        self.model, self.decay = model, decay
+        self.config = getattr(model, "config", None)
+        self.in_place = False  # whether the averages are where the parameters were
+        self.reset()
+
+    def reset(self) -> None:
+        """Start from the parameters as they are."""
+        self._averages = {
+            name: parameter.detach().clone()
+            for name, parameter in self.model.named_parameters()
+            if parameter.requires_grad
+        }
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Take a step of training into the averages."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        parameters = dict(self.model.named_parameters())
+        for name, average in self._averages.items():
+            average.lerp_(parameters[name], 1 - decay)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the model."""
+        return self.model(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> Averaged:
+        """In eval mode the averages are where the parameters were."""
+        super().train(mode)
+        if self.in_place == mode:
+            self._exchange()
+        return self
+
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        parameters = dict(self.model.named_parameters())
+        for name, average in self._averages.items():
+            parameters[name].data, self._averages[name] = average, parameters[name].data
+        self.in_place = not self.in_place
+
+    @contextmanager
+    def _parameters_in_place(self) -> Iterator[None]:
+        exchanged = self.in_place
+        if exchanged:
+            self._exchange()
+        try:
+            yield
+        finally:
+            if exchanged:
+                self._exchange()
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's state, and the averages."""
+        with self._parameters_in_place():
+            state = {name: value.clone() for name, value in self.model.state_dict().items()}
+        averages = dict(self.model.named_parameters()) if self.in_place else self._averages
+        return state | {PREFIX + name: averages[name].detach().clone() for name in self._averages}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Put back what :meth:`state_dict` gave."""
+        with self._parameters_in_place():
+            for name, average in self._averages.items():
+                average.copy_(state_dict[PREFIX + name])
+            plain = {name: value for name, value in state_dict.items() if not name.startswith(PREFIX)}
+            return self.model.load_state_dict(plain, strict=False)

@@ -1,0 +1,120 @@
+"""The ensemble of the chosen experts and the bare base, distilled into one expert.
+
+    loss = −Σ_c q_c log p_c, with q = (1 − λ) Σ_n w_n p_n(·|x) + λ [c is the label]
+
+The teacher is ``ensemble``, or with ``--teacher similarity`` its mean weighted by the ranking's scores, as
+DistillWeighted has it (arXiv 2210.10340). The student is the sum that ``interpolated`` trains. Half of the epochs go to
+the heads of the teacher. Where task.json has a split ``unlabelled``, its inputs are learned from, too, with q the
+teacher's alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from pimerge.tune_methods import Plan
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from pimerge.bench import Fitted, Job
+    from pimerge.task_types import Batch, Examples
+
+PLAN = Plan(experts=True, target=True, train_weights=True, train_experts=True, ranked_start=True)
+TEACHERS = ("mean", "similarity")
+
+
+def fit(job: Job, *, teacher: str = "mean", label_share: float = 0.5, unlabelled: int = 500) -> Fitted:
+    """Train the teacher's heads, then the student.
+
+    Args:
+        teacher: ``mean`` or ``similarity``.
+        label_share: λ of examples with a label.
+        unlabelled: at most so many inputs without one.
+
+    Raises:
+        PimergeError: if an option does not fit, or the task has no classes with a head.
+    """
+    import torch
+
+    from pimerge.composed import compose_sum
+    from pimerge.errors import Problems
+    from pimerge.model import as_before, draw_head
+    from pimerge.tune_methods.ensemble import equal_weights, similarity_weights, train_heads
+
+    problems = Problems()
+    if teacher not in TEACHERS:
+        problems.add(f"--teacher is '{teacher}'", f"expected {' or '.join(TEACHERS)}")
+    if not 0 <= label_share <= 1:
+        problems.add(f"--label-share is {label_share}, expected 0 to 1")
+    if unlabelled < 0:
+        problems.add(f"--unlabelled is {unlabelled}, expected 0 or more")
+    problems.raise_any("the options do not fit")
+    weights = equal_weights(job) if teacher == "mean" else similarity_weights(job)
+    half = job.options.epochs / 2
+    with as_before(job.bench.loaded.model):
+        _, together, heads, kept, held_out = train_heads(job.with_options("teacher", epochs=half), weights, "distill")
+        shares = [_soft(together, kept, label_share, job.bench.device)]
+        more = _unlabelled(job, unlabelled)
+        if more is not None:
+            shares.append(_soft(together, more, 0.0, job.bench.device))
+    draw_head(job.bench.loaded, job.options.seed)
+    composed, kept, held_out = compose_sum(job, PLAN, "distill")
+    taught = _taught([kept] if more is None else [kept, more], torch.cat(shares))
+    outcome = composed.train(taught, held_out, part="student", epochs=job.options.epochs - half)
+    outcome = replace(outcome, epochs=heads.epochs + outcome.epochs)
+    return composed.fitted(outcome, taught, held_out)
+
+
+def _unlabelled(job: Job, limit: int) -> Examples | None:
+    from pimerge.task import UNLABELLED
+
+    task, loaded = job.bench.task, job.bench.loaded
+    if not limit or not task.has_split(UNLABELLED):
+        return None
+    examples, _ = task.examples(UNLABELLED, loaded.processor, loaded.config, seed=job.options.seed, limit=limit)
+    job.note(f"learning from {len(examples)} inputs without a label, too")
+    return examples
+
+
+def _soft(teacher: nn.Module, examples: Examples, label_share: float, device: torch.device) -> Tensor:
+    """(n × classes) the shares of the classes that the student is to learn."""
+    import torch
+    from torch.nn.functional import one_hot
+
+    from pimerge.task_types import bucket_by_length, on_device
+
+    found: list[Tensor] = [torch.empty(0)] * len(examples)
+    for indices in bucket_by_length(examples.lengths, 4096):
+        batch = on_device(examples.batch(indices), device)
+        labels = batch.pop("labels")
+        with torch.no_grad():
+            shares = teacher(**batch).logits.softmax(-1)
+        shares = (1 - label_share) * shares + label_share * one_hot(labels, shares.shape[-1]).to(shares)
+        for index, row in zip(indices, shares.float().cpu(), strict=True):
+            found[index] = row
+    return torch.stack(found)
+
+
+def _taught(parts: list[Examples], shares: Tensor) -> Examples:
+    """The examples one after the other, with shares of the classes in place of labels."""
+    import torch
+
+    from pimerge.task_types import Examples
+
+    places = [(part, index) for part in parts for index in range(len(part))]
+
+    def get(index: int) -> Batch:
+        part, place = places[index]
+        return {**part.get(place), "shares": shares[index]}
+
+    def collate(batch: Sequence[Batch]) -> Batch:
+        if "shares" not in batch[0]:  # those that are held out keep their labels
+            return parts[0].collate(batch)
+        plain = [{name: value for name, value in example.items() if name != "shares"} for example in batch]
+        return {**parts[0].collate(plain), "labels": torch.stack([example["shares"] for example in batch])}
+
+    return Examples([part.lengths[place] for part, place in places], get, collate)

@@ -1,0 +1,87 @@
+"""All of the base trained, no expert: the control "full fine-tuning". The result is a checkpoint, as large as the base.
+
+``pimerge eval`` scores it as it scores an expert; it cannot join a pool.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pimerge.tune_methods import Plan
+
+if TYPE_CHECKING:
+    from pimerge.bench import Fitted, Job
+    from pimerge.manifest import Manifest
+
+PLAN = Plan(full=True)
+
+
+def fit(job: Job) -> Fitted:
+    """Train the base; it comes back as it was with the job's ``undo``."""
+    import torch
+
+    from pimerge.bench import Fitted
+    from pimerge.composition import Mixture
+    from pimerge.training import train
+
+    loaded = job.bench.loaded
+    kept, held_out = job.examples()
+    before = {name: (p, p.detach().clone(), p.dtype) for name, p in loaded.model.named_parameters()}
+
+    def restore() -> None:
+        for parameter, value, _ in before.values():
+            parameter.data = value
+            parameter.requires_grad_(False)
+
+    job.undo.callback(restore)
+    for parameter in loaded.model.parameters():
+        parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+        parameter.requires_grad_(True)
+    mixture = Mixture([], [0.0], "global", trained=False).to(job.bench.device)
+    outcome = train(
+        loaded,
+        mixture,
+        kept,
+        held_out,
+        job.run,
+        job.options,
+        job.bench.precision,
+        track=job.track,
+        note=job.note,
+    )
+
+    def write(output: Path, manifest: Manifest, force: bool) -> None:
+        from pimerge.expert import TASK
+        from pimerge.files import json_text, new_folder, sha256_file, write_into
+        from pimerge.manifest import MANIFEST_FILE
+
+        with new_folder(output, force=force) as partial:
+            for name, parameter in loaded.model.named_parameters():
+                parameter.data = parameter.data.to(before[name][2])
+            loaded.model.save_pretrained(partial)  # type: ignore[operator]
+            loaded.processor.save_pretrained(partial)
+            outputs = {file.name: sha256_file(file) for file in sorted(partial.iterdir()) if file.is_file()}
+            write_into(
+                partial,
+                {
+                    TASK: json_text(job.bench.task.document_for(output)),
+                    MANIFEST_FILE: json_text(manifest.model_copy(update={"outputs": outputs}).model_dump()),
+                },
+            )
+
+    size = sum(parameter.numel() for parameter in loaded.model.parameters())
+    return Fitted(
+        model=loaded.model,
+        outcome=outcome,
+        experts=[],
+        weights={},
+        scales=[],
+        examples=len(kept),
+        held_out=len(held_out) if held_out else 0,
+        rank=0,
+        truncation=0.0,
+        deployed_parameters=size,
+        settings={},
+        write=write,
+    )

@@ -1,0 +1,91 @@
+"""A tune method with its options, as the stages use it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+from pimerge import strategies
+from pimerge.bench import Fitted, Job
+from pimerge.composed import train_sum
+from pimerge.errors import Problems
+from pimerge.tune_methods import Plan
+
+PACKAGE = "tune_methods"
+
+
+@dataclass(frozen=True)
+class TuneMethod:
+    """One file of ``tune_methods/`` with its options; see :func:`open_tune_method`.
+
+    Attributes:
+        options: those that were given; the file's own defaults serve for the others.
+    """
+
+    name: str
+    file: ModuleType
+    options: Mapping[str, Any]
+
+    @property
+    def plan(self) -> Plan:
+        """What it composes."""
+        plan: Plan = self.file.PLAN
+        return plan
+
+    @property
+    def resolved(self) -> dict[str, Any]:
+        """Every option of its own with the value that it has."""
+        return {**_defaults(self.file), **self.options}
+
+    @property
+    def is_one_training(self) -> bool:
+        """Whether it trains once, all epochs in a row."""
+        return not hasattr(self.file, "fit")
+
+    def fit(self, job: Job) -> Fitted:
+        """Leave the tuned result in the job's base.
+
+        Raises:
+            PimergeError: if the experts, the task, an option or the disk has a problem.
+        """
+        if self.is_one_training:
+            return train_sum(job, self.plan, self.name)
+        fitted: Fitted = self.file.fit(job, **self.options)
+        return fitted
+
+
+def open_tune_method(name: str, options: Mapping[str, Any] | None = None) -> TuneMethod:
+    """A tune method by name, with options of its own.
+
+    Args:
+        options: name → value; None for one that was not given.
+
+    Raises:
+        PimergeError: if there is no such method, or it does not take an option.
+
+    >>> open_tune_method("scalearn", {"uniform": True, "shared": None}).resolved
+    {'uniform': True, 'shared': False}
+    """
+    file = strategies.load(PACKAGE, name)
+    given = {option: value for option, value in (options or {}).items() if value is not None}
+    problems = Problems()
+    for option in sorted(given.keys() - _defaults(file).keys()):
+        takers = [
+            other for other in strategies.summaries(PACKAGE) if option in _defaults(strategies.load(PACKAGE, other))
+        ]
+        problems.add(
+            f"'{name}' has no option --{option.replace('_', '-')}",
+            f"it is for {', '.join(takers)}" if takers else "leave it out",
+        )
+    problems.raise_any(f"options that '{name}' cannot take")
+    return TuneMethod(name.replace("_", "-"), file, given)
+
+
+def _defaults(file: ModuleType) -> dict[str, Any]:
+    if not hasattr(file, "fit"):
+        return {}
+    parameters = inspect.signature(file.fit).parameters.items()
+    return {name: parameter.default for name, parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
