@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 Z95 = 1.959963984540054
 BASE = "(base)"
+BATCH_TOKENS = 16_384
 Value = TypeVar("Value")
 
 
@@ -72,7 +73,7 @@ def evaluate(
     *,
     device: str = "auto",
     dtype: str = "auto",
-    batch_tokens: int = 16_384,
+    batch_tokens: int = BATCH_TOKENS,
     track: Track = silent,
     note: Callable[[str], None] = lambda message: None,
 ) -> list[Score]:
@@ -100,19 +101,15 @@ def evaluate(
     precision = resolve_dtype(dtype, resolved)
     scores = []
     loaded = load_base(base, task, resolved, precision)
-    examples, labels = task.examples("test", loaded.processor, loaded.config_for(single))
-    if examples.truncated:
-        note(f"{examples.truncated} test examples are longer than the model takes and were cut")
-    batches = bucket_by_length(examples.lengths, batch_tokens, padded=not most_virtual_tokens(single))
+    test = encode_test(task, loaded, single, batch_tokens)
+    if test.examples.truncated:
+        note(f"{test.examples.truncated} test examples are longer than the model takes and were cut")
     head, whose = _base_head(loaded, target, task)
-    total = len(examples) * (len(experts) + (whose is not None))
+    total = len(test.examples) * (len(experts) + (whose is not None))
     with track("evaluating", total, "examples") as advance:
 
         def run(name: str, model: nn.Module, whose: str) -> None:
-            found = _answers(model, examples, batches, task, advance)
-            if found.cut:
-                note(f"{name}: {found.cut} answers were cut at max_new_tokens")
-            scores.append(_score(name, found, examples.classes or labels, examples.references, task, whose))
+            scores.append(score_model(name, model, test, whose, advance=advance, note=note))
 
         if whose is not None:
             set_head(loaded.model, head)
@@ -121,6 +118,58 @@ def evaluate(
             with plugged_in_ensemble(row, loaded) if isinstance(row, Ensemble) else plugged_in(row, loaded) as model:
                 run(row.name, model, f"{len(row.experts)} experts together" if isinstance(row, Ensemble) else "")
     return scores
+
+
+@dataclass(frozen=True)
+class Split:
+    """A test split, encoded for a base.
+
+    Attributes:
+        labels: the class of each example, or the classes of its words.
+        batches: indices of the examples.
+    """
+
+    task: Task
+    examples: Examples
+    labels: Sequence[int | Sequence[int]]
+    batches: Sequence[Sequence[int]]
+
+
+def encode_test(task: Task, loaded: LoadedBase, experts: Sequence[Expert], batch_tokens: int = BATCH_TOKENS) -> Split:
+    """Encode a task's test split.
+
+    Args:
+        experts: that will answer; some of them take room before a text.
+
+    Raises:
+        PimergeError: if the split cannot be read or encoded.
+    """
+    examples, labels = task.examples("test", loaded.processor, loaded.config_for(experts))
+    batches = bucket_by_length(examples.lengths, batch_tokens, padded=not most_virtual_tokens(experts))
+    return Split(task, examples, examples.classes or labels, batches)
+
+
+def score_model(
+    name: str,
+    model: nn.Module,
+    test: Split,
+    whose: str = "",
+    *,
+    advance: Advance = lambda count: None,
+    note: Callable[[str], None] = lambda message: None,
+) -> Score:
+    """Score a model that answers.
+
+    Args:
+        whose: note on the head that answers.
+
+    Raises:
+        PimergeError: if its loss is not finite.
+    """
+    found = _answers(model.eval(), test.examples, test.batches, test.task, advance)
+    if found.cut:
+        note(f"{name}: {found.cut} answers were cut at max_new_tokens")
+    return _score(name, found, test.labels, test.examples.references, test.task, whose)
 
 
 def evaluate_checkpoint(

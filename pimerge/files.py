@@ -62,6 +62,16 @@ def require_absent(path: Path, force: bool) -> None:
         raise PimergeError(f"'{path}' is there already", "pass --force to replace it, or choose another --output")
 
 
+def require_same_or_absent(path: Path, text: str, force: bool) -> None:
+    """As :func:`require_absent`; the same text again is no overwriting.
+
+    Raises:
+        PimergeError: if another content is there and ``force`` is off.
+    """
+    if not (path.is_file() and path.read_bytes() == text.encode()):
+        require_absent(path, force)
+
+
 def sha256_bytes(data: bytes) -> str:
     """SHA-256 of bytes, in hexadecimal."""
     return hashlib.sha256(data).hexdigest()

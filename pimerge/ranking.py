@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from pimerge.errors import PimergeError
 from pimerge.expert import Expert, open_expert
-from pimerge.files import json_text, require_absent, write_file
+from pimerge.files import json_text, require_same_or_absent, write_file
 from pimerge.task import parse_document
 
 SCHEMA = 2
@@ -118,9 +118,7 @@ def write_ranking(ranking: Ranking, path: Path, force: bool) -> None:
         PimergeError: if another ranking is there and ``force`` is off.
     """
     content = json_text(ranking.model_dump())
-    if path.is_file() and path.read_text(encoding="utf-8") == content:
-        return
-    require_absent(path, force)
+    require_same_or_absent(path, content, force)
     write_file(path, content)
 
 

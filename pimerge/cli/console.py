@@ -46,6 +46,11 @@ def print_json(document: Any) -> None:
     sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def print_line(text: str) -> None:
+    """Print a line of the result."""
+    stdout().print(escape(text))
+
+
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str] = ()) -> None:
     """Print a table.
 
