@@ -13,15 +13,16 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 
+from pimerge import __version__
 from pimerge.base import Base
-from pimerge.bench import Job, open_bench
+from pimerge.bench import Bench, Job, open_bench
 from pimerge.comparison_document import ComparisonDocument, Run
 from pimerge.cross_validation import choose
 from pimerge.errors import Problems
-from pimerge.evaluation import encode_test, score_model
+from pimerge.evaluation import Split, encode_test, score_model
 from pimerge.expert import Expert
 from pimerge.features import Draw, Viewer, why_not
 from pimerge.files import json_text, read_json, sha256_bytes, write_file
@@ -187,16 +188,26 @@ class _Harness:
     ) -> None:
         self.pool, self.scores, self.design, self.methods = pool, scores, design, methods
         self.folder, self.note = folder, note
-        self.bench = open_bench(task, base, device, dtype)
-        names = ["test", *(each.name for each in tests[1:])]
-        self.tests = {name: encode_test(each, self.bench.loaded, pool) for name, each in zip(names, tests, strict=True)}
+        self.task, self.base, self.device, self.dtype = task, base, device, dtype
+        self.test_tasks = {"test": tests[0], **{each.name: each for each in tests[1:]}}
         self.inputs = [
+            __version__,
             *(each.sha256() for each in tests),
             base.identity,
-            sorted(expert.sha256 for expert in pool),
-            str(self.bench.precision),
+            [expert.sha256 for expert in pool],
+            dtype,
         ]
         self.ranked = cache(self._ranked)
+
+    @cached_property
+    def bench(self) -> Bench:
+        """The base, loaded when the first run is made."""
+        return open_bench(self.task, self.base, self.device, self.dtype)
+
+    @cached_property
+    def tests(self) -> dict[str, Split]:
+        """The test sets by name."""
+        return {name: encode_test(task, self.bench.loaded, self.pool) for name, task in self.test_tasks.items()}
 
     def done(self, case: Case) -> Run | None:
         """What a run gave, if it has been made."""
@@ -218,7 +229,7 @@ class _Harness:
         )
         experts, scores = self.ranked(case.shots, case.seed) if case.k else ([], [])
         work = self._file(case).with_suffix(".training")
-        like = next((expert for expert in self.pool), None)
+        like = next(iter(self.pool), None)
         job = Job(self.bench, experts[: case.k], None, like, scores[: case.k], options, work)
         started = time.monotonic()
         problems = Problems()
@@ -230,7 +241,7 @@ class _Harness:
                 seconds = time.monotonic() - started
                 results = {name: score_model(case.method, fitted.model, test) for name, test in self.tests.items()}
         problems.raise_any("a run failed; those before it are kept")
-        metric = self.bench.task.metrics[0]
+        metric = self.task.metrics[0]
         run = Run(
             method=case.method,
             shots=case.shots,

@@ -97,8 +97,10 @@ def conclusion(runs: Sequence[Run], controls: Sequence[str], metric: str) -> str
     """
     lines = [line for line in lines_of(runs, controls) if line.test == "test"]
     tried = [line for line in lines if not line.control and line.difference is not None]
+    if not any(line.control for line in lines):
+        return "Without a control no gain can be told from what a fresh expert would have had."
     if not tried:
-        return "Nothing but controls was run." if lines else "Nothing was run."
+        return "Nothing but controls was run."
     if all(line.low is None for line in tried):
         return "With one seed no method can be told from another: more seeds are needed."
     level = 1 - (1 - LEVEL) / len(tried)
