@@ -80,7 +80,7 @@ class Job:
         experts: the chosen ones, each at its strength, best first.
         target: the target's own expert, if it has one.
         like: whose rank, alpha and modules a fresh expert has; None for the usual ones.
-        scores: of the experts in the ranking, or None.
+        scores: of the experts in the ranking, or None; ``gains``: what the ranking expects of each over the bare base.
         run: folder of the checkpoints.
         fold: which of how many folds is held out, in place of a share; None for the share.
         undo: what is done before the base is used again.
@@ -92,6 +92,7 @@ class Job:
     target: Expert | None
     like: Expert | None
     scores: Sequence[float | None] | None
+    gains: Sequence[float | None] | None
     options: Options
     run: Path
     track: Track = silent

@@ -94,6 +94,7 @@ def compare(
     base: Base,
     pool: Sequence[Expert],
     scores: Sequence[float | None],
+    gains: Sequence[float | None],
     design: Design,
     folder: Path,
     *,
@@ -110,7 +111,7 @@ def compare(
     Args:
         task: the target's. Its own expert, if it has one, has no part: it may have seen more examples.
         pool: the experts, the target's own not among them; as a ranking has them, if ``design.ranked_by`` says so.
-        scores: of the pool in that ranking.
+        scores: of the pool in that ranking; ``gains``: that it expects.
         folder: of the runs.
         also: further tasks whose test splits the results are scored on, with the target's classes.
 
@@ -131,7 +132,7 @@ def compare(
     methods = {name: open_tune_method("uniform" if name == SINGLE else name) for name in design.methods}
     _check(task, pool, design, methods, also, note)
     cases = list(_cases(design, methods))
-    harness = _Harness(task, base, pool, scores, design, methods, folder, [task, *also], device, dtype, note)
+    harness = _Harness(task, base, pool, scores, gains, design, methods, folder, [task, *also], device, dtype, note)
     mine = [case for number, case in enumerate(cases) if number % world == rank]
     with track("comparing", len(mine), "runs") as advance:
         for case in mine:
@@ -178,6 +179,7 @@ class _Harness:
         base: Base,
         pool: Sequence[Expert],
         scores: Sequence[float | None],
+        gains: Sequence[float | None],
         design: Design,
         methods: Mapping[str, TuneMethod],
         folder: Path,
@@ -186,7 +188,8 @@ class _Harness:
         dtype: str,
         note: Callable[[str], None],
     ) -> None:
-        self.pool, self.scores, self.design, self.methods = pool, scores, design, methods
+        self.pool, self.scores, self.gains = pool, scores, gains
+        self.design, self.methods = design, methods
         self.folder, self.note = folder, note
         self.task, self.base, self.device, self.dtype = task, base, device, dtype
         self.test_tasks = {"test": tests[0], **{each.name: each for each in tests[1:]}}
@@ -227,10 +230,10 @@ class _Harness:
             init_seed=case.seed,
             lr=lr or self.design.options.lr or method.plan.lr,
         )
-        experts, scores = self.ranked(case.shots, case.seed) if case.k else ([], [])
+        experts, scores, gains = self.ranked(case.shots, case.seed) if case.k else ([], [], [])
         work = self._file(case).with_suffix(".training")
         like = next(iter(self.pool), None)
-        job = Job(self.bench, experts[: case.k], None, like, scores[: case.k], options, work)
+        job = Job(self.bench, experts[: case.k], None, like, scores[: case.k], gains[: case.k], options, work)
         started = time.monotonic()
         problems = Problems()
         with problems.collected(f"{case.method}, {shots_text(case.shots)}, seed {case.seed}: "):
@@ -258,10 +261,10 @@ class _Harness:
         write_file(self._file(case), json_text(run.model_dump()))
         shutil.rmtree(work, ignore_errors=True)
 
-    def _ranked(self, shots: int | None, seed: int) -> tuple[list[Expert], list[float | None]]:
-        """The pool on the examples of a draw, best first, each at its best strength; and the scores."""
+    def _ranked(self, shots: int | None, seed: int) -> tuple[list[Expert], list[float | None], list[float | None]]:
+        """The pool on the examples of a draw, best first, each at its best strength; the scores, and the gains."""
         if self.design.ranked_by == "ranking":
-            return list(self.pool), list(self.scores)
+            return list(self.pool), list(self.scores), list(self.gains)
         bench = self.bench
         viewer = Viewer(bench.loaded, bench.base, bench.task, Draw("train", shots, LIMIT, seed), self.folder / FEATURES)
         measure = BY_EXAMPLES if viewer.holds_out else BY_ONE_EXAMPLE
@@ -270,7 +273,11 @@ class _Harness:
         wish = Wish(max(self.design.experts), gate=False)
         ranking = rank_by_examples(viewer, experts, {}, target, None, measure, wish, self.folder)
         chosen = ranking.chosen()
-        return [experts[each.name].scaled(each.scale) for each in chosen], [each.score for each in chosen]
+        return (
+            [experts[each.name].scaled(each.scale) for each in chosen],
+            [each.score for each in chosen],
+            [each.gain if viewer.holds_out else None for each in chosen],
+        )
 
     def _file(self, case: Case) -> Path:
         design = self.design

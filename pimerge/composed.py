@@ -23,6 +23,7 @@ from pimerge.lowrank import MergedModule, Summary, Truncation, relative_error, w
 from pimerge.manifest import Manifest
 from pimerge.members import chosen_experts, form_of, group_members, members, start_logits
 from pimerge.model import set_head
+from pimerge.probed_head import fit_head
 from pimerge.task_types import Examples, for_base
 from pimerge.training import Outcome, train, untrained
 from pimerge.tune_methods import Plan
@@ -63,11 +64,18 @@ class Composed(ABC):
     parts: Sequence[str]
 
     def __init__(
-        self, job: Job, plan: Plan, method: str, chosen: Sequence[Expert], names: list[str], fresh: bool
+        self,
+        job: Job,
+        plan: Plan,
+        method: str,
+        chosen: Sequence[Expert],
+        names: list[str],
+        fresh: bool,
+        examples: int,
     ) -> None:
         self.job, self.plan, self.method = job, plan, method
         self.chosen, self.names, self.fresh = chosen, names, fresh
-        self.start = start_logits(plan, len(names), job, chosen)
+        self.start = start_logits(plan, len(names), job, chosen, examples)
 
     @abstractmethod
     def collapse(self, rank: int | None = None) -> Collapsed:
@@ -179,10 +187,10 @@ class Composed(ABC):
 class _Updates(Composed):
     """A sum of updates ΔW."""
 
-    def __init__(self, job: Job, plan: Plan, method: str, chosen: Sequence[Expert]) -> None:
+    def __init__(self, job: Job, plan: Plan, method: str, chosen: Sequence[Expert], examples: int) -> None:
         self.members: list[Member]
         self.members, fresh = members(plan, job, chosen)
-        super().__init__(job, plan, method, chosen, [member.name for member in self.members], fresh)
+        super().__init__(job, plan, method, chosen, [member.name for member in self.members], fresh, examples)
         self.parts = sorted({name for member in self.members for name in member.modules})
         widths = {name: module.d_out for member in self.members for name, module in member.modules.items()}
         self.mixture = _mixture(plan, job, self.parts, self.start, widths)
@@ -217,7 +225,9 @@ class _Updates(Composed):
 class _Groups(Composed):
     """A sum of experts without ΔW: of their tensors."""
 
-    def __init__(self, job: Job, plan: Plan, method: str, chosen: Sequence[Expert], form: Expert) -> None:
+    def __init__(
+        self, job: Job, plan: Plan, method: str, chosen: Sequence[Expert], examples: int, form: Expert
+    ) -> None:
         if plan.mixture == "channels":
             raise PimergeError(
                 f"'{method}' scales the outputs of updates ΔW, and experts of kind {form.kind} have none",
@@ -225,7 +235,7 @@ class _Groups(Composed):
             )
         found: list[GroupMember]
         found, fresh = group_members(plan, job, form, chosen)
-        super().__init__(job, plan, method, chosen, [member.name for member in found], fresh)
+        super().__init__(job, plan, method, chosen, [member.name for member in found], fresh, examples)
         self.form, self.parts = form, form.parts
         self.mixture = _mixture(plan, job, self.parts, self.start, {})
         self.composition = compose_groups(job.bench.loaded, form, found, self.mixture, plan.train_experts)
@@ -269,11 +279,16 @@ def compose_sum(job: Job, plan: Plan, method: str) -> tuple[Composed, Examples, 
     if plan.target and job.target is not None:
         set_head(bench.loaded.model, job.target.head_tensors())
     with form_of(plan, job, chosen) as form:
-        composed: Composed = (
-            _Updates(job, plan, method, chosen) if form is None else _Groups(job, plan, method, chosen, form)
-        )
         kept, held_out = job.examples(form)
+        count = len(kept) + (len(held_out) if held_out else 0)
+        composed: Composed = (
+            _Updates(job, plan, method, chosen, count)
+            if form is None
+            else _Groups(job, plan, method, chosen, count, form)
+        )
     composed.mixture.to(bench.device)
+    if plan.probed_head and bench.loaded.head and not fit_head(bench.loaded, composed.model, bench.task, kept):
+        job.note("the head has no linear layer for the classes of whole examples: it starts from where it was drawn")
     return composed, kept, held_out
 
 

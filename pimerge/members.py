@@ -22,6 +22,8 @@ from pimerge.model import LoadedBase
 from pimerge.tune_methods import Plan
 
 LORA = "lora"
+TEMPERATURE = 0.1
+"""Of the softmax of expected gains, with one labelled example; it falls as the standard error of a gain does."""
 NO_EXPERT = "the target has no expert of its own: a fresh one takes its place"
 
 
@@ -44,17 +46,31 @@ def chosen_experts(plan: Plan, method: str, experts: Sequence[Expert], target: E
     return list(experts)
 
 
-def start_logits(plan: Plan, count: int, job: Job, chosen: Sequence[Expert]) -> list[float]:
-    """Logits whose softmax the weights start from: the scores, and 1/N for a member that has none."""
-    by_path = dict(zip((expert.path.resolve() for expert in job.experts), job.scores or [], strict=False))
-    known = [by_path.get(expert.path.resolve()) for expert in chosen]
-    ranked = [score for score in known if score is not None]
+def start_logits(plan: Plan, count: int, job: Job, chosen: Sequence[Expert], examples: int) -> list[float]:
+    """Logits whose softmax the weights start from: the scores, and 1/N for a member that has none.
+
+    Args:
+        count: how many members the sum has.
+        examples: labelled ones that the ranking's gains rest on.
+    """
+    ranked = _known(job.scores, job, chosen)
+    if plan.start_by_gain and (gains := _known(job.gains, job, chosen)):
+        temperature = TEMPERATURE / math.sqrt(examples)
+        ranked = [gain / temperature for gain in gains]
     own = count - len(chosen) + (1 if plan.target and len(chosen) == count else 0)  # target's or fresh: no score
     if not plan.ranked_start or not ranked or len(ranked) < count - own:
         return [0.0] * count
     # log-mean-exp of the others' scores: a softmax share of exactly 1/N
-    middle = math.log(sum(math.exp(score) for score in ranked) / len(ranked))
+    highest = max(ranked)
+    middle = highest + math.log(sum(math.exp(score - highest) for score in ranked) / len(ranked))
     return [middle] * own + ranked
+
+
+def _known(values: Sequence[float | None] | None, job: Job, chosen: Sequence[Expert]) -> list[float]:
+    """Of what the ranking says of its experts, what it says of the chosen ones."""
+    by_path = dict(zip((expert.path.resolve() for expert in job.experts), values or [], strict=False))
+    found = [by_path.get(expert.path.resolve()) for expert in chosen]
+    return [value for value in found if value is not None]
 
 
 @contextmanager

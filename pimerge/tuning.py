@@ -43,6 +43,7 @@ def tune(
     settings: Mapping[str, Any] | None = None,
     select: str = "fixed",
     scores: Sequence[float | None] | None = None,
+    gains: Sequence[float | None] | None = None,
     like: Expert | None = None,
     instead_of: str | None = None,
     device: str = "auto",
@@ -62,6 +63,7 @@ def tune(
         select: ``cv``: learning rate and epochs are chosen on folds of the training examples; ``fixed``: as given.
         scores: of the experts in the ranking; the weights start from their softmax, with 1/N for the target's
             own. None, or None for one of them, is an equal start.
+        gains: that the ranking expects of the experts, in accuracy over the bare base; 0.01 is a point.
         like: whose rank, alpha and modules a fresh expert has; by default the target's own, else the first of
             ``experts``.
         instead_of: the method that was asked for, where this one takes its place; for the manifest.
@@ -85,9 +87,9 @@ def tune(
     chosen = chosen_experts(plan, method, experts, target)
     like = target or like or next(iter(chosen), None)
     like_sha256 = like.sha256 if like else None
-    run = _run_folder(opened, task, base, chosen, output, options, scores, device, dtype, like_sha256, select)
+    run = _run_folder(opened, task, base, chosen, output, options, scores, gains, device, dtype, like_sha256, select)
     bench = open_bench(task, base, device, dtype, options.seed)
-    job = Job(bench, experts, target, like, scores, options, run, track, note)
+    job = Job(bench, experts, target, like, scores, gains, options, run, track, note)
     if select == "cv":
         job = replace(job, options=choose(opened, job))
     with bench.tidied(options.seed) as undo:

@@ -92,13 +92,14 @@ def compare(
     with problems.collected():
         names = _names(controls, methods)
     problems.raise_any("the options do not fit")
-    pool, scores, own, folder = _pool(experts, target, ranking, base)
+    pool, scores, gains, own, folder = _pool(experts, target, ranking, base)
     task = open_task(folder)
     document = run(
         task,
         base_of(pool, own, base),
         pool,
         scores,
+        gains,
         Design(
             methods=names,
             shots=list(dict.fromkeys(wanted)),
@@ -183,8 +184,8 @@ def _names(controls: str, methods: str) -> list[str]:
 
 def _pool(
     references: list[str] | None, target: str | None, ranking_path: Path, base: str | None
-) -> tuple[list[Expert], list[float | None], Expert | None, Path]:
-    """The experts, their scores, the target's own expert and the folder of its task."""
+) -> tuple[list[Expert], list[float | None], list[float | None], Expert | None, Path]:
+    """The experts, their scores and expected gains, the target's own expert and the folder of its task."""
     from pimerge.cli.inputs import open_all, pool_members, select
     from pimerge.errors import Problems
     from pimerge.ranking import open_ranked, read_ranking
@@ -194,9 +195,10 @@ def _pool(
         raise PimergeError("the target is not known", "pass --target FOLDER (an expert's or a task's)")
     own = chosen.target
     scores: list[float | None]
+    gains: list[float | None]
     if references:
         pool = open_all([str(path) for path in pool_members(references)], base)
-        scores = [None] * len(pool)
+        scores = gains = [None] * len(pool)
     else:
         ranking = read_ranking(ranking_path)
         problems = Problems()
@@ -206,12 +208,9 @@ def _pool(
                 pool.append(open_ranked(candidate, ranking_path, base))
         problems.raise_any("some experts of the ranking cannot be opened")
         scores = [candidate.score for candidate in ranking.candidates]
-    kept = [
-        (expert, score)
-        for expert, score in zip(pool, scores, strict=True)
-        if own is None or expert.sha256 != own.sha256
-    ]
-    return [expert for expert, _ in kept], [score for _, score in kept], own, chosen.task_folder
+        gains = [candidate.gain for candidate in ranking.candidates]
+    kept = [place for place, expert in enumerate(pool) if own is None or expert.sha256 != own.sha256]
+    return [pool[i] for i in kept], [scores[i] for i in kept], [gains[i] for i in kept], own, chosen.task_folder
 
 
 def _tables(document: ComparisonDocument) -> list[tuple[str, list[list[str]]]]:

@@ -24,13 +24,14 @@ class Selection:
             ranking expects none to help.
         target: the target's own expert; None if it has none or none is known.
         task_folder: the folder of the target's task.json; None if no target is known.
-        scores: of the experts, from the ranking; None for an expert that it does not have.
+        scores: of the experts, from the ranking; None for an expert that it does not have. ``gains``: that it expects.
     """
 
     experts: list[Expert]
     target: Expert | None
     task_folder: Path | None
     scores: list[float | None]
+    gains: list[float | None]
 
 
 def open_all(references: Sequence[str], base: str | None, *, convert: bool = False) -> list[Expert]:
@@ -76,10 +77,12 @@ def select(
     own, folder = _target(target, ranking, ranking_path, base, convert=convert)
     if references:
         experts = open_all(references, base, convert=convert)
-        known = {c.sha256: c.score for c in ranking.candidates} if ranking else {}
-        return Selection(experts, own, folder, [known.get(expert.sha256) for expert in experts])
+        known = {c.sha256: c for c in ranking.candidates} if ranking else {}
+        found = [known.get(expert.sha256) for expert in experts]
+        scores, gains = ([getattr(candidate, name, None) for candidate in found] for name in ("score", "gain"))
+        return Selection(experts, own, folder, scores, gains)
     if ranking is None or not needed:
-        return Selection([], own, folder, [])
+        return Selection([], own, folder, [], [])
     if target is not None and not _is_ranked(ranking, own, folder):
         raise PimergeError(
             f"'{ranking_path}' ranks experts for '{ranking.target.name}', not for '{target}' as it is now",
@@ -91,7 +94,8 @@ def select(
         with problems.collected():
             experts.append(open_ranked(candidate, ranking_path, base))
     problems.raise_any("some experts of the ranking cannot be opened")
-    return Selection(experts, own, folder, [candidate.score for candidate in ranking.chosen()])
+    candidates = ranking.chosen()
+    return Selection(experts, own, folder, [c.score for c in candidates], [c.gain for c in candidates])
 
 
 def from_pool(chosen: Selection, ranking_path: Path, base: str | None) -> Expert | None:

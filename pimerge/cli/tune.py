@@ -158,6 +158,7 @@ def tune(
         settings=settings,
         select=choose,
         scores=chosen.scores if start == "ranking" else None,
+        gains=chosen.gains if start == "ranking" else None,
         like=like,
         instead_of=method if used != method else None,
         device=device,

@@ -26,6 +26,8 @@ class Plan:
             ``switch`` that lets one expert answer at a time.
         granularity: what shares weights, where the method says it; None for the option's.
         full: the whole base trains, in place of any expert.
+        start_by_gain: weights that start from the ranking start from the gains that it expects.
+        probed_head: the head starts from a probe.
     """
 
     experts: bool = False
@@ -38,6 +40,8 @@ class Plan:
     mixture: str = "softmax"
     granularity: str | None = None
     full: bool = False
+    start_by_gain: bool = False
+    probed_head: bool = False
 
     @property
     def lr(self) -> float:
