@@ -1,0 +1,113 @@
+"""Which way of tuning is best with few labels, over the targets of a pool: how the default of ``tune`` was found.
+
+    python examples/benchmarks/tuning.py EXPERTS WORK [--targets a,b] [--shots 5,20] [--seeds 3] [--methods guided,learned]
+
+EXPERTS is a folder of experts with a ``task.json`` each. Every target in turn is a new task: ``pimerge compare`` runs
+methods and controls on draws of its examples, with all other experts as the pool, ranked on each draw. Runs lie in WORK,
+and a second call makes what is new alone. It prints, for each number of shots: the mean over targets, the paired
+difference to the best control (that with the highest mean over the targets) ± its standard error over targets, the
+lowest difference of a target to its own best control, and the share of the distance between a fresh LoRA and the
+target's own expert, which had all of its data.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+from pimerge.cli.console import print_line, print_table, quiet_libraries
+from pimerge.comparing import CONTROLS, Design, compare, shots_text
+from pimerge.evaluation import BASE, evaluate
+from pimerge.expert import find_experts, open_expert
+from pimerge.task import open_task
+from pimerge.training import Options
+
+FRESH = "scratch"
+
+
+def main() -> None:
+    """Run what is new, and print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
+    parser.add_argument("experts", type=Path)
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--targets", help="with commas; default: all")
+    parser.add_argument("--shots", default="5,20")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--methods", default="guided,learned,interpolated,ensemble")
+    parser.add_argument("--controls", default="head,scratch,full,single,uniform")
+    parser.add_argument("-k", type=int, default=4)
+    parser.add_argument("--epochs", type=float, default=30)
+    parser.add_argument("--select", default="fixed")
+    parser.add_argument("--lr", action="append", default=[], help="METHOD=NUMBER")
+    given = parser.parse_args()
+    quiet_libraries()
+    design = Design(
+        methods=[*given.controls.split(","), *given.methods.split(",")],
+        shots=[None if text == "all" else int(text) for text in given.shots.split(",")],
+        seeds=given.seeds,
+        experts=[given.k],
+        options=Options(epochs=given.epochs, holdout=0.0),
+        select=given.select,
+        lrs={name: float(value) for name, _, value in (text.partition("=") for text in given.lr)},
+    )
+    names = given.targets.split(",") if given.targets else [path.name for path in find_experts(given.experts)]
+    scores: dict[tuple[int | None, str, str], float] = {}
+    own: dict[str, float] = {}
+    for name in names:
+        print_line(f"target {name}")
+        for (shots, method), score in run(given.experts, name, given.work / name, design).items():
+            scores[shots, method, name] = score
+        own[name] = accuracy_of_own(given.experts / name)
+    for shots in design.shots:
+        table(shots, design.methods, names, scores, own)
+
+
+def run(experts: Path, name: str, work: Path, design: Design) -> dict[tuple[int | None, str], float]:
+    """(Shots, method) → mean accuracy over the seeds, for one target."""
+    target = open_expert(experts / name)
+    pool = [open_expert(path) for path in find_experts(experts) if path.name != name]
+    document = compare(open_task(target.path), target.base, pool, [None] * len(pool), [None] * len(pool), design, work)
+    assert document is not None
+    return {(line.shots, line.method): line.mean for line in document.lines}
+
+
+def accuracy_of_own(path: Path) -> float:
+    """Of the target's own expert, trained on all of its data."""
+    expert = open_expert(path)
+    rows = evaluate([expert], open_task(path), expert.base, None)
+    return next(row.accuracy for row in rows if row.name != BASE)
+
+
+def table(
+    shots: int | None,
+    methods: Sequence[str],
+    names: Sequence[str],
+    scores: dict[tuple[int | None, str, str], float],
+    own: dict[str, float],
+) -> None:
+    """Print one number of shots."""
+    points = {method: [100 * scores[shots, method, name] for name in names] for method in methods}
+    controls = [method for method in methods if method in CONTROLS]
+    best = max(controls, key=lambda method: statistics.fmean(points[method]))
+    best_each = [max(points[control][i] for control in controls) for i in range(len(names))]
+    above = statistics.fmean(100 * own[name] for name in names)
+    rows = []
+    for method in methods:
+        differences = [one - other for one, other in zip(points[method], points[best], strict=True)]
+        error = statistics.stdev(differences) / len(names) ** 0.5 if len(names) > 1 else 0.0
+        lowest = min(zip((p - b for p, b in zip(points[method], best_each, strict=True)), names, strict=True))
+        mean = statistics.fmean(points[method])
+        closed = ""
+        if FRESH in points and (distance := above - statistics.fmean(points[FRESH])) > 0:
+            closed = f"{(mean - statistics.fmean(points[FRESH])) / distance:.0%}"
+        difference = "" if method == best else f"{statistics.fmean(differences):+.1f} ± {error:.1f}"
+        control = " (control)" if method in controls else ""
+        rows.append([method + control, f"{mean:.1f}", difference, f"{lowest[0]:+.1f} ({lowest[1]})", closed])
+    print_line(f"\n{shots_text(shots)}, {len(names)} targets; their own experts have {above:.1f}")
+    print_table(["method", "accuracy, %", f"to {best}", "lowest, to the best control", "distance closed"], rows)
+
+
+if __name__ == "__main__":
+    main()
