@@ -364,10 +364,7 @@ def fresh_lora(
     model.unload()
     loaded.model.requires_grad_(False)
     layouts, _ = parse({"r": rank, "lora_alpha": alpha}, {key: tuple(value.shape) for key, value in tensors.items()})
-    factors = {
-        module: Factors(tensors[layout.A].float(), tensors[layout.B].float(), layout.scaling)
-        for module, layout in layouts.items()
-    }
+    factors = {module: layout.factors(lambda key: tensors[key].float()) for module, layout in layouts.items()}
     return Member(name, layouts, factors)
 
 
