@@ -7,6 +7,8 @@ rank R, never N projections. Of three exact ways to compute it the one with the 
 - ``stack``: y = x W0ᵀ + ((x Aᵀ) ⊙ scale) Bᵀ. Cheap for few tokens or small R.
 - ``materialise``: y = x (W0 + (B ⊙ scale) A)ᵀ, with the gradient of the scale from x Aᵀ and g B.
 - ``materialise-dense``: the same, with it from gᵀ x. Cheap for many tokens and large R.
+
+Embeddings and convolutions are stacked always, as PEFT runs them: A looks up or convolves, B mixes what comes out.
 """
 
 from __future__ import annotations
@@ -19,10 +21,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.nn.functional import linear
+from torch.nn.functional import conv1d, conv2d, conv3d, embedding, linear
 
 from pimerge.errors import PimergeError, Problems
-from pimerge.kinds.lora import Factors, LoraModule
+from pimerge.fitting import delta_shape
+from pimerge.kinds.lora import Factors, LoraModule, refuse_biased_embeddings
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -162,31 +165,45 @@ class ComposedLinear(nn.Module):
         self.has_bias = any(part.bias is not None for _, part in present)
         self.biases = nn.Parameter(biases, trained and self.has_bias)
 
+    @property
+    def weight(self) -> Tensor:
+        """The base's weight: models ask their layers for its dtype."""
+        return self.layer.weight  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base's bias."""
+        return self.layer.bias  # type: ignore[return-value]
+
+    def weighted(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Scale of each row of A (R), the factors B (d_out × R), and the update of the bias (d_out), as they count now.
+
+        The weights of the experts are in the scale, or where each output has its own, in B.
+        """
+        weights = self.mixture(self.name).to(self.A.dtype)
+        if weights.dim() == 1:
+            factor = weights * self.scaling
+            return factor[self.owner], self.B, factor @ self.biases
+        return self.scaling[self.owner], self.B * weights[self.owner].T, self.scaling @ (weights * self.biases)
+
     def forward(self, x: Tensor) -> Tensor:
         """The composed layer on x (…, d_in)."""
-        weights = self.mixture(self.name).to(self.A.dtype)
-        by_output = weights.dim() > 1
-        factor = (weights.T * self.scaling).T  # w_n s_n
-        scale = (self.scaling if by_output else factor)[self.owner]
-        B = self.B * weights[self.owner].T if by_output else self.B
+        scale, B, bias_update = self.weighted()
         transposed = type(self.layer).__name__ == "Conv1D"
-        weight = self.layer.weight.T if transposed else self.layer.weight
+        weight = self.weight.T if transposed else self.weight
         dtype = x.dtype
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
-        bias = self.layer.bias
+        bias = self.bias
         output = composed_linear(
             x.to(dtype),
             scale.to(dtype),
             self.A.to(dtype),
             B.to(dtype),
-            weight.to(dtype),  # type: ignore[arg-type]
-            None if bias is None else bias.to(dtype),  # type: ignore[arg-type]
+            weight.to(dtype),
+            None if bias is None else bias.to(dtype),
         )
-        if not self.has_bias:
-            return output
-        bias_update: Tensor = (factor * self.biases).sum(0) if by_output else factor @ self.biases
-        return output + bias_update.to(dtype)
+        return output + bias_update.to(dtype) if self.has_bias else output
 
     def parts(self, count: int) -> list[Factors | None]:
         """Each expert's update as it is now, with its scaling; the inverse of the constructor.
@@ -208,6 +225,34 @@ class ComposedLinear(nn.Module):
         return found
 
 
+class ComposedEmbedding(ComposedLinear):
+    """An Embedding, whose input is a row of the identity for each token: A (R × vocabulary) is looked up."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """The composed layer on ids (…), (…, d_out)."""
+        output: Tensor = self.layer(ids)
+        rows = embedding(ids, self.A.T, self.layer.padding_idx)  # type: ignore[arg-type]  # (…, R)
+        scale, B, _ = self.weighted()
+        update = linear(rows, B * scale)
+        return output + (update * getattr(self.layer, "embed_scale", 1.0)).to(output.dtype)
+
+
+class ComposedConvolution(ComposedLinear):
+    """A convolution: A (R × d_in · kernel) is one of the base's stride and padding, B one of kernel 1."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The composed layer on x (…, channels, *places), (…, d_out, *places)."""
+        output: Tensor = self.layer(x)
+        weight, layer = self.weight, self.layer
+        convolve: Any = {3: conv1d, 4: conv2d, 5: conv3d}[weight.dim()]
+        scale, B, bias_update = self.weighted()
+        A = self.A.view(-1, *weight.shape[1:])
+        kernel = (B * scale).view(*B.shape, *(1 for _ in weight.shape[2:]))
+        H: Tensor = convolve(x.to(A.dtype), A, None, layer.stride, layer.padding)
+        update: Tensor = convolve(H, kernel, bias_update)
+        return output + update.to(output.dtype)
+
+
 def compose(model: nn.Module, members: Sequence[Member], mixture: Mixture, trained: bool) -> dict[str, ComposedLinear]:
     """Replace every adapted layer of a model by its composition.
 
@@ -215,32 +260,66 @@ def compose(model: nn.Module, members: Sequence[Member], mixture: Mixture, train
         module name → composed layer, in alphabetical order.
 
     Raises:
-        PimergeError: with each module that the model lacks, whose layer is not linear, or whose shape differs.
+        PimergeError: with each module that the model lacks, whose layer is not handled, or whose shape differs.
     """
     layers = dict(model.named_modules())
     problems = Problems()
     names = sorted({name for member in members for name in member.modules})
+    types: dict[str, type[ComposedLinear]] = {}
     for name in names:
         layer = layers.get(name)
-        if layer is None or (type(layer) is not nn.Linear and type(layer).__name__ != "Conv1D"):
-            found = "is not there" if layer is None else f"is a {type(layer).__name__}"
-            problems.add(f"module '{name}' of the base {found}", "tuning composes Linear and Conv1D layers")
+        with problems.collected(f"module '{name}' of the base "):
+            types[name] = _composed_type(layer)
+        if layer is None or name not in types:
             continue
-        shape = tuple(layer.weight.T.shape if type(layer).__name__ == "Conv1D" else layer.weight.shape)
+        shape = delta_shape(layer)
         for member in members:
             module = member.modules.get(name)
             if module is not None and (module.d_out, module.d_in) != shape:
                 problems.add(
                     f"module '{name}' of '{member.name}' is {module.d_out} × {module.d_in}, the base's {shape}"
                 )
+    modules = [module for member in members for module in member.modules.values()]
+    with problems.collected():
+        refuse_biased_embeddings(modules, any(module.bias for module in modules))
     problems.raise_any("the experts do not fit the base")
     composed = {}
     for name in names:
         parent, _, child = name.rpartition(".")
-        layer = ComposedLinear(name, layers[name], [member.factors.get(name) for member in members], mixture, trained)
+        parts = [member.factors.get(name) for member in members]
+        layer = types[name](name, layers[name], parts, mixture, trained)
         setattr(model.get_submodule(parent), child, layer)
         composed[name] = layer
     return composed
+
+
+def _composed_type(layer: nn.Module | None) -> type[ComposedLinear]:
+    """How a layer of the base is composed.
+
+    Raises:
+        PimergeError: if it is not there, or none that PEFT runs a LoRA on as a sum.
+    """
+    if layer is None:
+        raise PimergeError("is not there", "pass the base that the experts were trained on with --base")
+    if type(layer) is nn.Linear or type(layer).__name__ == "Conv1D":
+        return ComposedLinear
+    if isinstance(layer, nn.Embedding) and (type(layer) is nn.Embedding or hasattr(layer, "embed_scale")):
+        return ComposedEmbedding
+    if type(layer) in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
+        if max(layer.dilation) > 1 and max(layer.kernel_size) > 1:  # type: ignore[arg-type]
+            raise PimergeError(
+                f"is a {type(layer).__name__} with dilation {layer.dilation}, without which PEFT runs the factors",
+                "leave the experts that adapt it out",
+            )
+        if layer.groups != 1:
+            raise PimergeError(
+                f"is a {type(layer).__name__} of {layer.groups} groups, and ΔW is one matrix",
+                "leave the experts that adapt it out",
+            )
+        return ComposedConvolution
+    raise PimergeError(
+        f"is a {type(layer).__name__}", "tuning composes Linear, Conv1D, Embedding and convolution layers"
+    )
 
 
 def group_modules(modules: Sequence[str], granularity: str) -> dict[str, int]:

@@ -16,7 +16,7 @@ from pimerge.errors import PimergeError, Problems
 from pimerge.expert import CONFIG, TASK, WEIGHTS, Expert
 from pimerge.files import json_text, new_folder, relative_to, sha256_bytes, sha256_file, write_into
 from pimerge.kinds._keys import PREFIX, PROMPT_PREFIX, PROMPTS
-from pimerge.kinds.lora import LoraModule, rank_fields
+from pimerge.kinds.lora import LoraModule, rank_fields, refuse_biased_embeddings
 from pimerge.lowrank import MergedModule, Summary
 from pimerge.manifest import MANIFEST_FILE, Manifest
 from pimerge.task import Task, open_task
@@ -186,7 +186,7 @@ def write_expert(
     Raises:
         PimergeError: if the folder is there and ``force`` is off, or the disk refuses.
     """
-    _refuse_biased_embeddings(layout)
+    refuse_biased_embeddings(layout.modules, layout.has_bias)
     return _write_folder(
         path,
         lambda file: _write_tensors(file, layout, modules, head),
@@ -318,15 +318,6 @@ def base_reference(base: Base, path: Path) -> tuple[str, str | None]:
     found = folder_from(path, base.name)
     same = found is not None and found.resolve() == base.folder.resolve()
     return (base.name if same else relative_to(base.folder, path)), base.revision
-
-
-def _refuse_biased_embeddings(layout: Layout) -> None:
-    embeddings = [module.name for module in layout.modules if module.layer == "embedding"]
-    if layout.has_bias and embeddings:
-        raise PimergeError(
-            f"an expert has biases (lora_bias), and '{embeddings[0]}' is an embedding: PEFT loads no expert with both",
-            "leave out the experts with lora_bias or those that adapt embeddings",
-        )
 
 
 def _head_modules(expert: Expert) -> list[str]:

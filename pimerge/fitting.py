@@ -32,7 +32,7 @@ def check_fits(expert: Expert, base_model: nn.Module, *, head: bool = True) -> N
         if layer is None:
             problems.add(f"the base has no module '{module.name}'", hint)
             continue
-        expected, found = _delta_shape(layer), (module.d_out, module.d_in)
+        expected, found = delta_shape(layer), (module.d_out, module.d_in)
         if expected != found:
             problems.add(f"module '{module.name}': ΔW is {found}, the base's weight {expected}", hint)
     for reason in dict.fromkeys(_misfit(expert, group, base_model) for group in expert.groups.values()):
@@ -93,7 +93,7 @@ def check_fits_on_disk(expert: Expert, task: Task) -> None:
     check_fits(expert, found)
 
 
-def _delta_shape(layer: nn.Module) -> tuple[int, ...]:
+def delta_shape(layer: nn.Module) -> tuple[int, ...]:
     """(d_out, d_in) of a layer's update; a layer without a weight matrix has the shape ()."""
     weight = getattr(layer, "weight", None)
     if weight is None or weight.dim() < 2:

@@ -16,7 +16,7 @@ from pimerge.errors import PimergeError
 from pimerge.expert import Expert
 from pimerge.fresh_expert import fresh_expert
 from pimerge.group_composition import GroupMember, fresh_member, member_of
-from pimerge.kinds.lora import Factors, parse
+from pimerge.kinds.lora import parse
 from pimerge.lowrank import DEFAULT_ENERGY, MergedModule, Truncation, relative_error, weighted_sum
 from pimerge.model import LoadedBase
 from pimerge.tune_methods import Plan
@@ -178,10 +178,7 @@ def fresh_lora(
     model.unload()
     loaded.model.requires_grad_(False)
     layouts, _ = parse({"r": rank, "lora_alpha": alpha}, {key: tuple(value.shape) for key, value in tensors.items()})
-    factors = {
-        module: Factors(tensors[layout.A].float(), tensors[layout.B].float(), layout.scaling)
-        for module, layout in layouts.items()
-    }
+    factors = {module: layout.factors(lambda key: tensors[key].float()) for module, layout in layouts.items()}
     return Member(name, layouts, factors)
 
 

@@ -7,6 +7,7 @@ killed goes on from its last whole checkpoint.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
 DECAYS = ("zero", "start")
 _TOKENS_AT_ONCE = 4096
 _ROOM_FOR_CHECKPOINTS = 64 * 2**20
+_HIGHEST_RATE = 1e6
+"""AdamW moves every number by about the rate at each step: no training is left above, and float32 overflows."""
 
 
 @dataclass(frozen=True)
@@ -150,10 +153,15 @@ def train(
         trainer = _trainer(model, mixture, train_examples, held_out, at_once, run, options, precision, progress)
         _train(trainer, checkpoint)
     model.eval()
-    _require_converged(model)
+    train_loss = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry][-1]
+    try:
+        _require_converged(model, train_loss, trainer.state.best_metric if held_out else 0.0)
+    except PimergeError:
+        shutil.rmtree(run, ignore_errors=True)  # nothing in it is worth going on from
+        raise
     return Outcome(
         epochs=trainer.state.epoch,
-        train_loss=[entry["loss"] for entry in trainer.state.log_history if "loss" in entry][-1],
+        train_loss=train_loss,
         held_out_loss=trainer.state.best_metric,
         held_out_losses=tuple(entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry),
         trained_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
@@ -168,10 +176,13 @@ def check_options(options: Options) -> None:
         PimergeError: with each that does not fit.
     """
     problems = Problems()
-    positive = ("epochs", "lr", "weights_lr", "batch_size", "patience", "max_grad_norm", "sam")
+    positive = ("epochs", "lr", "weights_lr", "batch_size", "patience", "max_grad_norm", "fresh_alpha", "sam")
     for field in positive:
-        if getattr(options, field) is not None and not getattr(options, field) > 0:
-            problems.add(f"--{field.replace('_', '-')} is {getattr(options, field)}, expected more than 0")
+        value = getattr(options, field)
+        if value is not None and not 0 < value < math.inf:
+            problems.add(f"--{field.replace('_', '-')} is {value}, expected a number above 0")
+        elif value is not None and field in ("lr", "weights_lr") and value > _HIGHEST_RATE:
+            problems.add(f"--{field.replace('_', '-')} is {value}, expected at most {_HIGHEST_RATE:g}")
     for field in ("holdout", "label_smoothing", "warmup", "ema"):
         if getattr(options, field) is not None and not 0 <= getattr(options, field) < 1:
             problems.add(f"--{field.replace('_', '-')} is {getattr(options, field)}, expected 0 or more and below 1")
@@ -280,6 +291,7 @@ def _trainer(
         metric_for_best_model="eval_loss" if held_out else None,
         greater_is_better=False if held_out else None,
         logging_strategy="epoch",
+        logging_nan_inf_filter=False,  # a loss that is no number is told as such
         report_to="none",
         disable_tqdm=True,
         remove_unused_columns=False,
@@ -436,9 +448,12 @@ def _training_errors(run: Path) -> Iterator[None]:
         ) from error
 
 
-def _require_converged(model: nn.Module) -> None:
-    if not all(bool(p.isfinite().all()) for p in model.parameters() if p.requires_grad):
-        raise PimergeError("the training diverged: NaN or Inf in what was trained", "pass a lower --lr or --weights-lr")
+def _require_converged(model: nn.Module, *losses: float | None) -> None:
+    """Check what was trained, and its losses; None is one that was never a number."""
+    trained = all(bool(p.isfinite().all()) for p in model.parameters() if p.requires_grad)
+    if not trained or not all(loss is not None and math.isfinite(loss) for loss in losses):
+        what = "the loss" if trained else "what was trained"
+        raise PimergeError(f"the training diverged: NaN or Inf in {what}", "pass a lower --lr or --weights-lr")
 
 
 def _train(trainer: Trainer, checkpoint: Path | None) -> None:

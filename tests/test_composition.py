@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
 from pimerge.composition import (
@@ -20,6 +22,7 @@ from pimerge.composition import (
     ComposedLinear,
     Member,
     Mixture,
+    _composed_type,
     cheapest_plan,
     compose,
     composed_linear,
@@ -27,7 +30,7 @@ from pimerge.composition import (
 )
 from pimerge.errors import PimergeError
 from pimerge.expert import Expert, open_expert
-from pimerge.kinds.lora import Factors
+from pimerge.kinds.lora import Factors, parse
 from pimerge.model import set_head
 from tests.conftest import MakeExpert, dense_deltas, logits_of, model_for, relative_difference
 
@@ -139,6 +142,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "bias": {"lora_bias": True},
 }
 MODULES = {"vit": ["v_proj", "o_proj"], "bert": ["value", "key"], "gpt2": ["c_fc", "c_proj"]}
+OTHERS = {"vit": ["projection", "v_proj"], "bert": ["word_embeddings", "position_embeddings"], "gpt2": ["wte", "c_fc"]}
+"""Convolutions and embeddings among them."""
 Inputs = Mapping[str, Tensor]
 
 
@@ -198,6 +203,17 @@ def test_several_experts_are_the_weighted_sum_of_dense_updates(
                 layer.bias.data += weight * factors.scaling * factors.bias
     model, _ = composed(base, experts, start)
     torch.testing.assert_close(logits_of(model, inputs), logits_of(expected, inputs), atol=1e-5, rtol=1e-4)
+
+
+def test_an_expert_with_embeddings_or_convolutions_gives_pefts_own_logits(
+    pool: tuple[Path, dict[str, Expert], Inputs], make_expert: MakeExpert, tmp_path: Path
+) -> None:
+    base, _, inputs = pool
+    expert = open_expert(make_expert(tmp_path / "x", base, target_modules=OTHERS[base.name]))
+    expected = PeftModel.from_pretrained(model_for(base), expert.path).eval()
+    model, _ = composed(base, [expert], [0.0])
+    set_head(model, expert.head_tensors())
+    torch.testing.assert_close(logits_of(model, inputs), logits_of(expected, inputs), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("trained", [False, True])
@@ -261,6 +277,116 @@ def test_the_gradients_of_a_composed_model_are_those_of_the_dense_one(vit_base: 
     )
 
 
+class Scaled(nn.Embedding):
+    """As BART's and Gemma 3's."""
+
+    embed_scale = 3.0
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids) * self.embed_scale
+
+
+OTHER_LAYERS: dict[str, tuple[nn.Module, Tensor]] = {
+    "embedding": (nn.Embedding(7, 5, padding_idx=0), torch.tensor([[0, 1, 6], [3, 3, 1]])),
+    "scaled embedding": (Scaled(7, 5), torch.tensor([[0, 1, 6], [3, 3, 1]])),
+    "conv1d": (nn.Conv1d(3, 5, 4, stride=3, padding=2), random(2, 3, 11, seed=8)),
+    "conv2d": (nn.Conv2d(3, 5, (3, 2), stride=(1, 2), padding=(2, 0)), random(2, 3, 6, 7, seed=8)),
+    "conv2d without a bias": (nn.Conv2d(3, 5, 2, stride=2, bias=False), random(2, 3, 6, 6, seed=8)),
+    "conv2d of the same size": (nn.Conv2d(3, 5, 3, padding="same"), random(2, 3, 4, 5, seed=8)),
+    "conv2d of one image": (nn.Conv2d(3, 5, 3, padding=1), random(3, 4, 5, seed=8)),
+    "conv2d of kernel 1": (nn.Conv2d(3, 5, 1, dilation=2), random(2, 3, 4, 5, seed=8)),
+    "conv2d that reflects": (nn.Conv2d(3, 5, 3, padding=1, padding_mode="reflect"), random(2, 3, 4, 5, seed=8)),
+    "conv3d": (nn.Conv3d(2, 5, 2, stride=(1, 2, 1), padding=1), random(1, 2, 3, 4, 3, seed=8)),
+}
+
+
+def in_peft(layer: nn.Module, biased: bool, use_rslora: bool = False) -> tuple[nn.Module, Factors]:
+    """A layer with a LoRA of PEFT's, and its factors."""
+    config = LoraConfig(r=3, lora_alpha=5, target_modules=["layer"], lora_bias=biased, use_rslora=use_rslora)
+    model = get_peft_model(nn.ModuleDict({"layer": deepcopy(layer)}), config)
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = torch.randn_like(parameter)
+    modules, _ = parse(
+        {"r": 3, "lora_alpha": 5, "use_rslora": use_rslora},
+        {key: tuple(value.shape) for key, value in get_peft_model_state_dict(model).items()},
+    )
+    return model.base_model.model.layer, modules["layer"].factors(lambda key: get_peft_model_state_dict(model)[key])
+
+
+@pytest.mark.parametrize("name", OTHER_LAYERS)
+def test_an_embedding_or_convolution_is_what_peft_makes_of_it_with_its_gradients(name: str) -> None:
+    layer, x = deepcopy(OTHER_LAYERS[name][0]).double().requires_grad_(False), OTHER_LAYERS[name][1]
+    expected, part = in_peft(layer, biased=isinstance(layer, nn.Conv2d), use_rslora=True)
+    kind = _composed_type(layer)
+    found = kind("m", layer, [part], Mixture(["m"], [0.0], "matrix", True), trained=True)
+    torch.testing.assert_close(found(x), expected(x))
+    g = random(*found(x).shape, seed=7, requires_grad=False)
+    theirs = {key: value for key, value in expected.named_parameters() if value.requires_grad}
+    factors = [next(value for key, value in theirs.items() if f"_{factor}." in key) for factor in "AB"]
+    wanted = torch.autograd.grad(expected(x), factors, g)
+    for own, reference in zip(torch.autograd.grad(found(x), [found.A, found.B], g), wanted, strict=True):
+        torch.testing.assert_close(own, reference.reshape(own.shape))
+    (back,) = found.parts(1)
+    assert back is not None
+    assert torch.equal(back.A, part.A)
+    assert torch.equal(back.B, part.B)
+
+
+@pytest.mark.parametrize("name", [name for name in OTHER_LAYERS if name != "conv2d that reflects"])
+def test_several_experts_on_an_embedding_or_convolution_are_the_sum_of_dense_updates(name: str) -> None:
+    layer, x = deepcopy(OTHER_LAYERS[name][0]).double().requires_grad_(False), OTHER_LAYERS[name][1]
+    rows, d_in = (len(layer.weight), layer.weight[0].numel())
+    d_out, d_in = (d_in, rows) if isinstance(layer, nn.Embedding) else (rows, d_in)
+    bias = None if isinstance(layer, nn.Embedding) or layer.bias is None else random(d_out, seed=3).detach()
+    parts = [
+        Factors(random(2, d_in, seed=1).detach(), random(d_out, 2, seed=2).detach(), 1.5, bias),
+        Factors(random(4, d_in, seed=4).detach(), random(d_out, 4, seed=5).detach(), 0.5),
+        None,
+    ]
+    mixture = Mixture(["m"], [0.1, -0.4, 0.3], "matrix", True).double()
+    found = _composed_type(layer)("m", layer, parts, mixture, trained=True)(x)
+    logits = mixture.logits.detach().clone().requires_grad_()
+    w = logits[0].softmax(0)
+    delta = sum(w[i] * part.scaling * part.B @ part.A for i, part in enumerate(parts) if part)
+    changed = {"weight": layer.weight + (delta.T if isinstance(layer, nn.Embedding) else delta.view_as(layer.weight))}
+    if bias is not None:
+        changed["bias"] = layer.bias + w[0] * 1.5 * bias
+    if isinstance(layer, nn.Embedding):
+        layer.padding_idx = None  # autograd would leave the row out of the weights' gradients, too
+    expected = functional_call(layer, changed, (x,))
+    torch.testing.assert_close(found, expected)
+    g = random(*found.shape, seed=7, requires_grad=False)
+    ours, theirs = [mixture.logits], [logits]
+    if x.requires_grad:
+        ours, theirs = [*ours, x], [*theirs, x]
+    torch.testing.assert_close(torch.autograd.grad(found, ours, g), torch.autograd.grad(expected, theirs, g))
+
+
+def test_a_composed_layer_tells_the_weight_and_bias_of_the_base() -> None:
+    """T5 and CLIP ask for their dtype."""
+    layer = nn.Linear(4, 3)
+    part = Factors(torch.randn(2, 4), torch.randn(3, 2), 1.0)
+    module = ComposedLinear("m", layer, [part], Mixture(["m"], [0.0], "matrix", False), True)
+    assert module.weight is layer.weight
+    assert module.bias is layer.bias
+
+
+@pytest.mark.parametrize("name", ["embedding", "conv2d"])
+def test_under_autocast_an_embedding_or_convolution_stays_near_float32(name: str) -> None:
+    layer, x = OTHER_LAYERS[name][0], OTHER_LAYERS[name][1]
+    x = x.detach().float() if x.is_floating_point() else x
+    _, part = in_peft(layer, biased=False)
+    module = _composed_type(layer)("m", layer, [part], Mixture(["m"], [0.0], "matrix", False), True)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = module(x)
+    assert relative_difference(found, module(x)) < 0.02
+    found.float().sum().backward()
+    assert module.A.grad is not None
+    assert module.A.grad.dtype == torch.float32
+
+
 def test_under_autocast_a_layer_computes_in_sixteen_bits() -> None:
     layer = nn.Linear(16, 16)
     part = Factors(torch.randn(2, 16), torch.randn(16, 2), 1.0)
@@ -320,11 +446,36 @@ def test_modules_that_cannot_be_composed_are_all_named(
     make_expert: MakeExpert, bert_base: Path, gpt2_base: Path, tmp_path: Path
 ) -> None:
     words = open_expert(make_expert(tmp_path / "words", bert_base, target_modules=["word_embeddings", "query"]))
+    biased = open_expert(make_expert(tmp_path / "biased", bert_base, lora_bias=True))
     other = open_expert(make_expert(tmp_path / "other", gpt2_base))
     with pytest.raises(PimergeError) as caught:
-        composed(bert_base, [words, other], [0.0, 0.0])
-    assert "'bert.embeddings.word_embeddings' of the base is a Embedding" in str(caught.value)
+        composed(bert_base, [words, biased, other], [0.0, 0.0, 0.0])
+    assert "'bert.embeddings.word_embeddings' is an embedding" in str(caught.value)
     assert "'transformer.h.0.attn.c_attn' of the base is not there" in str(caught.value)
+
+
+class Shifted(nn.Embedding):
+    """Looks up other rows than it is given, as BART's and OPT's positions do."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids + 2)
+
+
+@pytest.mark.parametrize(
+    ("layer", "found"),
+    [
+        (nn.Conv2d(3, 4, 3, dilation=2), "is a Conv2d with dilation (2, 2)"),
+        (nn.Conv1d(4, 4, 3, groups=2), "is a Conv1d of 2 groups"),
+        (Shifted(7, 4), "is a Shifted"),
+        (nn.ConvTranspose1d(3, 4, 3), "is a ConvTranspose1d"),
+    ],
+)
+def test_layers_on_which_peft_adds_no_matrix_are_refused(layer: nn.Module, found: str) -> None:
+    shape = (7, 4) if isinstance(layer, nn.Embedding) else (4, layer.weight[0].numel())
+    member = Member("x", {"layer": lora_module(shape[1], shape[0])}, {})
+    with pytest.raises(PimergeError) as caught:
+        compose(nn.ModuleDict({"layer": layer}), [member], Mixture(["layer"], [0.0], "matrix", False), False)
+    assert f"module 'layer' of the base {found}" in str(caught.value)
 
 
 def test_shapes_that_differ_from_the_base_are_named(vit_base: Path) -> None:
@@ -338,9 +489,7 @@ def test_shapes_that_differ_from_the_base_are_named(vit_base: Path) -> None:
         compose(model_for(vit_base), [expert_of(16), expert_of(9)], mixture, False)
 
 
-def lora_module(d_in: int) -> Any:
-    from pimerge.kinds.lora import parse
-
+def lora_module(d_in: int, d_out: int = 2) -> Any:
     prefix = "base_model.model.classifier.lora_"
-    modules, _ = parse({"r": 1}, {f"{prefix}A.weight": (1, d_in), f"{prefix}B.weight": (2, 1)})
+    modules, _ = parse({"r": 1}, {f"{prefix}A.weight": (1, d_in), f"{prefix}B.weight": (d_out, 1)})
     return modules["classifier"]

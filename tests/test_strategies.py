@@ -54,3 +54,14 @@ def test_listing_and_help_import_neither_torch_nor_transformers() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_help_of_a_command_imports_nothing_slow() -> None:
+    code = (
+        "import sys\nfrom pimerge.cli.app import main\nsys.argv = ['pimerge', 'tune', '--help']\n"
+        "try: main()\nexcept SystemExit: pass\n"
+        "print(sorted({'torch', 'transformers', 'peft', 'datasets', 'pydantic', 'numpy'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "--method" in done.stdout
+    assert done.stdout.splitlines()[-1] == "[]"

@@ -16,7 +16,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from pimerge import composed
+from pimerge import composed, training
 from pimerge.bench import Bench, Fitted
 from pimerge.compatibility import init_cosine
 from pimerge.composition import Mixture
@@ -287,6 +287,7 @@ WRONG = {
     "label_smoothing": -0.1,
     "rank": 0,
     "fresh_rank": 0,
+    "fresh_alpha": float("inf"),
     "shots": 0,
     "granularity": "head",
 }
@@ -297,6 +298,11 @@ def test_all_wrong_options_come_at_once(tuner: Tuner, tmp_path: Path) -> None:
         tuner("learned", tmp_path / "tuned", Options(**WRONG))
     for name, value in WRONG.items():
         assert f"--{name.replace('_', '-')} is {value!r}" in str(caught.value)
+
+
+def test_a_learning_rate_that_overflows_is_no_learning_rate(tuner: Tuner, tmp_path: Path) -> None:
+    with pytest.raises(PimergeError, match=r"--lr is 1e\+38, expected at most 1e\+06"):
+        tuner("learned", tmp_path / "tuned", replace(QUICK, lr=1e38))
 
 
 def test_more_shots_than_there_are_name_each_class(tuner: Tuner, tmp_path: Path) -> None:
@@ -324,8 +330,18 @@ def test_odd_but_right_options_train(tuner: Tuner, tmp_path: Path, options: Opti
 
 def test_a_run_that_diverges_says_so(tuner: Tuner, tmp_path: Path) -> None:
     with pytest.raises(PimergeError, match="--lr"):
-        tuner("interpolated", tmp_path / "tuned", replace(QUICK, lr=1e30, epochs=4), target=tuner.x)
-    assert not (tmp_path / "tuned").exists()
+        tuner("interpolated", tmp_path / "tuned", replace(QUICK, lr=1e6, epochs=4), target=tuner.x)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("holdout", [0.0, 0.5])
+def test_a_loss_that_is_no_number_is_a_divergence_though_what_was_trained_is_one(
+    tuner: Tuner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, holdout: float
+) -> None:
+    monkeypatch.setattr(training, "mean_loss", lambda output, *_, **__: output.logits.sum() * 0 + float("inf"))
+    with pytest.raises(PimergeError, match="diverged: NaN or Inf in the loss"):
+        tuner("uniform", tmp_path / "tuned", replace(QUICK, holdout=holdout))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_other_dtypes_train_and_export_in_float32(tuner: Tuner, tmp_path: Path) -> None:

@@ -1,10 +1,10 @@
 """Which way of tuning is best with few labels, over the targets of a pool: how the default of ``tune`` was found.
 
-    python examples/benchmarks/tuning.py EXPERTS WORK [--targets a,b] [--shots 5,20] [--seeds 3] [--methods guided,learned]
+    python examples/benchmarks/tuning.py EXPERTS WORK [--targets a,b] [--shots 5,20] [--methods guided,learned]
 
 EXPERTS is a folder of experts with a ``task.json`` each. Every target in turn is a new task: ``pimerge compare`` runs
-methods and controls on draws of its examples, with all other experts as the pool, ranked on each draw. Runs lie in WORK,
-and a second call makes what is new alone. It prints, for each number of shots: the mean over targets, the paired
+methods and controls on draws of its examples, with all other experts as the pool, ranked on each draw. Runs lie in
+WORK, and a second call makes what is new alone. It prints, for each number of shots: the mean over targets, the paired
 difference to the best control (that with the highest mean over the targets) ± its standard error over targets, the
 lowest difference of a target to its own best control, and the share of the distance between a fresh LoRA and the
 target's own expert, which had all of its data.

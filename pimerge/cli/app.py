@@ -5,9 +5,10 @@ from __future__ import annotations
 import gc
 import os
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from pimerge import __version__
 from pimerge.cli import compare, embed, evaluate, inspect, merge, rank, tune
@@ -19,8 +20,21 @@ EXIT_BROKEN_PIPE = 141
 SELDOM = (100_000, 20, 20)
 """When the collector looks for cycles: by default it would search the objects of a large store many times over."""
 
+
+class Commands(TyperGroup):
+    """Knows that its own --help was not given without pydantic, whose import doubles the time of a command's help."""
+
+    def get_help_option(self, ctx: Any) -> Any:
+        """The option --help of ``pimerge`` itself."""
+        option = super().get_help_option(ctx)
+        if option is not None:
+            option.default = False  # Typer 0.29 has None, and takes pydantic to tell that this is no True
+        return option
+
+
 app = typer.Typer(
     name="pimerge",
+    cls=Commands,
     help="Choose, merge and tune experts (LoRA adapters) from a pool for a new task with few labels.",
     epilog="pimerge embed ./experts · pimerge rank --target X -k 2 · pimerge tune --method learned",
     no_args_is_help=True,

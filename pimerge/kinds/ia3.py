@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from pimerge.errors import PimergeError
 from pimerge.kinds._groups import Group, Slot, parse_groups
 from pimerge.kinds._groups import fresh_fields as placed
 
@@ -35,6 +36,13 @@ def parse(
     def slot(module: str, name: str, key: str, shape: tuple[int, ...]) -> Slot | str:
         return Slot(key, shape, neutral=1.0) if shape.count(1) >= len(shape) - 1 > 0 else "expected a row or a column"
 
+    feedforward, targets = config.get("feedforward_modules"), config.get("target_modules")
+    if isinstance(feedforward, list) and isinstance(targets, list) and (stray := set(feedforward) - set(targets)):
+        raise PimergeError(
+            f"feedforward_modules has {', '.join(sorted(map(str, stray)))}, which target_modules has not: PEFT saves "
+            "such a config where it chose the former itself, and does not load it",
+            "leave in feedforward_modules of adapter_config.json only what target_modules has",
+        )
     return parse_groups(config, shapes, _KEY, "(IA)³ vectors", slot, frozenset({"ia3_l"}))
 
 

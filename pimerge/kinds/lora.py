@@ -10,11 +10,11 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pimerge.errors import Problems
+from pimerge.errors import PimergeError, Problems
 from pimerge.kinds._keys import PREFIX, sort_keys
 from pimerge.kinds._lora_config import DORA, OLORA, conversions_of, refuse_unhandled, well_typed
 
@@ -161,6 +161,20 @@ def stored(module: LoraModule, merged: Factors) -> dict[str, Tensor]:
     if merged.bias is not None:
         tensors[bias_key(module.name)] = merged.bias.contiguous()
     return tensors
+
+
+def refuse_biased_embeddings(modules: Iterable[LoraModule], has_bias: bool) -> None:
+    """Refuse an expert of these modules with biases (``lora_bias``) if one is an embedding.
+
+    Raises:
+        PimergeError: naming the embedding.
+    """
+    embeddings = [module.name for module in modules if module.layer == "embedding"]
+    if has_bias and embeddings:
+        raise PimergeError(
+            f"an expert has biases (lora_bias), and '{embeddings[0]}' is an embedding: PEFT loads no expert with both",
+            "leave out the experts with lora_bias or those that adapt embeddings",
+        )
 
 
 def rank_fields(ranks: Mapping[str, int]) -> dict[str, Any]:

@@ -75,7 +75,7 @@ def inputs(
     task = write_image_task(folder / "task", pictures, [index % 2 for index in range(60)], ["light", "dark"])
     make_expert(folder / "x", vit_base, task, seed=1)
     make_expert(folder / "a", vit_base, task, seed=2, r=2, lora_bias=True)
-    make_expert(folder / "b", vit_base, task, seed=3, target_modules=["q_proj", "o_proj"])
+    make_expert(folder / "b", vit_base, task, seed=3, target_modules=["q_proj", "projection"])
     return Inputs(folder, vit_base, task)
 
 

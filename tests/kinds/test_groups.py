@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import AdaLoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
+from peft import AdaLoraConfig, PeftModel, PeftType, PrefixTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -19,6 +19,7 @@ from pimerge.expert import Expert, open_expert
 from pimerge.features import at_strengths, scales_of
 from pimerge.fitting import check_fits
 from pimerge.kinds._groups import joined, read_slot
+from pimerge.kinds._unhandled import NO_RULE, why_unhandled
 from pimerge.model import LoadedBase, plugged_in, plugged_in_sum, set_head
 from tests.conftest import KINDS, PROMPTS, MakeExpert, edit_tensors, logits_of, model_for, write_json
 
@@ -223,3 +224,19 @@ def test_what_is_only_looked_at_says_why_it_is_refused(bert_base: Path, tmp_path
     assert seen.parameters == sum(tensor.numel() for key, tensor in file.items() if "classifier" not in key)
     with pytest.raises(PimergeError, match="only looked at"):
         check_expert(seen)
+
+
+def test_feedforward_layers_that_are_no_targets_are_refused_as_peft_does(
+    make_expert: MakeExpert, bert_base: Path, tmp_path: Path
+) -> None:
+    folder = make_expert(tmp_path / "x", bert_base, kind="ia3", target_modules=["query"], feedforward_modules=None)
+    with pytest.raises(ValueError, match="should be a subset"):
+        PeftModel.from_pretrained(model_for(bert_base), folder)
+    with pytest.raises(PimergeError, match=r"feedforward_modules has output\.dense, which target_modules has not"):
+        open_expert(folder)
+
+
+@pytest.mark.parametrize("kind", sorted(kind.value for kind in PeftType))
+def test_every_kind_of_pefts_is_handled_or_has_a_reason_of_its_own(kind: str) -> None:
+    handled = {strategies.load("kinds", name).PEFT_TYPE for name in strategies.summaries("kinds")}
+    assert (kind in handled) != (why_unhandled(kind) not in ("", NO_RULE))
