@@ -15,8 +15,9 @@ import torch
 from pimerge.errors import PimergeError
 from pimerge.task_types import Batch, Examples, Rows, causal_lm, seq2seq
 from pimerge.task_types import _generation as generation
-from pimerge.task_types._generation import TRAINS_HEAD, Prompts, draw, nll, read, score
+from pimerge.task_types._generation import TRAINS_HEAD, Prompts, draw, read, score
 from pimerge.task_types._images import decoder, mode_of, remembered
+from pimerge.task_types._likelihood import nll
 from pimerge.task_types._templates import RowProblems, Template, Text, check_texts, fill_in
 
 if TYPE_CHECKING:

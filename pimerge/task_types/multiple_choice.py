@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from pimerge.errors import PimergeError, Problems
 from pimerge.metrics import check as check_metrics
 from pimerge.task_types import Examples, Rows, causal_lm, seq2seq
-from pimerge.task_types._generation import TRAINS_HEAD, draw, nll, read, score
+from pimerge.task_types._generation import TRAINS_HEAD, draw, read, score
+from pimerge.task_types._likelihood import nll
 from pimerge.task_types._templates import RowProblems, Template, Text, require_columns, seen
 from pimerge.task_types._tokenizer import load_processor
 

@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from pimerge.errors import PimergeError
 from pimerge.task_types import IGNORED, Batch, Examples, Rows, Scored, on_device
 from pimerge.task_types._classification import FIELDS, TRAINS_HEAD, check, drawn
-from pimerge.task_types._generation import logits, nll
+from pimerge.task_types._likelihood import logits, nll
 from pimerge.task_types._templates import RowProblems
 from pimerge.task_types._tokenizer import load_processor as load_tokenizer
 from pimerge.task_types._tokenizer import longest_input
