@@ -141,7 +141,7 @@ def ask(model: nn.Module, examples: TextExamples, indices: Sequence[int]) -> tup
     assert examples.asked is not None
     batch = on_device(examples.asked(indices), next(model.parameters()).device)
     mask = batch["attention_mask"]
-    cache = DynamicCache(config=plain(model).config)
+    cache = DynamicCache()  # of all tokens: a window's masks tell which of them are seen
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     output = model(**batch, position_ids=positions, past_key_values=cache, use_cache=True)
     return cache, output.logits[:, -1], mask

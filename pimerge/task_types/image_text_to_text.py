@@ -156,9 +156,14 @@ class _Reader:
             raise PimergeError(f"the base's processor does not take the prompt: {error}", "mend the prompt") from error
         return {**found, _PROMPT: torch.tensor(self._going_on(found[_PROMPT][0].tolist()))}
 
+    @property
+    def reads_prompts_both_ways(self) -> bool:
+        """Whether a token of the prompt sees those behind it, so that the model has to know where the answer begins."""
+        return bool(self.config.model_type == "paligemma")
+
     def types(self, ids: list[int], answered: int) -> Tensor:
         """What kind each token is of: 1 for a piece of an image, or for PaliGemma of the answer."""
-        if self.config.model_type == "paligemma":
+        if self.reads_prompts_both_ways:
             return torch.tensor([0] * (len(ids) - answered) + [1] * answered)
         return torch.tensor([int(token == self.image_token) for token in ids])
 
@@ -202,7 +207,11 @@ def _told(rows: Rows, texts: Sequence[Text], reader: _Reader) -> Prompts:
         with problems.row(place):
             tokens.append(reader.tokens(text.prompt))
     problems.raise_any()
-    return Prompts(tokens, lambda place, room: reader.cut(tokens[place], room))
+
+    def beside(place: int, ids: list[int], answered: int) -> Batch:
+        return {"token_type_ids": reader.types(ids, answered)} if reader.reads_prompts_both_ways else {}
+
+    return Prompts(tokens, lambda place, room: reader.cut(tokens[place], room), beside)
 
 
 def _shown(rows: Rows, texts: Sequence[Text], reader: _Reader) -> Prompts:
