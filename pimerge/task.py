@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -16,6 +17,7 @@ from pimerge.class_labels import class_indices, some, word_classes
 from pimerge.draws import draw_holding, draw_shots, permutation
 from pimerge.errors import PimergeError, Problems, nearest
 from pimerge.files import read_json, relative_to, sha256_bytes, sha256_file
+from pimerge.image_files import content_hash, holds_paths, resolved, with_images
 from pimerge.task_file import COMMON, TaskFile
 from pimerge.task_types import Examples, Rows
 
@@ -100,7 +102,29 @@ class Task:
         """SHA-256 of the file's meaning and of its local data: the same wherever both lie."""
         unset = set(TaskFile.model_fields) - COMMON - self.file.given()
         meaning = self.file.model_dump_json(exclude={"data", "description"} | unset)
-        return sha256_bytes(f"{meaning}\n{json.dumps(self._content(), sort_keys=True)}".encode())
+        parts = [meaning, json.dumps(self._content(), sort_keys=True), *self._named_images()]
+        return sha256_bytes("\n".join(parts).encode())
+
+    def _named_images(self) -> list[str]:
+        """What the images hold that the task's own splits name by paths, a hash for each such split."""
+        if "image" not in self.columns:
+            return []
+        column, found = self.columns["image"], []
+        for split in sorted({self.file.splits.get(role, role) for role in ("train", "test")}):
+            with suppress(PimergeError):  # a task may lack one of them
+                rows, folders = _load_split(self, split), self._folders(split)
+                if folders and holds_paths(rows, column):
+                    found.append(content_hash(resolved(rows[column], folders, split)))
+        return found
+
+    def _folders(self, split: str) -> list[Path]:
+        """Where the data files of a split lie; nowhere here if they are the Hub's."""
+        data, here = self.file.data, self.path.parent
+        if isinstance(data, str):
+            path = here / data
+            return [path] if path.is_dir() else [path.parent] if path.is_file() else []
+        names = data.get(split.partition("[")[0]) or [name for group in data.values() for name in _listed(group)]
+        return sorted({(here / name).parent for name in _listed(names)})
 
     def _content(self) -> Any:
         """What the data is: file hashes by split, or by place in the data's folder; of Hub data its id."""
@@ -111,7 +135,7 @@ class Task:
                 files = (file for file in path.rglob("*") if file.is_file())
                 return {file.relative_to(path).as_posix(): sha256_file(file) for file in files}
             return sha256_file(path) if path.is_file() else data
-        named = {split: [value] if isinstance(value, str) else value for split, value in data.items()}
+        named = {split: _listed(value) for split, value in data.items()}
         return {
             split: [sha256_file(folder / name) if (folder / name).is_file() else name for name in names]
             for split, names in named.items()
@@ -163,6 +187,10 @@ class Task:
         if self.labels and not self.of_words and self.columns["label"] in rows.column_names:
             with problems.collected():
                 classes = class_indices(rows, self.columns["label"], self.labels, self._where(role))
+        column, folders = self.columns.get("image", ""), self._folders(self.file.splits.get(role, role))
+        if folders and holds_paths(rows, column):
+            with problems.collected():
+                rows = with_images(rows, column, folders, self._where(role))
         problems.raise_any(f"{self._where(role)} does not fit")
         return rows, classes
 
@@ -249,6 +277,10 @@ def open_task(path: str | Path) -> Task:
     return task
 
 
+def _listed(value: str | list[str]) -> list[str]:
+    return [value] if isinstance(value, str) else value
+
+
 def _load_split(task: Task, split: str) -> Any:
     """One split of the task's data as a ``datasets.Dataset``."""
     import datasets
@@ -274,7 +306,7 @@ def _source(task: Task) -> tuple[str, dict[str, Any]]:
             return str(folder / data), {"name": task.file.subset}
         return data, {"name": task.file.subset, "revision": task.file.revision}
     given = {"train": data} if isinstance(data, str) else data
-    names = {split: [value] if isinstance(value, str) else value for split, value in given.items()}
+    names = {split: _listed(value) for split, value in given.items()}
     problems = Problems()
     endings = set()
     for name in (name for group in names.values() for name in group):

@@ -8,8 +8,7 @@ column that the data lacks and a value that is null are errors, and nothing in i
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -189,8 +188,10 @@ def fill_in(rows: Rows, file: TaskFile) -> list[Text]:
     words = [(file.verbalizer or {}).get(name, name).strip() for name in names]
     problems = RowProblems(rows)
     found = []
-    for position, (row, label) in enumerate(zip(seen(rows, used - own), rows.labels, strict=True)):
+    read = reader(rows, used - own)
+    for position, label in enumerate(rows.labels):
         with problems.row(position):
+            row = read(position)
             asked = _required("prompt", prompt.text(row))
             if answer is None:
                 candidates = [[word] for word in words]
@@ -227,30 +228,22 @@ def require_columns(rows: Rows, names: Iterable[str]) -> None:
     problems.raise_any("the templates name columns that are not there")
 
 
-@contextmanager
-def naming_row(rows: Rows, position: int) -> Iterator[None]:
-    """Say in a PimergeError of the block which row it is about."""
-    problems = RowProblems(rows)
-    with problems.row(position):
-        yield
-    problems.raise_any()
+def reader(rows: Rows, columns: Iterable[str]) -> Callable[[int], Mapping[str, Any]]:
+    """What reads a row, by its place, as templates see it: these columns, and of an image only its width and height.
 
-
-def seen(rows: Rows, columns: Iterable[str]) -> Iterator[Mapping[str, Any]]:
-    """The rows in order as templates see them: these columns, and of an image only its width and height.
-
-    Raises:
-        PimergeError: with the row that cannot be read.
+    It raises a PimergeError if the row cannot be read.
     """
     names = sorted(set(columns))
-    done = 0
-    try:
-        for row in rows.table.select_columns(names) if names else [{}] * len(rows.labels):
-            yield _plain(row)
-            done += 1
-    except Exception as error:  # whatever a broken image does to the library that decodes it
-        with naming_row(rows, done):
+    table = rows.table.select_columns(names) if names else [{}] * len(rows.labels)
+
+    def read(place: int) -> Mapping[str, Any]:
+        try:
+            found: Mapping[str, Any] = _plain(table[place])
+        except Exception as error:  # whatever a broken image does to the library that decodes it
             raise PimergeError(f"it cannot be read: {error}", "mend the file or leave the row out") from error
+        return found
+
+    return read
 
 
 def _plain(value: Any) -> Any:

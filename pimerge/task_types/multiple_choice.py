@@ -13,7 +13,7 @@ from pimerge.metrics import check as check_metrics
 from pimerge.task_types import Examples, Rows, causal_lm, seq2seq
 from pimerge.task_types._generation import TRAINS_HEAD, draw, read, score
 from pimerge.task_types._likelihood import nll
-from pimerge.task_types._templates import RowProblems, Template, Text, require_columns, seen
+from pimerge.task_types._templates import RowProblems, Template, Text, reader, require_columns
 from pimerge.task_types._tokenizer import load_processor
 
 if TYPE_CHECKING:
@@ -87,8 +87,10 @@ def _texts(rows: Rows, file: TaskFile) -> list[Text]:
     require_columns(rows, used)
     problems = RowProblems(rows)
     found = []
-    for place, row in enumerate(seen(rows, used | set(rows.columns.values()))):
+    read = reader(rows, used | set(rows.columns.values()))
+    for place in range(len(rows.labels)):
         with problems.row(place):
+            row = read(place)
             prompt = template.text({**row, _QUESTION: row[rows.columns["question"]]})
             if not prompt.strip():
                 raise PimergeError("the prompt is empty", "fill the row or leave it out")

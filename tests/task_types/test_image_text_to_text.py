@@ -200,7 +200,8 @@ def broken(folder: Path, scans: Scans, **fields: Any) -> Path:
     ("fields", "message"),
     [
         ({}, r"row 3 \(from 0\) of the test split 'test' of .*the image cannot be decoded"),
-        ({"columns": {"image": "words", "label": "parity"}, "prompt": "?"}, "12 problems.*holds no image, but ''"),
+        ({"columns": {"image": "words", "label": "parity"}, "prompt": "?"}, "12 problems.*there is no image '.*/dog'"),
+        ({"columns": {"image": "parity", "label": "parity"}, "prompt": "?"}, "12 problems.*holds no image, but 0"),
         ({"columns": {"image": "picture", "label": "parity"}}, "has no column 'picture' for the image"),
         ({"prompt": "{{ scan }}?"}, "the prompt names the column 'scan', which holds the image"),
         ({"prompt": "{{ word }}?"}, "has no column 'word', which a template names"),
