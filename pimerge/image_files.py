@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pimerge.class_labels import some
 from pimerge.errors import PimergeError
 from pimerge.files import sha256_bytes, sha256_files
+from pimerge.row_problems import some
 
 
 def holds_paths(rows: Any, column: str) -> bool:
@@ -29,6 +29,8 @@ def with_images(rows: Any, column: str, folders: Sequence[Path], where: str) -> 
     """
     import datasets
 
+    if not len(rows):  # where every row has another problem
+        return rows
     held = [None if path is None else str(path) for path in resolved(rows[column], folders, where)]
     return rows.remove_columns(column).add_column(column, held).cast_column(column, datasets.Image())
 

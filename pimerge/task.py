@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from pimerge import strategies
-from pimerge.class_labels import class_indices, some, word_classes
+from pimerge.class_labels import class_indices, word_classes
 from pimerge.draws import draw_holding, draw_shots, permutation
-from pimerge.errors import PimergeError, Problems, nearest
+from pimerge.errors import PimergeError, Problem, Problems, nearest
 from pimerge.files import read_json, relative_to, sha256_bytes, sha256_file
 from pimerge.image_files import content_hash, holds_paths, resolved, with_images
+from pimerge.row_problems import RowProblems, RowsError
 from pimerge.task_file import COMMON, TaskFile
 from pimerge.task_types import Examples, Rows
 
@@ -167,32 +168,44 @@ class Task:
         Raises:
             PimergeError: if data, split or column is not there, the split is empty, or a label is unknown.
         """
-        rows = _load_split(self, self.file.splits.get(role, role))
+        found = self._rows(role)
+        return found.table, list(found.labels)
+
+    def _rows(self, role: str, left_out: Set[int] = frozenset()) -> Rows:
+        """One split without some rows, by their numbers."""
+        where, split = self._where(role), self.file.splits.get(role, role)
+        whole = _load_split(self, split)
         problems = Problems()
+        if len(whole) == 0:
+            problems.add(f"{where} is empty", _NOT_EMPTY)
+        numbers = [number for number in range(len(whole)) if number not in left_out]
+        table = whole.select(numbers) if left_out else whole
+        broken = RowProblems(where, numbers)
         for use, column in self.columns.items():
-            if column not in rows.column_names:
-                problems.add(
-                    f"{self._where(role)} has no column '{column}' for the {use}",
-                    nearest(column, rows.column_names),
-                )
-            elif use != "label" and rows.data.column(column).null_count:
-                empty = [place for place, value in enumerate(rows.data.column(column).is_null().to_pylist()) if value]
-                problems.add(
-                    f"{self._where(role)} has {len(empty)} rows without a {use}: {some(empty)} (from 0)",
-                    "fill them or leave them out",
-                )
-        if len(rows) == 0:
-            problems.add(f"{self._where(role)} is empty", _NOT_EMPTY)
-        classes = [0] * len(rows)
-        if self.labels and not self.of_words and self.columns["label"] in rows.column_names:
+            if column not in table.column_names:
+                problems.add(f"{where} has no column '{column}' for the {use}", nearest(column, table.column_names))
+            elif use != "label" and whole.data.column(column).null_count:
+                nulls = whole.data.column(column).is_null().to_pylist()
+                if empty := [place for place, number in enumerate(numbers) if nulls[number]]:
+                    broken.add(
+                        empty,
+                        f"{where} has {len(empty)} rows without a {use}: {broken.listed(empty)} (from 0)",
+                        "fill them or leave them out",
+                    )
+        classes = [0] * len(table)
+        if self.labels and not self.of_words and self.columns["label"] in table.column_names:
+            with broken.collected():
+                classes = class_indices(table, self.columns["label"], self.labels, where, numbers)
+        words: Sequence[Sequence[int]] = ()
+        if self.of_words and self.columns["labels"] in table.column_names:
+            with problems.collected(), broken.collected():
+                words = word_classes(table, self.columns["labels"], self.labels, where, numbers)
+        column, folders = self.columns.get("image", ""), self._folders(split)
+        if folders and holds_paths(table, column):
             with problems.collected():
-                classes = class_indices(rows, self.columns["label"], self.labels, self._where(role))
-        column, folders = self.columns.get("image", ""), self._folders(self.file.splits.get(role, role))
-        if folders and holds_paths(rows, column):
-            with problems.collected():
-                rows = with_images(rows, column, folders, self._where(role))
-        problems.raise_any(f"{self._where(role)} does not fit")
-        return rows, classes
+                table = with_images(table, column, folders, where)
+        broken.raise_any(problems.found)
+        return Rows(table, self.columns, classes, numbers, where, words)
 
     def examples(
         self,
@@ -206,6 +219,7 @@ class Task:
     ) -> tuple[Examples, list[int]]:
         """Encode one split for a model.
 
+
         Args:
             shots: draw so many examples of each class, or in all where there are no classes; None for all. Where words
                 have classes, so many sentences at least that hold each class that there is.
@@ -216,22 +230,43 @@ class Task:
             the examples, in the order of the data, and the class index of each.
 
         Raises:
-            PimergeError: as :meth:`rows`, if a class has fewer examples than ``shots``, or a row cannot be encoded.
+            PimergeError: as :meth:`rows`, if a class has fewer examples than ``shots``, or rows cannot be encoded; all
+                that is wrong with any row of the split is told at once.
         """
-        rows, labels = self.rows(role)
-        words = word_classes(rows, self.columns["labels"], self.labels, self._where(role)) if self.of_words else []
-        chosen = list(range(len(rows)))
+        try:
+            drawn = self._drawn(role, shots, limit, seed)
+            return self.type.encode(drawn, self.file, processor, config), list(drawn.labels)
+        except RowsError as error:
+            self._raise_all(error, role, processor, config)
+            raise
+
+    def _drawn(self, role: str, shots: int | None, limit: int | None, seed: int) -> Rows:
+        rows = self._rows(role)
+        chosen = list(range(len(rows.labels)))
         if shots is not None and self.of_words:
-            chosen = draw_holding([set(classes) for classes in words], shots, seed, self.labels)
+            chosen = draw_holding([set(classes) for classes in rows.words], shots, seed, self.labels)
         elif shots is not None:
-            chosen = draw_shots(labels, shots, seed, self.labels)
+            chosen = draw_shots(rows.labels, shots, seed, self.labels)
         if limit is not None and limit < len(chosen):
             chosen = sorted(chosen[i] for i in permutation(len(chosen), seed)[:limit])
-        labels = [labels[index] for index in chosen]
-        rows = rows if len(chosen) == len(rows) else rows.select(chosen)
-        words = [words[index] for index in chosen] if self.of_words else []
-        chosen_rows = Rows(rows, self.columns, labels, chosen, self._where(role), words)
-        return self.type.encode(chosen_rows, self.file, processor, config), labels
+        return rows if len(chosen) == len(rows.labels) else rows.select(chosen)
+
+    def _raise_all(self, error: RowsError, role: str, processor: Any, config: PreTrainedConfig) -> None:
+        """Raise the problems of some rows with those of all others, which a later stage finds."""
+        broken = RowProblems(self._where(role), ())
+        broken.extend(error)
+        while True:
+            others: Sequence[Problem] = ()
+            try:
+                rows = self._rows(role, broken.rows)
+                if rows.labels:
+                    self.type.encode(rows, self.file, processor, config)
+            except RowsError as more:
+                broken.extend(more)
+                continue
+            except PimergeError as of_no_row:
+                others = of_no_row.problems
+            broken.raise_any(others)
 
     def _where(self, role: str) -> str:
         return f"the {role} split '{self.file.splits.get(role, role)}' of '{self.path}'"

@@ -58,6 +58,18 @@ class Rows:
     where: str
     words: Sequence[Sequence[int]] = ()
 
+    def select(self, positions: Sequence[int]) -> Rows:
+        """Some of the rows."""
+        words = [self.words[position] for position in positions] if self.words else ()
+        return Rows(
+            self.table.select(positions),
+            self.columns,
+            [self.labels[position] for position in positions],
+            [self.numbers[position] for position in positions],
+            self.where,
+            words,
+        )
+
 
 @dataclass(frozen=True)
 class Scored:

@@ -15,11 +15,12 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from pimerge.errors import PimergeError
+from pimerge.row_problems import RowProblems
 from pimerge.task_types import IGNORED, Batch, Examples, Scored, on_device
 from pimerge.task_types._classification import drawn
 from pimerge.task_types._likelihood import ask, begins_behind_prompts, likelihoods, logits, nll
 from pimerge.task_types._reading import catching, text_config
-from pimerge.task_types._templates import RowProblems, Text
+from pimerge.task_types._templates import Text
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -310,7 +311,7 @@ def fit(
     Raises:
         PimergeError: with each row whose answer alone is too long, or that a prompt cannot be cut for.
     """
-    problems = RowProblems(rows)
+    problems = RowProblems(rows.where, rows.numbers)
     found, truncated = [], 0
     for place, (prompt, candidates, text) in enumerate(zip(prompts.tokens, answers, texts, strict=True)):
         with problems.row(place):

@@ -7,7 +7,7 @@ from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
 from pimerge.errors import PimergeError
-from pimerge.task_types._templates import RowProblems
+from pimerge.row_problems import RowProblems
 
 if TYPE_CHECKING:
     from pimerge.task_types import Batch, Rows
@@ -59,7 +59,7 @@ def tell_broken(rows: Rows, decode: Callable[[int], Any]) -> None:
     Raises:
         PimergeError: with each row whose image cannot be decoded.
     """
-    problems = RowProblems(rows)
+    problems = RowProblems(rows.where, rows.numbers)
     for place in range(len(rows.labels)):
         with problems.row(place):
             decode(place)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from pimerge.errors import PimergeError, Problems, nearest
 from pimerge.metrics import check as check_metrics
+from pimerge.row_problems import RowProblems
 
 if TYPE_CHECKING:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from pimerge.task_types import Rows
 
 LABEL = "label"
-_SHOWN_ROWS = 5
 _ONE_EXPRESSION = re.compile(r"\s*\{\{-?((?:(?!\}\}|\{\{).)+?)-?\}\}\s*", re.DOTALL)
 
 
@@ -186,13 +186,17 @@ def fill_in(rows: Rows, file: TaskFile) -> list[Text]:
     require_columns(rows, used - own)
     names = file.labels or []
     words = [(file.verbalizer or {}).get(name, name).strip() for name in names]
-    problems = RowProblems(rows)
+    problems = RowProblems(rows.where, rows.numbers)
     found = []
     read = reader(rows, used - own)
     for position, label in enumerate(rows.labels):
+        row, asked = None, ""
         with problems.row(position):
             row = read(position)
             asked = _required("prompt", prompt.text(row))
+        if row is None:
+            continue
+        with problems.row(position):
             if answer is None:
                 candidates = [[word] for word in words]
             else:
@@ -255,25 +259,3 @@ def _plain(value: Any) -> Any:
     if hasattr(value, "width") and hasattr(value, "height"):
         return {"width": value.width, "height": value.height}
     return value
-
-
-class RowProblems(Problems):
-    """Problems of single rows, of which the first are told and the others counted.
-
-    Args:
-        rows: where the rows are from.
-    """
-
-    def __init__(self, rows: Rows) -> None:
-        super().__init__()
-        self._rows = rows
-
-    def row(self, position: int) -> Any:
-        """Collect what is wrong with one row."""
-        return self.collected(f"row {self._rows.numbers[position]} (from 0) of {self._rows.where}: ")
-
-    def raise_any(self, heading: str = "") -> None:
-        """Raise the problems of the first rows, with the number of all."""
-        count = len(self.found)
-        del self.found[_SHOWN_ROWS:]
-        super().raise_any(heading or f"{count} problems in {self._rows.where}, of which the first are")

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pimerge.errors import PimergeError
+from pimerge.row_problems import RowProblems
 from pimerge.task_types import Batch, Examples, Rows, causal_lm, seq2seq
 from pimerge.task_types import _generation as generation
 from pimerge.task_types._generation import TRAINS_HEAD, Prompts, draw, read, score
 from pimerge.task_types._images import decoder, mode_of, remembered
 from pimerge.task_types._likelihood import nll
-from pimerge.task_types._templates import RowProblems, Template, Text, check_texts, fill_in
+from pimerge.task_types._templates import Template, Text, check_texts, fill_in
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -201,7 +202,7 @@ class _Reader:
 
 def _told(rows: Rows, texts: Sequence[Text], reader: _Reader) -> Prompts:
     """Prompts without images."""
-    problems = RowProblems(rows)
+    problems = RowProblems(rows.where, rows.numbers)
     tokens: list[list[int]] = []
     for place, text in enumerate(texts):
         with problems.row(place):
@@ -220,7 +221,7 @@ def _shown(rows: Rows, texts: Sequence[Text], reader: _Reader) -> Prompts:
     decode = decoder(rows, mode)
     before = "" if reader.places_images(mode) else str(reader.processor.image_token)
     processed = remembered(lambda place: reader.with_image(texts[place].prompt, decode(place), before))
-    problems = RowProblems(rows)
+    problems = RowProblems(rows.where, rows.numbers)
     tokens: list[list[int]] = []
     shapes = set()
     for place in range(len(texts)):
