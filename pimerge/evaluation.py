@@ -25,6 +25,7 @@ from pimerge.model import (
     set_head,
 )
 from pimerge.progress import Advance, Track, silent
+from pimerge.row_problems import some
 from pimerge.task import Task
 from pimerge.task_types import Examples, Scored, bucket_by_length
 
@@ -107,8 +108,11 @@ def evaluate(
 
         def run(name: str, model: nn.Module, whose: str) -> None:
             found = _answers(model, examples, batches, task, advance)
-            if found.cut:
-                note(f"{name}: {found.cut} answers were cut at max_new_tokens")
+            if endless := [row for row, cut in enumerate(found.cut) if cut]:
+                note(
+                    f"{name}: {len(endless)} answers were cut at max_new_tokens, in rows {some(endless)} (from 0): "
+                    "if they are no babble, raise it in task.json"
+                )
             scores.append(_score(name, found, examples.classes or labels, examples.references, task, whose))
 
         if whose is not None:
@@ -175,7 +179,7 @@ def _answers(
         _ordered([right for part in parts for right in part.right], places),
         _ordered([choice for part in parts for choice in part.chosen], places),
         _ordered([text for part in parts for text in part.texts], places),
-        sum(part.cut for part in parts),
+        _ordered([cut for part in parts for cut in part.cut], places),
     )
 
 

@@ -33,8 +33,10 @@ class RowsError(PimergeError):
         if len(told) == 1:
             super().__init__(shown[0].message, shown[0].hint)
         else:
-            some_of_them = ", of which some are" if len(told) > len(shown) else ""
-            super().__init__(f"{len(told)} problems in {where}{some_of_them}", problems=shown)
+            numbers = f" (rows {some(sorted(self.rows), 20)}, from 0), of which some are"
+            super().__init__(
+                f"{len(told)} problems in {where}{numbers if len(told) > len(shown) else ''}", problems=shown
+            )
 
 
 def _first_of_each_sort(told: Sequence[tuple[int, Problem]]) -> list[Problem]:
@@ -46,7 +48,9 @@ def _first_of_each_sort(told: Sequence[tuple[int, Problem]]) -> list[Problem]:
     first: dict[str, int] = {}
     for place in ordered:
         first.setdefault(told[place][1].hint, place)
-    chosen = sorted(ordered, key=lambda place: place not in first.values())[: max(_SHOWN, len(first))]
+    of_each = set(first.values())
+    most = max(_SHOWN, min(len(of_each), 2 * _SHOWN))
+    chosen = set(sorted(ordered, key=lambda place: place not in of_each)[:most])
     return [told[place][1] for place in ordered if place in chosen]
 
 

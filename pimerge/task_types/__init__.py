@@ -80,14 +80,14 @@ class Scored:
         right: whether its answer is right, of each.
         chosen: the class that it answers, of each, or the classes of its words; None where it is none of them.
         texts: what it answers in words, of each; empty for a type that answers in classes only.
-        cut: how many answers were generated up to the most tokens, without an end.
+        cut: whether it was generated up to the most tokens, without an end, of each; empty where none is generated.
     """
 
     losses: Tensor
     right: Sequence[bool]
     chosen: Sequence[int | Sequence[int] | None]
     texts: Sequence[str] = ()
-    cut: int = 0
+    cut: Sequence[bool] = ()
 
 
 @dataclass(frozen=True)

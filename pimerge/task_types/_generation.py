@@ -214,8 +214,8 @@ def score(model: nn.Module, examples: Examples, indices: Sequence[int]) -> Score
     return Scored(losses, [word in text.references for text, word in pairs], chosen, words, cut)
 
 
-def generate(model: Any, writing: Writing, indices: Sequence[int]) -> tuple[list[str], int]:
-    """What the model writes to each prompt, and how many answers reached the most tokens without an end.
+def generate(model: Any, writing: Writing, indices: Sequence[int]) -> tuple[list[str], list[bool]]:
+    """What the model writes to each prompt, and whether the answer reached the most tokens without an end.
 
     By the model's own generation config, but never sampled.
     """
@@ -238,11 +238,11 @@ def generate(model: Any, writing: Writing, indices: Sequence[int]) -> tuple[list
         pad_token_id=writing.pad,
     )
     skipped = batch["input_ids"].shape[1] if writing.start is None else 1
-    words, cut = [], 0
+    words, cut = [], []
     for row in written[:, skipped:].tolist():
         row = row[: writing.most]
         end = next((place for place, token in enumerate(row) if token in ends), None)
-        cut += end is None
+        cut.append(end is None)
         words.append(writing.decode(row[:end]).strip())
     return words, cut
 
@@ -255,15 +255,14 @@ def _puts_vectors_before(model: Any) -> bool:
 
 def _generate_by_length(
     model: Any, writing: Writing, indices: Sequence[int], lengths: Sequence[int]
-) -> tuple[list[str], int]:
+) -> tuple[list[str], list[bool]]:
     """As :func:`generate`, with prompts of one length at a time, so without padding."""
-    words, cut = [""] * len(indices), 0
+    words, cut = [""] * len(indices), [False] * len(indices)
     for length in sorted(set(lengths)):
         places = [place for place, own in enumerate(lengths) if own == length]
-        found, cut_here = generate(model, writing, [indices[place] for place in places])
-        cut += cut_here
-        for place, word in zip(places, found, strict=True):
-            words[place] = word
+        found, without_end = generate(model, writing, [indices[place] for place in places])
+        for place, word, endless in zip(places, found, without_end, strict=True):
+            words[place], cut[place] = word, endless
     return words, cut
 
 
