@@ -6,42 +6,38 @@ from collections.abc import Hashable, Sequence
 from typing import Any
 
 from pimerge.errors import PimergeError
+from pimerge.row_problems import RowProblems
 
 
-def some(places: Sequence[int], most: int = 5) -> str:
-    """The first of some places.
-
-    >>> some(range(9))
-    '0, 1, 2, 3, 4 …'
-    """
-    return ", ".join(map(str, places[:most])) + (" …" if len(places) > most else "")
-
-
-def class_indices(rows: Any, column: str, names: Sequence[str], where: str) -> list[int]:
+def class_indices(rows: Any, column: str, names: Sequence[str], where: str, numbers: Sequence[int]) -> list[int]:
     """Each row's class: by name where the data has names, else by number.
 
+    Args:
+        where: the split, in words.
+        numbers: of the rows, in that split.
+
     Raises:
-        PimergeError: with the labels that are unknown, and their rows.
+        RowsError: with the labels that are unknown, and their rows.
     """
-    return [
-        index for [index] in _lookup([[value] for value in rows[column]], rows.features[column], names, where, "rows")
-    ]
+    values = [[value] for value in rows[column]]
+    return [index for [index] in _lookup(values, rows.features[column], names, RowProblems(where, numbers), "rows")]
 
 
-def word_classes(rows: Any, column: str, names: Sequence[str], where: str) -> list[list[int]]:
+def word_classes(rows: Any, column: str, names: Sequence[str], where: str, numbers: Sequence[int]) -> list[list[int]]:
     """The classes of each row's words.
 
     Raises:
-        PimergeError: as :func:`class_indices`, or if the column holds no lists.
+        RowsError: as :func:`class_indices`.
+        PimergeError: if the column holds no lists.
     """
     feature = rows.features[column]
     if not hasattr(feature, "feature"):
         raise PimergeError(f"the column '{column}' of {where} holds no lists", "give each row a list of labels")
-    return _lookup(rows[column], feature.feature, names, where, "words in rows")
+    return _lookup(rows[column], feature.feature, names, RowProblems(where, numbers), "words in rows")
 
 
 def _lookup(
-    values: Sequence[Sequence[Any]], feature: Any, names: Sequence[str], where: str, unit: str
+    values: Sequence[Sequence[Any]], feature: Any, names: Sequence[str], problems: RowProblems, unit: str
 ) -> list[list[int]]:
     """The class of each value of each row."""
     index_of = {name: index for index, name in enumerate(names)}
@@ -63,11 +59,13 @@ def _lookup(
                 indices[-1].append(known)
     if unknown:
         listed = ", ".join(
-            f"{value} ({len(places)} {unit}: {some(list(dict.fromkeys(places)))}, from 0)"
+            f"{value} ({len(places)} {unit}: {problems.listed(list(dict.fromkeys(places)))}, from 0)"
             for value, places in list(unknown.items())[:5]
         )
-        raise PimergeError(
-            f"{where} has unknown labels: {listed}",
+        problems.add(
+            sorted({place for places in unknown.values() for place in places}),
+            f"{problems.where} has unknown labels: {listed}",
             f"task.json knows {', '.join(names)} (or 0 to {len(names) - 1})",
         )
+    problems.raise_any()
     return indices

@@ -27,6 +27,7 @@ from pimerge.model import (
     set_head,
 )
 from pimerge.progress import Advance, Track, silent
+from pimerge.row_problems import some
 from pimerge.task import Task
 from pimerge.task_types import Examples, Scored, bucket_by_length
 
@@ -167,8 +168,11 @@ def score_model(
         PimergeError: if its loss is not finite.
     """
     found = _answers(model.eval(), test.examples, test.batches, test.task, advance)
-    if found.cut:
-        note(f"{name}: {found.cut} answers were cut at max_new_tokens")
+    if endless := [row for row, cut in enumerate(found.cut) if cut]:
+        note(
+            f"{name}: {len(endless)} answers were cut at max_new_tokens, in rows {some(endless)} (from 0): "
+            "if they are no babble, raise it in task.json"
+        )
     return _score(name, found, test.labels, test.examples.references, test.task, whose)
 
 
@@ -250,7 +254,7 @@ def _answers(
         _ordered([right for part in parts for right in part.right], places),
         _ordered([choice for part in parts for choice in part.chosen], places),
         _ordered([text for part in parts for text in part.texts], places),
-        sum(part.cut for part in parts),
+        _ordered([cut for part in parts for cut in part.cut], places),
     )
 
 

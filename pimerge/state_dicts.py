@@ -72,37 +72,50 @@ def find_state_dict(name: str, folder: Path) -> Path:
     raise PimergeError(f"there is no state dict '{name}' in '{folder}'", nearest(name, known))
 
 
-def rank_state_dicts(path: Path, pool: Path, k: int | None, folder: Path) -> Ranking:
+def rank_state_dicts(path: Path, pool: Path, k: int | None, folder: Path, base: Path | None = None) -> Ranking:
     """Rank the other state dicts of a folder by how close their numbers are to the target's.
+
+    Numbers that were trained from one start are close to each other whatever the task, so that with the start known
+    what was added to it is compared.
 
     Args:
         path: the target's file.
         pool: the folder.
         k: how many to select; None for as many as stand before the widest gap.
         folder: where the ranking will lie; its paths are relative to that.
+        base: the file that all were trained from, θ0; then θ − θ0 is compared.
 
     Raises:
-        PimergeError: if the target cannot be read, or there is no other file.
+        PimergeError: if the target or the base cannot be read or do not fit, or there is no other file.
     """
     target = open_state_dict(path)
+    start = open_state_dict(base) if base else None
+    if start is not None and start.form != target.form:
+        raise PimergeError(
+            f"the base '{base}' does not fit '{path}': {_difference(target, start)}", "pass its own --base"
+        )
+    apart = {path.resolve(), *([base.resolve()] if base else [])}
     others = [
         each
         for each in sorted(pool.iterdir())
-        if each.suffix in (SUFFIX, *PICKLES) and each.is_file() and each.resolve() != path.resolve()
+        if each.suffix in (SUFFIX, *PICKLES) and each.is_file() and each.resolve() not in apart
     ]
     if not others:
         raise PimergeError(
             f"'{pool}' holds no other state dict than the target", f"put the {SUFFIX} files that are to be ranked there"
         )
-    own = of_files([target.file], list(target.form))
+    origin = start.file if start else None
+    own = of_files([target.file], list(target.form), origin)
     if not np.isfinite(own.own).all():
         raise PimergeError(
             f"{_unusable(own.tensors, own.own)} of the target '{path}' holds NaN or Inf", "its training diverged"
         )
+    if start is not None and not own.own.any():
+        raise PimergeError(f"the target '{path}' holds the same numbers as the base", "pass what it was trained from")
     candidates, excluded = [], {}
     for each in others:
         try:
-            candidates.append(_candidate(target, open_state_dict(each), folder))
+            candidates.append(_candidate(target, open_state_dict(each), folder, origin))
         except PimergeError as error:
             excluded[each.name.removesuffix(SUFFIX)] = error.problems[0].message
     candidates.sort(key=lambda candidate: (-candidate.score, candidate.name))
@@ -115,21 +128,23 @@ def rank_state_dicts(path: Path, pool: Path, k: int | None, folder: Path) -> Ran
         excluded,
         candidates[:count],
         f"of {len(candidates)} comparable state dicts by '{MEASURE}': {strategies.summaries('measures')[MEASURE]}",
-        [],
+        [f"compared by what was added to '{base}'"] if base else [],
     )
 
 
-def _candidate(target: StateDict, other: StateDict, folder: Path) -> Candidate:
+def _candidate(target: StateDict, other: StateDict, folder: Path, start: TensorFile | None) -> Candidate:
     """A candidate, if it has the target's tensors.
 
     Raises:
-        PimergeError: if it has not, or holds NaN or Inf.
+        PimergeError: if it has not, holds NaN or Inf, or is the start itself.
     """
     if other.form != target.form:
         raise PimergeError(_difference(target, other))
-    similarity = of_files([target.file, other.file], list(target.form))
+    similarity = of_files([target.file, other.file], list(target.form), start)
     if not np.isfinite(similarity.norms).all():
         raise PimergeError(f"{_unusable(similarity.tensors, similarity.norms)} holds NaN or Inf")
+    if start is not None and not similarity.norms.any():
+        raise PimergeError("it holds the same numbers as the base")
     score, error = float(similarity.scores()[0]), float(similarity.errors()[0])
     path = other.file.path
     return Candidate(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence, Set
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -12,10 +13,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from pimerge import strategies
-from pimerge.class_labels import class_indices, some, word_classes
+from pimerge.class_labels import class_indices, word_classes
 from pimerge.draws import draw_holding, draw_shots, permutation
-from pimerge.errors import PimergeError, Problems, nearest
+from pimerge.errors import PimergeError, Problem, Problems, nearest
 from pimerge.files import read_json, relative_to, sha256_bytes, sha256_file
+from pimerge.image_files import content_hash, holds_paths, resolved, with_images
+from pimerge.row_problems import RowProblems, RowsError
 from pimerge.task_file import COMMON, TaskFile
 from pimerge.task_types import Examples, Rows
 
@@ -101,7 +104,29 @@ class Task:
         """SHA-256 of the file's meaning and of its local data: the same wherever both lie."""
         unset = set(TaskFile.model_fields) - COMMON - self.file.given()
         meaning = self.file.model_dump_json(exclude={"data", "description"} | unset)
-        return sha256_bytes(f"{meaning}\n{json.dumps(self._content(), sort_keys=True)}".encode())
+        parts = [meaning, json.dumps(self._content(), sort_keys=True), *self._named_images()]
+        return sha256_bytes("\n".join(parts).encode())
+
+    def _named_images(self) -> list[str]:
+        """What the images hold that the task's own splits name by paths, a hash for each such split."""
+        if "image" not in self.columns:
+            return []
+        column, found = self.columns["image"], []
+        for split in sorted({self.file.splits.get(role, role) for role in ("train", "test")}):
+            with suppress(PimergeError):  # a task may lack one of them
+                rows, folders = _load_split(self, split), self._folders(split)
+                if folders and holds_paths(rows, column):
+                    found.append(content_hash(resolved(rows[column], folders, split)))
+        return found
+
+    def _folders(self, split: str) -> list[Path]:
+        """Where the data files of a split lie; nowhere here if they are the Hub's."""
+        data, here = self.file.data, self.path.parent
+        if isinstance(data, str):
+            path = here / data
+            return [path] if path.is_dir() else [path.parent] if path.is_file() else []
+        names = data.get(split.partition("[")[0]) or [name for group in data.values() for name in _listed(group)]
+        return sorted({(here / name).parent for name in _listed(names)})
 
     def _content(self) -> Any:
         """What the data is: file hashes by split, or by place in the data's folder; of Hub data its id."""
@@ -112,7 +137,7 @@ class Task:
                 files = (file for file in path.rglob("*") if file.is_file())
                 return {file.relative_to(path).as_posix(): sha256_file(file) for file in files}
             return sha256_file(path) if path.is_file() else data
-        named = {split: [value] if isinstance(value, str) else value for split, value in data.items()}
+        named = {split: _listed(value) for split, value in data.items()}
         return {
             split: [sha256_file(folder / name) if (folder / name).is_file() else name for name in names]
             for split, names in named.items()
@@ -148,30 +173,47 @@ class Task:
         Raises:
             PimergeError: if data, split or column is not there, the split is empty, or a label is unknown.
         """
-        rows = _load_split(self, self.file.splits.get(role, role))
+        found = self._rows(role)
+        return found.table, list(found.labels)
+
+    def _rows(self, role: str, left_out: Set[int] = frozenset()) -> Rows:
+        """One split without some rows, by their numbers."""
+        where, split = self._where(role), self.file.splits.get(role, role)
+        whole = _load_split(self, split)
         problems = Problems()
-        labels = () if role == UNLABELLED else ("label", "labels")
-        columns = {use: column for use, column in self.columns.items() if use in labels or not use.startswith("label")}
+        if len(whole) == 0:
+            problems.add(f"{where} is empty", _NOT_EMPTY)
+        numbers = [number for number in range(len(whole)) if number not in left_out]
+        table = whole.select(numbers) if left_out else whole
+        broken = RowProblems(where, numbers)
+        columns = self.columns
+        if role == UNLABELLED and not self.of_words:
+            columns.pop("label", None)
         for use, column in columns.items():
-            if column not in rows.column_names:
-                problems.add(
-                    f"{self._where(role)} has no column '{column}' for the {use}",
-                    nearest(column, rows.column_names),
-                )
-            elif use != "label" and rows.data.column(column).null_count:
-                empty = [place for place, value in enumerate(rows.data.column(column).is_null().to_pylist()) if value]
-                problems.add(
-                    f"{self._where(role)} has {len(empty)} rows without a {use}: {some(empty)} (from 0)",
-                    "fill them or leave them out",
-                )
-        if len(rows) == 0:
-            problems.add(f"{self._where(role)} is empty", _NOT_EMPTY)
-        classes = [0] * len(rows)
-        if "label" in columns and self.labels and not self.of_words and columns["label"] in rows.column_names:
+            if column not in table.column_names:
+                problems.add(f"{where} has no column '{column}' for the {use}", nearest(column, table.column_names))
+            elif use != "label" and whole.data.column(column).null_count:
+                nulls = whole.data.column(column).is_null().to_pylist()
+                if empty := [place for place, number in enumerate(numbers) if nulls[number]]:
+                    broken.add(
+                        empty,
+                        f"{where} has {len(empty)} rows without a {use}: {broken.listed(empty)} (from 0)",
+                        "fill them or leave them out",
+                    )
+        classes = [0] * len(table)
+        if self.labels and not self.of_words and columns.get("label") in table.column_names:
+            with broken.collected():
+                classes = class_indices(table, columns["label"], self.labels, where, numbers)
+        words: Sequence[Sequence[int]] = ()
+        if self.of_words and self.columns["labels"] in table.column_names:
+            with problems.collected(), broken.collected():
+                words = word_classes(table, self.columns["labels"], self.labels, where, numbers)
+        column, folders = self.columns.get("image", ""), self._folders(split)
+        if folders and holds_paths(table, column):
             with problems.collected():
-                classes = class_indices(rows, self.columns["label"], self.labels, self._where(role))
-        problems.raise_any(f"{self._where(role)} does not fit")
-        return rows, classes
+                table = with_images(table, column, folders, where)
+        broken.raise_any(problems.found)
+        return Rows(table, self.columns, classes, numbers, where, words)
 
     def examples(
         self,
@@ -185,6 +227,7 @@ class Task:
     ) -> tuple[Examples, list[int]]:
         """Encode one split for a model.
 
+
         Args:
             shots: draw so many examples of each class, or in all where there are no classes; None for all. Where words
                 have classes, so many sentences at least that hold each class that there is.
@@ -195,22 +238,43 @@ class Task:
             the examples, in the order of the data, and the class index of each.
 
         Raises:
-            PimergeError: as :meth:`rows`, if a class has fewer examples than ``shots``, or a row cannot be encoded.
+            PimergeError: as :meth:`rows`, if a class has fewer examples than ``shots``, or rows cannot be encoded; all
+                that is wrong with any row of the split is told at once.
         """
-        rows, labels = self.rows(role)
-        words = word_classes(rows, self.columns["labels"], self.labels, self._where(role)) if self.of_words else []
-        chosen = list(range(len(rows)))
+        try:
+            drawn = self._drawn(role, shots, limit, seed)
+            return self.type.encode(drawn, self.file, processor, config), list(drawn.labels)
+        except RowsError as error:
+            self._raise_all(error, role, processor, config)
+            raise
+
+    def _drawn(self, role: str, shots: int | None, limit: int | None, seed: int) -> Rows:
+        rows = self._rows(role)
+        chosen = list(range(len(rows.labels)))
         if shots is not None and self.of_words:
-            chosen = draw_holding([set(classes) for classes in words], shots, seed, self.labels)
+            chosen = draw_holding([set(classes) for classes in rows.words], shots, seed, self.labels)
         elif shots is not None:
-            chosen = draw_shots(labels, shots, seed, self.labels)
+            chosen = draw_shots(rows.labels, shots, seed, self.labels)
         if limit is not None and limit < len(chosen):
             chosen = sorted(chosen[i] for i in permutation(len(chosen), seed)[:limit])
-        labels = [labels[index] for index in chosen]
-        rows = rows if len(chosen) == len(rows) else rows.select(chosen)
-        words = [words[index] for index in chosen] if self.of_words else []
-        chosen_rows = Rows(rows, self.columns, labels, chosen, self._where(role), words)
-        return self.type.encode(chosen_rows, self.file, processor, config), labels
+        return rows if len(chosen) == len(rows.labels) else rows.select(chosen)
+
+    def _raise_all(self, error: RowsError, role: str, processor: Any, config: PreTrainedConfig) -> None:
+        """Raise the problems of some rows with those of all others, which a later stage finds."""
+        broken = RowProblems(self._where(role), ())
+        broken.extend(error)
+        while True:
+            others: Sequence[Problem] = ()
+            try:
+                rows = self._rows(role, broken.rows)
+                if rows.labels:
+                    self.type.encode(rows, self.file, processor, config)
+            except RowsError as more:
+                broken.extend(more)
+                continue
+            except PimergeError as of_no_row:
+                others = of_no_row.problems
+            broken.raise_any(others)
 
     def _where(self, role: str) -> str:
         return f"the {role} split '{self.file.splits.get(role, role)}' of '{self.path}'"
@@ -256,6 +320,10 @@ def open_task(path: str | Path) -> Task:
     return task
 
 
+def _listed(value: str | list[str]) -> list[str]:
+    return [value] if isinstance(value, str) else value
+
+
 def _load_split(task: Task, split: str) -> Any:
     """One split of the task's data as a ``datasets.Dataset``."""
     import datasets
@@ -281,7 +349,7 @@ def _source(task: Task) -> tuple[str, dict[str, Any]]:
             return str(folder / data), {"name": task.file.subset}
         return data, {"name": task.file.subset, "revision": task.file.revision}
     given = {"train": data} if isinstance(data, str) else data
-    names = {split: [value] if isinstance(value, str) else value for split, value in given.items()}
+    names = {split: _listed(value) for split, value in given.items()}
     problems = Problems()
     endings = set()
     for name in (name for group in names.values() for name in group):

@@ -231,7 +231,7 @@ def byte_level_tokenizer(*more: str) -> Any:
     return tokenizer
 
 
-IMAGE_TEXT_MODELS = ["florence2", "llava"]
+IMAGE_TEXT_MODELS = ["florence2", "llava", "paligemma", "idefics3"]
 
 
 def image_text_tokenizer(length: int, *, wraps: bool) -> PreTrainedTokenizerFast:
@@ -317,6 +317,51 @@ def save_llava(folder: Path) -> None:
     ).save_pretrained(folder)
 
 
+def save_paligemma(folder: Path) -> None:
+    """A PaliGemma for 16 × 16 images: a SigLIP and a Gemma, which reads a prompt in both directions."""
+    image_processor = transformers.SiglipImageProcessorPil(size={"height": 16, "width": 16})
+    image_processor.image_seq_length = 4
+    processor = transformers.PaliGemmaProcessor(image_processor, image_text_tokenizer(60, wraps=False))
+    vocabulary = len(processor.tokenizer)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    special = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": END}
+    one = {"num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 64, "vocab_size": vocabulary}
+    torch.manual_seed(0)
+    config = transformers.PaliGemmaConfig(
+        vision_config={"model_type": "siglip_vision_model", "image_size": 16, "patch_size": 8, **sizes},
+        text_config={"model_type": "gemma", **sizes, **one, **special},
+        image_token_id=processor.image_token_id,
+        projection_dim=16,
+        hidden_size=16,
+        **special,
+    )
+    transformers.PaliGemmaForConditionalGeneration(config).save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+def save_idefics3(folder: Path) -> None:
+    """An Idefics3, as SmolVLM is one: an image becomes as many tiles as its size needs."""
+    tokenizer = image_text_tokenizer(200, wraps=False)
+    processor = transformers.Idefics3Processor(
+        image_processor=transformers.Idefics3ImageProcessorPil(
+            do_image_splitting=True, size={"longest_edge": 32}, max_image_size={"longest_edge": 16}
+        ),
+        tokenizer=tokenizer,
+        image_seq_len=4,
+    )
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    text = {"model_type": "llama", "vocab_size": len(processor.tokenizer), **sizes, "pad_token_id": 0}
+    torch.manual_seed(0)
+    config = transformers.Idefics3Config(
+        text_config=text,
+        vision_config={"image_size": 16, "patch_size": 4, **sizes},
+        scale_factor=2,
+        image_token_id=processor.image_token_id,
+    )
+    transformers.Idefics3ForConditionalGeneration(config).save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
 @pytest.fixture(scope="session")
 def image_text_base(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """The folder of a base that answers in text about images, by its name."""
@@ -325,7 +370,12 @@ def image_text_base(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str],
     def make(name: str) -> Path:
         folder = root / name
         if not folder.is_dir():
-            {"florence2": save_florence2, "llava": save_llava}[name](folder)
+            {
+                "florence2": save_florence2,
+                "llava": save_llava,
+                "paligemma": save_paligemma,
+                "idefics3": save_idefics3,
+            }[name](folder)
         return folder
 
     return make
@@ -474,7 +524,7 @@ def model_for(base: Path, labels: int = 2) -> nn.Module:
         seq2seq = base.name in ("t5", "bart")
         kind = transformers.AutoModelForSeq2SeqLM if seq2seq else transformers.AutoModelForCausalLM
         return kind.from_pretrained(base).eval()
-    if base.name in (*IMAGE_TEXT_MODELS, "idefics3"):
+    if base.name in IMAGE_TEXT_MODELS:
         return transformers.AutoModelForImageTextToText.from_pretrained(base).eval()
     kind = {
         "vit": transformers.AutoModelForImageClassification,
@@ -500,6 +550,7 @@ TARGETS = {
     "qwen2-lm": ["q_proj", "v_proj"],
     "florence2": ["q_proj", "v_proj", "qkv"],
     "llava": ["q_proj", "v_proj"],
+    "paligemma": ["q_proj", "v_proj"],
     "idefics3": ["q_proj", "v_proj"],
 }
 HEADS = {"vit": ["classifier"], "clip": ["classifier"], "bert": ["classifier"], "gpt2": ["score"]}

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from peft import PeftModel
 from torch import Tensor, nn
 
@@ -28,7 +27,6 @@ from tests.conftest import (
     IMAGE_TEXT_MODELS,
     MakeExpert,
     dense_deltas,
-    image_text_tokenizer,
     model_for,
     relative_difference,
     write_image_text_task,
@@ -155,37 +153,17 @@ def test_vectors_and_answers_are_those_of_transformers(case: Case) -> None:
                 assert float(sample.logits[index, label]) == pytest.approx(-float(plain_nll(dense, batch)), rel=1e-4)
 
 
-def save_idefics3(folder: Path) -> None:
-    """An Idefics3, as SmolVLM is one: an image becomes as many tiles as its size needs."""
-    tokenizer = image_text_tokenizer(200, wraps=False)
-    processor = transformers.Idefics3Processor(
-        image_processor=transformers.Idefics3ImageProcessorPil(
-            do_image_splitting=True, size={"longest_edge": 32}, max_image_size={"longest_edge": 16}
-        ),
-        tokenizer=tokenizer,
-        image_seq_len=4,
-    )
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-    text = {"model_type": "llama", "vocab_size": len(processor.tokenizer), **sizes, "pad_token_id": 0}
-    torch.manual_seed(0)
-    config = transformers.Idefics3Config(
-        text_config=text,
-        vision_config={"image_size": 16, "patch_size": 4, **sizes},
-        scale_factor=2,
-        image_token_id=processor.image_token_id,
-    )
-    transformers.Idefics3ForConditionalGeneration(config).save_pretrained(folder)
-    processor.save_pretrained(folder)
-
-
 def test_images_of_several_sizes_are_embedded_one_by_one(
-    tmp_path: Path, scans: tuple[list[Any], list[int]], make_expert: MakeExpert
+    tmp_path: Path,
+    scans: tuple[list[Any], list[int]],
+    make_expert: MakeExpert,
+    image_text_base: Callable[[str], Path],
 ) -> None:
-    save_idefics3(tmp_path / "idefics3")
+    base = image_text_base("idefics3")
     images = [image.resize((16, 16) if index % 3 else (40, 16)) for index, image in enumerate(scans[0])]
     task = write_image_text_task(tmp_path / "task", (images, scans[1]), 6)
-    expert = make_expert(tmp_path / "x", tmp_path / "idefics3", task, target_modules=LINEAR)
-    case = Case(tmp_path / "idefics3", open_expert(expert), open_task(task))
+    expert = make_expert(tmp_path / "x", base, task, target_modules=LINEAR)
+    case = Case(base, open_expert(expert), open_task(task))
     model = case.model(torch.float32)
     examples, nll = case.examples(model), case.task.type.nll
     assert not examples.alike

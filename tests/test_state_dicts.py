@@ -48,6 +48,33 @@ def test_the_score_is_the_cosine_of_all_floating_numbers(states: States, shell: 
     assert all(each["low"] <= each["score"] <= each["high"] for each in document["candidates"])
 
 
+def test_with_a_base_the_score_is_the_cosine_of_what_was_added(states: States, shell: Shell) -> None:
+    generator = torch.Generator().manual_seed(1)
+    noise = {key: torch.randn(value.shape, generator=generator) for key, value in states["x"].items()}
+    base = {key: (value + noise[key]).to(torch.bfloat16) for key, value in states["x"].items()}
+    save_file({**base, "steps": torch.tensor([0])}, "states/base.safetensors")
+    save_file(base, "states/same.safetensors")
+    given = ("--target", "states/x.safetensors", "--base", "states/base.safetensors")
+    result = shell("rank", *given, "--json")
+    assert result.code == 0, result.err
+    added = {name: {key: states[name][key].double() - base[key].double() for key in base} for name in "xyz"}
+    scores = {candidate["name"]: candidate["score"] for candidate in result.document["candidates"]}
+    assert scores == {name: pytest.approx(cosine(added["x"], added[name])) for name in "yz"}
+    reasons = {each["name"]: each["reason"] for each in result.document["not_comparable"]}
+    assert reasons == {"same": "it holds the same numbers as the base"}
+    assert result.document["notes"] == ["compared by what was added to 'states/base.safetensors'"]
+    save_file(base | {"b": torch.ones(8)}, "wide.safetensors")
+    save_file(states["x"], "own.safetensors")
+    for other, said in (
+        ("wide.safetensors", "'b' is (8,), the target's (7,)"),
+        ("own.safetensors", "holds the same numbers as the base"),
+        ("bert-base", "expected the .safetensors file that these state dicts were trained from"),
+    ):
+        refused = shell("rank", *given[:3], other, "-o", "late.json")
+        assert (refused.code, Path("late.json").exists()) == (3, False)
+        assert said in refused.err
+
+
 def test_merge_takes_what_was_selected(states: States, shell: Shell) -> None:
     assert shell("rank", "--target", "states/x.safetensors").code == 0
     assert shell("merge", "--dtype", "float32").code == 0

@@ -34,10 +34,13 @@ def ranked_state_dicts(target: str, request: Request, folder: Path) -> Ranking |
             f"'{request.measure}' needs experts with a config, and these are plain state dicts",
             f"take --measure {MEASURE}",
         )
-    given = {"--shots": request.shots is not None, "--train-target": request.train_target, "--base": request.base}
+    given = {"--shots": request.shots is not None, "--train-target": request.train_target}
     for option in [option for option, is_given in given.items() if is_given]:
         problems.add(f"{option} means nothing to plain state dicts", "leave it out")
+    base = None if request.base is None else Path(request.base)
+    if base is not None and not (base.suffix in (SUFFIX, *PICKLES) and base.is_file()):
+        problems.add(f"--base is '{base}'", f"expected the {SUFFIX} file that these state dicts were trained from")
     problems.raise_any("these state dicts cannot be ranked")
     if not path.is_file():
         path = find_state_dict(target, pool)
-    return rank_state_dicts(path, pool, request.k, folder)
+    return rank_state_dicts(path, pool, request.k, folder, base)

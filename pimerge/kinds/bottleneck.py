@@ -67,6 +67,19 @@ def fresh_fields(size: int | None, modules: Sequence[str] | None) -> dict[str, A
     return {"bottleneck_dim": size or _Fields.model_fields["bottleneck_dim"].default, **placed(None, modules)}
 
 
+def usual_places(model: nn.Module) -> dict[str, Any]:
+    """What PEFT's config says of a fresh expert in an architecture that is not in the table of known ones.
+
+    All that has a name of the output projections of known ones, such as those of a LLaVA's tower and words.
+    """
+    from pimerge.backbone import named_layers  # imports torch, which reading a file needs not
+    from pimerge.peft_methods.bottleneck import TARGETS
+
+    if str(model.config.model_type) in TARGETS:  # type: ignore[union-attr]
+        return {}
+    return {"target_modules": named_layers(model, sorted({end for ends in TARGETS.values() for end in ends}))}
+
+
 def key_of_parameter(name: str) -> str:
     """The adapter file's key for the name of a parameter of PEFT's model with adapter ``default``.
 

@@ -25,7 +25,7 @@ from pimerge.kinds._prompts import (
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["INIT", "PEFT_TYPE", "fresh_fields", "key_of_parameter", "misfit", "parse"]
+__all__ = ["INIT", "PEFT_TYPE", "fresh_fields", "key_of_parameter", "misfit", "parse", "usual_places"]
 
 PEFT_TYPE = "PREFIX_TUNING"
 INIT = ("prefix",)
@@ -63,11 +63,24 @@ def misfit(group: Group, model: nn.Module, config: Mapping[str, Any]) -> str:
     layers = text_field(model, "num_hidden_layers")
     if layers != config["num_layers"]:
         return f"it has {config['num_layers']} layers, the base {layers}"
+    width, own = _width(model), config["token_dim"]
+    return "" if width == own else f"its keys have {own} numbers, the base's {width}"
+
+
+def usual_places(model: nn.Module) -> dict[str, Any]:
+    """What PEFT's config says of a fresh prefix where a head has not its share of the hidden size, as in T5's of 11 B.
+
+    PEFT takes the keys' width for the hidden size, or without grouped queries for what it is told.
+    """
+    told = text_field(model, "num_key_value_heads") is None and text_field(model, "d_kv", "head_dim") is not None
+    return {"token_dim": _width(model)} if told else {}
+
+
+def _width(model: nn.Module) -> int:
+    """Numbers of all keys of a token."""
     heads = text_field(model, "num_attention_heads")
     size = text_field(model, "head_dim", "d_kv") or text_field(model, "hidden_size", "d_model") // heads
-    width = (text_field(model, "num_key_value_heads") or heads) * size
-    own = config["token_dim"]
-    return "" if width == own else f"its keys have {own} numbers, the base's {width}"
+    return int((text_field(model, "num_key_value_heads") or heads) * size)
 
 
 def _takes_past(model: nn.Module) -> bool:

@@ -23,6 +23,11 @@ def similarity(members: Sequence[Stored], candidates: int, pool: Sequence[int], 
     return of_files([member.expert.file for member in members[: candidates + 1]], members[0].parameters)
 
 
-def of_files(files: Sequence[TensorFile], keys: Sequence[str]) -> Similarity:
-    """The cosines of the numbers of the first file with those of each other, over some tensors."""
-    return from_vectors(rows_by_name(files, keys, TensorFile.arrays), len(files) - 1)
+def of_files(files: Sequence[TensorFile], keys: Sequence[str], start: TensorFile | None = None) -> Similarity:
+    """The cosines of the numbers of the first file with those of each other, over some tensors.
+
+    Args:
+        start: what all were trained from; then θ − θ0 is compared, the task vector (arXiv 2212.04089).
+    """
+    rows = rows_by_name([*files, *([start] if start else [])], keys, TensorFile.arrays)
+    return from_vectors(((name, found[:-1] - found[-1] if start else found) for name, found in rows), len(files) - 1)

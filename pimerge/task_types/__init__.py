@@ -58,6 +58,18 @@ class Rows:
     where: str
     words: Sequence[Sequence[int]] = ()
 
+    def select(self, positions: Sequence[int]) -> Rows:
+        """Some of the rows."""
+        words = [self.words[position] for position in positions] if self.words else ()
+        return Rows(
+            self.table.select(positions),
+            self.columns,
+            [self.labels[position] for position in positions],
+            [self.numbers[position] for position in positions],
+            self.where,
+            words,
+        )
+
 
 @dataclass(frozen=True)
 class Scored:
@@ -68,14 +80,14 @@ class Scored:
         right: whether its answer is right, of each.
         chosen: the class that it answers, of each, or the classes of its words; None where it is none of them.
         texts: what it answers in words, of each; empty for a type that answers in classes only.
-        cut: how many answers were generated up to the most tokens, without an end.
+        cut: whether it was generated up to the most tokens, without an end, of each; empty where none is generated.
     """
 
     losses: Tensor
     right: Sequence[bool]
     chosen: Sequence[int | Sequence[int] | None]
     texts: Sequence[str] = ()
-    cut: int = 0
+    cut: Sequence[bool] = ()
 
 
 @dataclass(frozen=True)

@@ -7,20 +7,20 @@ or what the model writes.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
 from pimerge.errors import PimergeError
+from pimerge.row_problems import RowProblems
 from pimerge.task_types import IGNORED, Batch, Examples, Scored, on_device
 from pimerge.task_types._classification import drawn
+from pimerge.task_types._likelihood import ask, begins_behind_prompts, likelihoods, logits, nll
 from pimerge.task_types._reading import catching, text_config
-from pimerge.task_types._templates import RowProblems, Text
+from pimerge.task_types._templates import Text
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -104,6 +104,7 @@ class TextExamples(Examples):
         texts: each example in words.
         writing: how answers are generated; None where the likeliest candidate is the answer.
         per_token: whether the likeliest is so by the mean over its tokens, not by their sum.
+        asked: some examples → their prompts alone, padded on the left; None for a base with an encoder and a decoder.
     """
 
     tokens: Sequence[Tokens]
@@ -111,6 +112,7 @@ class TextExamples(Examples):
     texts: Sequence[Text]
     writing: Writing | None
     per_token: bool
+    asked: Callable[[Sequence[int]], Batch] | None
 
     def labelled(self, index: int, label: int) -> Batch:
         """Example i with another candidate for its answer."""
@@ -126,6 +128,7 @@ def examples_of(
     writing: Writing | None,
     per_token: bool,
     alike: bool,
+    asked: Callable[[Sequence[int]], Batch] | None = None,
 ) -> TextExamples:
     """Put together what a type has encoded."""
     return TextExamples(
@@ -140,6 +143,7 @@ def examples_of(
         texts=texts,
         writing=writing,
         per_token=per_token,
+        asked=asked,
     )
 
 
@@ -168,37 +172,6 @@ def _joined(values: Sequence[Tensor]) -> Tensor:
         for value in values
     ]
     return torch.cat([torch.nn.functional.pad(value, more) for value, more in zip(values, fill, strict=True)])
-
-
-def logits(model: nn.Module, batch: Batch) -> Tensor:
-    """The logits (batch × tokens × vocabulary) in the model's dtype, but for those of vectors put before a text."""
-    output: Tensor = model(**{name: value for name, value in batch.items() if name != "labels"}).logits
-    return output[:, -batch["labels"].shape[1] :]
-
-
-def nll(model: nn.Module, batch: Batch) -> Tensor:
-    """−log p(y|x) of each example, summed over the tokens of its answer, shape (batch); in float32 or wider."""
-    labels = batch["labels"]
-    answering = labels != IGNORED
-    kept = logits(model, batch)[answering]
-    kept = kept if kept.dtype == torch.float64 else kept.float()
-    losses = cross_entropy(kept, labels[answering], reduction="none")
-    return losses.new_zeros(labels.shape).masked_scatter(answering, losses).sum(1)
-
-
-def likelihoods(model: nn.Module, examples: TextExamples, indices: Sequence[int]) -> Tensor:
-    """log p(candidate|x): (n × candidates), −inf where an example has fewer candidates than another."""
-    most = max(len(examples.tokens[index].answers) for index in indices)
-    device = next(model.parameters()).device
-    found: list[list[float]] = [[-math.inf] * most for _ in indices]
-    for candidate in range(most):
-        asked = [place for place, i in enumerate(indices) if candidate < len(examples.tokens[i].answers)]
-        batch = examples.collate([examples.labelled(indices[place], candidate) for place in asked])
-        with torch.no_grad():
-            losses = nll(model, on_device(batch, device))
-        for place, loss in zip(asked, losses.tolist(), strict=True):
-            found[place][candidate] = -loss
-    return torch.tensor(found, dtype=torch.float64)
 
 
 def _token_counts(examples: TextExamples, indices: Sequence[int]) -> Tensor:
@@ -241,8 +214,8 @@ def score(model: nn.Module, examples: Examples, indices: Sequence[int]) -> Score
     return Scored(losses, [word in text.references for text, word in pairs], chosen, words, cut)
 
 
-def generate(model: Any, writing: Writing, indices: Sequence[int]) -> tuple[list[str], int]:
-    """What the model writes to each prompt, and how many answers reached the most tokens without an end.
+def generate(model: Any, writing: Writing, indices: Sequence[int]) -> tuple[list[str], list[bool]]:
+    """What the model writes to each prompt, and whether the answer reached the most tokens without an end.
 
     By the model's own generation config, but never sampled.
     """
@@ -265,11 +238,11 @@ def generate(model: Any, writing: Writing, indices: Sequence[int]) -> tuple[list
         pad_token_id=writing.pad,
     )
     skipped = batch["input_ids"].shape[1] if writing.start is None else 1
-    words, cut = [], 0
+    words, cut = [], []
     for row in written[:, skipped:].tolist():
         row = row[: writing.most]
         end = next((place for place, token in enumerate(row) if token in ends), None)
-        cut += end is None
+        cut.append(end is None)
         words.append(writing.decode(row[:end]).strip())
     return words, cut
 
@@ -282,15 +255,14 @@ def _puts_vectors_before(model: Any) -> bool:
 
 def _generate_by_length(
     model: Any, writing: Writing, indices: Sequence[int], lengths: Sequence[int]
-) -> tuple[list[str], int]:
+) -> tuple[list[str], list[bool]]:
     """As :func:`generate`, with prompts of one length at a time, so without padding."""
-    words, cut = [""] * len(indices), 0
+    words, cut = [""] * len(indices), [False] * len(indices)
     for length in sorted(set(lengths)):
         places = [place for place, own in enumerate(lengths) if own == length]
-        found, cut_here = generate(model, writing, [indices[place] for place in places])
-        cut += cut_here
-        for place, word in zip(places, found, strict=True):
-            words[place] = word
+        found, without_end = generate(model, writing, [indices[place] for place in places])
+        for place, word, endless in zip(places, found, without_end, strict=True):
+            words[place], cut[place] = word, endless
     return words, cut
 
 
@@ -299,20 +271,26 @@ def read(
 ) -> tuple[Tensor, Tensor | None]:
     """What the output layer reads where the answer begins, and log p(candidate|x) if the likeliest is the answer."""
     assert isinstance(examples, TextExamples)
-    by_likelihood = answers and examples.writing is None
-    batch = examples.collate([examples.labelled(index, 0) for index in indices])
+    found = None
     with torch.no_grad(), catching(reading.values()) as seen:
-        if by_likelihood:  # the first pass is over the first candidates
+        if answers and examples.writing is None:  # the first pass is over the prompts, or the first candidates
             found = likelihoods(model, examples, indices)
+        elif begins_behind_prompts(model, examples):
+            ask(model, examples, indices)
         else:
-            logits(model, on_device(batch, next(model.parameters()).device))
+            logits(model, on_device(_with_first_candidates(examples, indices), next(model.parameters()).device))
+    if begins_behind_prompts(model, examples):
+        return seen[0][:, -1], found
     begin = getattr(text_config(model), "bos_token_id", None)
-    labels = batch["labels"]
+    labels = _with_first_candidates(examples, indices)["labels"]
     begins = labels == (IGNORED if begin is None else begin)  # BART's answers begin with a token that says nothing
     first = ((labels != IGNORED) & ~begins).int().argmax(1)
     states = seen[0][:, -labels.shape[1] :]
-    vectors = states[torch.arange(len(states), device=states.device), first.to(states.device)]
-    return vectors, found if by_likelihood else None
+    return states[torch.arange(len(states), device=states.device), first.to(states.device)], found
+
+
+def _with_first_candidates(examples: TextExamples, indices: Sequence[int]) -> Batch:
+    return examples.collate([examples.labelled(index, 0) for index in indices])
 
 
 def fit(
@@ -332,7 +310,7 @@ def fit(
     Raises:
         PimergeError: with each row whose answer alone is too long, or that a prompt cannot be cut for.
     """
-    problems = RowProblems(rows)
+    problems = RowProblems(rows.where, rows.numbers)
     found, truncated = [], 0
     for place, (prompt, candidates, text) in enumerate(zip(prompts.tokens, answers, texts, strict=True)):
         with problems.row(place):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
 from pimerge.errors import PimergeError
+from pimerge.row_problems import RowProblems
 
 if TYPE_CHECKING:
     from pimerge.task_types import Batch, Rows
@@ -33,6 +35,11 @@ def decoder(rows: Rows, mode: str) -> Callable[[int], Any]:
             image = images[place]
             if hasattr(image, "convert"):
                 return image.convert(mode)
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+            raise PimergeError(
+                f"there is no image '{error.filename}'",
+                "paths are relative to the data file: mend it or leave the row out",
+            ) from error
         except Exception as error:  # whatever a broken file makes the library for images do
             reason = str(error).partition(" <_io")[0]  # where Pillow's buffer lies tells nobody anything
             raise PimergeError(
@@ -40,10 +47,40 @@ def decoder(rows: Rows, mode: str) -> Callable[[int], Any]:
             ) from error
         raise PimergeError(
             f"the column '{rows.columns['image']}' holds no image, but {image!r}",
-            "take parquet with a column of images, or a folder of images with a metadata.jsonl",
+            "take a column of paths, parquet with a column of images, or a folder of images with a metadata.jsonl",
         )
 
     return decode
+
+
+def tell_broken(rows: Rows, decode: Callable[[int], Any]) -> None:
+    """Decode every image of a split.
+
+    Raises:
+        PimergeError: with each row whose image cannot be decoded.
+    """
+    problems = RowProblems(rows.where, rows.numbers)
+    for place in range(len(rows.labels)):
+        with problems.row(place):
+            decode(place)
+    problems.raise_any()
+
+
+def have_heads(rows: Rows) -> bool:
+    """Whether all files look like images at their beginning, which is read without decoding them."""
+    import datasets
+    from PIL import Image
+
+    column = rows.columns["image"]
+    if not isinstance(rows.table.features[column], datasets.Image):
+        return False
+    try:
+        for file in rows.table.cast_column(column, datasets.Image(decode=False))[column]:
+            with Image.open(BytesIO(file["bytes"]) if file["bytes"] is not None else file["path"]):
+                pass
+    except Exception:  # whatever a broken file makes the library for images do
+        return False
+    return True
 
 
 def remembered(compute: Callable[[int], Batch]) -> Callable[[int], Batch]:

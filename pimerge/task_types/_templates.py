@@ -8,14 +8,14 @@ column that the data lacks and a value that is null are errors, and nothing in i
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from pimerge.errors import PimergeError, Problems, nearest
 from pimerge.metrics import check as check_metrics
+from pimerge.row_problems import RowProblems
 
 if TYPE_CHECKING:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from pimerge.task_types import Rows
 
 LABEL = "label"
-_SHOWN_ROWS = 5
 _ONE_EXPRESSION = re.compile(r"\s*\{\{-?((?:(?!\}\}|\{\{).)+?)-?\}\}\s*", re.DOTALL)
 
 
@@ -187,11 +186,17 @@ def fill_in(rows: Rows, file: TaskFile) -> list[Text]:
     require_columns(rows, used - own)
     names = file.labels or []
     words = [(file.verbalizer or {}).get(name, name).strip() for name in names]
-    problems = RowProblems(rows)
+    problems = RowProblems(rows.where, rows.numbers)
     found = []
-    for position, (row, label) in enumerate(zip(seen(rows, used - own), rows.labels, strict=True)):
+    read = reader(rows, used - own)
+    for position, label in enumerate(rows.labels):
+        row, asked = None, ""
         with problems.row(position):
+            row = read(position)
             asked = _required("prompt", prompt.text(row))
+        if row is None:
+            continue
+        with problems.row(position):
             if answer is None:
                 candidates = [[word] for word in words]
             else:
@@ -227,30 +232,22 @@ def require_columns(rows: Rows, names: Iterable[str]) -> None:
     problems.raise_any("the templates name columns that are not there")
 
 
-@contextmanager
-def naming_row(rows: Rows, position: int) -> Iterator[None]:
-    """Say in a PimergeError of the block which row it is about."""
-    problems = RowProblems(rows)
-    with problems.row(position):
-        yield
-    problems.raise_any()
+def reader(rows: Rows, columns: Iterable[str]) -> Callable[[int], Mapping[str, Any]]:
+    """What reads a row, by its place, as templates see it: these columns, and of an image only its width and height.
 
-
-def seen(rows: Rows, columns: Iterable[str]) -> Iterator[Mapping[str, Any]]:
-    """The rows in order as templates see them: these columns, and of an image only its width and height.
-
-    Raises:
-        PimergeError: with the row that cannot be read.
+    It raises a PimergeError if the row cannot be read.
     """
     names = sorted(set(columns))
-    done = 0
-    try:
-        for row in rows.table.select_columns(names) if names else [{}] * len(rows.labels):
-            yield _plain(row)
-            done += 1
-    except Exception as error:  # whatever a broken image does to the library that decodes it
-        with naming_row(rows, done):
+    table = rows.table.select_columns(names) if names else [{}] * len(rows.labels)
+
+    def read(place: int) -> Mapping[str, Any]:
+        try:
+            found: Mapping[str, Any] = _plain(table[place])
+        except Exception as error:  # whatever a broken image does to the library that decodes it
             raise PimergeError(f"it cannot be read: {error}", "mend the file or leave the row out") from error
+        return found
+
+    return read
 
 
 def _plain(value: Any) -> Any:
@@ -262,25 +259,3 @@ def _plain(value: Any) -> Any:
     if hasattr(value, "width") and hasattr(value, "height"):
         return {"width": value.width, "height": value.height}
     return value
-
-
-class RowProblems(Problems):
-    """Problems of single rows, of which the first are told and the others counted.
-
-    Args:
-        rows: where the rows are from.
-    """
-
-    def __init__(self, rows: Rows) -> None:
-        super().__init__()
-        self._rows = rows
-
-    def row(self, position: int) -> Any:
-        """Collect what is wrong with one row."""
-        return self.collected(f"row {self._rows.numbers[position]} (from 0) of {self._rows.where}: ")
-
-    def raise_any(self, heading: str = "") -> None:
-        """Raise the problems of the first rows, with the number of all."""
-        count = len(self.found)
-        del self.found[_SHOWN_ROWS:]
-        super().raise_any(heading or f"{count} problems in {self._rows.where}, of which the first are")

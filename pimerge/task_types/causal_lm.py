@@ -10,7 +10,8 @@ import torch
 from pimerge.errors import PimergeError
 from pimerge.task_types import IGNORED, Batch, Examples, Rows
 from pimerge.task_types import _generation as generation
-from pimerge.task_types._generation import COLUMNS, TRAINS_HEAD, Prompts, draw, nll, read, score
+from pimerge.task_types._generation import COLUMNS, TRAINS_HEAD, Prompts, draw, read, score
+from pimerge.task_types._likelihood import nll
 from pimerge.task_types._templates import Text, check_texts, fill_in
 from pimerge.task_types._tokenizer import load_processor, longest_input
 
@@ -120,18 +121,19 @@ def encode_prompts(
         labels = torch.tensor([IGNORED] * (len(prompt) - 1) + answer)
         return {**reads(index, prompt, answer[:-1]), "labels": labels}
 
+    def to_continue(kept: Sequence[list[int]]) -> Callable[[Sequence[int]], Batch]:
+        # padded on the left, so that every answer follows its prompt
+        return lambda indices: generation.collate([reads(index, kept[index], []) for index in indices], pad, "left")
+
     writing = None
     if not by_likelihood:
         most = generation.new_tokens(file, longest - 1, answers)
-        asked = [prompts.cut(place, min(len(row.prompt), longest - most)) for place, row in enumerate(tokens)]
-
-        def to_continue(indices: Sequence[int]) -> Batch:
-            # padded on the left, so that every answer follows its prompt
-            return generation.collate([reads(index, asked[index], []) for index in indices], pad, "left")
-
-        writing = generation.Writing(to_continue, generation.decoding(tokenizer, answers), None, (end,), pad, most)
+        short = [prompts.cut(place, min(len(row.prompt), longest - most)) for place, row in enumerate(tokens)]
+        decode = generation.decoding(tokenizer, answers)
+        writing = generation.Writing(to_continue(short), decode, None, (end,), pad, most)
+    asked = to_continue([row.prompt for row in tokens])
     return generation.examples_of(
-        texts, tokens, answered, pad, truncated, writing, file.normalise == "tokens", prompts.alike
+        texts, tokens, answered, pad, truncated, writing, file.normalise == "tokens", prompts.alike, asked
     )
 
 

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from pimerge.errors import PimergeError
 from pimerge.task_types import Batch, Examples, Rows
 from pimerge.task_types._classification import FIELDS, TRAINS_HEAD, check, draw, nll, read, score
-from pimerge.task_types._images import decoder, mode_of, remembered
-from pimerge.task_types._templates import naming_row
+from pimerge.task_types._images import decoder, have_heads, mode_of, remembered, tell_broken
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -45,12 +45,22 @@ def load_processor(source: str, revision: str | None) -> Any:
 
 
 def encode(rows: Rows, file: TaskFile, processor: Any, config: PreTrainedConfig) -> Examples:
-    """Decode and process an image when it is asked for; up to 256 MB of them are kept for the next epoch."""
+    """Decode and process an image when it is asked for; up to 256 MB of them are kept for the next epoch.
+
+    Raises:
+        PimergeError: with each row whose image cannot be decoded: at once if a file is not there or does not begin as
+            an image does, else when the first such image is asked for.
+    """
     decode = decoder(rows, mode_of(config))
+    if not have_heads(rows):
+        tell_broken(rows, decode)
 
     def process(place: int) -> Batch:
-        with naming_row(rows, place):
+        try:
             image = decode(place)
+        except PimergeError:
+            tell_broken(rows, decode)
+            raise
         return {"pixel_values": processor(image, return_tensors="pt")["pixel_values"][0]}
 
     pixels = remembered(process)

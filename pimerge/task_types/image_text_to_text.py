@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pimerge.errors import PimergeError
+from pimerge.row_problems import RowProblems
 from pimerge.task_types import Batch, Examples, Rows, causal_lm, seq2seq
 from pimerge.task_types import _generation as generation
-from pimerge.task_types._generation import TRAINS_HEAD, Prompts, draw, nll, read, score
+from pimerge.task_types._generation import TRAINS_HEAD, Prompts, draw, read, score
 from pimerge.task_types._images import decoder, mode_of, remembered
-from pimerge.task_types._templates import RowProblems, Template, Text, check_texts, fill_in
+from pimerge.task_types._likelihood import nll
+from pimerge.task_types._templates import Template, Text, check_texts, fill_in
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -155,9 +157,14 @@ class _Reader:
             raise PimergeError(f"the base's processor does not take the prompt: {error}", "mend the prompt") from error
         return {**found, _PROMPT: torch.tensor(self._going_on(found[_PROMPT][0].tolist()))}
 
+    @property
+    def reads_prompts_both_ways(self) -> bool:
+        """Whether a token of the prompt sees those behind it, so that the model has to know where the answer begins."""
+        return bool(self.config.model_type == "paligemma")
+
     def types(self, ids: list[int], answered: int) -> Tensor:
         """What kind each token is of: 1 for a piece of an image, or for PaliGemma of the answer."""
-        if self.config.model_type == "paligemma":
+        if self.reads_prompts_both_ways:
             return torch.tensor([0] * (len(ids) - answered) + [1] * answered)
         return torch.tensor([int(token == self.image_token) for token in ids])
 
@@ -195,13 +202,17 @@ class _Reader:
 
 def _told(rows: Rows, texts: Sequence[Text], reader: _Reader) -> Prompts:
     """Prompts without images."""
-    problems = RowProblems(rows)
+    problems = RowProblems(rows.where, rows.numbers)
     tokens: list[list[int]] = []
     for place, text in enumerate(texts):
         with problems.row(place):
             tokens.append(reader.tokens(text.prompt))
     problems.raise_any()
-    return Prompts(tokens, lambda place, room: reader.cut(tokens[place], room))
+
+    def beside(place: int, ids: list[int], answered: int) -> Batch:
+        return {"token_type_ids": reader.types(ids, answered)} if reader.reads_prompts_both_ways else {}
+
+    return Prompts(tokens, lambda place, room: reader.cut(tokens[place], room), beside)
 
 
 def _shown(rows: Rows, texts: Sequence[Text], reader: _Reader) -> Prompts:
@@ -210,7 +221,7 @@ def _shown(rows: Rows, texts: Sequence[Text], reader: _Reader) -> Prompts:
     decode = decoder(rows, mode)
     before = "" if reader.places_images(mode) else str(reader.processor.image_token)
     processed = remembered(lambda place: reader.with_image(texts[place].prompt, decode(place), before))
-    problems = RowProblems(rows)
+    problems = RowProblems(rows.where, rows.numbers)
     tokens: list[list[int]] = []
     shapes = set()
     for place in range(len(texts)):

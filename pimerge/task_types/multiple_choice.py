@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from pimerge.errors import PimergeError, Problems
 from pimerge.metrics import check as check_metrics
+from pimerge.row_problems import RowProblems
 from pimerge.task_types import Examples, Rows, causal_lm, seq2seq
-from pimerge.task_types._generation import TRAINS_HEAD, draw, nll, read, score
-from pimerge.task_types._templates import RowProblems, Template, Text, require_columns, seen
+from pimerge.task_types._generation import TRAINS_HEAD, draw, read, score
+from pimerge.task_types._likelihood import nll
+from pimerge.task_types._templates import Template, Text, reader, require_columns
 from pimerge.task_types._tokenizer import load_processor
 
 if TYPE_CHECKING:
@@ -84,13 +86,19 @@ def _texts(rows: Rows, file: TaskFile) -> list[Text]:
     listed = Template("choices", file.choices) if file.choices is not None else None
     used = template.names - {_QUESTION} | (listed.names if listed else set())
     require_columns(rows, used)
-    problems = RowProblems(rows)
+    problems = RowProblems(rows.where, rows.numbers)
     found = []
-    for place, row in enumerate(seen(rows, used | set(rows.columns.values()))):
+    read = reader(rows, used | set(rows.columns.values()))
+    for place in range(len(rows.labels)):
+        row, prompt = None, ""
         with problems.row(place):
+            row = read(place)
             prompt = template.text({**row, _QUESTION: row[rows.columns["question"]]})
             if not prompt.strip():
                 raise PimergeError("the prompt is empty", "fill the row or leave it out")
+        if row is None:
+            continue
+        with problems.row(place):
             choices, keys = _choices(listed.values(row) if listed else row[rows.columns["choices"]])
             right = _right(row[rows.columns["answer"]], choices, keys)
             found.append(Text(prompt, choices, right, (choices[right],)))

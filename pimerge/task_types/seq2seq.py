@@ -10,7 +10,8 @@ import torch
 from pimerge.errors import PimergeError
 from pimerge.task_types import Batch, Examples, Rows
 from pimerge.task_types import _generation as generation
-from pimerge.task_types._generation import COLUMNS, FIELDS, TRAINS_HEAD, Prompts, draw, nll, read, score
+from pimerge.task_types._generation import COLUMNS, FIELDS, TRAINS_HEAD, Prompts, draw, read, score
+from pimerge.task_types._likelihood import nll
 from pimerge.task_types._templates import Text, check_texts, fill_in
 from pimerge.task_types._tokenizer import load_processor, longest_input
 

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pimerge.errors import PimergeError
+from pimerge.row_problems import RowProblems
 from pimerge.task_types import Batch, Examples, Rows
 from pimerge.task_types._classification import FIELDS, TRAINS_HEAD, check, draw, nll, read, score
-from pimerge.task_types._templates import RowProblems
 from pimerge.task_types._tokenizer import load_processor, longest_input
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def _require_ends(texts: Sequence[Sequence[int]], rows: Rows, config: PreTrained
             "a base with an encoder and a decoder reads",
             "take a tokenizer that does, or a task of the type seq2seq",
         )
-    problems = RowProblems(rows)
+    problems = RowProblems(rows.where, rows.numbers)
     for position, count in enumerate(ends):
         with problems.row(position):
             if count != usual:

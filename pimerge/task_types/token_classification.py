@@ -13,10 +13,10 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
 from pimerge.errors import PimergeError
+from pimerge.row_problems import RowProblems
 from pimerge.task_types import IGNORED, Batch, Examples, Rows, Scored, on_device
 from pimerge.task_types._classification import FIELDS, TRAINS_HEAD, check, drawn
-from pimerge.task_types._generation import logits, nll
-from pimerge.task_types._templates import RowProblems
+from pimerge.task_types._likelihood import logits, nll
 from pimerge.task_types._tokenizer import load_processor as load_tokenizer
 from pimerge.task_types._tokenizer import longest_input
 
@@ -76,7 +76,7 @@ def encode(rows: Rows, file: TaskFile, processor: Any, config: PreTrainedConfig)
         PimergeError: with each row that is no list of words with a class for each.
     """
     longest = longest_input(processor, config)
-    problems = RowProblems(rows)
+    problems = RowProblems(rows.where, rows.numbers)
     fields: list[Batch] = []
     classes: list[list[int]] = []
     truncated = 0

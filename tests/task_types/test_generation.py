@@ -122,7 +122,7 @@ def test_the_likeliest_class_is_the_answer(case: Case) -> None:
     assert found.right == [choice == case.rows[index]["animal"] for choice, index in zip(expected, order, strict=True)]
     true = [row[case.rows[index]["animal"]] for row, index in zip(table, order, strict=True)]
     assert found.losses.tolist() == pytest.approx(true, rel=1e-9)
-    assert found.cut == 0
+    assert not any(found.cut)
 
 
 def test_classes_are_drawn_by_their_likelihood(case: Case) -> None:
@@ -169,7 +169,7 @@ def test_what_is_generated_is_the_likeliest_token_after_token(language_base: Bas
     found = case.type.score(case.model, case.examples, list(range(12)))
     special = case.tokenizer.decode
     assert found.texts == [special(written, skip_special_tokens=True).strip() for written, _ in expected]
-    assert found.cut == sum(not ended for _, ended in expected)
+    assert found.cut == [not ended for _, ended in expected]
     assert found.right == [text == "red" for text in found.texts]
     assert found.chosen == [None if text != "red" else 0 for text in found.texts]
     assert found.losses.tolist() == pytest.approx([case.nll(row, "red") for row in case.rows], rel=1e-9)
@@ -200,7 +200,7 @@ def test_what_is_written_must_be_a_text_of_the_verbalizer(language_base: Base, t
     assert found.texts == ["the cat", "the cat"]
     assert found.chosen == [1, 1]
     assert found.right == [False, True]
-    assert found.cut == 0
+    assert not any(found.cut)
 
 
 def test_a_causal_prompt_that_is_too_long_loses_its_front(language_base: Base, tmp_path: Path) -> None:

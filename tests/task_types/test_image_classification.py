@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset, Image
+from datasets import Dataset, Features, Image
 from transformers import AutoConfig, AutoImageProcessor
 
 from pimerge.errors import PimergeError
@@ -19,7 +19,8 @@ from pimerge.task_types import image_classification as images
 def encode(base: Path, pictures: list[Any], labels: list[int]) -> Examples:
     processor = images.load_processor(str(base), None)
     columns = {"image": "image", "label": "label"}
-    rows = Rows({"image": pictures}, columns, labels, range(len(labels)), "the train split")
+    table = Dataset.from_dict({"image": pictures}, features=Features(image=Image()))
+    rows = Rows(table, columns, labels, range(len(labels)), "the train split")
     file = TaskFile(type="image-classification", data="images", labels=["a", "b"])
     return images.encode(rows, file, processor, AutoConfig.from_pretrained(base))
 

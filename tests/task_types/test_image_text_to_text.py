@@ -46,7 +46,7 @@ class Case:
         text = f"the {row['words']}:"
         if not self.shows:
             return dict(self.processor.tokenizer(text, return_tensors="pt"))
-        if self.name == "llava":
+        if self.name in ("llava", "idefics3"):
             text = "<image>\n" + text
         image = row["scan"].convert("RGB")
         return dict(self.processor(text=[text], images=[image], return_tensors="pt"))
@@ -67,6 +67,10 @@ class Case:
                 return self.model(**inputs, decoder_input_ids=decoder).logits[0, -1]
             inputs["input_ids"] = torch.cat([inputs["input_ids"], more], 1)
             inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+            if self.name == "paligemma":  # a prompt is read in both directions, an answer is not
+                prompt = torch.zeros(1, inputs["input_ids"].shape[1] - len(written), dtype=torch.int64)
+                inputs["token_type_ids"] = torch.cat([prompt, torch.ones_like(more)], 1)
+                inputs.pop("labels", None)
             return self.model(**inputs).logits[0, -1]
 
     def nll(self, row: dict[str, Any], answer: str) -> float:
@@ -160,7 +164,7 @@ def test_a_chat_shows_the_image_where_the_template_does(image_text_base: Base, s
         task.examples("test", image_text_to_text.load_processor(str(florence), None), model_for(florence).config)
 
 
-@pytest.mark.parametrize("name", IMAGE_TEXT_MODELS)
+@pytest.mark.parametrize("name", ["florence2", "llava"])
 def test_a_prompt_that_is_too_long_keeps_its_image(
     image_text_base: Base, name: str, scans: Scans, tmp_path: Path
 ) -> None:
@@ -196,7 +200,8 @@ def broken(folder: Path, scans: Scans, **fields: Any) -> Path:
     ("fields", "message"),
     [
         ({}, r"row 3 \(from 0\) of the test split 'test' of .*the image cannot be decoded"),
-        ({"columns": {"image": "words", "label": "parity"}, "prompt": "?"}, "12 problems.*holds no image, but ''"),
+        ({"columns": {"image": "words", "label": "parity"}, "prompt": "?"}, "12 problems.*there is no image '.*/dog'"),
+        ({"columns": {"image": "parity", "label": "parity"}, "prompt": "?"}, "12 problems.*holds no image, but 0"),
         ({"columns": {"image": "picture", "label": "parity"}}, "has no column 'picture' for the image"),
         ({"prompt": "{{ scan }}?"}, "the prompt names the column 'scan', which holds the image"),
         ({"prompt": "{{ word }}?"}, "has no column 'word', which a template names"),
