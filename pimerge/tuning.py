@@ -22,7 +22,7 @@ from pimerge.backbone import inside, lora_targets
 from pimerge.base import Base
 from pimerge.compatibility import refuse_over_inputs, require_alike, require_finite
 from pimerge.composition import ComposedLinear, Member, Mixture, compose
-from pimerge.errors import PimergeError
+from pimerge.errors import PimergeError, Problems
 from pimerge.expert import Expert
 from pimerge.export import Coefficients, Documents, Head, Layout, write_expert, write_groups
 from pimerge.files import relative_to, require_absent, sha256_bytes
@@ -31,7 +31,7 @@ from pimerge.group_composition import GroupMember, compose_groups, fresh_member,
 from pimerge.kinds.lora import Factors, parse
 from pimerge.lowrank import DEFAULT_ENERGY, MergedModule, Truncation, relative_error, weighted_bias, weighted_sum
 from pimerge.manifest import Manifest, inputs_of, library_versions
-from pimerge.model import LoadedBase, load_base, resolve_device, resolve_dtype, set_head
+from pimerge.model import LoadedBase, in_head, load_base, resolve_device, resolve_dtype, set_head
 from pimerge.progress import Track, silent
 from pimerge.task import Task
 from pimerge.task_types import Examples, for_base
@@ -119,6 +119,7 @@ def tune(
             f"'{method}' trains a head alone, and a base that answers in text ({task.file.type}) has none to train",
             "take 'scratch' for a control without experts; 'pimerge eval' scores the bare base, too",
         )
+    _require_heads_alone([*chosen, *([target] if target and plan.target else [])], loaded)
     if plan.target and target is not None:
         set_head(loaded.model, target.head_tensors())
     sum_of_experts: _Updates | _Groups
@@ -381,6 +382,24 @@ def _chosen(plan: Plan, method: str, experts: Sequence[Expert], target: Expert |
     require_alike(experts)
     require_finite(experts)
     return list(experts)
+
+
+def _require_heads_alone(experts: Sequence[Expert], loaded: LoadedBase) -> None:
+    """Check that experts have nothing but updates and heads, since nothing else is summed or trained.
+
+    Raises:
+        PimergeError: with each that has.
+    """
+    problems = Problems()
+    for expert in {expert.path: expert for expert in experts}.values():
+        stray = sorted({name.rpartition(".")[0] for name in expert.head if not in_head(name, loaded.head)})
+        if stray:
+            problems.add(
+                f"'{expert.name}' has trained {', '.join(stray)} of the base (modules_to_save), which is no head and "
+                "would be lost",
+                "leave it out, or merge instead: pimerge merge keeps what the target saved",
+            )
+    problems.raise_any("these experts are more than updates and heads")
 
 
 def _start(
