@@ -21,7 +21,7 @@ from pimerge.group_composition import GroupMember, compose_groups
 from pimerge.kinds.lora import Factors
 from pimerge.lowrank import MergedModule, Summary, Truncation, relative_error, weighted_bias, weighted_sum
 from pimerge.manifest import Manifest
-from pimerge.members import chosen_experts, form_of, group_members, members, start_logits
+from pimerge.members import chosen_experts, form_of, group_members, members, require_heads_alone, start_logits
 from pimerge.model import set_head
 from pimerge.probed_head import fit_head
 from pimerge.task_types import Examples, for_base
@@ -276,6 +276,7 @@ def compose_sum(job: Job, plan: Plan, method: str) -> tuple[Composed, Examples, 
             "train",
             "take 'scratch' for a control without experts; 'pimerge eval' scores the bare base, too",
         )
+    require_heads_alone([*chosen, *([job.target] if job.target and plan.target else [])], bench.loaded)
     if plan.target and job.target is not None:
         set_head(bench.loaded.model, job.target.head_tensors())
     with form_of(plan, job, chosen) as form:

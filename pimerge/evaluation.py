@@ -19,6 +19,7 @@ from pimerge.export import task_of
 from pimerge.metrics import Answers, Interval, measure
 from pimerge.model import (
     LoadedBase,
+    in_head,
     load_base,
     most_virtual_tokens,
     plugged_in,
@@ -235,7 +236,8 @@ def _base_head(loaded: LoadedBase, target: Expert | None, task: Task) -> tuple[M
     own = task_of(target)
     if own is not None and own.labels != task.labels:
         return {}, None
-    return target.head_tensors(), f"the head of {target.name}"
+    head = {name: value for name, value in target.head_tensors().items() if in_head(name, loaded.head)}
+    return head, f"the head of {target.name}"
 
 
 def _answers(

@@ -389,6 +389,8 @@ def _checked(
     modules = {name: part for name, part in parts.items() if isinstance(part, lora.LoraModule)}
     groups = {name: part for name, part in parts.items() if isinstance(part, Group)}
     expert = Expert(path, kind, config, file, modules, head, (), base, groups=groups, unhandled=unhandled)
+    if not only_look:
+        _require_same_base(expert)
     dtypes = {key: entry.dtype for key, entry in file.entries.items()}
     biases = {module.bias for module in modules.values() if module.bias}
     used = {dtypes[key] for key in expert.keys}
@@ -399,6 +401,35 @@ def _checked(
             "expected F16, BF16, F32 or F64: save the adapter in one of these",
         )
     return replace(expert, dtypes=tuple(sorted({dtypes[key] for key in expert.keys if key not in biases})))
+
+
+def _require_same_base(expert: Expert) -> None:
+    """Check the copies of the base's weights that PEFT saves beside the factors of its embeddings.
+
+    Raises:
+        PimergeError: if one is not the base's weight as stored, or the base is not there to compare.
+    """
+    copies = {name: module for name, module in expert.modules.items() if module.base_copy}
+    if not copies:
+        return
+    from pimerge.conversion import base_weights  # it reads experts
+
+    hint = (
+        "save it with model.save_pretrained(FOLDER, save_embedding_layers=False) if the embeddings are the base's own"
+    )
+    problems = Problems()
+    fan_in_fan_out = bool(expert.config.get("fan_in_fan_out"))
+    try:
+        weight_of = base_weights(expert.base, copies, fan_in_fan_out=fan_in_fan_out)
+    except PimergeError as error:
+        found = error.problems[0].message
+        raise PimergeError(f"it holds a copy of the base's weight of {', '.join(copies)}: {found}", hint) from error
+    for name, module in copies.items():
+        copy, weight = expert.tensor(str(module.base_copy)), weight_of(name)
+        weight = weight.T if module.layer == "embedding" else weight
+        if copy.shape != weight.shape or not copy.to(weight.dtype).equal(weight):
+            problems.add(f"{module.base_copy} is not the weight of the base '{expert.base.name}'", hint)
+    problems.raise_any("it holds other weights than its base")
 
 
 @lru_cache(maxsize=32)

@@ -12,13 +12,13 @@ from pimerge.backbone import inside, lora_targets
 from pimerge.bench import Job
 from pimerge.compatibility import require_alike, require_finite
 from pimerge.composition import Member
-from pimerge.errors import PimergeError
+from pimerge.errors import PimergeError, Problems
 from pimerge.expert import Expert
 from pimerge.fresh_expert import fresh_expert
 from pimerge.group_composition import GroupMember, fresh_member, member_of
 from pimerge.kinds.lora import parse
 from pimerge.lowrank import DEFAULT_ENERGY, MergedModule, Truncation, relative_error, weighted_sum
-from pimerge.model import LoadedBase
+from pimerge.model import LoadedBase, in_head
 from pimerge.tune_methods import Plan
 
 LORA = "lora"
@@ -44,6 +44,24 @@ def chosen_experts(plan: Plan, method: str, experts: Sequence[Expert], target: E
     require_alike(experts)
     require_finite(experts)
     return list(experts)
+
+
+def require_heads_alone(experts: Sequence[Expert], loaded: LoadedBase) -> None:
+    """Check that experts have nothing but updates and heads, since nothing else is summed or trained.
+
+    Raises:
+        PimergeError: with each that has.
+    """
+    problems = Problems()
+    for expert in {expert.path: expert for expert in experts}.values():
+        stray = sorted({name.rpartition(".")[0] for name in expert.head if not in_head(name, loaded.head)})
+        if stray:
+            problems.add(
+                f"'{expert.name}' has trained {', '.join(stray)} of the base (modules_to_save), which is no head and "
+                "would be lost",
+                "leave it out, or merge instead: pimerge merge keeps what the target saved",
+            )
+    problems.raise_any("these experts are more than updates and heads")
 
 
 def start_logits(plan: Plan, count: int, job: Job, chosen: Sequence[Expert], examples: int) -> list[float]:

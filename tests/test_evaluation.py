@@ -259,3 +259,17 @@ def test_a_classification_has_no_texts_for_a_metric(text_task: Path, tmp_path: P
     write_json(tmp_path / "task.json", document)
     with pytest.raises(PimergeError, match="'rouge-l' is about texts, and the task is not answered in text"):
         open_task(tmp_path)
+
+
+def test_the_bare_base_takes_no_more_than_the_head_of_the_target(
+    make_expert: MakeExpert, vit_base: Path, parity_task: Path, tmp_path: Path
+) -> None:
+    """What else the target saved would stay in the base for all that is scored after."""
+    saved = ["classifier", "layernorm_before"]
+    plain = open_expert(make_expert(tmp_path / "plain", vit_base, parity_task))
+    target = open_expert(make_expert(tmp_path / "x", vit_base, parity_task, modules_to_save=saved))
+    task = open_task(parity_task)
+    alone = evaluate([plain], task, plain.base, None)
+    bare, beside = evaluate([plain], task, plain.base, target)
+    assert beside.loss == alone[-1].loss
+    assert bare.note == "the head of x"

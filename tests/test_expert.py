@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from pimerge.errors import PimergeError
 from pimerge.expert import find_experts, open_expert
 from pimerge.files import sha256_bytes
 from pimerge.tensorfile import TensorFile
-from tests.conftest import dense_deltas
+from tests.conftest import MakeExpert, dense_deltas, edit_tensors
 from tests.raw import PREFIX, normal, raw_expert, save_base, set_config, set_tensors, small, updates_of
 
 SHAPES = {"q": (3, 2, 4), "v": (5, 1, 4)}
@@ -288,3 +290,22 @@ def test_a_folder_of_a_hub_ids_name_goes_first(cached: Path, tmp_path: Path, mon
 def test_a_hub_id_that_cannot_be_had_is_named(reference: str, cached: Path) -> None:
     with pytest.raises(PimergeError, match=f"'{reference}' is no folder here and cannot be had from the Hub"):
         open_expert(reference)
+
+
+def test_a_copy_of_the_bases_embedding_is_that_of_the_base_or_refused(
+    make_expert: MakeExpert, language_base: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """PEFT saves one beside the factors, unless it is told not to."""
+    folder = make_expert(
+        tmp_path / "x", language_base("qwen2-lm"), target_modules=["embed_tokens", "lm_head", "q_proj"]
+    )
+    expert = open_expert(folder)
+    copies = [module.base_copy for module in expert.modules.values() if module.base_copy]
+    assert set(copies) <= set(load_file(folder / "adapter_model.safetensors"))
+    assert len(copies) == 2
+    assert not set(copies) & set(expert.keys)
+    with pytest.raises(PimergeError, match="is not on this machine"):
+        open_expert(folder, base="nobody/nothing")
+    edit_tensors(folder, lambda tensors: tensors[copies[0]].mul_(1.01))
+    with pytest.raises(PimergeError, match=re.escape(f"{copies[0]} is not the weight of the base")):
+        open_expert(folder)

@@ -394,3 +394,12 @@ def test_the_same_share_of_each_class_is_held_out(share: float) -> None:
         assert abs(count - share * size) <= 0.5 or count == size - 1
         assert count < size
     assert split_holdout(labels, share, seed=0) == (kept, held_out)
+
+
+def test_what_experts_saved_besides_a_head_is_not_lost_in_silence(
+    make_expert: MakeExpert, vit_base: Path, parity_task: Path, tuner: Tuner, tmp_path: Path
+) -> None:
+    saved = ["classifier", "layernorm_before"]
+    other = open_expert(make_expert(tmp_path / "other", vit_base, parity_task, modules_to_save=saved))
+    with pytest.raises(PimergeError, match=r"'other' has trained .*layernorm_before of the base \(modules_to_save\)"):
+        tuner("learned", tmp_path / "tuned", experts=[tuner.a, other])

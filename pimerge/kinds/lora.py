@@ -26,7 +26,7 @@ HAS_UPDATE = True
 
 _FACTOR_KEY = re.compile(
     re.escape(PREFIX) + r"(?P<module>.+)\.(?:lora_(?P<factor>[AB])\.weight|lora_B\.(?P<bias>bias)"
-    r"|lora_embedding_(?P<embedding>[AB])|lora_(?P<magnitude>magnitude)_vector(?:\.weight)?)"
+    r"|lora_embedding_(?P<embedding>[AB])|lora_(?P<magnitude>magnitude)_vector(?:\.weight)?|(?P<base>base_layer)\.weight)"
 )
 
 
@@ -42,6 +42,7 @@ class LoraModule:
         shape_A, shape_B: shapes as stored.
         magnitude: key of DoRA's magnitudes; None without.
         conversions: what it has to be converted from with the base's weight: ``PiSSA``, ``OLoRA``, ``DoRA``.
+        base_copy: key of a copy of the base's weight, which PEFT saves beside an embedding's factors; None without.
     """
 
     name: str
@@ -56,6 +57,7 @@ class LoraModule:
     shape_B: tuple[int, ...]
     magnitude: str | None = None
     conversions: tuple[str, ...] = ()
+    base_copy: str | None = None
 
     @property
     def full_rank(self) -> int:
@@ -240,7 +242,8 @@ def _slot_of(key: str) -> tuple[str, str] | None:
     match = _FACTOR_KEY.fullmatch(key)
     if match is None:
         return None
-    return match["module"], match["factor"] or match["embedding"] or match["bias"] or match["magnitude"]
+    slots = ("factor", "embedding", "bias", "magnitude", "base")
+    return match["module"], next(match[slot] for slot in slots if match[slot])
 
 
 def _module(
@@ -303,4 +306,5 @@ def _module(
         tuple(shape_B),
         magnitude,
         conversions,
+        keys.get("base_layer"),
     )
