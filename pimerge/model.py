@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy, deepcopy
@@ -155,6 +156,8 @@ def load_base(base: Base, task: Task, device: torch.device, dtype: torch.dtype, 
         hint = "check the base's folder or Hub id, or pass --base"
         if "trust_remote_code" in str(error):
             hint = "it needs code of its own, which pimerge never runs: choose a base that transformers knows"
+        if needed := re.search(r"requires the (\S+) library", str(error)):  # such as Qwen2-VL's processor of videos
+            reason, hint = f"it {needed[0]}", f"install {needed[1].lower()} (pip install {needed[1].lower()})"
         raise PimergeError(
             f"the base model '{base.name}' ({where}) cannot be loaded for {task.file.type}: {reason}", hint
         ) from error

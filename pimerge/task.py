@@ -332,7 +332,7 @@ def _load_split(task: Task, split: str) -> Any:
     datasets.disable_progress_bars()
     try:
         return datasets.load_dataset(source, split=split, **options)
-    except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
+    except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
         reason = str(error.__cause__ or error).strip().partition("\n")[0]
         if "corresponds to no data" in reason:  # how datasets says that a split has no rows
             raise PimergeError(f"the split '{split}' of '{task.path}' is empty", _NOT_EMPTY) from error

@@ -57,7 +57,9 @@ from typer.testing import CliRunner, Result
 from pimerge.bench import Bench
 from pimerge.cli.app import app, main
 from pimerge.expert import Expert
+from pimerge.grams import input_grams
 from pimerge.lowrank import MergedModule, Truncation
+from pimerge.marginals import Marginals
 from pimerge.merging import prepare
 from pimerge.method import open_method
 from pimerge.model import draw_head
@@ -737,6 +739,21 @@ def logits_of(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     with torch.no_grad():
         output: Tensor = model(**{name: value for name, value in batch.items() if name != "labels"}).logits
     return output
+
+
+def what_enters(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    examples: Examples,
+    nll: Callable[[Any, Batch], Tensor],
+    batches: Sequence[Sequence[int]],
+) -> dict[str, Tensor]:
+    """The marginals and Gram matrices of some layers of PEFT's model, over batches."""
+    marginals = Marginals({name: model.get_submodule("base_model.model." + name) for name in layers})
+    with marginals.recording():
+        for indices in batches:
+            nll(model, marginals.of(examples.batch(indices))).sum().backward()
+    return marginals.means() | input_grams(layers, batches, examples.batch, lambda batch: nll(model, batch))
 
 
 @pytest.fixture

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from peft import PeftModel
 from torch import Tensor, nn
 
 from pimerge.base import find_base
 from pimerge.embedding import embed
+from pimerge.errors import PimergeError
 from pimerge.expert import Expert, open_expert
 from pimerge.features import Draw, Viewer
 from pimerge.fisher import diagonal_fisher
-from pimerge.grams import input_grams, linear_layers
-from pimerge.marginals import Marginals
+from pimerge.grams import linear_layers
 from pimerge.model import Bases, load_base
 from pimerge.store import Store
 from pimerge.store_document import Settings
@@ -27,8 +30,10 @@ from tests.conftest import (
     IMAGE_TEXT_MODELS,
     MakeExpert,
     dense_deltas,
+    image_text_tokenizer,
     model_for,
     relative_difference,
+    what_enters,
     write_image_text_task,
 )
 
@@ -64,7 +69,7 @@ CASES = [
 ]
 
 
-@pytest.fixture(scope="module", params=CASES, ids=["florence2", "llava", "bottlenecks", "without images"])
+@pytest.fixture(scope="module", params=CASES, ids=[*IMAGE_TEXT_MODELS, "bottlenecks", "without images"])
 def case(
     request: pytest.FixtureRequest,
     image_text_base: Callable[[str], Path],
@@ -101,7 +106,7 @@ def test_fisher_is_that_of_the_batch_of_one_in_tower_projector_and_words(case: C
     whole = float(torch.cat([value.flatten() for value in expected.values()]).norm())
     for name, value in expected.items():
         assert float((found.diagonal[name] - value).norm()) < 1e-9 * max(float(value.norm()), 1e-3 * whole), name
-    sees = any(value.any() for name, value in expected.items() if "vision_tower" in name)
+    sees = any(value.any() for name, value in expected.items() if ".vision_" in name)
     assert sees == ("image" in case.task.columns)
 
 
@@ -112,15 +117,8 @@ def test_what_enters_a_layer_is_counted_without_the_padding_of_words(case: Case)
     examples, nll = case.examples(model), case.task.type.nll
     layers = linear_layers(model, case.expert.modules)
 
-    def statistics(batches: list[list[int]]) -> dict[str, Tensor]:
-        marginals = Marginals({name: model.get_submodule("base_model.model." + name) for name in layers})
-        with marginals.recording():
-            for indices in batches:
-                nll(model, marginals.of(examples.batch(indices))).sum().backward()
-        grams = input_grams(layers, batches, examples.batch, lambda batch: nll(model, batch))
-        return marginals.means() | grams
-
-    alone, together = statistics([[index] for index in range(COUNT)]), statistics([list(range(COUNT))])
+    alone = what_enters(model, layers, examples, nll, [[index] for index in range(COUNT)])
+    together = what_enters(model, layers, examples, nll, [list(range(COUNT))])
     assert alone.keys() == together.keys()
     with_gradient = {name.partition(".")[2] for name in alone if name.startswith("output.")}
     assert with_gradient == {name.partition(".")[2] for name in alone if name.startswith("input.")}
@@ -181,3 +179,22 @@ def test_images_of_several_sizes_are_embedded_one_by_one(
     assert outcome.fisher is not None
     found = sum(float(value.sum()) for value in outcome.fisher.diagonal.values())
     assert found == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.skipif(find_spec("torchvision") is not None, reason="torchvision is there")
+def test_a_processor_that_needs_torchvision_says_so(tmp_path: Path, scans: tuple[list[Any], list[int]]) -> None:
+    base = tmp_path / "qwen2-vl"
+    tokenizer = image_text_tokenizer(60, wraps=False)
+    tokenizer.save_pretrained(base)
+    small = {"hidden_size": 16, "num_heads": 2, "depth": 1, "embed_dim": 16}
+    text = {"vocab_size": len(tokenizer), "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}
+    text |= {"hidden_size": 16, "intermediate_size": 32, "rope_parameters": rope}
+    config = transformers.Qwen2VLConfig(text_config=text, vision_config=small)
+    transformers.Qwen2VLForConditionalGeneration(config).save_pretrained(base)
+    transformers.Qwen2VLImageProcessorPil().save_pretrained(base)
+    settings = json.loads((base / "preprocessor_config.json").read_text())
+    (base / "preprocessor_config.json").write_text(json.dumps(settings | {"processor_class": "Qwen2VLProcessor"}))
+    task = open_task(write_image_text_task(tmp_path / "task", scans, 4))
+    with pytest.raises(PimergeError, match=r"it requires the Torchvision library(.|\n)*→ install torchvision"):
+        load_base(find_base(str(base), None, tmp_path), task, CPU, torch.float32)

@@ -18,8 +18,7 @@ from pimerge.errors import PimergeError
 from pimerge.expert import Expert, open_expert
 from pimerge.features import Draw, Viewer
 from pimerge.fisher import diagonal_fisher
-from pimerge.grams import input_grams, linear_layers
-from pimerge.marginals import Marginals
+from pimerge.grams import linear_layers
 from pimerge.model import Bases, load_base, plugged_in
 from pimerge.store import Store
 from pimerge.store_document import Settings
@@ -30,6 +29,7 @@ from tests.conftest import (
     dense_deltas,
     model_for,
     relative_difference,
+    what_enters,
     write_text_task,
 )
 
@@ -105,15 +105,8 @@ def test_what_enters_a_layer_is_counted_without_padding_in_encoder_and_decoder(c
     examples, nll = case.examples(model), case.task.type.nll
     layers = linear_layers(model, case.expert.modules)
 
-    def statistics(batches: list[list[int]]) -> dict[str, Tensor]:
-        marginals = Marginals({name: model.get_submodule("base_model.model." + name) for name in layers})
-        with marginals.recording():
-            for indices in batches:
-                nll(model, marginals.of(examples.batch(indices))).sum().backward()
-        grams = input_grams(layers, batches, examples.batch, lambda batch: nll(model, batch))
-        return marginals.means() | grams
-
-    alone, together = statistics([[index] for index in range(COUNT)]), statistics([list(range(COUNT))])
+    alone = what_enters(model, layers, examples, nll, [[index] for index in range(COUNT)])
+    together = what_enters(model, layers, examples, nll, [list(range(COUNT))])
     assert alone.keys() == together.keys()
     for name, value in alone.items():
         assert relative_difference(together[name], value) < 1e-4, name

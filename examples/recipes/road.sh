@@ -16,6 +16,13 @@ work=${1:-$here/work}
 python=${PYTHON:-python}
 run() { printf '\n$ pimerge %s\n' "$*"; "$python" -m pimerge "$@" < /dev/null; }
 
+hub=${HF_ENDPOINT:-https://huggingface.co}
+if [ ! -d "$BASE" ] && [ "${HF_HUB_OFFLINE:-0}" = 0 ] &&
+  ! "$python" -c "import sys, urllib.request; urllib.request.urlopen(sys.argv[1], timeout=20)" "$hub" 2> /dev/null; then
+  echo "error: $hub cannot be reached, and '$BASE' is no folder" >&2
+  echo "  → connect to the network, or set HF_HUB_OFFLINE=1 if model and data were downloaded before" >&2
+  exit 3
+fi
 [ ! -d "$BASE" ] || BASE=$(cd "$BASE" && pwd)
 mkdir -p "$work"
 ln -sfn "$here/tasks" "$work/tasks"

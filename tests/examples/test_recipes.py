@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 import shutil
 import statistics
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -349,3 +352,13 @@ def test_every_recipe_says_what_the_paper_reports_and_what_it_costs() -> None:
         text = (RECIPES / recipe / "README.md").read_text()
         for part in ("## What the paper reports", "## The same", "## Different", "## Cost (estimated)"):
             assert part in text
+
+
+@pytest.mark.parametrize("recipe", ["flan-t5", "vit", "glue", "florence"])
+def test_without_a_network_a_recipe_says_so_and_makes_nothing(recipe: str, tmp_path: Path) -> None:
+    nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "PYTHON": sys.executable}
+    command = ["bash", str(RECIPES / recipe / "run.sh"), str(tmp_path / "work")]
+    found = subprocess.run(command, env=os.environ | nowhere, capture_output=True, text=True, check=False)
+    assert found.returncode == 3
+    assert "error: http://127.0.0.1:9 cannot be reached" in found.stderr
+    assert not (tmp_path / "work").exists()
