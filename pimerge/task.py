@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 TASK_FILE = "task.json"
 UNLABELLED = "unlabelled"
+ROLES = ("train", "test", UNLABELLED)
 _BUILDERS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json"}
 _NOT_EMPTY = "give it at least one example"
 Document = TypeVar("Document", bound=BaseModel)
@@ -198,7 +200,7 @@ class Task:
             PimergeError: as :meth:`rows`, if a class has fewer examples than ``shots``, or a row cannot be encoded.
         """
         rows, labels = self.rows(role)
-        words = word_classes(rows, self.columns["labels"], self.labels, self._where(role)) if self.of_words else []
+        words = self._word_classes(rows, role) if self.of_words else []
         chosen = list(range(len(rows)))
         if shots is not None and self.of_words:
             chosen = draw_holding([set(classes) for classes in words], shots, seed, self.labels)
@@ -211,6 +213,12 @@ class Task:
         words = [words[index] for index in chosen] if self.of_words else []
         chosen_rows = Rows(rows, self.columns, labels, chosen, self._where(role), words)
         return self.type.encode(chosen_rows, self.file, processor, config), labels
+
+    def _word_classes(self, rows: Any, role: str) -> list[list[int]]:
+        if role == UNLABELLED:
+            sentences = rows[self.columns["tokens"]]
+            return [[0] * len(words) if isinstance(words, list) else [] for words in sentences]
+        return word_classes(rows, self.columns["labels"], self.labels, self._where(role))
 
     def _where(self, role: str) -> str:
         return f"the {role} split '{self.file.splits.get(role, role)}' of '{self.path}'"
@@ -244,8 +252,8 @@ def open_task(path: str | Path) -> Task:
         )
     for role in sorted(set(task.file.columns) - set(task.type.COLUMNS)):
         problems.add(f"'{file}': columns names the role '{role}'", nearest(role, list(task.type.COLUMNS)))
-    for role in sorted(set(task.file.splits) - {"train", "test"}):
-        problems.add(f"'{file}': splits names the role '{role}'", nearest(role, ["train", "test"]))
+    for role in sorted(set(task.file.splits) - set(ROLES)):
+        problems.add(f"'{file}': splits names the role '{role}'", nearest(role, ROLES))
     if len(set(task.labels)) < len(task.labels):
         problems.add(f"'{file}': labels has a name twice", "give each class a name of its own")
     with problems.collected(f"'{file}': "):
@@ -261,6 +269,10 @@ def _load_split(task: Task, split: str) -> Any:
     import datasets
 
     source, options = _source(task)
+    files = options.get("data_files", {})
+    named = {name: paths for name, paths in files.items() if name in re.findall(r"\w+", split)}
+    if named:  # the others need not have the same columns
+        options["data_files"] = named
     datasets.disable_progress_bars()
     try:
         return datasets.load_dataset(source, split=split, **options)
@@ -268,7 +280,7 @@ def _load_split(task: Task, split: str) -> Any:
         reason = str(error.__cause__ or error).strip().partition("\n")[0]
         if "corresponds to no data" in reason:  # how datasets says that a split has no rows
             raise PimergeError(f"the split '{split}' of '{task.path}' is empty", _NOT_EMPTY) from error
-        splits = [str(name) for name in options.get("data_files", {})] or ["train", "test"]
+        splits = [str(name) for name in files] or ["train", "test"]
         hint = nearest(split, splits) if "split" in reason.lower() else "check 'data' and 'splits' in task.json"
         raise PimergeError(f"the split '{split}' of '{task.path}' cannot be read: {reason}", hint) from error
 

@@ -26,7 +26,7 @@ from pimerge.averaging import Averaged
 from pimerge.composition import GRANULARITIES, Mixture
 from pimerge.errors import PimergeError, Problems
 from pimerge.files import disk_errors
-from pimerge.model import LoadedBase, in_head
+from pimerge.model import LoadedBase
 from pimerge.progress import Track, silent
 from pimerge.sharpness import sharpness_aware
 from pimerge.task_types import IGNORED, Examples, bucket_by_length, on_device
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from transformers import Trainer, TrainingArguments
 
 DECAYS = ("zero", "start")
+LOWER = "pass a lower --lr or --weights-lr"
 _TOKENS_AT_ONCE = 4096
 _ROOM_FOR_CHECKPOINTS = 64 * 2**20
 
@@ -86,6 +87,10 @@ class Options:
     init_seed: int = 0
 
 
+class Diverged(PimergeError):
+    """A training that ended in NaN or Inf."""
+
+
 @dataclass(frozen=True)
 class Outcome:
     """How a training went.
@@ -94,7 +99,7 @@ class Outcome:
         epochs: passes over the training examples until it ended.
         train_loss: of the last pass, None if nothing trained; ``held_out_loss``: the best one, None without held-out
             examples.
-        held_out_losses: after each pass.
+        held_out_losses: after each pass; none where several trainings made the result.
         trained_parameters: numbers that trained.
         writes: whether this process writes the result (under ``accelerate launch`` one of several does).
     """
@@ -149,6 +154,7 @@ def train(
         at_once = max(64, options.batch_size) if loaded.head else options.batch_size  # of words there are many logits
         trainer = _trainer(model, mixture, train_examples, held_out, at_once, run, options, precision, progress)
         _train(trainer, checkpoint)
+        trainer.accelerator.wait_for_everyone()  # one of them clears the folder away
     model.eval()
     _require_converged(model)
     return Outcome(
@@ -223,10 +229,9 @@ def split_fold(labels: Sequence[int], fold: int, folds: int, seed: int) -> tuple
 
 def _trainable(loaded: LoadedBase, mixture: Mixture, model: nn.Module) -> nn.Module:
     """The composed model as the Trainer sees it: its state is what trains, so checkpoints are small."""
-    for name, parameter in loaded.model.named_parameters():
-        if in_head(name, loaded.head):
-            parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
-            parameter.requires_grad_(True)
+    for parameter in loaded.head_parameters():
+        parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+        parameter.requires_grad_(True)
 
     class Trainable(nn.Module):
         accepts_loss_kwargs = False
@@ -315,7 +320,7 @@ def mean_loss(output: Any, labels: Tensor, num_items_in_batch: Any = None, *, la
 
     Args:
         output: of the model; its logits are (…, C).
-        labels: (…), −100 for none; or, (n, C), the shares of the classes as they are, q.
+        labels: (…), −100 for none; or, (…, C), the shares of the classes as they are, q, 0 for none.
         num_items_in_batch: of the Trainer; not used.
         label_smoothing: ε.
 
@@ -325,7 +330,8 @@ def mean_loss(output: Any, labels: Tensor, num_items_in_batch: Any = None, *, la
     0.6931
     """
     if labels.is_floating_point():
-        return cross_entropy(output.logits.to(labels.dtype), labels)
+        kept = labels.sum(-1) > 0
+        return cross_entropy(output.logits[kept].to(labels.dtype), labels[kept])
     kept = labels != IGNORED
     logits = output.logits[:, -labels.shape[1] :] if labels.dim() > 1 else output.logits  # behind a prompt's vectors
     logits = logits[kept]
@@ -340,10 +346,11 @@ def held_out_loss(model: nn.Module, examples: Examples, device: torch.device) ->
     total, count = 0.0, 0
     for indices in bucket_by_length(examples.lengths, _TOKENS_AT_ONCE):
         batch = on_device(examples.batch(indices), device)
-        targets = int((batch["labels"] != IGNORED).sum())
+        labels = batch.pop("labels")
+        targets = int((labels != IGNORED).sum())
         with torch.no_grad():
             output = model(**batch)
-        total += targets * float(mean_loss(output, batch["labels"]))
+        total += targets * float(mean_loss(output, labels))
         count += targets
     return total / count
 
@@ -438,7 +445,7 @@ def _training_errors(run: Path) -> Iterator[None]:
 
 def _require_converged(model: nn.Module) -> None:
     if not all(bool(p.isfinite().all()) for p in model.parameters() if p.requires_grad):
-        raise PimergeError("the training diverged: NaN or Inf in what was trained", "pass a lower --lr or --weights-lr")
+        raise Diverged("the training diverged: NaN or Inf in what was trained", LOWER)
 
 
 def _train(trainer: Trainer, checkpoint: Path | None) -> None:
