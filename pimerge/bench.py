@@ -5,6 +5,7 @@ A method is given a :class:`Job` and leaves a :class:`Fitted` in the base's mode
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -49,6 +50,10 @@ class Bench:
         changing = [*self.loaded.head_parameters(), *model.buffers()]  # training counts in some buffers
         try:
             with as_they_were(changing), as_before(model), ExitStack() as undo:
+                if (
+                    self.precision == torch.bfloat16
+                ):  # what trains is in float32, and the Trainer casts for itself alone
+                    model.forward = torch.autocast(self.device.type, self.precision)(model.forward)
                 draw_head(self.loaded, seed)
                 yield undo
         finally:
@@ -63,7 +68,10 @@ def open_bench(task: Task, base: Base, device: str = "auto", dtype: str = "auto"
     """
     resolved = resolve_device(device)
     precision = resolve_dtype(dtype, resolved)
-    return Bench(task, base, load_base(base, task, resolved, precision, seed), resolved, precision)
+    bench = Bench(task, base, load_base(base, task, resolved, precision, seed), resolved, precision)
+    gc.collect()
+    gc.freeze()  # the Trainer collects garbage before it trains, and looks through all that the libraries hold
+    return bench
 
 
 @dataclass(frozen=True)

@@ -63,8 +63,9 @@ def choose(method: TuneMethod, job: Job) -> Options:
     stop_after = best.best[1] if len(best.losses) > 1 else None
     job.note(
         f"on {folds} folds: "
-        + ", ".join(f"--lr {each.lr:g}: held-out loss {each.best[0]:.3f} after {each.best[1]} epochs" for each in tried)
+        + ", ".join(f"held-out loss {each.best[0]:.3f} at --lr {each.lr:g}" for each in tried)
         + f"; taken: {best.lr:g}"
+        + (f", for {stop_after} epochs" if stop_after else "")
     )
     return replace(options, lr=best.lr, holdout=0.0, stop_after=stop_after)
 

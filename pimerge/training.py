@@ -7,6 +7,7 @@ killed goes on from its last whole checkpoint.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -157,11 +158,14 @@ def train(
         trainer.accelerator.wait_for_everyone()  # one of them clears the folder away
     model.eval()
     _require_converged(model)
+    losses = tuple(entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry)
+    if not all(map(math.isfinite, losses)):
+        note(f"the training diverged, and the state before is taken: {LOWER}")
     return Outcome(
         epochs=trainer.state.epoch,
         train_loss=[entry["loss"] for entry in trainer.state.log_history if "loss" in entry][-1],
         held_out_loss=trainer.state.best_metric,
-        held_out_losses=tuple(entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry),
+        held_out_losses=losses,
         trained_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         writes=trainer.is_world_process_zero(),
     )
