@@ -5,6 +5,7 @@ A method is given a :class:`Job` and leaves a :class:`Fitted` in the base's mode
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -17,7 +18,7 @@ from torch import nn
 from pimerge.base import Base
 from pimerge.expert import Expert
 from pimerge.manifest import Manifest
-from pimerge.model import LoadedBase, as_before, draw_head, load_base, resolve_device, resolve_dtype, set_head
+from pimerge.model import LoadedBase, as_before, as_they_were, draw_head, load_base, resolve_device, resolve_dtype
 from pimerge.progress import Track, silent
 from pimerge.task import Task
 from pimerge.task_types import Examples
@@ -46,18 +47,16 @@ class Bench:
             where a method leaves what else is to be undone.
         """
         model = self.loaded.model
-        head = {name: tensor.clone() for name, tensor in self.loaded.head_tensors().items()}
-        dtypes = {name: tensor.dtype for name, tensor in head.items()}
+        changing = [*self.loaded.head_parameters(), *model.buffers()]  # training counts in some buffers
         try:
-            with as_before(model), ExitStack() as undo:
+            with as_they_were(changing), as_before(model), ExitStack() as undo:
+                if (
+                    self.precision == torch.bfloat16
+                ):  # what trains is in float32, and the Trainer casts for itself alone
+                    model.forward = torch.autocast(self.device.type, self.precision)(model.forward)
                 draw_head(self.loaded, seed)
                 yield undo
         finally:
-            for name, parameter in model.named_parameters():
-                if name in dtypes:
-                    parameter.data = parameter.data.to(dtypes[name])
-                parameter.grad = None
-            set_head(model, {name: tensor for name, tensor in head.items() if name in dict(model.named_parameters())})
             model.eval()
 
 
@@ -69,7 +68,10 @@ def open_bench(task: Task, base: Base, device: str = "auto", dtype: str = "auto"
     """
     resolved = resolve_device(device)
     precision = resolve_dtype(dtype, resolved)
-    return Bench(task, base, load_base(base, task, resolved, precision, seed), resolved, precision)
+    bench = Bench(task, base, load_base(base, task, resolved, precision, seed), resolved, precision)
+    gc.collect()
+    gc.freeze()  # the Trainer collects garbage before it trains, and looks through all that the libraries hold
+    return bench
 
 
 @dataclass(frozen=True)

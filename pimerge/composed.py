@@ -129,12 +129,8 @@ class Composed(ABC):
 
     def _trainable(self) -> dict[str, nn.Parameter]:
         both = nn.ModuleDict({"model": self.model, "mixture": self.mixture})
-        head = self.job.bench.loaded.head_tensors().keys()
-        return {
-            name: parameter
-            for name, parameter in both.named_parameters()
-            if parameter.requires_grad or name.removeprefix("model.") in head
-        }
+        head = set(self.job.bench.loaded.head_parameters())
+        return {name: each for name, each in both.named_parameters() if each.requires_grad or each in head}
 
     def fitted(self, outcome: Outcome, kept: Examples, held_out: Examples | None) -> Fitted:
         """The result as it is now."""
@@ -147,7 +143,7 @@ class Composed(ABC):
         def write(output: Path, manifest: Manifest, force: bool) -> None:
             coefficients = Coefficients(
                 method=self.method,
-                granularity=self.job.options.granularity,
+                granularity=self.plan.granularity or self.job.options.granularity,
                 experts=[relative_to(expert.path, output) for expert in self.chosen],
                 sha256=[expert.sha256 for expert in self.chosen],
                 scales=scales,

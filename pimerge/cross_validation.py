@@ -7,11 +7,12 @@ loss.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from pimerge.bench import Job
-from pimerge.training import Options, held_out_loss
+from pimerge.training import LOWER, Diverged, Options, held_out_loss
 from pimerge.tuning_method import TuneMethod
 
 FACTORS = (0.3, 1.0, 3.0)
@@ -51,14 +52,20 @@ def choose(method: TuneMethod, job: Job) -> Options:
     usual = options.lr or method.plan.lr
     tried = []
     for factor in FACTORS:
-        curves = [_curve(method, job, usual * factor, fold, folds) for fold in range(folds)]
-        tried.append(Tried(usual * factor, tuple(sum(each) / folds for each in zip(*curves, strict=True))))
+        try:
+            curves = [_curve(method, job, usual * factor, fold, folds) for fold in range(folds)]
+        except Diverged:
+            curves = [[math.inf]]
+        tried.append(Tried(usual * factor, tuple(sum(each) / len(curves) for each in zip(*curves, strict=True))))
     best = min(tried, key=lambda each: each.best)
+    if math.isinf(best.best[0]):
+        raise Diverged(f"the training diverged at every learning rate from {usual * min(FACTORS):g} on", LOWER)
     stop_after = best.best[1] if len(best.losses) > 1 else None
     job.note(
         f"on {folds} folds: "
-        + ", ".join(f"--lr {each.lr:g}: held-out loss {each.best[0]:.3f} after {each.best[1]} epochs" for each in tried)
+        + ", ".join(f"held-out loss {each.best[0]:.3f} at --lr {each.lr:g}" for each in tried)
         + f"; taken: {best.lr:g}"
+        + (f", for {stop_after} epochs" if stop_after else "")
     )
     return replace(options, lr=best.lr, holdout=0.0, stop_after=stop_after)
 
@@ -69,8 +76,9 @@ def _curve(method: TuneMethod, job: Job, lr: float, fold: int, folds: int) -> Se
     with job.bench.tidied(job.options.seed) as undo:
         part = replace(part, fold=(fold, folds), undo=undo, note=lambda message: None)
         fitted = method.fit(part)
-        if method.is_one_training:
-            return fitted.outcome.held_out_losses
-        _, held_out = part.examples()
-        assert held_out is not None
-        return [held_out_loss(fitted.model, held_out, job.bench.device)]
+        losses = fitted.outcome.held_out_losses
+        if not losses:
+            _, held_out = part.examples()
+            assert held_out is not None
+            losses = (held_out_loss(fitted.model, held_out, job.bench.device),)
+        return [loss if math.isfinite(loss) else math.inf for loss in losses]

@@ -20,7 +20,7 @@ from pimerge.composition import Member, Switch, compose
 from pimerge.errors import PimergeError, Problems
 from pimerge.expert import Expert, open_expert
 from pimerge.group_composition import compose_groups, member_of
-from pimerge.model import LoadedBase, as_before, set_head
+from pimerge.model import LoadedBase, as_before, as_they_were, set_head
 from pimerge.task import parse_document
 
 if TYPE_CHECKING:
@@ -70,9 +70,9 @@ class Ensemble:
         return self.experts[0].base
 
 
-def is_ensemble(path: Path) -> bool:
+def is_ensemble(path: str | Path) -> bool:
     """Whether a folder holds one."""
-    return (path / ENSEMBLE_FILE).is_file()
+    return (Path(path) / ENSEMBLE_FILE).is_file()
 
 
 def open_ensemble(path: Path, base: str | None = None) -> Ensemble:
@@ -140,23 +140,19 @@ def plugged_in_ensemble(ensemble: Ensemble, loaded: LoadedBase) -> Iterator[nn.M
         PimergeError: if an expert does not fit the base.
     """
     experts = ensemble.experts
-    head = {name: tensor.clone() for name, tensor in loaded.head_tensors().items()}
-    try:
-        with as_before(loaded.model):
-            switch = Switch(sorted({part for expert in experts for part in expert.parts}), len(experts))
-            model = loaded.model
-            if experts[0].groups:
-                found = [member_of(expert, loaded) for expert in experts]
-                model = compose_groups(loaded, experts[0], found, switch, False).model
-            else:
-                compose(
-                    model,
-                    [Member(e.name, e.modules, {name: e.factors(name) for name in e.modules}) for e in experts],
-                    switch,
-                    False,
-                )
-            switch.to(next(model.parameters()).device)
-            heads = [(index, expert.head_tensors()) for index, expert in enumerate(experts)]
-            yield Together(model, loaded, switch, heads, ensemble.weights).eval()
-    finally:
-        set_head(loaded.model, head)
+    with as_they_were(loaded.head_parameters()), as_before(loaded.model):
+        switch = Switch(sorted({part for expert in experts for part in expert.parts}), len(experts))
+        model = loaded.model
+        if experts[0].groups:
+            found = [member_of(expert, loaded) for expert in experts]
+            model = compose_groups(loaded, experts[0], found, switch, False).model
+        else:
+            compose(
+                model,
+                [Member(e.name, e.modules, {name: e.factors(name) for name in e.modules}) for e in experts],
+                switch,
+                False,
+            )
+        switch.to(next(model.parameters()).device)
+        heads = [(index, expert.head_tensors()) for index, expert in enumerate(experts)]
+        yield Together(model, loaded, switch, heads, ensemble.weights).eval()

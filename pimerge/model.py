@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy, deepcopy
 from dataclasses import dataclass
@@ -65,6 +65,10 @@ class LoadedBase:
         found = copy(self.config)
         found.max_position_embeddings = positions - taken
         return found
+
+    def head_parameters(self) -> list[nn.Parameter]:
+        """What a task trains besides its expert."""
+        return [parameter for name, parameter in self.model.named_parameters() if in_head(name, self.head)]
 
     def head_tensors(self) -> dict[str, Tensor]:
         """The head's parameters and buffers by their names in the base model."""
@@ -347,6 +351,19 @@ def as_before(base_model: nn.Module) -> Iterator[None]:
             if base_model.get_submodule(name) is not module:
                 base_model.set_submodule(name, module)
         base_model.requires_grad_(False)
+
+
+@contextmanager
+def as_they_were(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Give parameters and buffers their values and dtypes back after the block, frozen and without gradients."""
+    before = [(tensor, tensor.detach().clone()) for tensor in tensors]
+    try:
+        yield
+    finally:
+        for tensor, value in before:
+            tensor.requires_grad_(False)
+            tensor.grad = None
+            tensor.data = value
 
 
 @contextmanager

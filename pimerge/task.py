@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 TASK_FILE = "task.json"
 UNLABELLED = "unlabelled"
+ROLES = ("train", "test", UNLABELLED)
 _BUILDERS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json"}
 _NOT_EMPTY = "give it at least one example"
 Document = TypeVar("Document", bound=BaseModel)
@@ -186,9 +188,8 @@ class Task:
         numbers = [number for number in range(len(whole)) if number not in left_out]
         table = whole.select(numbers) if left_out else whole
         broken = RowProblems(where, numbers)
-        columns = self.columns
-        if role == UNLABELLED and not self.of_words:
-            columns.pop("label", None)
+        needed = self.columns.items()
+        columns = {use: column for use, column in needed if role != UNLABELLED or not use.startswith("label")}
         for use, column in columns.items():
             if column not in table.column_names:
                 problems.add(f"{where} has no column '{column}' for the {use}", nearest(column, table.column_names))
@@ -205,9 +206,11 @@ class Task:
             with broken.collected():
                 classes = class_indices(table, columns["label"], self.labels, where, numbers)
         words: Sequence[Sequence[int]] = ()
-        if self.of_words and self.columns["labels"] in table.column_names:
+        if self.of_words and columns.get("labels") in table.column_names:
             with problems.collected(), broken.collected():
-                words = word_classes(table, self.columns["labels"], self.labels, where, numbers)
+                words = word_classes(table, columns["labels"], self.labels, where, numbers)
+        elif self.of_words and role == UNLABELLED and columns["tokens"] in table.column_names:
+            words = [[0] * len(sentence or ()) for sentence in table[columns["tokens"]]]
         column, folders = self.columns.get("image", ""), self._folders(split)
         if folders and holds_paths(table, column):
             with problems.collected():
@@ -308,8 +311,8 @@ def open_task(path: str | Path) -> Task:
         )
     for role in sorted(set(task.file.columns) - set(task.type.COLUMNS)):
         problems.add(f"'{file}': columns names the role '{role}'", nearest(role, list(task.type.COLUMNS)))
-    for role in sorted(set(task.file.splits) - {"train", "test"}):
-        problems.add(f"'{file}': splits names the role '{role}'", nearest(role, ["train", "test"]))
+    for role in sorted(set(task.file.splits) - set(ROLES)):
+        problems.add(f"'{file}': splits names the role '{role}'", nearest(role, ROLES))
     if len(set(task.labels)) < len(task.labels):
         problems.add(f"'{file}': labels has a name twice", "give each class a name of its own")
     with problems.collected(f"'{file}': "):
@@ -329,6 +332,10 @@ def _load_split(task: Task, split: str) -> Any:
     import datasets
 
     source, options = _source(task)
+    files = options.get("data_files", {})
+    named = {name: paths for name, paths in files.items() if name in re.findall(r"\w+", split)}
+    if named:  # the others need not have the same columns
+        options["data_files"] = named
     datasets.disable_progress_bars()
     try:
         return datasets.load_dataset(source, split=split, **options)
@@ -336,7 +343,7 @@ def _load_split(task: Task, split: str) -> Any:
         reason = str(error.__cause__ or error).strip().partition("\n")[0]
         if "corresponds to no data" in reason:  # how datasets says that a split has no rows
             raise PimergeError(f"the split '{split}' of '{task.path}' is empty", _NOT_EMPTY) from error
-        splits = [str(name) for name in options.get("data_files", {})] or ["train", "test"]
+        splits = [str(name) for name in files] or ["train", "test"]
         hint = nearest(split, splits) if "split" in reason.lower() else "check 'data' and 'splits' in task.json"
         raise PimergeError(f"the split '{split}' of '{task.path}' cannot be read: {reason}", hint) from error
 

@@ -27,7 +27,7 @@ from pimerge.averaging import Averaged
 from pimerge.composition import GRANULARITIES, Mixture
 from pimerge.errors import PimergeError, Problems
 from pimerge.files import disk_errors
-from pimerge.model import LoadedBase, in_head
+from pimerge.model import LoadedBase
 from pimerge.progress import Track, silent
 from pimerge.sharpness import sharpness_aware
 from pimerge.task_types import IGNORED, Examples, bucket_by_length, on_device
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from transformers import Trainer, TrainingArguments
 
 DECAYS = ("zero", "start")
+LOWER = "pass a lower --lr or --weights-lr"
 _TOKENS_AT_ONCE = 4096
 _ROOM_FOR_CHECKPOINTS = 64 * 2**20
 _HIGHEST_RATE = 1e6
@@ -89,6 +90,10 @@ class Options:
     init_seed: int = 0
 
 
+class Diverged(PimergeError):
+    """A training that ended in NaN or Inf."""
+
+
 @dataclass(frozen=True)
 class Outcome:
     """How a training went.
@@ -97,7 +102,7 @@ class Outcome:
         epochs: passes over the training examples until it ended.
         train_loss: of the last pass, None if nothing trained; ``held_out_loss``: the best one, None without held-out
             examples.
-        held_out_losses: after each pass.
+        held_out_losses: after each pass; none where several trainings made the result.
         trained_parameters: numbers that trained.
         writes: whether this process writes the result (under ``accelerate launch`` one of several does).
     """
@@ -152,6 +157,7 @@ def train(
         at_once = max(64, options.batch_size) if loaded.head else options.batch_size  # of words there are many logits
         trainer = _trainer(model, mixture, train_examples, held_out, at_once, run, options, precision, progress)
         _train(trainer, checkpoint)
+        trainer.accelerator.wait_for_everyone()  # one of them clears the folder away
     model.eval()
     train_loss = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry][-1]
     try:
@@ -159,11 +165,14 @@ def train(
     except PimergeError:
         shutil.rmtree(run, ignore_errors=True)  # nothing in it is worth going on from
         raise
+    losses = tuple(entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry)
+    if not all(map(math.isfinite, losses)):
+        note(f"the training diverged, and the state before is taken: {LOWER}")
     return Outcome(
         epochs=trainer.state.epoch,
         train_loss=train_loss,
         held_out_loss=trainer.state.best_metric,
-        held_out_losses=tuple(entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry),
+        held_out_losses=losses,
         trained_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         writes=trainer.is_world_process_zero(),
     )
@@ -234,10 +243,9 @@ def split_fold(labels: Sequence[int], fold: int, folds: int, seed: int) -> tuple
 
 def _trainable(loaded: LoadedBase, mixture: Mixture, model: nn.Module) -> nn.Module:
     """The composed model as the Trainer sees it: its state is what trains, so checkpoints are small."""
-    for name, parameter in loaded.model.named_parameters():
-        if in_head(name, loaded.head):
-            parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
-            parameter.requires_grad_(True)
+    for parameter in loaded.head_parameters():
+        parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+        parameter.requires_grad_(True)
 
     class Trainable(nn.Module):
         accepts_loss_kwargs = False
@@ -327,7 +335,7 @@ def mean_loss(output: Any, labels: Tensor, num_items_in_batch: Any = None, *, la
 
     Args:
         output: of the model; its logits are (…, C).
-        labels: (…), −100 for none; or, (n, C), the shares of the classes as they are, q.
+        labels: (…), −100 for none; or, (…, C), the shares of the classes as they are, q, 0 for none.
         num_items_in_batch: of the Trainer; not used.
         label_smoothing: ε.
 
@@ -337,7 +345,8 @@ def mean_loss(output: Any, labels: Tensor, num_items_in_batch: Any = None, *, la
     0.6931
     """
     if labels.is_floating_point():
-        return cross_entropy(output.logits.to(labels.dtype), labels)
+        kept = labels.sum(-1) > 0
+        return cross_entropy(output.logits[kept].to(labels.dtype), labels[kept])
     kept = labels != IGNORED
     logits = output.logits[:, -labels.shape[1] :] if labels.dim() > 1 else output.logits  # behind a prompt's vectors
     logits = logits[kept]
@@ -352,10 +361,11 @@ def held_out_loss(model: nn.Module, examples: Examples, device: torch.device) ->
     total, count = 0.0, 0
     for indices in bucket_by_length(examples.lengths, _TOKENS_AT_ONCE):
         batch = on_device(examples.batch(indices), device)
-        targets = int((batch["labels"] != IGNORED).sum())
+        labels = batch.pop("labels")
+        targets = int((labels != IGNORED).sum())
         with torch.no_grad():
             output = model(**batch)
-        total += targets * float(mean_loss(output, batch["labels"]))
+        total += targets * float(mean_loss(output, labels))
         count += targets
     return total / count
 
@@ -453,7 +463,7 @@ def _require_converged(model: nn.Module, *losses: float | None) -> None:
     trained = all(bool(p.isfinite().all()) for p in model.parameters() if p.requires_grad)
     if not trained or not all(loss is not None and math.isfinite(loss) for loss in losses):
         what = "the loss" if trained else "what was trained"
-        raise PimergeError(f"the training diverged: NaN or Inf in {what}", "pass a lower --lr or --weights-lr")
+        raise Diverged(f"the training diverged: NaN or Inf in {what}", LOWER)
 
 
 def _train(trainer: Trainer, checkpoint: Path | None) -> None:

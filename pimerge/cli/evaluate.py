@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,6 +13,10 @@ from pimerge.cli.console import note, print_json, print_table, quiet_libraries, 
 from pimerge.cli.inputs import base_of, open_all, select
 from pimerge.cli.merge_request import is_checkpoint
 from pimerge.errors import PimergeError
+
+if TYPE_CHECKING:
+    from pimerge.ensembles import Ensemble
+    from pimerge.expert import Expert
 
 DEFAULT_OUTPUTS = ("tuned", "merged")
 
@@ -46,10 +50,10 @@ def evaluate(
     if output is not None:
         require_absent(output, force)
     checkpoints = [reference for reference in references if is_checkpoint(reference)]
-    ensembles = [open_ensemble(Path(reference), base) for reference in references if is_ensemble(Path(reference))]
-    known = {*checkpoints, *(str(ensemble.path) for ensemble in ensembles)}
-    singles = open_all([reference for reference in references if str(Path(reference)) not in known], base)
-    opened = [*singles, *(expert for ensemble in ensembles for expert in ensemble.experts)]
+    ensembles = {reference: open_ensemble(Path(reference), base) for reference in references if is_ensemble(reference)}
+    single = [reference for reference in references if reference not in {*checkpoints, *ensembles}]
+    singles = dict(zip(single, open_all(single, base), strict=True))
+    opened = [*singles.values(), *(expert for ensemble in ensembles.values() for expert in ensemble.experts)]
     chosen = select(None, ranking, target, base, needed=False)
     folder = chosen.task_folder or next(
         (path for path in [*(e.path for e in opened), *map(Path, checkpoints)] if (path / "task.json").is_file()), None
@@ -69,7 +73,9 @@ def evaluate(
     }
     scores = []
     if opened or chosen.target or base:
-        scores = score([*singles, *ensembles], task, base_of(opened, chosen.target, base), chosen.target, **how)
+        asked: dict[str, Expert | Ensemble] = {**singles, **ensembles}
+        rows = [asked[reference] for reference in references if reference not in checkpoints]
+        scores = score(rows, task, base_of(opened, chosen.target, base), chosen.target, **how)
     scores += [evaluate_checkpoint(Path(path), task, **how) for path in checkpoints]
     document = {"target": task.name, "split": "test", "scores": [asdict(row) for row in scores]}
     if output is not None:

@@ -38,11 +38,8 @@ def fit(job: Job, *, teacher: str = "mean", label_share: float = 0.5, unlabelled
     Raises:
         PimergeError: if an option does not fit, or the task has no classes with a head.
     """
-    import torch
-
     from pimerge.composed import compose_sum
     from pimerge.errors import Problems
-    from pimerge.model import as_before, draw_head
     from pimerge.tune_methods.ensemble import equal_weights, similarity_weights, train_heads
 
     problems = Problems()
@@ -55,17 +52,16 @@ def fit(job: Job, *, teacher: str = "mean", label_share: float = 0.5, unlabelled
     problems.raise_any("the options do not fit")
     weights = equal_weights(job) if teacher == "mean" else similarity_weights(job)
     half = job.options.epochs / 2
-    with as_before(job.bench.loaded.model):
+    with job.bench.tidied(job.options.seed):
         _, together, heads, kept, held_out = train_heads(job.with_options("teacher", epochs=half), weights, "distill")
-        shares = [_soft(together, kept, label_share, job.bench.device)]
+        shares = _soft(together, kept, label_share, job.bench.device)
         more = _unlabelled(job, unlabelled)
         if more is not None:
-            shares.append(_soft(together, more, 0.0, job.bench.device))
-    draw_head(job.bench.loaded, job.options.seed)
+            shares += _soft(together, more, 0.0, job.bench.device)
     composed, kept, held_out = compose_sum(job, PLAN, "distill")
-    taught = _taught([kept] if more is None else [kept, more], torch.cat(shares))
+    taught = _taught([kept] if more is None else [kept, more], shares)
     outcome = composed.train(taught, held_out, part="student", epochs=job.options.epochs - half)
-    outcome = replace(outcome, epochs=heads.epochs + outcome.epochs)
+    outcome = replace(outcome, epochs=heads.epochs + outcome.epochs, held_out_losses=())
     return composed.fitted(outcome, taught, held_out)
 
 
@@ -75,17 +71,18 @@ def _unlabelled(job: Job, limit: int) -> Examples | None:
     task, loaded = job.bench.task, job.bench.loaded
     if not limit or not task.has_split(UNLABELLED):
         return None
-    examples, _ = task.examples(UNLABELLED, loaded.processor, loaded.config, seed=job.options.seed, limit=limit)
+    config = loaded.config_for(job.experts)
+    examples, _ = task.examples(UNLABELLED, loaded.processor, config, seed=job.options.seed, limit=limit)
     job.note(f"learning from {len(examples)} inputs without a label, too")
     return examples
 
 
-def _soft(teacher: nn.Module, examples: Examples, label_share: float, device: torch.device) -> Tensor:
-    """(n × classes) the shares of the classes that the student is to learn."""
+def _soft(teacher: nn.Module, examples: Examples, label_share: float, device: torch.device) -> list[Tensor]:
+    """(classes) the shares of the classes that the student is to learn of each example, or of each of its targets."""
     import torch
     from torch.nn.functional import one_hot
 
-    from pimerge.task_types import bucket_by_length, on_device
+    from pimerge.task_types import IGNORED, bucket_by_length, on_device
 
     found: list[Tensor] = [torch.empty(0)] * len(examples)
     for indices in bucket_by_length(examples.lengths, 4096):
@@ -93,17 +90,19 @@ def _soft(teacher: nn.Module, examples: Examples, label_share: float, device: to
         labels = batch.pop("labels")
         with torch.no_grad():
             shares = teacher(**batch).logits.softmax(-1)
-        shares = (1 - label_share) * shares + label_share * one_hot(labels, shares.shape[-1]).to(shares)
-        for index, row in zip(indices, shares.float().cpu(), strict=True):
-            found[index] = row
-    return torch.stack(found)
+        targets = labels != IGNORED
+        classes = one_hot(labels.clamp(min=0), shares.shape[-1])
+        shares = (1 - label_share) * shares + label_share * classes
+        for index, row, among in zip(indices, shares.float().cpu(), targets.cpu(), strict=True):
+            found[index] = row[among]
+    return found
 
 
-def _taught(parts: list[Examples], shares: Tensor) -> Examples:
+def _taught(parts: list[Examples], shares: Sequence[Tensor]) -> Examples:
     """The examples one after the other, with shares of the classes in place of labels."""
     import torch
 
-    from pimerge.task_types import Examples
+    from pimerge.task_types import IGNORED, Examples
 
     places = [(part, index) for part in parts for index in range(len(part))]
 
@@ -115,6 +114,10 @@ def _taught(parts: list[Examples], shares: Tensor) -> Examples:
         if "shares" not in batch[0]:  # those that are held out keep their labels
             return parts[0].collate(batch)
         plain = [{name: value for name, value in example.items() if name != "shares"} for example in batch]
-        return {**parts[0].collate(plain), "labels": torch.stack([example["shares"] for example in batch])}
+        collated = parts[0].collate(plain)
+        targets = collated["labels"] != IGNORED
+        taught = torch.zeros(*targets.shape, shares[0].shape[-1])
+        taught[targets] = torch.cat([example["shares"].view(-1, taught.shape[-1]) for example in batch])
+        return {**collated, "labels": taught}
 
     return Examples([part.lengths[place] for part, place in places], get, collate)

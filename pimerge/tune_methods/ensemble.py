@@ -143,6 +143,7 @@ def train_heads(
     outcome = replace(
         outcomes[0],
         epochs=sum(each.epochs for each in outcomes),
+        held_out_losses=(),
         train_loss=sum(losses) / len(losses),
         held_out_loss=sum(held) / len(held) if held else None,
         trained_parameters=sum(each.trained_parameters for each in outcomes),

@@ -23,18 +23,13 @@ def fit(job: Job) -> Fitted:
 
     from pimerge.bench import Fitted
     from pimerge.composition import Mixture
+    from pimerge.model import as_they_were
     from pimerge.training import train
 
     loaded = job.bench.loaded
     kept, held_out = job.examples()
-    before = {name: (p, p.detach().clone(), p.dtype) for name, p in loaded.model.named_parameters()}
-
-    def restore() -> None:
-        for parameter, value, _ in before.values():
-            parameter.data = value
-            parameter.requires_grad_(False)
-
-    job.undo.callback(restore)
+    dtypes = {name: parameter.dtype for name, parameter in loaded.model.named_parameters()}
+    job.undo.enter_context(as_they_were(loaded.model.parameters()))
     for parameter in loaded.model.parameters():
         parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
         parameter.requires_grad_(True)
@@ -58,16 +53,13 @@ def fit(job: Job) -> Fitted:
 
         with new_folder(output, force=force) as partial:
             for name, parameter in loaded.model.named_parameters():
-                parameter.data = parameter.data.to(before[name][2])
+                parameter.data = parameter.data.to(dtypes[name])
             loaded.model.save_pretrained(partial)  # type: ignore[operator]
             loaded.processor.save_pretrained(partial)
+            write_into(partial, {TASK: json_text(job.bench.task.document_for(output))})
             outputs = {file.name: sha256_file(file) for file in sorted(partial.iterdir()) if file.is_file()}
             write_into(
-                partial,
-                {
-                    TASK: json_text(job.bench.task.document_for(output)),
-                    MANIFEST_FILE: json_text(manifest.model_copy(update={"outputs": outputs}).model_dump()),
-                },
+                partial, {MANIFEST_FILE: json_text(manifest.model_copy(update={"outputs": outputs}).model_dump())}
             )
 
     size = sum(parameter.numel() for parameter in loaded.model.parameters())

@@ -34,7 +34,7 @@ def fit(job: Job, *, evaluations: int = 40) -> Fitted:
 
     from pimerge.composed import compose_sum
     from pimerge.errors import PimergeError
-    from pimerge.training import held_out_loss
+    from pimerge.training import held_out_loss, untrained
 
     if evaluations < 1:
         raise PimergeError(f"--evaluations is {evaluations}", "expected at least 1")
@@ -74,9 +74,9 @@ def fit(job: Job, *, evaluations: int = 40) -> Fitted:
             advance(1)
     put(best)
     if first is None:
-        outcome = replace(composed.train(kept, held_out), train_loss=least)
+        outcome = replace(untrained(), train_loss=least)
     else:
         second = composed.train(kept, held_out, part="after", epochs=job.options.epochs - half)
-        outcome = replace(second, epochs=first.epochs + second.epochs)
+        outcome = replace(second, epochs=first.epochs + second.epochs, held_out_losses=())
     outcome = replace(outcome, trained_parameters=outcome.trained_parameters + weights.shape[1])
     return composed.fitted(outcome, kept, held_out)

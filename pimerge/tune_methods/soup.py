@@ -74,6 +74,7 @@ def fit(job: Job, *, runs: int = 3) -> Fitted:
     outcome = replace(
         outcomes[0],
         epochs=sum(outcome.epochs for outcome in outcomes),
+        held_out_losses=(),
         held_out_loss=best,
         trained_parameters=outcomes[0].trained_parameters,
     )

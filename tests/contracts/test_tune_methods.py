@@ -1,179 +1,314 @@
-"""Laws that every tune method in the folder's listing keeps, on real training of a tiny model."""
+"""Laws that every tune method in the folder's listing keeps, on real training of tiny models."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from peft import PeftModel
 from PIL import ImageOps
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from pimerge import composed, strategies
-from pimerge.bench import Bench, Fitted
+from pimerge import (
+    peft_methods,  # noqa: F401  PEFT has to know every kind
+    strategies,
+)
+from pimerge.bench import Bench, Fitted, Job, open_bench
+from pimerge.ensembles import ENSEMBLE_FILE, Ensemble, EnsembleDocument, open_ensemble
 from pimerge.errors import PimergeError
-from pimerge.expert import open_expert
-from pimerge.export import task_of
+from pimerge.evaluation import Score, evaluate, evaluate_checkpoint
+from pimerge.expert import Expert, open_expert
+from pimerge.files import sha256_file
+from pimerge.manifest import Manifest
+from pimerge.members import chosen_experts
 from pimerge.task import open_task
 from pimerge.training import Options
-from pimerge.tune_methods import Plan
-from pimerge.tuning import tune
-from tests.conftest import MakeExpert, logits_of, model_for, untidied, write_image_task
+from pimerge.tuning import manifest_of, tune
+from pimerge.tuning_method import TuneMethod, open_tune_method
+from tests.conftest import MakeExpert, dense_deltas, logits_of, model_for, relative_difference, write_image_task
 
 METHODS = sorted(strategies.summaries("tune_methods"))
 OPTIONS = Options(epochs=6, shots=12, lr=1e-2, batch_size=8)
+Inputs = Mapping[str, Tensor]
+
+
+@dataclass
+class Pool:
+    """Experts, their target, and the base that they are tried on one after the other."""
+
+    bench: Bench
+    experts: list[Expert]
+    target: Expert
+    inputs: Inputs
+
+    def job(self, options: Options, run: Path, **fields: Any) -> Job:
+        target = fields.pop("target", self.target)
+        experts = fields.pop("experts", self.experts)
+        return Job(self.bench, experts, target, target or experts[0], None, options, run, **fields)
+
+    def tune(self, method: str, output: Path, **fields: Any) -> Fitted:
+        """As a user does, from a base of its own."""
+        return tune(method, self.bench.task, self.bench.base, self.experts, self.target, output, OPTIONS, **fields)
 
 
 @dataclass
 class Run:
-    """One tuning: the composed model before and after, and what was written."""
+    """One tuning: what is in the base, and what was written."""
 
-    plan: Plan
+    method: TuneMethod
+    fitted: Fitted
     output: Path
-    result: Fitted | None = None
-    model: nn.Module | None = None
-    before: dict[str, Tensor] = field(default_factory=dict)
+    before: float
 
     @property
-    def trained(self) -> nn.Module:
-        assert self.model is not None
-        return self.model
-
-    def changed(self) -> set[str]:
-        """The parameters that training changed."""
-        after = dict(self.trained.named_parameters())
-        return {name for name, value in self.before.items() if not torch.equal(after[name], value)}
-
-
-@dataclass
-class Inputs:
-    """What every run starts from."""
-
-    folder: Path
-    base: Path
-    task: Path
-
-    def tune(self, method: str, output: Path, **options: Any) -> Fitted:
-        pool = [open_expert(self.folder / name) for name in ("a", "b")]
-        target = open_expert(self.folder / "x")
-        return tune(method, open_task(self.task), target.base, pool, target, output, OPTIONS, **options)
+    def is_expert(self) -> bool:
+        return (self.output / "adapter_config.json").is_file()
 
 
 @pytest.fixture(scope="module")
-def inputs(
+def pool(
     tmp_path_factory: pytest.TempPathFactory,
     make_expert: MakeExpert,
     vit_base: Path,
     scans: tuple[list[Any], list[int]],
-) -> Inputs:
+) -> Pool:
     """Scans as they are or inverted: a task that even a head on random features learns."""
     folder = tmp_path_factory.mktemp("pool")
     pictures = [ImageOps.invert(image) if index % 2 else image for index, image in enumerate(scans[0][:60])]
     task = write_image_task(folder / "task", pictures, [index % 2 for index in range(60)], ["light", "dark"])
-    make_expert(folder / "x", vit_base, task, seed=1)
-    make_expert(folder / "a", vit_base, task, seed=2, r=2, lora_bias=True)
-    make_expert(folder / "b", vit_base, task, seed=3, target_modules=["q_proj", "projection"])
-    return Inputs(folder, vit_base, task)
-
-
-@pytest.fixture(scope="module", params=METHODS)
-def run(request: pytest.FixtureRequest, inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """One tuning by each method."""
-    found = Run(strategies.load("tune_methods", request.param).PLAN, tmp_path_factory.mktemp("out") / "tuned")
-    compose = composed.compose
-
-    def spying(model: nn.Module, *rest: Any) -> Any:
-        layers = compose(model, *rest)
-        found.model = model
-        found.before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-        return layers
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(composed, "compose", spying)
-        patch.setattr(Bench, "tidied", untidied)
-        found.result = inputs.tune(request.param, found.output)
-    return found
+    x = open_expert(make_expert(folder / "x", vit_base, task, seed=1))
+    a = open_expert(make_expert(folder / "a", vit_base, task, seed=2, r=2, lora_bias=True))
+    b = open_expert(make_expert(folder / "b", vit_base, task, seed=3, target_modules=["q_proj", "projection"]))
+    return Pool(open_bench(open_task(task), x.base, "cpu"), [a, b.scaled(0.5)], x, pixels())
 
 
 def pixels(count: int = 8) -> dict[str, Tensor]:
     return {"pixel_values": torch.rand(count, 3, 16, 16, generator=torch.Generator().manual_seed(0))}
 
 
-def test_only_the_parameters_of_the_plan_change(run: Run) -> None:
-    ends = {"classifier.weight", "classifier.bias"}
-    ends |= {"A", "B"} if run.plan.train_experts else set()
-    ends |= {"biases"} if run.plan.train_experts and run.plan.experts else set()
-    ends |= {"mixture.logits"} if run.plan.train_weights else set()
-    expected = {name for name in run.before if name.endswith(tuple(ends))}
-    assert expected >= {"classifier.weight", "classifier.bias"}
-    changed = run.changed()
-    assert changed <= expected
-    assert {name.rpartition(".")[2] for name in changed} == {end.rpartition(".")[2] for end in ends}
+def write(pool: Pool, method: TuneMethod, job: Job, fitted: Fitted, output: Path) -> None:
+    chosen = chosen_experts(method.plan, method.name, job.experts, job.target)
+    fitted.write(output, manifest_of(method, job, fitted, chosen), False)
+
+
+@pytest.fixture(scope="module", params=METHODS)
+def run(request: pytest.FixtureRequest, pool: Pool, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    """One tuning by each method, on a base that the other methods were on before."""
+    folder = tmp_path_factory.mktemp("out")
+    method, output = open_tune_method(request.param), folder / "tuned"
+    with pool.bench.tidied(OPTIONS.seed) as undo:
+        job = pool.job(OPTIONS, folder / "run", undo=undo)
+        before = loss_of(pool, pool.bench.loaded.model)
+        fitted = method.fit(job)
+        write(pool, method, job, fitted, output)
+        yield Run(method, fitted, output, before)
+
+
+def loss_of(pool: Pool, model: nn.Module) -> float:
+    """On what is trained on and held out."""
+    task, loaded = pool.bench.task, pool.bench.loaded
+    examples, _ = task.examples("train", loaded.processor, loaded.config, shots=12, seed=0)
+    return float(task.type.nll(model.eval(), examples.batch(range(len(examples)))).mean())
+
+
+def answers(output: Path, base: Path, inputs: Inputs) -> Tensor:
+    """log p of the classes by what was written, read by PEFT or transformers."""
+    if (output / ENSEMBLE_FILE).is_file():
+        members = EnsembleDocument.model_validate_json((output / ENSEMBLE_FILE).read_text()).members
+        return sum(m.weight * answers(output / m.path, base, inputs).exp() for m in members).log()  # type: ignore[union-attr]
+    if (output / "adapter_config.json").is_file():
+        model = PeftModel.from_pretrained(model_for(base), output).eval()
+    else:
+        images = "pixel_values" in inputs
+        kind = "AutoModelForImageClassification" if images else "AutoModelForSequenceClassification"
+        model = getattr(transformers, kind).from_pretrained(output).eval()
+    return logits_of(model, inputs).log_softmax(-1)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
+
+
+def test_what_was_written_answers_as_what_was_trained(run: Run, pool: Pool, vit_base: Path) -> None:
+    expected = logits_of(run.fitted.model.eval(), pool.inputs).log_softmax(-1)
+    torch.testing.assert_close(answers(run.output, vit_base, pool.inputs), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_eval_scores_it_as_what_was_trained(run: Run, pool: Pool) -> None:
+    task, loaded = pool.bench.task, pool.bench.loaded
+    examples, _ = task.examples("test", loaded.processor, loaded.config)
+    scored = task.type.score(run.fitted.model.eval(), examples, range(len(examples)))
+    found = score_of(run.output, pool)
+    assert found.loss == pytest.approx(float(scored.losses.mean()), abs=1e-5)
+    assert found.accuracy == sum(scored.right) / len(examples)
+
+
+def score_of(output: Path, pool: Pool) -> Score:
+    if (output / "config.json").is_file():
+        return evaluate_checkpoint(output, pool.bench.task, device="cpu")
+    opened: Expert | Ensemble
+    opened = open_ensemble(output) if (output / ENSEMBLE_FILE).is_file() else open_expert(output)
+    return evaluate([opened], pool.bench.task, pool.bench.base, None, device="cpu")[-1]
+
+
+def test_of_the_base_only_the_head_changes_unless_all_of_it_trains(run: Run, pool: Pool, vit_base: Path) -> None:
+    inside = {**dict(pool.bench.loaded.model.named_parameters()), **dict(run.fitted.model.named_parameters())}
+    frozen = {name: value for name, value in model_for(vit_base).named_parameters() if "classifier" not in name}
+    found = {name.replace(".layer.weight", ".weight").replace(".layer.bias", ".bias"): p for name, p in inside.items()}
+    changed = {name for name, value in frozen.items() if not torch.equal(found[name], value)}
+    assert bool(changed) == run.method.plan.full
+
+
+def test_the_loss_goes_down(run: Run, pool: Pool) -> None:
+    """On the examples that it was trained on, the result is better than the bare base under a fresh head."""
+    assert loss_of(pool, run.fitted.model) < run.before - 0.02
+    assert run.fitted.outcome.train_loss is not None
+    assert run.fitted.outcome.train_loss > 0
 
 
 def test_as_many_parameters_train_as_it_says(run: Run) -> None:
-    assert run.result is not None
-    parameters = dict(run.trained.named_parameters())
-    assert run.result.outcome.trained_parameters == sum(p.numel() for p in parameters.values() if p.requires_grad)
+    trained = sum(p.numel() for p in run.fitted.model.parameters() if p.requires_grad)
+    if run.fitted.outcome.held_out_losses:
+        assert run.fitted.outcome.trained_parameters == trained
+    else:  # several trainings, or a search besides
+        assert run.fitted.outcome.trained_parameters >= trained
 
 
-def test_the_export_loads_with_peft_and_answers_as_the_trained_composition(run: Run, inputs: Inputs) -> None:
-    exported = PeftModel.from_pretrained(model_for(inputs.base), run.output).eval()
-    expected = logits_of(run.trained.eval(), pixels())
-    torch.testing.assert_close(logits_of(exported, pixels()), expected, atol=1e-5, rtol=1e-5)
+def test_as_many_parameters_are_deployed_as_there_are_in_its_files(run: Run) -> None:
+    stored = [tensor for file in run.output.rglob("*.safetensors") for tensor in load_file(file).values()]
+    if run.is_expert:
+        assert run.fitted.rank == max(open_expert(run.output).ranks, default=0)
+    assert run.fitted.deployed_parameters == sum(tensor.numel() for tensor in stored)
 
 
-def test_the_loss_goes_down(run: Run, inputs: Inputs) -> None:
-    """On the examples that it was trained on, the result is better than its start."""
-    task = open_task(inputs.task)
-    processor = task.type.load_processor(str(inputs.base), None)
-    examples, _ = task.examples("train", processor, model_for(inputs.base).config, shots=12, seed=0)
-    batch = examples.batch(range(len(examples)))
-    after = float(task.type.nll(run.trained.eval(), batch).mean())
-    trained = {name: parameter.detach().clone() for name, parameter in run.trained.named_parameters()}
-    run.trained.load_state_dict(run.before, strict=False)
-    before = float(task.type.nll(run.trained, batch).mean())
-    run.trained.load_state_dict(trained, strict=False)
-    assert after < before - 0.02
-    assert run.result is not None
-    assert run.result.outcome.train_loss > 0
+def test_experts_that_are_not_trained_are_in_it_as_they_were(run: Run, pool: Pool) -> None:
+    """By its coefficients the same update can be computed from the experts' own."""
+    file = run.output / "coefficients.json"
+    if not file.is_file():
+        assert not run.is_expert or run.method.plan.random_experts or not run.method.plan.experts
+        return
+    document = json.loads(file.read_text())
+    experts = [open_expert(run.output / path) for path in document["experts"]]
+    assert [expert.sha256 for expert in experts] == document["sha256"]
+    assert document["scales"] == run.fitted.scales
+    updates = [dense_deltas(expert) for expert in experts]
+    differences = []
+    for name, delta in dense_deltas(open_expert(run.output)).items():
+        shares = [w * scale for w, scale in zip(document["weights"][name], document["scales"], strict=True)]
+        parts = [share * update[name] for share, update in zip(shares, updates, strict=True) if name in update]
+        differences.append(relative_difference(delta, sum(parts, torch.zeros(()))))
+    assert (max(differences) < 1e-5) != document["experts_trained"]
 
 
-def test_the_export_is_an_expert_with_head_and_task_that_can_join_a_pool(run: Run, inputs: Inputs) -> None:
-    expert = open_expert(run.output)
-    assert expert.head.keys() == {"classifier.weight", "classifier.bias"}
-    task = task_of(expert)
-    assert task is not None
-    assert task.sha256() == open_task(inputs.task).sha256()
-    assert expert.base.identity == open_expert(inputs.folder / "x").base.identity
+def test_the_manifest_names_every_file_with_its_hash(run: Run) -> None:
+    manifest = Manifest.model_validate_json((run.output / "pimerge.json").read_text())
+    assert manifest.options["method"] == run.method.name
+    assert manifest.outputs.keys() == {f.name for f in run.output.iterdir() if f.is_file()} - {"pimerge.json"}
+    for name, sha256 in manifest.outputs.items():
+        assert sha256_file(run.output / name) == sha256
 
 
-def test_the_same_seed_gives_the_same_bytes(run: Run, inputs: Inputs, tmp_path: Path, request: Any) -> None:
-    method = request.node.callspec.params["run"]
+def test_it_lies_beside_its_task(run: Run, pool: Pool) -> None:
+    for file in run.output.rglob("task.json"):
+        assert open_task(file).sha256() == pool.bench.task.sha256()
+    assert (run.output / "task.json").is_file()
+
+
+def test_an_expert_has_a_head_and_can_join_a_pool(run: Run, pool: Pool) -> None:
+    if run.is_expert:
+        expert = open_expert(run.output)
+        assert expert.head.keys() == {"classifier.weight", "classifier.bias"}
+        assert expert.base.identity == pool.target.base.identity
+
+
+def test_alone_on_its_base_it_has_the_same_bytes(run: Run, pool: Pool) -> None:
     again = run.output.with_name("again")
-    inputs.tune(method, again)
-    for file in sorted(run.output.iterdir()):
-        assert (again / file.name).read_bytes() == file.read_bytes(), file.name
-    assert {file.name for file in again.iterdir()} == {file.name for file in run.output.iterdir()}
-
-
-def test_nothing_is_left_beside_the_output(run: Run) -> None:
+    pool.tune(run.method.name, again)
+    assert contents(again) == contents(run.output)
     assert [path.name for path in run.output.parent.iterdir() if path.name.startswith(".")] == []
 
 
-def test_an_output_that_is_there_is_refused_and_kept(run: Run, inputs: Inputs, request: Any) -> None:
-    method = request.node.callspec.params["run"]
-    before = {file.name: file.read_bytes() for file in run.output.iterdir()}
+def test_an_output_that_is_there_is_refused_and_kept(run: Run, pool: Pool) -> None:
+    before = contents(run.output)
     with pytest.raises(PimergeError, match="is there already"):
-        inputs.tune(method, run.output)
-    assert {file.name: file.read_bytes() for file in run.output.iterdir()} == before
+        pool.tune(run.method.name, run.output)
+    assert contents(run.output) == before
 
 
-def test_the_weights_are_one_per_expert_and_sum_to_one(run: Run) -> None:
-    assert run.result is not None
-    for weights in run.result.weights.values():
-        assert len(weights) == len(run.result.experts)
-        assert sum(weights) == pytest.approx(1)
+def test_there_is_a_weight_for_each_expert(run: Run) -> None:
+    for weights in run.fitted.weights.values():
+        assert len(weights) == len(run.fitted.experts) == len(run.fitted.scales)
+        if run.method.plan.mixture not in ("free", "channels"):
+            assert sum(weights) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_that_composes_needs_experts(name: str, pool: Pool, tmp_path: Path) -> None:
+    if open_tune_method(name).plan.experts:
+        with pytest.raises(PimergeError, match=f"'{name}' needs experts to compose"):
+            tune(name, pool.bench.task, pool.bench.base, [], pool.target, tmp_path / "tuned", OPTIONS)
+
+
+QUICK = replace(OPTIONS, epochs=1, shots=3)
+BASES = {"lora": "bert", "ia3": "vit", "prompt": "gpt2"}
+
+
+@pytest.fixture(scope="module", params=BASES)
+def kind(
+    request: pytest.FixtureRequest,
+    make_expert: MakeExpert,
+    parity_task: Path,
+    text_task: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Pool:
+    """Experts of a kind, on a base that all tests of it use one after the other."""
+    base: Path = request.getfixturevalue(f"{BASES[request.param]}_base")
+    images = base.name in ("vit", "clip")
+    task, folder = parity_task if images else text_task, tmp_path_factory.mktemp("kind")
+    x, a, b = (
+        open_expert(make_expert(folder / name, base, task, seed=seed, kind=request.param))
+        for seed, name in enumerate("xab")
+    )
+    ids = torch.randint(4, 20, (4, 7), generator=torch.Generator().manual_seed(0))
+    inputs = pixels() if images else {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    dtype = "bfloat16" if request.param == "lora" else "float32"
+    return Pool(open_bench(open_task(task), x.base, "cpu", dtype), [a, b], x, inputs)
+
+
+def state(model: nn.Module) -> dict[str, Any]:
+    """All of a model that a method could leave behind."""
+    found: dict[str, Any] = {"": sorted(vars(model))}
+    for name, module in model.named_modules():
+        found[f"module {name}"] = (id(module), type(module), module.training, len(module._forward_hooks))
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        found[name] = (id(tensor), tensor.dtype, tensor.requires_grad, tensor.grad, tensor.double().numpy().tobytes())
+    return found
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_for_every_kind_it_answers_as_what_was_trained_and_leaves_the_base_as_it_was(
+    kind: Pool, name: str, tmp_path: Path
+) -> None:
+    bench, method = kind.bench, open_tune_method(name)
+    before = state(bench.loaded.model)
+    # with the target's expert, or one other alone
+    given: dict[str, Any] = {} if kind.target.kind == "ia3" else {"experts": kind.experts[:1], "target": None}
+    refused = pytest.raises(PimergeError, match="scales the outputs of updates ΔW")
+    with refused if kind.target.groups and method.plan.mixture == "channels" else nullcontext():
+        with bench.tidied(1) as undo:
+            job = kind.job(QUICK, tmp_path / "run", undo=undo, **given)
+            fitted = method.fit(job)
+            write(kind, method, job, fitted, tmp_path / "tuned")
+            expected = logits_of(fitted.model.eval(), kind.inputs).log_softmax(-1)
+        found = answers(tmp_path / "tuned", Path(bench.base.source), kind.inputs)
+        tolerance = 1e-5 if bench.precision == torch.float32 else 0.02
+        torch.testing.assert_close(found.float(), expected.float(), atol=tolerance, rtol=tolerance)
+    assert state(bench.loaded.model) == before
