@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from pimerge import __version__
-from pimerge.cli import embed, evaluate, inspect, merge, rank, tune
+from pimerge.cli import embed, evaluate, inspect, merge, plot, rank, tune
 from pimerge.errors import PimergeError
 
 EXIT_PROBLEM = 3
@@ -34,6 +34,7 @@ app.command("rank")(rank.rank)
 app.command("merge")(merge.merge)
 app.command("tune")(tune.tune)
 app.command("eval")(evaluate.evaluate)
+app.command("plot")(plot.plot)
 app.command("inspect")(inspect.inspect)
 
 
