@@ -32,11 +32,16 @@ def plot(
     target: options.TargetReference = None,
     measure: Annotated[str, typer.Option(help="graph: a measure of the store.")] = Options.measure,
     step: Annotated[float, typer.Option(help="path: from one α to the next.")] = Options.step,
+    k: Annotated[int | None, typer.Option("-k", help="shots, shift: how many experts were at hand.")] = None,
+    shots: Annotated[str | None, typer.Option(help="experts, shift: examples of each class, or all.")] = None,
     limit: Annotated[int, typer.Option(min=1, help="Most test examples of the target to look at.")] = Options.limit,
     seed: options.Seed = 0,
     store: options.StorePath = Path("embeddings.json"),
     ranking: options.RankingPath = Path("ranking.json"),
     path: Annotated[Path, typer.Option("--path", help="gain: the data of the plot 'path'.")] = Path("path.json"),
+    comparison: Annotated[Path, typer.Option(help="shots, experts, shift: what 'pimerge compare' has written.")] = Path(
+        "comparison.json"
+    ),
     base: options.BaseReference = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
@@ -74,6 +79,8 @@ def plot(
             experts=tuple(experts or ()),
             measure=measure,
             step=step,
+            k=k,
+            shots=shots,
             limit=limit,
             seed=seed,
             device=device,
@@ -81,7 +88,9 @@ def plot(
             track=tracker(quiet),
             note=lambda message: note(message, quiet),
         )
-        found = figure.collect(source_of(figure, Sources(store, ranking, path, target, base), asked.experts), asked)
+        found = figure.collect(
+            source_of(figure, Sources(store, ranking, path, comparison, target, base), asked.experts), asked
+        )
     document = found.model_dump()
     drawn = {**pictures(lambda: figure.draw(found)), ".json": json_text(document).encode()}
     write_files({files[suffix]: content for suffix, content in drawn.items()})

@@ -16,6 +16,7 @@ from pimerge.files import read_json
 from pimerge.task import open_task, parse_document
 
 if TYPE_CHECKING:
+    from pimerge.comparison_document import ComparisonDocument
     from pimerge.expert import Expert
     from pimerge.figures._study import Study
     from pimerge.figures.path import Data as Paths
@@ -30,6 +31,7 @@ class Sources:
     store: Path
     ranking: Path
     path: Path
+    comparison: Path
     target: str | None
     base: str | None
 
@@ -71,6 +73,15 @@ def _store(sources: Sources, experts: Sequence[str]) -> Store:
     from pimerge.store import open_store
 
     return open_store(sources.store)
+
+
+def _comparison(sources: Sources, experts: Sequence[str]) -> ComparisonDocument:
+    from pimerge.comparison_document import read_comparison
+
+    found = read_comparison(sources.comparison)
+    if not found.lines:
+        raise PimergeError(f"'{sources.comparison}' has no finished runs", "run the same 'pimerge compare' again")
+    return found
 
 
 def _paths(sources: Sources, experts: Sequence[str]) -> tuple[Ranking, Paths]:
@@ -156,5 +167,6 @@ class _Need:
 _NEEDS = {
     "store": _Need(_store, ("store",)),
     "study": _Need(_study, ("ranking", "target", "base", "device", "dtype")),
+    "comparison": _Need(_comparison, ("comparison",)),
     "path": _Need(_paths, ("ranking", "path")),
 }

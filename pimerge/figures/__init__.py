@@ -30,6 +30,8 @@ class Options:
     experts: tuple[str, ...] = ()
     measure: str = "fisher"
     step: float = 0.05
+    k: int | None = None
+    shots: str | None = None
     limit: int = 500
     seed: int = 0
     device: str = "auto"

@@ -125,8 +125,8 @@ def short_names(names: Sequence[str], longest: int = LONGEST) -> list[str]:
     return [each if short.count(each) == 1 else name for each, name in zip(short, names, strict=True)]
 
 
-def percent(axes: Axes, which: str = "y") -> None:
-    """Shares as percent along an axis."""
+def percent(axes: Axes) -> None:
+    """Shares as percent along the vertical axis."""
     from matplotlib.ticker import PercentFormatter
 
-    (axes.yaxis if which == "y" else axes.xaxis).set_major_formatter(PercentFormatter(1.0, symbol=" %"))
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
