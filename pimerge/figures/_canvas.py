@@ -101,8 +101,8 @@ def title(axes: Axes, text: str, width: int = 60) -> None:
 
 
 def subtitle(figure: Figure, text: str) -> None:
-    """What the whole figure is about, above all axes, in as many lines as it takes."""
-    width = int(11 * figure.get_figwidth())
+    """What the whole figure is about, above all axes, in as many lines as it takes beside a legend on the right."""
+    width = int(12 * (figure.get_figwidth() - 2.2))
     figure.suptitle("\n".join(textwrap.wrap(text, width)), x=0.01, ha="left", fontsize=9, color="0.3")
 
 
