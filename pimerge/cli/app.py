@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from pimerge import __version__
-from pimerge.cli import embed, evaluate, inspect, merge, plot, rank, tune
+from pimerge.cli import embed, evaluate, inspect, merge, plot, rank, report, tune
 from pimerge.errors import PimergeError
 
 EXIT_PROBLEM = 3
@@ -35,6 +35,7 @@ app.command("merge")(merge.merge)
 app.command("tune")(tune.tune)
 app.command("eval")(evaluate.evaluate)
 app.command("plot")(plot.plot)
+app.command("report")(report.report)
 app.command("inspect")(inspect.inspect)
 
 
