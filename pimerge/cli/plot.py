@@ -32,6 +32,11 @@ def plot(
     target: options.TargetReference = None,
     measure: Annotated[str, typer.Option(help="graph: a measure of the store.")] = Options.measure,
     step: Annotated[float, typer.Option(help="path: from one α to the next.")] = Options.step,
+    grid: Annotated[int, typer.Option(help="landscape: points of a side.")] = Options.grid,
+    coefficients: Annotated[
+        list[Path] | None, typer.Option(help="landscape: a merge's or a tuning's weights, to be shown too; repeatable.")
+    ] = None,
+    tuned: Annotated[Path, typer.Option(help="weights: what 'pimerge tune' has written.")] = Path("tuned"),
     k: Annotated[int | None, typer.Option("-k", help="shots, shift: how many experts were at hand.")] = None,
     shots: Annotated[str | None, typer.Option(help="experts, shift: examples of each class, or all.")] = None,
     limit: Annotated[int, typer.Option(min=1, help="Most test examples of the target to look at.")] = Options.limit,
@@ -79,6 +84,8 @@ def plot(
             experts=tuple(experts or ()),
             measure=measure,
             step=step,
+            grid=grid,
+            coefficients=tuple(coefficients or ()),
             k=k,
             shots=shots,
             limit=limit,
@@ -89,7 +96,7 @@ def plot(
             note=lambda message: note(message, quiet),
         )
         found = figure.collect(
-            source_of(figure, Sources(store, ranking, path, comparison, target, base), asked.experts), asked
+            source_of(figure, Sources(store, ranking, path, comparison, tuned, target, base), asked.experts), asked
         )
     document = found.model_dump()
     drawn = {**pictures(lambda: figure.draw(found)), ".json": json_text(document).encode()}

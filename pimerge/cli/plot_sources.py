@@ -18,6 +18,7 @@ from pimerge.task import open_task, parse_document
 if TYPE_CHECKING:
     from pimerge.comparison_document import ComparisonDocument
     from pimerge.expert import Expert
+    from pimerge.export import Coefficients
     from pimerge.figures._study import Study
     from pimerge.figures.path import Data as Paths
     from pimerge.ranking import Ranking
@@ -32,6 +33,7 @@ class Sources:
     ranking: Path
     path: Path
     comparison: Path
+    tuned: Path
     target: str | None
     base: str | None
 
@@ -117,6 +119,32 @@ def _study(sources: Sources, experts: Sequence[str]) -> Study:
     return Study(target, open_task(folder), base_of([], target, sources.base), kept, left_out)
 
 
+def _tuned(sources: Sources, experts: Sequence[str]) -> tuple[Study, Coefficients]:
+    """The tuned expert with those that it is made of, and their weights."""
+    from pimerge.expert import open_expert
+    from pimerge.export import COEFFICIENTS_FILE, Coefficients
+    from pimerge.figures._study import Study
+    from pimerge.ranking import Reference, open_ranked
+
+    quiet_libraries()
+    if not sources.tuned.is_dir():
+        raise PimergeError(f"there is no '{sources.tuned}'", "run 'pimerge tune --method learned' first")
+    tuned, file = open_expert(sources.tuned, sources.base), sources.tuned / COEFFICIENTS_FILE
+    if not file.is_file():
+        raise PimergeError(
+            f"'{sources.tuned}' has no {COEFFICIENTS_FILE}: it is composed of no experts",
+            "run 'pimerge tune --method learned', or name another folder with --tuned",
+        )
+    content = parse_document(Coefficients, file)
+    problems, members = Problems(), []
+    for path, sha256, scale in zip(content.experts, content.sha256, content.scales, strict=True):
+        with problems.collected():
+            member = open_ranked(Reference(name=path, path=path, sha256=sha256), file, sources.base)
+            members.append(member.scaled(scale))
+    problems.raise_any(f"some experts of '{file}' cannot be opened")
+    return Study(tuned, open_task(tuned.path), base_of([], tuned, sources.base), members), content
+
+
 def _target(sources: Sources) -> tuple[Expert, Path]:
     if sources.target is None and not sources.ranking.is_file():
         raise PimergeError(
@@ -166,6 +194,7 @@ class _Need:
 
 _NEEDS = {
     "store": _Need(_store, ("store",)),
+    "tuned": _Need(_tuned, ("tuned", "base", "device", "dtype")),
     "study": _Need(_study, ("ranking", "target", "base", "device", "dtype")),
     "comparison": _Need(_comparison, ("comparison",)),
     "path": _Need(_paths, ("ranking", "path")),

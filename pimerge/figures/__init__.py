@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from pimerge.progress import Track, silent
 
@@ -30,6 +31,8 @@ class Options:
     experts: tuple[str, ...] = ()
     measure: str = "fisher"
     step: float = 0.05
+    grid: int = 15
+    coefficients: tuple[Path, ...] = ()
     k: int | None = None
     shots: str | None = None
     limit: int = 500

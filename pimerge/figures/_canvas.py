@@ -66,10 +66,13 @@ def pictures(draw: Callable[[], Figure]) -> dict[str, bytes]:
     found = {}
     with style():
         figure = draw()
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")  # it is laid out, once for both
+        # room for what stands beside the axes: names are of any length
+        frame = figure.get_tightbbox().padded(0.15)
         for suffix, metadata in ((".png", {"Software": None}), (".svg", {"Date": None, "Creator": None})):
             buffer = io.BytesIO()
-            # room for what stands beside the axes: names are of any length
-            figure.savefig(buffer, format=suffix[1:], metadata=metadata, bbox_inches="tight", pad_inches=0.15)
+            figure.savefig(buffer, format=suffix[1:], metadata=metadata, bbox_inches=frame)
             found[suffix] = buffer.getvalue()
     return found
 

@@ -20,6 +20,8 @@ def place_labels(axes: Axes, points: Sequence[tuple[float, float]], names: Seque
 
     A name for which there is no free place goes where it covers least. The axes' limits must be final.
     """
+    from matplotlib.patheffects import withStroke
+
     figure: Any = axes.get_figure(root=True)
     figure.draw_without_rendering()  # the layout decides what covers what
     renderer = figure.canvas.get_renderer()
@@ -52,6 +54,7 @@ def place_labels(axes: Axes, points: Sequence[tuple[float, float]], names: Seque
             textcoords="offset points",
             fontsize=size,
             arrowprops=None if beside else arrow,
+            path_effects=[withStroke(linewidth=2, foreground="white")],  # to be read on any ground
         )
 
 

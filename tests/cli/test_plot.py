@@ -70,12 +70,21 @@ def test_path_then_gain_then_once_more_from_the_data(folder: Path, shell: Shell)
 
 
 def test_named_experts_are_taken_by_name_or_folder(folder: Path, shell: Shell) -> None:
-    by_name, by_folder = (
-        shell("plot", "path", reference, "--step", "1", "--limit", "10", "--json", "--force").document
-        for reference in ("z", str(folder / "z"))
-    )
-    assert by_name == by_folder
-    assert [path["expert"] for path in by_name["paths"]] == ["z"]
+    document = shell("plot", "path", "z", str(folder / "y"), "--step", "1", "--limit", "10", "--json").document
+    assert [path["expert"] for path in document["paths"]] == ["z", "y"]
+
+
+def test_landscape_and_weights_of_what_was_tuned(folder: Path, shell: Shell) -> None:
+    command = ["tune", "y", "z", "--method", "uniform", "--target", "x", "--epochs", "1", "--output", "tuned"]
+    assert shell(*command, "--quiet").code == 0
+    document = shell("plot", "weights", "--json").document
+    assert (document["experts"], document["method"]) == (["y", "z"], "uniform")
+    asked = ["--grid", "3", "--limit", "10", "--coefficients", "tuned/coefficients.json", "--json"]
+    result = shell("plot", "landscape", *asked)
+    assert result.code == 0, result.err
+    marks = {mark["name"]: mark for mark in result.document["marked"]}
+    assert marks["tuned"]["weights"] == pytest.approx([0, 0.5, 0.5], abs=1e-6)
+    assert marks["tuned"]["off"] == 0
 
 
 def test_the_graph_of_a_store(folder: Path, shell: Shell) -> None:
@@ -110,6 +119,10 @@ def test_nothing_is_overwritten_and_nothing_half_written(folder: Path, shell: Sh
         (["grph"], "did you mean 'graph'"),
         (["graph"], "pimerge embed ./experts"),
         (["gain"], "run 'pimerge plot path' first"),
+        (["weights"], "run 'pimerge tune --method learned' first"),
+        (["weights", "--tuned", "x"], "composed of no experts"),
+        (["shots"], "run 'pimerge compare --target NAME' first"),
+        (["landscape", "y"], "there are 2 with the target's"),
         (["path", "--ranking", "no.json"], "run 'pimerge rank --target NAME' first"),
         (["path", "nobody"], "nobody"),
         (["path", "w"], "its kind is bitfit|bitfit"),
