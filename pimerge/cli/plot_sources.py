@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pimerge.export import Coefficients
     from pimerge.figures._study import Study
     from pimerge.figures.path import Data as Paths
-    from pimerge.ranking import Ranking
+    from pimerge.ranking import Candidate, Ranking
     from pimerge.store import Store
 
 
@@ -166,14 +166,15 @@ def _experts(sources: Sources, names: Sequence[str], target: Expert) -> list[Exp
     """At full strength, whatever the ranking advises."""
     from pimerge.ranking import Reference, open_ranked, read_ranking
 
+    candidates: dict[str, Candidate] = {}
     if not names or sources.ranking.is_file():
         candidates = {candidate.name: candidate for candidate in read_ranking(sources.ranking).candidates}
-    else:
-        candidates = {}
     found: list[Expert] = []
     problems = Problems()
     for name in names or candidates:
         with problems.collected():
+            if name == target.name:
+                continue
             if name in candidates and not (names and Path(name).is_dir()):
                 known = candidates[name]
                 plain = Reference(name=known.name, path=known.path, sha256=known.sha256)

@@ -30,8 +30,9 @@ _STYLE: Any = {
     "axes.spines.right": False,
     "axes.titlelocation": "left",
     "legend.frameon": False,
-    "savefig.dpi": 150,
+    "figure.dpi": 150,  # as the PNG has, so that what was laid out fits it
     "svg.hashsalt": "pimerge",
+    "text.hinting": "none",  # widths are the same at every size
     "text.parse_math": False,  # a name may hold dollars
 }
 

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from pimerge.progress import Advance
     from pimerge.task import Task
 
+BASE = "(base)"
+
 
 @dataclass(frozen=True)
 class Study:
@@ -57,8 +59,8 @@ class Shown(BaseModel):
 
     def sentence(self) -> str:
         """For a title."""
-        head = "the base's own head" if self.head == "(base)" else f"the head of {self.head}"
-        return f"{self.examples} test examples of {self.target}, {head}"
+        head = "" if self.head == BASE else f", the head of {self.head}"
+        return f"{self.examples} test examples of {self.target}{head}"
 
 
 class Point(BaseModel):
@@ -118,7 +120,7 @@ def examined(study: Study, options: Options, *, padded: bool = True) -> Examined
     split = read_test_split(
         study.task, loaded, experts, limit=options.limit, seed=options.seed, padded=padded, note=options.note
     )
-    head = target.name if trains_head else "(base)"
+    head = target.name if trains_head else BASE
     shown = Shown(target=study.task.name, head=head, examples=len(split.labels), seed=options.seed)
     return Examined(study, loaded, split, shown)
 

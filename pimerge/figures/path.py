@@ -74,6 +74,8 @@ def collect(study: Study, options: Options) -> Data:
         PimergeError: if the step is out of range, there is no expert to go to, or a score cannot be had.
     """
     alphas = steps(options.step)
+    for name, reason in study.left_out.items():
+        options.note(f"{name} is left out: {reason}")
     found = examined(study, options)
     paths = []
     with options.track("paths", 1 + len(study.experts) * (len(alphas) - 1), "points") as advance:
