@@ -22,7 +22,7 @@ from pimerge.bench import Bench, Job, open_bench
 from pimerge.comparison_document import ComparisonDocument, Run
 from pimerge.cross_validation import choose
 from pimerge.errors import Problems
-from pimerge.evaluation import Split, encode_test, score_model
+from pimerge.evaluation import Split, read_test_split, score_model
 from pimerge.expert import Expert
 from pimerge.features import Draw, Viewer, why_not
 from pimerge.files import json_text, read_json, sha256_bytes, write_file
@@ -210,7 +210,7 @@ class _Harness:
     @cached_property
     def tests(self) -> dict[str, Split]:
         """The test sets by name."""
-        return {name: encode_test(task, self.bench.loaded, self.pool) for name, task in self.test_tasks.items()}
+        return {name: read_test_split(task, self.bench.loaded, self.pool) for name, task in self.test_tasks.items()}
 
     def done(self, case: Case) -> Run | None:
         """What a run gave, if it has been made."""

@@ -67,6 +67,68 @@ class Score:
     metrics: dict[str, Interval] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Split:
+    """The labelled examples of one split, encoded once for several models.
+
+    Attributes:
+        labels: the class of each, or the classes of its words.
+        batches: indices, each once.
+    """
+
+    task: Task
+    examples: Examples
+    labels: Sequence[int | Sequence[int]]
+    batches: Sequence[Sequence[int]]
+
+    def answers(self, model: nn.Module, advance: Advance) -> Scored:
+        """How a model does on all examples, in their order."""
+        order: list[int] = []
+        parts: list[Scored] = []
+        for indices in self.batches:
+            parts.append(self.task.type.score(model, self.examples, indices))
+            order += indices
+            advance(len(indices))
+        places = sorted(range(len(order)), key=lambda place: order[place])
+        return Scored(
+            torch.cat([part.losses.double().cpu() for part in parts])[places],
+            _ordered([right for part in parts for right in part.right], places),
+            _ordered([choice for part in parts for choice in part.chosen], places),
+            _ordered([text for part in parts for text in part.texts], places),
+            _ordered([cut for part in parts for cut in part.cut], places),
+        )
+
+
+def read_test_split(
+    task: Task,
+    loaded: LoadedBase,
+    experts: Sequence[Expert],
+    *,
+    limit: int | None = None,
+    seed: int = 0,
+    batch_tokens: int = BATCH_TOKENS,
+    padded: bool = True,
+    note: Callable[[str], None] = lambda message: None,
+) -> Split:
+    """Encode the test split for a base with some experts.
+
+    Args:
+        limit: draw at most so many examples, by the seed.
+        padded: off, the examples of a batch have one length.
+        note: told how many examples were cut.
+
+    Raises:
+        PimergeError: if the split cannot be read or encoded.
+    """
+    examples, labels = task.examples("test", loaded.processor, loaded.config_for(experts), seed=seed, limit=limit)
+    if examples.truncated:
+        note(f"{examples.truncated} test examples are longer than the model takes and were cut")
+    padded = padded and not most_virtual_tokens(experts)
+    return Split(
+        task, examples, examples.classes or labels, bucket_by_length(examples.lengths, batch_tokens, padded=padded)
+    )
+
+
 def evaluate(
     experts: Sequence[Expert | Ensemble],
     task: Task,
@@ -103,15 +165,13 @@ def evaluate(
     precision = resolve_dtype(dtype, resolved)
     scores = []
     loaded = load_base(base, task, resolved, precision)
-    test = encode_test(task, loaded, single, batch_tokens)
-    if test.examples.truncated:
-        note(f"{test.examples.truncated} test examples are longer than the model takes and were cut")
+    split = read_test_split(task, loaded, single, batch_tokens=batch_tokens, note=note)
     head, whose = _base_head(loaded, target, task)
-    total = len(test.examples) * (len(experts) + (whose is not None))
+    total = len(split.examples) * (len(experts) + (whose is not None))
     with track("evaluating", total, "examples") as advance:
 
         def run(name: str, model: nn.Module, whose: str) -> None:
-            scores.append(score_model(name, model, test, whose, advance=advance, note=note))
+            scores.append(score_model(name, model, split, whose, advance=advance, note=note))
 
         if whose is not None:
             set_head(loaded.model, head)
@@ -122,39 +182,10 @@ def evaluate(
     return scores
 
 
-@dataclass(frozen=True)
-class Split:
-    """A test split, encoded for a base.
-
-    Attributes:
-        labels: the class of each example, or the classes of its words.
-        batches: indices of the examples.
-    """
-
-    task: Task
-    examples: Examples
-    labels: Sequence[int | Sequence[int]]
-    batches: Sequence[Sequence[int]]
-
-
-def encode_test(task: Task, loaded: LoadedBase, experts: Sequence[Expert], batch_tokens: int = BATCH_TOKENS) -> Split:
-    """Encode a task's test split.
-
-    Args:
-        experts: that will answer; some of them take room before a text.
-
-    Raises:
-        PimergeError: if the split cannot be read or encoded.
-    """
-    examples, labels = task.examples("test", loaded.processor, loaded.config_for(experts))
-    batches = bucket_by_length(examples.lengths, batch_tokens, padded=not most_virtual_tokens(experts))
-    return Split(task, examples, examples.classes or labels, batches)
-
-
 def score_model(
     name: str,
     model: nn.Module,
-    test: Split,
+    split: Split,
     whose: str = "",
     *,
     advance: Advance = lambda count: None,
@@ -168,13 +199,13 @@ def score_model(
     Raises:
         PimergeError: if its loss is not finite.
     """
-    found = _answers(model.eval(), test.examples, test.batches, test.task, advance)
+    found = split.answers(model.eval(), advance)
     if endless := [row for row, cut in enumerate(found.cut) if cut]:
         note(
             f"{name}: {len(endless)} answers were cut at max_new_tokens, in rows {some(endless)} (from 0): "
             "if they are no babble, raise it in task.json"
         )
-    return _score(name, found, test.labels, test.examples.references, test.task, whose)
+    return _score(name, found, split, whose)
 
 
 def evaluate_checkpoint(
@@ -240,45 +271,19 @@ def _base_head(loaded: LoadedBase, target: Expert | None, task: Task) -> tuple[M
     return head, f"the head of {target.name}"
 
 
-def _answers(
-    model: nn.Module, examples: Examples, batches: Sequence[Sequence[int]], task: Task, advance: Advance
-) -> Scored:
-    """How a model does on all examples, in their order."""
-    order: list[int] = []
-    parts: list[Scored] = []
-    for indices in batches:
-        parts.append(task.type.score(model, examples, indices))
-        order += indices
-        advance(len(indices))
-    places = sorted(range(len(order)), key=lambda place: order[place])
-    return Scored(
-        torch.cat([part.losses.double().cpu() for part in parts])[places],
-        _ordered([right for part in parts for right in part.right], places),
-        _ordered([choice for part in parts for choice in part.chosen], places),
-        _ordered([text for part in parts for text in part.texts], places),
-        _ordered([cut for part in parts for cut in part.cut], places),
-    )
-
-
 def _ordered(values: Sequence[Value], places: Sequence[int]) -> list[Value]:
     return [values[place] for place in places] if values else []
 
 
-def _score(
-    name: str,
-    found: Scored,
-    labels: Sequence[int | Sequence[int]],
-    references: Sequence[Sequence[str]],
-    task: Task,
-    note: str,
-) -> Score:
+def _score(name: str, found: Scored, split: Split, note: str) -> Score:
+    task, examples = split.task, split.examples
     total = len(found.losses)
     right = sum(found.right)
     mean = float(found.losses.mean())
     half = Z95 * float(found.losses.std()) / math.sqrt(total) if total > 1 else math.inf
     if not math.isfinite(mean):
         raise PimergeError(f"the loss of '{name}' is not finite", "its weights diverged: tune it with a lower --lr")
-    answers = Answers(found.chosen, labels, len(task.labels), found.texts, references)
+    answers = Answers(found.chosen, split.labels, len(task.labels), found.texts, examples.references)
     # the words of a sentence go wrong together, so that no share of them has Wilson's interval
     accuracy = (
         measure("accuracy", answers) if task.of_words else Interval(right / total, *wilson_interval(right, total))

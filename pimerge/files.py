@@ -159,6 +159,30 @@ def write_file(path: Path, content: bytes | str) -> None:
             partial.unlink(missing_ok=True)
 
 
+def write_files(contents: Mapping[Path, bytes]) -> None:
+    """Write several files, all of them or none.
+
+    Raises:
+        PimergeError: if the disk refuses one of them.
+    """
+    partials: dict[Path, Path] = {}
+    try:
+        for path, data in contents.items():
+            with disk_errors(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                _sweep(path)
+                if path.is_dir():
+                    raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+                partials[path] = _beside(path, "partial")
+                _write_synced(partials[path], data)
+        for path, partial in partials.items():
+            with disk_errors(path):
+                partial.replace(path)
+    finally:
+        for partial in partials.values():
+            partial.unlink(missing_ok=True)
+
+
 def write_folder(path: Path, contents: Mapping[str, bytes | str], *, force: bool) -> None:
     """Write a folder of files whole or not at all.
 

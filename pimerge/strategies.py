@@ -19,7 +19,8 @@ def summaries(package: str) -> dict[str, str]:
     """Name → first line of the docstring, for each strategy of a folder, in alphabetical order.
 
     Args:
-        package: ``kinds``, ``measures``, ``merge_methods``, ``tune_methods``, ``task_types`` or ``metrics``.
+        package: ``kinds``, ``measures``, ``merge_methods``, ``tune_methods``, ``task_types``, ``metrics`` or
+            ``figures``.
 
     >>> list(summaries("merge_methods"))[:2]
     ['breadcrumbs', 'core-space']

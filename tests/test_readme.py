@@ -83,7 +83,7 @@ def test_the_tasks_that_it_shows_are_some(tmp_path: Path) -> None:
 
 
 def test_it_lists_every_strategy() -> None:
-    for package in ("measures", "merge_methods", "tune_methods", "task_types", "metrics"):
+    for package in ("measures", "merge_methods", "tune_methods", "task_types", "metrics", "figures"):
         for file in (ROOT / "pimerge" / package).glob("[!_]*.py"):
             assert f"`{file.stem.replace('_', '-')}`" in DOCUMENTS
 

@@ -13,7 +13,7 @@ import pimerge
 from pimerge import strategies
 from pimerge.errors import PimergeError
 
-PACKAGES = ("kinds", "measures", "merge_methods", "tune_methods", "task_types", "metrics")
+PACKAGES = ("kinds", "measures", "merge_methods", "tune_methods", "task_types", "metrics", "figures")
 
 
 @pytest.mark.parametrize("package", PACKAGES)

@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from pimerge import __version__
-from pimerge.cli import compare, embed, evaluate, inspect, merge, rank, tune
+from pimerge.cli import compare, embed, evaluate, inspect, merge, plot, rank, report, tune
 from pimerge.errors import PimergeError
 
 EXIT_PROBLEM = 3
@@ -49,6 +49,8 @@ app.command("merge")(merge.merge)
 app.command("tune")(tune.tune)
 app.command("compare")(compare.compare)
 app.command("eval")(evaluate.evaluate)
+app.command("plot")(plot.plot)
+app.command("report")(report.report)
 app.command("inspect")(inspect.inspect)
 
 

@@ -1,0 +1,41 @@
+"""``pimerge report``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pimerge.cli import options
+from pimerge.cli.console import note, print_json
+
+
+def report(
+    folder: Annotated[Path, typer.Argument(help="Where the other commands have written.")] = Path(),
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Where the page goes. Default: report.html in the folder.")
+    ] = None,
+    force: options.Force = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Put what lies in a folder into one HTML page: pool, rankings, outputs, scores, comparisons, plots.
+
+    The page needs nothing else and no network, its tables are sorted by a click, and it says which command makes what
+    is missing.
+    """
+    from pimerge.files import require_absent, write_file
+    from pimerge.report.gathering import gather
+    from pimerge.report.page import page
+
+    path = output or folder / "report.html"
+    require_absent(path, force)
+    found = gather(folder)
+    write_file(path, page(found, folder))
+    if json:
+        print_json(found.model_dump())
+    for section in found.sections:
+        for problem in section.problems:
+            note(problem, quiet)
+    note(f"→ {path}", quiet)

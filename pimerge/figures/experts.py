@@ -1,0 +1,117 @@
+"""Score over the number of experts at hand, a line per method (π-Tuning, fig. 5).
+
+From ``comparison.json``, at one number of shots. What does not depend on the number of experts, such as most controls,
+is a level line.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import BaseModel, ConfigDict, FiniteFloat
+
+from pimerge.errors import PimergeError
+from pimerge.figures import Options
+from pimerge.figures._canvas import new_figure, short_names, subtitle
+from pimerge.figures._comparing import (
+    TEST,
+    by_shots,
+    chosen_shots,
+    in_percent,
+    looks,
+    methods,
+    scores_axis,
+    shots_text,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from pimerge.comparison_document import ComparisonDocument
+
+NEEDS = "comparison"
+OPTIONS = ("shots",)
+
+
+class Series(BaseModel):
+    """A method: mean and standard deviation at each number of experts; one number of them is a level line."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    method: str
+    control: bool
+    k: list[int]
+    mean: list[FiniteFloat]
+    sd: list[FiniteFloat]
+
+
+class Data(BaseModel):
+    """What the plot shows."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    figure: Literal["experts"] = "experts"
+    target: str
+    metric: str
+    percent: bool
+    shots: int | None
+    seeds: int
+    series: list[Series]
+
+
+def collect(comparison: ComparisonDocument, options: Options) -> Data:
+    """Take the lines of one number of shots: by default the least of those with the most numbers of experts.
+
+    Raises:
+        PimergeError: if all runs have one number of experts.
+    """
+    lines = [line for line in comparison.lines if line.test == TEST]
+    shots_known = by_shots({line.shots for line in lines})
+    numbers = {shots: {line.k for line in lines if line.shots == shots} for shots in shots_known}
+    most = max(shots_known, key=lambda each: len(numbers[each]), default=None)
+    shots = chosen_shots(comparison, options.shots, most)
+    if len(numbers.get(shots, set())) < 2:
+        only = ", ".join(map(str, numbers.get(shots, set())))
+        raise PimergeError(
+            f"all runs of {shots_text(shots)} shots in the comparison have one number of experts at hand ({only})",
+            "run 'pimerge compare --experts 1,2,4 …'",
+        )
+    series = []
+    for method, control in methods(comparison).items():
+        own = {line.k: line for line in lines if line.method == method and line.shots == shots}
+        if own:
+            k = sorted(own)
+            mean, sd = [own[each].mean for each in k], [own[each].sd for each in k]
+            series.append(Series(method=method, control=control, k=k, mean=mean, sd=sd))
+    return Data(
+        target=comparison.target,
+        metric=comparison.metric,
+        percent=in_percent(comparison),
+        shots=shots,
+        seeds=max(line.seeds for line in lines if line.shots == shots),
+        series=series,
+    )
+
+
+def draw(data: Data) -> Figure:
+    """One axis; the numbers of experts stand at equal distances."""
+    figure = new_figure(7.0, 4.4)
+    axes = figure.subplots()
+    every = sorted({k for series in data.series for k in series.k})
+    style = looks({series.method: series.control for series in data.series})
+    for series in data.series:
+        level = len(series.k) == 1
+        places = [0, len(every) - 1] if level else [every.index(k) for k in series.k]
+        mean, sd = (values * 2 if level else values for values in (series.mean, series.sd))
+        low, high = ([m + sign * s for m, s in zip(mean, sd, strict=True)] for sign in (-1, 1))
+        own = {**style[series.method], **({"marker": ""} if level else {})}
+        axes.fill_between(places, low, high, color=own["color"], alpha=0.05 if level else 0.1, linewidth=0)
+        axes.plot(places, mean, **own)
+    axes.set_xticks(range(len(every)), [str(k) for k in every])
+    axes.set_xlabel("experts of the ranking at hand")
+    scores_axis(axes, data.metric, data.percent)
+    names = short_names([series.method for series in data.series])
+    figure.legend(axes.get_lines(), names, loc="outside right upper", title="thin: controls", alignment="left")
+    shots = "all training examples" if data.shots is None else f"{data.shots} training examples of each class"
+    subtitle(figure, f"{data.target}, {shots}; mean ± sd over up to {data.seeds} seeds")
+    return figure
