@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from pimerge import strategies
-from pimerge.comparison import Compared, compare
 from pimerge.errors import PimergeError
 from pimerge.expert import Expert
 from pimerge.files import relative_to
 from pimerge.measures.history import predicted
+from pimerge.neighbours import Compared, compare
 from pimerge.ranking import Candidate, Ranking, Target
 from pimerge.selecting import (
     BY_STORE,

@@ -27,11 +27,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pimerge.comparison import SHORTLIST, by_sketch, compare
 from pimerge.embedding import sketches_of, updates_of
 from pimerge.expert import CONFIG, WEIGHTS, open_expert
 from pimerge.files import json_text, sha256_file, write_file
 from pimerge.measures import fisher
+from pimerge.neighbours import SHORTLIST, by_sketch, compare
 from pimerge.sketch import DIRECTIONS, from_texts
 from pimerge.store import SIDECARS, open_store
 from pimerge.store_document import Document, Embedding, Settings, Sidecar

@@ -39,7 +39,6 @@ from pimerge import strategies
 from pimerge.base import Base, find_base
 from pimerge.calibration import held_out_accuracy
 from pimerge.cli.console import quiet_libraries
-from pimerge.comparison import compare
 from pimerge.compatibility import check_expert
 from pimerge.draws import draw_shots
 from pimerge.embedding import embed
@@ -49,6 +48,7 @@ from pimerge.features import SCALES, Draw, Viewer
 from pimerge.few_shot import DRAWS, bootstrap
 from pimerge.measures import combined, fisher, history
 from pimerge.model import Bases, load_base
+from pimerge.neighbours import compare
 from pimerge.probe import fit_probe
 from pimerge.sample import Sample
 from pimerge.selecting import LEAST_ERRORS

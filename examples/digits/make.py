@@ -6,7 +6,7 @@ Needs ``pip install scikit-learn``. Every draw is seeded; it takes some minutes 
 
 The 1,797 scans are divided once, by a seed and evenly over the digits, into five parts: ``pretrain`` trains the
 base and nothing else; ``train`` trains the experts; ``few`` holds the target's five labels of each digit, and
-``draws`` further ones, of which compare.py draws others, and which the task without an expert has; ``test`` tests
+``draws`` further ones, of which ``pimerge compare`` draws, and which the task without an expert has; ``test`` tests
 every task. So no task sees an image that the base was trained on, and no test image trains any task.
 """
 

@@ -11,12 +11,12 @@ from pimerge.calibration import measure_gains
 from pimerge.cli.console import note, quiet_libraries, warn
 from pimerge.cli.rank_own_expert import target_in_store
 from pimerge.cli.rank_request import Asked, Request, names_on, open_all, pool_base, pool_of
-from pimerge.comparison import SHORTLIST, by_sketch, compare
 from pimerge.errors import PimergeError, Problems
 from pimerge.features import SCALES, Draw, Viewer, why_not
 from pimerge.few_shot import gains_by_part
 from pimerge.measures.combined import store_weight
 from pimerge.model import load_base, resolve_device, resolve_dtype
+from pimerge.neighbours import SHORTLIST, by_sketch, compare
 from pimerge.progress import Track
 from pimerge.ranking import Ranking
 from pimerge.ranking_by_examples import rank_by_examples

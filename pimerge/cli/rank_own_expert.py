@@ -12,10 +12,10 @@ from typing import Any
 
 from pimerge.cli.console import note, quiet_libraries
 from pimerge.cli.rank_request import Asked, Request, folder_for, names_on, open_all, pool_base
-from pimerge.comparison import SHORTLIST
 from pimerge.errors import PimergeError, Problems
 from pimerge.expert import Expert, open_expert
 from pimerge.files import require_absent
+from pimerge.neighbours import SHORTLIST
 from pimerge.progress import Track
 from pimerge.store import Store
 from pimerge.task import open_task

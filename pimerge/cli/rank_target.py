@@ -10,8 +10,8 @@ from typing import Any
 
 from pimerge import strategies
 from pimerge.cli.rank_request import AUTO, Asked, Request, find_target, folder_for, pool_base, pool_of
-from pimerge.comparison import compare
 from pimerge.errors import PimergeError
+from pimerge.neighbours import compare
 from pimerge.progress import Track
 from pimerge.ranking import Ranking
 from pimerge.ranking_by_store import rank_by_history, rank_by_store

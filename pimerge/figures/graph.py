@@ -141,7 +141,7 @@ def _restricted(store: Store, names: tuple[str, ...]) -> Store:
 
 def _similarities(store: Store, measure: Any, options: Options) -> Array:
     """(n × n) similarities, symmetric, NaN where the measure cannot compare two experts."""
-    from pimerge.comparison import compare
+    from pimerge.neighbours import compare
 
     names = list(store.experts)
     found: Array = np.full((len(names), len(names)), np.nan)

@@ -90,15 +90,9 @@ def test_the_script_runs_to_its_table(tmp_path: Path) -> None:
     command = ["bash", str(DIGITS / "run.sh"), str(tmp_path / "work")]
     result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert result.returncode == 0, result.stderr
-    table = result.stdout.partition("All methods")[2].splitlines()[1:8]
-    assert [line.split("  ")[0] for line in table[1:]] == [
-        "head only",
-        "fresh LoRA",
-        "best single expert",
-        "uniform",
-        "learned",
-        "interpolated (π-Tuning)",
-    ]
-    values = {line.split("  ")[0]: float(line.split()[-3]) for line in table[1:]}
-    assert values["best single expert"] > values["head only"]
+    table = result.stdout.partition("Methods and controls")[2].splitlines()[3:10]
+    values = {line.split()[0]: float(line.partition("%")[0].split()[-1]) for line in table}
+    assert values.keys() == {"head", "scratch", "single", "uniform", "learned", "interpolated", "guided"}
+    assert values["single"] > values["head"]
+    assert "With one seed no method can be told from another" in result.stdout
     assert (tmp_path / "work" / "tuned" / "adapter_model.safetensors").is_file()

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from scipy.cluster.hierarchy import linkage
 
-from pimerge.comparison import compare
 from pimerge.errors import PimergeError
 from pimerge.expert import open_expert
 from pimerge.figures import Options, graph
 from pimerge.measures import delta
+from pimerge.neighbours import compare
 from pimerge.store import DIAGONAL, MARGINALS, Store
 from pimerge.store_document import Settings
 from tests.conftest import write_json

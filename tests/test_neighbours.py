@@ -13,13 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from pimerge import comparison
-from pimerge.comparison import Compared, by_sketch, compare
 from pimerge.embedding import sketches_of, updates_of
 from pimerge.errors import PimergeError
 from pimerge.expert import CONFIG, open_expert
 from pimerge.files import sha256_file
 from pimerge.measures import delta, fisher, fisher_factors, marginals, parameters
+from pimerge.neighbours import Compared, by_sketch, compare
 from pimerge.sketch import from_texts, sketch, to_text, update_embedding
 from pimerge.store import DIAGONAL, MARGINALS, Store
 from pimerge.store_document import Settings
@@ -118,14 +117,14 @@ def test_the_shortlist_of_a_large_store_has_the_same_first_ones(
 ) -> None:
     store = Store(template / "embeddings.json")
     exact = compare(store, TARGET, measure)
-    monkeypatch.setattr(comparison, "SHORTLIST", 8)
-    monkeypatch.setattr(comparison, "MEAN_OF", 10)
+    monkeypatch.setattr(neighbours, "SHORTLIST", 8)
+    monkeypatch.setattr(neighbours, "MEAN_OF", 10)
     listed = compare(store, TARGET, measure)
     assert len(listed.experts) == 8
     assert listed.shortlisted_from == len(NAMES) - 1
     assert set(first(listed, 3)) == set(first(exact, 3))
     # around the mean of all others, the order and nearly the scores are those of the whole store
-    monkeypatch.setattr(comparison, "MEAN_OF", len(NAMES))
+    monkeypatch.setattr(neighbours, "MEAN_OF", len(NAMES))
     around_all = compare(store, TARGET, measure)
     assert first(around_all, 3) == first(exact, 3)
     assert scores(around_all) == pytest.approx({name: scores(exact)[name] for name in around_all.experts}, abs=0.1)
@@ -135,8 +134,8 @@ def test_the_mean_of_a_large_store_is_that_of_a_sample_from_near_to_far(
     template: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = Store(template / "embeddings.json")
-    monkeypatch.setattr(comparison, "SHORTLIST", 4)
-    monkeypatch.setattr(comparison, "MEAN_OF", 6)
+    monkeypatch.setattr(neighbours, "SHORTLIST", 4)
+    monkeypatch.setattr(neighbours, "MEAN_OF", 6)
     compared = compare(store, TARGET, delta)
     names = [TARGET, *compared.experts]
     ordered = by_sketch(store, TARGET, NAMES[1:])
@@ -245,7 +244,7 @@ def test_other_shapes_do_not_compare(store: Store, tmp_path: Path) -> None:
 def test_a_sidecar_of_the_target_that_was_altered_is_an_error(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shortlist: int
 ) -> None:
-    monkeypatch.setattr(comparison, "SHORTLIST", shortlist)
+    monkeypatch.setattr(neighbours, "SHORTLIST", shortlist)
     path = tmp_path / store.experts[TARGET].sidecars[MARGINALS].file
     path.write_bytes(path.read_bytes()[:-1] + b"!")
     with pytest.raises(PimergeError, match="has changed"):
@@ -256,7 +255,7 @@ def test_a_sidecar_of_the_target_that_was_altered_is_an_error(
 def test_a_large_store_notices_what_was_altered(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str
 ) -> None:
-    monkeypatch.setattr(comparison, "SHORTLIST", 8)
+    monkeypatch.setattr(neighbours, "SHORTLIST", 8)
     near = by_sketch(store, TARGET, NAMES[1:])[0]
     adapter = tmp_path / "pool" / near / "adapter_model.safetensors"
     path = adapter if part == "adapter" else tmp_path / store.experts[near].sidecars[MARGINALS].file
