@@ -289,6 +289,7 @@ def _trainer(
         metric_for_best_model="eval_loss" if held_out else None,
         greater_is_better=False if held_out else None,
         logging_strategy="epoch",
+        log_level_replica="passive",  # as the first process's: as the program has it
         report_to="none",
         disable_tqdm=True,
         remove_unused_columns=False,
