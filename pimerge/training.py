@@ -300,6 +300,7 @@ def _trainer(
         greater_is_better=False if held_out else None,
         logging_strategy="epoch",
         logging_nan_inf_filter=False,  # a loss that is no number is told as such
+        log_level_replica="passive",  # as the first process's: as the program has it
         report_to="none",
         disable_tqdm=True,
         remove_unused_columns=False,

@@ -19,9 +19,12 @@ from transformers.pytorch_utils import Conv1D
 from pimerge.composition import (
     GRANULARITIES,
     PLANS,
+    ChannelMixture,
     ComposedLinear,
+    FreeMixture,
     Member,
     Mixture,
+    Switch,
     _composed_type,
     cheapest_plan,
     compose,
@@ -387,6 +390,83 @@ def test_under_autocast_an_embedding_or_convolution_stays_near_float32(name: str
     assert module.A.grad.dtype == torch.float32
 
 
+def three_parts() -> list[Factors | None]:
+    return [
+        Factors(random(2, 6, seed=1).detach(), random(5, 2, seed=2).detach(), 1.5, random(5, seed=3).detach()),
+        Factors(random(3, 6, seed=4).detach(), random(5, 3, seed=5).detach(), 0.5),
+        None,
+    ]
+
+
+def dense_sum(x: Tensor, layer: nn.Linear, parts: Sequence[Factors | None], weights: Tensor) -> Tensor:
+    """x (W0 + Σ diag(ω_n) s_n B_n A_n)ᵀ + b + Σ ω_n s_n b_n, written out; weights are (N) or (N × d_out)."""
+    weight, bias = layer.weight, layer.bias
+    for part, w in zip(parts, weights, strict=True):
+        if part is not None:
+            w = w.expand(len(bias))
+            weight = weight + part.scaling * torch.diag(w) @ part.B @ part.A
+            bias = bias if part.bias is None else bias + w * part.scaling * part.bias
+    return x @ weight.T + bias
+
+
+@pytest.mark.parametrize("kind", ["free", "channels"])
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_free_weights_and_those_of_outputs_are_the_dense_formula_with_its_gradients(kind: str, tokens: int) -> None:
+    layer, parts, start = nn.Linear(6, 5).double().requires_grad_(False), three_parts(), [0.1, -0.4, 0.3]
+    mixture: Mixture = (
+        FreeMixture(["m", "wider"], start, "matrix", True)
+        if kind == "free"
+        else ChannelMixture({"m": 5, "wider": 9}, start, "matrix", True)
+    ).double()
+    module = ComposedLinear("m", layer, parts, mixture, True)
+    for weight, expected in zip(mixture("m"), torch.tensor(start).softmax(0).tolist(), strict=True):
+        torch.testing.assert_close(weight.detach(), torch.full_like(weight, expected))
+    with torch.no_grad():
+        mixture.logits.copy_(random(*mixture.logits.shape, seed=8))
+    weights = mixture("m").detach().clone().requires_grad_()
+    x = random(tokens, 6, seed=6)
+    found, expected = module(x), dense_sum(x, layer, parts, weights)
+    torch.testing.assert_close(found, expected)
+    g = random(tokens, 5, seed=7, requires_grad=False)
+    of_x, of_logits = torch.autograd.grad(found, [x, mixture.logits], g, retain_graph=True)
+    expected_x, expected_weights = torch.autograd.grad(expected, [x, weights], g)
+    torch.testing.assert_close(of_x, expected_x)
+    own = of_logits[mixture.group_of["m"]]
+    torch.testing.assert_close(own if kind == "free" else own[:, :5], expected_weights)
+    assert not of_logits[mixture.group_of["wider"]].any()
+    if kind == "channels":
+        assert not own[:, 5:].any()
+    biases = torch.autograd.grad(found, module.biases, g)[0]
+    scales = torch.tensor([1.5, 0.5, 0.0], dtype=torch.float64)
+    torch.testing.assert_close(biases, (weights.T * scales).T.detach().view(3, -1) * g.sum(0))
+
+
+def test_parts_hold_the_weights_of_outputs() -> None:
+    layer, parts = nn.Linear(6, 5).double(), three_parts()
+    mixture = ChannelMixture({"m": 5}, [0.0, 0.0, 0.0], "matrix", True).double()
+    with torch.no_grad():
+        mixture.logits.copy_(random(*mixture.logits.shape, seed=8))
+    module = ComposedLinear("m", layer, parts, mixture, True)
+    x, bare = random(3, 6, seed=6).detach(), nn.Linear(6, 5).double()
+    bare.load_state_dict(layer.state_dict())
+    expected = dense_sum(x, bare, module.parts(3), torch.ones(3, dtype=torch.float64))
+    torch.testing.assert_close(module(x).detach(), expected.detach())
+    assert mixture.weights()["m"] == pytest.approx(mixture.logits[0].mean(1).tolist())
+
+
+def test_a_switch_lets_one_answer_or_none() -> None:
+    layer, parts = nn.Linear(6, 5).double().requires_grad_(False), three_parts()
+    switch = Switch(["m"], 3).double()
+    module, x = ComposedLinear("m", layer, parts, switch, False), random(4, 6, seed=6).detach()
+    torch.testing.assert_close(module(x), layer(x))
+    for expert in range(3):
+        switch.choose(expert)
+        torch.testing.assert_close(module(x), dense_sum(x, layer, parts, torch.eye(3, dtype=torch.float64)[expert]))
+    switch.choose(None)
+    torch.testing.assert_close(module(x), layer(x))
+    assert not any(parameter.requires_grad for parameter in module.parameters())
+
+
 def test_under_autocast_a_layer_computes_in_sixteen_bits() -> None:
     layer = nn.Linear(16, 16)
     part = Factors(torch.randn(2, 16), torch.randn(16, 2), 1.0)
@@ -419,6 +499,7 @@ NAMES = ["enc.0.attn.q", "enc.0.attn.v", "enc.1.attn.q", "enc.1.mlp.0.up", "enc.
     [
         ("matrix", [{name} for name in NAMES]),
         ("layer", [{*NAMES[:2]}, {*NAMES[2:4]}, {NAMES[4]}, {NAMES[5]}]),
+        ("role", [{NAMES[0], NAMES[2], NAMES[4]}, {NAMES[1]}, {NAMES[3]}, {NAMES[5]}]),
         ("global", [{*NAMES}]),
     ],
 )

@@ -12,10 +12,10 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from pimerge.composition import Mixture
+from pimerge.composition import FreeMixture, Mixture
 from pimerge.errors import PimergeError
 from pimerge.expert import open_expert
-from pimerge.group_composition import compose_groups, fresh_member, member_of
+from pimerge.group_composition import MixedTensor, compose_groups, fresh_member, member_of
 from tests.conftest import KINDS, MakeExpert, logits_of, model_for
 from tests.kinds.test_groups import inputs, loaded_base
 
@@ -209,3 +209,25 @@ def test_a_fresh_lora_is_trained_beside_a_pool_of_another_kind(
 ) -> None:
     assert cli("tune", "--method", "scratch", "--kind", "lora", "--target", pool("ia3")[0], *QUICK).exit_code == 0
     assert open_expert(tmp_path / "tuned").kind == "lora"
+
+
+@pytest.mark.parametrize("weights", [[0.3, 0.7], [0.0, 0.0], [1.0, 0.0], [0.9, -1.4]])
+def test_weights_that_do_not_sum_to_one_lead_to_what_changes_nothing(weights: list[float]) -> None:
+    """φ0 + Σ α_n (φ_n − φ0), each group of columns with its own α."""
+    stack, neutral = torch.randn(2, 3, 4), torch.randn(3, 4)
+    mixture = FreeMixture(["left", "right"], [0.0, 0.0], "matrix", True)
+    with torch.no_grad():
+        mixture.logits[0].copy_(torch.tensor(weights))
+        mixture.logits[1].copy_(torch.tensor(weights[::-1]))
+    mixed = MixedTensor(stack, neutral, {"left": (0, 1), "right": (1, 4)}, mixture, True)
+    expected = neutral.clone()
+    for index in range(2):
+        expected[:, :1] += weights[index] * (stack[index] - neutral)[:, :1]
+        expected[:, 1:] += weights[1 - index] * (stack[index] - neutral)[:, 1:]
+    torch.testing.assert_close(mixed(torch.zeros(3, 4)).detach(), expected)
+    g = torch.randn(3, 4)
+    found = torch.autograd.grad(mixed(torch.zeros(3, 4)), [mixture.logits, mixed.stack], g)
+    slopes = (g * (stack - neutral)).sum(1)  # of each expert and column
+    torch.testing.assert_close(found[0], torch.stack([slopes[:, 0], slopes[:, 1:].sum(1)]))
+    share = torch.tensor([weights, weights[::-1], weights[::-1], weights[::-1]]).T[:, None]  # expert × 1 × column
+    torch.testing.assert_close(found[1], share * g)

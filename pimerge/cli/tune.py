@@ -167,6 +167,8 @@ def tune(
         track=tracker(quiet),
         note=lambda message: note(message, quiet),
     )
+    if not result.outcome.writes:
+        return  # another process does, and says so
     if json:
         print_json(
             {
