@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from pimerge import neighbours
 from pimerge.embedding import sketches_of, updates_of
 from pimerge.errors import PimergeError
 from pimerge.expert import CONFIG, open_expert
