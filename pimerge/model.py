@@ -415,19 +415,16 @@ def set_head(model: nn.Module, head: Mapping[str, Tensor]) -> None:
 
 def draw_head(loaded: LoadedBase, seed: int) -> None:
     """Draw anew what the checkpoint has no values for, as :func:`load_base` draws it by this seed."""
-    modules = {name.rpartition(".")[0] for name in loaded.drawn}
-    initialise = loaded.model._init_weights
-
-    def draw(module: nn.Module) -> None:
-        if names[module] in modules:
-            for marked in (module, *module.parameters(recurse=False)):  # transformers draws what has no mark
-                vars(marked).pop("_is_hf_initialized", None)
-            initialise(module)  # type: ignore[operator]
-
-    names = {module: name for name, module in loaded.model.named_modules()}
+    model: Any = loaded.model
+    for key in loaded.drawn:
+        marked = [model.get_parameter_or_buffer(key)]
+        while key:
+            key = key.rpartition(".")[0]
+            marked.append(model.get_submodule(key))  # some models draw their head where they hold it
+        for each in marked:
+            vars(each).pop("_is_hf_initialized", None)  # transformers draws what has no mark
     torch.manual_seed(seed)
-    for name in loaded.head:
-        loaded.model.get_submodule(name).apply(draw)
+    model.initialize_weights()
 
 
 def _head_modules(model: nn.Module, missing: set[str]) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from pimerge.fitting import check_fits, check_fits_on_disk
 from pimerge.model import (
     Bases,
     LoadedBase,
+    draw_head,
     head_of_size,
     load_base,
     plugged_in,
@@ -25,7 +27,15 @@ from pimerge.model import (
     set_head,
 )
 from pimerge.task import open_task
-from tests.conftest import MakeExpert, dense_deltas, logits_of, model_for, relative_difference, write_json
+from tests.conftest import (
+    MakeExpert,
+    dense_deltas,
+    logits_of,
+    model_for,
+    relative_difference,
+    save_tokenizer,
+    write_json,
+)
 
 CPU = torch.device("cpu")
 
@@ -294,3 +304,29 @@ def test_devices_and_dtypes_that_are_not_there_are_named() -> None:
             resolve_device(device)
     with pytest.raises(PimergeError, match="dtype is 'half'"):
         resolve_dtype("half", CPU)
+
+
+@pytest.mark.parametrize("base", ["vit", "clip", "bert", "roberta", "t5", "gpt2", "own"])
+def test_a_head_that_is_drawn_again_is_that_of_a_base_loaded_by_this_seed(
+    request: pytest.FixtureRequest, parity_task: Path, text_task: Path, tmp_path: Path, base: str
+) -> None:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    if base in ("roberta", "t5", "own"):
+        config: Any = transformers.RobertaConfig(vocab_size=30, max_position_embeddings=32, **sizes)
+        if base == "t5":
+            config = transformers.T5Config(vocab_size=30, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+        config.id2label = {0: "dog", 1: "cat"}
+        kind: Any = transformers.AutoModelForSequenceClassification if base == "own" else transformers.AutoModel
+        kind.from_config(config).save_pretrained(tmp_path)
+        save_tokenizer(tmp_path)
+    folder = tmp_path if base in ("roberta", "t5", "own") else request.getfixturevalue(f"{base}_base")
+    task = open_task(parity_task if base in ("vit", "clip") else text_task)
+    found = find_base(str(folder), None, folder)
+    first, expected = (load_base(found, task, CPU, torch.float32, seed) for seed in (0, 7))
+    for tensor in first.head_parameters():
+        if base != "own":
+            tensor.data.fill_(5.0)
+    draw_head(first, 7)
+    for name, value in expected.model.state_dict().items():
+        assert torch.equal(first.model.state_dict()[name], value), name
+    assert bool(first.drawn) != (base == "own")

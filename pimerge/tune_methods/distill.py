@@ -5,7 +5,7 @@
 The teacher is ``ensemble``, or with ``--teacher similarity`` its mean weighted by the ranking's scores, as
 DistillWeighted has it (arXiv 2210.10340). The student is the sum that ``interpolated`` trains. Half of the epochs go to
 the heads of the teacher. Where task.json has a split ``unlabelled``, its inputs are learned from, too, with q the
-teacher's alone.
+teacher's alone; they make its passes longer.
 """
 
 from __future__ import annotations

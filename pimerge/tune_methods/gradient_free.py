@@ -2,8 +2,9 @@
 
     min over w in [−1.5, 1.5]^N of loss(W0 + Σ_n w_n ΔW_n) + 0.05 · Σ_n |w_n| / N
 
-by nevergrad's NGOpt, from the ranking's weights. Only forwards go through the model; a task's head is trained on the
-frozen sum before, with half of the epochs, and after the search with the other half.
+by nevergrad's CMA-ES, from the ranking's weights. (The paper's NGOpt fails at some numbers of evaluations with the
+numpy of today.) A task's head is trained on the frozen sum before, with half of the epochs, and after the search with
+the other half; the search itself comes on top of the epochs, a forward over the training examples for each evaluation.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def fit(job: Job, *, evaluations: int = 40) -> Fitted:
     start = weights.detach()[0].double().cpu().numpy()
     space = nevergrad.p.Array(init=start.clip(-BOUND, BOUND)).set_bounds(-BOUND, BOUND)
     space.random_state.seed(job.options.seed)
-    search = nevergrad.optimizers.NGOpt(parametrization=space, budget=evaluations)
+    search = nevergrad.optimizers.CMA(parametrization=space, budget=evaluations)
 
     def put(values: object) -> None:
         with torch.no_grad():

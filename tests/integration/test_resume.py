@@ -6,16 +6,17 @@ BERT trains with dropout, so the random state has to come back, too; and the run
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pimerge.bench import Fitted
 from pimerge.expert import open_expert
-from pimerge.progress import Track, silent
+from pimerge.progress import Advance, Track, silent
 from pimerge.task import open_task
 from pimerge.training import Options
 from pimerge.tuning import tune
@@ -157,3 +158,66 @@ def test_another_targets_expert_does_not_resume(
             )
     assert not any("resuming" in sentence for sentence in said)
     assert open_expert(uninterrupted / "fresh").ranks == (3,)
+
+
+MANNERS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "averaged, sharpness-aware, towards the start": (
+        "interpolated",
+        {"ema": 0.6, "sam": 0.05, "decay_towards": "start", "weight_decay": 0.3},
+        {},
+    ),
+    "chosen on folds": ("learned", {}, {"select": "cv"}),
+    "soup": ("soup", {"epochs": 6}, {}),
+    "soup of all": ("soup", {"epochs": 6, "holdout": 0.0, "ema": 0.5}, {}),
+    "distill": ("distill", {"epochs": 8}, {}),
+    "ensemble": ("ensemble", {"epochs": 4}, {}),
+    "full": ("full", {"lr": 1e-3}, {}),
+    "gradient-free": ("gradient-free", {"epochs": 4}, {"settings": {"evaluations": 2}}),
+}
+
+
+def killed_in_training(number: int, steps: int) -> Track:
+    """A kill after so many steps of one of the trainings, from 0; shows of something else do not count."""
+    begun = -1
+
+    @contextmanager
+    def track(description: str, total: int, unit: str) -> Iterator[Advance]:
+        nonlocal begun
+        begun += unit == "steps"
+        done, mine = 0, begun == number
+
+        def advance(step: int = 1, note: str = "") -> None:
+            nonlocal done
+            done += step
+            if mine and unit == "steps" and done >= steps:
+                raise Interrupt
+
+        yield advance
+
+    return track
+
+
+@pytest.mark.parametrize("manner", MANNERS)
+def test_whatever_is_tuned_goes_on_to_the_same_bytes(uninterrupted: Path, manner: str) -> None:
+    """Killed within the second training, where there are several."""
+    method, changes, more = MANNERS[manner]
+    options = replace(LONG, **{"epochs": 3, "lr": 0.02, **changes})
+    x, a = (open_expert(uninterrupted / name) for name in ("x", "a"))
+
+    def run(name: str, track: Track, said: list[str]) -> None:
+        output = uninterrupted / name
+        tune(method, open_task(x.path), x.base, [a], x, output, options, track=track, note=said.append, **more)
+
+    one = method in ("interpolated", "full")
+    said: list[str] = []
+    with pytest.raises(Interrupt):
+        run(f"{manner} killed", killed_in_training(0 if one else 1, STEPS + 2), [])
+    run(f"{manner} killed", silent, said)
+    run(f"{manner} whole", silent, [])
+    if more.get("select") != "cv":  # of the folds nothing is said
+        assert sum("resuming" in sentence for sentence in said) == (1 if one else 2)
+    found, expected = (
+        {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+        for folder in (uninterrupted / f"{manner} killed", uninterrupted / f"{manner} whole")
+    )
+    assert found == expected
