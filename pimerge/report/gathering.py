@@ -364,7 +364,8 @@ def _plots(folder: Path, found: Found) -> Section:
             continue
         drawn.add(figure)
         alt = f"{summaries[figure]} The data is in {path.name}."
-        section.pictures.append(Picture(file=picture.name, title=f"{path.stem} ({figure})", alt=alt))
+        title = path.stem if path.stem == figure else f"{path.stem} ({figure})"
+        section.pictures.append(Picture(file=picture.name, title=title, alt=alt))
     section.missing += [(summaries[name], f"pimerge plot {name}") for name in summaries if name not in drawn]
     section.problems += found.problems
     return section
