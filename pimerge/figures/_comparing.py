@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -46,18 +45,17 @@ def shots_text(shots: int | None) -> str:
 
 
 def chosen_k(comparison: ComparisonDocument, k: int | None) -> int:
-    """The number of experts that was asked for; by default that of most lines, the least of several.
+    """The number of experts that was asked for, by default the largest.
 
     Raises:
         PimergeError: if the comparison does not have it.
     """
-    counts = Counter(line.k for line in comparison.lines)
+    known = sorted({line.k for line in comparison.lines})
     if k is None:
-        return min(counts, key=lambda each: (-counts[each], each))
-    if k not in counts:
-        known = ", ".join(map(str, sorted(counts)))
+        return known[-1]
+    if k not in known:
         raise PimergeError(
-            f"the comparison has no runs with {k} experts, it has {known}",
+            f"the comparison has no runs with {k} experts, it has {', '.join(map(str, known))}",
             f"run 'pimerge compare --experts {k} …', or pass another -k",
         )
     return k

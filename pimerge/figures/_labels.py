@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.transforms import Bbox
+    from numpy.typing import NDArray
 
-_ANGLES = (0, 180, 90, 270, 35, 145, 215, 325)
+    Array = NDArray[np.float64]
+
 _SIDES = (0, 180)
+_ANGLES = (*_SIDES, 90, 270, 35, 145, 215, 325)
 _DISTANCES = (7, 14, 24, 36, 50, 66, 84)
+_POINT, _AROUND = 4, 2  # how far a point and a name keep others away, in points
 
 
 def place_labels(axes: Axes, points: Sequence[tuple[float, float]], names: Sequence[str], size: float = 7.5) -> None:
@@ -26,56 +30,41 @@ def place_labels(axes: Axes, points: Sequence[tuple[float, float]], names: Seque
     figure.draw_without_rendering()  # the layout decides what covers what
     renderer = figure.canvas.get_renderer()
     scale = figure.dpi / 72
-    pixels = [tuple(map(float, axes.transData.transform(point))) for point in points]
-    taken: list[Bbox] = [_around(x, y, 4 * scale) for x, y in pixels]
-    frame = axes.get_window_extent(renderer)
-    for (x, y), point, name in zip(pixels, points, names, strict=True):
+    frame = np.array(axes.get_window_extent(renderer).extents)
+    pixels = axes.transData.transform(points)
+    taken = np.hstack([pixels - _POINT * scale, pixels + _POINT * scale])
+    for pixel, point, name in zip(pixels, points, names, strict=True):
         text = axes.annotate(name, point, fontsize=size)
         box = text.get_window_extent(renderer)
         text.remove()
-        best, least = (0.0, 0.0), math.inf
-        for distance in _DISTANCES:
-            for angle in _ANGLES:
-                offset = _offset(box, angle, distance * scale)
-                moved = box.translated(x + offset[0] - box.x0, y + offset[1] - box.y0)
-                outside = _area(moved) - _overlap(moved, frame)
-                covered = outside + sum(_overlap(moved, other) for other in taken)
-                if covered < least - 1e-6:
-                    best, least, chosen = offset, covered, moved
-                    beside = angle in _SIDES and distance == _DISTANCES[0]
-            if least <= 0:
-                break
-        taken.append(chosen.padded(2 * scale))
+        offsets = scale * _offsets(box.width / scale, box.height / scale)
+        boxes = np.hstack([pixel + offsets, pixel + offsets + (box.width, box.height)])
+        outside = box.width * box.height - _overlaps(boxes, frame[None])[:, 0]
+        chosen = int(np.argmin((outside + _overlaps(boxes, taken).sum(1)).round(3)))  # the first of the best
+        taken = np.vstack([taken, boxes[chosen] + scale * _AROUND * np.array([-1, -1, 1, 1])])
         arrow = {"arrowstyle": "-", "color": "0.6", "linewidth": 0.5, "shrinkA": 0, "shrinkB": 2}
         axes.annotate(
             name,
             point,
-            xytext=(best[0] / scale, best[1] / scale),
+            xytext=tuple(offsets[chosen] / scale),
             textcoords="offset points",
             fontsize=size,
-            arrowprops=None if beside else arrow,
+            arrowprops=None if chosen < len(_SIDES) else arrow,
             path_effects=[withStroke(linewidth=2, foreground="white")],  # to be read on any ground
         )
 
 
-def _offset(box: Bbox, angle: float, distance: float) -> tuple[float, float]:
-    """Of the text's lower left corner from the point, in pixels, so that its nearest side is at a distance."""
-    cos, sin = math.cos(math.radians(angle)), math.sin(math.radians(angle))
-    width, height = box.width, box.height
-    return distance * cos - width * (1 - cos) / 2, distance * sin - height * (1 - sin) / 2
+def _offsets(width: float, height: float) -> Array:
+    """(places × 2) of a text's lower left corner from its point, the best places first: its nearest side is so far."""
+    angles, distances = np.deg2rad(np.tile(_ANGLES, len(_DISTANCES))), np.repeat(_DISTANCES, len(_ANGLES))
+    cos, sin = np.cos(angles), np.sin(angles)
+    found: Array = np.column_stack([distances * cos - width * (1 - cos) / 2, distances * sin - height * (1 - sin) / 2])
+    return found
 
 
-def _around(x: float, y: float, radius: float) -> Bbox:
-    from matplotlib.transforms import Bbox
-
-    return Bbox.from_extents(x - radius, y - radius, x + radius, y + radius)
-
-
-def _area(box: Bbox) -> float:
-    return float(box.width * box.height)
-
-
-def _overlap(one: Bbox, other: Bbox) -> float:
-    width = min(one.x1, other.x1) - max(one.x0, other.x0)
-    height = min(one.y1, other.y1) - max(one.y0, other.y0)
-    return float(max(0.0, width) * max(0.0, height))
+def _overlaps(boxes: Array, others: Array) -> Array:
+    """(n × m) areas that n boxes (x0, y0, x1, y1) share with m others."""
+    low = np.maximum(boxes[:, None, :2], others[None, :, :2])
+    high = np.minimum(boxes[:, None, 2:], others[None, :, 2:])
+    shared: Array = np.maximum(high - low, 0).prod(-1)
+    return shared

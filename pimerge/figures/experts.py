@@ -6,6 +6,8 @@ is a level line.
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict, FiniteFloat
@@ -27,7 +29,7 @@ from pimerge.figures._comparing import (
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from pimerge.comparison_document import ComparisonDocument
+    from pimerge.comparison_document import ComparisonDocument, Line
 
 NEEDS = "comparison"
 OPTIONS = ("shots",)
@@ -67,13 +69,11 @@ def collect(comparison: ComparisonDocument, options: Options) -> Data:
     """
     lines = [line for line in comparison.lines if line.test == TEST]
     shots_known = by_shots({line.shots for line in lines})
-    numbers = {shots: {line.k for line in lines if line.shots == shots} for shots in shots_known}
-    most = max(shots_known, key=lambda each: len(numbers[each]), default=None)
+    most = max(shots_known, key=lambda each: max(_numbers(lines, each).values()), default=None)
     shots = chosen_shots(comparison, options.shots, most)
-    if len(numbers.get(shots, set())) < 2:
-        only = ", ".join(map(str, numbers.get(shots, set())))
+    if max(_numbers(lines, shots).values(), default=0) < 2:
         raise PimergeError(
-            f"all runs of {shots_text(shots)} shots in the comparison have one number of experts at hand ({only})",
+            f"every method has one number of experts at {shots_text(shots)} shots in the comparison",
             "run 'pimerge compare --experts 1,2,4 …'",
         )
     series = []
@@ -93,11 +93,16 @@ def collect(comparison: ComparisonDocument, options: Options) -> Data:
     )
 
 
+def _numbers(lines: Sequence[Line], shots: int | None) -> Counter[str]:
+    """Method → how many numbers of experts it was run with, at a number of shots."""
+    return Counter(line.method for line in lines if line.shots == shots)
+
+
 def draw(data: Data) -> Figure:
     """One axis; the numbers of experts stand at equal distances."""
     figure = new_figure(7.0, 4.4)
     axes = figure.subplots()
-    every = sorted({k for series in data.series for k in series.k})
+    every = sorted({k for series in data.series if len(series.k) > 1 for k in series.k})
     style = looks({series.method: series.control for series in data.series})
     for series in data.series:
         level = len(series.k) == 1

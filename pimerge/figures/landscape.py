@@ -156,7 +156,7 @@ def _marks(plane: Plane, three: list[Expert], options: Options) -> list[Mark]:
     for place, expert in enumerate(three):
         alone = [float(place == other) for other in range(3)]
         found.append((expert.name, "expert", *plane.place(dict.fromkeys(plane.products, alone))))
-    found.append(("uniform", "uniform", *plane.place(dict.fromkeys(plane.products, [1 / 3] * 3))))
+    found.append(("uniform of the three", "uniform", *plane.place(dict.fromkeys(plane.products, [1 / 3] * 3))))
     for path in options.coefficients:
         mark: Mark = (path.resolve().parent.name, "coefficients", *plane.place(_weights(path, three)))
         found += [mark]

@@ -28,6 +28,7 @@ MOST_ROWS = 1000
 MOST_PAIRS = 200  # of a larger pool it is not looked at who goes with whom
 LARGEST_DOCUMENT = 20_000_000
 LONGEST_CARD = 20_000
+LARGEST_NUMBER = 1e300  # beyond are no results, and NaN is not below it
 POOL, STORE = "experts", "embeddings.json"
 NONE = Cell(text="–")
 
@@ -206,7 +207,7 @@ def _ranking_table(path: Path, ranking: Ranking) -> Table:
             _number(place),
             Cell(text=each.name),
             _number(each.score, f"{each.score:.4f}"),
-            Cell(text=f"{each.low:.4f} – {each.high:.4f}", value=each.low),
+            _number(each.low, f"{each.low:.4f} – {each.high:.4f}"),
             _number(each.scale, f"{each.scale:g}"),
             NONE if each.gain is None else _number(each.gain, f"{100 * each.gain:+.1f}"),
             Cell(text="selected" if each.name in ranking.selected else "" if each.helps else "not expected to help"),
@@ -274,6 +275,8 @@ def _mean_weights(folder: Path) -> list[float]:
     if not (folder / COEFFICIENTS_FILE).is_file():
         return []
     weights = parse_document(Coefficients, folder / COEFFICIENTS_FILE).weights.values()
+    if len({len(row) for row in weights}) > 1:
+        raise PimergeError(f"'{folder / COEFFICIENTS_FILE}' has rows of weights of different lengths")
     return [statistics.fmean(each) for each in zip(*weights, strict=True)]
 
 
@@ -282,7 +285,7 @@ def _scores(found: Found) -> Section:
     for path, content in found.scores:
         try:
             section.tables.append(_scores_table(path, content))
-        except (KeyError, TypeError, ValueError, AttributeError):
+        except (PimergeError, KeyError, TypeError, ValueError, AttributeError):  # no model says what it has to be
             section.problems.append(f"'{path}' is not what 'pimerge eval --output' writes")
     if not found.scores:
         section.missing.append(("scores", "pimerge eval tuned merged --output scores.json"))
@@ -298,9 +301,9 @@ def _scores_table(path: Path, content: Mapping[str, Any]) -> Table:
         for name, style in zip(metrics, styles, strict=True):
             known = score["metrics"][name]
             row.append(_number(known["value"], format(known["value"], style)))
-            row.append(Cell(text=f"{known['low']:{style}} – {known['high']:{style}}", value=known["low"]))
+            row.append(_number(known["low"], f"{known['low']:{style}} – {known['high']:{style}}"))
         row.append(_number(score["loss"], f"{score['loss']:.3f}"))
-        row.append(Cell(text=f"{score['loss_low']:.3f} – {score['loss_high']:.3f}", value=score["loss_low"]))
+        row.append(_number(score["loss_low"], f"{score['loss_low']:.3f} – {score['loss_high']:.3f}"))
         rows.append([*row, _number(score["examples"]), Cell(text=str(score["note"]))])
     columns = ["expert", *(title for name in metrics for title in (name, "95 %")), "loss", "95 %", "n", "head"]
     return _table(f"{path.name}: on the {content['split']} split of {content['target']}", columns, rows)
@@ -311,8 +314,11 @@ def _comparisons(found: Found) -> Section:
 
     section = Section(name="comparison", title="Methods against controls")
     for path, comparison in _parsed(ComparisonDocument, found.comparisons, section):
-        section.sentences.append(f"{path.name}: {comparison.conclusion}")
-        section.tables.append(_comparison_table(path, comparison))
+        try:
+            section.tables.append(_comparison_table(path, comparison))
+            section.sentences.append(f"{path.name}: {comparison.conclusion}")
+        except PimergeError as error:  # a metric that this version does not know
+            section.problems += _messages(error)
     if not found.comparisons:
         section.missing.append(("a comparison with controls", "pimerge compare --target NAME --shots 1,5,20 --seeds 3"))
     return section
@@ -332,7 +338,7 @@ def _comparison_table(path: Path, comparison: ComparisonDocument) -> Table:
             NONE if line.difference is None else _number(line.difference, f"{line.difference:+{style}}"),
             NONE
             if line.low is None or line.high is None
-            else Cell(text=f"{line.low:+{style}} – {line.high:+{style}}", value=line.low),
+            else _number(line.low, f"{line.low:+{style}} – {line.high:+{style}}"),
             _number(line.trained_parameters, f"{line.trained_parameters:,}"),
             _number(line.deployed_parameters, f"{line.deployed_parameters:,}"),
             _number(line.seconds, f"{line.seconds:.1f}"),
@@ -358,7 +364,8 @@ def _plots(folder: Path, found: Found) -> Section:
             continue
         drawn.add(figure)
         alt = f"{summaries[figure]} The data is in {path.name}."
-        section.pictures.append(Picture(file=picture.name, title=f"{path.stem} ({figure})", alt=alt))
+        title = path.stem if path.stem == figure else f"{path.stem} ({figure})"
+        section.pictures.append(Picture(file=picture.name, title=title, alt=alt))
     section.missing += [(summaries[name], f"pimerge plot {name}") for name in summaries if name not in drawn]
     section.problems += found.problems
     return section
@@ -396,11 +403,11 @@ def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -
 
 
 def _number(value: float, text: str | None = None) -> Cell:
-    return Cell(text=str(value) if text is None else text, value=value)
+    return Cell(text=str(value) if text is None else text, value=value if abs(value) < LARGEST_NUMBER else None)
 
 
 def _maybe(value: Any, style: str) -> Cell:
     """A number of an option or a result that not every output has."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return NONE
-    return Cell(text=style.format(value), value=value)
+    return _number(value, style.format(value))

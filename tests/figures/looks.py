@@ -28,11 +28,13 @@ def overlaps(figure: Any) -> list[tuple[str, str]]:
     ticks = {id(text) for each in figure.findobj(Tick) for text in (each.label1, each.label2)}
     texts = [text for text in figure.findobj(Text) if text.get_visible() and text.get_text().strip()]
     texts = [text for text in texts if id(text) in shown or id(text) not in ticks]  # a tick outside is not drawn
-    boxes = [(text.get_text(), Text.get_window_extent(text, renderer)) for text in texts]  # without its arrow
+    boxes = [
+        (text.get_text(), Text.get_window_extent(text, renderer).extents.tolist()) for text in texts
+    ]  # without its arrow
     found = []
     for (one, a), (other, b) in combinations(boxes, 2):
-        width, height = min(a.x1, b.x1) - max(a.x0, b.x0), min(a.y1, b.y1) - max(a.y0, b.y0)
-        if width > 2 and height > 2:
+        width, height = (min(a[i + 2], b[i + 2]) - max(a[i], b[i]) for i in (0, 1))
+        if width > 3 and height > 3:
             found.append((one, other))
     return found
 

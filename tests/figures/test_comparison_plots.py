@@ -14,7 +14,7 @@ from pimerge.errors import PimergeError
 from pimerge.figures import Options, experts, shift, shots
 from tests.figures import looks
 
-CONTROLS = {"head", "scratch"}
+CONTROLS = {"head": (0,), "scratch": (0,)}
 
 
 def score(method: str, number: int | None, k: int, seed: int, test: str) -> float:
@@ -29,11 +29,11 @@ def comparison(
     tests: tuple[str, ...] = ("test", "noisy"),
     metric: str = "accuracy",
 ) -> ComparisonDocument:
-    """Two seeds of everything; controls with one number of experts."""
+    """Two seeds of everything; controls without experts."""
     runs, lines = [], []
     for method in methods:
         for number in numbers:
-            for k in ks[:1] if method in CONTROLS else ks:
+            for k in CONTROLS.get(method, ks):
                 own = [{test: score(method, number, k, seed, test) for test in tests} for seed in (0, 1)]
                 for seed, scores in enumerate(own):
                     runs.append(
@@ -79,7 +79,7 @@ def mean(method: str, number: int | None, k: int, test: str = "test") -> float:
     return statistics.fmean(score(method, number, k, seed, test) for seed in (0, 1))
 
 
-@pytest.mark.parametrize(("k", "expected"), [(None, 1), (4, 4)])
+@pytest.mark.parametrize(("k", "expected"), [(None, 4), (1, 1)])
 def test_curves_over_shots_are_those_of_one_number_of_experts(k: int | None, expected: int) -> None:
     data = shots.collect(DOCUMENT, Options(k=k))
     assert (data.k, data.percent, data.seeds) == (expected, True, 2)
@@ -90,7 +90,7 @@ def test_curves_over_shots_are_those_of_one_number_of_experts(k: int | None, exp
         ("uniform", False),
     ]
     for series in data.series:
-        own = 1 if series.control else expected  # the controls have no other number
+        own = 0 if series.control else expected  # the controls have no other number
         assert series.shots == [1, 5, None]
         assert series.mean == pytest.approx([mean(series.method, number, own) for number in (1, 5, None)])
         assert series.sd == pytest.approx([0.01 / 2**0.5] * 3)
@@ -101,7 +101,7 @@ def test_curves_over_experts_are_those_of_one_number_of_shots(asked: str | None,
     data = experts.collect(DOCUMENT, Options(shots=asked))
     assert data.shots == number
     for series in data.series:
-        assert series.k == ([1] if series.control else [1, 2, 4])
+        assert series.k == ([0] if series.control else [1, 2, 4])
         assert series.mean == pytest.approx([mean(series.method, number, k) for k in series.k])
 
 
@@ -122,8 +122,13 @@ def test_drops_are_paired_by_run() -> None:
     ("figure", "document", "options", "expected"),
     [
         (shots, comparison(["head"], numbers=(5,)), Options(), r"have 5 shots.*\n.*compare --shots 1,5,20"),
-        (shots, DOCUMENT, Options(k=3), r"no runs with 3 experts, it has 1, 2, 4\n.*--experts 3"),
-        (experts, comparison(["head", "learned"], ks=(2,)), Options(), r"at hand \(2\)\n.*compare --experts 1,2,4"),
+        (shots, DOCUMENT, Options(k=3), r"no runs with 3 experts, it has 0, 1, 2, 4\n.*--experts 3"),
+        (
+            experts,
+            comparison(["head", "learned"], ks=(2,)),
+            Options(),
+            r"one number of experts at 1 shots.*\n.*compare --experts 1,2,4",
+        ),
         (experts, DOCUMENT, Options(shots="7"), r"no runs of 7 shots, it has 1, 5, all\n.*--shots 7"),
         (shift, comparison(["head"], tests=("test",)), Options(), r"test split alone\n.*--also-test FOLDER"),
         (shift, DOCUMENT, Options(shots="some"), "no runs of some shots"),

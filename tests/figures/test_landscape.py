@@ -97,8 +97,8 @@ def test_every_point_is_that_of_the_dense_sum(
         assert row[1].accuracy == accuracy
         assert row[1].loss == pytest.approx(loss, rel=1e-4)
     marks = {mark.name: mark for mark in data.marked}
-    assert list(marks) == ["x", "y", "z", "uniform", "mixed"]
-    assert marks["uniform"].weights == pytest.approx([1 / 3] * 3)
+    assert list(marks) == ["x", "y", "z", "uniform of the three", "mixed"]
+    assert marks["uniform of the three"].weights == pytest.approx([1 / 3] * 3)
     assert (marks["x"].score.accuracy, marks["x"].off) == (by_hand([three[0]], [1.0])[0], 0.0)
     assert marks["mixed"].off > 0  # its weights do not sum to 1
     looks.assert_good(landscape, data, ["uniform", "off)"])

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pimerge import strategies
 from pimerge.errors import PimergeError
@@ -14,6 +19,7 @@ from pimerge.report.document import Report, Section, Table
 from pimerge.report.gathering import gather
 from pimerge.report.page import page
 from tests.conftest import write_json
+from tests.raw import small
 from tests.report.conftest import EVIL, SCORES
 
 
@@ -144,3 +150,41 @@ def test_a_large_picture_gives_way(report: Report, reported: Path, tmp_path: Pat
     assert "gain.svg is left out: the page would be too large" in page(report, folder)
     (folder / "gain.png").write_bytes(b"\x89PNG")
     assert 'src="data:image/png;base64,' in page(report, folder)
+
+
+def places(document: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Where something stands in a document."""
+    found = [path] if path else []
+    items = (
+        document.items() if isinstance(document, dict) else enumerate(document) if isinstance(document, list) else ()
+    )
+    for key, value in items:
+        found += places(value, (*path, key))
+    return found
+
+
+VALUES = [None, "x", "", [], {}, [1], -1, 10**400, float("nan"), float("inf"), True, {"a": 1}]
+
+
+@settings(small, max_examples=40)
+@given(data=st.data())
+def test_whatever_stands_in_a_document_the_report_is_made(reported: Path, data: st.DataObject) -> None:
+    names = [
+        "ranking.json",
+        "scores.json",
+        "comparison.json",
+        "gain.json",
+        "tuned/pimerge.json",
+        "tuned/coefficients.json",
+    ]
+    name = data.draw(st.sampled_from(names))
+    document = json.loads((reported / name).read_text())
+    *path, last = data.draw(st.sampled_from(places(document)))
+    inner = document
+    for key in path:
+        inner = inner[key]
+    inner[last] = data.draw(st.sampled_from(VALUES))
+    with TemporaryDirectory() as folder:
+        shutil.copytree(reported, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("experts"))
+        (Path(folder) / name).write_text(json.dumps(document))
+        assert "</html>" in page(gather(Path(folder)), Path(folder))
