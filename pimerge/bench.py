@@ -122,7 +122,7 @@ class Job:
         if self.fold is not None:
             kept, held_out = split_fold(labels, *self.fold, options.seed)
         else:
-            kept, held_out = split_holdout(labels, options.holdout, options.seed)
+            kept, held_out = split_holdout(labels, options.holdout or 0.0, options.seed)
         if options.holdout and not held_out:
             self.note("too few examples to hold any out: no early stopping")
         return examples.subset(kept), examples.subset(held_out) if held_out else None

@@ -228,7 +228,7 @@ class _Harness:
             shots=case.shots,
             seed=case.seed,
             init_seed=case.seed,
-            lr=lr or self.design.options.lr or method.plan.lr,
+            lr=lr or self.design.options.lr or method.plan.usual_lr,
         )
         experts, scores, gains = self.ranked(case.shots, case.seed) if case.k else ([], [], [])
         work = self._file(case).with_suffix(".training")

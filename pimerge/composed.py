@@ -23,7 +23,6 @@ from pimerge.lowrank import MergedModule, Summary, Truncation, relative_error, w
 from pimerge.manifest import Manifest
 from pimerge.members import chosen_experts, form_of, group_members, members, require_heads_alone, start_logits
 from pimerge.model import set_head
-from pimerge.probed_head import fit_head
 from pimerge.task_types import Examples, for_base
 from pimerge.training import Outcome, train, untrained
 from pimerge.tune_methods import Plan
@@ -121,7 +120,7 @@ class Composed(ABC):
         """Name → a copy of every tensor that trains."""
         return {name: parameter.detach().clone() for name, parameter in self._trainable().items()}
 
-    def load_trained_state(self, state: dict[str, Tensor]) -> None:
+    def load_trained_state(self, state: Mapping[str, Tensor]) -> None:
         """Put back what :meth:`trained_state` gave."""
         with torch.no_grad():
             for name, parameter in self._trainable().items():
@@ -255,6 +254,15 @@ class _Groups(Composed):
         return Collapsed([], sum(tensor.numel() for tensor in tensors.values()), write)
 
 
+def mean_state(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Name → mean of several tensors, as :meth:`Composed.trained_state` has them.
+
+    >>> mean_state([{"w": torch.tensor([0.0])}, {"w": torch.tensor([1.0])}])
+    {'w': tensor([0.5000])}
+    """
+    return {name: torch.stack([state[name] for state in states]).mean(0) for name in states[0]}
+
+
 def compose_sum(job: Job, plan: Plan, method: str) -> tuple[Composed, Examples, Examples | None]:
     """Put the sum that a plan asks for into the base, and encode the examples for it.
 
@@ -284,8 +292,6 @@ def compose_sum(job: Job, plan: Plan, method: str) -> tuple[Composed, Examples, 
             else _Groups(job, plan, method, chosen, count, form)
         )
     composed.mixture.to(bench.device)
-    if plan.probed_head and bench.loaded.head and not fit_head(bench.loaded, composed.model, bench.task, kept):
-        job.note("the head has no linear layer for the classes of whole examples: it starts from where it was drawn")
     return composed, kept, held_out
 
 

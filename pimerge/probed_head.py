@@ -17,11 +17,14 @@ from pimerge.task_types import Examples, bucket_by_length
 _TOKENS_AT_ONCE = 4096
 
 
-def fit_head(loaded: LoadedBase, model: nn.Module, task: Task, examples: Examples) -> bool:
-    """Set the last layer of a task's head to the probe of these examples; False if the head has none that serves.
+def fit_head(loaded: LoadedBase, model: nn.Module, task: Task, examples: Examples) -> nn.Linear | None:
+    """Set the last layer of a task's head to the probe of these examples.
 
     Args:
         model: the module that answers, with ``loaded``'s head in it.
+
+    Returns:
+        the layer; None if there is none that tells the classes of whole examples, and nothing was changed.
     """
     found = [
         (name, module)
@@ -29,7 +32,7 @@ def fit_head(loaded: LoadedBase, model: nn.Module, task: Task, examples: Example
         if in_head(f"{name}.", loaded.head) and isinstance(module, nn.Linear) and len(module.weight) == len(task.labels)
     ]
     if task.of_words or not found:
-        return False
+        return None
     name, layer = found[-1]
     model.eval()
     vectors: list[Tensor] = [torch.empty(0)] * len(examples)
@@ -39,7 +42,7 @@ def fit_head(loaded: LoadedBase, model: nn.Module, task: Task, examples: Example
         for index, vector in zip(indices, read.double().cpu(), strict=True):
             vectors[index], labels[index] = vector, int(examples.get(index)["labels"])
     put_probe(layer, fit_probe(torch.stack(vectors), labels, len(task.labels), PENALTY))
-    return True
+    return layer
 
 
 def put_probe(layer: nn.Linear, probe: Probe) -> None:

@@ -52,7 +52,8 @@ class Options:
         epochs: most passes over the training examples; early stopping may end it before. ``stop_after``: where it ends
             in any case, with the learning rate on its way through all epochs; None for the end.
         lr: learning rate of factors and head; None for the method's own. ``weights_lr``: of the mixture's logits.
-        holdout: share of the training examples kept for early stopping, the same of each class; 0 for none.
+        holdout: share of the training examples kept for early stopping, the same of each class; 0 for none, None for the
+            method's own.
         patience: epochs without a better held-out loss before it stops.
         shots: examples drawn of each class; None for all.
         weight_decay: of factors and head; ``decay_towards``: ``zero``, or the ``start`` (L2-SP, arXiv 1802.01483).
@@ -71,7 +72,7 @@ class Options:
     weights_lr: float = 5e-2
     batch_size: int = 16
     seed: int = 0
-    holdout: float = 0.2
+    holdout: float | None = None
     patience: int = 8
     shots: int | None = None
     label_smoothing: float = 0.1

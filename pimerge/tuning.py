@@ -83,7 +83,11 @@ def tune(
     if select not in SELECTIONS:
         raise PimergeError(f"--select is '{select}'", f"expected {' or '.join(SELECTIONS)}")
     _check_kind(opened, options)
-    options = options if options.lr is not None else replace(options, lr=plan.lr)
+    options = replace(
+        options,
+        lr=plan.usual_lr if options.lr is None else options.lr,
+        holdout=plan.holdout if options.holdout is None else options.holdout,
+    )
     chosen = chosen_experts(plan, method, experts, target)
     like = target or like or next(iter(chosen), None)
     like_sha256 = like.sha256 if like else None

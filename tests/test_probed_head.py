@@ -39,7 +39,7 @@ def inputs_of(layer: nn.Module, model: nn.Module, batch: dict[str, Tensor]) -> T
 @pytest.mark.parametrize(("base", "task"), [("vit_base", "parity_task"), ("bert_base", "text_task")])
 def test_the_model_answers_as_the_probe_of_its_features(base: str, task: str, request: Any) -> None:
     loaded, opened, examples, labels = loaded_with(request.getfixturevalue(base), request.getfixturevalue(task))
-    assert fit_head(loaded, loaded.model, opened, examples)
+    assert fit_head(loaded, loaded.model, opened, examples) is not None
     vectors, answers = [], []
     for index in range(len(examples)):
         batch = {name: value for name, value in examples.batch([index]).items() if name != "labels"}
@@ -54,7 +54,7 @@ def test_the_model_answers_as_the_probe_of_its_features(base: str, task: str, re
 def test_a_causal_models_head_without_a_bias_reads_the_last_token(gpt2_base: Path, text_task: Path) -> None:
     loaded, opened, examples, labels = loaded_with(gpt2_base, text_task)
     assert loaded.model.score.bias is None
-    assert fit_head(loaded, loaded.model, opened, examples)
+    assert fit_head(loaded, loaded.model, opened, examples) is not None
     batch = examples.batch(range(len(examples)))
     given = {name: value for name, value in batch.items() if name != "labels"}
     states = inputs_of(loaded.model.score, loaded.model, given)
@@ -71,7 +71,7 @@ def test_a_layer_of_other_classes_is_not_touched(bert_base: Path, text_task: Pat
     loaded, opened, examples, _ = loaded_with(bert_base, text_task)
     loaded.model.classifier = nn.Linear(loaded.model.classifier.in_features, 5)
     before = loaded.model.classifier.weight.clone()
-    assert not fit_head(loaded, loaded.model, opened, examples)
+    assert fit_head(loaded, loaded.model, opened, examples) is None
     assert torch.equal(loaded.model.classifier.weight, before)
 
 

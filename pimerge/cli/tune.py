@@ -22,7 +22,7 @@ def tune(
     experts: options.Experts = None,
     method: Annotated[
         str, typer.Option(help=f"How to combine and train; --methods says more: {options.names(METHODS)}.")
-    ] = "learned",
+    ] = "guided",
     methods: Annotated[
         bool, typer.Option("--methods", help="List the methods, each with its formula and source.")
     ] = False,
@@ -33,12 +33,17 @@ def tune(
     epochs: Annotated[float, typer.Option(help="Most passes over the training examples.")] = 30,
     lr: Annotated[
         float | None,
-        typer.Option(help="Learning rate of factors and head. Default: 0.002 if factors train, else 0.005."),
+        typer.Option(
+            help="Learning rate of factors and head. Default: 5e-5 for full, 0.002 if factors train, else 0.005."
+        ),
     ] = None,
     weights_lr: Annotated[float, typer.Option(help="Learning rate of the experts' weights.")] = 5e-2,
     batch_size: Annotated[int, typer.Option(help="Examples of a step.")] = 16,
     seed: options.Seed = 0,
-    holdout: Annotated[float, typer.Option(help="Share of the training examples kept for early stopping.")] = 0.2,
+    holdout: Annotated[
+        float | None,
+        typer.Option(help="Share of the training examples kept for early stopping. Default: 0 for guided, else 0.2."),
+    ] = None,
     patience: Annotated[int, typer.Option(help="Epochs without a better held-out loss before it stops.")] = 8,
     label_smoothing: Annotated[float, typer.Option(help="Share of the target spread over all classes.")] = 0.1,
     choose: Annotated[

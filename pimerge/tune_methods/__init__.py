@@ -27,7 +27,8 @@ class Plan:
         granularity: what shares weights, where the method says it; None for the option's.
         full: the whole base trains, in place of any expert.
         start_by_gain: weights that start from the ranking start from the gains that it expects.
-        probed_head: the head starts from a probe.
+        lr: the learning rate where the user gives none; None for the usual one, of which the less the more trains.
+        holdout: share of the examples that is held out where the user gives none.
     """
 
     experts: bool = False
@@ -41,11 +42,14 @@ class Plan:
     granularity: str | None = None
     full: bool = False
     start_by_gain: bool = False
-    probed_head: bool = False
+    lr: float | None = None
+    holdout: float = 0.2
 
     @property
-    def lr(self) -> float:
-        """The learning rate where the user gives none: the more trains, the smaller."""
+    def usual_lr(self) -> float:
+        """The learning rate where the user gives none."""
+        if self.lr is not None:
+            return self.lr
         if self.full:
             return 5e-5
         return 2e-3 if self.train_experts else 5e-3

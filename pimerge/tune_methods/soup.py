@@ -31,7 +31,7 @@ def fit(job: Job, *, runs: int = 3) -> Fitted:
     Raises:
         PimergeError: if there are less than two runs.
     """
-    from pimerge.composed import compose_sum
+    from pimerge.composed import compose_sum, mean_state
     from pimerge.errors import PimergeError
     from pimerge.training import held_out_loss
 
@@ -49,13 +49,13 @@ def fit(job: Job, *, runs: int = 3) -> Fitted:
                 part=f"run-{number}",
                 epochs=job.options.epochs / runs,
                 seed=job.options.seed + number,
-                lr=(job.options.lr or PLAN.lr) * FACTORS[number % len(FACTORS)],
+                lr=(job.options.lr or PLAN.usual_lr) * FACTORS[number % len(FACTORS)],
             )
         )
         found.append(composed.trained_state())
 
     def loss_of(states: list[dict[str, Tensor]]) -> float:
-        composed.load_trained_state(mean(states))
+        composed.load_trained_state(mean_state(states))
         assert held_out is not None
         return held_out_loss(composed.model, held_out, job.bench.device)
 
@@ -69,7 +69,7 @@ def fit(job: Job, *, runs: int = 3) -> Fitted:
             tried = loss_of([*taken, found[number]])
             if tried <= best:
                 taken, best = [*taken, found[number]], tried
-    composed.load_trained_state(mean(taken))
+    composed.load_trained_state(mean_state(taken))
     job.note(f"the soup holds {len(taken)} of {runs} runs")
     outcome = replace(
         outcomes[0],
@@ -79,13 +79,3 @@ def fit(job: Job, *, runs: int = 3) -> Fitted:
         trained_parameters=outcomes[0].trained_parameters,
     )
     return composed.fitted(outcome, kept, held_out)
-
-
-def mean(states: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Name → mean of several tensors.
-
-    >>> import torch
-    >>> mean([{"w": torch.tensor([0.0])}, {"w": torch.tensor([1.0])}])
-    {'w': tensor([0.5000])}
-    """
-    return {name: sum(state[name] for state in states) / len(states) for name in states[0]}  # type: ignore[misc]
