@@ -82,8 +82,9 @@ class Job:
         experts: the chosen ones, each at its strength, best first.
         target: the target's own expert, if it has one.
         like: whose rank, alpha and modules a fresh expert has; None for the usual ones.
-        scores: of the experts in the ranking, or None; ``gains``: what the ranking expects of each over the bare base.
+        scores: of the experts in the ranking, or None.
         run: folder of the checkpoints.
+        gains: what the ranking expects of each expert over the bare base, or None.
         fold: which of how many folds is held out, in place of a share; None for the share.
         undo: what is done before the base is used again.
         note: told what the user should know, a sentence at a time.
@@ -94,9 +95,9 @@ class Job:
     target: Expert | None
     like: Expert | None
     scores: Sequence[float | None] | None
-    gains: Sequence[float | None] | None
     options: Options
     run: Path
+    gains: Sequence[float | None] | None = None
     track: Track = silent
     note: Callable[[str], None] = lambda message: None
     fold: tuple[int, int] | None = None

@@ -233,7 +233,7 @@ class _Harness:
         experts, scores, gains = self.ranked(case.shots, case.seed) if case.k else ([], [], [])
         work = self._file(case).with_suffix(".training")
         like = next(iter(self.pool), None)
-        job = Job(self.bench, experts[: case.k], None, like, scores[: case.k], gains[: case.k], options, work)
+        job = Job(self.bench, experts[: case.k], None, like, scores[: case.k], options, work, gains[: case.k])
         started = time.monotonic()
         problems = Problems()
         with problems.collected(f"{case.method}, {shots_text(case.shots)}, seed {case.seed}: "):

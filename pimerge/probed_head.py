@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from pimerge.group_composition import ByLength
 from pimerge.model import LoadedBase, in_head
 from pimerge.probe import PENALTY, Probe, fit_probe
 from pimerge.task import Task
@@ -34,10 +35,12 @@ def fit_head(loaded: LoadedBase, model: nn.Module, task: Task, examples: Example
     if task.of_words or not found:
         return None
     name, layer = found[-1]
+    alike = isinstance(model, ByLength)  # it takes batches apart, of which the layer would be seen to read one alone
+    model = model.model if isinstance(model, ByLength) else model
     model.eval()
     vectors: list[Tensor] = [torch.empty(0)] * len(examples)
     labels = torch.zeros(len(examples), dtype=torch.int64)
-    for indices in bucket_by_length(examples.lengths, _TOKENS_AT_ONCE):
+    for indices in bucket_by_length(examples.lengths, _TOKENS_AT_ONCE, padded=not alike):
         read, _ = task.type.read(model, {name: layer}, examples, indices, False)
         for index, vector in zip(indices, read.double().cpu(), strict=True):
             vectors[index], labels[index] = vector, int(examples.get(index)["labels"])

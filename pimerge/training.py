@@ -52,8 +52,8 @@ class Options:
         epochs: most passes over the training examples; early stopping may end it before. ``stop_after``: where it ends
             in any case, with the learning rate on its way through all epochs; None for the end.
         lr: learning rate of factors and head; None for the method's own. ``weights_lr``: of the mixture's logits.
-        holdout: share of the training examples kept for early stopping, the same of each class; 0 for none, None for the
-            method's own.
+        holdout: share of the training examples kept for early stopping, the same of each class; 0 for none, None for
+            the method's own.
         patience: epochs without a better held-out loss before it stops.
         shots: examples drawn of each class; None for all.
         weight_decay: of factors and head; ``decay_towards``: ``zero``, or the ``start`` (L2-SP, arXiv 1802.01483).

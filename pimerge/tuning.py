@@ -93,7 +93,7 @@ def tune(
     like_sha256 = like.sha256 if like else None
     run = _run_folder(opened, task, base, chosen, output, options, scores, gains, device, dtype, like_sha256, select)
     bench = open_bench(task, base, device, dtype, options.seed)
-    job = Job(bench, experts, target, like, scores, gains, options, run, track, note)
+    job = Job(bench, experts, target, like, scores, options, run, gains, track, note)
     if select == "cv":
         job = replace(job, options=choose(opened, job))
     with bench.tidied(options.seed) as undo:

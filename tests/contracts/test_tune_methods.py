@@ -36,7 +36,7 @@ from pimerge.tuning_method import TuneMethod, open_tune_method
 from tests.conftest import MakeExpert, dense_deltas, logits_of, model_for, relative_difference, write_image_task
 
 METHODS = sorted(strategies.summaries("tune_methods"))
-OPTIONS = Options(epochs=6, shots=12, lr=1e-2, batch_size=8)
+OPTIONS = Options(epochs=6, shots=12, lr=1e-2, batch_size=8, holdout=0.2)
 Inputs = Mapping[str, Tensor]
 
 
