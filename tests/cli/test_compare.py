@@ -146,8 +146,8 @@ def test_two_processes_share_the_runs(compare: Any, tmp_path: Path) -> None:
     together = tmp_path / "together"
     together.mkdir()
     (together / "experts").symlink_to(tmp_path / "experts")
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "pimerge"]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "pimerge"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
     subprocess.run([*command, *arguments, "--output", "two.json"], check=True, env=environment, capture_output=True)
     assert compare(*QUICK, "--methods", "learned", "-q").code == 0
     assert scores(Path("two.json")) == scores()

@@ -247,12 +247,33 @@ def test_another_target_than_the_rankings_needs_experts(tune: Shell) -> None:
     assert "ranks experts for 'x', not for 'experts/a'" in result.err
 
 
+def test_what_any_method_wrote_is_scored_in_the_order_asked(tune: Shell, shell: Shell, folder: Path) -> None:
+    assert tune("--method", "full", "--output", "full").code == 0
+    assert tune("--method", "ensemble", "--output", "together").code == 0
+    assert tune().code == 0
+    result = shell("eval", "together/", "tuned", "full/", "--json")
+    assert result.code == 0, result.err
+    assert [row["name"] for row in result.document["scores"]] == ["(base)", "together", "tuned", "full"]
+    notes = {row["name"]: row["note"] for row in result.document["scores"]}
+    assert (notes["together"], notes["full"]) == ("3 experts together", "a full checkpoint")
+
+
+def test_the_methods_are_listed_with_their_options(shell: Shell) -> None:
+    listed = {method["name"]: method for method in shell("tune", "--methods", "--json").document}
+    assert {"learned", "full", "distill"} <= listed.keys()
+    assert listed["distill"]["options"] == {"teacher": "mean", "label_share": 0.5, "unlabelled": 500}
+    assert "arXiv 2402.15414" in shell("tune", "--methods").out
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "expected"),
     [
         (["--method", "lerned"], 3, ["did you mean 'learned'?"]),
         (["--start", "zero"], 3, ["--start is 'zero'"]),
         (["--rank", "none"], 3, ["--rank is 'none'"]),
+        (["--teacher", "mean", "--runs", "3"], 3, ["no option --teacher", "it is for distill", "no option --runs"]),
+        (["--select", "best"], 3, ["--select is 'best'", "fixed or cv"]),
+        (["--sam", "0", "--ema", "1", "--decay-towards", "x"], 3, ["--sam is", "--ema is", "--decay-towards is"]),
         (["--lr", "0", "--holdout", "1", "--granularity", "x"], 3, ["--lr is", "--holdout is", "--granularity is"]),
         (["--ranking", "nowhere.json"], 3, ["there is no ranking 'nowhere.json'"]),
         (["--dtype", "half"], 3, ["dtype is 'half'"]),

@@ -5,6 +5,7 @@ What holds for every method stands in ``contracts/test_tune_methods.py``.
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from dataclasses import replace
@@ -254,3 +255,38 @@ def test_random_takes_the_targets_expert_and_fresh_ones(tried: Tried, tmp_path: 
             assert relative_difference(parts[0].scaling * parts[0].B.double() @ parts[0].A.double(), delta) < 1e-6
             assert all(not part.B.abs().max() > 1e-6 for part in parts[1:])
             assert relative_difference(parts[1].A, parts[2].A) > 0.5
+
+
+@pytest.mark.parametrize("words", [False, True])
+def test_inputs_without_labels_are_learned_from(
+    tmp_path: Path, make_expert: MakeExpert, bert_base: Path, text_task: Path, words: bool
+) -> None:
+    """In a file without the labels' column, or with one that is empty."""
+    rows = [json.loads(line) for line in (text_task / "train.jsonl").read_text().splitlines()]
+    column, name = ("tokens", "labels") if words else ("text", "label")
+    labelled = [
+        {"tokens": row["text"].split(), "labels": [int(word == "cat") for word in row["text"].split()]} for row in rows
+    ]
+    rows = labelled if words else rows
+    for split, part in (
+        ("train", rows),
+        ("bare", [{column: row[column]} for row in rows]),
+        ("empty", [{column: row[column], name: None} for row in rows]),
+    ):
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    a = open_expert(make_expert(tmp_path / "a", bert_base))
+    shares = []
+    for other in ("bare", "empty"):
+        data = {"train": "train.jsonl", "test": "train.jsonl", "unlabelled": f"{other}.jsonl"}
+        kind = "token-classification" if words else "text-classification"
+        write_json(tmp_path / "task.json", {"type": kind, "data": data, "labels": ["dog", "cat"]})
+        said: list[str] = []
+        bench = open_bench(open_task(tmp_path), a.base, "cpu")
+        job = Job(bench, [a], None, a, None, OPTIONS, tmp_path / other, note=said.append)
+        with bench.tidied(0) as undo:
+            fitted = open_tune_method("distill", {"unlabelled": 30}).fit(replace(job, undo=undo))
+        kept, _ = job.examples()
+        assert fitted.examples == len(kept) + 30
+        assert "learning from 30 inputs without a label, too" in said
+        shares.append(fitted.outcome.train_loss)
+    assert shares[0] == shares[1]
