@@ -29,7 +29,7 @@ def compare(
     seeds: Annotated[int, typer.Option(help="Draws of the examples: seeds 0, 1, ….")] = 3,
     methods: Annotated[
         str, typer.Option(help="Tune methods, with commas ('pimerge tune --methods' lists them).")
-    ] = "learned,interpolated",
+    ] = "guided,learned,interpolated",
     controls: Annotated[
         str, typer.Option(help="Controls, with commas: head, scratch, full, single, uniform, random; or none.")
     ] = CONTROLS,
