@@ -13,8 +13,10 @@ studies=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 digits=$(cd "$studies/../digits" && pwd)
 python=${PYTHON:-python}
 export OMP_NUM_THREADS=1  # the model is tiny: a second thread costs more than it gains
-# each the best of some on another target, all ten digits rotated (the most as in examples/digits/compare.py)
-RATES=${RATES-head=2e-2 scratch=1e-2 full=1e-3 random=1e-2 single=3e-3 uniform=1e-2 learned=3e-3 interpolated=3e-3}
+# chosen on another target, all ten digits rotated, 5 of each: by examples/digits/compare.py, for a pool with kin and
+# batches of 16; and for a pool without, and batches of 32
+NEAR="head=2e-2 scratch=1e-2 random=1e-2 single=3e-3 uniform=1e-2 learned=3e-3 interpolated=3e-3"
+FAR="head=2e-2 scratch=2e-2 full=1e-3 uniform=2e-2 learned=2e-2"
 # the recipe of the experts in examples/digits
 RECIPE=${RECIPE---modules q_proj,v_proj --fresh-rank 4 --fresh-alpha 8 --epochs 20 --lr 5e-3 --batch-size 32}
 
@@ -41,7 +43,7 @@ expert() {
 compare() {
   local name=$1 methods=$2 controls=$3 rate rates=()
   shift 3
-  for rate in $RATES; do
+  for rate in ${RATES-$NEAR}; do
     case ",$methods,$controls," in *",${rate%%=*},"*) rates+=(--lr "$rate") ;; esac
   done
   run compare $POOL --target "$TARGET" ${BASE:+--base "$BASE"} --shots "$SHOTS" --seeds "$SEEDS" --epochs "$EPOCHS" \

@@ -3,6 +3,7 @@
 set -euo pipefail
 SHOTS=${SHOTS:-20} BATCH=${BATCH:-32}
 source "$(dirname "${BASH_SOURCE[0]}")/../lib.sh"
+RATES=${RATES-$FAR}
 if [ -z "$own" ]; then
   # no expert has seen what the tests have
   cut_tasks target:plain:0-9:few+draws noisy:noisy:0-9:few rotated:rotated:0-9:few outlined:outlined:0-9:few
