@@ -12,20 +12,28 @@ every task. So no task sees an image that the base was trained on, and no test i
 
 from __future__ import annotations
 
-import io
-import json
 import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
-from datasets import Features, Image, Value
+from cut import (
+    LOOP,
+    PARITY,
+    Question,
+    Transform,
+    inverted,
+    noisy,
+    outlined,
+    plain,
+    rotated,
+    which,
+    write_rows,
+    write_task,
+)
 from PIL import Image as PILImage
-from PIL import ImageChops, ImageFilter, ImageOps
 from sklearn.datasets import load_digits
 from torch import Tensor
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
@@ -39,52 +47,7 @@ from pimerge.tuning import tune
 SEED = 0
 # scans of each digit; the rest of its 174 to 183 is the test part
 PARTS = {"pretrain": 60, "train": 65, "few": 5, "draws": 15}
-ATTRIBUTION = (
-    "Optical Recognition of Handwritten Digits, E. Alpaydin and C. Kaynak (1998), UCI Machine Learning Repository, "
-    "https://doi.org/10.24432/C50P49, CC BY 4.0; 8 x 8 scans as scikit-learn's load_digits bundles them"
-)
-
 LORA = {"fresh_rank": 4, "fresh_alpha": 8.0, "fresh_modules": ("q_proj", "v_proj"), "batch_size": 32}
-
-Transform = Callable[[PILImage.Image, int], PILImage.Image]
-
-
-def plain(image: PILImage.Image, number: int) -> PILImage.Image:
-    """The scan as it is: white strokes on black."""
-    return image
-
-
-def inverted(image: PILImage.Image, number: int) -> PILImage.Image:
-    """Black strokes on white."""
-    return ImageOps.invert(image)
-
-
-def rotated(image: PILImage.Image, number: int) -> PILImage.Image:
-    """A quarter turn."""
-    return image.transpose(PILImage.Transpose.ROTATE_90)
-
-
-def outlined(image: PILImage.Image, number: int) -> PILImage.Image:
-    """The edges of the strokes: the brightest minus the darkest neighbour."""
-    return ImageChops.subtract(image.filter(ImageFilter.MaxFilter(3)), image.filter(ImageFilter.MinFilter(3)))
-
-
-def noisy(image: PILImage.Image, number: int) -> PILImage.Image:
-    """Gaussian noise of a quarter of the range, drawn by the scan's number."""
-    noise = np.random.default_rng(number).normal(0, 64, (8, 8))
-    return PILImage.fromarray((np.asarray(image) + noise).clip(0, 255).astype(np.uint8))
-
-
-Question = tuple[list[str], Mapping[int, int]]
-
-
-def which(*digits: int) -> Question:
-    """Which of these digits?"""
-    return [str(digit) for digit in digits], {digit: index for index, digit in enumerate(digits)}
-
-
-PARITY: Question = (["even", "odd"], {digit: digit % 2 for digit in range(10)})
-LOOP: Question = (["no loop", "loop"], {digit: int(digit in (0, 6, 8, 9)) for digit in range(10)})
 
 POOL: dict[str, tuple[Transform, Question]] = {
     # task shift: another question about the same scans
@@ -119,13 +82,14 @@ def main() -> None:
     write_rows(folder / "data" / "digits.parquet", images, digits.tolist(), list(range(len(images))), parts)
     pretrain_base(folder / "base", images, digits, parts)
     for name, (transform, question) in POOL.items():
-        write_task(folder / "tasks" / name, images, digits, transform, question, parts, {"train": "train"})
+        write_task(folder / "tasks" / name, images, digits, [transform], question, parts, {"train": ["train"]})
         train_expert(folder, name, Options(epochs=20, lr=5e-3, **LORA))
     name, transform, question = TARGET
-    write_task(folder / "tasks" / name, images, digits, transform, question, parts, {"train": "few", "draws": "draws"})
+    splits = {"train": ["few"], "draws": ["draws"]}
+    write_task(folder / "tasks" / name, images, digits, [transform], question, parts, splits)
     train_expert(folder, name, Options(epochs=30, lr=5e-3, **LORA))
     name, transform, question = NEW
-    write_task(folder / "tasks" / name, images, digits, transform, question, parts, {"train": "draws"})
+    write_task(folder / "tasks" / name, images, digits, [transform], question, parts, {"train": ["draws"]})
 
 
 def read_scans() -> tuple[list[PILImage.Image], np.ndarray]:
@@ -145,60 +109,6 @@ def divide(digits: np.ndarray) -> list[str]:
             for _ in range(size):
                 parts[next(members)] = part
     return parts
-
-
-def write_rows(
-    path: Path,
-    images: Sequence[PILImage.Image],
-    labels: Sequence[int],
-    numbers: Sequence[int],
-    parts: Sequence[str] | None = None,
-) -> None:
-    """A parquet file with an Image feature; ``number`` is the scan's in load_digits, ``part`` its part."""
-    features = Features({"image": Image(), "label": Value("int64"), "number": Value("int64")})
-    rows = {
-        "image": [{"bytes": png(image), "path": None} for image in images],
-        "label": list(labels),
-        "number": list(numbers),
-    }
-    if parts is not None:
-        features["part"] = Value("string")
-        rows["part"] = list(parts)
-    table = pa.table(rows, schema=features.arrow_schema)
-    table = table.replace_schema_metadata({**table.schema.metadata, b"attribution": ATTRIBUTION.encode()})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(table, path, compression="zstd", compression_level=19, use_dictionary=False)
-
-
-def png(image: PILImage.Image) -> bytes:
-    """An image as PNG."""
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", optimize=True)
-    return buffer.getvalue()
-
-
-def write_task(
-    folder: Path,
-    images: Sequence[PILImage.Image],
-    digits: np.ndarray,
-    transform: Transform,
-    question: Question,
-    parts: Sequence[str],
-    splits: Mapping[str, str],
-) -> None:
-    """``task.json`` and a parquet file for each split, of the part that ``splits`` names; ``test`` is always there."""
-    labels, answer = question
-    for split, part in {**splits, "test": "test"}.items():
-        chosen = [i for i, digit in enumerate(digits) if parts[i] == part and int(digit) in answer]
-        changed = [transform(images[i], i) for i in chosen]
-        write_rows(folder / f"{split}.parquet", changed, [answer[int(digits[i])] for i in chosen], chosen)
-    document = {
-        "type": "image-classification",
-        "data": {split: f"{split}.parquet" for split in [*splits, "test"]},
-        "labels": labels,
-        "description": f"{transform.__name__} scans of digits",
-    }
-    (folder / "task.json").write_text(json.dumps(document, indent=2) + "\n")
 
 
 def pretrain_base(folder: Path, images: Sequence[PILImage.Image], digits: np.ndarray, parts: Sequence[str]) -> None:

@@ -1,13 +1,14 @@
-"""Run a shell script whose ``python -m pimerge`` is answered by the test's own process.
+"""Run a shell script whose ``python -m pimerge`` and ``python FILE`` are answered by the test's own process.
 
 Each start of Python would load PyTorch for seconds. The script gets, as ``PYTHON``, a program that hands its arguments
-and its folder over a socket, and prints and exits as it is told; whatever else it is asked to run, Python runs.
+and its folder over a socket, and prints and exits as it is told.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import runpy
 import socket
 import subprocess
 import sys
@@ -21,11 +22,9 @@ from pimerge.cli.app import main
 
 CLIENT = """
 import json, os, socket, sys
-if sys.argv[1:3] != ["-m", "pimerge"]:
-    os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
 server = socket.socket(socket.AF_UNIX)
 server.connect(os.path.join(os.path.dirname(__file__), "socket"))
-server.sendall(json.dumps([os.getcwd(), sys.argv[3:]]).encode())
+server.sendall(json.dumps([os.getcwd(), sys.argv[1:]]).encode())
 server.shutdown(socket.SHUT_WR)
 code, out, err = json.load(server.makefile())
 sys.stdout.write(out)
@@ -62,12 +61,20 @@ def run_script(script: Path, arguments: Sequence[str], folder: Path, **variables
 
 
 def answer(folder: str, arguments: list[str]) -> tuple[int, str, str]:
-    """What ``pimerge`` would do there: exit status, standard output, standard error."""
+    """What Python would do there: exit status, standard output, standard error."""
     out, err = StringIO(), StringIO()
     code: object = 0
-    with chdir(folder), redirect_stdout(out), redirect_stderr(err), patch.object(sys, "argv", ["pimerge", *arguments]):
+    pimerge = arguments[:2] == ["-m", "pimerge"]
+    argv = arguments[1:] if pimerge else arguments
+    with chdir(folder), redirect_stdout(out), redirect_stderr(err), patch.object(sys, "argv", argv):
         try:
-            main()
+            if pimerge:
+                main()
+            else:
+                runpy.run_path(argv[0], run_name="__main__")
         except SystemExit as ended:
             code = ended.code
+    if isinstance(code, str):  # the message of an exit with status 1
+        err.write(f"{code}\n")
+        code = 1
     return int(code or 0), out.getvalue(), err.getvalue()  # type: ignore[call-overload]
