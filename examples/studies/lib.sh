@@ -13,7 +13,7 @@ studies=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 digits=$(cd "$studies/../digits" && pwd)
 python=${PYTHON:-python}
 export OMP_NUM_THREADS=1  # the model is tiny: a second thread costs more than it gains
-# chosen on another target, all ten digits rotated, 5 of each: by examples/digits/compare.py, for a pool with kin and
+# chosen on another target, all ten digits rotated, 5 of each: as in examples/digits/run.sh, for a pool with kin and
 # batches of 16; and for a pool without, and batches of 32
 NEAR="head=2e-2 scratch=1e-2 random=1e-2 single=3e-3 uniform=1e-2 learned=3e-3 interpolated=3e-3"
 FAR="head=2e-2 scratch=2e-2 full=1e-3 uniform=2e-2 learned=2e-2"
