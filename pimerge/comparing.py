@@ -99,6 +99,7 @@ def compare(
     folder: Path,
     *,
     also: Sequence[Task] = (),
+    before: Callable[[], None] = lambda: None,
     device: str = "auto",
     dtype: str = "auto",
     track: Track = silent,
@@ -114,6 +115,7 @@ def compare(
         scores: of the pool in that ranking; ``gains``: that it expects.
         folder: of the runs.
         also: further tasks whose test splits the results are scored on, with the target's classes.
+        before: called if anything is to be run, before it is.
 
     Returns:
         None in a process that does not sum up.
@@ -133,6 +135,8 @@ def compare(
     _check(task, pool, design, methods, also, note)
     cases = list(_cases(design, methods))
     harness = _Harness(task, base, pool, scores, gains, design, methods, folder, [task, *also], device, dtype, note)
+    if any(harness.done(case) is None for case in cases):
+        before()
     mine = [case for number, case in enumerate(cases) if number % world == rank]
     with track("comparing", len(mine), "runs") as advance:
         for case in mine:

@@ -75,7 +75,7 @@ def compare(
     from pimerge.comparing import Design
     from pimerge.comparing import compare as run
     from pimerge.errors import Problems
-    from pimerge.files import json_text, require_same_or_absent, write_file
+    from pimerge.files import json_text, require_absent, require_same_or_absent, write_file
     from pimerge.task import open_task
     from pimerge.training import Options
 
@@ -113,6 +113,7 @@ def compare(
         ),
         output.with_suffix(".runs"),
         also=[open_task(path) for path in also_test or []],
+        before=lambda: require_absent(output, force),
         device=device,
         dtype=dtype,
         track=tracker(quiet),

@@ -111,6 +111,7 @@ def test_a_larger_one_runs_what_is_new_alone(compare: Any, monkeypatch: pytest.M
     assert refused.code == 3
     assert "comparison.json' is there already" in refused.err
     assert scores() == first
+    assert not list(Path("comparison.runs").glob("uniform-*")), "it was refused before anything ran"
     made = {path: path.stat().st_mtime_ns for path in Path("comparison.runs").glob("*.json")}
     assert compare(*QUICK, "--methods", "learned,uniform", "--controls", "head", "--force").code == 0
     assert {path: path.stat().st_mtime_ns for path in made} == made
