@@ -50,9 +50,8 @@ class Bench:
         changing = [*self.loaded.head_parameters(), *model.buffers()]  # training counts in some buffers
         try:
             with as_they_were(changing), as_before(model), ExitStack() as undo:
-                if (
-                    self.precision == torch.bfloat16
-                ):  # what trains is in float32, and the Trainer casts for itself alone
+                # what trains is in float32, and the Trainer casts for itself alone
+                if self.precision == torch.bfloat16:
                     model.forward = torch.autocast(self.device.type, self.precision)(model.forward)
                 draw_head(self.loaded, seed)
                 yield undo
