@@ -196,7 +196,7 @@ def test_a_fresh_kind_that_cannot_be_is_refused(
         ((*scratch, "bottleneck", "--modules", "nowhere", *text), "cannot be put into BertForSequenceClassification"),
         ((*scratch, "bottleneck", "--fresh-alpha", "3", *text), "--fresh-alpha is for LoRA"),
         (("--method", "head", "--kind", "bottleneck", *text), "'head' trains none"),
-        ((ia3[0], "--kind", "bottleneck", "--target", ia3[1]), "'learned' trains none"),
+        ((ia3[0], "--kind", "bottleneck", "--target", ia3[1]), "'guided' trains none"),
     ):
         result = cli("tune", *given, "--output", "out", *QUICK)
         assert isinstance(result.exception, PimergeError), (given, result.exception)

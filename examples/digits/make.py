@@ -1,6 +1,6 @@
 """Build everything in this folder from scikit-learn's digits: data, tasks, base model, pool of experts.
 
-    python examples/digits/make.py [FOLDER]
+    python -m examples.digits.make [FOLDER]
 
 Needs ``pip install scikit-learn``. Every draw is seeded; it takes some minutes on two cores.
 
@@ -19,7 +19,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from cut import (
+from PIL import Image as PILImage
+from sklearn.datasets import load_digits
+from torch import Tensor
+from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
+
+from examples.digits.cut import (
     LOOP,
     PARITY,
     Question,
@@ -33,11 +38,6 @@ from cut import (
     write_rows,
     write_task,
 )
-from PIL import Image as PILImage
-from sklearn.datasets import load_digits
-from torch import Tensor
-from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
-
 from pimerge.base import find_base
 from pimerge.cli.console import quiet_libraries
 from pimerge.task import open_task

@@ -40,7 +40,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from examples.digits.make import ATTRIBUTION, divide, inverted, jittered, png, read_scans
+from examples.digits.cut import ATTRIBUTION, inverted, png
+from examples.digits.make import divide, jittered, read_scans
 from pimerge.base import find_base
 from pimerge.cli.console import quiet_libraries
 from pimerge.task import open_task

@@ -67,7 +67,14 @@ def compared(monkeypatch: pytest.MonkeyPatch) -> Compared:
     found: Compared = []
 
     def compare(
-        task: Task, base: object, pool: list[Expert], scores: object, design: Design, folder: Path, **more: Any
+        task: Task,
+        base: object,
+        pool: list[Expert],
+        scores: object,
+        gains: object,
+        design: Design,
+        folder: Path,
+        **more: Any,
     ) -> ComparisonDocument:
         tests = ["test", *(each.name for each in more["also"])]
         found.append((_lasting(task), [_lasting(expert) for expert in pool], design, tests))
