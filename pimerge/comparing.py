@@ -134,7 +134,7 @@ def compare(
     methods = {name: open_tune_method("uniform" if name == SINGLE else name) for name in design.methods}
     _check(task, pool, design, methods, also, note)
     cases = list(_cases(design, methods))
-    harness = _Harness(task, base, pool, scores, gains, design, methods, folder, [task, *also], device, dtype, note)
+    harness = _Harness(task, base, pool, scores, gains, design, methods, folder, [task, *also], device, dtype)
     if any(harness.done(case) is None for case in cases):
         before()
     mine = [case for number, case in enumerate(cases) if number % world == rank]
@@ -190,11 +190,9 @@ class _Harness:
         tests: Sequence[Task],
         device: str,
         dtype: str,
-        note: Callable[[str], None],
     ) -> None:
         self.pool, self.scores, self.gains = pool, scores, gains
-        self.design, self.methods = design, methods
-        self.folder, self.note = folder, note
+        self.design, self.methods, self.folder = design, methods, folder
         self.task, self.base, self.device, self.dtype = task, base, device, dtype
         self.test_tasks = {"test": tests[0], **{each.name: each for each in tests[1:]}}
         self.inputs = [

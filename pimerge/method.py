@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from pimerge import strategies
-from pimerge.errors import Problems
 
 if TYPE_CHECKING:
     import torch
@@ -126,29 +123,11 @@ def open_method(name: str, options: Mapping[str, Any] | None = None, seed: int =
     0.5
     """
     file = strategies.load(PACKAGE, name)
-    given = {option: value for option, value in (options or {}).items() if value is not None}
-    problems = Problems()
-    for option in sorted(given.keys() - _defaults(file).keys()):
-        takers = [
-            other for other in strategies.summaries(PACKAGE) if option in _defaults(strategies.load(PACKAGE, other))
-        ]
-        problems.add(
-            f"'{name}' has no option --{option.replace('_', '-')}",
-            f"it is for {', '.join(takers)}" if takers else "leave it out",
-        )
-    for option, value in given.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            problems.add(f"--{option} is {value}", "expected a number")
-    problems.raise_any(f"options that '{name}' cannot take")
+    given = strategies.given_options(PACKAGE, name, options, _defaults)
     method = Method(name, file, given, seed)
     method.try_options()
     return method
 
 
 def _defaults(file: ModuleType) -> dict[str, Any]:
-    function = getattr(file, _FUNCTIONS.get(file.SPACE, "merge"))
-    return {
-        name: parameter.default
-        for name, parameter in inspect.signature(function).parameters.items()
-        if parameter.kind is parameter.KEYWORD_ONLY and parameter.default is not parameter.empty
-    }
+    return strategies.keyword_defaults(getattr(file, _FUNCTIONS.get(file.SPACE, "merge")))

@@ -6,12 +6,16 @@ line of its docstring is what ``--help`` says about it. Names and summaries come
 
 from __future__ import annotations
 
+import inspect
+import math
+from collections.abc import Callable, Mapping
 from functools import cache
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
-from pimerge.errors import PimergeError, nearest
+from pimerge.errors import PimergeError, Problems, nearest
 
 
 @cache
@@ -44,3 +48,45 @@ def load(package: str, name: str) -> ModuleType:
         what = package.removesuffix("s").replace("_", " ")
         raise PimergeError(f"there is no {what} '{name}'", nearest(name, list(summaries(package))))
     return import_module(f"pimerge.{package}.{name.replace('-', '_')}")
+
+
+def keyword_defaults(function: Callable[..., Any]) -> dict[str, Any]:
+    """Name → default of the keyword-only arguments that have one: the options of a strategy.
+
+    >>> def merge(deltas, weights, *, density=0.2, fishers): ...
+    >>> keyword_defaults(merge)
+    {'density': 0.2}
+    """
+    return {
+        name: parameter.default
+        for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.kind is parameter.KEYWORD_ONLY and parameter.default is not parameter.empty
+    }
+
+
+def given_options(
+    package: str, name: str, options: Mapping[str, Any] | None, defaults: Callable[[ModuleType], Mapping[str, Any]]
+) -> dict[str, Any]:
+    """The options that were given, each of which the strategy has to take.
+
+    Args:
+        options: name → value; None for one that was not given.
+        defaults: of a strategy's file, by option.
+
+    Raises:
+        PimergeError: with each option that it does not take, and who does, and each that is no number.
+    """
+    known = defaults(load(package, name))
+    given = {option: value for option, value in (options or {}).items() if value is not None}
+    problems = Problems()
+    for option in sorted(given.keys() - known.keys()):
+        takers = [other for other in summaries(package) if option in defaults(load(package, other))]
+        problems.add(
+            f"'{name}' has no option --{option.replace('_', '-')}",
+            f"it is for {', '.join(takers)}" if takers else "leave it out",
+        )
+    for option, value in given.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            problems.add(f"--{option.replace('_', '-')} is {value}", "expected a number")
+    problems.raise_any(f"options that '{name}' cannot take")
+    return given

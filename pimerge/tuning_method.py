@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import ModuleType
@@ -11,7 +10,6 @@ from typing import Any
 from pimerge import strategies
 from pimerge.bench import Fitted, Job
 from pimerge.composed import train_sum
-from pimerge.errors import Problems
 from pimerge.tune_methods import Plan
 
 PACKAGE = "tune_methods"
@@ -70,22 +68,9 @@ def open_tune_method(name: str, options: Mapping[str, Any] | None = None) -> Tun
     {'uniform': True, 'shared': False}
     """
     file = strategies.load(PACKAGE, name)
-    given = {option: value for option, value in (options or {}).items() if value is not None}
-    problems = Problems()
-    for option in sorted(given.keys() - _defaults(file).keys()):
-        takers = [
-            other for other in strategies.summaries(PACKAGE) if option in _defaults(strategies.load(PACKAGE, other))
-        ]
-        problems.add(
-            f"'{name}' has no option --{option.replace('_', '-')}",
-            f"it is for {', '.join(takers)}" if takers else "leave it out",
-        )
-    problems.raise_any(f"options that '{name}' cannot take")
+    given = strategies.given_options(PACKAGE, name, options, _defaults)
     return TuneMethod(name.replace("_", "-"), file, given)
 
 
 def _defaults(file: ModuleType) -> dict[str, Any]:
-    if not hasattr(file, "fit"):
-        return {}
-    parameters = inspect.signature(file.fit).parameters.items()
-    return {name: parameter.default for name, parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
+    return strategies.keyword_defaults(file.fit) if hasattr(file, "fit") else {}
