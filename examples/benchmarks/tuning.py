@@ -18,7 +18,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pimerge.cli.console import print_line, print_table, quiet_libraries
-from pimerge.comparing import CONTROLS, Design, compare, shots_text
+from pimerge.comparing import compare
+from pimerge.comparison_design import CONTROLS, Design, Ranked, shots_text
 from pimerge.evaluation import BASE, evaluate
 from pimerge.expert import find_experts, open_expert
 from pimerge.task import open_task
@@ -67,8 +68,8 @@ def main() -> None:
 def run(experts: Path, name: str, work: Path, design: Design) -> dict[tuple[int | None, str], float]:
     """(Shots, method) → mean accuracy over the seeds, for one target."""
     target = open_expert(experts / name)
-    pool = [open_expert(path) for path in find_experts(experts) if path.name != name]
-    document = compare(open_task(target.path), target.base, pool, [None] * len(pool), [None] * len(pool), design, work)
+    pool = [Ranked(open_expert(path)) for path in find_experts(experts) if path.name != name]
+    document = compare(open_task(target.path), target.base, pool, design, work)
     assert document is not None
     return {(line.shots, line.method): line.mean for line in document.lines}
 

@@ -12,6 +12,7 @@ from pimerge.cli.console import note, print_json, print_line, print_table, quiet
 from pimerge.errors import PimergeError
 
 if TYPE_CHECKING:
+    from pimerge.comparison_design import Ranked
     from pimerge.comparison_document import ComparisonDocument, Line
     from pimerge.expert import Expert
 
@@ -72,8 +73,8 @@ def compare(
     """
     quiet_libraries()
     from pimerge.cli.inputs import base_of
-    from pimerge.comparing import Design
     from pimerge.comparing import compare as run
+    from pimerge.comparison_design import Design
     from pimerge.errors import Problems
     from pimerge.files import json_text, require_absent, require_same_or_absent, write_file
     from pimerge.task import open_task
@@ -92,14 +93,12 @@ def compare(
     with problems.collected():
         names = _names(controls, methods)
     problems.raise_any("the options do not fit")
-    pool, scores, gains, own, folder = _pool(experts, target, ranking, base)
+    pool, own, folder = _pool(experts, target, ranking, base)
     task = open_task(folder)
     document = run(
         task,
-        base_of(pool, own, base),
+        base_of([each.expert for each in pool], own, base),
         pool,
-        scores,
-        gains,
         Design(
             methods=names,
             shots=list(dict.fromkeys(wanted)),
@@ -166,15 +165,15 @@ def _names(controls: str, methods: str) -> list[str]:
     Raises:
         PimergeError: if there is no such control or method.
     """
-    from pimerge import comparing, strategies
+    from pimerge import comparison_design, strategies
     from pimerge.errors import Problems, nearest
 
     problems = Problems()
     chosen = [] if controls == "none" else _listed(controls)
     for name in chosen:
-        if name not in comparing.CONTROLS:
-            problems.add(f"there is no control '{name}'", f"expected {', '.join(comparing.CONTROLS)}, or none")
-    known = [*strategies.summaries("tune_methods"), comparing.SINGLE]
+        if name not in comparison_design.CONTROLS:
+            problems.add(f"there is no control '{name}'", f"expected {', '.join(comparison_design.CONTROLS)}, or none")
+    known = [*strategies.summaries("tune_methods"), comparison_design.SINGLE]
     tried = [name.replace("_", "-") for name in _listed(methods)]
     for name in tried:
         if name not in known:
@@ -185,9 +184,10 @@ def _names(controls: str, methods: str) -> list[str]:
 
 def _pool(
     references: list[str] | None, target: str | None, ranking_path: Path, base: str | None
-) -> tuple[list[Expert], list[float | None], list[float | None], Expert | None, Path]:
-    """The experts, their scores and expected gains, the target's own expert and the folder of its task."""
+) -> tuple[list[Ranked], Expert | None, Path]:
+    """The experts, the target's own expert and the folder of its task."""
     from pimerge.cli.inputs import open_all, pool_members, select
+    from pimerge.comparison_design import Ranked
     from pimerge.errors import Problems
     from pimerge.ranking import open_ranked, read_ranking
 
@@ -195,29 +195,23 @@ def _pool(
     if chosen.task_folder is None:
         raise PimergeError("the target is not known", "pass --target FOLDER (an expert's or a task's)")
     own = chosen.target
-    scores: list[float | None]
-    gains: list[float | None]
+    pool = []
     if references:
-        pool = open_all([str(path) for path in pool_members(references)], base)
-        scores = gains = [None] * len(pool)
+        pool = [Ranked(expert) for expert in open_all([str(path) for path in pool_members(references)], base)]
     else:
-        ranking = read_ranking(ranking_path)
         problems = Problems()
-        pool = []
-        for candidate in ranking.candidates:
+        for candidate in read_ranking(ranking_path).candidates:
             with problems.collected():
-                pool.append(open_ranked(candidate, ranking_path, base))
+                pool.append(Ranked(open_ranked(candidate, ranking_path, base), candidate.score, candidate.gain))
         problems.raise_any("some experts of the ranking cannot be opened")
-        scores = [candidate.score for candidate in ranking.candidates]
-        gains = [candidate.gain for candidate in ranking.candidates]
-    kept = [place for place, expert in enumerate(pool) if own is None or expert.sha256 != own.sha256]
-    return [pool[i] for i in kept], [scores[i] for i in kept], [gains[i] for i in kept], own, chosen.task_folder
+    others = [each for each in pool if own is None or each.expert.sha256 != own.sha256]
+    return others, own, chosen.task_folder
 
 
 def _tables(document: ComparisonDocument) -> list[tuple[str, list[list[str]]]]:
     """A title and rows for each number of shots and test set, best first."""
     from pimerge import strategies
-    from pimerge.comparing import shots_text
+    from pimerge.comparison_design import shots_text
 
     style = strategies.load("metrics", document.metric).FORMAT
     groups: dict[tuple[int | None, str], list[Line]] = {}
@@ -226,8 +220,9 @@ def _tables(document: ComparisonDocument) -> list[tuple[str, list[list[str]]]]:
     tables = []
     for (shots, test), lines in groups.items():
         seeds = max(line.seeds for line in lines)
+        over = f"{seeds} seed" if seeds == 1 else f"{seeds} seeds"
         on = "" if test == "test" else f" on {test}"
-        title = f"{document.target}{on}, {shots_text(shots)}, {document.metric} over {seeds} seeds"
+        title = f"{document.target}{on}, {shots_text(shots)}, {document.metric} over {over}"
         ordered = sorted(lines, key=lambda line: -line.mean)
         tables.append((title, [_row(line, style) for line in ordered]))
     return tables

@@ -39,7 +39,7 @@ def by_shots(found: set[int | None]) -> list[int | None]:
     return sorted(found, key=lambda shots: (shots is None, shots or 0))
 
 
-def shots_text(shots: int | None) -> str:
+def shots_option(shots: int | None) -> str:
     """As ``--shots`` takes it."""
     return ALL if shots is None else str(shots)
 
@@ -69,7 +69,7 @@ def chosen_shots(comparison: ComparisonDocument, shots: str | None, default: int
     """
     if shots is None:
         return default
-    known = [shots_text(each) for each in by_shots({line.shots for line in comparison.lines})]
+    known = [shots_option(each) for each in by_shots({line.shots for line in comparison.lines})]
     if shots not in known:
         raise PimergeError(
             f"the comparison has no runs of {shots} shots, it has {', '.join(known)}",

@@ -23,7 +23,7 @@ from pimerge.figures._comparing import (
     looks,
     methods,
     scores_axis,
-    shots_text,
+    shots_option,
 )
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def collect(comparison: ComparisonDocument, options: Options) -> Data:
     shots = chosen_shots(comparison, options.shots, most)
     if max(_numbers(lines, shots).values(), default=0) < 2:
         raise PimergeError(
-            f"every method has one number of experts at {shots_text(shots)} shots in the comparison",
+            f"every method has one number of experts at {shots_option(shots)} shots in the comparison",
             "run 'pimerge compare --experts 1,2,4 …'",
         )
     series = []

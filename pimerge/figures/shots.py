@@ -21,7 +21,7 @@ from pimerge.figures._comparing import (
     looks,
     methods,
     scores_axis,
-    shots_text,
+    shots_option,
 )
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def collect(comparison: ComparisonDocument, options: Options) -> Data:
     lines = [line for line in comparison.lines if line.test == TEST]
     every = by_shots({line.shots for line in lines})
     if len(every) < 2:
-        only = "".join(map(shots_text, every))
+        only = "".join(map(shots_option, every))
         raise PimergeError(
             f"all runs of the comparison have {only} shots, and a curve takes several numbers",
             "run 'pimerge compare --shots 1,5,20 …'",
@@ -103,7 +103,7 @@ def draw(data: Data) -> Figure:
         high = [mean + sd for mean, sd in zip(series.mean, series.sd, strict=True)]
         axes.fill_between(places, low, high, color=style[series.method]["color"], alpha=0.1, linewidth=0)
         axes.plot(places, series.mean, **style[series.method])
-    axes.set_xticks(range(len(every)), [shots_text(shots) for shots in every])
+    axes.set_xticks(range(len(every)), [shots_option(shots) for shots in every])
     axes.set_xlabel("examples of each class")
     scores_axis(axes, data.metric, data.percent)
     names = short_names([series.method for series in data.series])

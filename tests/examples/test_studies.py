@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 import pytest
 from scipy.stats import ttest_rel
 
-from pimerge.comparing import Design
+from pimerge.comparison_design import Design, Ranked
 from pimerge.comparison_document import ComparisonDocument, Run
 from pimerge.expert import Expert
 from pimerge.task import Task
@@ -69,15 +69,13 @@ def compared(monkeypatch: pytest.MonkeyPatch) -> Compared:
     def compare(
         task: Task,
         base: object,
-        pool: list[Expert],
-        scores: object,
-        gains: object,
+        pool: list[Ranked],
         design: Design,
         folder: Path,
         **more: Any,
     ) -> ComparisonDocument:
         tests = ["test", *(each.name for each in more["also"])]
-        found.append((_lasting(task), [_lasting(expert) for expert in pool], design, tests))
+        found.append((_lasting(task), [_lasting(each.expert) for each in pool], design, tests))
         runs = [
             Run(
                 method=method,
