@@ -73,8 +73,7 @@ def start_logits(plan: Plan, count: int, job: Job, chosen: Sequence[Expert], exa
     """
     ranked = _known(job.scores, job, chosen)
     if plan.start_by_gain and (gains := _known(job.gains, job, chosen)):
-        temperature = TEMPERATURE / math.sqrt(examples)
-        ranked = [gain / temperature for gain in gains]
+        ranked = gain_logits(gains, examples)
     own = count - len(chosen) + (1 if plan.target and len(chosen) == count else 0)  # target's or fresh: no score
     if not plan.ranked_start or not ranked or len(ranked) < count - own:
         return [0.0] * count
@@ -82,6 +81,15 @@ def start_logits(plan: Plan, count: int, job: Job, chosen: Sequence[Expert], exa
     highest = max(ranked)
     middle = highest + math.log(sum(math.exp(score - highest) for score in ranked) / len(ranked))
     return [middle] * own + ranked
+
+
+def gain_logits(gains: Sequence[float], examples: int) -> list[float]:
+    """Expected gains over the temperature of so many labelled examples: the fewer, the less gains are to be trusted.
+
+    >>> gain_logits([0.04, 0.0], examples=25)
+    [2.0, 0.0]
+    """
+    return [gain * math.sqrt(examples) / TEMPERATURE for gain in gains]
 
 
 def _known(values: Sequence[float | None] | None, job: Job, chosen: Sequence[Expert]) -> list[float]:

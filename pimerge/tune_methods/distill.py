@@ -2,10 +2,10 @@
 
     loss = −Σ_c q_c log p_c, with q = (1 − λ) Σ_n w_n p_n(·|x) + λ [c is the label]
 
-The teacher is ``ensemble``, or with ``--teacher similarity`` its mean weighted by the ranking's scores, as
-DistillWeighted has it (arXiv 2210.10340). The student is the sum that ``interpolated`` trains. Half of the epochs go to
-the heads of the teacher. Where task.json has a split ``unlabelled``, its inputs are learned from, too, with q the
-teacher's alone; they make its passes longer.
+The teacher is ``ensemble``, or with ``--teacher similarity`` its mean weighted by what the ranking expects of each
+expert, after DistillWeighted (arXiv 2304.12314). The student is the sum that ``interpolated`` trains. Half of the
+epochs go to the heads of the teacher. Where task.json has a split ``unlabelled``, its inputs are learned from, too,
+with q the teacher's alone; they make its passes longer.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ def fit(job: Job, *, teacher: str = "mean", label_share: float = 0.5, unlabelled
     if unlabelled < 0:
         problems.add(f"--unlabelled is {unlabelled}, expected 0 or more")
     problems.raise_any("the options do not fit")
-    weights = equal_weights(job) if teacher == "mean" else similarity_weights(job)
+    weigh = equal_weights if teacher == "mean" else similarity_weights
     half = job.options.epochs / 2
     with job.bench.tidied(job.options.seed):
-        _, together, heads, kept, held_out = train_heads(job.with_options("teacher", epochs=half), weights, "distill")
+        _, together, heads, kept, held_out = train_heads(job.with_options("teacher", epochs=half), weigh, "distill")
         shares = _soft(together, kept, label_share, job.bench.device)
         more = _unlabelled(job, unlabelled)
         if more is not None:

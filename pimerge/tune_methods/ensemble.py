@@ -9,7 +9,7 @@ Experts are frozen, and the epochs are divided among the N + 1 heads. The result
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -38,7 +38,7 @@ def fit(job: Job) -> Fitted:
     from pimerge.export import Documents
     from pimerge.lowrank import relative_error
 
-    composed, together, outcome, kept, held_out = train_heads(job, equal_weights(job), "ensemble")
+    composed, together, outcome, kept, held_out = train_heads(job, equal_weights, "ensemble")
     parts = []
     for expert, head in together.heads:
         together.switch.choose(expert)
@@ -82,30 +82,43 @@ def fit(job: Job) -> Fitted:
     )
 
 
-def equal_weights(job: Job) -> list[float]:
+def equal_weights(job: Job, examples: int) -> list[float]:
     """The same share for the bare base and each of the experts."""
     count = len(job.experts) + 1
     return [1 / count] * count
 
 
-def similarity_weights(job: Job) -> list[float]:
-    """1/(N + 1) for the bare base, and of the rest the softmax of the ranking's scores for the experts."""
+def similarity_weights(job: Job, examples: int) -> list[float]:
+    """The softmax of the expected gains at the temperature of so many examples; the bare base has a gain of 0.
+
+    Without gains: 1/(N + 1) for the base, and of the rest the softmax of the ranking's scores for the experts.
+    """
+    from pimerge.members import gain_logits
+
     count = len(job.experts)
+    gains = [gain for gain in job.gains or [] if gain is not None]
+    if len(gains) == count:
+        return _softmax([0.0, *gain_logits(gains, examples)])
     scores = [score for score in job.scores or [] if score is not None]
     if len(scores) < count:
         job.note("not all experts have a score in the ranking: they are weighed equally")
         scores = [0.0] * count
-    shares = [math.exp(score - max(scores)) for score in scores]
-    return [1 / (count + 1), *(count / (count + 1) * share / sum(shares) for share in shares)]
+    return [1 / (count + 1), *(count / (count + 1) * share for share in _softmax(scores))]
+
+
+def _softmax(logits: Sequence[float]) -> list[float]:
+    powers = [math.exp(logit - max(logits)) for logit in logits]
+    return [power / sum(powers) for power in powers]
 
 
 def train_heads(
-    job: Job, weights: Sequence[float], method: str
+    job: Job, weigh: Callable[[Job, int], list[float]], method: str
 ) -> tuple[Composed, Together, Outcome, Examples, Examples | None]:
     """Train a head for the bare base and for each expert, on frozen features.
 
     Args:
-        weights: of the base's probabilities, then of each expert's.
+        weigh: the job and the number of labelled examples → the weights of the base's probabilities, then of each
+            expert's.
 
     Raises:
         PimergeError: if the task has no classes with a head.
@@ -125,6 +138,7 @@ def train_heads(
         )
     composed, kept, held_out = compose_sum(job, PLAN, method)
     assert isinstance(composed.mixture, Switch)
+    weights = weigh(job, len(kept) + (len(held_out) if held_out else 0))
     start = {name: tensor.clone() for name, tensor in loaded.head_tensors().items()}
     answering: list[int | None] = [None, *range(len(composed.names))]
     if not composed.chosen[0].has_strength and composed.chosen[0].groups:

@@ -120,17 +120,23 @@ def test_an_ensemble_that_changed_is_refused(tried: Tried, tmp_path: Path) -> No
 
 
 def test_similar_experts_count_more(tried: Tried, tmp_path: Path) -> None:
-    found = similarity_weights(tried.job(tmp_path, scores=[0.9, 0.1]))
+    gains = [0.04, -0.02]
+    found = similarity_weights(tried.job(tmp_path, scores=[0.9, 0.1], gains=gains), 25)
+    shares = torch.tensor([0.0, *(gain / (0.1 / 5) for gain in gains)], dtype=torch.float64).softmax(0).tolist()
+    assert found == pytest.approx(shares)  # the bare base gains nothing
+    found = similarity_weights(tried.job(tmp_path, scores=[0.9, 0.1]), 25)
     shares = torch.tensor([0.9, 0.1], dtype=torch.float64).softmax(0).tolist()
     assert found == pytest.approx([1 / 3, *(2 / 3 * share for share in shares)])
     said: list[str] = []
-    assert similarity_weights(tried.job(tmp_path, scores=[0.9, None], note=said.append)) == pytest.approx([1 / 3] * 3)
+    assert similarity_weights(tried.job(tmp_path, scores=[0.9, None], note=said.append), 25) == pytest.approx(
+        [1 / 3] * 3
+    )
     assert "weighed equally" in said[0]
 
 
 def test_the_student_learns_the_mean_of_the_probabilities_and_the_labels(tried: Tried, tmp_path: Path) -> None:
     with tried.bench.tidied(0):
-        _, together, _, kept, _ = train_heads(tried.job(tmp_path), [0.5, 0.3, 0.2], "distill")
+        _, together, _, kept, _ = train_heads(tried.job(tmp_path), lambda *_: [0.5, 0.3, 0.2], "distill")
         batch = kept.batch(range(len(kept)))
         expected = torch.zeros(len(kept), 2)
         for (expert, head), weight in zip(together.heads, [0.5, 0.3, 0.2], strict=True):
