@@ -1,7 +1,7 @@
 """Tune methods and controls on draws of a target's examples, at equal budget, in one process.
 
-The base is loaded once. Of every draw the experts are ranked once, and all methods take that ranking. What has run lies
-in a folder, a file for each run, so that a comparison that was killed goes on, and a larger one runs what is new alone.
+The base is loaded once. Of every draw the experts are ranked once, and all methods take that ranking. Rankings and runs
+lie in a folder, a file for each, so that a comparison that was killed goes on, and a larger one runs what is new alone.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pimerge.features import Draw, Viewer
 from pimerge.files import json_text, read_json, sha256_bytes, write_file
 from pimerge.paired import conclusion, lines_of
 from pimerge.progress import Track, silent
-from pimerge.ranking import Target
+from pimerge.ranking import Ranking, Target, read_ranking, write_ranking
 from pimerge.ranking_by_examples import rank_by_examples
 from pimerge.selecting import BY_EXAMPLES, Wish
 from pimerge.task import Task
@@ -36,7 +36,7 @@ from pimerge.tuning_method import TuneMethod, open_tune_method
 BY_ONE_EXAMPLE = "logme"
 """The measure where a class has one example, of which nothing can be held out."""
 LIMIT = 500
-FEATURES = "features"
+FEATURES, RANKINGS = "features", "rankings"
 _WAIT = 0.5
 _DISTRIBUTED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -208,17 +208,26 @@ class _Harness:
         """The pool on the examples of a draw, best first, each at its best strength."""
         if self.design.ranked_by == "ranking":
             return self.pool
-        bench = self.bench
-        viewer = Viewer(bench.loaded, bench.base, bench.task, Draw("train", shots, LIMIT, seed), self.folder / FEATURES)
+        file = self.folder / RANKINGS / f"{_digest([shots, seed, self.inputs])}.json"
+        if not file.is_file():
+            write_ranking(self._rank(shots, seed), file, force=True)
+        ranking = read_ranking(file)
+        experts = {each.expert.name: each.expert for each in self.pool}
+        held_out = ranking.measure == BY_EXAMPLES
+        return [
+            Ranked(experts[each.name].scaled(each.scale), each.score, each.gain if held_out else None)
+            for each in ranking.chosen()
+        ]
+
+    def _rank(self, shots: int | None, seed: int) -> Ranking:
+        bench, cached = self.bench, self.folder / FEATURES
+        viewer = Viewer(bench.loaded, bench.base, bench.task, Draw("train", shots, LIMIT, seed), cached)
         measure = BY_EXAMPLES if viewer.holds_out else BY_ONE_EXAMPLE
         experts = {each.expert.name: each.expert for each in self.pool}
         target = Target(name=bench.task.name, path=".", sha256=bench.task.sha256(), expert=False)
-        wish = Wish(max(self.design.experts), gate=False)
-        ranking = rank_by_examples(viewer, experts, {}, target, None, measure, wish, self.folder)
-        return [
-            Ranked(experts[each.name].scaled(each.scale), each.score, each.gain if viewer.holds_out else None)
-            for each in ranking.chosen()
-        ]
+        return rank_by_examples(
+            viewer, experts, {}, target, None, measure, Wish(len(experts), gate=False), self.folder / RANKINGS
+        )
 
     def _file(self, case: Case) -> Path:
         design = self.design
@@ -230,11 +239,13 @@ class _Harness:
             design.select,
             design.lrs.get(case.method),
             design.ranked_by if case.k else None,
-            max(design.experts) if case.k and design.ranked_by == "draws" else None,
             self.inputs,
         ]
-        digest = sha256_bytes(json.dumps(choice, sort_keys=True).encode())[:16]
-        return self.folder / f"{case.method}-{digest}.json"
+        return self.folder / f"{case.method}-{_digest(choice)}.json"
+
+
+def _digest(choice: object) -> str:
+    return sha256_bytes(json.dumps(choice, sort_keys=True).encode())[:16]
 
 
 def _own_device() -> str:

@@ -263,6 +263,15 @@ def mean_state(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.stack([state[name] for state in states]).mean(0) for name in states[0]}
 
 
+def between(start: Mapping[str, Tensor], end: Mapping[str, Tensor], way: float) -> dict[str, Tensor]:
+    """Name → start + way · (end − start), of what :meth:`Composed.trained_state` gave.
+
+    >>> between({"w": torch.tensor([0.0])}, {"w": torch.tensor([2.0])}, 0.75)
+    {'w': tensor([1.5000])}
+    """
+    return {name: torch.lerp(start[name], end[name], way) for name in start}
+
+
 def compose_sum(job: Job, plan: Plan, method: str) -> tuple[Composed, Examples, Examples | None]:
     """Put the sum that a plan asks for into the base, and encode the examples for it.
 

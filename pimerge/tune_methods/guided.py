@@ -1,4 +1,4 @@
-"""The chosen experts weighted by expected gain, under a head from a probe; trained, and taken half of the way back.
+"""The chosen experts weighted by expected gain, under a head from a probe; trained, and taken some of the way back.
 
 1. w_n ∝ exp(gain_n / τ), τ = 0.1 / √(number of labelled examples), with the gains of ``pimerge rank``; what has no gain
    starts from the ranking's scores as in ``learned``. The fewer examples, the less gains are to be trusted, and the
@@ -7,7 +7,8 @@
    of it: under the whole probe hardly any error is left for the features to learn from, under a random head the first
    steps spoil them.
 3. Weights, factors and head are trained, as in ``interpolated``.
-4. What comes out is halfway between the start, with the whole probe, and the end (as WiSE-FT, arXiv 2109.01903).
+4. What comes out is three quarters of the way from the start, with the whole probe, to the end (as WiSE-FT, arXiv
+   2109.01903).
 
 Where a base answers in text, or the head has no linear layer for the classes, 2 and 4 are left out. How it was found
 and what it gains: ``pimerge/tune_methods/README.md``.
@@ -34,13 +35,15 @@ PLAN = Plan(
 )
 SHARE = 0.1
 """Of the probe, that the head's training starts from."""
+WAY = 0.75
+"""Of the way from the start to the end of the training."""
 
 
 def fit(job: Job) -> Fitted:
-    """Compose, train, and go half of the way back."""
+    """Compose, train, and go some of the way back."""
     import torch
 
-    from pimerge.composed import compose_sum, mean_state
+    from pimerge.composed import between, compose_sum
     from pimerge.probed_head import fit_head
 
     bench = job.bench
@@ -53,5 +56,5 @@ def fit(job: Job) -> Fitted:
         for parameter in layer.parameters():
             parameter.mul_(SHARE)
     outcome = composed.train(kept, held_out)
-    composed.load_trained_state(mean_state([start, composed.trained_state()]))
+    composed.load_trained_state(between(start, composed.trained_state(), WAY))
     return composed.fitted(replace(outcome, held_out_losses=()), kept, held_out)  # those are of the end
