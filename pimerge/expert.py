@@ -285,7 +285,11 @@ def _folder(reference: str | Path) -> Path:
     path = Path(reference)
     if os.path.isdir(path):  # unlike Path's, False for a name that no disk takes
         if not _looks_like_expert(path):
-            raise PimergeError(f"'{path}' is no expert: it has no {CONFIG} and no {WEIGHTS}")
+            inside = [str(each) for each in sorted(path.iterdir()) if _looks_like_expert(each)]
+            raise PimergeError(
+                f"'{path}' is no expert: it has no {CONFIG} and no {WEIGHTS}",
+                f"name one of those in it: {', '.join(inside[:5])}" if inside else "",
+            )
         return path
     if os.path.exists(path):
         raise PimergeError(f"'{path}' is a file, expected the folder of an expert")

@@ -220,6 +220,12 @@ def test_a_file_and_an_empty_folder_are_no_experts(folder: Path, tmp_path: Path)
         open_expert(tmp_path)
 
 
+def test_a_folder_of_experts_names_those_in_it(folder: Path) -> None:
+    with pytest.raises(PimergeError) as caught:
+        open_expert(folder.parent)
+    assert f"name one of those in it: {folder}" in str(caught.value)
+
+
 def test_a_pool_is_read_in_order_and_one_expert_is_a_pool_of_one(folder: Path) -> None:
     second = raw_expert(folder.parent / "a second", updates_of(SHAPES))
     raw_expert(folder.parent / ".merged.partial-1", updates_of(SHAPES))

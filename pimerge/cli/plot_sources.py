@@ -128,12 +128,12 @@ def _tuned(sources: Sources, experts: Sequence[str]) -> tuple[Study, Coefficient
 
     quiet_libraries()
     if not sources.tuned.is_dir():
-        raise PimergeError(f"there is no '{sources.tuned}'", "run 'pimerge tune --method learned' first")
+        raise PimergeError(f"there is no '{sources.tuned}'", "run 'pimerge tune' first")
     tuned, file = open_expert(sources.tuned, sources.base), sources.tuned / COEFFICIENTS_FILE
     if not file.is_file():
         raise PimergeError(
             f"'{sources.tuned}' has no {COEFFICIENTS_FILE}: it is composed of no experts",
-            "run 'pimerge tune --method learned', or name another folder with --tuned",
+            "run 'pimerge tune', or name another folder with --tuned",
         )
     content = parse_document(Coefficients, file)
     problems, members = Problems(), []

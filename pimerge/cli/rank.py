@@ -94,7 +94,7 @@ def rank(
         if explain is not None:
             print_explanation(found, explain, json)
             return
-    _write(found.ranking, output, request, force, json, "tune --method learned")
+    _write(found.ranking, output, request, force, json, "tune")
 
 
 def _write(ranking: Ranking, output: Path, request: Request, force: bool, json: bool, after: str) -> None:

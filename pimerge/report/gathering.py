@@ -243,7 +243,7 @@ def _outputs(folder: Path) -> Section:
     if "merge" not in commands:
         section.missing.append(("a merged expert", "pimerge merge --method uniform"))
     if "tune" not in commands:
-        section.missing.append(("a tuned expert", "pimerge tune --method learned"))
+        section.missing.append(("a tuned expert", "pimerge tune"))
     return section
 
 

@@ -119,7 +119,7 @@ def test_nothing_is_overwritten_and_nothing_half_written(folder: Path, shell: Sh
         (["grph"], "did you mean 'graph'"),
         (["graph"], "pimerge embed ./experts"),
         (["gain"], "run 'pimerge plot path' first"),
-        (["weights"], "run 'pimerge tune --method learned' first"),
+        (["weights"], "run 'pimerge tune' first"),
         (["weights", "--tuned", "x"], "composed of no experts"),
         (["shots"], "run 'pimerge compare --target NAME' first"),
         (["landscape", "y"], "there are 2 with the target's"),
