@@ -198,7 +198,7 @@ class Task:
                 if empty := [place for place, number in enumerate(numbers) if nulls[number]]:
                     broken.add(
                         empty,
-                        f"{where} has {len(empty)} rows without a {use}: {broken.listed(empty)} (from 0)",
+                        f"{where} has no {use} in {len(empty)} row{'s'[: len(empty) > 1]}: {broken.listed(empty)} (from 0)",
                         "fill them or leave them out",
                     )
         classes = [0] * len(table)

@@ -111,7 +111,7 @@ def test_rows_without_a_path_are_told(named: Callable[..., Path]) -> None:
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     rows[3]["image"] = None
     write_rows(file, rows)
-    with pytest.raises(PimergeError, match=r"1 rows without a image: 3 \(from 0\)"):
+    with pytest.raises(PimergeError, match=r"no image in 1 row: 3 \(from 0\)"):
         open_task(folder).rows("train")
 
 

@@ -234,7 +234,7 @@ def test_a_label_that_is_no_class_is_named(tmp_path: Path, label: Any) -> None:
 def test_a_row_without_a_text_is_named(tmp_path: Path, text: Any) -> None:
     task = open_task(make_task(tmp_path, [{"text": text, "label": 0}]))
     if text is None:
-        assert "1 rows without a text: 0 (from 0)" in problem_of(lambda: task.rows("train"))
+        assert "no text in 1 row: 0 (from 0)" in problem_of(lambda: task.rows("train"))
     else:
         assert task.rows("train")[1] == [0]
 
@@ -242,7 +242,7 @@ def test_a_row_without_a_text_is_named(tmp_path: Path, text: Any) -> None:
 def test_texts_and_labels_that_are_wrong_are_told_at_once(tmp_path: Path) -> None:
     rows = [{"text": "a", "label": 0}, *({"text": None, "label": 9} for _ in range(6))]
     message = problem_of(lambda: open_task(make_task(tmp_path, rows)).rows("train"))
-    assert "6 rows without a text: 1, 2, 3, 4, 5 … (from 0)" in message
+    assert "no text in 6 rows: 1, 2, 3, 4, 5 … (from 0)" in message
     assert "unknown labels: 9 (6 rows: 1, 2, 3, 4, 5 …, from 0)" in message
 
 

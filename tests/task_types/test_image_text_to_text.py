@@ -230,7 +230,7 @@ def test_a_missing_image_is_an_error(image_text_base: Base, scans: Scans, tmp_pa
     table = rows.to_dict()
     table["scan"][5] = None
     Dataset.from_dict(table, features=rows.features).to_parquet(path)
-    with pytest.raises(PimergeError, match="has 1 rows without a image"):
+    with pytest.raises(PimergeError, match="has no image in 1 row"):
         open_task(folder).rows("test")
 
 
