@@ -196,9 +196,10 @@ class Task:
             elif use != "label" and whole.data.column(column).null_count:
                 nulls = whole.data.column(column).is_null().to_pylist()
                 if empty := [place for place, number in enumerate(numbers) if nulls[number]]:
+                    rows = "1 row" if len(empty) == 1 else f"{len(empty)} rows"
                     broken.add(
                         empty,
-                        f"{where} has no {use} in {len(empty)} row{'s'[: len(empty) > 1]}: {broken.listed(empty)} (from 0)",
+                        f"{where} has no {use} in {rows}: {broken.listed(empty)} (from 0)",
                         "fill them or leave them out",
                     )
         classes = [0] * len(table)
