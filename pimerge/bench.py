@@ -17,12 +17,14 @@ from torch import nn
 
 from pimerge.base import Base
 from pimerge.expert import Expert
+from pimerge.holding_out import split_fold, split_holdout
 from pimerge.manifest import Manifest
 from pimerge.model import LoadedBase, as_before, as_they_were, draw_head, load_base, resolve_device, resolve_dtype
 from pimerge.progress import Track, silent
 from pimerge.task import Task
 from pimerge.task_types import Examples
-from pimerge.training import Options, Outcome, split_fold, split_holdout
+from pimerge.training import Outcome
+from pimerge.tuning_options import Options
 
 
 @dataclass(frozen=True)

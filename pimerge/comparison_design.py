@@ -10,8 +10,8 @@ from pimerge.errors import Problems
 from pimerge.expert import Expert
 from pimerge.features import why_not
 from pimerge.task import Task
-from pimerge.training import Options, check_options
 from pimerge.tuning_method import TuneMethod
+from pimerge.tuning_options import Options, check_options
 
 SINGLE = "single"
 """The best single expert: the ranking's first with a head, as ``uniform`` has it of several."""

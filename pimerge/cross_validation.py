@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from pimerge.bench import Job
-from pimerge.training import LOWER, Diverged, Options, held_out_loss
+from pimerge.training import LOWER, Diverged, held_out_loss
 from pimerge.tuning_method import TuneMethod
+from pimerge.tuning_options import Options
 
 FACTORS = (0.3, 1.0, 3.0)
 FOLDS = 3

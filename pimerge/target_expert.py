@@ -25,8 +25,8 @@ from pimerge.kinds._keys import PREFIX, PROMPT_PREFIX, PROMPTS
 from pimerge.parameter_space import sum_of
 from pimerge.progress import Track, silent
 from pimerge.task import Task
-from pimerge.training import Options
 from pimerge.tuning import tune
+from pimerge.tuning_options import Options
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -10,7 +10,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -24,71 +24,22 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from pimerge.averaging import Averaged
-from pimerge.composition import GRANULARITIES, Mixture
-from pimerge.errors import PimergeError, Problems
+from pimerge.composition import Mixture
+from pimerge.errors import PimergeError
 from pimerge.files import disk_errors
 from pimerge.model import LoadedBase
 from pimerge.progress import Track, silent
 from pimerge.sharpness import sharpness_aware
 from pimerge.task_types import IGNORED, Examples, bucket_by_length, on_device
+from pimerge.tuning_options import Options
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import Trainer, TrainingArguments
 
-DECAYS = ("zero", "start")
 LOWER = "pass a lower --lr or --weights-lr"
 _TOKENS_AT_ONCE = 4096
 _ROOM_FOR_CHECKPOINTS = 64 * 2**20
-_HIGHEST_RATE = 1e6
-"""AdamW moves every number by about the rate at each step: no training is left above, and float32 overflows."""
-
-
-@dataclass(frozen=True)
-class Options:
-    """How to train.
-
-    Attributes:
-        epochs: most passes over the training examples; early stopping may end it before. ``stop_after``: where it ends
-            in any case, with the learning rate on its way through all epochs; None for the end.
-        lr: learning rate of factors and head; None for the method's own. ``weights_lr``: of the mixture's logits.
-        holdout: share of the training examples kept for early stopping, the same of each class; 0 for none, None for
-            the method's own.
-        patience: epochs without a better held-out loss before it stops.
-        shots: examples drawn of each class; None for all.
-        weight_decay: of factors and head; ``decay_towards``: ``zero``, or the ``start`` (L2-SP, arXiv 1802.01483).
-        ema: decay of a moving average of what trains, which is what is scored and kept; None for none.
-        sam: radius of sharpness-aware minimisation, at two passes a step; None for none.
-        rank: of the exported expert; None keeps every direction.
-        fresh_kind: of a fresh expert; None for the pool's, else LoRA.
-        fresh_rank, fresh_alpha, fresh_modules: of a fresh expert; None for the pool's, else r = alpha = 8 on
-            the modules that PEFT adapts in this architecture. Of a bottleneck, prefix or prompt, the rank is its size.
-        init_seed: of a fresh expert, so that several tasks share one init; ``seed`` decides all else.
-    """
-
-    epochs: float = 30
-    stop_after: int | None = None
-    lr: float | None = None
-    weights_lr: float = 5e-2
-    batch_size: int = 16
-    seed: int = 0
-    holdout: float | None = None
-    patience: int = 8
-    shots: int | None = None
-    label_smoothing: float = 0.1
-    warmup: float = 0.06
-    weight_decay: float = 0.01
-    max_grad_norm: float = 1.0
-    decay_towards: str = "zero"
-    ema: float | None = None
-    sam: float | None = None
-    granularity: str = "matrix"
-    rank: int | None = None
-    fresh_kind: str | None = None
-    fresh_rank: int | None = None
-    fresh_alpha: float | None = None
-    fresh_modules: tuple[str, ...] | None = None
-    init_seed: int = 0
 
 
 class Diverged(PimergeError):
@@ -177,69 +128,6 @@ def train(
         trained_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         writes=trainer.is_world_process_zero(),
     )
-
-
-def check_options(options: Options) -> None:
-    """Check the numbers.
-
-    Raises:
-        PimergeError: with each that does not fit.
-    """
-    problems = Problems()
-    positive = ("epochs", "lr", "weights_lr", "batch_size", "patience", "max_grad_norm", "fresh_alpha", "sam")
-    for field in positive:
-        value = getattr(options, field)
-        if value is not None and not 0 < value < math.inf:
-            problems.add(f"--{field.replace('_', '-')} is {value}, expected a number above 0")
-        elif value is not None and field in ("lr", "weights_lr") and value > _HIGHEST_RATE:
-            problems.add(f"--{field.replace('_', '-')} is {value}, expected at most {_HIGHEST_RATE:g}")
-    for field in ("holdout", "label_smoothing", "warmup", "ema"):
-        if getattr(options, field) is not None and not 0 <= getattr(options, field) < 1:
-            problems.add(f"--{field.replace('_', '-')} is {getattr(options, field)}, expected 0 or more and below 1")
-    for field in ("rank", "fresh_rank", "shots"):
-        if getattr(options, field) is not None and getattr(options, field) < 1:
-            problems.add(f"--{field.replace('_', '-')} is {getattr(options, field)}, expected at least 1")
-    if not options.weight_decay >= 0:
-        problems.add(f"--weight-decay is {options.weight_decay}, expected 0 or more")
-    if options.decay_towards not in DECAYS:
-        problems.add(f"--decay-towards is '{options.decay_towards}'", f"expected {' or '.join(DECAYS)}")
-    if options.granularity not in GRANULARITIES:
-        problems.add(f"--granularity is '{options.granularity}'", f"expected {', '.join(GRANULARITIES)}")
-    problems.raise_any("the options do not fit")
-
-
-def split_holdout(labels: Sequence[int], share: float, seed: int) -> tuple[list[int], list[int]]:
-    """Indices to train on and to hold out, the same share of each class, at least one to train on.
-
-    >>> split_holdout([0, 0, 0, 0, 1, 1, 1, 1], 0.25, seed=0)
-    ([1, 2, 3, 5, 6, 7], [0, 4])
-    """
-    generator = torch.Generator().manual_seed(seed)
-    held_out: list[int] = []
-    for label in sorted(set(labels)):
-        members = [index for index, value in enumerate(labels) if value == label]
-        order = torch.randperm(len(members), generator=generator).tolist()
-        count = min(round(share * len(members)), len(members) - 1)
-        held_out += [members[i] for i in order[:count]]
-    kept = set(held_out)
-    return [index for index in range(len(labels)) if index not in kept], sorted(held_out)
-
-
-def split_fold(labels: Sequence[int], fold: int, folds: int, seed: int) -> tuple[list[int], list[int]]:
-    """Indices to train on and to hold out: one of several folds, with as many of each class as can be.
-
-    >>> split_fold([0, 0, 0, 1, 1, 1], 0, 3, seed=0)
-    ([0, 1, 3, 4], [2, 5])
-    """
-    generator = torch.Generator().manual_seed(seed)
-    held_out: list[int] = []
-    for label in sorted(set(labels)):
-        members = [index for index, value in enumerate(labels) if value == label]
-        order = torch.randperm(len(members), generator=generator).tolist()
-        if len(members) > 1:  # the only example of a class is always trained on
-            held_out += [members[i] for place, i in enumerate(order) if place % folds == fold]
-    kept = set(held_out)
-    return [index for index in range(len(labels)) if index not in kept], sorted(held_out)
 
 
 def _trainable(loaded: LoadedBase, mixture: Mixture, model: nn.Module) -> nn.Module:

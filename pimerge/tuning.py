@@ -24,8 +24,8 @@ from pimerge.manifest import Manifest, inputs_of, library_versions
 from pimerge.members import LORA, chosen_experts
 from pimerge.progress import Track, silent
 from pimerge.task import Task
-from pimerge.training import Options, check_options
 from pimerge.tuning_method import TuneMethod, open_tune_method
+from pimerge.tuning_options import Options, check_options
 
 STARTS = ("ranking", "equal")
 SELECTIONS = ("fixed", "cv")

@@ -11,35 +11,18 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from pimerge.bench import Bench, Job, open_bench
 from pimerge.cross_validation import FACTORS, FOLDS, choose
 from pimerge.errors import PimergeError
 from pimerge.expert import open_expert
 from pimerge.task import open_task
-from pimerge.training import Diverged, Options, held_out_loss, split_fold
+from pimerge.training import Diverged, held_out_loss
 from pimerge.tuning_method import open_tune_method
+from pimerge.tuning_options import Options
 from tests.conftest import MakeExpert
 
 OPTIONS = Options(epochs=3, shots=6, batch_size=8, lr=0.02, label_smoothing=0.0)
-
-
-@given(
-    labels=st.lists(st.integers(0, 3), min_size=2, max_size=30), folds=st.integers(2, 5), seed=st.integers(0, 2**31 - 1)
-)
-def test_folds_are_even_and_hold_every_repeated_example_out_once(labels: list[int], folds: int, seed: int) -> None:
-    parts = [split_fold(labels, fold, folds, seed) for fold in range(folds)]
-    for kept, held_out in parts:
-        assert sorted(kept + held_out) == list(range(len(labels)))
-        assert {labels[index] for index in kept} == set(labels)  # no class is without training examples
-    alone = [index for index, label in enumerate(labels) if labels.count(label) == 1]
-    assert sorted(index for _, held_out in parts for index in held_out) == sorted(set(range(len(labels))) - {*alone})
-    for label in set(labels):
-        counts = [sum(labels[index] == label for index in held_out) for _, held_out in parts]
-        assert max(counts) - min(counts) <= 1
-    assert split_fold(labels, 0, folds, seed) == parts[0]
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,8 @@ from torch import nn
 
 from pimerge.composition import Mixture
 from pimerge.sharpness import at_worst, sharpness_aware
-from pimerge.training import Options, _optimizer
+from pimerge.training import _optimizer
+from pimerge.tuning_options import Options
 
 
 def loss_of(model: nn.Module, x: torch.Tensor) -> torch.Tensor:

@@ -20,7 +20,7 @@ from pimerge.store import Store
 from pimerge.store_document import Settings
 from pimerge.target_expert import initial_expert, train_expert
 from pimerge.task import Task, open_task
-from pimerge.training import Options
+from pimerge.tuning_options import Options
 from tests.conftest import KINDS, PROMPTS, MakeExpert, logits_of, relative_difference
 
 BRIEFLY = Options(epochs=2)

@@ -12,10 +12,12 @@ from peft import PeftModel
 
 from pimerge.base import find_base
 from pimerge.expert import open_expert
+from pimerge.holding_out import split_holdout
 from pimerge.model import load_base
 from pimerge.task import open_task
-from pimerge.training import Options, mean_loss, split_holdout
+from pimerge.training import mean_loss
 from pimerge.tuning import tune
+from pimerge.tuning_options import Options
 from tests.conftest import LANGUAGE_MODELS, MakeExpert, logits_of, model_for, write_text_task
 
 CPU = torch.device("cpu")

@@ -24,8 +24,8 @@ from pimerge.errors import PimergeError
 from pimerge.expert import Expert, open_expert
 from pimerge.export import Coefficients
 from pimerge.task import Task, open_task
-from pimerge.training import Options, split_holdout
 from pimerge.tuning import tune
+from pimerge.tuning_options import Options
 from tests.conftest import (
     Interrupt,
     MakeExpert,
@@ -382,18 +382,6 @@ def test_experts_of_another_base_are_refused(
     other = open_expert(make_expert(tmp_path / "other", bert_base))
     with pytest.raises(PimergeError, match="another model"):
         tuner("learned", tmp_path / "tuned", experts=[tuner.a, other])
-
-
-@pytest.mark.parametrize("share", [0.0, 0.1, 0.25, 0.5, 0.9])
-def test_the_same_share_of_each_class_is_held_out(share: float) -> None:
-    labels = [0] * 20 + [1] * 8 + [2]
-    kept, held_out = split_holdout(labels, share, seed=0)
-    assert sorted(kept + held_out) == list(range(29))
-    for label, size in ((0, 20), (1, 8), (2, 1)):
-        count = sum(labels[index] == label for index in held_out)
-        assert abs(count - share * size) <= 0.5 or count == size - 1
-        assert count < size
-    assert split_holdout(labels, share, seed=0) == (kept, held_out)
 
 
 def test_what_experts_saved_besides_a_head_is_not_lost_in_silence(

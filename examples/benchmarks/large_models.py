@@ -47,8 +47,8 @@ from pimerge.progress import Advance
 from pimerge.store import Store
 from pimerge.store_document import Settings
 from pimerge.task import open_task
-from pimerge.training import Options
 from pimerge.tuning import tune
+from pimerge.tuning_options import Options
 
 FLAN = {"feed_forward_proj": "gated-gelu", "decoder_start_token_id": 0}
 SPECIAL = {"pad_token_id": 0, "eos_token_id": 1}

@@ -55,8 +55,8 @@ from pimerge.selecting import LEAST_ERRORS
 from pimerge.store import Store
 from pimerge.store_document import Settings
 from pimerge.task import Task, open_task
-from pimerge.training import Options
 from pimerge.tuning import tune
+from pimerge.tuning_options import Options
 
 PENALTY = 0.1  # of the refitted head
 MOST_MERGED = 4

@@ -23,7 +23,7 @@ from pimerge.comparison_design import CONTROLS, Design, Ranked, shots_text
 from pimerge.evaluation import BASE, evaluate
 from pimerge.expert import find_experts, open_expert
 from pimerge.task import open_task
-from pimerge.training import Options
+from pimerge.tuning_options import Options
 
 FRESH = "scratch"
 

@@ -41,8 +41,8 @@ from examples.digits.cut import (
 from pimerge.base import find_base
 from pimerge.cli.console import quiet_libraries
 from pimerge.task import open_task
-from pimerge.training import Options
 from pimerge.tuning import tune
+from pimerge.tuning_options import Options
 
 SEED = 0
 # scans of each digit; the rest of its 174 to 183 is the test part

@@ -28,8 +28,8 @@ from pimerge.evaluation import BASE, evaluate
 from pimerge.expert import Expert, open_expert
 from pimerge.ranking import Candidate, open_ranked, read_ranking
 from pimerge.task import open_task
-from pimerge.training import Options
 from pimerge.tuning import tune
+from pimerge.tuning_options import Options
 
 EPOCHS = 30
 LR = 1e-2  # make.py's

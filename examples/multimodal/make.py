@@ -45,8 +45,8 @@ from examples.digits.make import divide, jittered, read_scans
 from pimerge.base import find_base
 from pimerge.cli.console import quiet_libraries
 from pimerge.task import open_task
-from pimerge.training import Options
 from pimerge.tuning import tune
+from pimerge.tuning_options import Options
 
 SEED = 0
 ONES = (  # noqa: SIM905

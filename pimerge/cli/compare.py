@@ -78,7 +78,7 @@ def compare(
     from pimerge.errors import Problems
     from pimerge.files import json_text, require_absent, require_same_or_absent, write_file
     from pimerge.task import open_task
-    from pimerge.training import Options
+    from pimerge.tuning_options import Options
 
     if output.suffix != ".json":
         raise PimergeError(f"--output is '{output}'", "expected a name that ends in .json")

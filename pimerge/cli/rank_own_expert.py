@@ -77,7 +77,7 @@ def _start(asked: Asked, store: Store, request: Request, track: Track) -> dict[s
     Raises:
         PimergeError: if the store has no expert of the target's base.
     """
-    from pimerge.training import Options
+    from pimerge.tuning_options import Options
 
     base = pool_base(store, asked, request.base)
     names, excluded = names_on(store, asked, base)

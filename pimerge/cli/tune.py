@@ -114,10 +114,10 @@ def tune(
     if methods:
         _list_methods(json)
         return
-    from pimerge.training import Options
     from pimerge.tuning import STARTS
     from pimerge.tuning import tune as tune_experts
     from pimerge.tuning_method import open_tune_method
+    from pimerge.tuning_options import Options
 
     settings = {
         "uniform": uniform,

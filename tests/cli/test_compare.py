@@ -19,8 +19,8 @@ from pimerge.comparison_document import read_comparison
 from pimerge.evaluation import evaluate
 from pimerge.expert import Expert, open_expert
 from pimerge.task import open_task
-from pimerge.training import Options
 from pimerge.tuning import tune
+from pimerge.tuning_options import Options
 from tests.conftest import Finished, Shell, write_json
 
 QUICK = ("--epochs", 2, "--seeds", 2, "--shots", 4)

@@ -30,9 +30,9 @@ from pimerge.files import sha256_file
 from pimerge.manifest import Manifest
 from pimerge.members import chosen_experts
 from pimerge.task import open_task
-from pimerge.training import Options
 from pimerge.tuning import manifest_of, tune
 from pimerge.tuning_method import TuneMethod, open_tune_method
+from pimerge.tuning_options import Options
 from tests.conftest import MakeExpert, dense_deltas, logits_of, model_for, relative_difference, write_image_task
 
 METHODS = sorted(strategies.summaries("tune_methods"))

@@ -18,8 +18,8 @@ from pimerge.bench import Fitted
 from pimerge.expert import open_expert
 from pimerge.progress import Advance, Track, silent
 from pimerge.task import open_task
-from pimerge.training import Options
 from pimerge.tuning import tune
+from pimerge.tuning_options import Options
 from tests.conftest import Interrupt, MakeExpert, interrupted_after
 
 LONG = Options(epochs=10, shots=10, batch_size=8, lr=0.3, patience=3, holdout=0.4)

@@ -16,8 +16,8 @@ from pimerge.evaluation import evaluate
 from pimerge.expert import open_expert
 from pimerge.model import load_base
 from pimerge.task import open_task
-from pimerge.training import Options
 from pimerge.tuning import tune
+from pimerge.tuning_options import Options
 from tests.conftest import END, MakeExpert, model_for, write_json
 
 Base = Callable[[str], Path]

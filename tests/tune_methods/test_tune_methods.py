@@ -25,10 +25,11 @@ from pimerge.errors import PimergeError
 from pimerge.expert import open_expert
 from pimerge.task import open_task
 from pimerge.task_types import IGNORED
-from pimerge.training import Options, Outcome, held_out_loss, mean_loss
+from pimerge.training import Outcome, held_out_loss, mean_loss
 from pimerge.tune_methods.distill import _soft, _taught
 from pimerge.tune_methods.ensemble import similarity_weights, train_heads
 from pimerge.tuning_method import open_tune_method
+from pimerge.tuning_options import Options
 from tests.conftest import MakeExpert, dense_deltas, logits_of, model_for, relative_difference, write_json
 
 CPU = torch.device("cpu")
