@@ -24,19 +24,20 @@ from pimerge.cross_validation import choose
 from pimerge.errors import Problems
 from pimerge.evaluation import Split, read_test_split, score_model
 from pimerge.features import Draw, Viewer
-from pimerge.files import json_text, read_json, sha256_bytes, write_file
+from pimerge.files import json_text, sha256_bytes, write_file
 from pimerge.paired import conclusion, lines_of
 from pimerge.progress import Track, silent
-from pimerge.ranking import Ranking, Target, read_ranking, write_ranking
+from pimerge.ranking import Ranking, Target, write_ranking
 from pimerge.ranking_by_examples import rank_by_examples
 from pimerge.selecting import BY_EXAMPLES, Wish
-from pimerge.task import Task
+from pimerge.task import Task, parse_document
 from pimerge.tuning_method import TuneMethod, open_tune_method
 
 BY_ONE_EXAMPLE = "logme"
 """The measure where a class has one example, of which nothing can be held out."""
 LIMIT = 500
 FEATURES, RANKINGS = "features", "rankings"
+ANEW = "delete it: it is made anew"
 _WAIT = 0.5
 _DISTRIBUTED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -156,7 +157,7 @@ class _Harness:
     def done(self, case: Case) -> Run | None:
         """What a run gave, if it has been made."""
         if case not in self.runs and (file := self._file(case)).is_file():
-            self.runs[case] = Run.model_validate(read_json(file))
+            self.runs[case] = parse_document(Run, file, ANEW)
         return self.runs.get(case)
 
     def run(self, case: Case) -> None:
@@ -211,7 +212,7 @@ class _Harness:
         file = self.folder / RANKINGS / f"{_digest([shots, seed, self.inputs])}.json"
         if not file.is_file():
             write_ranking(self._rank(shots, seed), file, force=True)
-        ranking = read_ranking(file)
+        ranking = parse_document(Ranking, file, ANEW)
         experts = {each.expert.name: each.expert for each in self.pool}
         held_out = ranking.measure == BY_EXAMPLES
         return [

@@ -120,8 +120,11 @@ def json_text(document: Any) -> str:
     return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, hint: str = "") -> Any:
     """Read a JSON document.
+
+    Args:
+        hint: what to do about one that is none.
 
     Raises:
         PimergeError: if the file is not there, cannot be read, or is not JSON.
@@ -131,7 +134,8 @@ def read_json(path: Path) -> Any:
     except FileNotFoundError:
         raise PimergeError(f"'{path}' is not there") from None
     except json.JSONDecodeError as error:
-        raise PimergeError(f"'{path}' is not JSON: {error.msg} at line {error.lineno}, column {error.colno}") from error
+        found = f"'{path}' is not JSON: {error.msg} at line {error.lineno}, column {error.colno}"
+        raise PimergeError(found, hint) from error
     except (OSError, ValueError, RecursionError) as error:  # no UTF-8, a number of too many digits, too deep
         raise PimergeError(f"cannot read '{path}': {error}") from error
 

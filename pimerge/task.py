@@ -40,7 +40,7 @@ def parse_document(model: type[Document], path: Path, hint: str = "") -> Documen
     Raises:
         PimergeError: with each field that does not fit.
     """
-    content = read_json(path)
+    content = read_json(path, hint)
     try:
         return model.model_validate(content)
     except ValidationError as error:

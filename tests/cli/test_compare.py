@@ -201,3 +201,17 @@ def test_a_run_that_fails_is_named_and_those_before_it_are_kept(compare: Any, mo
     assert found.code == 3
     assert "gradient-free, 4 shots, seed 0: 'gradient-free' needs nevergrad" in found.err
     assert [path.name.partition("-")[0] for path in Path("comparison.runs").glob("*.json")] == ["head"]
+
+
+def test_what_is_damaged_among_the_runs_is_named(compare: Any) -> None:
+    arguments = (*QUICK, "--methods", "learned", "--controls", "head")
+    assert compare(*arguments).code == 0
+    (damaged, *_) = Path("comparison.runs").glob("head-*.json")
+    for content in ("{", '{"method": "head"}'):
+        damaged.write_text(content)
+        found = compare(*arguments)
+        assert found.code == 3
+        assert damaged.name in found.err
+        assert "delete it: it is made anew" in found.err
+    damaged.unlink()
+    assert compare(*arguments, "--force").code == 0
