@@ -233,13 +233,14 @@ class _Harness:
     def _file(self, case: Case) -> Path:
         design = self.design
         method = self.methods[case.method]
+        as_they_come = [(each.expert.scale, each.score, each.gain) for each in self.pool]
         choice = [
             asdict(case),
             method.resolved,
             asdict(design.options),
             design.select,
             design.lrs.get(case.method),
-            design.ranked_by if case.k else None,
+            (as_they_come if design.ranked_by == "ranking" else design.ranked_by) if case.k else None,
             self.inputs,
         ]
         return self.folder / f"{case.method}-{_digest(choice)}.json"

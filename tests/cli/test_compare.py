@@ -119,6 +119,18 @@ def test_a_larger_one_runs_what_is_new_alone(compare: Any, monkeypatch: pytest.M
     assert scores().items() > first.items()
 
 
+def test_another_ranking_is_another_run(compare: Any, shell: Shell) -> None:
+    assert shell("embed", "experts").code == 0
+    assert shell("rank", "--target", "x", "-k", 2, "--no-gate", "--shots", 4).code == 0
+    arguments = ("--target", "experts/x", *QUICK, "--rank-by", "ranking", "--methods", "uniform", "--controls", "none")
+    assert shell("compare", *arguments).code == 0
+    ranking = json.loads(Path("ranking.json").read_text())
+    ranking["candidates"][0]["scale"] /= 2
+    write_json(Path("ranking.json"), ranking)
+    assert shell("compare", *arguments, "--force").code == 0
+    assert len(list(Path("comparison.runs").glob("uniform-*"))) == 4
+
+
 def test_killed_it_goes_on_where_it_was(compare: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = (*QUICK, "--methods", "learned", "--controls", "head")
     done = 0
