@@ -33,7 +33,10 @@ def tune(
     epochs: Annotated[float, typer.Option(help="Most passes over the training examples.")] = 30,
     lr: Annotated[
         float | None,
-        typer.Option(help="Learning rate of factors and head. Default: by method, 0.005 for guided, 5e-5 for full."),
+        typer.Option(
+            help="Learning rate of factors and head. Default: 0.005; 0.002 where factors train, but for guided; "
+            "5e-5 for full."
+        ),
     ] = None,
     weights_lr: Annotated[float, typer.Option(help="Learning rate of the experts' weights.")] = 5e-2,
     batch_size: Annotated[int, typer.Option(help="Examples of a step.")] = 16,
