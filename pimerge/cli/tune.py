@@ -34,8 +34,7 @@ def tune(
     lr: Annotated[
         float | None,
         typer.Option(
-            help="Learning rate of factors and head. Default: 0.005; 0.002 where factors train, but for guided; "
-            "5e-5 for full."
+            help="Learning rate of factors and head. Default: 0.005; 0.002 for interpolated and its kin; 5e-5 for full."
         ),
     ] = None,
     weights_lr: Annotated[float, typer.Option(help="Learning rate of the experts' weights.")] = 5e-2,

@@ -6,4 +6,4 @@ their Fisher.
 
 from pimerge.tune_methods import Plan
 
-PLAN = Plan(fresh=True, train_experts=True)
+PLAN = Plan(fresh=True, train_experts=True, lr=5e-3)
