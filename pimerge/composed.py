@@ -269,7 +269,7 @@ def between(start: Mapping[str, Tensor], end: Mapping[str, Tensor], way: float) 
     >>> between({"w": torch.tensor([0.0])}, {"w": torch.tensor([2.0])}, 0.75)
     {'w': tensor([1.5000])}
     """
-    return {name: torch.lerp(start[name], end[name], way) for name in start}
+    return {name: start[name] + way * (end[name] - start[name]) for name in start}
 
 
 def compose_sum(job: Job, plan: Plan, method: str) -> tuple[Composed, Examples, Examples | None]:

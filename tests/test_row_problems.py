@@ -77,7 +77,7 @@ def test_choices_that_are_none(language_base: Callable[[str], Path], tmp_path: P
     folder = written(tmp_path / "task", rows, type="multiple-choice")
     _, found = problems_of(folder, language_base("gpt2-lm"))
     expected = [("row 1 ", "the answer is 3"), ("row 2 ", "the choices are ['a']"), ("row 3 ", "a choice is empty")]
-    require(found, *expected, ("4 (from 0)", "without a question"), ("row 6 ", "has 61 tokens"))
+    require(found, *expected, ("4 (from 0)", "no question in 1 row"), ("row 6 ", "has 61 tokens"))
 
 
 def test_words_and_their_classes(bert_base: Path, tmp_path: Path) -> None:
@@ -85,7 +85,7 @@ def test_words_and_their_classes(bert_base: Path, tmp_path: Path) -> None:
     rows[1]["labels"], rows[2]["labels"], rows[4]["tokens"] = ["O"], ["O", "B"], None
     folder = written(tmp_path / "task", rows, type="token-classification", labels=["O", "A"])
     _, found = problems_of(folder, bert_base)
-    require(found, ("row 1 ", "2 words and 1 labels"), ("2, from 0", "'B'"), ("4 (from 0)", "without a tokens"))
+    require(found, ("row 1 ", "2 words and 1 labels"), ("2, from 0", "'B'"), ("4 (from 0)", "no tokens in 1 row"))
 
 
 def test_images_labels_and_prompts(
