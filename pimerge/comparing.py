@@ -97,7 +97,12 @@ def compare(
     while any(harness.done(case) is None for case in cases):  # what the other processes do
         time.sleep(_WAIT)
     shutil.rmtree(folder / FEATURES, ignore_errors=True)
-    runs = [run for case in cases if (run := harness.done(case))]
+    return _summed_up(task, base, pool, design, [run for case in cases if (run := harness.done(case))])
+
+
+def _summed_up(
+    task: Task, base: Base, pool: Sequence[Ranked], design: Design, runs: Sequence[Run]
+) -> ComparisonDocument:
     return ComparisonDocument(
         target=task.name,
         base=base.name,
@@ -109,7 +114,7 @@ def compare(
             "rank_by": design.ranked_by,
         },
         experts=sorted(each.expert.name for each in pool),
-        runs=runs,
+        runs=list(runs),
         lines=lines_of(runs, design.controls),
         conclusion=conclusion(runs, design.controls, task.metrics[0]),
     )

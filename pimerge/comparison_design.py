@@ -108,18 +108,7 @@ def check_design(
     """
     check_options(design.options)
     problems = Problems()
-    if design.seeds < 1:
-        problems.add(f"--seeds is {design.seeds}, expected at least 1")
-    if design.ranked_by not in RANKED_BY:
-        problems.add(f"--rank-by is '{design.ranked_by}'", f"expected {' or '.join(RANKED_BY)}")
-    for name in sorted(design.lrs.keys() - methods.keys()):
-        problems.add(f"--lr names '{name}', which is not compared", f"expected one of {', '.join(methods)}")
-    for shots in design.shots:
-        if shots is not None and shots < 1:
-            problems.add(f"--shots has {shots}, expected at least 1, or all")
-    for k in design.experts:
-        if k < 1:
-            problems.add(f"--experts has {k}, expected at least 1")
+    _check_numbers(design, methods, problems)
     composing = [name for name, method in methods.items() if method.plan.experts]
     most = max([*design.experts, 0])
     if composing and experts < most:
@@ -139,15 +128,36 @@ def check_design(
     problems.raise_any("this cannot be compared")
     with problems.collected():
         _, labels = task.rows("train")
-        counts = Counter(labels)
-        for shots in design.shots:
-            short = [task.labels[label] for label, count in sorted(counts.items()) if shots and count < shots]
-            if task.labels and short and not task.of_words:
-                least = min(counts.values())
-                problems.add(
-                    f"{shots} shots are asked for, and of {', '.join(short)} there are fewer: {least}",
-                    f"pass --shots {least} or all, or --draw-from with a larger split",
-                )
-        if design.seeds > 1 and any(shots is None or set(counts.values()) == {shots} for shots in design.shots):
-            note("where all examples are taken, seeds differ in init and order alone")
+        _check_data(task, design, Counter(labels), problems, note)
     problems.raise_any("the data cannot give what is asked for")
+
+
+def _check_numbers(design: Design, methods: Mapping[str, TuneMethod], problems: Problems) -> None:
+    if design.seeds < 1:
+        problems.add(f"--seeds is {design.seeds}, expected at least 1")
+    if design.ranked_by not in RANKED_BY:
+        problems.add(f"--rank-by is '{design.ranked_by}'", f"expected {' or '.join(RANKED_BY)}")
+    for name in sorted(design.lrs.keys() - methods.keys()):
+        problems.add(f"--lr names '{name}', which is not compared", f"expected one of {', '.join(methods)}")
+    for shots in design.shots:
+        if shots is not None and shots < 1:
+            problems.add(f"--shots has {shots}, expected at least 1, or all")
+    for k in design.experts:
+        if k < 1:
+            problems.add(f"--experts has {k}, expected at least 1")
+
+
+def _check_data(
+    task: Task, design: Design, counts: Counter[int], problems: Problems, note: Callable[[str], None]
+) -> None:
+    """Check that there are as many examples of each class as are asked for."""
+    for shots in design.shots:
+        short = [task.labels[label] for label, count in sorted(counts.items()) if shots and count < shots]
+        if task.labels and short and not task.of_words:
+            least = min(counts.values())
+            problems.add(
+                f"{shots} shots are asked for, and of {', '.join(short)} there are fewer: {least}",
+                f"pass --shots {least} or all, or --draw-from with a larger split",
+            )
+    if design.seeds > 1 and any(shots is None or set(counts.values()) == {shots} for shots in design.shots):
+        note("where all examples are taken, seeds differ in init and order alone")

@@ -93,6 +93,20 @@ def looks(comparison: dict[str, bool]) -> dict[str, dict[str, Any]]:
     return found
 
 
+def curve(
+    axes: Axes,
+    places: Sequence[int],
+    mean: Sequence[float],
+    sd: Sequence[float],
+    style: dict[str, Any],
+    shade: float = 0.1,
+) -> None:
+    """A line of means, with a band of ± one standard deviation."""
+    low, high = ([m + sign * s for m, s in zip(mean, sd, strict=True)] for sign in (-1, 1))
+    axes.fill_between(places, low, high, color=style["color"], alpha=shade, linewidth=0)
+    axes.plot(places, mean, **style)
+
+
 def scores_axis(axes: Axes, metric: str, percents: bool) -> None:
     """Name the axis of scores."""
     axes.set_ylabel(metric)

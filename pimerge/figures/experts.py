@@ -19,6 +19,7 @@ from pimerge.figures._comparing import (
     TEST,
     by_shots,
     chosen_shots,
+    curve,
     in_percent,
     looks,
     methods,
@@ -108,10 +109,8 @@ def draw(data: Data) -> Figure:
         level = len(series.k) == 1
         places = [0, len(every) - 1] if level else [every.index(k) for k in series.k]
         mean, sd = (values * 2 if level else values for values in (series.mean, series.sd))
-        low, high = ([m + sign * s for m, s in zip(mean, sd, strict=True)] for sign in (-1, 1))
         own = {**style[series.method], **({"marker": ""} if level else {})}
-        axes.fill_between(places, low, high, color=own["color"], alpha=0.05 if level else 0.1, linewidth=0)
-        axes.plot(places, mean, **own)
+        curve(axes, places, mean, sd, own, 0.05 if level else 0.1)
     axes.set_xticks(range(len(every)), [str(k) for k in every])
     axes.set_xlabel("experts of the ranking at hand")
     scores_axis(axes, data.metric, data.percent)

@@ -17,6 +17,7 @@ from pimerge.figures._comparing import (
     at_k,
     by_shots,
     chosen_k,
+    curve,
     in_percent,
     looks,
     methods,
@@ -99,10 +100,7 @@ def draw(data: Data) -> Figure:
     style = looks({series.method: series.control for series in data.series})
     for series in data.series:
         places = [every.index(shots) for shots in series.shots]
-        low = [mean - sd for mean, sd in zip(series.mean, series.sd, strict=True)]
-        high = [mean + sd for mean, sd in zip(series.mean, series.sd, strict=True)]
-        axes.fill_between(places, low, high, color=style[series.method]["color"], alpha=0.1, linewidth=0)
-        axes.plot(places, series.mean, **style[series.method])
+        curve(axes, places, series.mean, series.sd, style[series.method])
     axes.set_xticks(range(len(every)), [shots_option(shots) for shots in every])
     axes.set_xlabel("examples of each class")
     scores_axis(axes, data.metric, data.percent)
