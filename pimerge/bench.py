@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from pimerge.base import Base
+from pimerge.class_names import class_names
 from pimerge.expert import Expert
 from pimerge.holding_out import split_fold, split_holdout
 from pimerge.manifest import Manifest
@@ -109,7 +110,7 @@ class Job:
         return replace(self, options=replace(self.options, **changes), run=self.run / part)
 
     def examples(self, form: Expert | None = None) -> tuple[Examples, Examples | None]:
-        """What is trained on, and what is held out.
+        """What is trained on, and what is held out; names of classes are among the former, if the options say so.
 
         Args:
             form: an expert that takes room before the text.
@@ -127,7 +128,10 @@ class Job:
             kept, held_out = split_holdout(labels, options.holdout or 0.0, options.seed)
         if options.holdout and not held_out:
             self.note("too few examples to hold any out: no early stopping")
-        return examples.subset(kept), examples.subset(held_out) if held_out else None
+        trained_on = examples.subset(kept)
+        if options.class_names:
+            trained_on = trained_on.joined(class_names(self.bench.task, loaded.processor, config))
+        return trained_on, examples.subset(held_out) if held_out else None
 
 
 @dataclass(frozen=True)

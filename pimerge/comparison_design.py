@@ -6,16 +6,18 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from pimerge.class_names import class_texts
 from pimerge.errors import Problems
 from pimerge.expert import Expert
 from pimerge.features import why_not
 from pimerge.task import Task
-from pimerge.tuning_method import TuneMethod
+from pimerge.tuning_method import TuneMethod, open_tune_method
 from pimerge.tuning_options import Options, check_options
 
 SINGLE = "single"
 """The best single expert: the ranking's first with a head, as ``uniform`` has it of several."""
-CONTROLS = ("head", "scratch", "full", SINGLE, "uniform", "random")
+CONTROLS = ("head", "scratch", "named", "full", SINGLE, "uniform", "random")
+USUAL_CONTROLS = ("head", "scratch", "full", SINGLE, "uniform")
 RANKED_BY = ("draws", "ranking")
 
 
@@ -68,6 +70,17 @@ class Case:
     shots: int | None
     seed: int
     k: int
+
+
+def usual_controls(task: Task, methods: Sequence[str]) -> list[str]:
+    """The controls of some methods where none are asked for.
+
+    Where a method takes the names of classes as examples, a fresh LoRA that does is one: what names gain is no merit of
+    the experts.
+    """
+    plans = [open_tune_method(name).plan for name in methods if name != SINGLE]
+    with_names = bool(class_texts(task)) and any(plan.class_names for plan in plans)
+    return [*USUAL_CONTROLS, *(["named"] if with_names else [])]
 
 
 def shots_text(shots: int | None) -> str:

@@ -27,25 +27,43 @@ def fit_head(loaded: LoadedBase, model: nn.Module, task: Task, examples: Example
     Returns:
         the layer; None if there is none that tells the classes of whole examples, and nothing was changed.
     """
+    found = class_layer(loaded, task)
+    if found is None:
+        return None
+    vectors, labels = read_vectors(model, task, found, examples)
+    put_probe(found[1], fit_probe(vectors, labels, len(task.labels), PENALTY))
+    return found[1]
+
+
+def class_layer(loaded: LoadedBase, task: Task) -> tuple[str, nn.Linear] | None:
+    """The last layer of a task's head and its name; None if there is none that tells the classes of whole examples."""
     found = [
         (name, module)
         for name, module in loaded.model.named_modules()
         if in_head(f"{name}.", loaded.head) and isinstance(module, nn.Linear) and len(module.weight) == len(task.labels)
     ]
-    if task.of_words or not found:
-        return None
-    name, layer = found[-1]
+    return None if task.of_words or not found else found[-1]
+
+
+def read_vectors(
+    model: nn.Module, task: Task, layer: tuple[str, nn.Linear], examples: Examples
+) -> tuple[Tensor, Tensor]:
+    """What the last layer of the head reads of each example (n × d), float64, and the classes (n).
+
+    Args:
+        model: the module that answers; it is left in eval mode.
+        layer: as :func:`class_layer` gives it.
+    """
     alike = isinstance(model, ByLength)  # it takes batches apart, of which the layer would be seen to read one alone
     model = model.model if isinstance(model, ByLength) else model
     model.eval()
     vectors: list[Tensor] = [torch.empty(0)] * len(examples)
     labels = torch.zeros(len(examples), dtype=torch.int64)
     for indices in bucket_by_length(examples.lengths, _TOKENS_AT_ONCE, padded=not alike):
-        read, _ = task.type.read(model, {name: layer}, examples, indices, False)
+        read, _ = task.type.read(model, dict([layer]), examples, indices, False)
         for index, vector in zip(indices, read.double().cpu(), strict=True):
             vectors[index], labels[index] = vector, int(examples.get(index)["labels"])
-    put_probe(layer, fit_probe(torch.stack(vectors), labels, len(task.labels), PENALTY))
-    return layer
+    return torch.stack(vectors), labels
 
 
 def put_probe(layer: nn.Linear, probe: Probe) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
 from pimerge import strategies
 from pimerge.bench import Fitted, Job
+from pimerge.class_names import decided
 from pimerge.composed import train_sum
 from pimerge.tune_methods import Plan
 
@@ -49,10 +50,11 @@ class TuneMethod:
         Raises:
             PimergeError: if the experts, the task, an option or the disk has a problem.
         """
-        if self.is_one_training:
-            return train_sum(job, self.plan, self.name)
-        fitted: Fitted = self.file.fit(job, **self.options)
-        return fitted
+        job = decided(job, self.plan)
+        fitted: Fitted = (
+            train_sum(job, self.plan, self.name) if self.is_one_training else self.file.fit(job, **self.options)
+        )
+        return replace(fitted, settings={**fitted.settings, "class_names": job.options.class_names})
 
 
 def open_tune_method(name: str, options: Mapping[str, Any] | None = None) -> TuneMethod:

@@ -28,6 +28,8 @@ class Options:
         weight_decay: of factors and head; ``decay_towards``: ``zero``, or the ``start`` (L2-SP, arXiv 1802.01483).
         ema: decay of a moving average of what trains, which is what is scored and kept; None for none.
         sam: radius of sharpness-aware minimisation, at two passes a step; None for none.
+        class_names: whether the names of the classes are examples, too; None for the method's own, which takes them
+            where they foretell the examples.
         rank: of the exported expert; None keeps every direction.
         fresh_kind: of a fresh expert; None for the pool's, else LoRA.
         fresh_rank, fresh_alpha, fresh_modules: of a fresh expert; None for the pool's, else r = alpha = 8 on
@@ -52,6 +54,7 @@ class Options:
     ema: float | None = None
     sam: float | None = None
     granularity: str = "matrix"
+    class_names: bool | None = None
     rank: int | None = None
     fresh_kind: str | None = None
     fresh_rank: int | None = None

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from pimerge.comparison_document import ComparisonDocument, Line
     from pimerge.expert import Expert
 
-CONTROLS = "head,scratch,full,single,uniform"
 COLUMNS = ("method", "experts", "score", "to the best control", "95 %", "trained", "deployed", "seconds")
 
 
@@ -32,8 +31,12 @@ def compare(
         str, typer.Option(help="Tune methods, with commas ('pimerge tune --methods' lists them).")
     ] = "guided,learned,interpolated",
     controls: Annotated[
-        str, typer.Option(help="Controls, with commas: head, scratch, full, single, uniform, random; or none.")
-    ] = CONTROLS,
+        str | None,
+        typer.Option(
+            help="Controls, with commas: head, scratch, named, full, single, uniform, random; or none. Default: all "
+            "but random, and named where a method takes the names of classes as examples."
+        ),
+    ] = None,
     counts: Annotated[
         str, typer.Option("--experts", help="How many of the ranked experts are at hand, such as 1,2,4.")
     ] = "2",
@@ -54,6 +57,7 @@ def compare(
         list[str] | None, typer.Option(help="METHOD=NUMBER: its learning rate. Default: as 'pimerge tune' has it.")
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Examples of a step.")] = 16,
+    class_names: options.ClassNames = None,
     holdout: Annotated[float, typer.Option(help="Share of the examples kept for early stopping.")] = 0.0,
     ranking: options.RankingPath = Path("ranking.json"),
     base: options.BaseReference = None,
@@ -74,7 +78,7 @@ def compare(
     quiet_libraries()
     from pimerge.cli.inputs import base_of
     from pimerge.comparing import compare as run
-    from pimerge.comparison_design import Design
+    from pimerge.comparison_design import Design, usual_controls
     from pimerge.errors import Problems
     from pimerge.files import json_text, require_absent, require_same_or_absent, write_file
     from pimerge.task import open_task
@@ -83,7 +87,9 @@ def compare(
     if output.suffix != ".json":
         raise PimergeError(f"--output is '{output}'", "expected a name that ends in .json")
     problems = Problems()
-    names, wanted, numbers, lrs = [], [], [], {}
+    asked: list[str] = []
+    tried: list[str] = []
+    wanted, numbers, lrs = [], [], {}
     with problems.collected():
         wanted = [None if text == "all" else _number(text, "--shots", "a number or all") for text in _listed(shots)]
     with problems.collected():
@@ -91,7 +97,7 @@ def compare(
     with problems.collected():
         lrs = dict(_rate(text) for text in lr or [])
     with problems.collected():
-        names = _names(controls, methods)
+        asked, tried = _names(controls, methods)
     problems.raise_any("the options do not fit")
     pool, own, folder = _pool(experts, target, ranking, base)
     task = open_task(folder)
@@ -100,11 +106,11 @@ def compare(
         base_of([each.expert for each in pool], own, base),
         pool,
         Design(
-            methods=names,
+            methods=list(dict.fromkeys([*(usual_controls(task, tried) if controls is None else asked), *tried])),
             shots=list(dict.fromkeys(wanted)),
             seeds=seeds,
             experts=sorted(set(numbers)),
-            options=Options(epochs=epochs, batch_size=batch_size, holdout=holdout),
+            options=Options(epochs=epochs, batch_size=batch_size, holdout=holdout, class_names=class_names),
             select=select,
             lrs=lrs,
             ranked_by=rank_by,
@@ -159,8 +165,8 @@ def _rate(text: str) -> tuple[str, float]:
         raise PimergeError(f"--lr is '{text}'", "expected METHOD=NUMBER, such as scratch=0.005") from None
 
 
-def _names(controls: str, methods: str) -> list[str]:
-    """Controls first, each once.
+def _names(controls: str | None, methods: str) -> tuple[list[str], list[str]]:
+    """The controls that are asked for, and the methods.
 
     Raises:
         PimergeError: if there is no such control or method.
@@ -169,7 +175,7 @@ def _names(controls: str, methods: str) -> list[str]:
     from pimerge.errors import Problems, nearest
 
     problems = Problems()
-    chosen = [] if controls == "none" else _listed(controls)
+    chosen = [] if controls is None or controls == "none" else _listed(controls)
     for name in chosen:
         if name not in comparison_design.CONTROLS:
             problems.add(f"there is no control '{name}'", f"expected {', '.join(comparison_design.CONTROLS)}, or none")
@@ -179,7 +185,7 @@ def _names(controls: str, methods: str) -> list[str]:
         if name not in known:
             problems.add(f"there is no tune method '{name}'", nearest(name, known))
     problems.raise_any("these cannot be compared")
-    return list(dict.fromkeys([*chosen, *tried]))
+    return chosen, tried
 
 
 def _pool(

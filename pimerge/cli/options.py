@@ -49,5 +49,12 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")]
 Dtype = Annotated[str, typer.Option(help="auto (bfloat16 on a GPU, else float32), float32, bfloat16 or float64.")]
 Seed = Annotated[int, typer.Option(help="Decides every draw.")]
 Shots = Annotated[int | None, typer.Option(help="Draw so many training examples of each class. Default: all.")]
+ClassNames = Annotated[
+    bool | None,
+    typer.Option(
+        help="The names of the classes are examples, too, where texts are classified. Default: for guided and named, "
+        "if they foretell the others."
+    ),
+]
 BatchTokens = Annotated[int | None, typer.Option(help="Most tokens of a batch. Default: by device.", min=1)]
 Rank = Annotated[str, typer.Option(help="Rank of the result: a number, or max (nothing is lost).")]

@@ -14,8 +14,8 @@ from pimerge.cli.inputs import base_of, from_pool, parse_rank, select
 from pimerge.errors import PimergeError
 
 METHODS = "tune_methods"
-INSTEAD = "scratch"
-"""The method where the ranking expects no expert to help."""
+INSTEAD, INSTEAD_WITH_NAMES = "scratch", "named"
+"""The methods where the ranking expects no expert to help: of one that takes no class names, and of one that does."""
 
 
 def tune(
@@ -63,6 +63,7 @@ def tune(
     sam: Annotated[
         float | None, typer.Option(help="Sharpness-aware minimisation with this radius, such as 0.05: twice the time.")
     ] = None,
+    class_names: options.ClassNames = None,
     start: Annotated[str, typer.Option(help="Weights start from the softmax of the ranking's scores, or equal.")] = (
         "ranking"
     ),
@@ -110,7 +111,7 @@ def tune(
 ) -> None:
     """Combine experts and train on the target's examples, into one expert.
 
-    Where the ranking expects no expert to help, a fresh one is trained ('--method scratch').
+    Where the ranking expects no expert to help, a fresh one is trained ('--method scratch', or 'named').
     A run that was interrupted goes on where it was when the same command is given again.
     """
     if methods:
@@ -138,10 +139,16 @@ def tune(
         raise PimergeError(f"'{method}' composes no experts, and {len(experts)} were given", "leave them out")
     if chosen.task_folder is None:
         raise PimergeError("the target is not known", "pass --target FOLDER (an expert's or a task's)")
-    used = method
+    quiet_libraries()
+    from pimerge.class_names import class_texts
+    from pimerge.task import open_task
+
+    task, used = open_task(chosen.task_folder), method
     if plan.experts and not chosen.experts:
         warn(f"no expert is expected to help ({ranking}): training a fresh expert instead")
-        used, settings, plan = INSTEAD, {}, open_tune_method(INSTEAD).plan
+        used, settings = INSTEAD_WITH_NAMES if plan.class_names and class_texts(task) else INSTEAD, {}
+        holdout = plan.holdout if holdout is None else holdout  # the examples are as few as they were
+        plan = open_tune_method(used).plan
     like = from_pool(chosen, ranking, base)
     values = {
         **locals(),
@@ -149,12 +156,9 @@ def tune(
         "fresh_kind": kind,
         "fresh_modules": tuple(name.strip() for name in modules.split(",")) if modules else None,
     }
-    quiet_libraries()
-    from pimerge.task import open_task
-
     result = tune_experts(
         used,
-        open_task(chosen.task_folder),
+        task,
         base_of(chosen.experts, chosen.target or like, base),
         chosen.experts,
         chosen.target,

@@ -6,7 +6,8 @@ A type has
   each, the second for a base with an encoder and a decoder (:func:`for_base`);
 - ``TRAINS_HEAD``: whether the task has a head of its own, beside the expert; else the base's own answers;
 - ``COLUMNS``: role → whether ``task.json``'s data must have it; ``label``, the class of a row, is needed where there
-  are labels; ``labels`` are the classes of its words;
+  are labels; ``labels`` are the classes of its words; ``NAMED``, if it is there, is the role of a column that the name
+  of a class could stand in, as one more example of it;
 - ``FIELDS``: what ``task.json`` may say besides the fields of every type, and ``check(file)``, which raises a
   PimergeError with all that does not fit each other there;
 - ``load_processor(source, revision)``: tokenizer or image processor of the base;
@@ -126,6 +127,15 @@ class Examples:
     def subset(self, indices: Sequence[int]) -> Examples:
         """These examples alone, for training."""
         return Examples([self.lengths[i] for i in indices], lambda i: self.get(indices[i]), self.collate)
+
+    def joined(self, more: Examples) -> Examples:
+        """These examples and then others, for training."""
+        here = len(self)
+        return Examples(
+            [*self.lengths, *more.lengths],
+            lambda index: self.get(index) if index < here else more.get(index - here),
+            self.collate,
+        )
 
     def labelled(self, index: int, label: Any) -> Batch:
         """Example i as :attr:`get` has it, but of another class, or of other classes of its words."""

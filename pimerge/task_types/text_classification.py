@@ -22,6 +22,7 @@ __all__ = [
     "AUTO_MODEL",
     "COLUMNS",
     "FIELDS",
+    "NAMED",
     "PEFT_TASK",
     "TRAINS_HEAD",
     "check",
@@ -36,6 +37,7 @@ __all__ = [
 AUTO_MODEL = "AutoModelForSequenceClassification"
 PEFT_TASK = "SEQ_CLS"
 COLUMNS = {"text": True, "text_pair": False, "label": True}
+NAMED = "text"
 
 
 def encode(rows: Rows, file: TaskFile, processor: Any, config: PreTrainedConfig) -> Examples:

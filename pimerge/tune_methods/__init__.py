@@ -27,6 +27,8 @@ class Plan:
         granularity: what shares weights, where the method says it; None for the option's.
         full: the whole base trains, in place of any expert.
         start_by_gain: weights that start from the ranking start from the gains that it expects.
+        class_names: where the user does not say, the names of the classes are examples, too, if they are texts that
+            foretell the examples (:mod:`pimerge.class_names`).
         lr: the learning rate where the user gives none; None for the usual one, of which the less the more trains.
         holdout: share of the examples that is held out where the user gives none.
     """
@@ -42,6 +44,7 @@ class Plan:
     granularity: str | None = None
     full: bool = False
     start_by_gain: bool = False
+    class_names: bool = False
     lr: float | None = None
     holdout: float = 0.2
 

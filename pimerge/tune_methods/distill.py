@@ -59,7 +59,7 @@ def fit(job: Job, *, teacher: str = "mean", label_share: float = 0.5, unlabelled
         if more is not None:
             shares += _soft(together, more, 0.0, job.bench.device)
     composed, kept, held_out = compose_sum(job, PLAN, "distill")
-    taught = _taught([kept] if more is None else [kept, more], shares)
+    taught = _taught(kept if more is None else kept.joined(more), shares)
     outcome = composed.train(taught, held_out, part="student", epochs=job.options.epochs - half)
     outcome = replace(outcome, epochs=heads.epochs + outcome.epochs, held_out_losses=())
     return composed.fitted(outcome, taught, held_out)
@@ -98,26 +98,23 @@ def _soft(teacher: nn.Module, examples: Examples, label_share: float, device: to
     return found
 
 
-def _taught(parts: list[Examples], shares: Sequence[Tensor]) -> Examples:
-    """The examples one after the other, with shares of the classes in place of labels."""
+def _taught(examples: Examples, shares: Sequence[Tensor]) -> Examples:
+    """The examples with shares of the classes in place of labels."""
     import torch
 
     from pimerge.task_types import IGNORED, Examples
 
-    places = [(part, index) for part in parts for index in range(len(part))]
-
     def get(index: int) -> Batch:
-        part, place = places[index]
-        return {**part.get(place), "shares": shares[index]}
+        return {**examples.get(index), "shares": shares[index]}
 
     def collate(batch: Sequence[Batch]) -> Batch:
         if "shares" not in batch[0]:  # those that are held out keep their labels
-            return parts[0].collate(batch)
+            return examples.collate(batch)
         plain = [{name: value for name, value in example.items() if name != "shares"} for example in batch]
-        collated = parts[0].collate(plain)
+        collated = examples.collate(plain)
         targets = collated["labels"] != IGNORED
         taught = torch.zeros(*targets.shape, shares[0].shape[-1])
         taught[targets] = torch.cat([example["shares"].view(-1, taught.shape[-1]) for example in batch])
         return {**collated, "labels": taught}
 
-    return Examples([part.lengths[place] for part, place in places], get, collate)
+    return Examples(examples.lengths, get, collate)

@@ -3,14 +3,15 @@
 1. w_n ∝ exp(gain_n / τ), τ = 0.1 / √(number of labelled examples), with the gains of ``pimerge rank``; what has no gain
    starts from the ranking's scores as in ``learned``. The fewer examples, the less gains are to be trusted, and the
    nearer the weights are to equal.
-2. The head is the linear probe of the composed features (:mod:`pimerge.probed_head`), and training starts from a tenth
+2. Where texts are classified and classes named by words, the names are examples, too: :mod:`pimerge.class_names`.
+3. The head is the linear probe of the composed features (:mod:`pimerge.probed_head`), and training starts from a tenth
    of it: under the whole probe hardly any error is left for the features to learn from, under a random head the first
    steps spoil them.
-3. Weights, factors and head are trained, as in ``interpolated``.
-4. What comes out is three quarters of the way from the start, with the whole probe, to the end (as WiSE-FT, arXiv
+4. Weights, factors and head are trained, as in ``interpolated``.
+5. What comes out is three quarters of the way from the start, with the whole probe, to the end (as WiSE-FT, arXiv
    2109.01903).
 
-Where a base answers in text, or the head has no linear layer for the classes, 2 and 4 are left out. How it was found
+Where a base answers in text, or the head has no linear layer for the classes, 3 and 5 are left out. How it was found
 and what it gains: ``pimerge/tune_methods/README.md``.
 """
 
@@ -30,6 +31,7 @@ PLAN = Plan(
     train_experts=True,
     ranked_start=True,
     start_by_gain=True,
+    class_names=True,
     lr=5e-3,
     holdout=0.0,
 )

@@ -22,9 +22,12 @@ SCORES = {"a": 0.8, "b": 0.1}
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory, make_expert: MakeExpert, vit_base: Path, parity_task: Path) -> Path:
     """Experts and a ranking that selects a and b for x."""
-    folder = tmp_path_factory.mktemp("made")
+    return ranked_pool(tmp_path_factory.mktemp("made"), make_expert, vit_base, parity_task)
+
+
+def ranked_pool(folder: Path, make_expert: MakeExpert, base: Path, task: Path) -> Path:
     for seed, name in enumerate(NAMES):
-        make_expert(folder / "experts" / name, vit_base, parity_task, seed=seed)
+        make_expert(folder / "experts" / name, base, task, seed=seed)
 
     def reference(name: str) -> dict[str, str]:
         return {"name": name, "path": f"experts/{name}", "sha256": open_expert(folder / "experts" / name).sha256}
@@ -174,6 +177,31 @@ def test_where_no_expert_is_expected_to_help_a_fresh_one_is_trained(tune: Shell,
     assert tune("--method", "scratch", "--force").code == 0
     assert (folder / "tuned" / "adapter_model.safetensors").read_bytes() == instead
     assert "instead_of" not in options_of(folder)
+
+
+def test_a_fresh_one_for_texts_learns_from_the_names_of_the_classes(
+    shell: Shell, make_expert: MakeExpert, bert_base: Path, text_task: Path, tmp_path: Path
+) -> None:
+    ranked_pool(tmp_path, make_expert, bert_base, text_task)
+    change_ranking(tmp_path, selected=[])
+    tune = ("tune", "--epochs", 1, "--shots", 4)
+    result = shell(*tune, "--class-names")
+    assert result.code == 0, result.err
+    assert "the names of the 2 classes are learned from, as one more example of each" in result.err
+    assert "10 examples" in result.out
+    options = options_of(tmp_path)
+    assert (options["method"], options["instead_of"], options["class_names"]) == ("named", "guided", True)
+    assert shell(*tune, "--no-class-names", "--force").code == 0
+    assert (options_of(tmp_path)["method"], options_of(tmp_path)["class_names"]) == ("named", False)
+    assert shell(*tune, "--method", "learned", "--force").code == 0
+    assert (options_of(tmp_path)["method"], options_of(tmp_path)["class_names"]) == ("scratch", False)
+
+
+def test_names_of_classes_are_no_images(tune: Shell, folder: Path) -> None:
+    result = tune("--class-names")
+    assert result.code == 3
+    assert "have no names that are texts as its examples are" in result.err
+    assert not (folder / "tuned").exists()
 
 
 def test_experts_that_are_named_are_tuned_though_none_is_expected_to_help(tune: Shell, folder: Path) -> None:

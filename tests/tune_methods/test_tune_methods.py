@@ -154,7 +154,7 @@ def test_the_student_learns_the_mean_of_the_probabilities_and_the_labels(tried: 
             found = torch.cat(_soft(together, kept, share, CPU))
             mixed = (1 - share) * expected + share * one_hot(batch["labels"], 2)
             torch.testing.assert_close(found, mixed, atol=1e-5, rtol=1e-4)
-        taught = _taught([kept, kept], [*found, *found])
+        taught = _taught(kept.joined(kept), [*found, *found])
         assert len(taught) == 2 * len(kept)
         again = taught.batch([len(kept), 1])
         torch.testing.assert_close(again["labels"], torch.stack([found[0], found[1]]))
@@ -173,7 +173,7 @@ def test_words_are_taught_one_by_one() -> None:
     shares = [torch.tensor([[0.1, 0.9], [0.8, 0.2]]), torch.tensor([[0.3, 0.7]])]
     none = [0.0, 0.0]
     expected = torch.tensor([[none, [0.3, 0.7], none], [none, [0.1, 0.9], [0.8, 0.2]]])
-    torch.testing.assert_close(_taught([examples], shares).batch([1, 0])["labels"], expected)
+    torch.testing.assert_close(_taught(examples, shares).batch([1, 0])["labels"], expected)
 
 
 @pytest.mark.parametrize("good", [0, 1])
