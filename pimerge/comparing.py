@@ -206,6 +206,7 @@ class _Harness:
             deployed_parameters=fitted.deployed_parameters,
             epochs=fitted.outcome.epochs,
             seconds=seconds,
+            class_names=fitted.settings["class_names"],
         )
         write_file(self._file(case), json_text(run.model_dump()))
         shutil.rmtree(work, ignore_errors=True)

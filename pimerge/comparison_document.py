@@ -25,6 +25,7 @@ class Run(BaseModel):
         losses: mean −log p(y|x) in nats, by test set.
         trained_parameters: numbers that trained; ``deployed_parameters``: that the result adds to the base.
         seconds: from composing to the trained result, without its scoring.
+        class_names: whether the names of the classes were examples, too.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -40,6 +41,7 @@ class Run(BaseModel):
     deployed_parameters: int
     epochs: float
     seconds: float
+    class_names: bool = False
 
 
 class Line(BaseModel):

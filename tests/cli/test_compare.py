@@ -21,7 +21,7 @@ from pimerge.expert import Expert, open_expert
 from pimerge.task import open_task
 from pimerge.tuning import tune
 from pimerge.tuning_options import Options
-from tests.conftest import Finished, Shell, write_json
+from tests.conftest import Finished, MakeExpert, Shell, write_json
 
 QUICK = ("--epochs", 2, "--seeds", 2, "--shots", 4)
 
@@ -72,6 +72,28 @@ def _accuracy(output: Path, like: Expert) -> float:
     expert = open_expert(output)
     rows = evaluate([expert], task, expert.base, None, device="cpu")
     return rows[-1].accuracy
+
+
+def test_names_of_classes_go_to_guided_and_its_control_or_to_all(
+    shell: Shell, make_expert: MakeExpert, bert_base: Path, text_task: Path, tmp_path: Path
+) -> None:
+    for seed, name in enumerate("xyz"):
+        make_expert(tmp_path / "experts" / name, bert_base, text_task, seed=seed)
+    arguments = ("compare", "experts", "--target", "experts/x", "--methods", "guided", "--epochs", 1, "--seeds", 1)
+    found = shell(*arguments, "--shots", 4)
+    assert found.code == 0, found.err
+    usual = {"head", "scratch", "full", "single", "uniform"}
+    assert {method for method, _, _ in scores()} == {*usual, "named", "guided"}
+    line = next(line for line in read_comparison(Path("comparison.json")).lines if line.method == "named")
+    assert line.control
+
+    small = (*arguments, "--shots", 2, "--controls", "head", "--output", "small.json")
+    for wish in ("--class-names", "--no-class-names"):
+        assert shell(*small, wish, "--force").code == 0
+        runs = read_comparison(Path("small.json")).runs
+        assert {run.method: run.class_names for run in runs} == dict.fromkeys(
+            ("head", "guided"), wish == "--class-names"
+        )
 
 
 def test_it_says_what_it_found_in_three_files(compare: Any) -> None:
