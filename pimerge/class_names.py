@@ -28,7 +28,9 @@ _WORD = re.compile(r"[^\W\d_]{2,}")
 
 
 def class_texts(task: Task) -> list[str]:
-    """The name of each class as a text; none where the task does not classify single texts, or a name is no word.
+    """The name of each class as a text; none where the task does not classify single texts, or they tell nothing.
+
+    They tell nothing where one is a number, some differ by numbers alone, or most of them have no word of two letters.
 
     >>> from pathlib import Path
     >>> from pimerge.task import Task
@@ -41,8 +43,9 @@ def class_texts(task: Task) -> list[str]:
     """
     if set(task.columns) != {getattr(task.type, "NAMED", None), "label"}:
         return []
-    words = [tuple(_WORD.findall(label)) for label in task.labels]
-    if not all(words) or len(set(words)) < len(words):
+    bare = [re.sub(r"[-_\s\d]+", "", label) for label in task.labels]
+    worded = sum(bool(_WORD.search(label)) for label in task.labels)
+    if not all(bare) or len(set(bare)) < len(bare) or 2 * worded < len(bare):
         return []
     return [re.sub(r"[-_\s]+", " ", label).strip() for label in task.labels]
 

@@ -56,6 +56,7 @@ def tokens(examples: Examples) -> list[tuple[list[int], int]]:
         (["text-mode", "not_a  dog"], ["text mode", "not a dog"]),
         (["Sci/Tech", "World 2"], ["Sci/Tech", "World 2"]),
         (["Tiere 🐈", "Häuser"], ["Tiere 🐈", "Häuser"]),
+        (["c", "c++", "java", "perl"], ["c", "c++", "java", "perl"]),
         (["0", "1"], []),
         (["LABEL_0", "LABEL_1"], []),
         (["a", "b"], []),
