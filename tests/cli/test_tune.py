@@ -191,6 +191,7 @@ def test_a_fresh_one_for_texts_learns_from_the_names_of_the_classes(
     assert "10 examples" in result.out
     options = options_of(tmp_path)
     assert (options["method"], options["instead_of"], options["class_names"]) == ("named", "guided", True)
+    assert options["holdout"] == 0
     assert shell(*tune, "--no-class-names", "--force").code == 0
     assert (options_of(tmp_path)["method"], options_of(tmp_path)["class_names"]) == ("named", False)
     assert shell(*tune, "--method", "learned", "--force").code == 0
