@@ -78,9 +78,12 @@ def names_foretell(loaded: LoadedBase, task: Task, examples: Examples) -> bool:
 
     Args:
         loaded: the base with a head for the task.
+
+    Raises:
+        PimergeError: if the names are no texts.
     """
     found = class_layer(loaded, task)
-    if found is None or not class_texts(task):
+    if found is None:
         return False
     names, labels = read_vectors(loaded.model, task, found, class_names(task, loaded.processor, loaded.config))
     step = -(-len(examples) // MOST)
@@ -88,6 +91,11 @@ def names_foretell(loaded: LoadedBase, task: Task, examples: Examples) -> bool:
     probe = fit_probe(names, labels, len(labels), PENALTY)
     right = probe.log_probabilities(vectors).exp().gather(1, truth[:, None])
     return float(right.mean()) > 1 / len(labels)
+
+
+def may_take_names(task: Task, plan: Plan) -> bool:
+    """Whether a method takes the names of a task's classes, if they foretell the examples and the user does not say."""
+    return plan.class_names and bool(class_texts(task))
 
 
 def decided(job: Job, plan: Plan) -> Job:
@@ -101,8 +109,7 @@ def decided(job: Job, plan: Plan) -> Job:
     bench, taken = job.bench, job.options.class_names
     if taken is None:
         silently = replace(job, note=lambda message: None, options=replace(job.options, class_names=False))
-        taken = plan.class_names and bool(class_texts(bench.task))
-        taken = taken and names_foretell(bench.loaded, bench.task, silently.examples()[0])
+        taken = may_take_names(bench.task, plan) and names_foretell(bench.loaded, bench.task, silently.examples()[0])
     if taken:
         count = len(class_names(bench.task, bench.loaded.processor, bench.loaded.config))
         job.note(f"the names of the {count} classes are learned from, as one more example of each")

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from pimerge.class_names import class_texts
+from pimerge.class_names import may_take_names
 from pimerge.errors import Problems
 from pimerge.expert import Expert
 from pimerge.features import why_not
@@ -78,8 +78,7 @@ def usual_controls(task: Task, methods: Sequence[str]) -> list[str]:
     Where a method takes the names of classes as examples, a fresh LoRA that does is one: what names gain is no merit of
     the experts.
     """
-    plans = [open_tune_method(name).plan for name in methods if name != SINGLE]
-    with_names = bool(class_texts(task)) and any(plan.class_names for plan in plans)
+    with_names = any(may_take_names(task, open_tune_method(name).plan) for name in methods if name != SINGLE)
     return [*USUAL_CONTROLS, *(["named"] if with_names else [])]
 
 

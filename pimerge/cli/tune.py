@@ -140,13 +140,13 @@ def tune(
     if chosen.task_folder is None:
         raise PimergeError("the target is not known", "pass --target FOLDER (an expert's or a task's)")
     quiet_libraries()
-    from pimerge.class_names import class_texts
+    from pimerge.class_names import may_take_names
     from pimerge.task import open_task
 
     task, used = open_task(chosen.task_folder), method
     if plan.experts and not chosen.experts:
         warn(f"no expert is expected to help ({ranking}): training a fresh expert instead")
-        used, settings = INSTEAD_WITH_NAMES if plan.class_names and class_texts(task) else INSTEAD, {}
+        used, settings = INSTEAD_WITH_NAMES if may_take_names(task, plan) else INSTEAD, {}
         holdout = plan.holdout if holdout is None else holdout  # the examples are as few as they were
         plan = open_tune_method(used).plan
     like = from_pool(chosen, ranking, base)
