@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 
@@ -30,6 +31,19 @@ def heads_of(model: nn.Module) -> list[str]:
         for name, child in children.items()
         if not any(isinstance(module, nn.ModuleList | nn.Embedding) for module in child.modules())
     ]
+
+
+def hidden_size(model: nn.Module) -> int | None:
+    """Numbers that a layer hands to the next, where a model has several parts in that of texts; None if it says none.
+
+    >>> from transformers import T5Config, T5ForConditionalGeneration
+    >>> hidden_size(T5ForConditionalGeneration(T5Config(d_model=8, num_layers=1, vocab_size=4)))
+    8
+    """
+    config: Any = model.config
+    text = config.get_text_config()
+    width = getattr(text, "hidden_size", None) or getattr(text, "d_model", None)
+    return width if isinstance(width, int) else None
 
 
 def inside(modules: Sequence[str]) -> str | None:

@@ -176,7 +176,7 @@ class _Harness:
             shots=case.shots,
             seed=case.seed,
             init_seed=case.seed,
-            lr=lr or self.design.options.lr or method.plan.usual_lr,
+            lr=lr or self.design.options.lr or method.plan.usual_lr(self.bench.loaded.width),
         )
         ranked = self.ranked(case.shots, case.seed)[: case.k] if case.k else []
         experts, scores, gains = ([getattr(each, name) for each in ranked] for name in ("expert", "score", "gain"))

@@ -50,7 +50,7 @@ def choose(method: TuneMethod, job: Job) -> Options:
     if folds < 2:
         job.note("one example of each class: nothing can be held out, so the usual learning rate is taken")
         return replace(options, holdout=0.0)
-    usual = options.lr or method.plan.usual_lr
+    usual = options.lr or method.plan.usual_lr(bench.loaded.width)
     tried = []
     for factor in FACTORS:
         try:

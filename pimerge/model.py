@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from pimerge import strategies
-from pimerge.backbone import heads_of
+from pimerge.backbone import heads_of, hidden_size
 from pimerge.base import Base
 from pimerge.compatibility import require_alike
 from pimerge.errors import PimergeError, Problems
@@ -55,6 +55,11 @@ class LoadedBase:
     def config(self) -> Any:
         """The model's config, of transformers."""
         return self.model.config
+
+    @property
+    def width(self) -> int | None:
+        """Numbers that a layer hands to the next, the hidden size; None where the config has no such."""
+        return hidden_size(self.model)
 
     def config_for(self, experts: Sequence[Expert]) -> Any:
         """The config with room for what the experts put before a text."""

@@ -83,16 +83,13 @@ def tune(
     if select not in SELECTIONS:
         raise PimergeError(f"--select is '{select}'", f"expected {' or '.join(SELECTIONS)}")
     _check_kind(opened, options)
-    options = replace(
-        options,
-        lr=plan.usual_lr if options.lr is None else options.lr,
-        holdout=plan.holdout if options.holdout is None else options.holdout,
-    )
+    options = replace(options, holdout=plan.holdout if options.holdout is None else options.holdout)
     chosen = chosen_experts(plan, method, experts, target)
     like = target or like or next(iter(chosen), None)
     like_sha256 = like.sha256 if like else None
     run = _run_folder(opened, task, base, chosen, output, options, scores, gains, device, dtype, like_sha256, select)
     bench = open_bench(task, base, device, dtype, options.seed)
+    options = replace(options, lr=plan.usual_lr(bench.loaded.width) if options.lr is None else options.lr)
     job = Job(bench, experts, target, like, scores, options, run, gains, track, note)
     if select == "cv":
         job = replace(job, options=choose(opened, job))

@@ -65,7 +65,7 @@ def test_the_lowest_mean_held_out_loss_is_taken(bench: Any, tmp_path: Path) -> N
 class Fake:
     """A method whose held-out losses by learning rate are known."""
 
-    plan = SimpleNamespace(usual_lr=1.0)
+    plan = SimpleNamespace(usual_lr=lambda width: 1.0)
 
     def __init__(self, losses: dict[float, Sequence[float] | None]) -> None:
         self.losses = losses

@@ -23,6 +23,7 @@ from pimerge.composition import Mixture
 from pimerge.errors import PimergeError
 from pimerge.expert import Expert, open_expert
 from pimerge.export import Coefficients
+from pimerge.model import LoadedBase
 from pimerge.task import Task, open_task
 from pimerge.tuning import tune
 from pimerge.tuning_options import Options
@@ -126,6 +127,26 @@ def test_without_all_scores_the_weights_start_equal(
     tuner: Tuner, starts: list[Any], tmp_path: Path, scores: list[float | None] | None
 ) -> None:
     assert start_of(tuner, starts, "learned", tmp_path / "tuned", scores=scores) == pytest.approx([0.5, 0.5])
+
+
+@pytest.mark.parametrize(
+    ("method", "width", "rate"),
+    [
+        ("guided", 768, 2.5e-3),
+        ("guided", 48, 5e-3),
+        ("guided", None, 5e-3),
+        ("interpolated", 768, 1e-3),
+        ("learned", 768, 5e-3),
+        ("full", 1000, 5e-5),
+        ("full", 50, 1e-3),
+    ],
+)
+def test_the_usual_learning_rate_goes_by_the_width_of_the_base(
+    tuner: Tuner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, width: int | None, rate: float
+) -> None:
+    monkeypatch.setattr(LoadedBase, "width", width)
+    tuner(method, tmp_path / "tuned", replace(QUICK, epochs=1))
+    assert json.loads((tmp_path / "tuned" / "pimerge.json").read_text())["options"]["lr"] == pytest.approx(rate)
 
 
 def test_uniform_weights_stay_equal_whatever_the_scores(tuner: Tuner, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn.functional import gelu, relu
 
+from pimerge.backbone import hidden_size
 from pimerge.peft_methods._types import peft_type
 
 ACTIVATIONS = {"relu": relu, "gelu": gelu}
@@ -175,6 +176,7 @@ def output_width(module: nn.Module, model: nn.Module) -> int:
     shape = getattr(module, "normalized_shape", None)
     if shape is not None:
         return int(shape[-1])
-    config: Any = model.config
-    text = config.get_text_config()
-    return int(getattr(text, "hidden_size", None) or text.d_model)
+    width = hidden_size(model)
+    if width is None:
+        raise ValueError(f"neither {type(module).__name__} nor the model's config says how wide its output is")
+    return width

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+WIDTH = 384
+"""Hidden size of the base that the usual learning rates were chosen on."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -29,7 +32,8 @@ class Plan:
         start_by_gain: weights that start from the ranking start from the gains that it expects.
         class_names: where the user does not say, the names of the classes are examples, too, if they are texts that
             foretell the examples (:mod:`pimerge.class_names`).
-        lr: the learning rate where the user gives none; None for the usual one, of which the less the more trains.
+        lr: the learning rate where the user gives none, at a hidden size of 384; None for the usual one, of which the
+            less the more trains.
         holdout: share of the examples that is held out where the user gives none.
     """
 
@@ -48,14 +52,24 @@ class Plan:
     lr: float | None = None
     holdout: float = 0.2
 
-    @property
-    def usual_lr(self) -> float:
-        """The learning rate where the user gives none."""
-        if self.lr is not None:
-            return self.lr
+    def usual_lr(self, width: int | None) -> float:
+        """The learning rate where the user gives none.
+
+        That of the base's own weights is in inverse proportion to its hidden size (μP, arXiv 2203.03466). That of
+        factors is, too, above the size at which it was chosen: so it was measured at 768, where the inverse root, the
+        limit of stable steps in very wide bases (arXiv 2406.08447), is too high.
+
+        Args:
+            width: hidden size of the base; None where it is not known.
+
+        >>> [Plan(train_experts=True, lr=5e-3).usual_lr(width) for width in (48, 384, 768)]
+        [0.005, 0.005, 0.0025]
+        """
         if self.full:
-            return 5e-5
-        return 2e-3 if self.train_experts else 5e-3
+            return 0.05 / (width or 1_000)
+        if self.train_experts:
+            return (self.lr or 2e-3) * min(1.0, WIDTH / (width or WIDTH))
+        return self.lr or 5e-3
 
     @property
     def head_alone(self) -> bool:

@@ -1,7 +1,6 @@
 """All of the base trained, no expert: the control "full fine-tuning". The result is a checkpoint, as large as the base.
 
-``pimerge eval`` scores it as it scores an expert; it cannot join a pool. The usual learning rate, 5e-5, is that of
-pretrained models of a hundred million parameters and more: for a tiny base pass ``--lr``, such as 1e-3.
+``pimerge eval`` scores it as it scores an expert; it cannot join a pool.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ def fit(job: Job, *, runs: int = 3) -> Fitted:
                 part=f"run-{number}",
                 epochs=job.options.epochs / runs,
                 seed=job.options.seed + number,
-                lr=(job.options.lr or PLAN.usual_lr) * FACTORS[number % len(FACTORS)],
+                lr=(job.options.lr or PLAN.usual_lr(job.bench.loaded.width)) * FACTORS[number % len(FACTORS)],
             )
         )
         found.append(composed.trained_state())
