@@ -54,19 +54,19 @@ from transformers import (
 )
 from typer.testing import CliRunner, Result
 
-from pimerge.bench import Bench
+from pimerge.adapters.expert import Expert
+from pimerge.adapters.low_rank import MergedModule, Truncation
 from pimerge.cli.app import app, main
-from pimerge.expert import Expert
-from pimerge.grams import input_grams
-from pimerge.lowrank import MergedModule, Truncation
-from pimerge.marginals import Marginals
-from pimerge.merging import prepare
-from pimerge.method import open_method
-from pimerge.model import draw_head
+from pimerge.core.progress import Advance, Track
+from pimerge.embedding.input_grams import input_grams
+from pimerge.embedding.layer_moments import Marginals
+from pimerge.merging.merge import prepare
+from pimerge.merging.method import open_method
+from pimerge.models.loading import draw_head
 from pimerge.peft_methods import BitFitConfig, BottleneckConfig
-from pimerge.progress import Advance, Track
-from pimerge.task import open_task
-from pimerge.task_types import Batch, Examples
+from pimerge.tasks.task import open_task
+from pimerge.tasks.types import Batch, Examples
+from pimerge.tuning.session import Bench
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()

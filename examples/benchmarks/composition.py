@@ -18,9 +18,9 @@ import torch
 from torch import nn
 from transformers import AutoModelForSequenceClassification
 
+from pimerge.adapters.kinds.lora import Factors, LoraModule
 from pimerge.cli.console import quiet_libraries
-from pimerge.composition import Member, Mixture, compose
-from pimerge.kinds.lora import Factors, LoraModule
+from pimerge.tuning.lora_layers import Member, Mixture, compose
 
 RANK = 16
 

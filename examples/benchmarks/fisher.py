@@ -18,13 +18,13 @@ from pathlib import Path
 
 import torch
 
+from pimerge.adapters.expert import find_experts, open_expert
 from pimerge.cli.console import quiet_libraries
-from pimerge.embedding import default_batch_tokens, factors_of
-from pimerge.expert import find_experts, open_expert
-from pimerge.fisher import diagonal_fisher, fisher_by_loop
-from pimerge.model import Bases, plugged_in, resolve_device, resolve_dtype
-from pimerge.task import open_task
-from pimerge.task_types import Batch, bucket_by_length
+from pimerge.embedding.embed import default_batch_tokens, factors_of
+from pimerge.embedding.fisher import diagonal_fisher, fisher_by_loop
+from pimerge.models.loading import Bases, plugged_in, resolve_device, resolve_dtype
+from pimerge.tasks.task import open_task
+from pimerge.tasks.types import Batch, bucket_by_length
 
 
 def main() -> None:

@@ -36,7 +36,8 @@ def main() -> None:
                 [
                     sys.executable,
                     "-c",
-                    "import pimerge.cli.merge_into, pimerge.merging, pimerge.folding, pimerge.export",
+                    "import pimerge.cli.merge.into, pimerge.merging.merge, pimerge.adapters.merge_into\n"
+                    "import pimerge.adapters.writer",
                 ],
                 folder,
             )

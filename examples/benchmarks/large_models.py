@@ -37,18 +37,18 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from pimerge.base import find_base
+from pimerge.adapters.compatibility import check_expert
+from pimerge.adapters.expert import open_expert
+from pimerge.checkpoints.base import find_base
 from pimerge.cli.console import print_table, quiet_libraries
-from pimerge.compatibility import check_expert
-from pimerge.embedding import Outcome, embed
-from pimerge.expert import open_expert
-from pimerge.model import Bases, resolve_device, resolve_dtype
-from pimerge.progress import Advance
-from pimerge.store import Store
-from pimerge.store_document import Settings
-from pimerge.task import open_task
-from pimerge.tuning import tune
-from pimerge.tuning_options import Options
+from pimerge.core.progress import Advance
+from pimerge.embedding.embed import Outcome, embed
+from pimerge.embedding.store import Store
+from pimerge.embedding.store_schema import Settings
+from pimerge.models.loading import Bases, resolve_device, resolve_dtype
+from pimerge.tasks.task import open_task
+from pimerge.tuning.options import Options
+from pimerge.tuning.tune import tune
 
 FLAN = {"feed_forward_proj": "gated-gelu", "decoder_start_token_id": 0}
 SPECIAL = {"pad_token_id": 0, "eos_token_id": 1}
@@ -172,7 +172,7 @@ class Stopwatch:
 
     @contextmanager
     def __call__(self, description: str, total: int, unit: str) -> Iterator[Advance]:
-        """See :data:`pimerge.progress.Track`."""
+        """See :data:`pimerge.core.progress.Track`."""
 
         def advance(steps: int = 1, note: str = "") -> None:
             if self.device.type == "cuda":

@@ -27,14 +27,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pimerge.embedding import sketches_of, updates_of
-from pimerge.expert import CONFIG, WEIGHTS, open_expert
-from pimerge.files import json_text, sha256_file, write_file
-from pimerge.measures import fisher
-from pimerge.neighbours import SHORTLIST, by_sketch, compare
-from pimerge.sketch import DIRECTIONS, from_texts
-from pimerge.store import SIDECARS, open_store
-from pimerge.store_document import Document, Embedding, Settings, Sidecar
+from pimerge.adapters.expert import CONFIG, WEIGHTS, open_expert
+from pimerge.core.files import json_text, sha256_file, write_file
+from pimerge.embedding.embed import sketches_of, updates_of
+from pimerge.embedding.random_projection import DIRECTIONS, from_texts
+from pimerge.embedding.store import SIDECARS, open_store
+from pimerge.embedding.store_schema import Document, Embedding, Settings, Sidecar
+from pimerge.ranking.measures import fisher
+from pimerge.ranking.nearest import SHORTLIST, by_sketch, compare
 
 RANK, WIDTH = 8, 768
 TARGET = "e00000"

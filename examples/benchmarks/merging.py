@@ -163,13 +163,13 @@ def merge_by_pimerge(adapters: list[Path], out: Path, job: str, arguments: argpa
     """What ``pimerge merge`` does, without the hashes of its manifest."""
     import torch
 
-    from pimerge.expert import open_expert
-    from pimerge.files import new_folder
-    from pimerge.kinds.lora import stored
-    from pimerge.lowrank import Truncation
-    from pimerge.merging import prepare
-    from pimerge.method import open_method
-    from pimerge.tensorfile import writing_tensors
+    from pimerge.adapters.expert import open_expert
+    from pimerge.adapters.kinds.lora import stored
+    from pimerge.adapters.low_rank import Truncation
+    from pimerge.checkpoints.safetensors_file import writing_tensors
+    from pimerge.core.files import new_folder
+    from pimerge.merging.merge import prepare
+    from pimerge.merging.method import open_method
 
     name, *flags = job.split()
     given = dict(zip(flags[::2], flags[1::2], strict=True))

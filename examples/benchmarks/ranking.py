@@ -35,28 +35,28 @@ import numpy as np
 import torch
 from scipy.stats import spearmanr
 
-from pimerge import strategies
-from pimerge.base import Base, find_base
-from pimerge.calibration import held_out_accuracy
+from pimerge.adapters.compatibility import check_expert
+from pimerge.adapters.expert import Expert, open_expert
+from pimerge.checkpoints.base import Base, find_base
 from pimerge.cli.console import quiet_libraries
-from pimerge.compatibility import check_expert
-from pimerge.draws import draw_shots
-from pimerge.embedding import embed
-from pimerge.evaluation import evaluate
-from pimerge.expert import Expert, open_expert
-from pimerge.features import SCALES, Draw, Viewer
-from pimerge.few_shot import DRAWS, bootstrap
-from pimerge.measures import combined, fisher, history
-from pimerge.model import Bases, load_base
-from pimerge.neighbours import compare
-from pimerge.probe import fit_probe
-from pimerge.sample import Sample
-from pimerge.selecting import LEAST_ERRORS
-from pimerge.store import Store
-from pimerge.store_document import Settings
-from pimerge.task import Task, open_task
-from pimerge.tuning import tune
-from pimerge.tuning_options import Options
+from pimerge.core import plugins
+from pimerge.embedding.embed import embed
+from pimerge.embedding.features import SCALES, Draw, Viewer
+from pimerge.embedding.sample import Sample
+from pimerge.embedding.store import Store
+from pimerge.embedding.store_schema import Settings
+from pimerge.evaluation.evaluate import evaluate
+from pimerge.models.linear_probe import fit_probe
+from pimerge.models.loading import Bases, load_base
+from pimerge.ranking.calibration import held_out_accuracy
+from pimerge.ranking.few_shot import DRAWS, bootstrap
+from pimerge.ranking.measures import combined, fisher, history
+from pimerge.ranking.nearest import compare
+from pimerge.ranking.selection import LEAST_ERRORS
+from pimerge.tasks.sampling import draw_shots
+from pimerge.tasks.task import Task, open_task
+from pimerge.tuning.options import Options
+from pimerge.tuning.tune import tune
 
 PENALTY = 0.1  # of the refitted head
 MOST_MERGED = 4
@@ -238,8 +238,8 @@ def by_store(store: Store, names: Sequence[str]) -> tuple[dict, dict[str, float]
     """Measure → target → source → score, and seconds for a target."""
     scores: dict[str, dict[str, dict[str, float]]] = {}
     seconds = {}
-    for measure in strategies.summaries("measures"):
-        strategy = strategies.load("measures", measure)
+    for measure in plugins.summaries("pimerge.ranking.measures"):
+        strategy = plugins.load("pimerge.ranking.measures", measure)
         if strategy.NEEDS not in ("fisher", "marginals", "experts"):
             continue
         start = time.perf_counter()
@@ -263,8 +263,8 @@ def by_examples(one: Seen, k: int, seed: int, seconds: dict[str, float]) -> dict
     samples = {key: subset(sample, indices) for key, sample in one.train.items()}
     part = combined.part_of(samples[BARE])
     scores: dict[str, dict[tuple[str, float], float]] = {}
-    for measure in strategies.summaries("measures"):
-        strategy = strategies.load("measures", measure)
+    for measure in plugins.summaries("pimerge.ranking.measures"):
+        strategy = plugins.load("pimerge.ranking.measures", measure)
         if strategy.NEEDS != "examples" or measure in ("combined", "loss") or (measure in HELD_OUT and k < 2):
             continue
         start = time.perf_counter()
@@ -403,7 +403,11 @@ def halves(rows: Mapping[str, Row], names: Sequence[str]) -> None:
     kinds = {"the store": ("fisher", "marginals", "experts"), "examples": ("examples",)}
     for kind, needs in kinds.items():
         known = rows.keys() - {ALONE}
-        own = {m: np.array(rows[m].rho) for m in sorted(known) if strategies.load("measures", m).NEEDS in needs}
+        own = {
+            m: np.array(rows[m].rho)
+            for m in sorted(known)
+            if plugins.load("pimerge.ranking.measures", m).NEEDS in needs
+        }
         for first in (0, 1):
             best = max(own, key=lambda m: own[m][first::2].mean())
             others = own[best][1 - first :: 2].mean()

@@ -17,13 +17,13 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
+from pimerge.adapters.expert import find_experts, open_expert
 from pimerge.cli.console import print_line, print_table, quiet_libraries
-from pimerge.comparing import compare
-from pimerge.comparison_design import CONTROLS, Design, Ranked, shots_text
-from pimerge.evaluation import BASE, evaluate
-from pimerge.expert import find_experts, open_expert
-from pimerge.task import open_task
-from pimerge.tuning_options import Options
+from pimerge.evaluation.compare import compare
+from pimerge.evaluation.design import CONTROLS, Design, Ranked, shots_text
+from pimerge.evaluation.evaluate import BASE, evaluate
+from pimerge.tasks.task import open_task
+from pimerge.tuning.options import Options
 
 FRESH = "scratch"
 

@@ -38,11 +38,11 @@ from examples.digits.cut import (
     write_rows,
     write_task,
 )
-from pimerge.base import find_base
+from pimerge.checkpoints.base import find_base
 from pimerge.cli.console import quiet_libraries
-from pimerge.task import open_task
-from pimerge.tuning import tune
-from pimerge.tuning_options import Options
+from pimerge.tasks.task import open_task
+from pimerge.tuning.options import Options
+from pimerge.tuning.tune import tune
 
 SEED = 0
 # scans of each digit; the rest of its 174 to 183 is the test part

@@ -16,8 +16,8 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 
-from pimerge.ranking import read_ranking
-from pimerge.task import open_task
+from pimerge.ranking.schema import read_ranking
+from pimerge.tasks.task import open_task
 
 SCANS = 7
 

@@ -23,13 +23,13 @@ from typing import Any
 
 from matrix import LORA, kind_of, modality
 
+from pimerge.adapters.expert import Expert, open_expert
 from pimerge.cli.console import print_table, quiet_libraries
-from pimerge.evaluation import BASE, evaluate
-from pimerge.expert import Expert, open_expert
-from pimerge.ranking import Candidate, open_ranked, read_ranking
-from pimerge.task import open_task
-from pimerge.tuning import tune
-from pimerge.tuning_options import Options
+from pimerge.evaluation.evaluate import BASE, evaluate
+from pimerge.ranking.schema import Candidate, open_ranked, read_ranking
+from pimerge.tasks.task import open_task
+from pimerge.tuning.options import Options
+from pimerge.tuning.tune import tune
 
 EPOCHS = 30
 LR = 1e-2  # make.py's

@@ -42,11 +42,11 @@ from transformers import (
 
 from examples.digits.cut import ATTRIBUTION, inverted, png
 from examples.digits.make import divide, jittered, read_scans
-from pimerge.base import find_base
+from pimerge.checkpoints.base import find_base
 from pimerge.cli.console import quiet_libraries
-from pimerge.task import open_task
-from pimerge.tuning import tune
-from pimerge.tuning_options import Options
+from pimerge.tasks.task import open_task
+from pimerge.tuning.options import Options
+from pimerge.tuning.tune import tune
 
 SEED = 0
 ONES = (  # noqa: SIM905

@@ -14,9 +14,9 @@ from pathlib import Path
 from statistics import mean
 
 from pimerge.cli.console import print_table
-from pimerge.ranking_by_store import rank_by_store
-from pimerge.selecting import Wish
-from pimerge.store import open_store
+from pimerge.embedding.store import open_store
+from pimerge.ranking.by_store import rank_by_store
+from pimerge.ranking.selection import Wish
 
 MODALITIES = {"v": "vision", "vl": "vision-language", "l": "language"}
 LORA, BOTTLENECK = KINDS = ["LoRA", "bottleneck"]

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from pimerge.paired import paired
+from pimerge.evaluation.paired_stats import paired
 
 Scores = Mapping[int, float]
 """Seed → score."""

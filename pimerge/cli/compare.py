@@ -9,12 +9,12 @@ import typer
 
 from pimerge.cli import options
 from pimerge.cli.console import note, print_json, print_line, print_table, quiet_libraries, tracker
-from pimerge.errors import PimergeError
+from pimerge.core.errors import PimergeError
 
 if TYPE_CHECKING:
-    from pimerge.comparison_design import Ranked
-    from pimerge.comparison_document import ComparisonDocument, Line
-    from pimerge.expert import Expert
+    from pimerge.adapters.expert import Expert
+    from pimerge.evaluation.design import Ranked
+    from pimerge.evaluation.schema import ComparisonDocument, Line
 
 COLUMNS = ("method", "experts", "score", "to the best control", "95 %", "trained", "deployed", "seconds")
 
@@ -77,12 +77,12 @@ def compare(
     """
     quiet_libraries()
     from pimerge.cli.inputs import base_of
-    from pimerge.comparing import compare as run
-    from pimerge.comparison_design import Design, usual_controls
-    from pimerge.errors import Problems
-    from pimerge.files import json_text, require_absent, require_same_or_absent, write_file
-    from pimerge.task import open_task
-    from pimerge.tuning_options import Options
+    from pimerge.core.errors import Problems
+    from pimerge.core.files import json_text, require_absent, require_same_or_absent, write_file
+    from pimerge.evaluation.compare import compare as run
+    from pimerge.evaluation.design import Design, usual_controls
+    from pimerge.tasks.task import open_task
+    from pimerge.tuning.options import Options
 
     if output.suffix != ".json":
         raise PimergeError(f"--output is '{output}'", "expected a name that ends in .json")
@@ -171,15 +171,16 @@ def _names(controls: str | None, methods: str) -> tuple[list[str], list[str]]:
     Raises:
         PimergeError: if there is no such control or method.
     """
-    from pimerge import comparison_design, strategies
-    from pimerge.errors import Problems, nearest
+    from pimerge.core import plugins
+    from pimerge.core.errors import Problems, nearest
+    from pimerge.evaluation import design
 
     problems = Problems()
     chosen = [] if controls is None or controls == "none" else _listed(controls)
     for name in chosen:
-        if name not in comparison_design.CONTROLS:
-            problems.add(f"there is no control '{name}'", f"expected {', '.join(comparison_design.CONTROLS)}, or none")
-    known = [*strategies.summaries("tune_methods"), comparison_design.SINGLE]
+        if name not in design.CONTROLS:
+            problems.add(f"there is no control '{name}'", f"expected {', '.join(design.CONTROLS)}, or none")
+    known = [*plugins.summaries("pimerge.tuning.methods"), design.SINGLE]
     tried = [name.replace("_", "-") for name in _listed(methods)]
     for name in tried:
         if name not in known:
@@ -193,9 +194,9 @@ def _pool(
 ) -> tuple[list[Ranked], Expert | None, Path]:
     """The experts, the target's own expert and the folder of its task."""
     from pimerge.cli.inputs import open_all, pool_members, select
-    from pimerge.comparison_design import Ranked
-    from pimerge.errors import Problems
-    from pimerge.ranking import open_ranked, read_ranking
+    from pimerge.core.errors import Problems
+    from pimerge.evaluation.design import Ranked
+    from pimerge.ranking.schema import open_ranked, read_ranking
 
     chosen = select(None, ranking_path, target, base, needed=False)
     if chosen.task_folder is None:
@@ -216,10 +217,10 @@ def _pool(
 
 def _tables(document: ComparisonDocument) -> list[tuple[str, list[list[str]]]]:
     """A title and rows for each number of shots and test set, best first."""
-    from pimerge import strategies
-    from pimerge.comparison_design import shots_text
+    from pimerge.core import plugins
+    from pimerge.evaluation.design import shots_text
 
-    style = strategies.load("metrics", document.metric).FORMAT
+    style = plugins.load("pimerge.tasks.metrics", document.metric).FORMAT
     groups: dict[tuple[int | None, str], list[Line]] = {}
     for line in document.lines:
         groups.setdefault((line.shots, line.test), []).append(line)

@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from pimerge.cli.options import flag
-from pimerge.progress import Advance, Track, silent
+from pimerge.core.progress import Advance, Track, silent
 
 _WIDE = 10_000  # where no terminal sets a width, nothing is cut
 

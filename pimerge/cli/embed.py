@@ -10,7 +10,7 @@ import typer
 from pimerge.cli import options
 from pimerge.cli.console import note, print_json, print_table, quiet_libraries, tracker
 from pimerge.cli.inputs import pool_members
-from pimerge.errors import PimergeError, Problems
+from pimerge.core.errors import PimergeError, Problems
 
 
 def embed(
@@ -39,13 +39,13 @@ def embed(
 
     Can be interrupted: the next call goes on where this one was. An unchanged expert is not computed again.
     """
-    from pimerge.compatibility import check_expert
-    from pimerge.embedding import LABEL_MODES
-    from pimerge.embedding import embed as embed_expert
-    from pimerge.expert import open_expert
-    from pimerge.model import Bases, resolve_device, resolve_dtype
-    from pimerge.store import Store
-    from pimerge.store_document import Settings
+    from pimerge.adapters.compatibility import check_expert
+    from pimerge.adapters.expert import open_expert
+    from pimerge.embedding.embed import LABEL_MODES
+    from pimerge.embedding.embed import embed as embed_expert
+    from pimerge.embedding.store import Store
+    from pimerge.embedding.store_schema import Settings
+    from pimerge.models.loading import Bases, resolve_device, resolve_dtype
 
     if labels not in LABEL_MODES:
         raise PimergeError(f"--labels is '{labels}'", f"expected {' or '.join(LABEL_MODES)}")

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pimerge.errors import PimergeError, Problems
+from pimerge.core.errors import PimergeError, Problems
 
 if TYPE_CHECKING:
-    from pimerge.base import Base
-    from pimerge.expert import Expert
-    from pimerge.ranking import Ranking
+    from pimerge.adapters.expert import Expert
+    from pimerge.checkpoints.base import Base
+    from pimerge.ranking.schema import Ranking
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def open_all(references: Sequence[str], base: str | None, *, convert: bool = Fal
     Args:
         convert: accept DoRA, PiSSA and OLoRA.
     """
-    from pimerge.expert import open_expert
+    from pimerge.adapters.expert import open_expert
 
     problems = Problems()
     experts = []
@@ -69,7 +69,7 @@ def select(
         needed: whether there must be experts or a ranking.
         convert: accept experts that have to be converted with the base's weights.
     """
-    from pimerge.ranking import open_ranked, read_ranking
+    from pimerge.ranking.schema import open_ranked, read_ranking
 
     ranking: Ranking | None = None
     if ranking_path.is_file() or (not references and needed):
@@ -107,7 +107,7 @@ def from_pool(chosen: Selection, ranking_path: Path, base: str | None) -> Expert
     Raises:
         PimergeError: if the expert is gone or has changed.
     """
-    from pimerge.ranking import open_ranked, read_ranking
+    from pimerge.ranking.schema import open_ranked, read_ranking
 
     if chosen.target is not None or chosen.experts or not ranking_path.is_file():
         return None
@@ -119,7 +119,7 @@ def from_pool(chosen: Selection, ranking_path: Path, base: str | None) -> Expert
 
 def _is_ranked(ranking: Ranking, own: Expert | None, folder: Path | None) -> bool:
     """Whether a ranking is for a target: the same expert, or the same task where that has none."""
-    from pimerge.task import open_task
+    from pimerge.tasks.task import open_task
 
     if own is not None:
         return own.sha256 == ranking.target.sha256
@@ -130,7 +130,7 @@ def _target(
     target: str | None, ranking: Ranking | None, ranking_path: Path, base: str | None, *, convert: bool
 ) -> tuple[Expert | None, Path | None]:
     """The target's own expert and its task's folder, each None where there is none."""
-    from pimerge.expert import CONFIG, open_expert
+    from pimerge.adapters.expert import CONFIG, open_expert
 
     if target is None:
         return (None, None) if ranking is None else _ranked_target(ranking, ranking_path, base)
@@ -148,7 +148,7 @@ def _target(
 
 def _ranked_target(ranking: Ranking, ranking_path: Path, base: str | None) -> tuple[Expert | None, Path]:
     """What the ranking was made for, checked to be the same still."""
-    from pimerge.ranking import open_ranked
+    from pimerge.ranking.schema import open_ranked
 
     if ranking.target.expert:
         own = open_ranked(ranking.target, ranking_path, base)
@@ -189,7 +189,7 @@ def parse_numbers(text: str, option: str) -> list[float]:
 
 def base_of(experts: Sequence[Expert], target: Expert | None, base: str | None) -> Base:
     """The base given, else that of the target's expert, else that of the experts."""
-    from pimerge.base import find_base
+    from pimerge.checkpoints.base import find_base
 
     if base is not None:
         name, _, revision = base.partition("@")
@@ -202,7 +202,7 @@ def base_of(experts: Sequence[Expert], target: Expert | None, base: str | None) 
 
 def pool_members(references: list[str]) -> list[str | Path]:
     """The experts of every pool, in order; a Hub id stands for itself."""
-    from pimerge.expert import find_experts, is_hub_reference
+    from pimerge.adapters.expert import find_experts, is_hub_reference
 
     found: list[str | Path] = []
     for reference in references:

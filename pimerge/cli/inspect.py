@@ -11,13 +11,13 @@ import typer
 
 from pimerge.cli import options
 from pimerge.cli.console import note, print_json, print_table
-from pimerge.errors import PimergeError
+from pimerge.core.errors import PimergeError
 
 if TYPE_CHECKING:
-    from pimerge.expert import Expert
-    from pimerge.inspection import Finding
-    from pimerge.store import Store
-    from pimerge.task import Task
+    from pimerge.adapters.expert import Expert
+    from pimerge.embedding.store import Store
+    from pimerge.reporting.inspection import Finding
+    from pimerge.tasks.task import Task
 
 DEFAULT_STORE = Path("embeddings.json")
 SHOWN_MODULES = 3
@@ -41,7 +41,7 @@ def inspect(
     largest entry in the trace, the effective number of parameters (trace² / norm²), and the modules that hold most.
     """
     from pimerge.cli.inputs import pool_members
-    from pimerge.inspection import inspect as look
+    from pimerge.reporting.inspection import inspect as look
 
     opened = _open_store(store, quiet)
     findings = look(pool_members(pools or ["experts"]), base, opened)
@@ -96,7 +96,7 @@ def _task(task: Task) -> str:
 
 def _open_store(store: Path | None, quiet: bool) -> Store | None:
     """The store given, which has to be there; else the default one, if it is there and can be read."""
-    from pimerge.store import Store, open_store
+    from pimerge.embedding.store import Store, open_store
 
     if store is not None:
         return open_store(store)

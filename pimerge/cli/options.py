@@ -7,17 +7,17 @@ from typing import Annotated
 
 import typer
 
-from pimerge import strategies
+from pimerge.core import plugins
 
 
 def listing(package: str) -> str:
     """``name: summary`` of each strategy, for ``--help``."""
-    return " ".join(f"[bold]{name}[/]: {summary}" for name, summary in strategies.summaries(package).items())
+    return " ".join(f"[bold]{name}[/]: {summary}" for name, summary in plugins.summaries(package).items())
 
 
 def names(package: str) -> str:
-    """The names of a folder's strategies."""
-    return ", ".join(strategies.summaries(package))
+    """The names of a folder's plugins."""
+    return ", ".join(plugins.summaries(package))
 
 
 def flag(option: str) -> str:

@@ -25,9 +25,9 @@ def report(
     The page needs nothing else and no network, its tables are sorted by a click, and it says which command makes what
     is missing.
     """
-    from pimerge.files import require_absent, write_file
-    from pimerge.report.gathering import gather
-    from pimerge.report.page import page
+    from pimerge.core.files import require_absent, write_file
+    from pimerge.reporting.report.gathering import gather
+    from pimerge.reporting.report.page import page
 
     path = output or folder / "report.html"
     require_absent(path, force)

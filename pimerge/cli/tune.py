@@ -11,9 +11,9 @@ import typer
 from pimerge.cli import options
 from pimerge.cli.console import note, print_json, print_methods, print_table, quiet_libraries, tracker, warn
 from pimerge.cli.inputs import base_of, from_pool, parse_rank, select
-from pimerge.errors import PimergeError
+from pimerge.core.errors import PimergeError
 
-METHODS = "tune_methods"
+METHODS = "pimerge.tuning.methods"
 INSTEAD, INSTEAD_WITH_NAMES = "scratch", "named"
 """The methods where the ranking expects no expert to help: of one that takes no class names, and of one that does."""
 
@@ -72,7 +72,9 @@ def tune(
     rank: options.Rank = "max",
     kind: Annotated[
         str | None,
-        typer.Option(help=f"Kind of a fresh expert ({options.names('kinds')}). Default: the pool's, else lora."),
+        typer.Option(
+            help=f"Kind of a fresh expert ({options.names('pimerge.adapters.kinds')}). Default: the pool's, else lora."
+        ),
     ] = None,
     fresh_rank: Annotated[
         int | None,
@@ -118,10 +120,10 @@ def tune(
     if methods:
         _list_methods(json)
         return
-    from pimerge.tuning import STARTS
-    from pimerge.tuning import tune as tune_experts
-    from pimerge.tuning_method import open_tune_method
-    from pimerge.tuning_options import Options
+    from pimerge.tuning.method import open_tune_method
+    from pimerge.tuning.options import Options
+    from pimerge.tuning.tune import STARTS
+    from pimerge.tuning.tune import tune as tune_experts
 
     settings = {
         "uniform": uniform,
@@ -141,8 +143,8 @@ def tune(
     if chosen.task_folder is None:
         raise PimergeError("the target is not known", "pass --target FOLDER (an expert's or a task's)")
     quiet_libraries()
-    from pimerge.class_names import may_take_names
-    from pimerge.task import open_task
+    from pimerge.tasks.task import open_task
+    from pimerge.tuning.class_name_examples import may_take_names
 
     task, used = open_task(chosen.task_folder), method
     if plan.experts and not chosen.experts:
@@ -222,10 +224,10 @@ def tune(
 
 
 def _list_methods(json: bool) -> None:
-    from pimerge import strategies
-    from pimerge.tuning_method import open_tune_method
+    from pimerge.core import plugins
+    from pimerge.tuning.method import open_tune_method
 
-    summaries = strategies.summaries(METHODS)
+    summaries = plugins.summaries(METHODS)
     defaults = {name: open_tune_method(name).resolved for name in summaries}
     print_methods(summaries, defaults, json)
 

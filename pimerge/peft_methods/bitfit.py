@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from pimerge.backbone import layers_within
+from pimerge.checkpoints.architecture import layers_within
 from pimerge.peft_methods._types import peft_type
 
 

@@ -15,7 +15,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn.functional import gelu, relu
 
-from pimerge.backbone import hidden_size
+from pimerge.checkpoints.architecture import hidden_size
 from pimerge.peft_methods._types import peft_type
 
 ACTIVATIONS = {"relu": relu, "gelu": gelu}

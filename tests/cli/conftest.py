@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import Result
 
-from pimerge.expert import Expert, open_expert
+from pimerge.adapters.expert import Expert, open_expert
 from tests.conftest import MakeExpert
 
 Cli = Callable[..., Result]

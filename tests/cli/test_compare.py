@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 
-from pimerge import comparing
-from pimerge.comparison_document import read_comparison
-from pimerge.evaluation import evaluate
-from pimerge.expert import Expert, open_expert
-from pimerge.task import open_task
-from pimerge.tuning import tune
-from pimerge.tuning_options import Options
+from pimerge.adapters.expert import Expert, open_expert
+from pimerge.evaluation import compare as comparing
+from pimerge.evaluation.evaluate import evaluate
+from pimerge.evaluation.schema import read_comparison
+from pimerge.tasks.task import open_task
+from pimerge.tuning.options import Options
+from pimerge.tuning.tune import tune
 from tests.conftest import Finished, MakeExpert, Shell, write_json
 
 QUICK = ("--epochs", 2, "--seeds", 2, "--shots", 4)
@@ -64,7 +64,7 @@ def test_a_run_is_what_tune_and_eval_give(compare: Any, tmp_path: Path) -> None:
 
 
 def _accuracy(output: Path, like: Expert) -> float:
-    from pimerge.evaluation import evaluate_checkpoint
+    from pimerge.evaluation.evaluate import evaluate_checkpoint
 
     task = open_task(output)
     if (output / "config.json").is_file():

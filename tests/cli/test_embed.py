@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
-from pimerge import embedding
-from pimerge.expert import open_expert
+from pimerge.adapters.expert import open_expert
+from pimerge.embedding import embed as embedding
 from tests.conftest import Finished, MakeExpert, Shell, edit_tensors, write_json
 
 NAMES = ("a", "b", "c")

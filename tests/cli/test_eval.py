@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from pimerge.evaluation import evaluate
-from pimerge.expert import open_expert
-from pimerge.task import open_task
+from pimerge.adapters.expert import open_expert
+from pimerge.evaluation.evaluate import evaluate
+from pimerge.tasks.task import open_task
 from tests.conftest import MakeExpert, Shell
 
 

@@ -11,14 +11,14 @@ import pytest
 import torch
 from typer.testing import Result
 
-from pimerge.errors import PimergeError
-from pimerge.expert import CONFIG, open_expert
-from pimerge.files import sha256_file
-from pimerge.store import DIAGONAL, MARGINALS, Store
-from pimerge.store_document import Settings
+from pimerge.adapters.expert import CONFIG, open_expert
+from pimerge.core.errors import PimergeError
+from pimerge.core.files import sha256_file
+from pimerge.embedding.store import DIAGONAL, MARGINALS, Store
+from pimerge.embedding.store_schema import Settings
 from tests.cli.conftest import raise_from
 from tests.conftest import MakeExpert
-from tests.raw import raw_expert, set_config, updates_of
+from tests.support.raw import raw_expert, set_config, updates_of
 
 Cli = Callable[..., Result]
 

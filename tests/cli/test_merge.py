@@ -17,14 +17,14 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from pimerge import strategies
-from pimerge.errors import PimergeError
-from pimerge.expert import Expert, open_expert
-from pimerge.ranking import Candidate, Ranking, Target, write_ranking
-from pimerge.task import open_task
+from pimerge.adapters.expert import Expert, open_expert
+from pimerge.core import plugins
+from pimerge.core.errors import PimergeError
+from pimerge.ranking.schema import Candidate, Ranking, Target, write_ranking
+from pimerge.tasks.task import open_task
 from tests.cli.conftest import NAMES, Cli, raise_from
 from tests.conftest import dense_deltas, logits_of, merge, model_for, relative_difference
-from tests.raw import normal, raw_expert, set_config, updates_of
+from tests.support.raw import normal, raw_expert, set_config, updates_of
 
 
 def rank(
@@ -285,14 +285,14 @@ def test_help_names_every_method_and_methods_says_what_they_do(cli: Cli) -> None
     words = " ".join(result.stdout.replace("│", " ").split())
     assert "Combine experts into one without training" in words
     listing = cli("merge", "--methods").stdout
-    for name, summary in strategies.summaries("merge_methods").items():
+    for name, summary in plugins.summaries("pimerge.merging.methods").items():
         assert re.search(rf"\b{name}\b", words)
         assert summary in listing
 
 
 def test_methods_lists_them_with_their_options(cli: Cli) -> None:
     table, listed = cli("merge", "--methods"), json.loads(cli("merge", "--methods", "--json").stdout)
-    assert [method["name"] for method in listed] == list(strategies.summaries("merge_methods"))
+    assert [method["name"] for method in listed] == list(plugins.summaries("pimerge.merging.methods"))
     found = {method["name"]: method for method in listed}
     assert found["ties"]["options"] == {"density": 0.2, "scale": 1.0}
     assert found["uniform"]["options"] == {}

@@ -12,13 +12,13 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pimerge.errors import PimergeError
+from pimerge.core.errors import PimergeError
+from tests.checkpoints.test_checkpoint import tensors
 from tests.cli.conftest import Cli
 from tests.conftest import Shell
-from tests.merge_methods.references import REFERENCES
-from tests.raw import normal, raw_expert, updates_of
-from tests.test_checkpoint import tensors
-from tests.test_checkpoint_merging import set_config, shaken
+from tests.merging.methods.references import REFERENCES
+from tests.merging.test_checkpoint_merge import set_config, shaken
+from tests.support.raw import normal, raw_expert, updates_of
 
 TWO = ("a", "b")
 

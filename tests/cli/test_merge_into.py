@@ -13,11 +13,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pimerge.expert import Expert, open_expert
-from pimerge.ranking import Candidate, Ranking, Target, write_ranking
+from pimerge.adapters.expert import Expert, open_expert
+from pimerge.ranking.schema import Candidate, Ranking, Target, write_ranking
 from tests.cli.conftest import Cli
 from tests.conftest import Shell, dense_deltas, logits_of, model_for
-from tests.raw import normal, raw_expert, set_config, updates_of
+from tests.support.raw import normal, raw_expert, set_config, updates_of
 
 TWO = ("experts/a", "experts/b")
 BATCH = {"pixel_values": normal(2, 3, 16, 16)}

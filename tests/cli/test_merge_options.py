@@ -14,15 +14,15 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pimerge import strategies
-from pimerge.errors import PimergeError
-from pimerge.expert import Expert, open_expert
+from pimerge.adapters.expert import Expert, open_expert
+from pimerge.core import plugins
+from pimerge.core.errors import PimergeError
 from tests.cli.conftest import Cli, raise_from
 from tests.conftest import Shell, dense_deltas, edit_tensors, logits_of, model_for, write_json
-from tests.merge_methods.references import REFERENCES
-from tests.raw import normal, raw_expert
+from tests.merging.methods.references import REFERENCES
+from tests.support.raw import normal, raw_expert
 
-METHODS = list(strategies.summaries("merge_methods"))
+METHODS = list(plugins.summaries("pimerge.merging.methods"))
 TWO = ("experts/a", "experts/b", "--head", "none")
 
 

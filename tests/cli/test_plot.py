@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from pimerge.expert import open_expert
-from pimerge.figures import _canvas
-from pimerge.ranking import Candidate, Ranking, Target
+from pimerge.adapters.expert import open_expert
+from pimerge.ranking.schema import Candidate, Ranking, Target
+from pimerge.reporting.figures import _canvas
 from tests.conftest import MakeExpert, Shell, write_json
 
 FILES = ["path.json", "path.png", "path.svg"]

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from pimerge.compatibility import check_expert
-from pimerge.embedding import embed
-from pimerge.expert import open_expert
-from pimerge.model import Bases
-from pimerge.store import Store
-from pimerge.store_document import Settings
+from pimerge.adapters.compatibility import check_expert
+from pimerge.adapters.expert import open_expert
+from pimerge.embedding.embed import embed
+from pimerge.embedding.store import Store
+from pimerge.embedding.store_schema import Settings
+from pimerge.models.loading import Bases
 from tests.conftest import MakeExpert, Shell, edit_tensors, write_image_task, write_json
 
 NAMES = ("parity", "a", "b", "other-rank")
@@ -313,7 +313,7 @@ def test_several_bases_ask_for_one_and_the_others_experts_are_not_comparable(
     write_json(path / "adapter_config.json", json.loads((path / "adapter_config.json").read_text()) | edit)
     entry = store.document.experts["stranger"]
     entry.base = open_expert(path).base.identity
-    from pimerge.files import sha256_file
+    from pimerge.core.files import sha256_file
 
     entry.config_sha256 = sha256_file(path / "adapter_config.json")
     (folder / "embeddings.json").write_text(store.document.model_dump_json())

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from pimerge.expert import open_expert
-from pimerge.ranking import Candidate, Ranking, Target
-from pimerge.task import open_task
+from pimerge.adapters.expert import open_expert
+from pimerge.ranking.schema import Candidate, Ranking, Target
+from pimerge.tasks.task import open_task
 from tests.conftest import Finished, MakeExpert, Shell, dense_deltas, relative_difference, write_json
 
 NAMES = ("x", "a", "b")

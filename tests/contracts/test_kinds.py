@@ -12,12 +12,12 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pimerge import strategies
-from pimerge.expert import open_expert
+from pimerge.adapters.expert import open_expert
+from pimerge.core import plugins
 from tests.conftest import RELATIVES, MakeExpert, logits_of, model_for
 
 Run = Callable[..., Any]
-KINDS = sorted(name.replace("-", "_") for name in strategies.summaries("kinds"))
+KINDS = sorted(name.replace("-", "_") for name in plugins.summaries("pimerge.adapters.kinds"))
 
 
 @pytest.fixture(params=KINDS)
@@ -44,7 +44,7 @@ def test_every_number_that_was_trained_has_its_place(experts: list[Path], kind: 
     assert set(expert.keys) | set(expert.head.values()) == set(file)
     assert expert.parameters == sum(file[key].numel() for key in expert.keys)
     assert bool(expert.modules) != bool(expert.groups)
-    strategy = strategies.load("kinds", expert.kind)
+    strategy = plugins.load("pimerge.adapters.kinds", expert.kind)
     assert bool(expert.modules) == getattr(strategy, "HAS_UPDATE", False)
     assert expert.is_computed == (kind in RELATIVES)
 

@@ -13,31 +13,31 @@ import pytest
 import torch
 from torch import Tensor
 
-from pimerge import strategies
-from pimerge.expert import open_expert
-from pimerge.measures import combined, likelihood, probe
-from pimerge.measures.history import predicted
-from pimerge.sample import Sample
-from pimerge.stored import Stored
+from pimerge.adapters.expert import open_expert
+from pimerge.core import plugins
+from pimerge.embedding.sample import Sample
+from pimerge.embedding.store_view import Stored
+from pimerge.ranking.measures import combined, likelihood, probe
+from pimerge.ranking.measures.history import predicted
 from tests.conftest import MakeExpert, edit_tensors
-from tests.measures.test_fisher_measures import stored
+from tests.ranking.measures.test_fisher_measures import stored
 
 COUNT = 5
 BY_NEEDS: dict[str, list[str]] = {}
-for _name in sorted(strategies.summaries("measures")):
-    BY_NEEDS.setdefault(strategies.load("measures", _name).NEEDS, []).append(_name)
+for _name in sorted(plugins.summaries("pimerge.ranking.measures")):
+    BY_NEEDS.setdefault(plugins.load("pimerge.ranking.measures", _name).NEEDS, []).append(_name)
 OF_THE_STORE = [name for needs in ("fisher", "marginals", "experts") for name in BY_NEEDS[needs]]
 OF_EXAMPLES = BY_NEEDS["examples"]
 
 
 def test_every_measure_is_covered_here() -> None:
     covered = {*OF_THE_STORE, *OF_EXAMPLES, "history"}
-    assert covered == set(strategies.summaries("measures"))
+    assert covered == set(plugins.summaries("pimerge.ranking.measures"))
     assert "combined" in OF_EXAMPLES
 
 
 def loaded(name: str) -> ModuleType:
-    return strategies.load("measures", name)
+    return plugins.load("pimerge.ranking.measures", name)
 
 
 def set_to_zero(tensors: dict[str, Tensor]) -> None:

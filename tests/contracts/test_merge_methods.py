@@ -13,13 +13,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from pimerge import strategies
-from pimerge.errors import PimergeError
-from tests.merge_methods.cases import F64, seeded
-from tests.merge_methods.references import reference_bases
-from tests.raw import normal
+from pimerge.core import plugins
+from pimerge.core.errors import PimergeError
+from tests.merging.methods.cases import F64, seeded
+from tests.merging.methods.references import reference_bases
+from tests.support.raw import normal
 
-NAMES = list(strategies.summaries("merge_methods"))
+NAMES = list(plugins.summaries("pimerge.merging.methods"))
 LAWS = {"identity", "copies", "order", "gauge"}
 NEEDS = {"inner", "limit", "generators", "fishers", "grams"}
 FUNCTIONS = {"linear": "coefficients", "inputs": "transformed"}
@@ -49,7 +49,7 @@ def name(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def method(name: str) -> ModuleType:
     """Its file."""
-    return strategies.load("merge_methods", name)
+    return plugins.load("pimerge.merging.methods", name)
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,7 @@ def test_copies_with_weights_of_sum_one_give_the_expert(method: ModuleType) -> N
 
 @pytest.mark.parametrize("lossless", LOSSLESS)
 def test_without_trimming_identity_and_copies_hold(lossless: str) -> None:
-    method, options = strategies.load("merge_methods", lossless), LOSSLESS[lossless]
+    method, options = plugins.load("pimerge.merging.methods", lossless), LOSSLESS[lossless]
     assert same(merged(method, pool(1), **options), pool(1).deltas[0])
     assert same(merged(method, copies(method), **options), pool(1).deltas[0])
 

@@ -17,25 +17,23 @@ from PIL import ImageOps
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from pimerge import (
-    peft_methods,  # noqa: F401  PEFT has to know every kind
-    strategies,
-)
-from pimerge.bench import Bench, Fitted, Job, open_bench
-from pimerge.ensembles import ENSEMBLE_FILE, Ensemble, EnsembleDocument, open_ensemble
-from pimerge.errors import PimergeError
-from pimerge.evaluation import Score, evaluate, evaluate_checkpoint
-from pimerge.expert import Expert, open_expert
-from pimerge.files import sha256_file
-from pimerge.manifest import Manifest
-from pimerge.members import chosen_experts
-from pimerge.task import open_task
-from pimerge.tuning import manifest_of, tune
-from pimerge.tuning_method import TuneMethod, open_tune_method
-from pimerge.tuning_options import Options
+from pimerge import peft_methods  # noqa: F401  PEFT has to know every kind
+from pimerge.adapters.expert import Expert, open_expert
+from pimerge.core import plugins
+from pimerge.core.errors import PimergeError
+from pimerge.core.files import sha256_file
+from pimerge.core.manifest import Manifest
+from pimerge.evaluation.evaluate import Score, evaluate, evaluate_checkpoint
+from pimerge.tasks.task import open_task
+from pimerge.tuning.components import chosen_experts
+from pimerge.tuning.ensemble import ENSEMBLE_FILE, Ensemble, EnsembleDocument, open_ensemble
+from pimerge.tuning.method import TuneMethod, open_tune_method
+from pimerge.tuning.options import Options
+from pimerge.tuning.session import Bench, Fitted, Job, open_bench
+from pimerge.tuning.tune import manifest_of, tune
 from tests.conftest import MakeExpert, dense_deltas, logits_of, model_for, relative_difference, write_image_task
 
-METHODS = sorted(strategies.summaries("tune_methods"))
+METHODS = sorted(plugins.summaries("pimerge.tuning.methods"))
 OPTIONS = Options(epochs=6, shots=12, lr=1e-2, batch_size=8, holdout=0.2)
 Inputs = Mapping[str, Tensor]
 

@@ -13,14 +13,14 @@ import pytest
 from datasets import Image, load_dataset
 from sklearn.datasets import load_digits
 
-from pimerge.compatibility import check_expert
-from pimerge.embedding import embed
-from pimerge.expert import find_experts, open_expert
-from pimerge.model import Bases, resolve_device, resolve_dtype
-from pimerge.ranking_by_store import rank_by_store
-from pimerge.selecting import Wish
-from pimerge.store import Store
-from pimerge.store_document import Settings
+from pimerge.adapters.compatibility import check_expert
+from pimerge.adapters.expert import find_experts, open_expert
+from pimerge.embedding.embed import embed
+from pimerge.embedding.store import Store
+from pimerge.embedding.store_schema import Settings
+from pimerge.models.loading import Bases, resolve_device, resolve_dtype
+from pimerge.ranking.by_store import rank_by_store
+from pimerge.ranking.selection import Wish
 
 DIGITS = Path(__file__).parents[2] / "examples" / "digits"
 RELATED = {

@@ -17,8 +17,8 @@ from sklearn.datasets import load_digits
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from examples.multimodal import make
-from pimerge.expert import find_experts, open_expert
-from pimerge.task import open_task
+from pimerge.adapters.expert import find_experts, open_expert
+from pimerge.tasks.task import open_task
 
 MULTIMODAL = Path(make.__file__).parent
 SPLITS = {"train": ["train"], "draws": ["few", "draws"], "test": ["test"]}

@@ -30,9 +30,9 @@ from transformers import (
     ViTModel,
 )
 
-from pimerge.expert import open_expert
-from pimerge.metrics.box_accuracy import box_of
-from pimerge.task import open_task
+from pimerge.adapters.expert import open_expert
+from pimerge.tasks.metrics.box_accuracy import box_of
+from pimerge.tasks.task import open_task
 from tests.conftest import WORDS, save_florence2
 from tests.examples.warm import run_script
 

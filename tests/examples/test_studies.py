@@ -21,10 +21,10 @@ import pyarrow.parquet as pq
 import pytest
 from scipy.stats import ttest_rel
 
-from pimerge.comparison_design import Design, Ranked
-from pimerge.comparison_document import ComparisonDocument, Run
-from pimerge.expert import Expert
-from pimerge.task import Task
+from pimerge.adapters.expert import Expert
+from pimerge.evaluation.design import Design, Ranked
+from pimerge.evaluation.schema import ComparisonDocument, Run
+from pimerge.tasks.task import Task
 from tests.conftest import write_json
 from tests.examples.warm import answer, run_script
 
@@ -99,7 +99,7 @@ def compared(monkeypatch: pytest.MonkeyPatch) -> Compared:
             target=task.name, base="", metric="accuracy", options={}, experts=[], runs=runs, lines=[], conclusion=""
         )
 
-    monkeypatch.setattr("pimerge.comparing.compare", compare)
+    monkeypatch.setattr("pimerge.evaluation.compare.compare", compare)
     return found
 
 
@@ -117,7 +117,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Path, Task, int | Non
         write_json(output / "task.json", task.document_for(output))
         raise SystemExit(0)  # nothing to print
 
-    monkeypatch.setattr("pimerge.tuning.tune", tune)
+    monkeypatch.setattr("pimerge.tuning.tune.tune", tune)
     return found
 
 

@@ -9,13 +9,13 @@ import pytest
 import torch
 from peft import PeftModel
 
-from pimerge.base import find_base
-from pimerge.expert import open_expert
-from pimerge.model import load_base, plugged_in
-from pimerge.task import open_task
-from pimerge.task_types._generation import TextExamples, generate
+from pimerge.adapters.expert import open_expert
+from pimerge.checkpoints.base import find_base
+from pimerge.models.loading import load_base, plugged_in
+from pimerge.tasks.task import open_task
+from pimerge.tasks.types._generation import TextExamples, generate
 from tests.conftest import KINDS, LANGUAGE_MODELS, MakeExpert, Shell, model_for, write_text_task
-from tests.test_fisher_of_kinds import nll
+from tests.embedding.test_fisher_of_kinds import nll
 
 PAIRS = [("ia3", "vit"), ("bottleneck", "clip"), ("prefix", "t5"), ("prompt", "gpt2")]
 NO_BIASES = ("bitfit", "t5")

@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 
-from pimerge.bench import Fitted
-from pimerge.expert import open_expert
-from pimerge.progress import Advance, Track, silent
-from pimerge.task import open_task
-from pimerge.tuning import tune
-from pimerge.tuning_options import Options
+from pimerge.adapters.expert import open_expert
+from pimerge.core.progress import Advance, Track, silent
+from pimerge.tasks.task import open_task
+from pimerge.tuning.options import Options
+from pimerge.tuning.session import Fitted
+from pimerge.tuning.tune import tune
 from tests.conftest import Interrupt, MakeExpert, interrupted_after
 
 LONG = Options(epochs=10, shots=10, batch_size=8, lr=0.3, patience=3, holdout=0.4)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from pimerge.expert import open_expert
+from pimerge.adapters.expert import open_expert
 from tests.conftest import MakeExpert, Shell, dense_deltas, relative_difference, write_image_task
 
 TASKS = {

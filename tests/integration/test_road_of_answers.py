@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pimerge.expert import open_expert
+from pimerge.adapters.expert import open_expert
 from tests.conftest import MakeExpert, Shell, write_text_task
 
 Pool = Callable[[str], Path]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from peft import PeftModel
 
-from pimerge.expert import open_expert
+from pimerge.adapters.expert import open_expert
 from tests.conftest import MakeExpert, Shell, model_for, write_image_text_task
 
 Scans = tuple[list[Any], list[int]]

@@ -1,0 +1,70 @@
+"""Sums of experts whose tensors are combined number by number, around their neutral point.
+
+    φ̂ = φ0 + Σ_n w_n s_n (φ_n − φ0)
+
+with φ0 the expert that changes nothing, w_n the weights and s_n the strengths. Where the weights sum to 1 at strength
+1, φ0 drops out, so that the base's own values, which it may consist of, need not be known. A tensor without a neutral
+point has φ0 = 0 and takes no strength."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from pimerge.adapters.expert import Expert
+from pimerge.adapters.kinds._groups import Group, Slot, joined, read_slot
+from pimerge.core.errors import PimergeError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+F64 = torch.float64
+BaseTensor = Callable[[str], "Tensor"]
+_ONE = 1e-9
+
+
+def neutral(slot: Slot, base: BaseTensor) -> Tensor:
+    """The slot's values in an expert that changes nothing, in float64; zeros where it has none."""
+    if slot.base is None:
+        return torch.full(slot.shape, slot.neutral or 0.0, dtype=F64)
+    found = base(slot.base).to(F64).cpu()
+    if tuple(found.shape) != slot.shape:
+        raise PimergeError(
+            f"the base's '{slot.base}' is {tuple(found.shape)}, the expert's {slot.shape}",
+            "the expert was trained on another base: pass its own with --base",
+        )
+    return found
+
+
+def at_strength(expert: Expert, slot: Slot, base: BaseTensor) -> Tensor:
+    """A slot's tensor at the expert's scale, in float64."""
+    values = read_slot(slot, expert.tensor).to(F64)
+    if expert.scale == 1 or not slot.has_neutral:
+        return values
+    zero = neutral(slot, base)
+    return zero + expert.scale * (values - zero)
+
+
+def weighted(tensors: Sequence[Tensor], weights: Sequence[float], zero: Callable[[], Tensor]) -> Tensor:
+    """φ0 + Σ w_n (φ_n − φ0), in float64; φ0 is asked for only where it counts.
+
+    >>> two = [torch.tensor([3.0], dtype=F64), torch.tensor([5.0], dtype=F64)]
+    >>> weighted(two, [0.5, 1.0], lambda: torch.ones(1, dtype=F64)).item()
+    6.0
+    """
+    total = sum((w * tensor for w, tensor in zip(weights, tensors, strict=True)), torch.zeros((), dtype=F64))
+    rest = 1 - sum(weights)
+    return total if abs(rest) < _ONE else total + rest * zero()
+
+
+def sum_of(experts: Sequence[Expert], weights: Sequence[float], base: BaseTensor) -> dict[str, Tensor]:
+    """Key → the tensor of the weighted sum of some experts of one form, in float64."""
+    groups: dict[str, Group] = experts[0].groups
+    found = {}
+    for name, group in groups.items():
+        for slot_name, slot in group.slots.items():
+            parts = [at_strength(expert, expert.groups[name].slots[slot_name], base) for expert in experts]
+            found[name, slot_name] = weighted(parts, weights, lambda slot=slot: neutral(slot, base))  # type: ignore[misc]
+    return joined(groups, found)

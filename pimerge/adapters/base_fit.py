@@ -1,0 +1,103 @@
+"""Whether an expert has its place in a base: every module and shape, of a model or of its skeleton."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import nn
+
+from pimerge.adapters.expert import Expert
+from pimerge.adapters.kinds._groups import Group
+from pimerge.core import plugins
+from pimerge.core.errors import PimergeError, Problems
+from pimerge.tasks.task import Task
+from pimerge.tasks.types import for_base
+
+
+def check_fits(expert: Expert, base_model: nn.Module, *, head: bool = True) -> None:
+    """Check every module and head tensor of an expert against a base, loaded or a skeleton.
+
+    Args:
+        head: whether its head has to fit, too.
+
+    Raises:
+        PimergeError: with each module that the base lacks and each shape that differs.
+    """
+    problems = Problems()
+    hint = "the expert was trained on another base: pass its own with --base"
+    layers = dict(base_model.named_modules())
+    for module in expert.modules.values():
+        layer = layers.get(module.name)
+        if layer is None:
+            problems.add(f"the base has no module '{module.name}'", hint)
+            continue
+        expected, found = delta_shape(layer), (module.d_out, module.d_in)
+        if expected != found:
+            problems.add(f"module '{module.name}': ΔW is {found}, the base's weight {expected}", hint)
+    for reason in dict.fromkeys(_misfit(expert, group, base_model) for group in expert.groups.values()):
+        if reason:
+            problems.add(reason, hint)
+    own = base_model.state_dict()
+    for name, key in expert.head.items() if head else ():
+        shape = tuple(expert.file.entries[key].shape)
+        if name not in own:
+            problems.add(f"the base has no '{name}' for the head", hint)
+        elif tuple(own[name].shape) != shape:
+            problems.add(
+                f"the head's '{name}' is {shape}, the task needs {tuple(own[name].shape)}",
+                "task.json's labels must be those that the expert was trained on",
+            )
+    problems.raise_any(f"the expert '{expert.name}' does not fit the base '{expert.base.name}'")
+
+
+def _misfit(expert: Expert, group: Group, base_model: nn.Module) -> str:
+    kind = plugins.load("pimerge.adapters.kinds", expert.kind)
+    try:
+        reason: str = kind.misfit(group, base_model, expert.config)
+    except AttributeError:
+        return f"the base has no module '{group.name}'"
+    return f"module '{group.name}': {reason}" if reason and "." in group.name and expert.kind != "prefix" else reason
+
+
+@cache
+def skeleton(source: str, revision: str | None, auto_model: str | tuple[str, str], labels: int) -> nn.Module:
+    """A base's model without weights, with a head for so many labels if there are any."""
+    import transformers
+
+    names = {"id2label": {index: str(index) for index in range(labels)}} if labels else {}
+    config = transformers.AutoConfig.from_pretrained(source, revision=revision, **names)
+    with torch.device("meta"):
+        kind = getattr(transformers, for_base(auto_model, config))
+        model: nn.Module = kind.from_config(config, trust_remote_code=False)
+    return model
+
+
+def check_fits_on_disk(expert: Expert, task: Task) -> None:
+    """As :func:`check_fits`, with the base's shapes alone: no weight is read or downloaded.
+
+    A base that is not on this machine is not checked.
+
+    Raises:
+        PimergeError: as :func:`check_fits`, or if the base's config does not serve the task.
+    """
+    base = expert.base
+    if base.folder is None:
+        return
+    try:
+        classes = len(task.labels) if task.type.TRAINS_HEAD else 0
+        found = skeleton(base.source, base.revision, task.type.AUTO_MODEL, classes)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise PimergeError(f"the base '{base.name}' does not serve {task.file.type}: {reason}") from error
+    check_fits(expert, found)
+
+
+def delta_shape(layer: nn.Module) -> tuple[int, ...]:
+    """(d_out, d_in) of a layer's update; a layer without a weight matrix has the shape ()."""
+    weight = getattr(layer, "weight", None)
+    if weight is None or weight.dim() < 2:
+        return ()
+    rows, columns = weight.shape[0], weight[0].numel()
+    transposed = isinstance(layer, nn.Embedding) or type(layer).__name__ == "Conv1D"
+    return (columns, rows) if transposed else (rows, columns)

@@ -1,0 +1,53 @@
+"""The shapes of a base's layers, from the headers of its files: no weight is read, and none is downloaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from threading import Lock
+
+from pimerge.checkpoints.base import Base
+from pimerge.checkpoints.checkpoint import open_checkpoint
+from pimerge.checkpoints.key_mapping import Names, is_fan_in_first, match_modules, names_of
+from pimerge.core.errors import PimergeError, Problems
+
+_ONE_AT_A_TIME = Lock()  # transformers looks up its renamings when they are first asked for, and not safely
+
+
+def layer_shapes(base: Base, modules: Sequence[str], *, fan_in_fan_out: bool = False) -> dict[str, tuple[int, ...]]:
+    """The shape of each module's weight, (d_out, d_in, *kernel) whatever way the base stores it.
+
+    Args:
+        fan_in_fan_out: of an adapter's config: how weights are stored if the model does not tell.
+
+    Raises:
+        PimergeError: if the base is not on this machine, or with each module that has no matrix there.
+    """
+    if base.folder is None:
+        raise PimergeError(
+            f"the base '{base.name}' is not on this machine, and the shapes of its layers are needed",
+            "download it first (hf download NAME), or pass --base with its folder",
+        )
+    checkpoint = open_checkpoint(base.folder)
+    keys = {name: f"{name}.weight" for name in modules}
+    names = Names({})
+    if fan_in_fan_out or not checkpoint.home.keys() >= set(keys.values()):  # else there is no need to ask the model
+        with _ONE_AT_A_TIME:  # experts are opened in several threads
+            names = _names(base.folder)
+        keys = match_modules(names, modules)
+    problems = Problems()
+    found = {}
+    for name, key in keys.items():
+        shape = checkpoint.entry((names.shared or {}).get(key, key)).shape
+        if len(shape) < 2:
+            problems.add(f"module '{name}': the base's weight is {shape}, no matrix", "it was trained on another base")
+        turned = is_fan_in_first(names, name) if names.known else fan_in_fan_out
+        found[name] = (*reversed(shape),) if turned and len(shape) == 2 else shape
+    problems.raise_any("the expert does not fit its base")
+    return found
+
+
+@cache
+def _names(folder: Path) -> Names:
+    return names_of(open_checkpoint(folder))

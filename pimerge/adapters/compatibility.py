@@ -1,0 +1,225 @@
+"""Which experts can be embedded, compared and summed with each other, and why not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pimerge.adapters.expert import Expert
+from pimerge.adapters.kinds._relatives import Relative
+from pimerge.core import plugins
+from pimerge.core.errors import PimergeError, Problems
+from pimerge.tasks.task import Task, open_task
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+SHARED_INIT_COSINE = 0.1
+SHARED_INIT_DEVIATIONS = 5.0
+INIT_MODULES = 16
+LORA = "lora"
+MEANING: dict[str, tuple[str, ...]] = {
+    "bottleneck": ("activation", "scale"),
+    "prompt": ("num_transformer_submodules",),
+    "vera": ("projection_prng_key",),
+    "randlora": ("projection_prng_key", "sparse", "very_sparse"),
+    "fourierft": ("random_loc_seed",),
+}
+"""Kind → fields of the config that say what its tensors mean."""
+
+
+def check_expert(expert: Expert) -> Task:
+    """Everything that can be checked of an expert before its base is loaded.
+
+    Returns:
+        its task.
+
+    Raises:
+        PimergeError: with each problem: no task, no base, shapes that differ from it, NaN or Inf in a tensor.
+    """
+    from pimerge.adapters.base_fit import check_fits_on_disk  # imports torch, which comparing experts needs not
+
+    problems = Problems()
+    task = None
+    with problems.collected():
+        expert.require_handled()
+    with problems.collected():
+        task = open_task(expert.path)
+    with problems.collected():
+        _ = expert.base.identity
+        if task is not None and not expert.unhandled:
+            check_fits_on_disk(expert, task)
+    with problems.collected():
+        expert.require_finite()
+    problems.raise_any(f"the expert '{expert.name}' cannot be embedded")
+    assert task is not None
+    return task
+
+
+def require_alike(experts: Sequence[Expert]) -> None:
+    """Check that experts can be summed: one base, and updates ΔW of one shape and layer type in each module, whatever
+    their kinds; or, without ΔW, one kind and the same tensors.
+
+    Raises:
+        PimergeError: with each difference.
+    """
+    problems = Problems()
+    first = experts[0]
+    shapes: dict[str, tuple[str, Expert, tuple[object, ...]]] = {}
+    for expert in experts:
+        if expert.base.identity != first.base.identity:
+            problems.add(
+                f"'{expert.name}' has the base '{expert.base.name}', '{first.name}' has '{first.base.name}', "
+                "which is another model",
+                "leave one of them out; if both are the same model, pass it with --base",
+            )
+        with problems.collected():
+            expert.require_handled()
+        if expert.kind != first.kind and (expert.groups or first.groups):
+            reason = _why_no_update(expert if expert.groups else first)
+            problems.add(
+                f"'{expert.name}' is of kind {expert.kind}, '{first.name}' of kind {first.kind}: {reason}",
+                "only experts that all have a ΔW are summed across kinds: combine those of one kind",
+            )
+        elif expert.groups and (why := differing_form(first, expert)):
+            problems.add(f"'{expert.name}': {why.replace('the target', repr(first.name))}", "leave it out")
+        for name, module in expert.modules.items():
+            form = (module.layer, module.d_out, module.d_in, module.shape_A[2:])
+            _, owner, known = shapes.setdefault(name, (name, expert, form))
+            if known != form:
+                problems.add(
+                    f"module '{name}': ΔW is {module.d_out} × {module.d_in} ({module.layer}) in '{expert.name}', "
+                    f"{known[1]} × {known[2]} ({known[0]}) in '{owner.name}'",
+                    "they belong to different bases: leave one out",
+                )
+    problems.raise_any("these experts do not fit each other")
+
+
+def require_finite(experts: Sequence[Expert]) -> None:
+    """Check every tensor of several experts for NaN and Inf.
+
+    Raises:
+        PimergeError: naming each tensor that holds one.
+    """
+    problems = Problems()
+    for expert in experts:
+        with problems.collected(f"'{expert.name}': "):
+            expert.require_finite()
+    problems.raise_any("NaN or Inf weights")
+
+
+def _why_no_update(expert: Expert) -> str:
+    """Why an expert has no ΔW that could be added to another's."""
+    if expert.kind == "ia3":
+        return "(IA)³ scales what a matrix W gives or takes, so that its ΔW = diag(l − 1)·W needs the base's weights"
+    return f"{expert.kind} changes no matrix of the base by a ΔW"
+
+
+def init_cosine(first: Expert, second: Expert) -> tuple[float, float]:
+    """Cosine of what tells the inits of two experts, and the least that a shared init can be told by.
+
+    Of LoRA that is the factors A, of other kinds the tensors in their ``INIT``; a kind without any starts from the
+    same point always. Training moves these little, so experts from one init have much in common; experts from
+    independent inits, or of which one is in another basis (BR, R⁻¹A), have a cosine of about ±1/√n over n numbers.
+    """
+    if first.kind != LORA and not plugins.load("pimerge.adapters.kinds", first.kind).INIT:
+        return 1.0, 0.0
+    common = sorted(set(first.parts) & set(second.parts))
+    few = common[:: -(-len(common) // INIT_MODULES) or 1]  # they tell as much as all
+    a, b = (_init_numbers(expert, few) for expert in (first, second))
+    norms = float(np.linalg.norm(a) * np.linalg.norm(b))
+    least = max(SHARED_INIT_COSINE, SHARED_INIT_DEVIATIONS / max(len(a), 1) ** 0.5)
+    return (float(a @ b) / norms if norms > 0 else 0.0), least
+
+
+def _init_numbers(expert: Expert, parts: Sequence[str]) -> NDArray[np.float64]:
+    if expert.kind == LORA:
+        keys = [expert.modules[name].A for name in parts]
+    else:
+        slots = plugins.load("pimerge.adapters.kinds", expert.kind).INIT
+        found = [_keys_by_slot(expert, name) for name in parts]
+        keys = list(dict.fromkeys(each[slot] for each in found for slot in slots if slot in each))
+    arrays = expert.file.arrays(keys)
+    return np.concatenate([np.zeros(0), *(arrays[key].ravel() for key in keys)]).astype(np.float64)
+
+
+def _keys_by_slot(expert: Expert, part: str) -> dict[str, str]:
+    """Slot → key of a module or group of a kind other than LoRA."""
+    if expert.groups:
+        return {name: slot.key for name, slot in expert.groups[part].slots.items()}
+    module = expert.modules[part]
+    return dict(module.slots) if isinstance(module, Relative) else {}
+
+
+def differing_form(first: Expert, second: Expert) -> str:
+    """Why two experts cannot be compared number by number; empty if they can be."""
+    if first.kind != second.kind:
+        return f"its kind is {second.kind}, the target's {first.kind}"
+    if first.parts != second.parts:
+        return "it adapts other modules than the target"
+    for name, group in first.groups.items():
+        if group.form != second.groups[name].form:
+            return f"its tensors of '{name}' have other shapes than the target's"
+    for field in MEANING.get(first.kind, ()):
+        if first.config.get(field) != second.config.get(field):
+            return f"its {field} is {second.config.get(field)}, the target's {first.config.get(field)}"
+    for name, module in first.modules.items():
+        if isinstance(module, Relative) and module.form != getattr(second.modules[name], "form", None):
+            return f"its tensors of '{name}' have other shapes than the target's"
+    if first.ranks != second.ranks or any(
+        first.modules[name].rank != second.modules[name].rank for name in first.modules
+    ):
+        return f"its rank is {_listed(second.ranks)}, the target's {_listed(first.ranks)}"
+    if _has_bias(first) != _has_bias(second):
+        return "only one of it and the target has biases in its factors (lora_bias)"
+    return ""
+
+
+def require_shared_form(experts: Sequence[Expert]) -> None:
+    """Check that single entries of the factors of some experts mean the same: one form and one init.
+
+    Raises:
+        PimergeError: with each expert that differs from the first.
+    """
+    problems = Problems()
+    first = experts[0]
+    for expert in experts:
+        if expert.is_computed:
+            problems.add(
+                f"'{expert.name}' is of kind {expert.kind}: its factors are computed from what was trained",
+                "use a method that works on ΔW, such as uniform or ties",
+            )
+    problems.raise_any("the factors of these experts cannot be compared entry by entry")
+    for expert in experts[1:]:
+        why = differing_form(first, expert).replace("the target", f"'{first.name}'")
+        if not why:
+            cosine, least = init_cosine(first, expert)
+            if cosine < least:
+                why = f"it was trained from another init than '{first.name}' (cosine of their factors A: {cosine:.2f})"
+        if why:
+            problems.add(f"'{expert.name}': {why}", "use a method that works on ΔW, such as uniform or ties")
+    problems.raise_any("the factors of these experts cannot be compared entry by entry")
+
+
+def _listed(ranks: Sequence[int]) -> str:
+    return "/".join(str(rank) for rank in ranks)
+
+
+def _has_bias(expert: Expert) -> bool:
+    return any(module.bias is not None for module in expert.modules.values())
+
+
+def refuse_over_inputs(output: Path, experts: Sequence[Expert]) -> None:
+    """Refuse an output that would replace an expert that it is made from, or a folder that holds one.
+
+    Raises:
+        PimergeError: naming the expert.
+    """
+    for expert in experts:
+        if expert.path.resolve().is_relative_to(output.resolve()):
+            raise PimergeError(
+                f"the output '{output}' is the expert '{expert.name}' or holds it", "choose another --output"
+            )

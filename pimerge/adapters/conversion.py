@@ -1,0 +1,97 @@
+"""DoRA, PiSSA and OLoRA → ΔW against the published base, which their factors alone do not give."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+
+from pimerge.adapters.expert import Expert
+from pimerge.adapters.kinds._lora_config import DORA, OLORA, PISSA
+from pimerge.adapters.kinds.lora import Factors, LoraModule
+from pimerge.adapters.merge_into import plan_fold
+from pimerge.checkpoints.base import Base
+from pimerge.checkpoints.checkpoint import open_checkpoint
+from pimerge.core.errors import PimergeError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+F64 = torch.float64
+
+
+def converting(weight_of: Callable[[str], Tensor]) -> Callable[[Expert, str], Factors]:
+    """A reader of experts' factors that converts what is no plain LoRA.
+
+    Args:
+        weight_of: the base's weight of a module, (d_out × d_in).
+    """
+
+    def read(expert: Expert, name: str) -> Factors:
+        module = expert.modules[name]
+        factors = expert.factors(name)
+        if not module.conversions:
+            return factors
+        magnitude = expert.tensor(module.magnitude) if module.magnitude else None
+        return converted(module, factors, weight_of(name), magnitude)
+
+    return read
+
+
+def base_weights(base: Base, layouts: Mapping[str, LoraModule], *, fan_in_fan_out: bool) -> Callable[[str], Tensor]:
+    """A reader of a base's weights by module, (d_out × d_in) whatever way it stores them.
+
+    Raises:
+        PimergeError: if the base is not on this machine, is quantised, or does not have these modules.
+    """
+    if base.folder is None:
+        raise PimergeError(
+            f"the base '{base.name}' is not on this machine, and its weights are needed to convert the experts",
+            "download it first (hf download NAME), or pass --base with its folder",
+        )
+    checkpoint = open_checkpoint(base.folder)
+    plan = plan_fold(checkpoint, layouts, fan_in_fan_out=fan_in_fan_out)
+    keys = {module: key for key, module in plan.weights.items()}
+
+    def read(name: str) -> Tensor:
+        weight = checkpoint.read(plan.source(keys[name]))
+        return weight.T if keys[name] in plan.transposed else weight
+
+    return read
+
+
+def converted(module: LoraModule, factors: Factors, weight: Tensor, magnitude: Tensor | None) -> Factors:
+    """ΔW against the base's weight W0 (d_out × d_in), as factors with scaling 1, in float64.
+
+    - PiSSA (arXiv 2404.02948) leaves W0 − top_r(W0) in the base, its r leading singular triples in the factors:
+      ΔW = s·BA − top_r(W0).
+    - OLoRA (arXiv 2406.01775) does the same with the first r columns of Q and rows of R of W0 = QR, times s.
+    - DoRA (arXiv 2402.09353) has W = m ∘ (W' + s·BA) / ‖W' + s·BA‖ by rows, W' being W0 or what PiSSA or OLoRA
+      left of it: ΔW = W − W0, of full rank.
+
+    Args:
+        magnitude: m, (d_out); None without DoRA.
+
+    >>> module = LoraModule("q", "", "", None, 1, 1.0, 1.0, "linear", (1, 2), (2, 1), None, ("PiSSA",))
+    >>> W = torch.diag(torch.tensor([3.0, 1.0]))
+    >>> found = converted(module, Factors(torch.tensor([[1.0, 0.0]]), torch.tensor([[5.0], [0.0]]), 1.0), W, None)
+    >>> (found.B @ found.A).round(decimals=6).tolist()  # the 3 was in the factors, which now hold a 5
+    [[2.0, 0.0], [0.0, 0.0]]
+    """
+    W0, A, B = weight.to(F64), factors.A.to(F64), factors.scaling * factors.B.to(F64)
+    rank = len(A)
+    if PISSA in module.conversions:
+        left, singular, right = torch.linalg.svd(W0, full_matrices=False)
+        A, B = torch.cat([A, right[:rank]]), torch.cat([B, -left[:, :rank] * singular[:rank]], 1)
+    elif OLORA in module.conversions:
+        Q, R = torch.linalg.qr(W0)
+        A, B = torch.cat([A, R[:rank]]), torch.cat([B, -factors.scaling * Q[:, :rank]], 1)
+    if DORA in module.conversions:
+        assert magnitude is not None
+        W = W0 + B @ A
+        norms = torch.linalg.vector_norm(W, dim=1)
+        delta = (magnitude.to(F64) / norms)[:, None] * W - W0
+        rows, columns = delta.shape
+        A, B = (delta, torch.eye(rows, dtype=F64)) if rows <= columns else (torch.eye(columns, dtype=F64), delta)
+    return Factors(A, B, 1.0, None if factors.bias is None else factors.scaling * factors.bias)

@@ -1,0 +1,76 @@
+"""What the configs and key names of all kinds have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from pimerge.core.errors import Problems
+
+PREFIX = "base_model.model."
+"""Of every name in PEFT's model, but for prompts and prefixes, which leave the model as it is."""
+PROMPT_PREFIX = "base_model."
+PROMPTS = ("prefix", "prompt")
+"""Kinds that stand before a text."""
+
+
+class CommonFields(BaseModel):
+    """The fields of ``adapter_config.json`` that every kind reads, with their types."""
+
+    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
+
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    modules_to_save: list[str] | None = None
+
+
+def faulty_fields(fields: type[BaseModel], config: Mapping[str, Any], problems: Problems) -> set[Any]:
+    """The fields of a wrong type, each of which is a problem."""
+    faulty = set()
+    try:
+        fields.model_validate(config)
+    except ValidationError as error:
+        for fault in error.errors():
+            faulty.add(fault["loc"][0])
+            where = ".".join(str(part) for part in fault["loc"])
+            problems.add(f"{where} in adapter_config.json: {fault['msg']}", "save the adapter again with PEFT")
+    return faulty
+
+
+def sort_keys(
+    config: Mapping[str, Any],
+    shapes: Mapping[str, tuple[int, ...]],
+    slot_of: Callable[[str], tuple[str, str] | None],
+    what: str,
+    problems: Problems,
+    prefix: str = PREFIX,
+) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
+    """The expert's keys by module and slot, and the head's by the parameter's name; every other key is a problem.
+
+    Args:
+        slot_of: (module, slot) of a key; None of one that is not the kind's.
+        what: the kind's tensors, for messages.
+    """
+    saved = config.get("modules_to_save") or []
+    keys: dict[str, dict[str, str]] = {}
+    head, unknown = {}, []
+    for key in sorted(shapes):
+        if place := slot_of(key):
+            keys.setdefault(place[0], {})[place[1]] = key
+            continue
+        name = key.removeprefix(prefix)
+        if name != key and any(f".{saved_name}." in f".{name}" for saved_name in saved):
+            head[name] = key
+        else:
+            unknown.append(key)
+    if unknown:
+        shown = ", ".join(unknown[:5]) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
+        problems.add(
+            f"tensors that are neither {what} nor in modules_to_save: {shown}",
+            "save the adapter with PEFT (for embeddings: save_embedding_layers=False); nothing is dropped in silence",
+        )
+    if not keys and not problems.found:
+        problems.add(f"it holds no {what}", "save the adapter again: model.save_pretrained(FOLDER)")
+    return keys, head

@@ -1,0 +1,127 @@
+"""``adapter_config.json`` of a LoRA: what its fields may be, and which of them change what the tensors mean."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from pimerge.adapters.kinds._keys import CommonFields, faulty_fields
+from pimerge.core.errors import Problems
+
+# Fields of adapter_config.json that change what the tensors mean, and why pimerge does not merge them.
+_NOT_LINEAR = {
+    "use_qalora": "QA-LoRA pools the input before A",
+    "use_bdlora": "BD-LoRA keeps its factors in blocks",
+    "alora_invocation_tokens": "aLoRA is active only after its invocation tokens",
+    "arrow_config": "Arrow routes each token to its own expert",
+    "kasa_config": "KaSA changes the singular values of the base",
+    "monteclora_config": "MonteCLoRA draws its factors at random",
+    "velora_config": "VeLoRA changes what the layer computes in training",
+    "layer_replication": "layer replication changes the base's layers",
+    "target_parameters": "LoRA on bare parameters (target_parameters) has another layout",
+    "trainable_token_indices": "trained tokens are no low-rank update",
+    "megatron_config": "Megatron shards its factors",
+}
+_CHANGED_BASE = {
+    "pissa": "PiSSA",
+    "olora": "OLoRA",
+    "corda": "CorDA",
+    "eva": "EVA",
+    "loftq": "LoftQ",
+    "lora_ga": "LoRA-GA",
+}
+DORA, PISSA, OLORA = "DoRA", "PiSSA", "OLoRA"
+CONVERTED_INITS = {"pissa": PISSA, "olora": OLORA}
+_PLAIN_INITS = ("gaussian", "orthogonal", "mica")
+_DORA_REASON = "DoRA rescales the rows of W0 + ΔW, which is not linear in (B, A)"
+_MERGE = "'pimerge merge --base BASE' converts it with the base's weights and merges it; else train plain LoRA"
+_CONVERT = (
+    "save it from PEFT as plain LoRA (model.save_pretrained with path_initial_model_for_weight_conversion); "
+    "or, if the base is the published one, set init_lora_weights to true in adapter_config.json"
+)
+# Fields that say where the factors sit or how they were trained; the tensors themselves tell the rest.
+_HARMLESS = frozenset(
+    """use_dora task_type peft_type auto_mapping peft_version base_model_name_or_path revision inference_mode r
+    target_modules exclude_modules lora_alpha lora_dropout fan_in_fan_out bias use_rslora modules_to_save
+    init_lora_weights layers_to_transform layers_pattern rank_pattern alpha_pattern megatron_core loftq_config
+    eva_config corda_config lora_ga_config qalora_group_size runtime_config lora_bias
+    ensure_weight_tying""".split()  # noqa: SIM905
+)
+
+
+class _Fields(CommonFields):
+    """The fields of ``adapter_config.json`` that are read, with their types."""
+
+    r: int = 8
+    lora_alpha: float = 8
+    rank_pattern: dict[str, int] | None = None
+    alpha_pattern: dict[str, float] | None = None
+    use_rslora: bool | None = None
+    lora_bias: bool | None = None
+    fan_in_fan_out: bool | None = None
+    bias: str | None = None
+    init_lora_weights: bool | str | None = None
+
+
+def well_typed(config: Mapping[str, Any], problems: Problems) -> dict[str, Any]:
+    """The config without the fields of a wrong type, which are problems."""
+    faulty = faulty_fields(_Fields, config, problems)
+    for field in {"rank_pattern", "alpha_pattern"} - faulty:
+        for key in config.get(field) or {}:
+            try:
+                re.compile(key)
+            except re.error as error:
+                faulty.add(field)
+                problems.add(f"{field} in adapter_config.json: '{key}' is no regular expression ({error})")
+    return {field: value for field, value in config.items() if field not in faulty}
+
+
+def conversions_of(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """What has to be converted with the base's weights before it is a plain LoRA: ``DoRA``, ``PiSSA``, ``OLoRA``.
+
+    >>> conversions_of({"use_dora": True, "init_lora_weights": "pissa"})
+    ('PiSSA', 'DoRA')
+    """
+    init = config.get("init_lora_weights")
+    start = CONVERTED_INITS.get(init.lower()) if isinstance(init, str) else None
+    return (*([start] if start else []), *([DORA] if config.get("use_dora") else []))
+
+
+def refuse_unhandled(config: Mapping[str, Any], problems: Problems, *, convert: bool) -> None:
+    """Note every field that changes what the tensors mean.
+
+    Args:
+        convert: whether DoRA, PiSSA and OLoRA are fine, since they will be converted.
+    """
+    if config.get("use_dora") and not convert:
+        problems.add(f"use_dora is on: {_DORA_REASON}", _MERGE)
+    for field, reason in _NOT_LINEAR.items():
+        if config.get(field):
+            problems.add(f"{field} is on: {reason}", "merge it into a base of its own, or train plain LoRA")
+    init = config.get("init_lora_weights", True)
+    if isinstance(init, str) and init.lower() in CONVERTED_INITS and not convert:
+        method = CONVERTED_INITS[init.lower()]
+        problems.add(
+            f"init_lora_weights is '{init}': {method} is refused, since its factors belong to a base that it "
+            "changed, not to the base as published",
+            f"{_MERGE}; or {_CONVERT}",
+        )
+    elif isinstance(init, str) and init.lower() not in (*_PLAIN_INITS, *CONVERTED_INITS):
+        method = next((method for start, method in _CHANGED_BASE.items() if init.lower().startswith(start)), init)
+        problems.add(
+            f"init_lora_weights is '{init}': {method} is refused, since its factors may belong to a "
+            "base that it changed, not to the base as published",
+            _CONVERT,
+        )
+    if (config.get("bias") or "none") != "none":
+        problems.add(
+            f"bias is '{config['bias']}': trained biases of the base are no update that can be added",
+            "train with bias='none'; lora_bias=True is handled",
+        )
+    for field in sorted(set(config) - _HARMLESS - set(_NOT_LINEAR)):
+        if config[field]:
+            problems.add(
+                f"'{field}' in adapter_config.json is not known to this version of pimerge",
+                "if the field does not change what the tensors mean, set it to null",
+            )

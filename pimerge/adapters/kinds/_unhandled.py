@@ -1,0 +1,83 @@
+"""Kinds that PEFT ships and pimerge only looks at: why their tensors are not combined."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pimerge.adapters.kinds._groups import Group, Slot
+
+_ROTATES = "it multiplies the base's weights by an orthogonal matrix, and the sum of two such is none"
+_OF_THE_BASE = "its ΔW is made with the base's own weights, which are not read where experts are combined"
+_SINGLE_ENTRIES = "it changes chosen entries of W, of full rank, and each expert chooses its own"
+_TRANSFORMED = "its ΔW is of full rank, and pimerge has no rule that makes it from its coefficients"
+_WHY = {
+    "ADALORA": "AdaLoRA prunes ΔW = B diag(E) A as it trains, and one expert's directions are not another's",
+    "BOFT": _ROTATES,
+    "OFT": _ROTATES,
+    "HRA": _ROTATES,
+    "PSOFT": _ROTATES,
+    "POLY": "Poly routes each task over several LoRAs",
+    "XLORA": "X-LoRA routes each token over several LoRAs",
+    "MIXED": "it is several adapters in one",
+    "VBLORA": "VB-LoRA chooses its factors from a bank of vectors, and the choice is no number to be summed",
+    "P_TUNING": "the prompt is made by a network that is not in the file",
+    "MULTITASK_PROMPT_TUNING": "the prompt is a product of a shared and a task's part",
+    "ADAPTION_PROMPT": "LLaMA-Adapter gates its prompts layer by layer",
+    "TRAINABLE_TOKENS": "rows of the embedding are no update of the whole matrix",
+    "ADAMSS": _OF_THE_BASE,
+    "DEFT": _OF_THE_BASE,
+    "DELORA": _OF_THE_BASE,
+    "FROD": _OF_THE_BASE,
+    "GLORA": _OF_THE_BASE,
+    "HIRA": _OF_THE_BASE,
+    "OSF": _OF_THE_BASE,
+    "PEANUT": _OF_THE_BASE,
+    "TINYLORA": _OF_THE_BASE,
+    "SHIRA": _SINGLE_ENTRIES,
+    "SUPERTUNING": _SINGLE_ENTRIES,
+    "C3A": _TRANSFORMED,
+    "WAVEFT": _TRANSFORMED,
+    "MISS": "MiSS repeats one block over the inputs of a layer, and pimerge has no rule that makes ΔW from it",
+    "GRALORA": "GraLoRA has a low-rank update for each block of W, and their whole is of another rank",
+    "UNILORA": "UniLoRA draws its factors from one vector at random places, and pimerge has no rule that follows it",
+    "PVERA": "PVeRA learns a distribution of updates, and two of them have no sum",
+    "LILY": "Lily shares factors between layers and routes each token over several",
+    "ROAD": "RoAd rotates and scales pairs of a layer's outputs, and the sum of two rotations is none",
+    "BEFT": "BEFT adds vectors to some layers' outputs; 'bitfit' trains the biases of all",
+    "CPT": "CPT's prompt belongs to the tokens of the examples that it was made from",
+    "CARTRIDGE": "a cartridge is a cache of keys and values of a text, and two texts have no sum",
+    "SHADOW": "it is a network of its own beside the base",
+}
+NO_RULE = "no rule says what its tensors mean"
+"""Of a kind that is newer than this version of pimerge."""
+_PREFIXES = ("base_model.model.", "base_model.")
+
+
+def why_unhandled(peft_type: str) -> str:
+    """Why experts of a type are not combined; empty of a type that PEFT does not know either.
+
+    >>> why_unhandled("OFT").partition(",")[0]
+    "it multiplies the base's weights by an orthogonal matrix"
+    """
+    if peft_type in _WHY:
+        return _WHY[peft_type]
+    from peft import PeftType
+
+    return NO_RULE if peft_type in PeftType.__members__ else ""
+
+
+def parse(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, Group], dict[str, str]]:
+    """Every tensor that is no head's, by the module that its name says."""
+    saved = config.get("modules_to_save")
+    heads = saved if isinstance(saved, list) else []
+    found: dict[str, dict[str, Slot]] = {}
+    head = {}
+    for key, shape in sorted(shapes.items()):
+        name = next((key.removeprefix(prefix) for prefix in _PREFIXES if key.startswith(prefix)), key)
+        if any(f".{each}." in f".{name}" for each in heads):
+            head[name] = key
+        else:
+            module, _, slot = name.rpartition(".")
+            found.setdefault(module or slot, {})[slot] = Slot(key, shape)
+    return {name: Group(name, slots) for name, slots in found.items()}, head

@@ -1,0 +1,52 @@
+"""BitFit: biases in place of the base's own (arXiv 2106.10199); PEFT knows it through :mod:`pimerge.peft_methods`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from pimerge.adapters.kinds._groups import Group, Slot, fresh_fields, parse_groups
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["INIT", "PEFT_TYPE", "fresh_fields", "key_of_parameter", "misfit", "parse"]
+
+PEFT_TYPE = "BITFIT"
+INIT: tuple[str, ...] = ()
+_KEY = re.compile(r"(?P<module>.+)\.(?P<slot>bitfit_bias)")
+
+
+def parse(
+    config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], *, convert: bool = False
+) -> tuple[dict[str, Group], dict[str, str]]:
+    """Read the layout of an expert of biases; see :mod:`pimerge.adapters.kinds`.
+
+    >>> groups, _ = parse({}, {"base_model.model.q.bitfit_bias": (4,)})
+    >>> groups["q"].slots["bitfit_bias"].base
+    'q.bias'
+    """
+
+    def slot(module: str, name: str, key: str, shape: tuple[int, ...]) -> Slot | str:
+        return Slot(key, shape, base=f"{module}.bias") if len(shape) == 1 else "expected one dimension"
+
+    return parse_groups(config, shapes, _KEY, "biases", slot, frozenset({"bitfit_bias"}))
+
+
+def key_of_parameter(name: str) -> str:
+    """The adapter file's key for the name of a parameter of PEFT's model with adapter ``default``.
+
+    >>> key_of_parameter("base_model.model.q.bitfit_bias.default")
+    'base_model.model.q.bitfit_bias'
+    """
+    return re.sub(r"\.bitfit_bias\.default$", ".bitfit_bias", name)
+
+
+def misfit(group: Group, model: nn.Module, config: Mapping[str, Any]) -> str:
+    """Why a group has no place in a base; empty if it has."""
+    bias = getattr(model.get_submodule(group.name), "bias", None)
+    if bias is None:
+        return "the base's layer has no bias"
+    found = group.slots["bitfit_bias"].shape
+    return "" if tuple(bias.shape) == found else f"its bias is {found}, the base's {tuple(bias.shape)}"

@@ -1,0 +1,97 @@
+"""Bottleneck adapters behind layers, y + s · U f(D y) (arXiv 1902.00751), through :mod:`pimerge.peft_methods`.
+
+Layout: D is (d × width), U is (width × d), each with a bias. The adapter does nothing where U and its bias are 0; D
+and U of one position share one weight when experts are combined, as in π-Tuning."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from pimerge.adapters.kinds._groups import Group, Slot, parse_groups
+from pimerge.adapters.kinds._groups import fresh_fields as placed
+from pimerge.adapters.kinds._keys import CommonFields
+from pimerge.core.errors import Problems
+
+if TYPE_CHECKING:
+    from torch import nn
+
+PEFT_TYPE = "BOTTLENECK"
+INIT = ("down.weight",)
+_KEY = re.compile(r"(?P<module>.+)\.bottleneck_(?P<slot>(?:down|up)\.(?:weight|bias))")
+_SLOTS = frozenset({"down.weight", "down.bias", "up.weight", "up.bias"})
+
+
+class _Fields(CommonFields):
+    bottleneck_dim: int = 64
+    activation: str = "relu"
+    scale: float = 1.0
+
+
+def parse(
+    config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], *, convert: bool = False
+) -> tuple[dict[str, Group], dict[str, str]]:
+    """Read the layout of an expert of bottleneck adapters; see :mod:`pimerge.adapters.kinds`.
+
+    >>> shapes = {"down.weight": (2, 8), "down.bias": (2,), "up.weight": (8, 2), "up.bias": (8,)}
+    >>> groups, _ = parse({"bottleneck_dim": 2},
+    ...                   {f"base_model.model.o.bottleneck_{name}": shape for name, shape in shapes.items()})
+    >>> groups["o"].slots["up.weight"].neutral, groups["o"].slots["down.weight"].neutral
+    (0.0, None)
+    """
+
+    def slot(module: str, name: str, key: str, shape: tuple[int, ...]) -> Slot | str:
+        d, dimensions = config.get("bottleneck_dim", 64), 2 if name.endswith("weight") else 1
+        side = {"down.weight": 0, "down.bias": 0, "up.weight": 1}.get(name)
+        if len(shape) != dimensions or (side is not None and shape[side] != d):
+            return f"adapter_config.json says bottleneck_dim {d}"
+        return Slot(key, shape, neutral=0.0 if name.startswith("up") else None)
+
+    groups, head = parse_groups(config, shapes, _KEY, "bottleneck adapters", slot, _SLOTS, fields=_Fields)
+    problems = Problems()
+    for group in groups.values():
+        widths = {group.slots["down.weight"].shape[1], group.slots["up.weight"].shape[0], *group.slots["up.bias"].shape}
+        if len(widths) > 1:
+            problems.add(f"module '{group.name}': its projections have the widths {sorted(widths)}", "save it again")
+    problems.raise_any("these bottleneck adapters cannot be used")
+    return groups, head
+
+
+def fresh_fields(size: int | None, modules: Sequence[str] | None) -> dict[str, Any]:
+    """What PEFT's config says of a fresh expert: d = 64 if no size is given.
+
+    >>> fresh_fields(8, None)
+    {'bottleneck_dim': 8}
+    """
+    return {"bottleneck_dim": size or _Fields.model_fields["bottleneck_dim"].default, **placed(None, modules)}
+
+
+def usual_places(model: nn.Module) -> dict[str, Any]:
+    """What PEFT's config says of a fresh expert in an architecture that is not in the table of known ones.
+
+    All that has a name of the output projections of known ones, such as those of a LLaVA's tower and words.
+    """
+    from pimerge.checkpoints.architecture import named_layers  # imports torch, which reading a file needs not
+    from pimerge.peft_methods.bottleneck import TARGETS
+
+    if str(model.config.model_type) in TARGETS:  # type: ignore[union-attr]
+        return {}
+    return {"target_modules": named_layers(model, sorted({end for ends in TARGETS.values() for end in ends}))}
+
+
+def key_of_parameter(name: str) -> str:
+    """The adapter file's key for the name of a parameter of PEFT's model with adapter ``default``.
+
+    >>> key_of_parameter("base_model.model.o.bottleneck_up.default.weight")
+    'base_model.model.o.bottleneck_up.weight'
+    """
+    return re.sub(r"\.(bottleneck_(?:down|up))\.default\.", r".\1.", name)
+
+
+def misfit(group: Group, model: nn.Module, config: Mapping[str, Any]) -> str:
+    """Why a group has no place in a base; empty if it has."""
+    from pimerge.peft_methods.bottleneck import output_width
+
+    width, own = output_width(model.get_submodule(group.name), model), group.slots["up.weight"].shape[0]
+    return "" if width == own else f"it adapts outputs of width {own}, the base's have {width}"

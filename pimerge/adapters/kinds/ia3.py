@@ -1,0 +1,92 @@
+"""(IA)³: vectors that scale the outputs of layers, or the inputs of feed-forward layers (arXiv 2205.05638).
+
+Layout: (d_out × 1) for a layer whose outputs are scaled, (1 × d_in) for one whose inputs are. At 1 nothing changes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from pimerge.adapters.kinds._groups import Group, Slot, parse_groups
+from pimerge.adapters.kinds._groups import fresh_fields as placed
+from pimerge.core.errors import PimergeError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+PEFT_TYPE = "IA3"
+INIT: tuple[str, ...] = ()
+_KEYS_AND_VALUES = ("k_proj", "v_proj", "key", "value", "k_lin", "v_lin", "qkv")
+_FEEDFORWARD = ("fc2", "lin2", "down_proj", "wo", "dense_4h_to_h", "mlp.c_proj")
+_KEY = re.compile(r"(?P<module>.+)\.(?P<slot>ia3_l)")
+
+
+def parse(
+    config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], *, convert: bool = False
+) -> tuple[dict[str, Group], dict[str, str]]:
+    """Read the layout of an (IA)³ expert; see :mod:`pimerge.adapters.kinds`.
+
+    >>> groups, _ = parse({}, {"base_model.model.k.ia3_l": (4, 1)})
+    >>> groups["k"].slots["ia3_l"].neutral
+    1.0
+    """
+
+    def slot(module: str, name: str, key: str, shape: tuple[int, ...]) -> Slot | str:
+        return Slot(key, shape, neutral=1.0) if shape.count(1) >= len(shape) - 1 > 0 else "expected a row or a column"
+
+    feedforward, targets = config.get("feedforward_modules"), config.get("target_modules")
+    if isinstance(feedforward, list) and isinstance(targets, list) and (stray := set(feedforward) - set(targets)):
+        raise PimergeError(
+            f"feedforward_modules has {', '.join(sorted(map(str, stray)))}, which target_modules has not: PEFT saves "
+            "such a config where it chose the former itself, and does not load it",
+            "leave in feedforward_modules of adapter_config.json only what target_modules has",
+        )
+    return parse_groups(config, shapes, _KEY, "(IA)³ vectors", slot, frozenset({"ia3_l"}))
+
+
+def fresh_fields(size: int | None, modules: Sequence[str] | None) -> dict[str, Any]:
+    """What PEFT's config says of a fresh expert; of modules that are named, the outputs are scaled.
+
+    >>> fresh_fields(None, ["k"])
+    {'target_modules': ['k'], 'feedforward_modules': []}
+    """
+    return placed(size, modules) | ({"feedforward_modules": []} if modules else {})
+
+
+def usual_places(model: nn.Module) -> dict[str, Any]:
+    """What PEFT's config says of a fresh expert where PEFT knows no layers of the architecture.
+
+    As in the paper: keys, values, and what enters the last layer of a feed-forward block.
+    """
+    from peft.utils import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING as KNOWN
+
+    from pimerge.checkpoints.architecture import named_layers  # imports torch, which reading a file needs not
+
+    config: Any = model.config
+    if config.model_type in KNOWN:
+        return {}
+    last = named_layers(model, _FEEDFORWARD)
+    return {"target_modules": named_layers(model, _KEYS_AND_VALUES) + last, "feedforward_modules": last}
+
+
+def key_of_parameter(name: str) -> str:
+    """The adapter file's key for the name of a parameter of PEFT's model with adapter ``default``.
+
+    >>> key_of_parameter("base_model.model.k.ia3_l.default")
+    'base_model.model.k.ia3_l'
+    """
+    return re.sub(r"\.ia3_l\.default$", ".ia3_l", name)
+
+
+def misfit(group: Group, model: nn.Module, config: Mapping[str, Any]) -> str:
+    """Why a group has no place in a base; empty if it has."""
+    weight = getattr(model.get_submodule(group.name), "weight", None)
+    if weight is None or weight.dim() < 2:
+        return f"the base's '{group.name}' has no matrix to scale"
+    shape = group.slots["ia3_l"].shape
+    length = max(shape)
+    return (
+        "" if length in weight.shape[:2] else f"it scales {length} numbers, the base's weight is {tuple(weight.shape)}"
+    )

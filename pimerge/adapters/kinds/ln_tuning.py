@@ -1,0 +1,60 @@
+"""Trained LayerNorms: weights and biases in place of the base's own (arXiv 2312.11420)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from pimerge.adapters.kinds._groups import Group, Slot, fresh_fields, parse_groups
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["INIT", "PEFT_TYPE", "fresh_fields", "key_of_parameter", "misfit", "parse"]
+
+PEFT_TYPE = "LN_TUNING"
+INIT: tuple[str, ...] = ()
+_KEY = re.compile(r"(?P<module>.+)\.ln_tuning_layers\.(?P<slot>weight|bias)")
+
+
+def parse(
+    config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], *, convert: bool = False
+) -> tuple[dict[str, Group], dict[str, str]]:
+    """Read the layout of an expert of trained LayerNorms; see :mod:`pimerge.adapters.kinds`.
+
+    >>> groups, _ = parse({}, {"base_model.model.norm.ln_tuning_layers.weight": (4,)})
+    >>> groups["norm"].slots["weight"].base
+    'norm.weight'
+    """
+
+    def slot(module: str, name: str, key: str, shape: tuple[int, ...]) -> Slot | str:
+        return Slot(key, shape, base=f"{module}.{name}")
+
+    return parse_groups(config, shapes, _KEY, "LayerNorms", slot, frozenset({"weight"}))
+
+
+def usual_places(model: nn.Module) -> dict[str, Any]:
+    """What PEFT's config says of a fresh expert where PEFT knows no layers of the architecture: all normalisations."""
+    from peft.utils import TRANSFORMERS_MODELS_TO_LNTUNING_TARGET_MODULES_MAPPING as KNOWN
+
+    from pimerge.checkpoints.architecture import norms  # imports torch, which reading a file needs not
+
+    config: Any = model.config
+    return {} if config.model_type in KNOWN else {"target_modules": norms(model)}
+
+
+def key_of_parameter(name: str) -> str:
+    """The adapter file's key for the name of a parameter of PEFT's model with adapter ``default``.
+
+    >>> key_of_parameter("base_model.model.norm.ln_tuning_layers.default.weight")
+    'base_model.model.norm.ln_tuning_layers.weight'
+    """
+    return name.replace(".ln_tuning_layers.default.", ".ln_tuning_layers.")
+
+
+def misfit(group: Group, model: nn.Module, config: Mapping[str, Any]) -> str:
+    """Why a group has no place in a base; empty if it has."""
+    own = {name: tuple(value.shape) for name, value in model.get_submodule(group.name).named_parameters(recurse=False)}
+    found = {name: slot.shape for name, slot in group.slots.items()}
+    return "" if own == found else f"it holds {found}, the base's layer {own}"

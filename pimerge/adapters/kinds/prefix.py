@@ -1,0 +1,90 @@
+"""Prefix tuning: keys and values before those of the text, in every layer (arXiv 2101.00190).
+
+Layout: (virtual tokens × layers · 2 · width), layer by layer its keys and its values; so a layer is a run of columns,
+and has one weight when experts are combined, as in π-Tuning. No prefix changes nothing, so there is no neutral point,
+and one strength."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from pimerge.adapters.kinds._groups import Group, Slot
+from pimerge.adapters.kinds._prompts import (
+    KEY,
+    fresh_fields,
+    key_of_parameter,
+    parse_prompt,
+    reads_an_end,
+    takes_text,
+    text_field,
+)
+from pimerge.core.errors import PimergeError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["INIT", "PEFT_TYPE", "fresh_fields", "key_of_parameter", "misfit", "parse", "usual_places"]
+
+PEFT_TYPE = "PREFIX_TUNING"
+INIT = ("prefix",)
+
+
+def parse(
+    config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], *, convert: bool = False
+) -> tuple[dict[str, Group], dict[str, str]]:
+    """Read the layout of an expert of prefix tuning; see :mod:`pimerge.adapters.kinds`.
+
+    >>> groups, _ = parse({"num_virtual_tokens": 3, "token_dim": 8, "num_layers": 2}, {"prompt_embeddings": (3, 32)})
+    >>> {name: group.slots["prefix"].columns for name, group in groups.items()}
+    {'layers.0': (0, 16), 'layers.1': (16, 32)}
+    """
+    if config.get("prefix_projection"):
+        raise PimergeError(
+            "prefix_projection is on: the network that makes the prefix is not in the file, and prefixes that it made "
+            "are not what was trained",
+            "train it with prefix_projection=False",
+        )
+    expected = {"tokens": "num_virtual_tokens", "keys and values": "num_layers 2 token_dim"}
+    (tokens, width), head = parse_prompt(config, shapes, "prefix", expected)
+    step = width // config["num_layers"]
+    columns = [(layer * step, (layer + 1) * step) for layer in range(config["num_layers"])]
+    slots = {f"layers.{layer}": Slot(KEY, (tokens, step), columns=part) for layer, part in enumerate(columns)}
+    return {name: Group(name, {"prefix": slot}) for name, slot in slots.items()}, head
+
+
+def misfit(group: Group, model: nn.Module, config: Mapping[str, Any]) -> str:
+    """Why the prefix has no place in a base; empty if it has."""
+    if not takes_text(model) or not _takes_past(model):
+        return f"a prefix goes before a text's keys and values, and {type(model).__name__} takes none"
+    if reads_an_end(model):
+        return f"a prefix cannot go before a text that {type(model).__name__} classifies: PEFT gives its encoder none"
+    layers = text_field(model, "num_hidden_layers")
+    if layers != config["num_layers"]:
+        return f"it has {config['num_layers']} layers, the base {layers}"
+    width, own = _width(model), config["token_dim"]
+    return "" if width == own else f"its keys have {own} numbers, the base's {width}"
+
+
+def usual_places(model: nn.Module) -> dict[str, Any]:
+    """What PEFT's config says of a fresh prefix where a head has not its share of the hidden size, as in T5's of 11 B.
+
+    PEFT takes the keys' width for the hidden size, or without grouped queries for what it is told.
+    """
+    told = text_field(model, "num_key_value_heads") is None and text_field(model, "d_kv", "head_dim") is not None
+    return {"token_dim": _width(model)} if told else {}
+
+
+def _width(model: nn.Module) -> int:
+    """Numbers of all keys of a token."""
+    heads = text_field(model, "num_attention_heads")
+    size = text_field(model, "head_dim", "d_kv") or text_field(model, "hidden_size", "d_model") // heads
+    return int((text_field(model, "num_key_value_heads") or heads) * size)
+
+
+def _takes_past(model: nn.Module) -> bool:
+    """Whether the model, or the backbone in it, takes keys and values of what went before."""
+    return any(
+        "past_key_values" in inspect.signature(module.forward).parameters for module in (model, *model.children())
+    )

@@ -1,0 +1,295 @@
+"""A merged LoRA update into a full checkpoint: W' = W + s·B·A, row block by row block."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pimerge.adapters.kinds.lora import Factors, LoraModule
+from pimerge.checkpoints.checkpoint import Checkpoint, require_foldable
+from pimerge.checkpoints.key_mapping import Names, is_fan_in_first, match, match_modules, names_of, skeleton
+from pimerge.checkpoints.safetensors_file import FLOATS, PIECE, dtype_name
+from pimerge.checkpoints.writer import flat_pieces, write_like
+from pimerge.core.errors import PimergeError, Problems
+from pimerge.core.progress import Track, silent
+
+
+@dataclass(frozen=True)
+class FoldPlan:
+    """What a fold changes; see :func:`plan_fold`.
+
+    Attributes:
+        weights, biases: key → module whose update is added.
+        heads: key → parameter name of the head tensor that takes its place.
+        copies: keys that are added → key of the stored tensor that they shared until now.
+        transposed: keys of ``weights`` that store (ΔW)ᵀ.
+        untied: whether weights that were one become two.
+        config: the changed content of ``config.json``; None if it stays byte for byte.
+    """
+
+    checkpoint: Checkpoint
+    weights: dict[str, str]
+    biases: dict[str, str]
+    heads: dict[str, str]
+    copies: dict[str, str]
+    transposed: frozenset[str]
+    untied: bool
+    config: dict[str, Any] | None
+
+    def source(self, key: str) -> str:
+        """The key on disk that a written tensor starts from."""
+        return self.copies.get(key, key)
+
+
+@dataclass(frozen=True)
+class Folded:
+    """What a fold wrote.
+
+    Attributes:
+        modules: whose update was added.
+        untied: whether weights that were one became two.
+        size: bytes of the tensors.
+    """
+
+    modules: int
+    untied: bool
+    size: int
+
+
+def plan_fold(
+    checkpoint: Checkpoint,
+    layouts: Mapping[str, LoraModule],
+    *,
+    fan_in_fan_out: bool = False,
+    head: Mapping[str, Tensor] | None = None,
+    fields: Mapping[str, Any] | None = None,
+) -> FoldPlan:
+    """Check that an adapter fits a checkpoint; nothing is computed or written.
+
+    Args:
+        fan_in_fan_out: of the adapter's config: how a square weight is stored if the model does not tell.
+        head: parameter name → tensor, in place of the checkpoint's or added.
+        fields: of ``config.json``, such as ``id2label``, that the head needs.
+
+    Raises:
+        PimergeError: if the checkpoint is quantised; with each module that no single tensor answers, each
+            shape that differs, each bias update without a bias, and weights that cannot be untied.
+    """
+    require_foldable(checkpoint)
+    stored = None if head or fan_in_fan_out else _as_stored(checkpoint, layouts)
+    if stored is not None:
+        return FoldPlan(checkpoint, stored, {}, {}, {}, frozenset(), False, None)
+    names, problems = names_of(checkpoint), Problems()
+    weights: dict[str, str] = {}
+    biases: dict[str, str] = {}
+    transposed: set[str] = set()
+    with problems.collected():
+        weights = {key: module for module, key in match_modules(names, layouts).items()}
+    for key, module in weights.items():
+        with problems.collected():
+            source = (names.shared or {}).get(key, key)
+            if _is_transposed(checkpoint, source, layouts[module], fan_in_fan_out, names):
+                transposed.add(key)
+        if layouts[module].bias is not None:
+            with problems.collected():
+                biases[_bias(checkpoint, names, module)] = module
+    heads = _heads(checkpoint, names, head or {}, {**weights, **biases}, problems)
+    problems.raise_any(f"the adapter cannot be folded into '{checkpoint.path}'")
+    touched = weights.keys() | biases.keys() | heads.keys()
+    untied = _shares(names, touched)
+    config = {**checkpoint.config, **(fields or {})}
+    if untied:
+        config = _untied(checkpoint, names, config)
+    copies = dict(names.shared or {}) if untied else {}
+    changed = config if config != checkpoint.config and not checkpoint.is_file else None
+    return FoldPlan(checkpoint, weights, biases, heads, copies, frozenset(transposed), untied, changed)
+
+
+def fold(
+    plan: FoldPlan,
+    update: Callable[[str], Factors],
+    output: Path,
+    *,
+    head: Mapping[str, Tensor] | None = None,
+    dtype: torch.dtype | None = None,
+    track: Track = silent,
+) -> Folded:
+    """Write a checkpoint with an adapter's update added, and every other tensor as it was.
+
+    W' = W + s·B·A in float32 (float64 for F64), rounded once. Memory: the factors of one module and a block of
+    rows, whatever the size of W.
+
+    Args:
+        update: module → its merged factors, asked for in the order of the checkpoint.
+        output: an empty folder, or the path of a file if the checkpoint is a single file.
+        head: as for :func:`plan_fold`.
+        dtype: of all floating tensors; None keeps each one's own.
+    """
+    tensors = head or {}
+
+    def change(key: str) -> Iterator[Tensor] | None:
+        if key in plan.heads:
+            return iter([tensors[plan.heads[key]].reshape(-1)])
+        if key in plan.weights:
+            return _weight(plan, key, update(plan.weights[key]))
+        if key in plan.biases:
+            factors = update(plan.biases[key])
+            return iter([_plus_bias(plan.checkpoint.read(plan.source(key)), factors)])
+        if key in plan.copies:
+            return flat_pieces(plan.checkpoint.home[plan.copies[key]], plan.copies[key])
+        return None
+
+    new = {key: _like(plan.checkpoint, source) for key, source in plan.copies.items()}
+    for key, name in plan.heads.items():
+        known = plan.source(key) in plan.checkpoint.home
+        kind = _like(plan.checkpoint, plan.source(key))[0] if known else dtype_name(tensors[name].dtype)
+        new[key] = (kind, tuple(tensors[name].shape))
+    size = write_like(plan.checkpoint, output, change, new=new, config=plan.config, dtype=dtype, track=track)
+    return Folded(len(plan.weights), plan.untied, size)
+
+
+def _as_stored(checkpoint: Checkpoint, layouts: Mapping[str, LoraModule]) -> dict[str, str] | None:
+    """Key → module where the tensors on disk tell all by themselves; None where the model has to be asked.
+
+    Building the model's skeleton takes seconds. It is not needed if every module's weight is stored under its own
+    name, as (d_out × d_in) without doubt (a square one may be a Conv1D's, but those have a bias), and none can be
+    tied to another or has a bias update.
+    """
+    texts = [checkpoint.config, *(part for part in checkpoint.config.values() if isinstance(part, dict))]
+    vocabulary = {part.get("vocab_size") for part in texts}
+    found = {}
+    for name, layout in layouts.items():
+        key = f"{name}.weight"
+        if key not in checkpoint.home or layout.layer != "linear" or layout.bias or layout.d_out in vocabulary:
+            return None
+        is_square = layout.d_out == layout.d_in
+        if checkpoint.entry(key).shape != (layout.d_out, layout.d_in) or (
+            is_square and f"{name}.bias" in checkpoint.home
+        ):
+            return None
+        found[key] = name
+    return found
+
+
+def label_fields(labels: list[str]) -> dict[str, Any]:
+    """The fields of ``config.json`` that say what a classifier answers.
+
+    >>> label_fields(["cat"])
+    {'id2label': {'0': 'cat'}, 'label2id': {'cat': 0}}
+    """
+    return {
+        "id2label": {str(index): name for index, name in enumerate(labels)},
+        "label2id": {name: index for index, name in enumerate(labels)},
+    }
+
+
+def _weight(plan: FoldPlan, key: str, factors: Factors) -> Iterator[Tensor]:
+    """W + s·B·A in blocks of rows of the weight as it is stored, (rows · columns) each."""
+    source = plan.source(key)
+    file = plan.checkpoint.home[source]
+    entry = file.entries[source]
+    kind = torch.float64 if entry.dtype == "F64" else torch.float32
+    A, B = factors.A.cpu().to(kind), factors.B.cpu().to(kind)
+    left, right = (A.T, B.T) if key in plan.transposed else (B, A)
+    rows, columns = len(left), right.shape[1]
+    step = max(1, PIECE // (16 * columns))  # a quarter of it in float32: several are held at once
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        block = file.read_part(source, start * columns, stop * columns).to(kind).view(-1, columns)
+        yield torch.addmm(block, left[start:stop], right, alpha=factors.scaling).view(-1)
+
+
+def _plus_bias(bias: Tensor, factors: Factors) -> Tensor:
+    """b + s·bias; a module whose merged update has none keeps b."""
+    if factors.bias is None:
+        return bias
+    kind = torch.float64 if bias.dtype == torch.float64 else torch.float32
+    return bias.to(kind) + factors.scaling * factors.bias.cpu().to(kind)
+
+
+def _like(checkpoint: Checkpoint, key: str) -> tuple[str, tuple[int, ...]]:
+    entry = checkpoint.entry(key)
+    return entry.dtype, entry.shape
+
+
+def _is_transposed(checkpoint: Checkpoint, key: str, layout: LoraModule, fan_in_fan_out: bool, names: Names) -> bool:
+    """Whether the stored weight is (d_in × d_out)."""
+    dtype, shape = _like(checkpoint, key)
+    if dtype not in FLOATS:
+        raise PimergeError(f"'{key}' is stored as {dtype}", f"expected {', '.join(FLOATS)}")
+    stored = (shape[0] if shape else 0, math.prod(shape[1:]))
+    plain, turned = (layout.d_out, layout.d_in), (layout.d_in, layout.d_out)
+    if stored not in ((turned,) if layout.layer == "embedding" else (plain, turned)) or len(shape) < 2:
+        raise PimergeError(
+            f"module '{layout.name}': ΔW is {plain}, '{key}' is {shape}",
+            "the adapter was trained on another base",
+        )
+    if layout.layer == "embedding" or plain != turned:
+        return stored == turned
+    if names.known:
+        return is_fan_in_first(names, layout.name)
+    return fan_in_fan_out
+
+
+def _bias(checkpoint: Checkpoint, names: Names, module: str) -> str:
+    try:
+        return match(names, f"{module}.bias", f"the bias of module '{module}'")
+    except PimergeError as error:
+        raise PimergeError(
+            f"module '{module}' has a bias update (lora_bias), its layer in the checkpoint has no bias",
+            "merge into an adapter instead, or train without lora_bias",
+        ) from error
+
+
+def _heads(
+    checkpoint: Checkpoint, names: Names, head: Mapping[str, Tensor], updated: Mapping[str, str], problems: Problems
+) -> dict[str, str]:
+    """Key → parameter name of each head tensor; one that the checkpoint lacks is added under its own name."""
+    found: dict[str, str] = {}
+    for name in head:
+        key = name
+        with problems.collected():
+            try:
+                key = match(names, name, f"the head's '{name}'")
+            except PimergeError:
+                if name in names.known or name in names.converted:
+                    raise
+            if key in found or key in updated:
+                problems.add(f"'{key}' would be both replaced by the head and changed by another part of the adapter")
+            found[key] = name
+    return found
+
+
+def _shares(names: Names, touched: set[str]) -> bool:
+    """Whether a tensor that several parameters share is among those that change."""
+    keys = {name: key for key, name in names.parameter.items()}
+    return any(keys.get(name, name) in touched for group in names.groups for name in group)
+
+
+def _untied(checkpoint: Checkpoint, names: Names, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of a model whose shared weights are apart.
+
+    Raises:
+        PimergeError: if transformers would still share some, or the model computes otherwise without it.
+    """
+    shared = ", ".join(sorted(names.shared or ()))
+    hint = "merge into an adapter instead, or leave the module that shares its weight out"
+    if config.get("is_encoder_decoder"):
+        raise PimergeError(f"{shared} share one tensor, which cannot be untied in an encoder-decoder", hint)
+    changed = {
+        key: {**value, "tie_word_embeddings": False}
+        if isinstance(value, dict) and value.get("tie_word_embeddings")
+        else value
+        for key, value in config.items()
+    } | {"tie_word_embeddings": False}
+    model = skeleton(checkpoint, changed)
+    stray = [name for name in names.shared or () if names.rename(name) != name]
+    if model is None or model.all_tied_weights_keys or stray:
+        raise PimergeError(f"{shared} share one tensor, which transformers does not untie in this model", hint)
+    return changed

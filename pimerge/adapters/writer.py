@@ -1,0 +1,329 @@
+"""Merged or tuned updates → an expert's folder that PEFT loads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
+
+from pimerge.adapters.expert import CONFIG, TASK, WEIGHTS, Expert
+from pimerge.adapters.kinds._keys import PREFIX, PROMPT_PREFIX, PROMPTS
+from pimerge.adapters.kinds.lora import LoraModule, rank_fields, refuse_biased_embeddings
+from pimerge.adapters.low_rank import MergedModule, Summary
+from pimerge.adapters.model_card import CARD_FILE
+from pimerge.checkpoints.base import Base, folder_from
+from pimerge.checkpoints.safetensors_file import writing_tensors
+from pimerge.core import plugins
+from pimerge.core.errors import PimergeError, Problems
+from pimerge.core.files import json_text, new_folder, relative_to, sha256_bytes, sha256_file, write_into
+from pimerge.core.manifest import MANIFEST_FILE, Manifest
+from pimerge.tasks.task import Task, open_task
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+COEFFICIENTS_FILE = "coefficients.json"
+
+HEAD_POLICIES = ("target", "average", "none")
+
+
+class Coefficients(BaseModel):
+    """The content of ``coefficients.json``.
+
+    Attributes:
+        experts: their folders, relative to the file's, in the order of the weights.
+        sha256: of each expert's tensors.
+        scales: of each expert's update, before its weight; 1 where the file does not say.
+        experts_trained: whether the experts' factors were trained too, so that the weights alone do not
+            give the result again.
+        weights: module → one weight per expert.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    method: str
+    granularity: str
+    experts: list[str]
+    sha256: list[str]
+    scales: list[FiniteFloat] = Field(default_factory=list)
+    experts_trained: bool
+    weights: dict[str, list[float]]
+
+    @model_validator(mode="after")
+    def _one_scale_each(self) -> Self:
+        self.scales = self.scales or [1.0] * len(self.experts)
+        if len(self.scales) != len(self.experts):
+            raise ValueError(f"{len(self.scales)} scales for {len(self.experts)} experts")
+        return self
+
+
+@dataclass(frozen=True)
+class Head:
+    """A task head to write beside the factors.
+
+    Attributes:
+        tensors: parameter name in the base model → tensor.
+        modules: ``modules_to_save`` that they belong to.
+        task: what the head answers, or the base itself in text; None if that is not known.
+    """
+
+    tensors: Mapping[str, Tensor]
+    modules: Sequence[str]
+    task: Task | None
+
+
+NO_HEAD = Head({}, (), None)
+
+
+def choose_head(policy: str, experts: Sequence[Expert], target: Expert | None) -> Head:
+    """The head of a merged expert.
+
+    Args:
+        policy: ``target`` (the target's own), ``average`` (the mean, if all answer the same labels) or ``none``.
+        target: the target's expert, if it is known.
+
+    Raises:
+        PimergeError: if the policy cannot be followed.
+    """
+    import torch
+
+    if policy not in HEAD_POLICIES:
+        raise PimergeError(f"--head is '{policy}'", f"expected {', '.join(HEAD_POLICIES)}")
+    if policy != "none" and target is not None and (task := task_of(target)) and not task.type.TRAINS_HEAD:
+        return Head({}, (), task)
+    if policy == "none" or not any(expert.head for expert in experts):
+        return NO_HEAD
+    if policy == "target":
+        if target is None:
+            raise PimergeError(
+                "the experts have heads, and it is not known which is the target's",
+                "pass --target NAME_OR_FOLDER, --head average (if all answer the same labels) or --head none",
+            )
+        return Head(target.head_tensors(), _head_modules(target), task_of(target))
+    tasks = {expert.name: task_of(expert) for expert in experts}
+    problems = Problems()
+    first = experts[0]
+    labels = tasks[first.name]
+    for expert in experts:
+        task = tasks[expert.name]
+        if task is None or labels is None or task.labels != labels.labels:
+            problems.add(
+                f"the head of '{expert.name}' answers {task.labels if task else 'labels that no task.json names'}, "
+                f"that of '{first.name}' {labels.labels if labels else 'labels that no task.json names'}",
+                "pass --head target or --head none",
+            )
+        elif _shapes(expert) != _shapes(first):
+            problems.add(f"the head of '{expert.name}' has other tensors than that of '{first.name}'")
+    problems.raise_any("the heads cannot be averaged")
+    mean = {
+        name: torch.stack([expert.tensor(expert.head[name]).double() for expert in experts])
+        .mean(0)
+        .to(first.tensor(key).dtype)
+        for name, key in first.head.items()
+    }
+    return Head(mean, _head_modules(first), labels)
+
+
+def task_of(expert: Expert) -> Task | None:
+    """The task of an expert, if its folder says so."""
+    return open_task(expert.path) if (expert.path / TASK).is_file() else None
+
+
+@dataclass(frozen=True)
+class Documents:
+    """What is written beside the tensors; it can tell how the merge of each module went.
+
+    Attributes:
+        manifest: its ``outputs`` are filled in by :func:`write_expert`.
+        coefficients: None where no weights give the result.
+        card: content of the README.md; None for none.
+    """
+
+    manifest: Manifest
+    coefficients: Coefficients | None = None
+    card: str | None = None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the expert's file will hold, known before the first tensor is.
+
+    Attributes:
+        modules: the modules to come.
+        dtype: of the factors.
+        has_bias: whether every module has a bias update (``lora_bias``).
+    """
+
+    modules: Sequence[LoraModule]
+    dtype: torch.dtype
+    has_bias: bool
+
+
+def write_expert(
+    path: Path,
+    layout: Layout,
+    modules: Iterable[MergedModule],
+    head: Head,
+    *,
+    base: Base,
+    like: Mapping[str, Any],
+    documents: Callable[[Sequence[Summary]], Documents],
+    force: bool,
+) -> Documents:
+    """Write an expert's folder whole or not at all, one module at a time.
+
+    The config has r = alpha (scaling 1), rsLoRA off, and ``rank_pattern`` where ranks differ.
+
+    Args:
+        modules: each is taken when the one before is on the disk.
+        like: config fields to keep: ``task_type``, ``auto_mapping``, ``fan_in_fan_out``.
+        documents: gives what is written beside the tensors, once all modules are done.
+
+    Raises:
+        PimergeError: if the folder is there and ``force`` is off, or the disk refuses.
+    """
+    refuse_biased_embeddings(layout.modules, layout.has_bias)
+    return _write_folder(
+        path,
+        lambda file: _write_tensors(file, layout, modules, head),
+        lambda summaries: _config(path, layout, summaries, head, base, like),
+        head,
+        documents,
+        force,
+    )
+
+
+_SETS = frozenset({"target_modules", "exclude_modules", "feedforward_modules"})
+
+
+def write_groups(
+    path: Path,
+    tensors: Callable[[], Mapping[str, Tensor]],
+    head: Head,
+    *,
+    base: Base,
+    like: Expert,
+    documents: Callable[[], Documents],
+    force: bool,
+) -> Documents:
+    """Write an expert without ΔW, whole or not at all.
+
+    Args:
+        tensors: gives key → tensor, once the folder can be written.
+        like: an expert of the same form, whose config it has, but for the base and the head.
+        documents: as of :func:`write_expert`.
+
+    Raises:
+        PimergeError: as :func:`write_expert`.
+    """
+    prefix = PROMPT_PREFIX if like.kind in PROMPTS else PREFIX
+
+    def write(file: Path) -> list[Summary]:
+        everything = {**tensors(), **{prefix + name: tensor for name, tensor in head.tensors.items()}}
+        with writing_tensors(file, sorted(everything)) as writer:
+            # wide dtypes first, so that every tensor starts at a multiple of its size
+            for key, tensor in sorted(everything.items(), key=lambda item: (-item[1].itemsize, item[0])):
+                writer.add(key, tensor.contiguous())
+        return []
+
+    name, revision = base_reference(base, path)
+    own = {
+        "base_model_name_or_path": name,
+        "revision": revision,
+        "inference_mode": True,
+        "modules_to_save": sorted(head.modules) or None,
+    }
+    # PEFT writes sets, in another order in every process
+    sets = {name: sorted(value) for name, value in like.config.items() if name in _SETS and isinstance(value, list)}
+    return _write_folder(path, write, lambda _: {**like.config, **sets, **own}, head, lambda _: documents(), force)
+
+
+def _write_folder(
+    path: Path,
+    write_tensors: Callable[[Path], list[Summary]],
+    config: Callable[[Sequence[Summary]], dict[str, Any]],
+    head: Head,
+    documents: Callable[[Sequence[Summary]], Documents],
+    force: bool,
+) -> Documents:
+    """Tensors first, then what is known when they are written."""
+    with new_folder(path, force=force) as partial:
+        summaries = write_tensors(partial / WEIGHTS)
+        written = documents(summaries)
+        contents = {CONFIG: json_text(config(summaries))}
+        if head.task is not None:
+            contents[TASK] = json_text(head.task.document_for(path))
+        if written.coefficients is not None:
+            contents[COEFFICIENTS_FILE] = json_text(written.coefficients.model_dump())
+        if written.card is not None:
+            contents[CARD_FILE] = written.card
+        outputs = {name: sha256_bytes(content.encode()) for name, content in contents.items()}
+        outputs[WEIGHTS] = sha256_file(partial / WEIGHTS)
+        manifest = written.manifest.model_copy(update={"outputs": dict(sorted(outputs.items()))})
+        contents[MANIFEST_FILE] = json_text(manifest.model_dump())
+        write_into(partial, contents)
+    return replace(written, manifest=manifest)
+
+
+def _write_tensors(file: Path, layout: Layout, modules: Iterable[MergedModule], head: Head) -> list[Summary]:
+    kind = plugins.load("pimerge.adapters.kinds", "lora")
+    heads = {PREFIX + name: tensor for name, tensor in sorted(head.tensors.items())}
+    keys = [key for module in layout.modules for key in (module.A, module.B, kind.bias_key(module.name))]
+    summaries = []
+    with writing_tensors(file, [*keys, *heads]) as writer:
+        # wide dtypes first, so that every tensor starts at a multiple of its size
+        narrow = {key: tensor for key, tensor in heads.items() if tensor.itemsize < layout.dtype.itemsize}
+        for key, tensor in sorted(heads.items(), key=lambda item: -item[1].itemsize):
+            if key not in narrow:
+                writer.add(key, tensor)
+        for module in modules:
+            for key, tensor in kind.stored(module.module, module.factors).items():
+                writer.add(key, tensor)
+            summaries.append(module.summary)
+        for key, tensor in sorted(narrow.items(), key=lambda item: -item[1].itemsize):
+            writer.add(key, tensor)
+    return summaries
+
+
+def _config(
+    path: Path, layout: Layout, summaries: Sequence[Summary], head: Head, base: Base, like: Mapping[str, Any]
+) -> dict[str, Any]:
+    name, revision = base_reference(base, path)
+    return {
+        "peft_type": "LORA",
+        "task_type": like.get("task_type"),
+        "auto_mapping": like.get("auto_mapping"),
+        "base_model_name_or_path": name,
+        "revision": revision,
+        "inference_mode": True,
+        **rank_fields({summary.name: summary.rank for summary in summaries}),
+        "use_rslora": False,
+        "lora_dropout": 0.0,
+        "lora_bias": layout.has_bias,
+        "bias": "none",
+        "fan_in_fan_out": bool(like.get("fan_in_fan_out")),
+        "init_lora_weights": True,
+        "modules_to_save": sorted(head.modules) or None,
+    }
+
+
+def base_reference(base: Base, path: Path) -> tuple[str, str | None]:
+    """How an expert at ``path`` names its base: as before if that is found from there, else by relative path."""
+    if base.folder is None or base.folder.parent.name == "snapshots":
+        return base.name, base.revision
+    found = folder_from(path, base.name)
+    same = found is not None and found.resolve() == base.folder.resolve()
+    return (base.name if same else relative_to(base.folder, path)), base.revision
+
+
+def _head_modules(expert: Expert) -> list[str]:
+    saved: list[str] = expert.config.get("modules_to_save") or []
+    return [name for name in saved if any(f".{name}." in f".{parameter}" for parameter in expert.head)]
+
+
+def _shapes(expert: Expert) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(expert.tensor(key).shape) for name, key in expert.head.items()}

@@ -1,0 +1,121 @@
+"""Which base model an expert belongs to, without loading it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from functools import cache, cached_property
+from pathlib import Path
+
+from pimerge.core.errors import PimergeError
+from pimerge.core.files import sha256_bytes, sha256_files
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model: the name that its experts give it, and where it lies.
+
+    Attributes:
+        name: as in ``adapter_config.json``: a folder or a Hub id.
+        revision: of a Hub id.
+        folder: the local folder, or the Hub's snapshot in the local cache; None where neither is there.
+    """
+
+    name: str
+    revision: str | None
+    folder: Path | None
+
+    @cached_property
+    def identity(self) -> str:
+        """What tells two bases apart: the content's hash for a folder, the commit for a Hub id.
+
+        A base that is not on this machine is known by name and revision only.
+        """
+        if self.folder is None:
+            return f"{self.name}@{self.revision or 'main'}"
+        if self.folder.parent.name == "snapshots":
+            return f"{self.name}@{self.folder.name}"
+        return _content(self.folder.resolve())
+
+    @property
+    def source(self) -> str:
+        """What transformers loads: the folder if there is one, else the Hub id."""
+        return str(self.folder or self.name)
+
+    @property
+    def reference(self) -> str:
+        """As ``--base`` takes it: the folder where it lies, else the Hub id with its revision."""
+        if self.folder is not None and self.folder.parent.name != "snapshots":
+            return str(self.folder.resolve())
+        return f"{self.name}@{self.revision}" if self.revision else self.name
+
+
+def find_base(name: str | None, revision: str | None, near: Path) -> Base:
+    """Find the base that an expert names.
+
+    A relative path is looked for in the expert's folder, in the folders above it, then in the working
+    folder, so that a pool and its base can move together; then in the Hub's local cache.
+
+    Args:
+        name: ``base_model_name_or_path`` of the adapter's config.
+        near: the expert's folder.
+
+    Raises:
+        PimergeError: if there is no name, or it can be neither a folder nor a Hub id.
+    """
+    if not name:
+        raise PimergeError(
+            "adapter_config.json names no base model", "set base_model_name_or_path there, or pass --base"
+        )
+    folder = folder_from(near, name) or folder_from(Path.cwd(), name, above=False)
+    if folder is not None:
+        return Base(name, revision, folder)
+    if not is_hub_id(name):
+        raise PimergeError(
+            f"the base model '{name}' is not there: it is neither a folder with a config.json nor a Hub id",
+            "pass --base with its folder or Hub id",
+        )
+    return Base(name, revision, _cached_snapshot(name, revision))
+
+
+def folder_from(near: Path, name: str, above: bool = True) -> Path | None:
+    """The folder of a base as seen from another folder, or from those above it."""
+    near = near.resolve()
+    for folder in (near, *near.parents) if above else (near,):
+        if os.path.isfile(folder / name / "config.json"):  # unlike Path's, False for a name that no disk takes
+            return folder / name
+    return None
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name can be a repository's on the Hub.
+
+    >>> [is_hub_id(name) for name in ("google/vit", "./vit", "a--b")]
+    [True, False, False]
+    """
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        try_to_load_from_cache(name, "config.json")  # it checks the name
+    except HFValidationError:
+        return False
+    return True
+
+
+def _cached_snapshot(name: str, revision: str | None) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    config = try_to_load_from_cache(name, "config.json", revision=revision)
+    return Path(config).parent if isinstance(config, str) else None
+
+
+@cache
+def _content(folder: Path) -> str:
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    if not files:
+        raise PimergeError(
+            f"the base model's folder '{folder}' holds no weights",
+            "it needs model.safetensors (or its shards)",
+        )
+    return "sha256:" + sha256_bytes("".join(sha256_files(files)).encode())

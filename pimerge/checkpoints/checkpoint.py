@@ -1,0 +1,205 @@
+"""A full checkpoint: a folder of transformers or diffusers, or one safetensors file; read by tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pimerge.checkpoints.safetensors_file import FLOATS, Entry, TensorFile, open_tensors
+from pimerge.core.errors import PimergeError, Problems
+from pimerge.core.files import read_json, sha256_bytes, sha256_files
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CONFIG = "config.json"
+INDEX = ".index.json"
+_NAMES = ("model.safetensors", "diffusion_pytorch_model.safetensors")
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_QUANTISED = ("qweight", "qzeros", "absmax", "SCB", "weight_scale", "weight_scale_inv", "scale_weight")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A full checkpoint whose files have been checked; see :func:`open_checkpoint`.
+
+    Attributes:
+        path: the folder, or the file.
+        files: those that hold tensors, in order.
+        config: the content of ``config.json``; empty for a single file.
+        index: the content of the index of shards, if there is one.
+    """
+
+    path: Path
+    files: tuple[TensorFile, ...]
+    config: dict[str, Any] = field(default_factory=dict)
+    index: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """Its folder's name or its file's; of the Hub's local cache the repository's."""
+        path = self.path.resolve() if self.path.is_dir() else self.path
+        return path.parents[1].name.rpartition("--")[2] if path.parent.name == "snapshots" else path.name
+
+    @property
+    def is_file(self) -> bool:
+        """Whether it is a single file without a config."""
+        return len(self.files) == 1 and self.files[0].path == self.path
+
+    @cached_property
+    def home(self) -> dict[str, TensorFile]:
+        """Key → the file that holds it, in the order of the files."""
+        return {key: file for file in self.files for key in file.entries}
+
+    @cached_property
+    def size(self) -> int:
+        """Bytes of its tensors."""
+        return sum(entry.end - entry.start for file in self.files for entry in file.entries.values())
+
+    @cached_property
+    def sha256(self) -> str:
+        """SHA-256 of its files' hashes, as :attr:`pimerge.checkpoints.base.Base.identity` takes it."""
+        return sha256_bytes("".join(sha256_files([file.path for file in self.files])).encode())
+
+    def entry(self, key: str) -> Entry:
+        """Dtype, shape and place of a tensor."""
+        return self.home[key].entries[key]
+
+    def read(self, key: str) -> Tensor:
+        """Read one tensor."""
+        return self.home[key].read(key)
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Open a checkpoint: headers are read and checked, no tensor is.
+
+    Args:
+        path: a folder with ``config.json`` and ``model.safetensors`` or an index and its shards (or the names of
+            diffusers), or a single ``.safetensors`` file.
+
+    Raises:
+        PimergeError: with all that is wrong: nothing there, pickles only, missing shards, keys that the index
+            and the shards do not agree on.
+    """
+    if path.is_file():
+        if path.suffix in _PICKLES:
+            raise PimergeError(
+                f"'{path}' is a pickle, which can run code when it is read; only safetensors files are read",
+                "save it as .safetensors where you trust it",
+            )
+        return _not_empty(Checkpoint(path, (open_tensors(path),)))
+    if not path.is_dir():
+        raise PimergeError(f"there is no checkpoint '{path}'", "expected a folder or a .safetensors file")
+    weights = weights_file(path)
+    problems = Problems()
+    config: dict[str, Any] = {}
+    with problems.collected():
+        config = _object(path / CONFIG)
+    index: dict[str, Any] = {}
+    files: tuple[TensorFile, ...] = ()
+    with problems.collected():
+        if weights.name.endswith(INDEX):
+            index = _object(weights)
+            files = _shards(path, weights.name, index)
+        else:
+            files = (open_tensors(weights),)
+    problems.raise_any(f"the checkpoint '{path}' has several problems")
+    return _not_empty(Checkpoint(path, files, config, index))
+
+
+def require_foldable(checkpoint: Checkpoint) -> None:
+    """Check that its weights are plain floating numbers.
+
+    Raises:
+        PimergeError: if it is quantised, naming what shows it.
+    """
+    method = checkpoint.config.get("quantization_config")
+    shown = [f"quantization_config in {CONFIG}"] if method else []
+    for key in checkpoint.home:
+        dtype = checkpoint.entry(key).dtype
+        companion = key.rpartition(".")[2] in _QUANTISED or ".quant_state." in key
+        if companion or dtype.startswith(("F8_", "F6_", "F4")) or (key.endswith(".weight") and dtype not in FLOATS):
+            shown.append(f"{key} ({dtype})")
+    if shown:
+        more = f" and {len(shown) - 4} more" if len(shown) > 4 else ""
+        raise PimergeError(
+            f"the checkpoint '{checkpoint.path}' is quantised: {', '.join(shown[:4])}{more}",
+            "use the checkpoint in F32, BF16 or F16 that it was made from",
+        )
+
+
+def weights_file(folder: Path) -> Path:
+    """The safetensors file or the index that transformers would load.
+
+    Raises:
+        PimergeError: if there is none, or it is not clear which.
+    """
+    for name in _NAMES:
+        for path in (folder / name, folder / (name + INDEX)):
+            if path.is_file():
+                return path
+    found = sorted([*folder.glob("*.safetensors"), *folder.glob("*.safetensors" + INDEX)])
+    found = [path for path in found if not path.name.startswith("adapter_model")]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise PimergeError(
+            f"'{folder}' holds {len(found)} safetensors files and no model.safetensors{INDEX}: "
+            f"{', '.join(path.name for path in found[:4])}",
+            "download the index too, or name one file",
+        )
+    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES)
+    if (folder / "adapter_config.json").is_file():
+        raise PimergeError(f"'{folder}' is an adapter, expected a full checkpoint")
+    if (folder / "model_index.json").is_file():
+        raise PimergeError(f"'{folder}' is a pipeline of diffusers", "name the folder in it: unet or transformer")
+    if pickles:
+        raise PimergeError(
+            f"'{folder}' holds pickles ({', '.join(pickles[:4])}), which can run code when they are read",
+            "save it as safetensors where you trust it: model.save_pretrained(FOLDER)",
+        )
+    raise PimergeError(f"'{folder}' holds no weights", "expected model.safetensors, or its index and shards")
+
+
+def _shards(folder: Path, name: str, index: Mapping[str, Any]) -> tuple[TensorFile, ...]:
+    places = index.get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(place, str) for place in places.values()):
+        raise PimergeError(f"'{folder / name}' has no weight_map", "download the index again")
+    problems = Problems()
+    files: dict[str, TensorFile] = {}
+    for shard in sorted(set(places.values())):
+        if Path(shard).name != shard or not (folder / shard).is_file():
+            problems.add(f"{name} names the shard '{shard}', which is not there", "download the checkpoint again")
+            continue
+        with problems.collected():
+            files[shard] = open_tensors(folder / shard)
+    for shard, file in files.items():
+        _check_shard(shard, {key for key, place in places.items() if place == shard}, file, places, problems)
+    problems.raise_any(f"'{folder / name}' does not fit its shards")
+    return tuple(files.values())
+
+
+def _check_shard(
+    shard: str, expected: set[str], file: TensorFile, places: Mapping[str, str], problems: Problems
+) -> None:
+    for key in sorted(expected - file.entries.keys()):
+        problems.add(f"'{shard}' lacks '{key}', which the index says it holds", "download the shard again")
+    for key in sorted(file.entries.keys() - expected):
+        where = f"the index has it in '{places[key]}'" if key in places else "the index does not name it"
+        problems.add(f"'{shard}' holds '{key}', but {where}", "download the index and the shards again")
+
+
+def _object(path: Path) -> dict[str, Any]:
+    document = read_json(path)
+    if not isinstance(document, dict):
+        raise PimergeError(f"'{path}' is no JSON object", "download or save the checkpoint again")
+    return document
+
+
+def _not_empty(checkpoint: Checkpoint) -> Checkpoint:
+    if not checkpoint.home:
+        raise PimergeError(f"the checkpoint '{checkpoint.path}' holds no tensors", "download or save it again")
+    return checkpoint

@@ -1,0 +1,218 @@
+"""What transformers calls the tensors of a checkpoint, and which tensor an adapter's module means."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from pimerge.checkpoints.checkpoint import CONFIG, Checkpoint
+from pimerge.core.errors import PimergeError, Problems, nearest
+
+# What stands before a diffusion model's own names, by the program that wrote the file.
+_DIFFUSION = re.compile(r"^(?:model_diffusion_model|diffusion_model|unet|transformer)_")
+
+
+@dataclass(frozen=True)
+class Names:
+    """The tensors of a checkpoint by the names that they have in memory.
+
+    Attributes:
+        parameter: key on disk → name in memory; the key itself where it is not known or not used.
+        known: all names in memory; empty if transformers does not know the model.
+        converted: names in memory that are made from several tensors or from changed ones.
+        groups: sets of names that share one tensor.
+        shared: names that are not on disk → key of the tensor that they share.
+        prefix: of the backbone in a model with a head, such as ``bert``.
+        fan_in_first: modules that store their weight (d_in × d_out).
+        rename: a key on disk of any age → its name in memory.
+    """
+
+    parameter: dict[str, str]
+    known: frozenset[str] = frozenset()
+    converted: frozenset[str] = frozenset()
+    groups: tuple[frozenset[str], ...] = ()
+    shared: Mapping[str, str] | None = None
+    prefix: str = ""
+    fan_in_first: frozenset[str] = frozenset()
+    rename: Callable[[str], str] = str
+
+    def in_head(self, name: str) -> bool:
+        """Whether a parameter lies outside the backbone of a model that has one."""
+        start = self.prefix + "."
+        has_backbone = any(known.startswith(start) for known in self.known)
+        return has_backbone and name in self.known and not name.startswith(start)
+
+
+def names_of(checkpoint: Checkpoint) -> Names:
+    """The names in memory, from the model that the config describes; no weight is read.
+
+    Raises:
+        PimergeError: if the config does not describe a model.
+    """
+    model = skeleton(checkpoint, checkpoint.config)
+    if model is None:
+        return Names({key: key for key in checkpoint.home}, shared={})
+    rename = _renaming(model)
+    known = frozenset(model.state_dict())
+    parameter, converted = {}, set()
+    for key in checkpoint.home:
+        name, changed = rename(key)
+        parameter[key] = key if changed or name not in known else name
+        if changed:
+            converted.add(name)
+    groups = _groups(model.all_tied_weights_keys)
+    keys = {name: key for key, name in parameter.items()}
+    shared: dict[str, str] = {}
+    for group in groups:
+        stored = [name for name in sorted(group) if name in keys]
+        if stored:
+            shared |= {name: keys[stored[0]] for name in sorted(group) if name not in keys}
+    conv1d = frozenset(name for name, module in model.named_modules() if type(module).__name__ == "Conv1D")
+    prefix: str = model.base_model_prefix
+    return Names(parameter, known, frozenset(converted), groups, shared, prefix, conv1d, lambda key: rename(key)[0])
+
+
+def skeleton(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Any:
+    """The model that a config describes, without weights; None if transformers does not know it.
+
+    Raises:
+        PimergeError: if the config does not describe a model.
+    """
+    import transformers
+
+    architecture = next(iter(config.get("architectures") or ()), "")
+    kind = getattr(transformers, architecture, None)
+    if kind is None or config.get("model_type") not in transformers.CONFIG_MAPPING:
+        return None
+    try:
+        settings = transformers.CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
+        with torch.device("meta"):
+            return kind(settings)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise PimergeError(
+            f"'{checkpoint.path / CONFIG}' does not describe a {architecture}: {reason}",
+            "download or save the checkpoint again",
+        ) from error
+
+
+def match_modules(names: Names, modules: Iterable[str]) -> dict[str, str]:
+    """The key of each module's weight; of one that shares a stored tensor, its own name.
+
+    Raises:
+        PimergeError: with each module that no key, or more than one, or only a converted one answers.
+    """
+    problems = Problems()
+    found = {}
+    for module in modules:
+        with problems.collected():
+            found[module] = match(names, f"{module}.weight", f"module '{module}'")
+    taken: dict[str, str] = {}
+    for module, key in found.items():
+        if key in taken:
+            problems.add(f"the modules '{taken[key]}' and '{module}' both mean '{key}'")
+        taken.setdefault(key, module)
+    problems.raise_any("the adapter does not fit the checkpoint")
+    return found
+
+
+def match(names: Names, name: str, what: str) -> str:
+    """The key that a parameter's name means: the very name, with or without the backbone's prefix, or, for a
+    model that transformers does not know, the name with other separators.
+
+    Raises:
+        PimergeError: as :func:`match_modules`.
+    """
+    index = _index(names)
+    prefix = names.prefix + "."
+    ways = [name, names.rename(name), prefix + name, name.removeprefix(prefix)]
+    for way in ways:
+        if way in index:
+            return _only(index[way], what)
+    if not names.known:
+        loose = sorted({key for key in names.parameter if _loose(key) == _loose(name)})
+        if loose:
+            return _only(loose, what)
+    if any(way in names.converted for way in ways) or any(way in names.known for way in ways):
+        raise PimergeError(
+            f"{what} has no tensor of its own in the checkpoint: transformers makes its weight from others",
+            "leave the module out of the merge, or save the checkpoint in the layout that it has in memory",
+        )
+    raise PimergeError(f"the checkpoint has no weight for {what}", nearest(name, sorted(names.parameter)[:2000]))
+
+
+def is_fan_in_first(names: Names, module: str) -> bool:
+    """Whether a module of a model that transformers knows stores its weight (d_in × d_out)."""
+    prefix = names.prefix + "."
+    renamed = names.rename(f"{module}.weight").removesuffix(".weight")
+    return any(way in names.fan_in_first for way in (module, renamed, prefix + module, module.removeprefix(prefix)))
+
+
+def align(own: Names, other: Names) -> dict[str, str]:
+    """Key of another checkpoint → this one's key of the same parameter, the backbone's prefix aside."""
+    index = {name: key for key, name in own.parameter.items()}
+    index |= {key: key for key in own.parameter}
+    prefixes = sorted({f"{names.prefix}." for names in (own, other) if names.prefix})
+    found = {}
+    for key, name in other.parameter.items():
+        ways = [name, key, *(p + name for p in prefixes), *(name.removeprefix(p) for p in prefixes)]
+        way = next((way for way in ways if way in index), None)
+        if way is not None:
+            found[key] = index[way]
+    return found
+
+
+def _index(names: Names) -> dict[str, list[str]]:
+    """Name in memory or key on disk → the keys that it can mean."""
+    index: dict[str, list[str]] = {}
+    for key, name in names.parameter.items():
+        for way in {key, name}:
+            index.setdefault(way, []).append(key)
+    for name in names.shared or ():
+        index.setdefault(name, []).append(name)
+    return index
+
+
+def _only(keys: list[str], what: str) -> str:
+    if len(keys) > 1:
+        raise PimergeError(f"{what} can mean several tensors of the checkpoint: {', '.join(sorted(keys))}")
+    return keys[0]
+
+
+def _loose(name: str) -> str:
+    """A name without what programs write differently.
+
+    >>> _loose("model.diffusion_model.down.0.to_q.weight") == _loose("unet_down_0_to_q.weight")
+    True
+    """
+    return _DIFFUSION.sub("", name.replace(".", "_"))
+
+
+def _renaming(model: Any) -> Callable[[str], tuple[str, bool]]:
+    """Key on disk → name in memory, and whether its values are changed on the way: as transformers loads it."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    transforms = get_model_conversion_mapping(model)
+    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
+    prefix, state = model.base_model_prefix, model.state_dict()
+
+    def rename(key: str) -> tuple[str, bool]:
+        name, pattern = rename_source_key(key, renamings, converters, prefix, state)
+        if name not in state and key in state:
+            name, pattern = rename_source_key(key, [], [], prefix, state)
+        return name, pattern is not None
+
+    return rename
+
+
+def _groups(tied: Mapping[str, str]) -> tuple[frozenset[str], ...]:
+    groups: dict[str, set[str]] = {}
+    for name, source in tied.items():
+        groups.setdefault(source, {source}).add(name)
+    return tuple(frozenset(groups[source]) for source in sorted(groups))

@@ -1,0 +1,185 @@
+"""``pimerge merge``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pimerge.cli import options
+from pimerge.cli.console import print_methods
+from pimerge.cli.merge.request import Request, is_checkpoint, with_ranked_state_dicts
+
+METHODS = "pimerge.merging.methods"
+
+
+def merge(
+    experts: options.Experts = None,
+    method: Annotated[
+        str | None,
+        typer.Option(help=f"How to merge; --methods says more: {options.names(METHODS)}. Default: uniform."),
+    ] = None,
+    methods: Annotated[
+        bool, typer.Option("--methods", help="List the methods, each with its formula and source.")
+    ] = False,
+    weights: Annotated[
+        str | None, typer.Option(help="Weights of the experts given, in their order: 0.6,0.4. They need not sum to 1.")
+    ] = None,
+    weight: Annotated[
+        list[str] | None,
+        typer.Option(help="A weight by module, as often as you like: 'EXPERT=0.5' or 'experts/a:*.layers.1?.*=0.7'."),
+    ] = None,
+    alpha: Annotated[
+        float | None,
+        typer.Option(
+            help="The target's share in 'interpolated' and 'fisher'; in 'interpolated' the others divide the rest by "
+            "the softmax of their scores, else evenly. Default: 1/(k+1)."
+        ),
+    ] = None,
+    coefficients: Annotated[
+        Path | None,
+        typer.Option(
+            help="Weights from a file: tuned/coefficients.json, or JSON of expert → weight or {glob: weight}."
+        ),
+    ] = None,
+    scale: Annotated[
+        float | None, typer.Option(help="Factor of the result, for methods that have one (--methods). Default: 1.")
+    ] = None,
+    density: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of entries kept, for ties, knots, core-space (default 0.2), magnitude, dare-linear, dare-ties, "
+            "della (0.5), breadcrumbs (0.9)."
+        ),
+    ] = None,
+    gamma: Annotated[
+        float | None, typer.Option(help="Share of largest entries dropped, for breadcrumbs. Default: 0.01.")
+    ] = None,
+    epsilon: Annotated[
+        float | None, typer.Option(help="How far the share kept varies with the magnitude, for della. Default: 0.1.")
+    ] = None,
+    common: Annotated[
+        float | None, typer.Option(help="Share of directions that are common, for iso-cts. Default: 0.8.")
+    ] = None,
+    floor: Annotated[float | None, typer.Option(help="Least Fisher information, for fisher. Default: 1e-6.")] = None,
+    offdiagonal: Annotated[
+        float | None, typer.Option(help="Factor of the Gram matrices off the diagonal, for regmean. Default: 0.9.")
+    ] = None,
+    inner: Annotated[
+        str | None,
+        typer.Option(
+            help="The method inside: linear or ties for knots; also tsv and iso-c for core-space. Default: ties."
+        ),
+    ] = None,
+    space: Annotated[
+        str,
+        typer.Option(
+            help="Where elementwise methods look at entries: core (in the experts' own singular vectors, no dense "
+            "matrix), delta (the dense ΔW, one module at a time) or factors (A and B apart, as PEFT does: fast, and "
+            "only for experts of one init)."
+        ),
+    ] = "core",
+    seed: options.Seed = 0,
+    rank: Annotated[
+        str, typer.Option(help="Rank of the result: a number, max (nothing is lost) or auto (what --energy needs).")
+    ] = "max",
+    energy: Annotated[
+        float | None, typer.Option(help="Share of ‖ΔW‖² to keep by the least rank, module by module. auto: 0.99.")
+    ] = None,
+    include: Annotated[
+        list[str] | None, typer.Option(help="Merge only modules that match a glob, such as '*.q_proj'.")
+    ] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="Leave out modules that match a glob.")] = None,
+    head: Annotated[str, typer.Option(help="Task head of the result: target, average or none.")] = "target",
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. Default: the experts' own.")] = None,
+    into: Annotated[
+        Path | None,
+        typer.Option(
+            help="Fold the result into this full checkpoint (a folder, or one .safetensors file) and write that."
+        ),
+    ] = None,
+    fisher: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="A file with the diagonal Fisher for each full checkpoint given, in order. LoRA: the store's."
+        ),
+    ] = None,
+    store: options.StorePath = Path("embeddings.json"),
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be done, and write nothing.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="First send every expert through alone: it must come back as it is.")
+    ] = False,
+    target: options.TargetReference = None,
+    ranking: options.RankingPath = Path("ranking.json"),
+    base: options.BaseReference = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The folder of the merged expert.")] = Path("merged"),
+    force: options.Force = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Combine experts into one without training, exactly in ΔW; the base model is not loaded.
+
+    Default experts: those that the ranking selected; for 'interpolated' and 'fisher' the target's own expert, too.
+    Full checkpoints (folders with a config.json and weights) merge against their --base by the linear and
+    elementwise methods and 'fisher'.
+    """
+    if methods:
+        _list_methods(json)
+        return
+    request = Request(
+        experts=experts,
+        method=method or ("interpolated" if coefficients else "uniform"),
+        options={
+            "scale": scale,
+            "density": density,
+            "gamma": gamma,
+            "epsilon": epsilon,
+            "common": common,
+            "floor": floor,
+            "offdiagonal": offdiagonal,
+            "inner_method": inner,
+        },
+        weights=weights,
+        rules=weight or [],
+        alpha=alpha,
+        coefficients=coefficients,
+        space=space,
+        seed=seed,
+        rank=rank,
+        energy=energy,
+        include=include or [],
+        exclude=exclude or [],
+        head=head,
+        dtype=dtype,
+        into=into,
+        fisher=fisher or [],
+        store=store,
+        dry_run=dry_run,
+        verify=verify,
+        target=target,
+        ranking=ranking,
+        base=base,
+        output=output,
+        force=force,
+        json=json,
+        quiet=quiet,
+    )
+    request = with_ranked_state_dicts(request)
+    if request.experts and any(is_checkpoint(reference) for reference in request.experts):
+        from pimerge.cli.merge import checkpoints
+
+        checkpoints.run(request)
+    else:
+        from pimerge.cli.merge import adapters
+
+        adapters.run(request)
+
+
+def _list_methods(json: bool) -> None:
+    from pimerge.core import plugins
+    from pimerge.merging.method import open_method
+
+    summaries = plugins.summaries(METHODS)
+    defaults = {name: open_method(name).resolved for name in summaries}
+    print_methods(summaries, defaults, json)

@@ -1,0 +1,1 @@
+"""``pimerge plot``."""

@@ -1,0 +1,142 @@
+"""What ``pimerge rank`` prints: a ranking, the measures, the pool's gains, and why an expert has its place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from pimerge.cli.console import note, print_json, print_table
+from pimerge.core import plugins
+from pimerge.core.errors import PimergeError, nearest
+
+if TYPE_CHECKING:
+    from pimerge.ranking.rank import Ranked
+    from pimerge.ranking.schema import Candidate, Ranking
+
+NEEDS = {
+    "fisher": "the store; experts of one rank and init",
+    "marginals": "the store",
+    "experts": "the store and the experts' files",
+    "examples": "a few labelled examples of the target",
+    "history": "the store after 'pimerge rank --calibrate'",
+}
+SHOWN = 12
+GAIN = "expected gain, points"
+
+
+def print_ranking(ranking: Ranking, k: int | None, quiet: bool) -> None:
+    """The candidates, best first, those that are not comparable, and the bare base; then what is to be said of them.
+
+    Args:
+        k: how many were asked for; None for auto.
+    """
+    gains = any(candidate.gain is not None for candidate in ranking.candidates)
+    scored = not gains or any(candidate.score != candidate.gain for candidate in ranking.candidates)
+    rows = []
+    for place, candidate in enumerate(ranking.candidates, 1):
+        mark = "selected" if candidate.name in ranking.selected else "" if candidate.helps else "not expected to help"
+        score = f"{candidate.score:.4f} ± {(candidate.high - candidate.low) / 2:.4f}"
+        rows.append(
+            [
+                str(place),
+                candidate.name,
+                *([score] if scored else []),
+                *([f"{candidate.scale:g}", _points(candidate)] if gains else []),
+                mark,
+            ]
+        )
+    columns = ["", "expert", *([ranking.measure] if scored else []), *(["scale", GAIN] if gains else []), ""]
+    blank = ["–"] * (len(columns) - 3)
+    rows += [["–", other.name, *blank, f"not comparable: {other.reason}"] for other in ranking.not_comparable]
+    if scored and ranking.base_score is not None:
+        rows.append(["–", "(base)", f"{ranking.base_score:.4f}", *blank[1:], ""])
+    print_table(columns, rows, right=columns[2:-1])
+    for sentence in [*ranking.notes, ranking.why]:
+        note(sentence, quiet)
+    if ranking.candidates and not ranking.selected:
+        note("'pimerge tune' will train a fresh expert (--no-gate selects anyway)", quiet)
+    elif k is not None and len(ranking.candidates) < k:
+        note(f"comparable: {len(ranking.candidates)}, of {k} that were asked for", quiet)
+    elif k is not None and len(ranking.selected) < k:
+        helpful = sum(each.helps for each in ranking.candidates)
+        if helpful < k:
+            note(f"expected to help: {helpful}, of {k} that were asked for", quiet)
+
+
+def _points(candidate: Candidate) -> str:
+    """The expected gain and its interval, in points of accuracy."""
+    values = (candidate.gain or 0.0, candidate.gain_low or 0.0, candidate.gain_high or 0.0)
+    gain, low, high = (f"{100 * value:+.1f}" for value in values)
+    return f"{gain} [{low}, {high}]"
+
+
+def print_measures(json: bool) -> None:
+    """Every measure, what it needs and what it is."""
+    rows = []
+    for name, summary in plugins.summaries("pimerge.ranking.measures").items():
+        measure = plugins.load("pimerge.ranking.measures", name)
+        needs = NEEDS[measure.NEEDS]
+        if measure.NEEDS == "experts" and measure.SAME_BASIS:
+            needs += "; of one rank and init"
+        if name in ("probe", "likelihood"):
+            needs += ", two of a class at least"
+        if getattr(measure, "READS_ANSWERS", False):
+            needs += "; a head of the candidate's"
+        rows.append([name, needs, summary])
+    if json:
+        print_json([dict(zip(("measure", "needs", "summary"), row, strict=True)) for row in rows])
+    else:
+        print_table(["measure", "needs", ""], rows)
+
+
+def print_gains(gains: Mapping[str, Mapping[str, Mapping[float, float]]], store: str, json: bool) -> None:
+    """What ``rank --calibrate`` measured: the gain of each source for each target, at its best scale.
+
+    Args:
+        gains: target → source → scale → gain.
+    """
+    if json:
+        print_json({"store": store, "gains": gains})
+        return
+    sources = sorted({source for row in gains.values() for source in row})
+    rows = [
+        [name, *(f"{100 * max(row[source].values()):+.1f}" if source in row else "" for source in sources)]
+        for name, row in gains.items()
+    ]
+    print_table(["target \\ source, points at its best scale", *sources], rows, right=sources)
+
+
+def print_explanation(ranked: Ranked, name: str, json: bool) -> None:
+    """Why a candidate has its score: by tensor for a measure of the store, by measure and scale for examples.
+
+    Raises:
+        PimergeError: if the ranking has no such candidate.
+    """
+    from pimerge.ranking.rank import explain
+
+    ranking = ranked.ranking
+    candidate = next((each for each in ranking.candidates if each.name == name), None)
+    if candidate is None:
+        reason = next((each.reason for each in ranking.not_comparable if each.name == name), None)
+        if reason is not None:
+            raise PimergeError(f"'{name}' cannot be compared with '{ranking.target.name}': {reason}")
+        raise PimergeError(
+            f"there is no candidate '{name}' for '{ranking.target.name}'",
+            nearest(name, [each.name for each in ranking.candidates]),
+        )
+    found = explain(ranked, name)
+    if json:
+        print_json({"candidate": candidate.model_dump(), **found.document()})
+        return
+    if found.scales:
+        parts = list(next(iter(found.scales.values())))
+        rows = [[f"{scale:g}", *(f"{values[part]:+.4f}" for part in parts)] for scale, values in found.scales.items()]
+        print_table(["scale", *parts], rows, right=["scale", *parts])
+    if found.tensors:
+        total = sum(found.tensors.values())
+        ordered = sorted(found.tensors.items(), key=lambda item: -abs(item[1]))
+        rows = [[tensor, f"{value:+.4f}"] for tensor, value in ordered[:SHOWN]]
+        if len(ordered) > SHOWN:
+            rows.append([f"{len(ordered) - SHOWN} others", f"{sum(v for _, v in ordered[SHOWN:]):+.4f}"])
+        rows.append(["sum", f"{total:+.4f}"])
+        print_table(["tensor", f"adds to '{found.by}'"], rows, right=[f"adds to '{found.by}'"])

@@ -1,0 +1,1 @@
+"""Errors, files, manifests, progress and the registry of strategies: what every other folder uses."""

@@ -1,0 +1,94 @@
+"""The one exception that users see as a message."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong with an input: what was found and expected, and what to do about it."""
+
+    message: str
+    hint: str = ""
+
+
+class PimergeError(Exception):
+    """An error that the user can mend; it ends the command with status 3 and no traceback.
+
+    It carries every problem of the input, not only the first.
+
+    >>> raise PimergeError("found no experts in './experts'", "name the folder that holds them")
+    Traceback (most recent call last):
+    pimerge.core.errors.PimergeError: found no experts in './experts'
+      → name the folder that holds them
+    """
+
+    def __init__(self, message: str, hint: str = "", problems: Sequence[Problem] = ()) -> None:
+        self.problems = tuple(problems) or (Problem(message, hint),)
+        self.heading = message if problems else ""
+        lines = [self.heading] if self.heading else []
+        for problem in self.problems:
+            lines.append(f"- {problem.message}" if self.heading else problem.message)
+            if problem.hint:
+                lines.append(f"  → {problem.hint}")
+        super().__init__("\n".join(lines))
+
+
+class Problems:
+    """Collects the problems of one input, so that they are reported in one pass.
+
+    >>> problems = Problems()
+    >>> problems.add("rank is 0, expected at least 1")
+    >>> with problems.collected("expert 'a': "):
+    ...     raise PimergeError("alpha is missing")
+    >>> problems.raise_any("2 problems")
+    Traceback (most recent call last):
+    pimerge.core.errors.PimergeError: 2 problems
+    - rank is 0, expected at least 1
+    - expert 'a': alpha is missing
+    """
+
+    def __init__(self) -> None:
+        self.found: list[Problem] = []
+
+    def add(self, message: str, hint: str = "") -> None:
+        """Note one problem."""
+        self.found.append(Problem(message, hint))
+
+    def extend(self, problems: Sequence[Problem], prefix: str = "") -> None:
+        """Note several problems, each under the same prefix."""
+        self.found += [Problem(prefix + problem.message, problem.hint) for problem in problems]
+
+    @contextmanager
+    def collected(self, prefix: str = "") -> Iterator[None]:
+        """Turn a PimergeError of the block into noted problems and go on."""
+        try:
+            yield
+        except PimergeError as error:
+            self.extend(error.problems, prefix)
+
+    def raise_any(self, heading: str) -> None:
+        """Raise all problems in one PimergeError, or return if there are none."""
+        if len(self.found) == 1:
+            raise PimergeError(self.found[0].message, self.found[0].hint)
+        if self.found:
+            raise PimergeError(heading, problems=self.found)
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """A hint that names the known name nearest to a misspelt one, or lists them.
+
+    >>> nearest("partiy", ["parity", "loop"])
+    "did you mean 'parity'?"
+    >>> nearest("zzz", ["parity", "loop"])
+    'known: parity, loop'
+    """
+    folded = {candidate.lower(): candidate for candidate in known}
+    match = get_close_matches(name.lower(), list(folded), n=1)
+    if match:
+        return f"did you mean '{folded[match[0]]}'?"
+    return "known: " + ", ".join(known) if known else "there is nothing to choose from"

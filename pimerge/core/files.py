@@ -1,0 +1,276 @@
+"""Files and folders that appear whole or not at all.
+
+Everything is written beside its destination and renamed: a kill or a full disk leaves the destination as
+it was. What a killed process left beside it is swept away by the next write to the same place.
+"""
+
+from __future__ import annotations
+
+import errno
+import glob
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pimerge.core.errors import PimergeError
+from pimerge.core.hash_cache import sha256_of
+
+_DISK_ERRORS = {
+    errno.ENOSPC: "the disk is full: free some space or choose another --output",
+    errno.EDQUOT: "the disk quota is used up: free some space or choose another --output",
+    errno.EACCES: "writing is not permitted there: choose another --output",
+    errno.EPERM: "writing is not permitted there: choose another --output",
+    errno.EROFS: "the file system is read-only: choose another --output",
+    errno.EEXIST: "a part of the path is a file, not a folder: choose another --output",
+    errno.EISDIR: "a folder is there: remove it or choose another --output",
+    errno.ENAMETOOLONG: "the name is too long: choose another --output",
+    errno.ENOTDIR: "a part of the path is a file, not a folder: choose another --output",
+    errno.EFBIG: "the file is larger than is allowed there: choose another --output",
+}
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Report what the disk refuses while writing ``path`` as a PimergeError; other errors are bugs."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _DISK_ERRORS:
+            raise
+        raise PimergeError(
+            f"cannot write '{path}': {os.strerror(error.errno or 0)}", _DISK_ERRORS[error.errno]
+        ) from error
+
+
+def require_absent(path: Path, force: bool) -> None:
+    """Refuse to overwrite ``path`` unless ``force``, and always if it is the working folder or holds it.
+
+    Raises:
+        PimergeError: if something is there that is not to be replaced.
+    """
+    with disk_errors(path):
+        there = path.exists() or path.is_symlink()
+    if there and Path.cwd().is_relative_to(path.resolve()):
+        raise PimergeError(f"'{path}' is the working folder or holds it", "choose another --output")
+    if there and not force:
+        raise PimergeError(f"'{path}' is there already", "pass --force to replace it, or choose another --output")
+
+
+def require_same_or_absent(path: Path, text: str, force: bool) -> None:
+    """As :func:`require_absent`; the same text again is no overwriting.
+
+    Raises:
+        PimergeError: if another content is there and ``force`` is off.
+    """
+    if not (path.is_file() and path.read_bytes() == text.encode()):
+        require_absent(path, force)
+
+
+def sha256_bytes(data: bytes) -> str:
+    """SHA-256 of bytes, in hexadecimal."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal, read in pieces; see :mod:`pimerge.core.hash_cache`.
+
+    Raises:
+        PimergeError: if the file cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return sha256_of(file)
+    except OSError as error:
+        raise PimergeError(f"cannot read '{path}': {error.strerror}") from error
+
+
+def sha256_files(paths: Sequence[Path]) -> list[str]:
+    """SHA-256 of several files, on every core.
+
+    Raises:
+        PimergeError: if a file cannot be read.
+    """
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing releases the interpreter's lock
+        return list(pool.map(sha256_file, paths))
+
+
+def hashes_of(folder: Path) -> dict[str, str]:
+    """File name → SHA-256, for the files in a folder, in alphabetical order."""
+    files = sorted(file for file in folder.iterdir() if file.is_file())
+    return dict(zip((file.name for file in files), sha256_files(files), strict=True))
+
+
+def json_text(document: Any) -> str:
+    """A JSON document as text, the same for the same content.
+
+    >>> print(json_text({"a": [1, 2]}), end="")
+    {
+      "a": [
+        1,
+        2
+      ]
+    }
+    """
+    return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def read_json(path: Path, hint: str = "") -> Any:
+    """Read a JSON document.
+
+    Args:
+        hint: what to do about one that is none.
+
+    Raises:
+        PimergeError: if the file is not there, cannot be read, or is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise PimergeError(f"'{path}' is not there") from None
+    except json.JSONDecodeError as error:
+        found = f"'{path}' is not JSON: {error.msg} at line {error.lineno}, column {error.colno}"
+        raise PimergeError(found, hint) from error
+    except (OSError, ValueError, RecursionError) as error:  # no UTF-8, a number of too many digits, too deep
+        raise PimergeError(f"cannot read '{path}': {error}") from error
+
+
+def relative_to(path: Path, folder: Path) -> str:
+    """``path`` as seen from ``folder``, with forward slashes, so that both can move together."""
+    return Path(os.path.relpath(path.resolve(), folder.resolve())).as_posix()
+
+
+def write_file(path: Path, content: bytes | str) -> None:
+    """Write a file whole or not at all.
+
+    Raises:
+        PimergeError: if the disk refuses it (full, read-only, not permitted).
+    """
+    data = content.encode() if isinstance(content, str) else content
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(path)
+        partial = _beside(path, "partial")
+        try:
+            _write_synced(partial, data)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def write_files(contents: Mapping[Path, bytes]) -> None:
+    """Write several files, all of them or none.
+
+    Raises:
+        PimergeError: if the disk refuses one of them.
+    """
+    partials: dict[Path, Path] = {}
+    try:
+        for path, data in contents.items():
+            with disk_errors(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                _sweep(path)
+                if path.is_dir():
+                    raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+                partials[path] = _beside(path, "partial")
+                _write_synced(partials[path], data)
+        for path, partial in partials.items():
+            with disk_errors(path):
+                partial.replace(path)
+    finally:
+        for partial in partials.values():
+            partial.unlink(missing_ok=True)
+
+
+def write_folder(path: Path, contents: Mapping[str, bytes | str], *, force: bool) -> None:
+    """Write a folder of files whole or not at all.
+
+    Args:
+        contents: file name in the folder → content.
+        force: replace what is there; the old folder stays until the new one is complete.
+
+    Raises:
+        PimergeError: if ``path`` is there and ``force`` is off, or the disk refuses it.
+    """
+    with new_folder(path, force=force) as partial:
+        write_into(partial, contents)
+
+
+def write_into(folder: Path, contents: Mapping[str, bytes | str]) -> None:
+    """Write files into a folder that :func:`new_folder` gave."""
+    for name, content in contents.items():
+        _write_synced(folder / name, content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def new_folder(path: Path, *, force: bool) -> Iterator[Path]:
+    """A folder to write into that takes its place at ``path`` when the block ends, and vanishes if it fails.
+
+    Raises:
+        PimergeError: as :func:`write_folder`.
+    """
+    require_absent(path, force)
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(path)
+        partial, old = _beside(path, "partial"), None
+        try:
+            partial.mkdir()
+            yield partial
+            if path.exists() or path.is_symlink():
+                old = path.replace(_beside(path, "old"))
+            partial.replace(path)
+        except BaseException:
+            if old is not None:
+                old.replace(path)
+            raise
+        finally:
+            _remove(partial)
+        if old is not None:
+            _remove(old)
+
+
+def _write_synced(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _beside(path: Path, word: str) -> Path:
+    """A name beside ``path`` for this process's work."""
+    return path.with_name(f".{path.name}.{word}-{os.getpid()}")
+
+
+def _sweep(path: Path) -> None:
+    """Remove what dead processes left beside ``path``; also under this one's id, which containers use again."""
+    name = glob.escape(path.name)
+    leftovers = list(path.parent.glob(f".{name}.partial-*"))
+    if path.exists():  # else a replaced folder's old content is all there is: never remove that
+        leftovers += path.parent.glob(f".{name}.old-*")
+    for leftover in leftovers:
+        pid = leftover.name.rpartition("-")[2]
+        if pid.isdecimal() and (int(pid) == os.getpid() or not _alive(int(pid))):
+            _remove(leftover)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        pass
+    return True
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,1 @@
+"""Fisher embeddings of experts and the store that keeps them."""

@@ -1,0 +1,333 @@
+"""Candidates forwarded over the target's examples: the vectors that the task head reads, and its answers.
+
+Every candidate is an expert at a strength in :data:`SCALES`, W0 + scale · ΔW, or neutral + scale · (φ − neutral) for
+one without ΔW; where there is no neutral point, at full strength alone. One pass per strength gives the
+vectors and the answers of the candidate's own head; they are cached by the hashes of expert, base and data, so
+ranking again, or by another measure, forwards nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from pimerge.adapters.expert import CONFIG, Expert
+from pimerge.adapters.writer import task_of
+from pimerge.checkpoints.base import Base
+from pimerge.checkpoints.safetensors_file import open_tensors
+from pimerge.core.errors import PimergeError
+from pimerge.core.files import sha256_bytes, sha256_file, write_file
+from pimerge.core.progress import Advance
+from pimerge.embedding.embed import default_batch_tokens
+from pimerge.embedding.sample import Sample
+from pimerge.models.loading import (
+    LoadedBase,
+    head_of_size,
+    in_head,
+    most_virtual_tokens,
+    peft_prefix,
+    plugged_in_sum,
+    set_head,
+)
+from pimerge.ranking.schema import Seen
+from pimerge.tasks.task import Task
+from pimerge.tasks.types import Examples, bucket_by_length
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SCALES = (0.25, 0.5, 0.75, 1.0)
+
+
+def why_not(task: Task) -> str:
+    """Why experts cannot be ranked by the examples of a task; empty if they can."""
+    if task.of_words:
+        return "the task's classes are those of words, and a ranking by examples needs one of each example"
+    return "" if task.labels else "the task has no classes, which a ranking by examples needs"
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Which of the target's examples are looked at.
+
+    Attributes:
+        role: ``train`` or ``test``.
+        shots: so many of each class; None for all.
+        limit: at most so many in all.
+        seed: of both draws.
+    """
+
+    role: str = "train"
+    shots: int | None = None
+    limit: int | None = None
+    seed: int = 0
+
+
+class Viewer:
+    """The target's examples, encoded once, and how each candidate sees them.
+
+    Args:
+        loaded: the base with a head for the target's labels.
+        base: its identity.
+        task: the target's.
+        draw: which examples.
+        cache: a folder for what has been computed; None computes every time, and so does one that cannot be
+            written to.
+        advance: told how many examples were forwarded.
+
+    Raises:
+        PimergeError: if the examples cannot be read, or all of them are of one class.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedBase,
+        base: Base,
+        task: Task,
+        draw: Draw,
+        cache: Path | None = None,
+        advance: Advance = lambda count: None,
+    ) -> None:
+        self.loaded, self.base, self.task, self.draw, self.cache = loaded, base, task, draw, cache
+        self.advance = advance
+        self._trains_head: bool = task.type.TRAINS_HEAD
+        self._uncached: list[str] = []
+        self.examples, labels = task.examples(
+            draw.role, loaded.processor, loaded.config, shots=draw.shots, seed=draw.seed, limit=draw.limit
+        )
+        if reason := why_not(task):
+            raise PimergeError(reason, "take a measure of the store, such as --measure fisher")
+        if len(set(labels)) < 2:
+            raise PimergeError(
+                f"all {len(labels)} examples of '{task.path}' are of the class '{task.labels[labels[0]]}'",
+                "a ranking by examples needs at least two classes: label some of another one, or rank by a measure "
+                "of the store",
+            )
+        self.labels = torch.tensor(labels)
+        parameter = next(loaded.model.parameters())
+        self._device, self._dtype = parameter.device, parameter.dtype
+        self._tokens = default_batch_tokens(self._device, loaded.config)
+        self._encoded: dict[int | None, Examples] = {self._room(): self.examples}
+        self._data = [task.sha256(), draw.role, draw.shots, draw.limit, draw.seed, base.identity, str(self._dtype)]
+
+    def seen(self) -> Seen:
+        """Which examples these are, for the ranking."""
+        counts = self.labels.bincount(minlength=len(self.task.labels)).tolist()
+        return Seen(
+            examples=len(self.labels),
+            per_class=dict(zip(self.task.labels, counts, strict=True)),
+            shots=self.draw.shots,
+            limit=self.draw.limit,
+            seed=self.draw.seed,
+        )
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether some of the examples can be held out to test a head: a class has two of them."""
+        return int(self.labels.bincount().max()) > 1
+
+    def notes(self) -> list[str]:
+        """What a reader of the ranking should know about the examples."""
+        counts = self.labels.bincount(minlength=len(self.task.labels)).tolist()
+        missing = [name for name, count in zip(self.task.labels, counts, strict=True) if not count]
+        found = list(self._uncached)
+        if self.examples.truncated:
+            found.append(f"{self.examples.truncated} examples are longer than the model takes and were cut")
+        if missing:
+            found.append(f"no example of {', '.join(missing)}: the ranking is about the other classes")
+        if not self.holds_out:
+            found.append(
+                "with one example of a class nothing can be held out, and no measure of so few is reliable: no expert "
+                "is expected to help"
+            )
+        return found
+
+    def base_sample(self) -> Sample:
+        """What the bare base makes of the examples; the scale 0 of every expert."""
+        return self._sample(self._cached("base", lambda: self._read(self.loaded.model)), "")
+
+    def samples(self, expert: Expert) -> dict[float, Sample]:
+        """Scale → what the base with the expert makes of the examples."""
+        found = self._cached(_identity(expert), lambda: self._candidate(expert))
+        return {scale: self._sample(found, f"{scale}.") for scale in scales_of(expert)}
+
+    def with_losses(
+        self, expert: Expert, samples: Mapping[float, Sample], target: Expert | None
+    ) -> dict[float, Sample]:
+        """The samples with losses: by the candidate's own head if it has the target's labels, else by the target's.
+
+        Args:
+            target: the target's own expert, if it has one; its head answers on the candidate's vectors.
+        """
+        own = task_of(expert)
+        if self._trains_head and (own is None or own.labels != self.task.labels or not self._answers(expert)):
+            if target is None or not self._answers(target):
+                return dict(samples)
+            key = f"{_identity(expert)} answered by {_identity(target)}"
+            found = self._cached(key, lambda: self._candidate(expert, target))
+            samples = {scale: self._sample(found, f"{scale}.") for scale in scales_of(expert)}
+        if any(sample.logits is None for sample in samples.values()):  # answers that are generated have no likelihoods
+            return dict(samples)
+        return {scale: _lossy(sample) for scale, sample in samples.items()}
+
+    def sum_sample(self, experts: Sequence[Expert]) -> Sample:
+        """What the base with the mean of several experts, each at its scale, makes of the examples."""
+
+        def compute() -> dict[str, Tensor]:
+            with plugged_in_sum(experts, [1 / len(experts)] * len(experts), self.loaded) as model:
+                return self._read(model, experts)
+
+        return self._sample(self._cached("mean of " + " + ".join(map(_identity, experts)), compute), "")
+
+    def _sample(self, found: Mapping[str, Tensor], prefix: str) -> Sample:
+        logits = found.get(f"{prefix}logits")
+        return Sample(
+            found[f"{prefix}vectors"].double(),
+            self.labels,
+            len(self.task.labels),
+            None if logits is None else logits.double(),
+        )
+
+    def _answers(self, expert: Expert) -> bool:
+        """Whether an expert can answer on the base: its head's labels are known, and no part lies in the backbone.
+
+        Where the base answers in text, every expert does, and to the target's own classes.
+        """
+        return not self._trains_head or (
+            bool(expert.head)
+            and task_of(expert) is not None
+            and all(in_head(name, self.loaded.head) for name in expert.head)
+        )
+
+    def _candidate(self, expert: Expert, head_of: Expert | None = None) -> dict[str, Tensor]:
+        """One pass per scale, with the expert's own head or with another's."""
+        answering = head_of or expert
+        answers = self._answers(answering)
+        own = task_of(answering) if answers and self._trains_head else None
+        found: dict[str, Tensor] = {}
+        with ExitStack() as stack:
+            if own is not None:
+                stack.enter_context(head_of_size(self.loaded, self.base, self.task, len(own.labels)))
+            for scale, model in at_strengths(expert, self.loaded):
+                if own is not None:
+                    set_head(model, answering.head_tensors())
+                found |= self._read(model, [expert], f"{scale}.", answers=answers)
+        return found
+
+    def _room(self, experts: Sequence[Expert] = ()) -> int | None:
+        """Tokens that are left for a text behind what some experts put before it; None where there is no bound."""
+        return getattr(self.loaded.config_for(experts), "max_position_embeddings", None)
+
+    def _examples_for(self, experts: Sequence[Expert]) -> Examples:
+        """The examples, cut a little more where they have to leave room."""
+        room, draw = self._room(experts), self.draw
+        if room not in self._encoded:
+            self._encoded[room], _ = self.task.examples(
+                draw.role,
+                self.loaded.processor,
+                self.loaded.config_for(experts),
+                shots=draw.shots,
+                seed=draw.seed,
+                limit=draw.limit,
+            )
+        return self._encoded[room]
+
+    def _read(
+        self, model: nn.Module, experts: Sequence[Expert] = (), prefix: str = "", *, answers: bool = False
+    ) -> dict[str, Tensor]:
+        """One pass over the examples: what the head reads of each and, where asked for, what it answers.
+
+        Args:
+            experts: those in the model.
+        """
+        examples = self._examples_for(experts)
+        vectors: list[Tensor] = [torch.empty(0)] * len(examples)
+        logits: list[Tensor] = []
+        batches = bucket_by_length(examples.lengths, self._tokens, padded=not most_virtual_tokens(experts))
+        reading = self._reading(model)
+        for indices in batches:
+            read, answered = self.task.type.read(model, reading, examples, indices, answers)
+            for index, vector in zip(indices, read.float().cpu(), strict=True):
+                vectors[index] = vector
+            if answered is not None:
+                logits.append(answered.float().cpu())
+            self.advance(len(indices))
+        found = {f"{prefix}vectors": torch.stack(vectors)}
+        if logits:
+            order = torch.tensor([index for indices in batches for index in indices])
+            found[f"{prefix}logits"] = torch.cat(logits)[order.argsort()]
+        if not all(bool(tensor.isfinite().all()) for tensor in found.values()):
+            raise PimergeError("the features hold NaN or Inf", "compute them with --dtype float32")
+        return found
+
+    def _reading(self, model: nn.Module) -> dict[str, nn.Module]:
+        """The modules of which the first to run takes in what is looked at: the head, or what gives out the words."""
+        if not self._trains_head:
+            return {"output": self.loaded.model.get_output_embeddings()}  # type: ignore[operator]
+        names, prefix = dict(model.named_modules()), peft_prefix(model)
+        return {name: names[prefix + name] for name in self.loaded.head if prefix + name in names}
+
+    def _cached(self, key: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        if self.cache is None:
+            return compute()
+        file = self.cache / f"{sha256_bytes(json.dumps([key, *self._data]).encode())[:32]}.safetensors"
+        with suppress(PimergeError):  # a damaged file is computed again
+            if file.is_file():
+                tensors = open_tensors(file)
+                return {name: tensors.read(name) for name in tensors.entries}
+        from safetensors.torch import save
+
+        found = compute()
+        try:
+            write_file(file, save({name: value.contiguous() for name, value in found.items()}, {"format": "pt"}))
+        except PimergeError as error:  # the ranking itself may well go elsewhere
+            self._uncached.append(f"ranking again computes all again: {error.problems[0].message}")
+            self.cache = None
+        return found
+
+
+def _identity(expert: Expert) -> str:
+    """Whatever decides what an expert adds to its base: tensors, scalings, strength."""
+    return f"{expert.sha256} {sha256_file(expert.path / CONFIG)} {expert.scale}"
+
+
+def scales_of(expert: Expert) -> tuple[float, ...]:
+    """The strengths at which an expert is tried."""
+    return SCALES if expert.has_strength else (1.0,)
+
+
+def at_strengths(expert: Expert, loaded: LoadedBase) -> Iterator[tuple[float, nn.Module]]:
+    """PEFT's model of the base with an expert at each of its strengths, one after the other."""
+    if expert.groups:
+        for scale in scales_of(expert):
+            with plugged_in_sum([expert.scaled(scale)], [1.0], loaded) as model:
+                yield scale, model
+        return
+    with plugged_in_sum([expert], [1.0], loaded) as model:
+        for scale in _strengths(model):
+            yield scale, model
+
+
+def _strengths(model: nn.Module) -> Iterator[float]:
+    """Set PEFT's model to W0 + scale · ΔW for each of :data:`SCALES`; it ends at scale 1."""
+    from peft.tuners.lora import LoraLayer
+
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    full = [dict(layer.scaling) for layer in layers]
+    for scale in SCALES:
+        for layer, scaling in zip(layers, full, strict=True):
+            layer.scaling.update({name: scale * value for name, value in scaling.items()})
+        yield scale
+
+
+def _lossy(sample: Sample) -> Sample:
+    assert sample.logits is not None
+    return replace(sample, losses=cross_entropy(sample.logits, sample.labels, reduction="none"))

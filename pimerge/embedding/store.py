@@ -1,0 +1,341 @@
+"""The store of embeddings: ``embeddings.json`` and a sidecar of tensors for each expert.
+
+The sidecar ``embeddings/NAME.safetensors`` holds the full diagonal, one tensor per parameter, under the keys
+of the adapter's own file; ``embeddings/NAME.marginals.safetensors`` the marginals of each adapted layer
+(:mod:`pimerge.embedding.layer_moments`) and its update in random directions
+(:mod:`pimerge.embedding.random_projection`);
+``embeddings/NAME.grams.safetensors``, where it was asked for, the Gram matrix of each adapted layer's inputs, under
+the module's name. A sidecar is written before the document that names it, so the store is whole at any moment; it
+grows by one expert at a time, and several processes may extend it at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pimerge.adapters.expert import CONFIG, Expert, open_expert
+from pimerge.checkpoints.safetensors_file import TensorFile, open_tensors
+from pimerge.core.errors import PimergeError, nearest
+from pimerge.core.files import disk_errors, json_text, read_json, relative_to, sha256_bytes, sha256_file, write_file
+from pimerge.embedding.store_schema import Document, Embedding, Gains, Sidecar, read_document
+from pimerge.embedding.store_view import Stored
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SIDECARS = "embeddings"
+DIAGONAL, MARGINALS, GRAMS = "diagonal", "marginals", "grams"
+_TENSOR = re.compile(
+    r"\.(?:lora|ia3|ln_tuning|bitfit|bottleneck|hada|lokr|vera|randlora|fourierft)_.*"
+)  # behind a module's name
+TRACES = "traces"  # of the modules, in the metadata of the diagonal: in the document they were most of it
+
+
+class Store:
+    """An ``embeddings.json`` and its sidecars.
+
+    Args:
+        path: the JSON document; it need not be there yet.
+
+    Raises:
+        PimergeError: if the document does not fit.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.document = read_document(path)
+
+    @property
+    def experts(self) -> dict[str, Embedding]:
+        """Name → entry, in alphabetical order."""
+        return self.document.experts
+
+    @property
+    def sidecars(self) -> Path:
+        """The folder of the sidecars: ``embeddings``, for ``embeddings.json``; of each other store one of its own."""
+        stem = self.path.stem
+        return self.path.with_name(SIDECARS if stem == SIDECARS else f"{stem}-{SIDECARS}")
+
+    def folder_of(self, name: str) -> Path:
+        """The folder of an expert in the store."""
+        return self.path.parent / self.document.experts[name].path
+
+    def open(self, name: str) -> Expert:
+        """Open an expert of the store and check that it is the one that was embedded.
+
+        Raises:
+            PimergeError: if its folder is gone, or its tensors or its config have changed.
+        """
+        if not self.folder_of(name).is_dir():
+            raise PimergeError(f"the folder '{self.folder_of(name)}' is gone", "run 'pimerge embed' again")
+        expert, entry = open_expert(self.folder_of(name)), self.document.experts[name]
+        if (expert.sha256, sha256_file(expert.path / CONFIG)) != (entry.sha256, entry.config_sha256):
+            raise PimergeError(f"'{expert.path}' has changed since it was embedded", "run 'pimerge embed' again")
+        return expert
+
+    def base_name(self, name: str) -> str:
+        """What an expert calls its base; the base's identity where its folder is gone."""
+        with suppress(PimergeError):
+            return str(read_json(self.folder_of(name) / CONFIG)["base_model_name_or_path"])
+        return self.document.experts[name].base
+
+    def find(self, target: str) -> str | None:
+        """The name in the store of a target given by name or by folder; None if it is not there."""
+        if target in self.document.experts:
+            return target
+        # the paths of the document have no links in them: to resolve thousands anew would take seconds
+        here, folder = str(self.path.parent.resolve()), str(Path(target).resolve())
+        paths = ((name, os.path.normpath(os.path.join(here, entry.path))) for name, entry in self.experts.items())
+        return next((name for name, path in paths if path == folder), None)
+
+    def find_sha(self, sha256: str) -> str | None:
+        """The first name in the store whose adapter's tensors have this SHA-256; None if there is none."""
+        return next((name for name, entry in self.experts.items() if entry.sha256 == sha256), None)
+
+    def diagonal(self, name: str) -> dict[str, Tensor]:
+        """The full diagonal of one expert: key → tensor.
+
+        Raises:
+            PimergeError: as :meth:`diagonal_file`.
+        """
+        file = self.diagonal_file(name)
+        return {key: file.read(key) for key in file.entries}
+
+    def diagonal_file(self, name: str) -> TensorFile:
+        """The full diagonal of one expert, to be read one tensor at a time.
+
+        Raises:
+            PimergeError: if the sidecar is gone or is not the one that the document names.
+        """
+        return self._checked(self.document.experts[name].sidecars[DIAGONAL], "run 'pimerge embed' again")
+
+    def traces(self, name: str) -> dict[str, float]:
+        """Module → trace of its Fisher, of one expert.
+
+        Raises:
+            PimergeError: as :meth:`diagonal_file`.
+        """
+        found: dict[str, float] = json.loads(self.diagonal_file(name).metadata[TRACES])
+        return found
+
+    def marginals_file(self, name: str) -> TensorFile:
+        """The marginals of one expert's layers.
+
+        Raises:
+            PimergeError: if the sidecar is gone or is not the one that the document names.
+        """
+        return self._checked(self.document.experts[name].sidecars[MARGINALS], "run 'pimerge embed' again")
+
+    def member(self, name: str, expert: Expert, needs: str) -> Stored:
+        """An expert of the store with what a measure ``NEEDS``.
+
+        Raises:
+            PimergeError: if a sidecar that it needs is gone or has changed.
+        """
+        return Stored(
+            expert,
+            self.diagonal_file(name) if needs == "fisher" else None,
+            self.marginals_file(name) if needs == "marginals" else None,
+        )
+
+    def grams(self, name: str) -> TensorFile:
+        """The Gram matrices of the inputs of one expert's layers: module → (d_in × d_in), to be read one by one.
+
+        Raises:
+            PimergeError: if there are none, or the sidecar is gone or is not the one that the document names.
+        """
+        hint = f"run 'pimerge embed --grams {self.folder_of(name)}'"
+        if not self.has_grams(name):
+            raise PimergeError(f"the store '{self.path}' has no Gram matrices of '{name}'", hint)
+        return self._checked(self.document.experts[name].sidecars[GRAMS], hint)
+
+    def has_grams(self, name: str) -> bool:
+        """Whether the expert is in the store with Gram matrices."""
+        entry = self.document.experts.get(name)
+        return entry is not None and GRAMS in entry.sidecars
+
+    def grams_size(self, name: str) -> int:
+        """Bytes of the expert's Gram matrices on the disk; 0 without any."""
+        sidecar = self.document.experts[name].sidecars.get(GRAMS)
+        return (self.path.parent / sidecar.file).stat().st_size if sidecar and self._is_whole(sidecar) else 0
+
+    def is_current(self, name: str, expected: Mapping[str, Any], grams: bool = False) -> bool:
+        """Whether the entry has these fields and its sidecars are whole.
+
+        Args:
+            grams: whether it must have its Gram matrices, whole, too.
+        """
+        entry = self.document.experts.get(name)
+        if entry is None or any(getattr(entry, field) != value for field, value in expected.items()):
+            return False
+        needed = [DIAGONAL, MARGINALS, *([GRAMS] if grams else [])]
+        return all(part in entry.sidecars and self._is_whole(entry.sidecars[part]) for part in needed)
+
+    def add(self, name: str, fields: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Write the sidecars, then the document with the new entry.
+
+        Args:
+            fields: of the entry, but for those that follow from the diagonal.
+            tensors: ``diagonal``, ``marginals`` and maybe ``grams`` → name → tensor.
+
+        Raises:
+            PimergeError: if the disk refuses.
+        """
+        diagonal = tensors[DIAGONAL]
+        traces: dict[str, float] = {}
+        for key, value in diagonal.items():
+            module = _TENSOR.sub("", key.removeprefix("base_model.model."))
+            traces[module] = traces.get(module, 0.0) + float(value.double().sum())
+        metadata = {DIAGONAL: {TRACES: json.dumps(dict(sorted(traces.items())))}}
+        contents = {part: _safetensors(values, metadata.get(part)) for part, values in tensors.items()}
+        sidecars = {
+            part: Sidecar(file=f"{self.sidecars.name}/{_file_of(name, part)}", sha256=sha256_bytes(content))
+            for part, content in contents.items()
+        }
+        squares = sum(float(value.double().square().sum()) for value in diagonal.values())
+        entry = Embedding(
+            **fields,
+            norm=squares**0.5,
+            trace=sum(traces.values()),
+            largest=max(float(value.max()) for value in diagonal.values()),
+            sidecars=sidecars,
+        )
+        own = {sidecar.file for sidecar in sidecars.values()}
+        with self._changing() as document:
+            experts = document.experts
+            for other in experts.keys() - {name}:
+                if own & _sidecars([experts[other]]):  # 'a.grams' beside the Gram matrices of 'a'
+                    raise PimergeError(f"the sidecars of '{name}' and '{other}' have one name", "rename one expert")
+            for part, content in contents.items():
+                write_file(self.path.parent / sidecars[part].file, content)
+            experts[name] = entry
+
+    def drop(self, name: str) -> None:
+        """Remove an entry and its sidecars, and what is known of its gains."""
+        with self._changing() as document:
+            document.experts.pop(name, None)
+            document.gains.pop(name, None)
+            for gains in document.gains.values():
+                gains.sources.pop(name, None)
+
+    def add_gains(self, target: str, gains: Gains) -> None:
+        """Write what the experts are worth for a target."""
+        with self._changing() as document:
+            document.gains[target] = gains
+
+    def history(self) -> dict[str, dict[str, dict[float, float]]]:
+        """Target → source → scale → gain, of experts and tasks that are as they were measured."""
+        entries = self.document.experts
+        return {
+            target: {
+                name: {float(scale): gain for scale, gain in by_scale.items()}
+                for name, (sha256, by_scale) in gains.sources.items()
+                if name in entries and entries[name].sha256 == sha256
+            }
+            for target, gains in sorted(self.document.gains.items())
+            if target in entries and entries[target].task_sha256 == gains.task_sha256
+        }
+
+    def overlay(self, folder: Path) -> Store:
+        """A store in another folder with the same entries, to which more can be added without touching this one."""
+        here = self.path.parent.resolve()
+        experts = {
+            name: entry.model_copy(
+                update={
+                    "path": str(here / entry.path),
+                    "sidecars": {
+                        part: sidecar.model_copy(update={"file": str(here / sidecar.file)})
+                        for part, sidecar in entry.sidecars.items()
+                    },
+                }
+            )
+            for name, entry in self.experts.items()
+        }
+        document = self.document.model_copy(update={"experts": experts})
+        write_file(folder / self.path.name, json_text(document.model_dump()))
+        return Store(folder / self.path.name)
+
+    def path_of(self, expert: Expert) -> str:
+        """An expert's folder as the document has it."""
+        return relative_to(expert.path, self.path.parent)
+
+    def _is_whole(self, sidecar: Sidecar) -> bool:
+        path = self.path.parent / sidecar.file
+        return path.is_file() and sha256_file(path) == sidecar.sha256
+
+    def _checked(self, sidecar: Sidecar, hint: str) -> TensorFile:
+        """Open a sidecar that has to be whole."""
+        path = self.path.parent / sidecar.file
+        if not self._is_whole(sidecar):
+            state = "has changed" if path.is_file() else "is gone"
+            raise PimergeError(f"the sidecar '{path}' {state}", hint)
+        return open_tensors(path)
+
+    @contextmanager
+    def _changing(self) -> Iterator[Document]:
+        """Change the document under a lock, starting from what other processes have written meanwhile.
+
+        Sidecars that it no longer names are removed.
+        """
+        from filelock import FileLock
+
+        with disk_errors(self.sidecars):
+            self.sidecars.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self.sidecars / ".lock")
+            lock.acquire()
+        try:
+            document = read_document(self.path)
+            before = _sidecars(document.experts.values())
+            yield document
+            document.experts = dict(sorted(document.experts.items()))
+            write_file(self.path, json_text(document.model_dump()))
+            self.document = document
+            for sidecar in before - _sidecars(document.experts.values()):
+                if not os.path.isabs(sidecar):  # that of the store under an overlay
+                    (self.path.parent / sidecar).unlink(missing_ok=True)
+        finally:
+            lock.release()
+
+
+def _file_of(name: str, part: str) -> str:
+    return f"{name}{'' if part == DIAGONAL else '.' + part}.safetensors"
+
+
+def _sidecars(entries: Iterable[Embedding]) -> set[str]:
+    """The files that some entries name."""
+    return {sidecar.file for entry in entries for sidecar in entry.sidecars.values()}
+
+
+def _safetensors(tensors: Mapping[str, Tensor], metadata: dict[str, str] | None) -> bytes:
+    """The bytes of a file; at most one item of metadata, since the library writes several in any order."""
+    from safetensors.torch import save
+
+    return save({key: value.cpu().contiguous() for key, value in tensors.items()}, metadata or {"format": "pt"})
+
+
+def open_store(path: Path) -> Store:
+    """Open a store that has to be there.
+
+    Raises:
+        PimergeError: if it is not there, is empty or does not fit.
+    """
+    if not path.is_file():
+        raise PimergeError(f"there is no store '{path}'", "run 'pimerge embed ./experts' first, or pass --store")
+    store = Store(path)
+    if not store.experts:
+        raise PimergeError(f"the store '{path}' holds no expert", "run 'pimerge embed ./experts' first")
+    return store
+
+
+def unknown_target(target: str, store: Store) -> PimergeError:
+    """The error for a target that is neither in the store nor a folder."""
+    return PimergeError(
+        f"there is no target '{target}': it is neither in '{store.path}' nor a folder",
+        nearest(target, list(store.experts)),
+    )

@@ -1,0 +1,123 @@
+"""The document ``embeddings.json``: an entry for each expert, and what the experts are worth for each other."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from pimerge.core.errors import PimergeError
+from pimerge.core.files import read_json
+from pimerge.tasks.task import parse_document
+
+SCHEMA = 4
+
+
+class Settings(BaseModel):
+    """What was asked for; an embedding made with other settings is computed anew."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    labels: str = "true"
+    max_examples: int = 1000
+    shots: int | None = None
+    seed: int = 0
+    dtype: str = "float32"
+
+
+class Sidecar(BaseModel):
+    """A file beside the document: relative to its folder, with its SHA-256."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    file: str
+    sha256: str
+
+
+class Embedding(BaseModel):
+    """One expert's entry.
+
+    Attributes:
+        path: the expert's folder, relative to the store's.
+        sha256: of the adapter's tensors; ``config_sha256`` of its config, ``task_sha256`` of its task and data.
+        base: the base model's identity.
+        examples, tokens: what the estimate is made of.
+        route: ``rules`` or ``loop``.
+        norm: ‖F‖₂ over all parameters; ``trace`` is ΣF, ``largest`` the largest entry.
+        sketches: ``gradients`` and ``update``, the two parts of the measure ``fisher``; see
+        :mod:`pimerge.embedding.random_projection`.
+        sidecars: ``diagonal``, ``marginals`` and, where there are some, ``grams``.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    path: str
+    sha256: str
+    config_sha256: str
+    task_sha256: str
+    kind: str
+    base: str
+    task: dict[str, Any]
+    estimator: str = "diagonal empirical Fisher, squared per example"
+    settings: Settings
+    examples: int
+    tokens: int
+    device: str
+    route: str
+    norm: float
+    trace: float
+    largest: float
+    sketches: dict[str, str]
+    sidecars: dict[str, Sidecar]
+
+
+class Gains(BaseModel):
+    """What the store's experts were measured to be worth for one target (``pimerge rank --calibrate``).
+
+    Attributes:
+        task_sha256: of the target's task and data, as they were.
+        examples: of the target that were looked at.
+        sources: name → the sha256 of its tensors, and the gain in accuracy over the bare base at each scale.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    task_sha256: str
+    examples: int
+    sources: dict[str, tuple[str, dict[str, float]]]
+
+
+class Document(BaseModel):
+    """The content of ``embeddings.json``."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    schema_version: int = SCHEMA
+    experts: dict[str, Embedding] = Field(default_factory=dict)
+    gains: dict[str, Gains] = Field(default_factory=dict)
+
+
+def read_document(path: Path) -> Document:
+    """Read the document, experts in alphabetical order; an empty one if it is not there.
+
+    Raises:
+        PimergeError: if it does not fit.
+    """
+    if not path.exists():
+        return Document()
+    document = None
+    with suppress(OSError, ValidationError):  # parsed at once, which takes a fraction; else see what is wrong
+        document = Document.model_validate_json(path.read_bytes())
+    if document is None or "schema_version" not in document.model_fields_set or document.schema_version != SCHEMA:
+        content = read_json(path)
+        found = content.get("schema_version") if isinstance(content, dict) else None
+        if found != SCHEMA:
+            raise PimergeError(
+                f"'{path}' has the schema version {found}, expected {SCHEMA}",
+                "it is no store, or another version's: remove it, or choose another --store",
+            )
+        document = parse_document(Document, path, "remove the file and run 'pimerge embed' again")
+    document.experts = dict(sorted(document.experts.items()))
+    return document

@@ -1,0 +1,175 @@
+"""What ``pimerge compare`` compares: methods and controls, on draws of so many examples, with so many experts."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from pimerge.adapters.expert import Expert
+from pimerge.core.errors import Problems
+from pimerge.embedding.features import why_not
+from pimerge.tasks.task import Task
+from pimerge.tuning.class_name_examples import may_take_names
+from pimerge.tuning.method import TuneMethod, open_tune_method
+from pimerge.tuning.options import Options, check_options
+
+SINGLE = "single"
+"""The best single expert: the ranking's first with a head, as ``uniform`` has it of several."""
+CONTROLS = ("head", "scratch", "named", "full", SINGLE, "uniform", "random")
+USUAL_CONTROLS = ("head", "scratch", "full", SINGLE, "uniform")
+RANKED_BY = ("draws", "ranking")
+
+
+@dataclass(frozen=True)
+class Design:
+    """What is compared.
+
+    Attributes:
+        methods: tune methods and controls (:data:`CONTROLS`), in the order of the table.
+        shots: examples of each class; None for all.
+        seeds: so many draws, 0, 1, ….
+        experts: numbers of ranked experts that are at hand.
+        options: of every training; shots and seed are each run's.
+        select: as :func:`pimerge.tuning.tune.tune` takes it.
+        lrs: method → learning rate, where it is not the method's usual one.
+        ranked_by: ``draws``: the experts are ranked on the examples of each draw; ``ranking``: as they come.
+        split: of the data, that the examples are drawn from; None for the task's train split.
+    """
+
+    methods: Sequence[str]
+    shots: Sequence[int | None]
+    seeds: int
+    experts: Sequence[int]
+    options: Options
+    select: str = "fixed"
+    lrs: Mapping[str, float] = field(default_factory=dict)
+    ranked_by: str = RANKED_BY[0]
+    split: str | None = None
+
+    @property
+    def controls(self) -> list[str]:
+        """Those of the methods that are controls."""
+        return [name for name in self.methods if name in CONTROLS]
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """An expert of the pool, with its score and the gain that is expected of it; None where no ranking says."""
+
+    expert: Expert
+    score: float | None = None
+    gain: float | None = None
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run to be made."""
+
+    method: str
+    shots: int | None
+    seed: int
+    k: int
+
+
+def usual_controls(task: Task, methods: Sequence[str]) -> list[str]:
+    """The controls of some methods where none are asked for.
+
+    Where a method takes the names of classes as examples, a fresh LoRA that does is one: what names gain is no merit of
+    the experts.
+    """
+    with_names = any(may_take_names(task, open_tune_method(name).plan) for name in methods if name != SINGLE)
+    return [*USUAL_CONTROLS, *(["named"] if with_names else [])]
+
+
+def shots_text(shots: int | None) -> str:
+    """How many examples, as people say it.
+
+    >>> shots_text(1), shots_text(5), shots_text(None)
+    ('1 shot', '5 shots', 'all examples')
+    """
+    return "all examples" if shots is None else "1 shot" if shots == 1 else f"{shots} shots"
+
+
+def cases_of(design: Design, methods: Mapping[str, TuneMethod]) -> Iterator[Case]:
+    """All runs; a method without experts has one for each draw, whatever the numbers of experts."""
+    for shots in design.shots:
+        for seed in range(design.seeds):
+            for name in design.methods:
+                counts = [1] if name == SINGLE else design.experts if methods[name].plan.experts else [0]
+                yield from (Case(name, shots, seed, k) for k in counts)
+
+
+def check_design(
+    task: Task,
+    experts: int,
+    design: Design,
+    methods: Mapping[str, TuneMethod],
+    also: Sequence[Task],
+    note: Callable[[str], None],
+) -> None:
+    """Check a design before anything runs.
+
+    Args:
+        experts: how many there are, besides the target's own.
+        also: further tasks whose test splits the results are scored on.
+        note: told what the user should know.
+
+    Raises:
+        PimergeError: if the design does not fit the data or the experts.
+    """
+    check_options(design.options)
+    problems = Problems()
+    _check_numbers(design, methods, problems)
+    composing = [name for name, method in methods.items() if method.plan.experts]
+    most = max([*design.experts, 0])
+    if composing and experts < most:
+        problems.add(
+            f"{', '.join(composing)}: {most} experts are asked for, and there are {experts} besides the target's own",
+            "name more experts or a pool, or pass a smaller --experts",
+        )
+    if composing and design.ranked_by == "draws" and (reason := why_not(task)):
+        problems.add(f"the experts cannot be ranked on each draw: {reason}", "pass --rank-by ranking")
+    for other in also:
+        if other.labels != task.labels or other.file.type != task.file.type:
+            problems.add(
+                f"'{other.path}' is about {', '.join(other.labels) or other.file.type}, the target about "
+                f"{', '.join(task.labels) or task.file.type}",
+                "a further test needs the type and the classes of the target",
+            )
+    problems.raise_any("this cannot be compared")
+    with problems.collected():
+        _, labels = task.rows("train")
+        _check_data(task, design, Counter(labels), problems, note)
+    problems.raise_any("the data cannot give what is asked for")
+
+
+def _check_numbers(design: Design, methods: Mapping[str, TuneMethod], problems: Problems) -> None:
+    if design.seeds < 1:
+        problems.add(f"--seeds is {design.seeds}, expected at least 1")
+    if design.ranked_by not in RANKED_BY:
+        problems.add(f"--rank-by is '{design.ranked_by}'", f"expected {' or '.join(RANKED_BY)}")
+    for name in sorted(design.lrs.keys() - methods.keys()):
+        problems.add(f"--lr names '{name}', which is not compared", f"expected one of {', '.join(methods)}")
+    for shots in design.shots:
+        if shots is not None and shots < 1:
+            problems.add(f"--shots has {shots}, expected at least 1, or all")
+    for k in design.experts:
+        if k < 1:
+            problems.add(f"--experts has {k}, expected at least 1")
+
+
+def _check_data(
+    task: Task, design: Design, counts: Counter[int], problems: Problems, note: Callable[[str], None]
+) -> None:
+    """Check that there are as many examples of each class as are asked for."""
+    for shots in design.shots:
+        short = [task.labels[label] for label, count in sorted(counts.items()) if shots and count < shots]
+        if task.labels and short and not task.of_words:
+            least = min(counts.values())
+            problems.add(
+                f"{shots} shots are asked for, and of {', '.join(short)} there are fewer: {least}",
+                f"pass --shots {least} or all, or --draw-from with a larger split",
+            )
+    if design.seeds > 1 and any(shots is None or set(counts.values()) == {shots} for shots in design.shots):
+        note("where all examples are taken, seeds differ in init and order alone")

@@ -1,0 +1,1 @@
+"""Merge experts or full checkpoints without training; one file per method."""

@@ -1,0 +1,184 @@
+"""Full checkpoints as experts: W = W0 + merge(W_n − W0), tensor by tensor.
+
+Linear methods take W = (1 − Σc_n) W0 + Σ c_n W_n in float64 in pieces, so one expert at weight 1 comes back bit by
+bit and memory does not grow with the tensors. The others see a whole tensor, in float32 (float64 for F64).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pimerge.checkpoints.checkpoint import Checkpoint
+from pimerge.checkpoints.safetensors_file import is_finite
+from pimerge.checkpoints.writer import flat_pieces, write_like
+from pimerge.core.errors import Problems
+from pimerge.core.progress import Track, silent
+from pimerge.merging.checkpoint_plan import MergePlan
+from pimerge.merging.method import Method
+
+Weights = Mapping[str, Sequence[float]] | Sequence[float]
+
+
+@dataclass(frozen=True)
+class MergedCheckpoint:
+    """What a merge of checkpoints wrote.
+
+    Attributes:
+        merged: tensors that were merged.
+        kept: tensors of the base that stay as they are.
+        dropped: keys of heads that were left out.
+        size: bytes of the tensors.
+    """
+
+    merged: int
+    kept: int
+    dropped: tuple[str, ...]
+    size: int
+
+
+class _Finite:
+    """Notes each tensor with NaN or Inf once, by expert."""
+
+    def __init__(self) -> None:
+        self.bad: dict[tuple[str, str], None] = {}
+
+    def check(self, checkpoint: Checkpoint, key: str, values: Tensor) -> None:
+        if not is_finite(values):
+            self.bad[checkpoint.name, key] = None
+
+    def raise_any(self) -> None:
+        problems = Problems()
+        for name, key in self.bad:
+            problems.add(f"'{key}' of '{name}' holds NaN or Inf", "the training diverged: leave the checkpoint out")
+        problems.raise_any("NaN or Inf weights")
+
+
+def merge_checkpoints(
+    plan: MergePlan,
+    weights: Weights,
+    method: Method,
+    output: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    track: Track = silent,
+) -> MergedCheckpoint:
+    """Write the merged checkpoint: shards, names and order of the base.
+
+    Args:
+        plan: of :func:`pimerge.merging.checkpoint_plan.plan_merge`.
+        weights: one per expert; or key of the base → one per expert.
+        output: an empty folder, or the path of a file if the base is a single file.
+        dtype: of all floating tensors; None keeps the base's.
+
+    Raises:
+        PimergeError: with each tensor that holds NaN or Inf, when all have been read; the output is of no use then.
+    """
+    finite = _Finite()
+
+    def change(key: str) -> Iterator[Tensor] | None:
+        if key in plan.heads:
+            return _head(plan, key, finite)
+        if key not in plan.merged:
+            return None
+        given = torch.tensor(list(weights[key] if isinstance(weights, Mapping) else weights), dtype=torch.float64)
+        if method.space == "linear":
+            return _linear(plan, key, given, method, finite)
+        return iter([_whole(plan, key, given, method, finite)])
+
+    new = {}
+    for key, parts in plan.heads.items():
+        number, source = next(iter(parts.items()))
+        kind = plan.base.entry(key).dtype if key in plan.base.home else plan.experts[number].entry(source).dtype
+        new[key] = (kind, plan.experts[number].entry(source).shape)
+    size = write_like(plan.base, output, change, new=new, config=plan.config, dtype=dtype, track=track)
+    finite.raise_any()
+    kept = len(plan.base.home.keys() - plan.merged.keys() - plan.heads.keys())
+    return MergedCheckpoint(len(plan.merged), kept, plan.dropped, size)
+
+
+def _linear(plan: MergePlan, key: str, weights: Tensor, method: Method, finite: _Finite) -> Iterator[Tensor]:
+    """(1 − Σc_n) W0 + Σ c_n W_n, piece by piece; a piece that is the same in all is the base's as it is."""
+
+    def gram() -> Tensor:
+        total = torch.zeros(len(weights), len(weights), dtype=torch.float64)
+        for base, experts in _pieces(plan, key):
+            deltas = torch.stack([expert.double() - base.double() for expert in experts])
+            total += deltas @ deltas.T
+        return total
+
+    found = method.coefficients(weights, gram).tolist()
+    rest = 1 - math.fsum(found)
+    for base, experts in _pieces(plan, key):
+        values = [base.double(), *(expert.double() for expert in experts)]
+        if all(torch.equal(values[0], value) for value in values[1:]):
+            yield base
+            continue
+        _check(plan, key, values, finite)
+        terms = [(c, value) for c, value in zip([rest, *found], values, strict=True) if c != 0]
+        total = terms[0][1] * terms[0][0] if terms else torch.zeros_like(values[0])
+        for c, value in terms[1:]:
+            total.add_(value, alpha=c)
+        yield total
+
+
+def _pieces(plan: MergePlan, key: str) -> Iterator[tuple[Tensor, list[Tensor]]]:
+    """The base's numbers and those of each expert, in flat pieces of the same length."""
+    count = math.prod(plan.base.entry(key).shape)
+    sources = [(plan.base, key), *zip(plan.experts, plan.merged[key], strict=True)]
+    step = 2**18  # 2 MiB of float64 for each checkpoint: the sums stay in cache
+    for start in range(0, count, step):
+        stop = min(start + step, count)
+        base, *experts = (found.home[name].read_part(name, start, stop) for found, name in sources)
+        yield base, experts
+
+
+def _whole(plan: MergePlan, key: str, weights: Tensor, method: Method, finite: _Finite) -> Tensor:
+    """The merged tensor of a method that looks at all of it: deltas, or with Fishers the parameters."""
+    kind = torch.float64 if plan.base.entry(key).dtype == "F64" else torch.float32
+    base = plan.base.read(key).to(kind)
+    names = plan.merged[key]
+    stacked = torch.empty(len(names), *base.shape, dtype=kind)
+    for row, expert, name in zip(stacked, plan.experts, names, strict=True):
+        row.copy_(expert.read(name))
+    if all(torch.equal(base, row) for row in stacked):
+        return base.view(-1)
+    _check(plan, key, [base, *stacked], finite)
+    if method.space == "factors":
+        fishers = [file.read(name).to(kind) for file, name in zip(plan.fishers, names, strict=False)]
+        given = {"fishers": torch.stack(fishers)} if fishers else {}
+        merged: Tensor = method.merge(stacked, weights.to(kind), draws=(), limit=0, **given)
+        return merged.reshape(-1)
+    stacked -= base
+    draws = []
+    if "generators" in method.needs:
+        draws = [f"{expert.sha256} {key}" for expert in plan.experts]
+    rows = base.shape[0] if base.dim() else 1
+    limit = min(rows, base.numel() // max(1, rows))
+    return base.add_(method.merge(stacked, weights.to(kind), draws=draws, limit=limit)).view(-1)
+
+
+def _check(plan: MergePlan, key: str, values: Sequence[Tensor], finite: _Finite) -> None:
+    finite.check(plan.base, key, values[0])
+    for expert, name, value in zip(plan.experts, plan.merged[key], values[1:], strict=True):
+        finite.check(expert, name, value)
+
+
+def _head(plan: MergePlan, key: str, finite: _Finite) -> Iterator[Tensor]:
+    """The target's tensor, or the mean of all, in float64."""
+    parts = [(plan.experts[number], name) for number, name in plan.heads[key].items()]
+    if len(parts) == 1:
+        expert, name = parts[0]
+        for piece in flat_pieces(expert.home[name], name):
+            finite.check(expert, name, piece)
+            yield piece
+        return
+    values = [expert.read(name).double() for expert, name in parts]
+    for (expert, name), value in zip(parts, values, strict=True):
+        finite.check(expert, name, value)
+    yield torch.stack(values).mean(0).view(-1)

@@ -1,0 +1,257 @@
+"""Which tensors of full checkpoints are merged, which stay, and what becomes of the heads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pimerge.checkpoints.checkpoint import Checkpoint, require_foldable
+from pimerge.checkpoints.key_mapping import Names, align, names_of
+from pimerge.checkpoints.safetensors_file import FLOATS, TensorFile, open_tensors
+from pimerge.core import plugins
+from pimerge.core.errors import PimergeError, Problems
+from pimerge.merging.method import PACKAGE, Method
+
+SPACES = ("linear", "elementwise", "factors")
+HEAD_POLICIES = ("target", "average", "none")
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """What a merge of checkpoints reads and writes; see :func:`plan_merge`.
+
+    Attributes:
+        merged: key of the base → the key of each expert, for every tensor that is merged.
+        heads: key that is written → the keys that it is taken from, by the number of the expert.
+        dropped: keys of heads that are left out.
+        fishers: the file of each expert's Fisher, if the method needs them.
+        config: of the written checkpoint; None for the base's.
+    """
+
+    base: Checkpoint
+    experts: tuple[Checkpoint, ...]
+    merged: dict[str, list[str]]
+    heads: dict[str, dict[int, str]] = field(default_factory=dict)
+    dropped: tuple[str, ...] = ()
+    fishers: tuple[TensorFile, ...] = ()
+    config: dict[str, Any] | None = None
+
+
+@dataclass
+class _Sorted:
+    """The tensors of one expert: key of the base → own key, and written key → own key for its head."""
+
+    same: dict[str, str] = field(default_factory=dict)
+    head: dict[str, str] = field(default_factory=dict)
+
+
+def plan_merge(
+    base: Checkpoint,
+    experts: Sequence[Checkpoint],
+    method: Method,
+    *,
+    fishers: Sequence[Path] | None = None,
+    head: str = "none",
+    target: int | None = None,
+    selected: Callable[[str], bool] | None = None,
+) -> MergePlan:
+    """Check that checkpoints can be merged; nothing is computed or written.
+
+    Args:
+        fishers: a safetensors file per expert with a tensor for each of its own, for methods that need them.
+        head: of tensors that only experts have, or whose labels differ: ``none`` leaves them out (the base keeps
+            its own), ``target`` takes the target's, ``average`` the mean.
+        target: number of the target's expert.
+        selected: keys of the base that are merged; None for all.
+
+    Raises:
+        PimergeError: with all that is wrong: a method that needs factors, quantised weights, another model,
+            shapes that differ, tensors that some experts lack, integers that differ, a head policy or
+            Fishers that do not fit.
+    """
+    _check_method(method)
+    problems = Problems()
+    for checkpoint in (base, *experts):
+        with problems.collected():
+            require_foldable(checkpoint)
+    _check_models(base, experts, problems)
+    problems.raise_any("the checkpoints cannot be merged")
+    own = names_of(base)
+    relabelled = len({str(found.config.get("id2label")) for found in (base, *experts)}) > 1
+    found = [_sort(base, own, expert, relabelled, problems) for expert in experts]
+    _heads_for_all(found)
+    chosen = selected or (lambda key: True)
+    merged = {
+        key: [part.same[key] for part in found]
+        for key in base.home
+        if _is_merged(base, key, experts, found, own, problems) and chosen(key)
+    }
+    heads = _choose_heads(head, target, experts, [part.head for part in found], problems)
+    files = _fishers(method, fishers, experts, merged, problems)
+    problems.raise_any("the checkpoints cannot be merged")
+    dropped = sorted({key for part in found for key in part.head} - heads.keys())
+    config = _config(base, experts[target or 0]) if heads else None
+    return MergePlan(base, tuple(experts), merged, heads, tuple(dropped), files, config)
+
+
+def _check_method(method: Method) -> None:
+    if method.space in SPACES:
+        return
+    names = plugins.summaries(PACKAGE)
+    possible = [name for name in names if plugins.load(PACKAGE, name).SPACE in SPACES]
+    raise PimergeError(
+        f"'{method.name}' works on low-rank updates or their inputs, full checkpoints have neither",
+        f"those that merge full checkpoints: {', '.join(possible)}",
+    )
+
+
+def _check_models(base: Checkpoint, experts: Sequence[Checkpoint], problems: Problems) -> None:
+    if not experts:
+        problems.add("there are no experts to merge")
+    for expert in experts:
+        found, expected = (checkpoint.config.get("model_type") for checkpoint in (expert, base))
+        if found and expected and found != expected:
+            problems.add(
+                f"'{expert.name}' is a {found}, the base '{base.name}' a {expected}",
+                "merge checkpoints that were fine-tuned from the base",
+            )
+
+
+def _sort(base: Checkpoint, own: Names, expert: Checkpoint, relabelled: bool, problems: Problems) -> _Sorted:
+    """Which tensors of an expert are the base's, and which its head."""
+    names = names_of(expert)
+    keys = align(own, names)
+    found = _Sorted()
+    for key, name in names.parameter.items():
+        is_head, home = names.in_head(name), keys.get(key)
+        if home is not None:
+            same = expert.entry(key).shape == base.entry(home).shape
+            if is_head and (relabelled or not same):
+                found.head[home] = key
+            elif same:
+                found.same[home] = key
+            else:
+                problems.add(
+                    f"'{key}' of '{expert.name}' is {expert.entry(key).shape}, the base's {base.entry(home).shape}",
+                    "a resized vocabulary or another layer cannot be merged: leave the expert out",
+                )
+        elif names.known and name not in names.known:
+            continue  # transformers does not load it either
+        elif name in (own.shared or {}):
+            if not any(name in group for group in names.groups):
+                problems.add(f"'{expert.name}' has its own '{key}', which the base shares with its embedding")
+        elif is_head or not names.known:
+            found.head[key] = key
+        else:
+            problems.add(f"'{expert.name}' has '{key}', which the base lacks", "it was made from another base")
+    return found
+
+
+def _heads_for_all(found: Sequence[_Sorted]) -> None:
+    """A tensor that is one expert's head is the head of all."""
+    for key in {key for part in found for key in part.head}:
+        for part in found:
+            if key in part.same:
+                part.head[key] = part.same.pop(key)
+
+
+def _is_merged(
+    base: Checkpoint,
+    key: str,
+    experts: Sequence[Checkpoint],
+    found: Sequence[_Sorted],
+    own: Names,
+    problems: Problems,
+) -> bool:
+    """Whether a tensor of the base has a counterpart in every expert; one that none has stays as it is."""
+    having = [number for number, part in enumerate(found) if key in part.same]
+    if base.entry(key).dtype not in FLOATS:
+        value = base.read(key)
+        for number in having:
+            if not torch.equal(value, experts[number].read(found[number].same[key])):
+                problems.add(f"'{key}' of '{experts[number].name}' holds other integers than the base's")
+        return False
+    unused = bool(own.known) and own.parameter[key] not in own.known
+    if having and len(having) < len(found) and not unused:
+        lacking = [expert.name for number, expert in enumerate(experts) if number not in having]
+        problems.add(
+            f"'{key}' of the base is not in {', '.join(lacking)}, but in other experts",
+            "leave those out, or exclude the tensor",
+        )
+    return len(having) == len(found)
+
+
+def _choose_heads(
+    policy: str,
+    target: int | None,
+    experts: Sequence[Checkpoint],
+    heads: Sequence[Mapping[str, str]],
+    problems: Problems,
+) -> dict[str, dict[int, str]]:
+    """Written key → number of the expert → its key."""
+    if policy not in HEAD_POLICIES:
+        problems.add(f"--head is '{policy}'", f"expected {', '.join(HEAD_POLICIES)}")
+    if policy == "target" and target is None and any(heads):
+        problems.add("it is not known which expert is the target's", "pass --target, --head average or --head none")
+    if policy == "target" and target is not None:
+        return {key: {target: name} for key, name in heads[target].items()}
+    if policy == "average":
+        _check_average(experts, heads, problems)
+        every = heads[0].keys() if heads else set()
+        return {key: {n: head[key] for n, head in enumerate(heads) if key in head} for key in every}
+    return {}
+
+
+def _check_average(experts: Sequence[Checkpoint], heads: Sequence[Mapping[str, str]], problems: Problems) -> None:
+    hint = "pass --head target or --head none"
+    first = experts[0]
+    for expert, head in zip(experts, heads, strict=True):
+        labels, expected = (checkpoint.config.get("id2label") for checkpoint in (expert, first))
+        if any(heads) and labels != expected:
+            problems.add(f"the head of '{expert.name}' answers {labels}, that of '{first.name}' {expected}", hint)
+        shapes = {key: expert.entry(name).shape for key, name in head.items()}
+        if shapes != {key: first.entry(name).shape for key, name in heads[0].items()}:
+            problems.add(f"the head of '{expert.name}' has other tensors than that of '{first.name}'", hint)
+
+
+def _fishers(
+    method: Method,
+    paths: Sequence[Path] | None,
+    experts: Sequence[Checkpoint],
+    merged: Mapping[str, list[str]],
+    problems: Problems,
+) -> tuple[TensorFile, ...]:
+    """The Fisher of each expert, with a tensor of the same shape for each that is merged."""
+    if "fishers" not in method.needs:
+        return ()
+    if len(paths or ()) != len(experts):
+        problems.add(
+            f"'{method.name}' needs a Fisher file per expert: {len(paths or ())} for {len(experts)} experts",
+            "a safetensors file with the keys of the checkpoint",
+        )
+        return ()
+    files = []
+    for number, (path, expert) in enumerate(zip(paths or (), experts, strict=True)):
+        with problems.collected():
+            file = open_tensors(path)
+            files.append(file)
+            wanted = [keys[number] for keys in merged.values()]
+            missing = [key for key in wanted if key not in file.entries]
+            wrong = [key for key in wanted if key not in missing and file.entries[key].shape != expert.entry(key).shape]
+            for what, keys in (("lacks", missing), ("has another shape for", wrong)):
+                if keys:
+                    more = f" and {len(keys) - 5} more" if len(keys) > 5 else ""
+                    problems.add(f"'{path}' {what} {', '.join(keys[:5])}{more}", "take the Fisher of this checkpoint")
+    return tuple(files)
+
+
+def _config(base: Checkpoint, source: Checkpoint) -> dict[str, Any] | None:
+    """The config of the expert whose head is written, with the dtype of the base, whose tensors are written."""
+    if base.is_file or source.is_file:
+        return None
+    stated: dict[str, Any] = {name: base.config[name] for name in ("dtype", "torch_dtype") if name in base.config}
+    return {**source.config, **stated}

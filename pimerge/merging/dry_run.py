@@ -1,0 +1,151 @@
+"""What a merge will do, before it does it: what is handled and how, what is left out and why, memory and size."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pimerge.adapters.expert import Expert
+from pimerge.adapters.low_rank import EVERYTHING
+from pimerge.adapters.writer import Head
+from pimerge.merging.merge import Merge
+
+_FLOAT64 = 8
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A merge in words and numbers.
+
+    Attributes:
+        modules: how many are merged.
+        handled: what the experts differ in and how that is handled, a sentence each.
+        left_out: what does not go into the result and why, a sentence each.
+        memory: bytes that the largest module needs, about.
+        size: bytes of the result, at most.
+    """
+
+    modules: int
+    handled: list[str]
+    left_out: list[str]
+    memory: int
+    size: int
+
+
+def plan_of(merge: Merge, given: Sequence[Expert], head: Head) -> Plan:
+    """The plan of a merge.
+
+    Args:
+        given: the experts as the user gave them.
+        head: what goes in as the task head.
+    """
+    heads = sum(tensor.numel() * tensor.itemsize for tensor in head.tensors.values())
+    return Plan(
+        len(merge.names),
+        _handled(merge),
+        _left_out(merge, given, head),
+        max(_memory(merge, name) for name in merge.names),
+        heads + sum(_numbers(merge, name) for name in merge.names) * merge.dtype.itemsize,
+    )
+
+
+def _handled(merge: Merge) -> list[str]:
+    experts = merge.experts
+    found = [f"'{name}' is given {count} times: its weights are added" for name, count in merge.joined.items()]
+    reduced = [f"'{expert.name}' × {expert.scale:g}" for expert in experts if expert.scale != 1]
+    if reduced:
+        found.append(f"updates at another strength than their own: {', '.join(reduced)}")
+    stabilised = [expert.name for expert in experts if expert.config.get("use_rslora")]
+    if 0 < len(stabilised) < len(experts):
+        found.append(f"rsLoRA (alpha / √r) in {_names(stabilised)}, alpha / r in the others: each with its own scaling")
+    ranks = {expert.name: expert.ranks for expert in experts}
+    if len(set(ranks.values())) > 1:
+        found.append("different ranks: " + ", ".join(f"{n} {'/'.join(map(str, r))}" for n, r in ranks.items()))
+    scalings = sorted({module.scaling for expert in experts for module in expert.modules.values()})
+    if len(scalings) > 1:
+        found.append(f"different scalings, from {scalings[0]:g} to {scalings[-1]:g}: each is part of its ΔW")
+    dtypes = sorted({dtype for expert in experts for dtype in expert.dtypes})
+    if len(dtypes) > 1:
+        found.append(
+            f"different dtypes ({', '.join(dtypes)}): the result has {str(merge.dtype).removeprefix('torch.')}"
+        )
+    partial = [name for name in merge.names if not all(name in expert.modules for expert in experts)]
+    if partial:
+        found.append(
+            f"{len(partial)} modules are adapted by some of the experts only, such as '{partial[0]}': "
+            "the others count as a zero update there, with their weight"
+        )
+    for expert in experts:
+        if expert.is_computed:
+            found.append(f"'{expert.name}' is of kind {expert.kind}: its ΔW is computed and goes into the LoRA")
+        conversions = {conversion for module in expert.modules.values() for conversion in module.conversions}
+        if conversions:
+            kinds = ", ".join(sorted(conversions))
+            found.append(f"'{expert.name}' is {kinds}: converted to ΔW with the base's weights")
+    if merge.has_bias and merge.method.space != "linear":
+        found.append("bias updates are summed with the weights")
+    return found
+
+
+def _left_out(merge: Merge, given: Sequence[Expert], head: Head) -> list[str]:
+    every = sorted({name for expert in given for name in expert.modules})
+    found = []
+    dropped = [name for name in every if name not in merge.weights]
+    if dropped:
+        found.append(f"{len(dropped)} modules by --include and --exclude, such as '{dropped[0]}'")
+    unused = [
+        expert.name for i, expert in enumerate(merge.experts) if not any(values[i] for values in merge.weights.values())
+    ]
+    if unused:
+        found.append(f"{_names(unused)}: weight 0 everywhere")
+    heads = list(dict.fromkeys(expert.name for expert in given if expert.head))
+    if heads and not head.tensors:
+        found.append(f"the heads of {_names(heads)}: the result has none")
+    return found
+
+
+def _names(names: Sequence[str]) -> str:
+    return ", ".join(f"'{name}'" for name in names)
+
+
+def _width(merge: Merge, name: str) -> int:
+    layout = merge.layout(name)
+    return layout.d_out + layout.d_in
+
+
+def _numbers(merge: Merge, name: str) -> int:
+    """Of the result's factors and bias, at most."""
+    return _rank(merge, name) * _width(merge, name) + (merge.layout(name).d_out if merge.has_bias else 0)
+
+
+def _stacked(merge: Merge, name: str) -> int:
+    """Σ r_n."""
+    return sum(expert.modules[name].full_rank for expert in merge.experts if name in expert.modules)
+
+
+def _rank(merge: Merge, name: str) -> int:
+    """The most that the result's rank can be."""
+    layout = merge.layout(name)
+    limit = min(layout.d_out, layout.d_in)
+    by_factor = merge.method.space == "factors" or merge.space == "factors"
+    most = layout.rank if by_factor else limit if merge.space == "delta" else min(limit, _stacked(merge, name))
+    return min(most, merge.truncation.rank or most)
+
+
+def _memory(merge: Merge, name: str) -> int:
+    """The tensors that are held at once for one module, about."""
+    layout, count = merge.layout(name), len(merge.experts)
+    stacked = _stacked(merge, name)
+    inputs = stacked * _width(merge, name) * 4
+    result = _rank(merge, name) * _width(merge, name) * merge.dtype.itemsize
+    if (merge.method.space == "linear" and merge.truncation == EVERYTHING) or merge.space == "factors":
+        return inputs + result
+    basis = 2 * stacked * _width(merge, name) * _FLOAT64
+    if merge.space == "delta":
+        return inputs + (3 * count * 4 + 4 * _FLOAT64) * layout.d_out * layout.d_in
+    if merge.method.space == "inputs":
+        return inputs + basis + (count + 3) * layout.d_in**2 * _FLOAT64
+    rows, columns = min(stacked, layout.d_out), min(stacked, layout.d_in)
+    if merge.method.space == "rows":
+        return inputs + basis + 4 * count * rows * layout.d_in * _FLOAT64
+    return inputs + basis + 3 * count * rows * columns * _FLOAT64

@@ -1,0 +1,39 @@
+"""The weighted sum after random dropping: Σ w_n m_n ⊙ ΔW_n / p (DARE, arXiv 2311.03099, section 3).
+
+Each entry of each update is kept with probability p = ``density`` and divided by p, so that the expectation is
+scale · Σ w_n ΔW_n; the paper's drop rate is 1 − p. The division is by the probability that the draws really
+have, a multiple of 1/65536.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Generator, Tensor
+
+from pimerge.merging.methods._drop import BREAKS, drop
+from pimerge.merging.methods._linear import weighted_sum
+from pimerge.merging.methods._weights import mean as weights
+
+__all__ = ["BREAKS", "NEEDS", "SPACE", "merge", "weights"]
+
+SPACE = "elementwise"
+NEEDS = ("generators",)
+
+
+def merge(
+    deltas: Tensor, weights: Tensor, *, generators: Sequence[Generator], density: float = 0.5, scale: float = 1.0
+) -> Tensor:
+    """Drop, rescale and add: (experts, *shape), (experts) → (*shape).
+
+    Args:
+        generators: one per expert, on the CPU.
+
+    Raises:
+        PimergeError: unless 0 < density ≤ 1.
+
+    >>> import torch
+    >>> merge(torch.ones(1, 8), torch.ones(1), generators=[Generator().manual_seed(0)], density=0.25).unique()
+    tensor([0., 4.])
+    """
+    return scale * weighted_sum(drop(deltas, density, generators), weights)

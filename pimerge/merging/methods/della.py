@@ -1,0 +1,72 @@
+"""Random dropping that spares large entries, then sign election and mean (DELLA, arXiv 2406.11617, section 3).
+
+1. MAGPRUNE: within each row, the entry of rank i of n by magnitude (0 the smallest) is kept with probability
+   p = density − epsilon + 2·epsilon·i/(n − 1), and divided by p. The mean of p is the density.
+2. Sign election and disjoint mean, as in ``ties``; only the ratios of the weights matter.
+
+The paper's ε is the whole range of p and so twice ``epsilon``, and its ranks stop short of one end, where these
+reach both. A tensor of one dimension is one row. At density 1 all is kept, whatever epsilon says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Generator, Tensor
+
+from pimerge.core.errors import PimergeError
+from pimerge.merging.methods._checks import check_share
+from pimerge.merging.methods._drop import BREAKS, keep
+from pimerge.merging.methods._elect import elected_mean
+from pimerge.merging.methods._weights import mean as weights
+
+__all__ = ["BREAKS", "NEEDS", "SPACE", "merge", "weights"]
+
+SPACE = "elementwise"
+NEEDS = ("generators",)
+
+
+def merge(
+    deltas: Tensor,
+    weights: Tensor,
+    *,
+    generators: Sequence[Generator],
+    density: float = 0.5,
+    epsilon: float = 0.1,
+    scale: float = 1.0,
+) -> Tensor:
+    """Drop by rank, rescale, elect and average: (experts, *shape), (experts) → (*shape).
+
+    Args:
+        generators: one per expert, on the CPU.
+
+    Raises:
+        PimergeError: unless 0 < density ≤ 1, and density ± epsilon lies in (0, 1] for a density below 1.
+
+    >>> generators = [Generator().manual_seed(0)]
+    >>> merge(torch.tensor([[1.0, -3.0]]), torch.ones(1), generators=generators, density=1.0)
+    tensor([ 1., -3.])
+    """
+    check_share("--density", density)
+    if density == 1:
+        epsilon = 0.0
+    if not (epsilon >= 0 and density - epsilon > 0 and density + epsilon <= 1):
+        raise PimergeError(
+            f"--epsilon is {epsilon:g} at --density {density:g}", "expected 0 < density ± epsilon ≤ 1, epsilon from 0"
+        )
+    kept = [
+        keep(delta, _chances(delta, density, epsilon), generator)
+        for delta, generator in zip(deltas, generators, strict=True)
+    ]
+    return scale * elected_mean(torch.stack(kept), weights)
+
+
+def _chances(delta: Tensor, density: float, epsilon: float) -> Tensor:
+    """Each entry's probability of staying, rising with its rank in the row: (*shape) → (*shape)."""
+    order = delta.abs().argsort(dim=-1, stable=True)
+    steps = torch.linspace(-epsilon, epsilon, delta.shape[-1], dtype=torch.float64, device=delta.device)
+    if len(steps) == 1:
+        steps.zero_()
+    chances = torch.empty_like(delta, dtype=torch.float64)
+    return chances.scatter_(-1, order, (density + steps).expand_as(chances))

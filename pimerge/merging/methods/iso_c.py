@@ -1,0 +1,34 @@
+"""The sum of the updates with all singular values equal: ΔW = σ̄ UVᵀ (Iso-C, arXiv 2502.04959, section 4.1).
+
+With Σ w_n ΔW_n = U diag(σ) Vᵀ, ΔW = scale · σ̄ UVᵀ, where σ̄ is the mean of σ. The paper has no w_n, which are 1
+by default. Its matrices have full rank; the sum of low-rank updates has null directions, which are arbitrary,
+so both the mean and UVᵀ are over the directions that the sum really has.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from pimerge.merging.methods._linear import weighted_sum
+from pimerge.merging.methods._spectrum import STORED, svd
+from pimerge.merging.methods._weights import ones as weights
+
+__all__ = ["BREAKS", "SPACE", "merge", "weights"]
+
+SPACE = "spectral"
+BREAKS = {
+    "identity": "the singular values become equal",
+    "copies": "the singular values become equal",
+}
+
+
+def merge(deltas: Tensor, weights: Tensor, *, scale: float = 1.0) -> Tensor:
+    """Add and flatten the spectrum: (experts, R, R'), (experts) → (R, R').
+
+    >>> import torch
+    >>> merge(torch.tensor([[[3.0, 0.0], [0.0, 1.0]]]), torch.ones(1))
+    tensor([[2., 0.],
+            [0., 2.]])
+    """
+    U, S, Vh = svd(weighted_sum(deltas, weights), null=STORED)
+    return (scale * S.mean() * U) @ Vh

@@ -1,0 +1,53 @@
+"""Common and task-specific directions, all at one singular value (Iso-CTS, arXiv 2502.04959, section 4.2).
+
+1. Of Σ w_n ΔW_n, with r directions, the k = round(common · r) leading triples (u, σ, v) are the common ones.
+2. Of each w_n ΔW_n − UUᵀ w_n ΔW_n, where U holds the common u, the (r − k) // N leading triples are its own.
+3. All u, and all v, are replaced by the nearest orthonormal ones, and ΔW = scale · σ̄ Σ u vᵀ, where σ̄ is the mean
+   of all the σ.
+
+The paper has no w_n, which are 1 by default. Its matrices have full rank; here r is the rank of the sum, and
+null directions, which are arbitrary, are left out.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pimerge.merging.methods._checks import check_share
+from pimerge.merging.methods._spectrum import STORED, svd, whiten
+from pimerge.merging.methods._weights import ones as weights
+
+__all__ = ["BREAKS", "SPACE", "merge", "weights"]
+
+SPACE = "spectral"
+BREAKS = {
+    "identity": "the singular values become equal",
+    "copies": "the singular values become equal",
+}
+
+
+def merge(deltas: Tensor, weights: Tensor, *, common: float = 0.8, scale: float = 1.0) -> Tensor:
+    """Join the directions and flatten the spectrum: (experts, R, R'), (experts) → (R, R').
+
+    Raises:
+        PimergeError: unless 0 < common ≤ 1.
+
+    >>> merge(torch.tensor([[[3.0, 0.0], [0.0, 1.0]]]), torch.ones(1), common=0.5)
+    tensor([[2., 0.],
+            [0., 2.]])
+    """
+    check_share("--common", common)
+    parts = weights.to(deltas)[:, None, None] * deltas
+    U, S, Vh = svd(parts.sum(0), null=STORED)
+    k = round(common * len(S))
+    own = (len(S) - k) // len(deltas)
+    U, S, Vh = U[:, :k], S[:k], Vh[:k]
+    triples = [(U, S, Vh)]
+    for part in parts:
+        u, s, vh = svd(part - U @ (U.mT @ part), null=STORED, of=part)
+        triples.append((u[:, :own], s[:own], vh[:own]))
+    left = whiten(torch.cat([u for u, _, _ in triples], dim=1))
+    right = whiten(torch.cat([vh for _, _, vh in triples]).mT)
+    mean = torch.cat([s for _, s, _ in triples]).mean()
+    return (scale * mean * left) @ right.mT

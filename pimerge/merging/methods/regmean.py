@@ -1,0 +1,63 @@
+"""The update whose outputs are nearest to the experts': [Σ w_n ΔW_n G_n][Σ w_n G_n]⁻¹ (RegMean, arXiv 2212.09849).
+
+G_n = XᵀX is the Gram matrix of the inputs of the layer on the data of expert n (eq. 2). Its off-diagonal entries
+are scaled by ``offdiagonal``, the paper's α (section 4.1). Two things are added: weights w_n, of which only the
+ratios count, and a ridge of 1e-6 of the mean diagonal entry, the same for every G_n. So the sum can be inverted,
+one expert comes back as it is, and an input that the data never use gets the weighted mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pimerge.core.errors import PimergeError
+from pimerge.merging.methods._weights import shares as weights
+
+__all__ = ["NEEDS", "SPACE", "transformed", "weights"]
+
+SPACE = "inputs"
+NEEDS = ("grams",)
+RIDGE = 1e-6
+
+
+def transformed(
+    rows: Sequence[Tensor], weights: Tensor, *, grams: Sequence[Tensor], offdiagonal: float = 0.9
+) -> list[Tensor]:
+    """A_n → A_n w_n G'_n (Σ w_m G'_m)⁻¹, so that the merged ΔW is Σ B_n times the result n.
+
+    Args:
+        rows: per expert (r_n, d_in): its factor A, or ΔW itself.
+        grams: per expert (d_in, d_in).
+
+    Raises:
+        PimergeError: unless 0 ≤ offdiagonal ≤ 1, or if the grams are no Gram matrices.
+
+    >>> rows = [torch.tensor([[4.0, 4.0]]), torch.tensor([[0.0, 0.0]])]
+    >>> grams = [torch.diag(torch.tensor([3.0, 0.0])), torch.diag(torch.tensor([1.0, 0.0]))]
+    >>> transformed(rows, torch.tensor([0.5, 0.5]), grams=grams)[0].round(decimals=3)
+    tensor([[3., 2.]])
+    """
+    if not 0 <= offdiagonal <= 1:
+        raise PimergeError(f"--offdiagonal is {offdiagonal:g}", "expected a share from 0 to 1")
+    shares = (weights / weights.sum()).tolist()
+    softened = [_softened(gram.double(), offdiagonal) for gram in grams]
+    mean = sum((share * gram for share, gram in zip(shares, softened, strict=True)), torch.zeros_like(softened[0]))
+    ridge = RIDGE * float(mean.diagonal().mean()) or 1.0
+    mean.diagonal().add_(ridge)
+    triangle, failed = torch.linalg.cholesky_ex(mean)
+    if failed:
+        raise PimergeError("the Gram matrices of the inputs are not positive semidefinite", "collect them again")
+    results = []
+    for A, gram, share in zip(rows, softened, shares, strict=True):
+        gram.diagonal().add_(ridge)
+        # as a correction of the weighted mean, so that one expert comes back without rounding
+        excess = share * (A.double() @ (gram - mean))
+        results.append((share * A.double() + torch.cholesky_solve(excess.mT, triangle).mT).to(A.dtype))
+    return results
+
+
+def _softened(gram: Tensor, offdiagonal: float) -> Tensor:
+    return offdiagonal * gram + (1 - offdiagonal) * torch.diag(gram.diagonal())

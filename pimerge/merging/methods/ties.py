@@ -1,0 +1,36 @@
+"""Trim, elect signs, mean of what agrees: TIES (arXiv 2306.01708, section 3).
+
+1. Each expert keeps its ``density`` largest entries of a tensor.
+2. Per entry, the sign of Σ w_n t_n is elected; + if the sum is 0.
+3. Per entry, ΔW = scale · Σ w_n t_n / Σ |w_n| over the experts that have the elected sign.
+
+The paper trims over all parameters of a model and has no w_n; here each tensor is trimmed by itself. The mean
+makes the weights relative: halving all of them changes nothing. So two equal experts at 0.5 each come back
+as the trimmed expert. A negative weight stands for the negated expert.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from pimerge.merging.methods._elect import elected_mean
+from pimerge.merging.methods._trim import BREAKS, trim
+from pimerge.merging.methods._weights import mean as weights
+
+__all__ = ["BREAKS", "SPACE", "merge", "weights"]
+
+SPACE = "elementwise"
+
+
+def merge(deltas: Tensor, weights: Tensor, *, density: float = 0.2, scale: float = 1.0) -> Tensor:
+    """Trim, elect and average: (experts, *shape), (experts) → (*shape).
+
+    Raises:
+        PimergeError: unless 0 < density ≤ 1.
+
+    >>> import torch
+    >>> deltas = torch.tensor([[4.0, 1.0, -3.0, 0.5], [2.0, -5.0, 0.1, 0.2]])
+    >>> merge(deltas, torch.tensor([0.5, 0.5]), density=0.5)
+    tensor([ 3., -5., -3.,  0.])
+    """
+    return scale * elected_mean(trim(deltas, density), weights)

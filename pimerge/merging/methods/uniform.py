@@ -1,0 +1,32 @@
+"""The mean of the updates: ΔW = (1/N) Σ ΔW_n (arXiv 2402.15414, section 3.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from pimerge.core.errors import PimergeError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SPACE = "linear"
+
+
+def weights(count: int, given: Sequence[float] | None) -> list[float]:
+    """1/N for each expert.
+
+    Raises:
+        PimergeError: if weights are given.
+
+    >>> weights(4, None)
+    [0.25, 0.25, 0.25, 0.25]
+    """
+    if given is not None:
+        raise PimergeError("'uniform' takes no weights", "use --method interpolated, or leave the weights out")
+    return [1 / count] * count
+
+
+def coefficients(weights: Tensor) -> Tensor:
+    """The weights: (experts) → (experts)."""
+    return weights

@@ -1,0 +1,41 @@
+"""The update that disturbs each expert least: min Σ w_n ‖(ΔW − ΔW_n)ΔW_nᵀ‖²/‖ΔW_n‖² (WUDI, arXiv 2503.08099).
+
+The rows of ΔW_n stand for the inputs that expert n saw. The paper takes 300 steps of Adam from Σ ΔW_n. The
+objective is quadratic, so here its minimum is taken exactly, by least squares on the stacked ΔW_n and not on
+their squares; among the minima it is the one nearest to the weighted mean. All experts' rows lie in the span
+that the objective sees, so the start would only show in directions that are rounding. The paper has no w_n;
+only their ratios count.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pimerge.merging.methods._linear import weighted_sum
+from pimerge.merging.methods._spectrum import STORED, svd
+from pimerge.merging.methods._weights import shares as weights
+
+__all__ = ["SPACE", "merge", "weights"]
+
+SPACE = "spectral"
+
+
+def merge(deltas: Tensor, weights: Tensor) -> Tensor:
+    """The exact minimum: (experts, R, R'), (experts) → (R, R').
+
+    With X_n = √w_n ΔW_n/‖ΔW_n‖ stacked to X and the start τ, it is τ + [(ΔW_n − τ)X_nᵀ]_n (Xᵀ)⁺.
+
+    >>> deltas = torch.tensor([[[2.0, 0.0], [0.0, 0.0]], [[0.0, 0.0], [0.0, 3.0]]])
+    >>> merge(deltas, torch.ones(2))
+    tensor([[2., 0.],
+            [0., 3.]])
+    """
+    weights = weights.to(deltas)
+    norms = torch.linalg.vector_norm(deltas, dim=(1, 2))
+    factors = torch.where(norms > 0, weights.sqrt() / norms, 0)
+    X = factors[:, None, None] * deltas
+    start = weighted_sum(deltas, weights / weights.sum())
+    missing = ((deltas - start) @ X.mT).transpose(0, 1).flatten(1)  # (R, experts · R)
+    P, S, Qh = svd(X.flatten(0, 1), null=STORED)
+    return start + (missing @ P / S) @ Qh

@@ -1,0 +1,73 @@
+"""Whether the path that a merge takes gives each expert back that goes through it alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from pimerge.adapters.kinds.lora import Factors
+from pimerge.adapters.low_rank import EVERYTHING, Truncation, to_cores
+from pimerge.core.errors import Problems
+from pimerge.core.progress import Track, silent
+from pimerge.merging.merge import Merge
+from pimerge.merging.method import open_method
+
+# What one rounding to the dtype, and none before it, may change.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
+
+
+@dataclass(frozen=True)
+class Verified:
+    """The outcome of a verification that passed.
+
+    Attributes:
+        method: the one that each expert went through.
+        deviation: the largest ‖ΔŴ − ΔW‖ / ‖ΔW‖ of a module.
+    """
+
+    method: str
+    deviation: float
+
+
+def verify(merge: Merge, *, track: Track = silent) -> Verified:
+    """Send every expert alone, at weight 1, through the path of a merge and compare ΔW module by module.
+
+    A method that changes a single expert by definition (``BREAKS``) is left out of the path: its experts are
+    read, aligned, taken into the same space and back, and rounded. Nothing is cut off by rank.
+
+    Raises:
+        PimergeError: with each module that does not come back.
+    """
+    method = open_method("interpolated") if "identity" in merge.method.breaks else merge.method
+    side_by_side = merge.method.space == "linear" and merge.truncation == EVERYTHING
+    path = replace(
+        merge, method=method, truncation=EVERYTHING if side_by_side else Truncation(energy=1.0), space="core"
+    )
+    problems = Problems()
+    largest = 0.0
+    with track("verify", len(merge.experts), "experts") as advance:
+        for expert in merge.experts:
+            names = [name for name in merge.names if name in expert.modules]
+            alone = replace(path, experts=[expert], weights={name: [1.0] for name in names})
+            for name in names:
+                deviation = _deviation(merge.read(expert, name), alone.module(name).factors)
+                largest = max(largest, deviation)
+                if not deviation <= TOLERANCE[merge.dtype]:
+                    problems.add(
+                        f"module '{name}' of '{expert.name}' comes back with a deviation of {deviation:.1e}, "
+                        f"expected at most {TOLERANCE[merge.dtype]:.0e}",
+                        "pass --dtype float32; if it stays, please report it",
+                    )
+            advance(1)
+    problems.raise_any("the merge is not written: experts do not come back from its path")
+    return Verified(method.name, largest)
+
+
+def _deviation(expected: Factors, found: Factors) -> float:
+    """‖found − expected‖ / ‖expected‖ without a dense matrix; NaN counts as infinite."""
+    cores = to_cores([expected, found]).stacked()
+    norm = float(cores[0].norm())
+    difference = float((cores[1] - cores[0]).norm())
+    deviation = difference / norm if norm else difference
+    return deviation if deviation == deviation else float("inf")

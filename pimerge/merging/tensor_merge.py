@@ -1,0 +1,198 @@
+"""Merge experts without ΔW, whose tensors are combined number by number, group by group.
+
+A linear method gives each group one coefficient per expert, so that the projections of a bottleneck share it, and so do
+the keys and values of a prefix's layer. An elementwise method sees φ_n − φ0 of one tensor after the other, around the
+kind's neutral point φ0 (0 where it has none). ``fisher`` sees the numbers themselves. What looks at singular vectors or
+at a layer's inputs needs ΔW, and is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache, partial
+from typing import TYPE_CHECKING
+
+import torch
+
+from pimerge.adapters.additive_tensors import F64, BaseTensor, at_strength, neutral, weighted
+from pimerge.adapters.compatibility import require_alike, require_finite
+from pimerge.adapters.expert import Expert
+from pimerge.adapters.kinds._groups import Group, Slot, joined, read_slot
+from pimerge.checkpoints.base import Base
+from pimerge.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from pimerge.checkpoints.key_mapping import Names, match, names_of
+from pimerge.checkpoints.safetensors_file import is_finite, torch_dtype
+from pimerge.core.errors import PimergeError
+from pimerge.merging.method import Method
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SPACES = ("linear", "elementwise", "factors")
+
+
+@dataclass(frozen=True)
+class GroupMerge:
+    """A merge that has been checked; see :func:`prepare_groups`.
+
+    Attributes:
+        experts: of one form.
+        weights: group → one weight per expert; all 0 for a group that stays neutral.
+        dtype: of the result; None for that of each tensor, the widest of the experts'.
+        base: reads the base's parameters.
+        coefficients: group → what each expert was multiplied by, for linear methods; filled by :meth:`tensors`.
+    """
+
+    experts: Sequence[Expert]
+    weights: Mapping[str, Sequence[float]]
+    method: Method
+    dtype: torch.dtype | None
+    base: BaseTensor
+    fisher: Callable[[Expert, str], Tensor] | None
+    coefficients: dict[str, list[float]] = field(default_factory=dict)
+
+    @property
+    def groups(self) -> Mapping[str, Group]:
+        """Those of every expert."""
+        return self.experts[0].groups
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Key → merged tensor.
+
+        Raises:
+            PimergeError: for NaN or Inf in the result, and if the base is needed and has not the parameters.
+        """
+        found: dict[tuple[str, str], Tensor] = {}
+        for name, group in self.groups.items():
+            parts = {slot: self._parts(name, slot) for slot in group.slots}
+            coefficients = self._linear(name, group, parts)
+            for slot, each in parts.items():
+                found[name, slot] = self._merged(name, slot, each, coefficients)
+        merged = joined(self.groups, found)
+        rounded = {key: tensor.to(self._dtype_of(key)) for key, tensor in merged.items()}
+        for key, tensor in rounded.items():
+            if not is_finite(tensor):
+                raise PimergeError(
+                    f"'{key}' is too large for {tensor.dtype}", "pass --dtype float32, or smaller weights"
+                )
+        return rounded
+
+    def _slot(self, group: str, slot: str) -> Slot:
+        return self.groups[group].slots[slot]
+
+    def _zero(self, group: str, slot: str) -> Tensor:
+        return neutral(self._slot(group, slot), self.base)
+
+    def _parts(self, group: str, slot: str) -> list[Tensor]:
+        return [at_strength(expert, expert.groups[group].slots[slot], self.base) for expert in self.experts]
+
+    def _linear(self, name: str, group: Group, parts: Mapping[str, Sequence[Tensor]]) -> list[float] | None:
+        """The coefficients of a linear method; inner products are those of φ_n − φ0 over the whole group."""
+        if self.method.space != "linear":
+            return None
+
+        def inner() -> Tensor:
+            flat = torch.stack(
+                [
+                    torch.cat([(parts[slot][index] - self._zero(name, slot)).flatten() for slot in group.slots])
+                    for index in range(len(self.experts))
+                ]
+            )
+            return flat @ flat.T
+
+        weights = torch.tensor(self.weights[name], dtype=F64)
+        found = self.method.coefficients(weights, inner) if weights.any() else weights
+        self.coefficients[name] = found.tolist()
+        return self.coefficients[name]
+
+    def _merged(self, group: str, slot: str, parts: Sequence[Tensor], coefficients: Sequence[float] | None) -> Tensor:
+        weights = self.weights[group]
+        if coefficients is not None:
+            return weighted(parts, coefficients, lambda: self._zero(group, slot))
+        if not any(weights):
+            return self._zero(group, slot)
+        tensor = torch.tensor(weights, dtype=F64)
+        if self.method.space == "factors":
+            return self.method.merge(torch.stack(list(parts)), tensor, fishers=self._fishers(group, slot))
+        zero = self._zero(group, slot)
+        deltas = torch.stack([part - zero for part in parts])
+        draws = [f"{expert.file.beginning} {group} {slot}" for expert in self.experts]
+        return zero + self.method.merge(deltas, tensor, draws=draws, limit=min(zero.shape))
+
+    def _fishers(self, group: str, slot: str) -> Tensor:
+        read = self.fisher
+        assert read is not None
+        own = self._slot(group, slot)
+        return torch.stack([read_slot(own, partial(read, expert)).to(F64) for expert in self.experts])
+
+    def _dtype_of(self, key: str) -> torch.dtype:
+        if self.dtype is not None:
+            return self.dtype
+        dtypes = [torch_dtype(expert.file.entries[key].dtype) for expert in self.experts]
+        widest = dtypes[0]
+        for dtype in dtypes[1:]:
+            widest = torch.promote_types(widest, dtype)
+        return widest
+
+
+def prepare_groups(
+    experts: Sequence[Expert],
+    weights: Mapping[str, Sequence[float]],
+    method: Method,
+    *,
+    dtype: torch.dtype | None = None,
+    selected: Callable[[str], bool] = lambda name: True,
+    fisher: Callable[[Expert, str], Tensor] | None = None,
+) -> GroupMerge:
+    """Check a merge of experts without ΔW.
+
+    Args:
+        weights: group → one per expert.
+        dtype: of the result; None for the experts' own.
+        selected: which groups to merge; the others stay neutral.
+        fisher: the diagonal Fisher of an expert's tensor by key, for ``fisher``.
+
+    Raises:
+        PimergeError: if the experts do not fit each other, the method needs ΔW, or a group that is left out has no
+            neutral point.
+    """
+    require_alike(experts)
+    require_finite(experts)
+    first = experts[0]
+    if method.space not in SPACES:
+        what = "a layer's inputs" if method.space == "inputs" else "the singular vectors of ΔW"
+        raise PimergeError(
+            f"'{method.name}' works on {what}, and experts of kind {first.kind} have no ΔW",
+            "take a linear method such as uniform or interpolated, fisher, or an elementwise one such as ties",
+        )
+    left_out = [name for name in first.groups if not selected(name)]
+    if left_out and not first.has_strength:
+        raise PimergeError(
+            f"'{left_out[0]}' cannot be left out: nothing stands for a {first.kind} that changes nothing",
+            "leave out --include and --exclude",
+        )
+    if len(left_out) == len(first.groups):
+        raise PimergeError("no module is left to merge", f"they are named like '{left_out[0]}'; look at --include")
+    chosen = {name: [0.0] * len(experts) if name in left_out else weights[name] for name in first.groups}
+    return GroupMerge(experts, chosen, method, dtype, base_reader(first.base), fisher)
+
+
+def base_reader(base: Base) -> BaseTensor:
+    """A reader of a base's parameters by their names in the task's model; opened when the first one is asked for."""
+
+    @cache
+    def opened() -> tuple[Checkpoint, Names]:
+        if base.folder is None:
+            raise PimergeError(
+                f"the base '{base.name}' is not on this machine, and its own values are needed to merge so",
+                "download it first (hf download NAME), pass --base with its folder, or take weights that sum to 1",
+            )
+        checkpoint = open_checkpoint(base.folder)
+        return checkpoint, names_of(checkpoint)
+
+    def read(name: str) -> Tensor:
+        checkpoint, names = opened()
+        return checkpoint.read(match(names, name, f"'{name}'"))
+
+    return read

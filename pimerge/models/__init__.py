@@ -1,0 +1,1 @@
+"""Base models in memory: loading one, putting adapters into it, its heads and the linear probe."""

@@ -1,0 +1,333 @@
+"""A linear probe: how well a linear head, fitted on a few examples, foretells the labels of others.
+
+Layout: features are (n × d) float64, one example a row; labels are (n) int64, 0 … classes − 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import one_hot
+
+from pimerge.core.errors import PimergeError
+
+PENALTIES = (1e-2, 1e-1, 1.0)
+PENALTY = 1e-1
+FOLDS = 5
+# Few examples are divided into folds again and again, up to so many times or until there are so many answers.
+REPEATS = 4
+ENOUGH = 400
+
+# Models compute in float32: where the examples differ by less than this share of their size, they do not differ.
+_ROUNDING = 1e-6
+# Directions with less than this share of the strongest one's variance cannot move a penalised probe.
+_NEGLIGIBLE = 1e-12
+# The bias is free, but for what keeps it finite where a class has no example.
+_BIAS_PENALTY = 1e-6
+_TOLERANCE = 1e-7  # of the gradient, per example
+_MAX_NEWTON_STEPS = 100
+_MAX_INNER_STEPS = 250
+_LEAST_STEP = 1e-10
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A fitted linear head: p(y|x) = softmax((x − centre) · weights + bias).
+
+    Attributes:
+        centre: (d), the mean of the examples it was fitted on.
+        weights: (d × classes), for features as they are, not scaled.
+        bias: (classes).
+    """
+
+    centre: Tensor
+    weights: Tensor
+    bias: Tensor
+
+    def log_probabilities(self, vectors: Tensor) -> Tensor:
+        """log p(y|x) in nats: (m × d) → (m × classes)."""
+        return ((vectors - self.centre) @ self.weights + self.bias).log_softmax(1)
+
+
+def fit_probe(vectors: Tensor, labels: Tensor, classes: int, penalty: float = 1.0) -> Probe:
+    """Fit a multinomial logistic regression with an L2 penalty.
+
+    It minimises Σ_i −log p(y_i|x_i) + penalty/2 · ‖W‖²_F, where x is centred by its mean and divided by one
+    number, the root mean square of ‖x − mean‖: so a penalty means the same for every model. The bias bears no
+    penalty but for 1e-6/2 · ‖b‖², which keeps it finite where a class has no example. Features that do not
+    differ between examples give the classes' frequencies.
+
+    Args:
+        vectors: (n × d) float64.
+        labels: (n) int64.
+        classes: how many classes the probe tells apart.
+        penalty: above 0.
+
+    >>> x = torch.tensor([[-1.0], [-0.9], [0.9], [1.0]], dtype=torch.float64)
+    >>> probe = fit_probe(x, torch.tensor([0, 0, 1, 1]), classes=2, penalty=0.1)
+    >>> probe.log_probabilities(x).argmax(1).tolist()
+    [0, 0, 1, 1]
+    """
+    axes = _principal_axes(vectors)
+    probe = next(_fit_each(vectors @ axes, labels, classes, [penalty]))
+    return Probe(vectors.mean(0), axes @ probe.weights, probe.bias)
+
+
+def held_out_log_likelihood(
+    vectors: Tensor,
+    labels: Tensor,
+    classes: int,
+    penalties: Sequence[float] = PENALTIES,
+    folds: int = FOLDS,
+    seed: int = 0,
+) -> Tensor:
+    """log p(y_i|x_i) of each example, by a probe that has not seen it: (n) of :func:`held_out_log_probabilities`."""
+    found = held_out_log_probabilities(vectors, labels, classes, penalties, folds, seed)
+    return found.gather(1, labels[:, None])[:, 0]
+
+
+def held_out_probability(vectors: Tensor, labels: Tensor, classes: int, seed: int = 0) -> Tensor:
+    """p(y_i|x_i) of each example by probes that have not seen it, the mean over several divisions into folds.
+
+    Of few examples the score hangs on which fell into one fold; several divisions take most of that out. The penalty
+    is one for all, 0.1: to choose it costs more than it gains.
+
+    Args:
+        vectors: (n × d) float64.
+        labels: (n) int64.
+        classes: how many classes the target has.
+        seed: of the first division.
+
+    Returns:
+        (n) float64, 0 to 1; NaN for the one example of a class.
+
+    Raises:
+        PimergeError: if every class has one example.
+
+    >>> x = torch.tensor([[-1.0], [1.0], [-0.9], [0.9]], dtype=torch.float64)
+    >>> held_out_probability(x, torch.tensor([0, 1, 0, 1]), classes=2).gt(0.8).tolist()
+    [True, True, True, True]
+    """
+    repeats = max(1, min(REPEATS, ENOUGH // len(labels)))
+    found = [
+        held_out_log_likelihood(vectors, labels, classes, (PENALTY,), seed=seed + repeat).exp()
+        for repeat in range(repeats)
+    ]
+    return torch.stack(found).mean(0)
+
+
+def held_out_log_probabilities(
+    vectors: Tensor,
+    labels: Tensor,
+    classes: int,
+    penalties: Sequence[float] = PENALTIES,
+    folds: int = FOLDS,
+    seed: int = 0,
+) -> Tensor:
+    """log p(y|x_i) of every class for each example, by a probe that has not seen it.
+
+    The folds are stratified, and depend on labels and seed alone: every model is asked the same. There are at
+    most as many folds as the largest class has examples. Of the penalties, one for all folds, that with the
+    highest mean is taken.
+
+    Args:
+        vectors: (n × d) float64.
+        labels: (n) int64.
+        classes: how many classes the target has.
+        penalties: what to choose from, each above 0; see :func:`fit_probe`.
+        folds: most folds, at least 2.
+        seed: shuffles the examples of each class.
+
+    Returns:
+        (n × classes) float64, in nats; NaN for the one example of a class, which is never held out: no probe that has
+        not seen its class could foretell it.
+
+    Raises:
+        PimergeError: if every class has one example.
+
+    >>> x = torch.tensor([[-1.0], [1.0], [-0.9], [0.9], [0.0]], dtype=torch.float64)
+    >>> held_out_log_probabilities(x, torch.tensor([0, 1, 0, 1, 2]), classes=3).argmax(1)[:4].tolist()
+    [0, 1, 0, 1]
+    """
+    fold = _stratified_folds(labels, folds, seed)
+    vectors = vectors @ _principal_axes(vectors)
+    strongest_first = sorted(penalties, reverse=True)
+    found = torch.full((len(strongest_first), len(labels), classes), torch.nan, dtype=torch.float64)
+    for index in range(int(fold.max()) + 1):
+        held = fold == index
+        probes = _fit_each(vectors[~held], labels[~held], classes, strongest_first)
+        for row, probe in zip(found, probes, strict=True):
+            row[held] = probe.log_probabilities(vectors[held])
+    likelihood = found.gather(2, labels[None, :, None].expand(len(found), -1, 1))[:, :, 0]
+    return found[likelihood.nanmean(1).argmax()]
+
+
+def in_row_space(vectors: Tensor) -> Tensor:
+    """The examples in an orthonormal basis of their span: (n × d) → (n × min(n, d)), inner products unchanged.
+
+    >>> in_row_space(torch.tensor([[3.0, 0.0, 4.0]], dtype=torch.float64)).abs()
+    tensor([[5.]], dtype=torch.float64)
+    """
+    n, d = vectors.shape
+    return torch.linalg.qr(vectors.T, mode="r").R.T if n < d else vectors
+
+
+def standardised(vectors: Tensor, weights: Tensor) -> Tensor:
+    """Examples around their mean, with root mean square norm 1; zeros if they do not differ.
+
+    Args:
+        vectors: (n × d) float64.
+        weights: (n), how often each example counts.
+
+    >>> standardised(torch.tensor([[1.0], [3.0], [9.0]]), torch.tensor([1.0, 1.0, 0.0]))[:2]
+    tensor([[-1.],
+            [ 1.]])
+    """
+    centre, scale = _centre_and_scale(vectors, weights)
+    return (vectors - centre) / scale
+
+
+def _centre_and_scale(vectors: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean (d) and root mean square distance from it; that is infinite, as a divisor, if there is no difference."""
+    shares = weights / weights.sum()
+    centre = shares @ vectors
+    spread = (shares @ (vectors - centre).square().sum(1)).sqrt()
+    size = (shares @ vectors.square().sum(1)).sqrt()
+    return centre, torch.where(spread > _ROUNDING * size, spread, torch.inf)
+
+
+def _stratified_folds(labels: Tensor, folds: int, seed: int) -> Tensor:
+    """(n) the fold that holds each example out; −1 for the only example of a class."""
+    counts = labels.bincount()
+    if counts.max() < 2:
+        raise PimergeError(
+            "every class has one example, so none can be held out to test a probe",
+            "give at least two examples of a class, or take a measure that holds nothing out, such as logme",
+        )
+    folds = min(folds, int(counts.max()))
+    generator = torch.Generator().manual_seed(seed)
+    fold = torch.full_like(labels, -1)
+    dealt = 0  # goes on from class to class, so that the folds are of one size
+    for label in (counts > 1).nonzero()[:, 0]:
+        members = (labels == label).nonzero()[:, 0]
+        members = members[torch.randperm(len(members), generator=generator)]
+        fold[members] = (dealt + torch.arange(len(members))) % folds
+        dealt += len(members)
+    return fold
+
+
+def _fit_each(vectors: Tensor, labels: Tensor, classes: int, penalties: Sequence[float]) -> Iterator[Probe]:
+    """A probe for each penalty, each fit starting from the one before."""
+    centre, scale = _centre_and_scale(vectors, torch.ones(len(labels), dtype=torch.float64))
+    features = (vectors - centre) / scale
+    features = torch.cat([features, torch.ones(len(labels), 1, dtype=torch.float64)], 1)
+    targets = one_hot(labels, classes).T.double()
+    found = torch.zeros(classes, features.shape[1], dtype=torch.float64)
+    for penalty in penalties:
+        ridge = torch.full((features.shape[1],), penalty, dtype=torch.float64)
+        ridge[-1] = _BIAS_PENALTY
+        found = _minimise(_Problem(features, features.T.contiguous(), targets, ridge), found)
+        yield Probe(centre, found[:, :-1].T / scale, found[:, -1])
+
+
+def _principal_axes(vectors: Tensor) -> Tensor:
+    """Orthonormal directions (d × r, r ≤ min(n, d)) in which the examples vary.
+
+    The optimum lies in their span; and along them its Hessian is nearly diagonal.
+    """
+    n, d = vectors.shape
+    features = standardised(vectors, torch.ones(n, dtype=torch.float64))
+    if n < d:
+        variances, left = torch.linalg.eigh(features @ features.T)
+        kept = variances > _NEGLIGIBLE * variances[-1]
+        axes: Tensor = features.T @ left[:, kept] / variances[kept].sqrt()
+    else:
+        variances, directions = torch.linalg.eigh(features.T @ features)
+        axes = directions[:, variances > _NEGLIGIBLE * variances[-1]]
+    return axes
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """Σ_i −log p(y_i|x_i) + ½ Σ ridge · weights², for weights (classes × r), the last column being the bias.
+
+    Attributes:
+        features: (n × r), the last column all ones.
+        across: (r × n), the same in the layout in which products with few classes are several times faster.
+        targets: (classes × n), one-hot.
+        ridge: (r).
+    """
+
+    features: Tensor
+    across: Tensor
+    targets: Tensor
+    ridge: Tensor
+
+    def log_probabilities(self, weights: Tensor) -> Tensor:
+        return (weights @ self.across).log_softmax(0)
+
+    def objective(self, weights: Tensor, logs: Tensor) -> float:
+        return float((self.ridge * weights.square()).sum() / 2 - (self.targets * logs).sum())
+
+    def gradient(self, weights: Tensor, probabilities: Tensor) -> Tensor:
+        return (probabilities - self.targets) @ self.features + self.ridge * weights
+
+    def curvature(self, direction: Tensor, probabilities: Tensor) -> Tensor:
+        """The Hessian times a direction."""
+        moved = probabilities * (direction @ self.across)
+        return (moved - probabilities * moved.sum(0)) @ self.features + self.ridge * direction
+
+    def diagonal(self, probabilities: Tensor) -> Tensor:
+        """The Hessian's."""
+        return (probabilities * (1 - probabilities)) @ self.features.square() + self.ridge
+
+
+def _minimise(problem: _Problem, weights: Tensor) -> Tensor:
+    """Newton's method with backtracking, from the given weights on."""
+    tolerance = _TOLERANCE * len(problem.features)
+    logs = problem.log_probabilities(weights)
+    value = problem.objective(weights, logs)
+    for _ in range(_MAX_NEWTON_STEPS):
+        probabilities = logs.exp()
+        gradient = problem.gradient(weights, probabilities)
+        if float(gradient.norm()) <= tolerance:
+            break
+        step = _newton_step(problem, probabilities, gradient, tolerance)
+        slope = float((gradient * step).sum())
+        length = 1.0
+        while length > _LEAST_STEP:
+            trial = weights + length * step
+            logs = problem.log_probabilities(trial)
+            found = problem.objective(trial, logs)
+            if found <= value + 1e-4 * length * slope:
+                break
+            length /= 2
+        else:  # no more than rounding is left to gain
+            break
+        weights, value = trial, found
+    return weights
+
+
+def _newton_step(problem: _Problem, probabilities: Tensor, gradient: Tensor, tolerance: float) -> Tensor:
+    """−H⁻¹ · gradient by conjugate gradients, preconditioned by H's diagonal; the nearer the end, the more exact."""
+    diagonal = problem.diagonal(probabilities)
+    size = float(gradient.norm())
+    goal = max(size * min(0.1, (size / len(problem.features)) ** 0.5), tolerance / 2)
+    step = torch.zeros_like(gradient)
+    residual = -gradient
+    direction = residual / diagonal
+    product = float((residual * direction).sum())
+    for _ in range(_MAX_INNER_STEPS):
+        curved = problem.curvature(direction, probabilities)
+        length = product / float((direction * curved).sum())
+        step = step + length * direction
+        residual = residual - length * curved
+        if float(residual.norm()) <= goal:
+            break
+        scaled = residual / diagonal
+        previous, product = product, float((residual * scaled).sum())
+        direction = scaled + product / previous * direction
+    return step

@@ -1,0 +1,142 @@
+"""A target and a pool → the ranking by the store alone: by similarity, or by the gains that the pool had."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from pimerge.adapters.expert import Expert
+from pimerge.core import plugins
+from pimerge.core.errors import PimergeError
+from pimerge.core.files import relative_to
+from pimerge.embedding.store import Store
+from pimerge.ranking.measures.history import predicted
+from pimerge.ranking.nearest import Compared, compare
+from pimerge.ranking.schema import Candidate, Ranking, Target
+from pimerge.ranking.selection import (
+    BY_STORE,
+    LEAST_ERRORS_OF_HISTORY,
+    Z95,
+    Judged,
+    Wish,
+    document,
+    judged_candidate,
+    of_first_kind,
+    widest_gap,
+)
+
+
+def rank_by_store(store: Store, target: str, measure: str, wish: Wish, folder: Path) -> Ranking:
+    """Rank the experts of a store by how close they are to one of them.
+
+    Args:
+        target: a name in the store.
+        measure: one that needs the store alone.
+        folder: where the ranking will lie; its paths are relative to that.
+
+    Raises:
+        PimergeError: if the target itself has changed.
+    """
+    strategy = plugins.load("pimerge.ranking.measures", measure)
+    compared = compare(store, target, strategy)
+    scores, errors = _scores(compared)
+    candidates = [
+        Candidate(
+            name=name,
+            path=relative_to(expert.path, folder),
+            sha256=expert.sha256,
+            score=score,
+            low=max(-1.0, score - Z95 * error),
+            high=min(1.0, score + Z95 * error),
+            helps=score > strategy.GATE,
+        )
+        for (name, expert), score, error in zip(compared.experts.items(), scores, errors, strict=True)
+    ]
+    candidates.sort(key=lambda candidate: (-candidate.score, candidate.name))
+    notes: list[str] = []
+    every = [candidate for candidate in candidates if candidate.helps or not wish.gate]
+    helpful = of_first_kind(every, compared.experts, notes)
+    count = wish.k if wish.k is not None else widest_gap([candidate.score for candidate in helpful])
+    if compared.shortlisted_from is not None:
+        notes.append(
+            f"the {len(candidates) + len(compared.excluded)} nearest of {compared.shortlisted_from} by their sketches "
+            "were compared exactly"
+        )
+    own = store.open(target)
+    if compared.experts and (
+        remark := getattr(strategy, "remark", lambda experts: "")([own, *compared.experts.values()])
+    ):
+        notes.append(remark)
+    return document(
+        Target(name=target, path=relative_to(own.path, folder), sha256=own.sha256),
+        measure,
+        count,
+        candidates,
+        compared.excluded,
+        helpful[:count],
+        f"of {len(candidates)} comparable experts by '{measure}': "
+        f"{plugins.summaries('pimerge.ranking.measures')[measure]}",
+        notes,
+    )
+
+
+def rank_by_history(
+    store: Store,
+    experts: Mapping[str, Expert],
+    excluded: Mapping[str, str],
+    target: Target,
+    wish: Wish,
+    folder: Path,
+) -> Ranking:
+    """Rank experts by the gains that they had for the other targets of the store.
+
+    Args:
+        experts: name → expert of the target's base.
+        excluded: name → why it is none of them.
+
+    Raises:
+        PimergeError: if the store has no such gains.
+    """
+    history = {name: gains for name, gains in store.history().items() if name != target.name}
+    if not history:
+        raise PimergeError(
+            f"the store '{store.path}' has no gains of its experts for each other, or they are out of date",
+            "run 'pimerge rank --calibrate' first",
+        )
+    similarities: dict[str, float] = {}
+    if target.expert and target.name in store.experts:
+        compared = compare(store, target.name, plugins.load("pimerge.ranking.measures", BY_STORE))
+        similarities = dict(zip(compared.experts, _scores(compared)[0], strict=True))
+    candidates, unknown = [], dict(excluded)
+    for name, expert in experts.items():
+        found = predicted(history, similarities, name)
+        if found is None:
+            unknown[name] = "it was not there when 'pimerge rank --calibrate' ran"
+            continue
+        scale, gain, error = found
+        error = min(error, 1.0)
+        judged = Judged(scale, gain, error, gain, error, least_errors=LEAST_ERRORS_OF_HISTORY)
+        candidates.append(judged_candidate(name, expert, judged, folder))
+    candidates.sort(key=lambda candidate: (-candidate.score, candidate.name))
+    every = [candidate for candidate in candidates if candidate.helps or not wish.gate]
+    notes: list[str] = []
+    helpful = of_first_kind(every, experts, notes)
+    count = wish.k if wish.k is not None else widest_gap([candidate.score for candidate in helpful])
+    weighted = "weighted by their similarity to it" if similarities else "weighted alike, since it is not in the store"
+    return document(
+        target,
+        "history",
+        count,
+        candidates,
+        unknown,
+        helpful[:count],
+        f"of {len(candidates)} experts by 'history': {plugins.summaries('pimerge.ranking.measures')['history']}",
+        [f"from the gains for {len(history)} other targets, {weighted}", *notes],
+        0.0,
+    )
+
+
+def _scores(compared: Compared) -> tuple[list[float], list[float]]:
+    if compared.similarity is None:
+        return [], []
+    return compared.similarity.scores().tolist(), compared.similarity.errors().tolist()

@@ -1,0 +1,154 @@
+"""Candidates judged by the target's few labelled examples: scores, strengths, expected gains, and the gate.
+
+A candidate is an expert at one of the strengths of :data:`pimerge.embedding.features.SCALES`; of each expert the
+strength
+with the highest score stands for it. Whatever the measure, each candidate's expected gain in accuracy over the bare
+base comes from the measure ``combined``, whose score it is, and the gate opens for a candidate whose gain is above
+three of its errors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+import torch
+
+from pimerge.adapters.expert import Expert
+from pimerge.core.errors import PimergeError
+from pimerge.embedding.features import Viewer
+from pimerge.ranking.measures import combined
+from pimerge.ranking.selection import Judged
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+DRAWS = 50
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the examples say about all candidates.
+
+    Attributes:
+        base_score: of the bare base by the measure, 0 by ``combined``; None if the measure has no score for it.
+        judged: name → judgement.
+        excluded: name → why the measure has no score for it.
+    """
+
+    base_score: float | None
+    judged: dict[str, Judged]
+    excluded: dict[str, str]
+
+
+def judge(
+    viewer: Viewer,
+    experts: Mapping[str, Expert],
+    measure: ModuleType,
+    target: Expert | None,
+    prior: Mapping[str, float] | None = None,
+    *,
+    seed: int = 0,
+) -> Verdict:
+    """Judge experts by the target's examples.
+
+    Args:
+        viewer: the target's examples.
+        experts: name → expert.
+        measure: one of ``measures/`` that needs examples.
+        target: the target's own expert, if it has one, for the measure ``loss``.
+        prior: name → gain at full strength that the store foretells,
+        :func:`pimerge.ranking.measures.combined.store_weight`. seed: of the bootstrap over the examples.
+
+    Raises:
+        PimergeError: if the measure cannot be had from these examples at all.
+    """
+    base = viewer.base_sample()
+    one = torch.ones(1, len(base.labels), dtype=torch.float64)
+    weights = torch.cat([one, bootstrap(base.labels, DRAWS, seed)])
+    base_gains = combined.scores(base, weights)
+    base_score = None
+    if measure is combined:
+        base_score = 0.0
+    elif not measure.READS_ANSWERS:
+        base_score = float(measure.scores(base, one))
+    judged: dict[str, Judged] = {}
+    excluded: dict[str, str] = {}
+    for name, expert in experts.items():
+        try:
+            samples = viewer.samples(expert)
+            if measure.READS_ANSWERS:
+                samples = viewer.with_losses(expert, samples, target)
+            foretold = {scale: scale * (prior or {}).get(name, 0.0) for scale in samples}
+            found = {
+                scale: float(measure.scores(sample, one)) + (foretold[scale] if measure is combined else 0.0)
+                for scale, sample in samples.items()
+            }
+        except PimergeError as error:
+            excluded[name] = error.problems[0].message
+            continue
+        scale = max(found, key=lambda scale: (found[scale], -scale))
+        gains = combined.scores(samples[scale], weights) - base_gains + foretold[scale]
+        scores = gains if measure is combined else measure.scores(samples[scale], weights)
+        judged[name] = Judged(
+            scale, *_with_error(scores), *_with_error(gains), tested=combined.part_of(base).name == "likelihood"
+        )
+    return Verdict(base_score, judged, excluded)
+
+
+def _with_error(values: Tensor) -> tuple[float, float]:
+    """The value on all examples, which stands first, and the standard deviation of those on the draws."""
+    return float(values[0]), float(values[1:].std())
+
+
+def gains_by_part(viewer: Viewer, expert: Expert, prior: float = 0.0) -> dict[float, dict[str, float]]:
+    """Scale → the parts of ``combined`` above the bare base's, and the expected gain that they make together.
+
+    Args:
+        prior: what the store foretells at full strength; its part ``store`` is the gain itself.
+    """
+    base = viewer.base_sample()
+    one = torch.ones(1, len(base.labels), dtype=torch.float64)
+    part, found = combined.part_of(base), {}
+    for scale, sample in viewer.samples(expert).items():
+        above = float(part.scores(sample, one) - part.scores(base, one))
+        store = {"store": scale * prior} if prior else {}
+        found[scale] = {part.name: above, **store, "expected gain": part.weight * above + scale * prior}
+    return found
+
+
+def gains_of_means(viewer: Viewer, experts: Sequence[Expert], priors: Sequence[float]) -> list[float]:
+    """Expected gain of the mean of the first 1, 2, … of some experts, each at its scale; without its own error.
+
+    Args:
+        priors: what the store foretells of each, at its scale.
+    """
+    base = viewer.base_sample()
+    one = torch.ones(1, len(base.labels), dtype=torch.float64)
+    base_gain = combined.scores(base, one)
+    found = []
+    for count in range(1, 1 + len(experts)):
+        mean = viewer.sum_sample(experts[:count])
+        found.append(float(combined.scores(mean, one) - base_gain) + sum(priors[:count]) / count)
+    return found
+
+
+def bootstrap(labels: Tensor, draws: int, seed: int) -> Tensor:
+    """(draws × n) how often each example is drawn, with replacement within its class, so that none goes missing.
+
+    The classes of one example each are drawn from together: alone, such a class would always be the same, and a
+    target of one example a class would look as if it had no error.
+
+    >>> bootstrap(torch.tensor([0, 0, 1]), 2, seed=0)[:, 2].tolist()
+    [1.0, 1.0]
+    """
+    generator = torch.Generator().manual_seed(seed)
+    weights = torch.zeros(draws, len(labels), dtype=torch.float64)
+    strata = torch.where(labels.bincount()[labels] > 1, labels, -1)
+    for stratum in sorted(set(strata.tolist())):
+        members = (strata == stratum).nonzero()[:, 0]
+        drawn = members[torch.randint(len(members), (draws, len(members)), generator=generator)]
+        weights.scatter_add_(1, drawn, torch.ones(drawn.shape, dtype=torch.float64))
+    return weights

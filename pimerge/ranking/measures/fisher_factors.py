@@ -1,0 +1,26 @@
+"""Cosine of the diagonal Fisher of the factors B, unit norm per tensor, around the pool's mean.
+
+With F_t the diagonal of tensor t, e_n = concat_t F_t/‖F_t‖ over the factors B, and the score is
+cos(e_target − ē, e_n − ē) with ē the pool's mean. The norm per tensor keeps a few huge entries from deciding; the
+mean holds what all tasks share. Compare arXiv 2304.14381, section 3.2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pimerge.adapters.kinds.lora import is_B_factor
+from pimerge.embedding.store_view import Stored, rows_by_name
+from pimerge.ranking.cosine import Similarity, from_vectors, unit
+
+NEEDS = "fisher"
+SAME_BASIS = True
+GATE = 0.0
+NEEDS_UPDATE = True
+
+
+def similarity(members: Sequence[Stored], candidates: int, pool: Sequence[int], sampled: bool = False) -> Similarity:
+    """The cosines, in [−1, 1]; 0 for an embedding that is the mean itself."""
+    keys = [key for key in members[0].parameters if is_B_factor(key)]
+    parts = ((key, unit(rows)) for key, rows in rows_by_name(members, keys, Stored.fisher))
+    return from_vectors(parts, candidates, pool, sampled)

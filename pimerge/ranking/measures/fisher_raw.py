@@ -1,0 +1,20 @@
+"""Cosine of the whole raw diagonal Fisher: the paper's measure (arXiv 2304.14381, section 3.2).
+
+On real pools it ranks near chance, since a few huge entries decide it; ``fisher`` mends that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pimerge.embedding.store_view import Stored, rows_by_name
+from pimerge.ranking.cosine import Similarity, from_vectors
+
+NEEDS = "fisher"
+SAME_BASIS = True
+GATE = -1.0  # without a mean to compare with it cannot tell that an expert does not help
+
+
+def similarity(members: Sequence[Stored], candidates: int, pool: Sequence[int], sampled: bool = False) -> Similarity:
+    """cos(F_target, F_n) over all parameters, in [0, 1]; no mean is subtracted."""
+    return from_vectors(rows_by_name(members[: candidates + 1], members[0].parameters, Stored.fisher), candidates)

@@ -1,0 +1,76 @@
+"""H-score with a shrunk covariance: how much of the features' variance lies between the classes.
+
+With Σ the covariance of the features, Σ_y that of their class means and d their dimension,
+
+    H = (1 − a) tr(Σ_a⁻¹ Σ_y),   Σ_a = (1 − a) Σ + a · tr(Σ)/d · I.
+
+It is the H-score of Bao et al. (2019), tr(Σ⁻¹ Σ_y), as Ibrahim et al. (arXiv 2110.06893) mend it for few examples:
+a is the shrinkage of Ledoit and Wolf (2004), here at least 1e-9, so that Σ_a is never singular.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn.functional import one_hot
+
+from pimerge.models.linear_probe import in_row_space, standardised
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pimerge.embedding.sample import Sample
+
+NEEDS = "examples"
+READS_ANSWERS = False
+
+_LEAST_SHRINKAGE = 1e-9
+_ROUNDING = 1e-12
+
+
+def scores(sample: Sample, weights: Tensor) -> Tensor:
+    """H, in [0, classes − 1], one for each row of weights; 0 if the features do not differ.
+
+    Args:
+        sample: needs vectors (n × d) and labels.
+        weights: (draws × n) float64, how often each example counts.
+
+    Returns:
+        (draws) float64.
+
+    >>> from pimerge.embedding.sample import Sample
+    >>> x = torch.tensor([[1.0], [1.5], [5.0], [5.5]], dtype=torch.float64)
+    >>> ones = torch.ones(1, 4, dtype=torch.float64)
+    >>> [round(float(scores(Sample(x, torch.tensor(y), 2), ones)), 2) for y in ([0, 0, 1, 1], [0, 1, 0, 1])]
+    [0.98, 0.02]
+    """
+    vectors = in_row_space(sample.vectors)
+    targets = one_hot(sample.labels, sample.classes).double()
+    d = sample.vectors.shape[1]
+    return torch.stack([_score(vectors, targets, draw, d) for draw in weights])
+
+
+def _score(vectors: Tensor, targets: Tensor, weights: Tensor, d: int) -> Tensor:
+    n = weights.sum()
+    X = standardised(vectors, weights)  # so tr Σ is 1
+    if not X.any():
+        return torch.zeros((), dtype=torch.float64)
+    weighted = (weights / n)[:, None] * X
+    covariance = X.T @ weighted
+    shares = weights / n @ targets
+    means = weighted.T @ targets / torch.where(shares > 0, shares, torch.inf).sqrt()  # Σ_y = means · meansᵀ
+    shrinkage = _ledoit_wolf(X, covariance, weights, d)
+    shrunk = (1 - shrinkage) * covariance
+    shrunk.diagonal().add_(shrinkage / d)
+    return (1 - shrinkage) * (means * torch.cholesky_solve(means, torch.linalg.cholesky(shrunk))).sum()
+
+
+def _ledoit_wolf(X: Tensor, covariance: Tensor, weights: Tensor, d: int) -> Tensor:
+    """The shrinkage a: the variance of Σ's estimate as a share of its distance from tr(Σ)/d · I, at most 1."""
+    n, square = weights.sum(), covariance.square().sum()
+    distance = square - 1 / d
+    variance = (weights @ X.square().sum(1).square() / n - square) / n
+    if distance <= _ROUNDING * square:  # Σ is that already, as in one dimension
+        return torch.full_like(square, _LEAST_SHRINKAGE)
+    return (variance / distance).clamp(_LEAST_SHRINKAGE, 1.0)

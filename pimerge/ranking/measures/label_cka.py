@@ -1,0 +1,50 @@
+"""Linear CKA of the features and the labels: how far examples are near each other where their labels agree.
+
+With X the features and Y the one-hot labels, both centred: ‖YᵀX‖²_F / (‖XᵀX‖_F ‖YᵀY‖_F) (arXiv 1905.00414,
+section 3). It depends on neither rotation nor scale of the features.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn.functional import one_hot
+
+from pimerge.models.linear_probe import in_row_space, standardised
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pimerge.embedding.sample import Sample
+
+NEEDS = "examples"
+READS_ANSWERS = False
+
+
+def scores(sample: Sample, weights: Tensor) -> Tensor:
+    """The CKA, in [0, 1], one for each row of weights; 0 if features or labels do not differ.
+
+    Args:
+        sample: needs vectors (n × d) and labels.
+        weights: (draws × n) float64, how often each example counts.
+
+    Returns:
+        (draws) float64.
+
+    >>> from pimerge.embedding.sample import Sample
+    >>> x = torch.tensor([[1.0], [1.0], [5.0], [5.0]], dtype=torch.float64)
+    >>> ones = torch.ones(1, 4, dtype=torch.float64)
+    >>> [round(float(scores(Sample(x, torch.tensor(y), 2), ones)), 2) for y in ([0, 0, 1, 1], [0, 1, 0, 1])]
+    [1.0, 0.0]
+    """
+    vectors = in_row_space(sample.vectors)
+    targets = one_hot(sample.labels, sample.classes).double()
+    return torch.stack([_score(vectors, targets, draw) for draw in weights])
+
+
+def _score(vectors: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    X, Y = standardised(vectors, weights), standardised(targets, weights)
+    weighted = (weights / weights.sum())[:, None] * X
+    norms = (X.T @ weighted).norm() * (Y.T @ ((weights / weights.sum())[:, None] * Y)).norm()
+    return (Y.T @ weighted).square().sum() / torch.where(norms > 0, norms, torch.inf)

@@ -1,0 +1,60 @@
+"""LEEP: how well the labels follow from the answers of the expert's own head, over its own classes.
+
+With θ(x)_z the head's probabilities, P(y, z) = 1/n Σ_{i: y_i = y} θ(x_i)_z and P(y|z) = P(y, z) / P(z), the score
+is 1/n Σ_i log Σ_z P(y_i|z) θ(x_i)_z (LEEP, arXiv 2002.12462, section 3).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn.functional import one_hot
+
+from pimerge.core.errors import PimergeError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pimerge.embedding.sample import Sample
+
+NEEDS = "examples"
+READS_ANSWERS = True
+
+
+def scores(sample: Sample, weights: Tensor) -> Tensor:
+    """The mean log-likelihood of the labels, in nats, one for each row of weights.
+
+    Args:
+        sample: needs labels, and logits (n × the head's classes).
+        weights: (draws × n) float64, how often each example counts.
+
+    Returns:
+        (draws) float64, at most 0.
+
+    Raises:
+        PimergeError: if the expert has no head.
+
+    >>> from pimerge.embedding.sample import Sample
+    >>> logits = torch.tensor([[5.0, 0.0], [5.0, 0.0], [0.0, 5.0], [0.0, 5.0]])
+    >>> ones = torch.ones(1, 4, dtype=torch.float64)
+    >>> samples = [Sample(logits, torch.tensor(y), 2, logits) for y in ([0, 0, 1, 1], [0, 1, 0, 1])]
+    >>> [round(float(scores(sample, ones)), 2) for sample in samples]
+    [-0.01, -0.69]
+    """
+    if sample.logits is None:
+        raise PimergeError(
+            "the expert gives no probabilities of classes, so leep has no answers of it to look at",
+            "train it with its head saved (modules_to_save), score by likelihood, or take a measure of features: logme",
+        )
+    answers = sample.logits.double().softmax(1)
+    targets = one_hot(sample.labels, sample.classes).double()
+    return torch.stack([_score(answers, targets, draw) for draw in weights])
+
+
+def _score(answers: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    joint = targets.T @ (weights[:, None] * answers)  # (classes × the head's)
+    mass = joint.sum(0)
+    conditional = joint / torch.where(mass > 0, mass, torch.inf)
+    likelihood = ((answers @ conditional.T) * targets).sum(1)
+    return torch.xlogy(weights, likelihood).sum() / weights.sum()  # xlogy: an example not drawn may have 0

@@ -1,0 +1,43 @@
+"""Mean probability of the right label, held out, by linear probes on the expert's features.
+
+See :func:`pimerge.models.linear_probe.held_out_probability`. Unlike the log-likelihood of ``probe``, no single example
+that is answered wrongly with confidence weighs more than any other, so it is steadier, and nearer to an accuracy.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pimerge.models.linear_probe import held_out_probability
+from pimerge.ranking.measures.probe import mean_of_held_out
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pimerge.embedding.sample import Sample
+
+NEEDS = "examples"
+READS_ANSWERS = False
+
+
+def scores(sample: Sample, weights: Tensor) -> Tensor:
+    """The weighted mean of the examples' probabilities, one for each row of weights.
+
+    Args:
+        sample: needs vectors (n × d) and labels.
+        weights: (draws × n) float64, how often each example counts; see :func:`pimerge.ranking.measures.probe.scores`.
+
+    Returns:
+        (draws) float64, 0 to 1.
+
+    Raises:
+        PimergeError: if every class has one example.
+
+    >>> import torch
+    >>> from pimerge.embedding.sample import Sample
+    >>> x = torch.tensor([[-1.0], [1.0], [-0.9], [0.9]], dtype=torch.float64)
+    >>> ones = torch.ones(1, 4, dtype=torch.float64)
+    >>> [round(float(scores(Sample(x, torch.tensor(y), 2), ones)), 1) for y in ([0, 1, 0, 1], [0, 0, 1, 1])]
+    [0.9, 0.3]
+    """
+    return mean_of_held_out(held_out_probability(sample.vectors, sample.labels, sample.classes), weights)

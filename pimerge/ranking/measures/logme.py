@@ -1,0 +1,98 @@
+"""LogME: the evidence per example that the features give for the labels, by Bayesian linear regression.
+
+For one class, with y its one-hot column (n) and X the features as they are, neither centred nor with an
+intercept, the evidence is log N(y; 0, β⁻¹ I + α⁻¹ X Xᵀ), maximised over the precisions α and β; the score is
+its mean over the classes, divided by n (LogME, arXiv 2102.11005). It depends on X by the spectrum alone:
+with σ_j the eigenvalues of XᵀX, z_j the components of y along the left singular vectors and t = α/β,
+
+    log p = n/2 · log(β/2π) − β/2 · R(t) − ½ Σ_j log(1 + σ_j/t),   R(t) = ‖y‖² − Σ_j z_j² σ_j/(σ_j + t).
+
+For each t the best β is n/R(t). So one number is searched, on a grid that is refined, in place of the paper's
+fixed-point iteration, which stops at the first optimum. Where X explains y without error, as it may where
+examples repeat or n < d, the evidence has no bound: so the noise variance 1/β is kept from falling below 1e-3.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn.functional import one_hot
+
+from pimerge.models.linear_probe import in_row_space
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pimerge.embedding.sample import Sample
+
+NEEDS = "examples"
+READS_ANSWERS = False
+LEAST_NOISE = 1e-3
+
+_NEGLIGIBLE = 1e-12  # share of the largest eigenvalue below which one is rounding
+# log t, where the mean of ‖x‖² is 1: from where a direction of the share above counts, to where none does
+_RANGE = (math.log(1e-18), math.log(1e8))
+_POINTS = 61
+_REFINEMENTS = 3  # each narrows the grid thirtyfold; the evidence is flat to second order at its maximum
+
+
+def scores(sample: Sample, weights: Tensor) -> Tensor:
+    """The evidence in nats per example, one score for each row of weights.
+
+    A class without an example is left out. The features' scale does not matter, α takes it up.
+
+    Args:
+        sample: needs vectors (n × d) and labels.
+        weights: (draws × n) float64, how often each example counts.
+
+    Returns:
+        (draws) float64.
+
+    >>> from pimerge.embedding.sample import Sample
+    >>> x = torch.tensor([[1.0, 0.1], [0.9, 0.0], [0.1, 1.0], [0.0, 0.9]], dtype=torch.float64)
+    >>> ones = torch.ones(1, 4, dtype=torch.float64)
+    >>> [round(float(scores(Sample(x, torch.tensor(y), 2), ones)), 2) for y in ([0, 0, 1, 1], [0, 1, 0, 1])]
+    [-0.09, -1.06]
+    """
+    size = sample.vectors.square().sum(1).mean().sqrt()
+    vectors = in_row_space(sample.vectors / torch.where(size > 0, size, 1.0))
+    targets = one_hot(sample.labels, sample.classes).double()
+    return torch.stack([_score(vectors, targets, draw) for draw in weights])
+
+
+def _score(vectors: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    """The mean evidence of the classes that occur; σ and ‖y‖² are divided by n throughout."""
+    shares = weights / weights.sum()
+    counts = shares @ targets
+    targets, squares = targets[:, counts > 0], counts[counts > 0]
+    weighted = shares[:, None] * vectors
+    sigma, axes = torch.linalg.eigh(vectors.T @ weighted)
+    kept = sigma > _NEGLIGIBLE * sigma[-1]
+    sigma = sigma[kept]
+    explained = (axes[:, kept].T @ (weighted.T @ targets)).square().T / sigma  # (classes × r), z²
+    left = (squares - explained.sum(1)).clamp(min=0)
+    return _maximum(sigma, explained, left, float(weights.sum())).mean()
+
+
+def _maximum(sigma: Tensor, explained: Tensor, left: Tensor, n: float) -> Tensor:
+    """(classes) the highest evidence per example over log t."""
+    low, high = _RANGE
+    offsets = torch.linspace(-1, 1, _POINTS, dtype=torch.float64)
+    centre, reach = torch.full_like(left, (low + high) / 2), (high - low) / 2
+    rows = torch.arange(len(left))
+    for _ in range(_REFINEMENTS + 1):
+        grid = (centre[:, None] + reach * offsets).clamp(low, high)
+        values = _evidence(grid.exp(), sigma, explained, left, n)
+        best = values.argmax(1)
+        centre, reach = grid[rows, best], reach * 2 / (_POINTS - 1)
+    return values[rows, best]
+
+
+def _evidence(t: Tensor, sigma: Tensor, explained: Tensor, left: Tensor, n: float) -> Tensor:
+    """(classes × points) the evidence per example at t = α/β (classes × points), for the best β."""
+    ratio = sigma / t[:, :, None]  # (classes × points × r)
+    residual = left[:, None] + (explained[:, None] / (1 + ratio)).sum(2)
+    noise = residual.clamp(min=LEAST_NOISE)
+    return -((2 * math.pi * noise).log() + residual / noise + ratio.log1p().sum(2) / n) / 2

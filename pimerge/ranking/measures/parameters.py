@@ -1,0 +1,33 @@
+"""Cosine of the numbers themselves, as they are stored: of a LoRA the factors A and B.
+
+The cosine is taken over all modules together: the numbers of A, of B and of a bias of B form one long vector,
+and no scaling is applied. One (BR, R⁻¹A) of the same ΔW has other numbers, so it tells something only among
+experts of one init.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pimerge.checkpoints.safetensors_file import TensorFile
+from pimerge.embedding.store_view import Stored, rows_by_name
+from pimerge.ranking.cosine import Similarity, from_vectors
+
+NEEDS = "experts"
+SAME_BASIS = True
+GATE = -1.0  # without a mean to compare with it cannot tell that an expert does not help
+
+
+def similarity(members: Sequence[Stored], candidates: int, pool: Sequence[int], sampled: bool = False) -> Similarity:
+    """The cosines of all numbers, in [−1, 1]; no mean is subtracted."""
+    return of_files([member.expert.file for member in members[: candidates + 1]], members[0].parameters)
+
+
+def of_files(files: Sequence[TensorFile], keys: Sequence[str], start: TensorFile | None = None) -> Similarity:
+    """The cosines of the numbers of the first file with those of each other, over some tensors.
+
+    Args:
+        start: what all were trained from; then θ − θ0 is compared, the task vector (arXiv 2212.04089).
+    """
+    rows = rows_by_name([*files, *([start] if start else [])], keys, TensorFile.arrays)
+    return from_vectors(((name, found[:-1] - found[-1] if start else found) for name, found in rows), len(files) - 1)

@@ -1,0 +1,131 @@
+"""A target that the store does not hold yet: its expert is embedded; one that has none gets an expert to embed."""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from pimerge.adapters.expert import Expert, open_expert
+from pimerge.cli.console import note, quiet_libraries
+from pimerge.core.errors import PimergeError, Problems
+from pimerge.core.files import require_absent
+from pimerge.core.progress import Track
+from pimerge.embedding.store import Store
+from pimerge.ranking.nearest import SHORTLIST
+from pimerge.ranking.target import Asked, Request, folder_for, names_on, open_all, pool_base
+from pimerge.tasks.task import open_task
+
+
+@contextmanager
+def target_in_store(asked: Asked, store: Store, request: Request, track: Track) -> Iterator[Store]:
+    """A store that has the target: this one with its expert, or a temporary one on top with the pool's init.
+
+    Raises:
+        PimergeError: if the expert cannot be embedded, or there is no init to start from.
+    """
+    quiet_libraries()
+    if asked.expert is not None:
+        _embed(asked, store, request, track)
+        yield store
+        return
+    from pimerge.tuning.target_expert import initial_expert
+
+    start_from = _start(asked, store, request, track)
+    with tempfile.TemporaryDirectory() as folder, initial_expert(**start_from) as start:
+        note(
+            f"{asked.name} has no expert: its Fisher is taken at {_init_of(start_from['pool'], store)} "
+            "(--train-target trains one)",
+            request.quiet,
+        )
+        overlay = store.overlay(Path(folder))
+        _embed(replace(asked, expert=start, folder=start.path), overlay, request, track)
+        yield overlay
+
+
+def trained(asked: Asked, store: Store, request: Request, track: Track) -> Asked:
+    """The target with an expert of its own in the store, trained on its examples from the pool's init.
+
+    Raises:
+        PimergeError: if there is no init to start from, the task has a problem, or something else has its place.
+    """
+    quiet_libraries()
+    output = folder_for(store, asked.name)
+    _refuse_namesake(replace(asked, folder=output), store)
+    if output.is_dir() and open_task(output).sha256() == asked.task().sha256():
+        note(f"{asked.name}: the expert that was trained before, '{output}'", request.quiet)
+    else:
+        from pimerge.tuning.target_expert import train_expert
+
+        require_absent(output, request.force)
+        start = _start(asked, store, request, track)
+        init = _init_of(start["pool"], store)
+        note(f"{asked.name} has no expert: training one from {init} into '{output}'", request.quiet)
+        train_expert(**start, output=output, force=request.force)
+    own = Asked(asked.name, open_expert(output, request.base), output, stored=True)
+    _embed(own, store, request, track)
+    return own
+
+
+def _start(asked: Asked, store: Store, request: Request, track: Track) -> dict[str, Any]:
+    """What an expert for the target starts from, of the kind that most experts have, and how it is trained.
+
+    Raises:
+        PimergeError: if the store has no expert of the target's base.
+    """
+    from pimerge.tuning.options import Options
+
+    base = pool_base(store, asked, request.base)
+    names, excluded = names_on(store, asked, base)
+    kinds = Counter(store.experts[name].kind for name in names)
+    if kinds:  # of several kinds the one with the most experts
+        names = [name for name in names if store.experts[name].kind == kinds.most_common(1)[0][0]]
+    pool, broken = open_all(store, names[:SHORTLIST])  # the mean init of so many is that of all
+    if not pool:
+        problems = Problems()
+        for name, reason in (excluded | broken).items():
+            problems.add(f"'{name}': {reason}", "rank by the store that holds experts of the target's base")
+        problems.raise_any(f"'{asked.name}' has no expert, and the store none for it to start from")
+    return {
+        "pool": list(pool.values()),
+        "task": asked.task(),
+        "base": base,
+        "options": Options(shots=request.shots, seed=request.seed),
+        "device": request.device,
+        "dtype": request.dtype,
+        "track": track,
+    }
+
+
+def _init_of(pool: Sequence[Expert], store: Store) -> str:
+    """What a target starts from, in words: where the pool has several kinds of expert, which."""
+    several = len({entry.kind for entry in store.experts.values()}) > 1
+    return f"the init of the pool's most frequent kind, {pool[0].kind}" if several else "the pool's init"
+
+
+def _embed(asked: Asked, store: Store, request: Request, track: Track) -> None:
+    """Embed the target's expert as the others were, but with no more examples than are to be looked at."""
+    from pimerge.adapters.compatibility import check_expert
+    from pimerge.embedding.embed import embed
+    from pimerge.models.loading import Bases, resolve_device, resolve_dtype
+
+    expert = asked.expert
+    assert expert is not None
+    _refuse_namesake(asked, store)
+    note(f"{asked.name} is not in the store yet: embedding it", request.quiet)
+    like = next(iter(store.experts.values())).settings
+    settings = like.model_copy(update={"shots": request.shots, "seed": request.seed}) if request.shots else like
+    device = resolve_device(request.device)
+    embed(expert, check_expert(expert), store, settings, Bases(device, resolve_dtype(like.dtype, device)), track=track)
+
+
+def _refuse_namesake(asked: Asked, store: Store) -> None:
+    if asked.name in store.experts and store.folder_of(asked.name).resolve() != asked.folder.resolve():
+        raise PimergeError(
+            f"'{store.path}' has another expert of the name '{asked.name}': {store.folder_of(asked.name)}",
+            "rename one of the folders",
+        )

@@ -1,0 +1,150 @@
+"""The document ``ranking.json``: which experts were looked at for a target, how close each is, who is selected."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from pimerge.adapters.expert import Expert, open_expert
+from pimerge.core.errors import PimergeError
+from pimerge.core.files import json_text, require_same_or_absent, write_file
+from pimerge.tasks.task import parse_document
+
+SCHEMA = 2
+
+
+class Reference(BaseModel):
+    """An expert as the ranking names it; ``path`` is relative to the ranking's folder."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str
+    path: str
+    sha256: str
+
+
+class Target(Reference):
+    """Whom the ranking is for.
+
+    Attributes:
+        expert: False for a task without an expert of its own; ``path`` is the task's folder, then, and ``sha256``
+            the task's.
+    """
+
+    expert: bool = True
+
+
+class Candidate(Reference):
+    """An expert with its score; higher is better.
+
+    Attributes:
+        low, high: 95 % interval of the score.
+        scale: strength of the expert's update that suits the target best, 0 to 1; merge and tune apply it.
+        gain: expected gain over the bare base in accuracy (0 to 1), and its 95 % interval; None where it is not
+            known.
+        helps: whether it is expected to help over the bare base.
+    """
+
+    score: float
+    low: float
+    high: float
+    scale: float = 1.0
+    gain: float | None = None
+    gain_low: float | None = None
+    gain_high: float | None = None
+    helps: bool = True
+
+
+class NotComparable(BaseModel):
+    """An expert that the measure cannot compare with the target, and why."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str
+    reason: str
+
+
+class Seen(BaseModel):
+    """The target's examples that were looked at: how many, and how they were drawn."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    examples: int
+    per_class: dict[str, int]
+    shots: int | None
+    limit: int | None
+    seed: int
+
+
+class Ranking(BaseModel):
+    """The content of ``ranking.json``: candidates in descending order, and the selected ones among them.
+
+    Attributes:
+        base_score: of the bare base; None for a measure of the store.
+        seen: the target's examples; None for a measure of the store.
+        selected: empty if no expert is expected to help: then a fresh expert is the advice.
+        notes: what a reader should know, a sentence at a time.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    schema_version: int = SCHEMA
+    target: Target
+    measure: str
+    k: int
+    selected: list[str]
+    why: str
+    notes: list[str] = Field(default_factory=list)
+    base_score: float | None = None
+    seen: Seen | None = None
+    candidates: list[Candidate]
+    not_comparable: list[NotComparable]
+
+    def with_notes(self, *notes: str) -> Ranking:
+        """The same with more to be said, first."""
+        return self.model_copy(update={"notes": [*notes, *self.notes]})
+
+    def chosen(self) -> list[Candidate]:
+        """The selected candidates, best first."""
+        by_name = {candidate.name: candidate for candidate in self.candidates}
+        return [by_name[name] for name in self.selected]
+
+
+def write_ranking(ranking: Ranking, path: Path, force: bool) -> None:
+    """Write ``ranking.json``; the same ranking again is no overwriting.
+
+    Raises:
+        PimergeError: if another ranking is there and ``force`` is off.
+    """
+    content = json_text(ranking.model_dump())
+    require_same_or_absent(path, content, force)
+    write_file(path, content)
+
+
+def read_ranking(path: Path) -> Ranking:
+    """Read a ranking.
+
+    Raises:
+        PimergeError: if it is not there or does not fit.
+    """
+    if not path.is_file():
+        raise PimergeError(
+            f"there is no ranking '{path}'", "run 'pimerge rank --target NAME' first, or name the experts"
+        )
+    return parse_document(Ranking, path, "run 'pimerge rank' again")
+
+
+def open_ranked(reference: Reference, ranking_path: Path, base: str | None = None) -> Expert:
+    """Open an expert that a ranking names, at its scale, and check that it is the one that was ranked.
+
+    Raises:
+        PimergeError: if it is gone or has changed.
+    """
+    expert = open_expert(ranking_path.parent / reference.path, base)
+    if expert.sha256 != reference.sha256:
+        raise PimergeError(
+            f"'{expert.path}' has changed since '{ranking_path}' was written",
+            "run 'pimerge embed' and 'pimerge rank' again",
+        )
+    return expert.scaled(reference.scale) if isinstance(reference, Candidate) else expert

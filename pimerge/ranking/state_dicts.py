@@ -1,0 +1,174 @@
+"""Pools of plain state dicts: ``.safetensors`` files without a config, ranked by the cosine of their numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pimerge.checkpoints.safetensors_file import FLOATS, TensorFile, open_tensors
+from pimerge.core import plugins
+from pimerge.core.errors import PimergeError, nearest
+from pimerge.core.files import relative_to, sha256_file
+from pimerge.ranking.measures.parameters import of_files
+from pimerge.ranking.schema import Candidate, Ranking, Target
+from pimerge.ranking.selection import Z95, document, widest_gap
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+SUFFIX = ".safetensors"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+MEASURE = "parameters"
+
+
+@dataclass(frozen=True)
+class StateDict:
+    """One file of tensors; see :func:`open_state_dict`."""
+
+    file: TensorFile
+
+    @property
+    def name(self) -> str:
+        """The file's name without its suffix."""
+        return self.file.path.name.removesuffix(SUFFIX)
+
+    @cached_property
+    def form(self) -> dict[str, tuple[int, ...]]:
+        """Key → shape of every tensor of floating numbers."""
+        return {key: entry.shape for key, entry in sorted(self.file.entries.items()) if entry.dtype in FLOATS}
+
+
+def open_state_dict(path: Path) -> StateDict:
+    """Open a state dict; its header is read and checked.
+
+    Raises:
+        PimergeError: for a pickle, a damaged file, or one without numbers.
+    """
+    if path.suffix in PICKLES:
+        raise PimergeError(
+            f"'{path}' is a pickle, which can run code when it is read; only {SUFFIX} files are read",
+            f"save it as {SUFFIX} where you trust it",
+        )
+    found = StateDict(open_tensors(path))
+    if not found.form:
+        raise PimergeError(f"'{path}' holds no tensor of floating numbers", "save it again")
+    return found
+
+
+def find_state_dict(name: str, folder: Path) -> Path:
+    """The file of a pool by its name, with or without its suffix.
+
+    Raises:
+        PimergeError: if it is not there.
+    """
+    for path in (folder / name, folder / f"{name}{SUFFIX}"):
+        if path.is_file():
+            return path
+    known = [path.name.removesuffix(SUFFIX) for path in sorted(folder.glob(f"*{SUFFIX}"))]
+    raise PimergeError(f"there is no state dict '{name}' in '{folder}'", nearest(name, known))
+
+
+def rank_state_dicts(path: Path, pool: Path, k: int | None, folder: Path, base: Path | None = None) -> Ranking:
+    """Rank the other state dicts of a folder by how close their numbers are to the target's.
+
+    Numbers that were trained from one start are close to each other whatever the task, so that with the start known
+    what was added to it is compared.
+
+    Args:
+        path: the target's file.
+        pool: the folder.
+        k: how many to select; None for as many as stand before the widest gap.
+        folder: where the ranking will lie; its paths are relative to that.
+        base: the file that all were trained from, θ0; then θ − θ0 is compared.
+
+    Raises:
+        PimergeError: if the target or the base cannot be read or do not fit, or there is no other file.
+    """
+    target = open_state_dict(path)
+    start = open_state_dict(base) if base else None
+    if start is not None and start.form != target.form:
+        raise PimergeError(
+            f"the base '{base}' does not fit '{path}': {_difference(target, start)}", "pass its own --base"
+        )
+    apart = {path.resolve(), *([base.resolve()] if base else [])}
+    others = [
+        each
+        for each in sorted(pool.iterdir())
+        if each.suffix in (SUFFIX, *PICKLES) and each.is_file() and each.resolve() not in apart
+    ]
+    if not others:
+        raise PimergeError(
+            f"'{pool}' holds no other state dict than the target", f"put the {SUFFIX} files that are to be ranked there"
+        )
+    origin = start.file if start else None
+    own = of_files([target.file], list(target.form), origin)
+    if not np.isfinite(own.own).all():
+        raise PimergeError(
+            f"{_unusable(own.tensors, own.own)} of the target '{path}' holds NaN or Inf", "its training diverged"
+        )
+    if start is not None and not own.own.any():
+        raise PimergeError(f"the target '{path}' holds the same numbers as the base", "pass what it was trained from")
+    candidates, excluded = [], {}
+    for each in others:
+        try:
+            candidates.append(_candidate(target, open_state_dict(each), folder, origin))
+        except PimergeError as error:
+            excluded[each.name.removesuffix(SUFFIX)] = error.problems[0].message
+    candidates.sort(key=lambda candidate: (-candidate.score, candidate.name))
+    count = k if k is not None else widest_gap([candidate.score for candidate in candidates])
+    return document(
+        Target(name=target.name, path=relative_to(path, folder), sha256=sha256_file(path)),
+        MEASURE,
+        count,
+        candidates,
+        excluded,
+        candidates[:count],
+        f"of {len(candidates)} comparable state dicts by '{MEASURE}': "
+        f"{plugins.summaries('pimerge.ranking.measures')[MEASURE]}",
+        [f"compared by what was added to '{base}'"] if base else [],
+    )
+
+
+def _candidate(target: StateDict, other: StateDict, folder: Path, start: TensorFile | None) -> Candidate:
+    """A candidate, if it has the target's tensors.
+
+    Raises:
+        PimergeError: if it has not, holds NaN or Inf, or is the start itself.
+    """
+    if other.form != target.form:
+        raise PimergeError(_difference(target, other))
+    similarity = of_files([target.file, other.file], list(target.form), start)
+    if not np.isfinite(similarity.norms).all():
+        raise PimergeError(f"{_unusable(similarity.tensors, similarity.norms)} holds NaN or Inf")
+    if start is not None and not similarity.norms.any():
+        raise PimergeError("it holds the same numbers as the base")
+    score, error = float(similarity.scores()[0]), float(similarity.errors()[0])
+    path = other.file.path
+    return Candidate(
+        name=other.name,
+        path=relative_to(path, folder),
+        sha256=sha256_file(path),
+        score=score,
+        low=max(-1.0, score - Z95 * error),
+        high=min(1.0, score + Z95 * error),
+    )
+
+
+def _unusable(tensors: list[str], squares: NDArray[np.float64]) -> str:
+    """The first tensor whose norm is not finite, in quotes."""
+    return f"'{tensors[int(np.flatnonzero(~np.isfinite(squares[0]))[0])]}'"
+
+
+def _difference(target: StateDict, other: StateDict) -> str:
+    """What tells the tensors of two files apart."""
+    lacking, extra = sorted(target.form.keys() - other.form.keys()), sorted(other.form.keys() - target.form.keys())
+    if lacking:
+        return f"it has no '{lacking[0]}'" + (f" and {len(lacking) - 1} more of the target's" if lacking[1:] else "")
+    if extra:
+        return f"it has '{extra[0]}'" + (f" and {len(extra) - 1} more" if extra[1:] else "") + ", the target has not"
+    key = next(key for key, shape in target.form.items() if other.form[key] != shape)
+    return f"'{key}' is {other.form[key]}, the target's {target.form[key]}"

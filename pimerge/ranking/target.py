@@ -1,0 +1,164 @@
+"""What ``pimerge rank`` is asked: its options, the target that is meant, and the pool for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pimerge.adapters.expert import CONFIG, Expert, open_expert
+from pimerge.checkpoints.base import Base, find_base
+from pimerge.core.errors import PimergeError, Problems
+from pimerge.core.files import relative_to
+from pimerge.embedding.store import Store, unknown_target
+from pimerge.ranking.schema import Target
+from pimerge.ranking.selection import Wish
+from pimerge.tasks.task import TASK_FILE, Task, open_task
+
+AUTO = "auto"
+TARGETS = "targets"
+
+
+@dataclass(frozen=True)
+class Request:
+    """The options of ``pimerge rank``, by their names there."""
+
+    store: Path
+    measure: str
+    k: int | None
+    gate: bool
+    shots: int | None
+    examples: int
+    seed: int
+    train_target: bool
+    base: str | None
+    device: str
+    dtype: str
+    force: bool
+    quiet: bool
+
+    @property
+    def wish(self) -> Wish:
+        """How many, and whether gated."""
+        return Wish(self.k, self.gate)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The target as it was found.
+
+    Attributes:
+        name: in the store, if it is there.
+        expert: its own, if it has one.
+        folder: of the expert or of the task.
+        stored: whether the expert is in the store.
+    """
+
+    name: str
+    expert: Expert | None
+    folder: Path
+    stored: bool
+
+    def task(self) -> Task:
+        """Its task.
+
+        Raises:
+            PimergeError: if there is none, or it does not fit.
+        """
+        return open_task(self.folder)
+
+    def named_from(self, folder: Path) -> Target:
+        """As the ranking in a folder names it."""
+        sha256 = self.expert.sha256 if self.expert else self.task().sha256()
+        path = relative_to(self.folder, folder)
+        return Target(name=self.name, path=path, sha256=sha256, expert=self.expert is not None)
+
+
+def find_target(target: str, store: Store, base: str | None) -> Asked:
+    """A target by its name in the store, an expert's folder or a task's.
+
+    A task for which ``--train-target`` has trained an expert has that one, as long as the task is the same.
+
+    Args:
+        base: in place of the one that an expert outside the store names.
+
+    Raises:
+        PimergeError: if it is none of these.
+    """
+    known = store.find(target)
+    if known is not None:
+        return Asked(known, store.open(known), store.folder_of(known), stored=True)
+    path = Path(target)
+    folder = path.parent if path.is_file() and path.name == TASK_FILE else path
+    if not folder.is_dir():
+        raise unknown_target(target, store)
+    if (folder / CONFIG).is_file():
+        expert = open_expert(folder, base)
+        return Asked(expert.name, expert, folder, stored=False)
+    task = open_task(folder)
+    trained = folder_for(store, task.name)
+    known = store.find(str(trained))
+    if known is not None and trained.is_dir() and store.experts[known].task_sha256 == task.sha256():
+        return Asked(known, store.open(known), trained, stored=True)
+    return Asked(task.name, None, folder, stored=False)
+
+
+def folder_for(store: Store, task: str) -> Path:
+    """Where the expert of a task lies that ``--train-target`` trains."""
+    return store.path.parent / TARGETS / task
+
+
+def pool_base(store: Store, asked: Asked, reference: str | None) -> Base:
+    """The base given, else the target expert's, else that of all experts of the store.
+
+    Raises:
+        PimergeError: if the experts have several bases and none is given, or none of them can be opened.
+    """
+    if reference is not None:
+        name, _, revision = reference.partition("@")
+        return find_base(name, revision or None, Path.cwd())
+    if asked.expert is not None:
+        return asked.expert.base
+    count = len({entry.base for entry in store.experts.values()})
+    if count > 1:
+        raise PimergeError(
+            f"the experts of '{store.path}' have {count} bases, and a task alone does not say which is meant",
+            "pass --base with the target's",
+        )
+    problems = Problems()
+    for name in store.experts:
+        with problems.collected():
+            return store.open(name).base
+    problems.raise_any(f"no expert of '{store.path}' can be opened")
+    raise AssertionError("unreachable: a store has experts")
+
+
+def names_on(store: Store, asked: Asked, base: Base) -> tuple[list[str], dict[str, str]]:
+    """The names in the store on a base, the target left out, and why the others are not among them."""
+    names, excluded = [], {}
+    for name, entry in store.experts.items():
+        if asked.stored and name == asked.name:
+            continue
+        if entry.base == base.identity:
+            names.append(name)
+        else:
+            excluded[name] = f"its base is {store.base_name(name)}, another model than the target's {base.name}"
+    return names, excluded
+
+
+def open_all(store: Store, names: Sequence[str]) -> tuple[dict[str, Expert], dict[str, str]]:
+    """Experts of the store by their names, and why some cannot be opened."""
+    experts, excluded = {}, {}
+    for name in names:
+        try:
+            experts[name] = store.open(name)
+        except PimergeError as error:
+            excluded[name] = error.problems[0].message
+    return experts, excluded
+
+
+def pool_of(store: Store, asked: Asked, base: Base) -> tuple[dict[str, Expert], dict[str, str]]:
+    """The experts of the store on a base, the target left out, and why the others are not among them."""
+    names, others = names_on(store, asked, base)
+    experts, broken = open_all(store, names)
+    return experts, others | broken

@@ -1,0 +1,1 @@
+"""Inspection, figures and the report."""

@@ -1,0 +1,136 @@
+"""What all plots have in common: size, colours that colour-blind people can tell apart, files of the same bytes."""
+
+from __future__ import annotations
+
+import io
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from pimerge.core.errors import PimergeError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito (2008), without the yellow, which is too faint on white
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
+GREY = "#999999"
+LIBRARIES = ("matplotlib", "networkx", "scipy")
+LONGEST = 30
+_STYLE: Any = {
+    "font.family": "DejaVu Sans",  # matplotlib's own, so that every machine draws the same
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlelocation": "left",
+    "legend.frameon": False,
+    "figure.dpi": 150,  # as the PNG has, so that what was laid out fits it
+    "svg.hashsalt": "pimerge",
+    "text.hinting": "none",  # widths are the same at every size
+    "text.parse_math": False,  # a name may hold dollars
+}
+
+
+def require_libraries() -> None:
+    """Check that what draws is installed.
+
+    Raises:
+        PimergeError: naming what is missing, and the command that installs it.
+    """
+    missing = [name for name in LIBRARIES if find_spec(name) is None]
+    if missing:
+        raise PimergeError(
+            f"plots need {', '.join(missing)}, which {'are' if len(missing) > 1 else 'is'} not installed",
+            "pip install 'pimerge[plots]'",
+        )
+
+
+@contextmanager
+def style() -> Iterator[None]:
+    """Matplotlib's own settings and the plots', whatever the user's are; afterwards they are as before."""
+    import matplotlib
+
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(_STYLE)
+        yield
+
+
+def pictures(draw: Callable[[], Figure]) -> dict[str, bytes]:
+    """Suffix → content of the picture's files: the same bytes for the same figure."""
+    found = {}
+    with style():
+        figure = draw()
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")  # it is laid out, once for both
+        # room for what stands beside the axes: names are of any length
+        frame = figure.get_tightbbox().padded(0.15)
+        for suffix, metadata in ((".png", {"Software": None}), (".svg", {"Date": None, "Creator": None})):
+            buffer = io.BytesIO()
+            figure.savefig(buffer, format=suffix[1:], metadata=metadata, bbox_inches=frame)
+            found[suffix] = buffer.getvalue()
+    return found
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure, in inches; it belongs to no window and no global state."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def look(place: int) -> dict[str, Any]:
+    """Colour, marker and line of the n-th of several things; they repeat in other combinations after seven.
+
+    >>> look(0)["color"], look(7)["color"], look(7)["marker"]
+    ('#0072B2', '#0072B2', 's')
+    """
+    turn, at = divmod(place, len(COLOURS))
+    shifted = (at + turn) % len(COLOURS)
+    return {"color": COLOURS[at], "marker": MARKERS[shifted], "linestyle": DASHES[shifted]}
+
+
+def title(axes: Axes, text: str, width: int = 60) -> None:
+    """A title over several lines, if it takes them."""
+    axes.set_title("\n".join(textwrap.wrap(text, width)))
+
+
+def subtitle(figure: Figure, text: str) -> None:
+    """What the whole figure is about, above all axes, in as many lines as it takes beside a legend on the right."""
+    width = int(12 * (figure.get_figwidth() - 2.2))
+    figure.suptitle("\n".join(textwrap.wrap(text, width)), x=0.01, ha="left", fontsize=9, color="0.3")
+
+
+def shortened(name: str, longest: int = LONGEST) -> str:
+    """A name that is too long for a picture without its middle; a line break in it is a space.
+
+    >>> shortened("an-expert-of-a-very-long-name", 15)
+    'an-expe…ng-name'
+    """
+    name = " ".join(name.split())
+    if len(name) <= longest:
+        return name
+    half = (longest - 1) // 2
+    return f"{name[: longest - 1 - half]}…{name[len(name) - half :]}"
+
+
+def short_names(names: Sequence[str], longest: int = LONGEST) -> list[str]:
+    """Names as :func:`shortened` has them, but whole where two would look the same."""
+    short = [shortened(name, longest) for name in names]
+    return [each if short.count(each) == 1 else name for each, name in zip(short, names, strict=True)]
+
+
+def percent(axes: Axes) -> None:
+    """Shares as percent along the vertical axis."""
+    from matplotlib.ticker import PercentFormatter
+
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))

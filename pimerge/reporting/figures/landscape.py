@@ -1,0 +1,210 @@
+"""Loss and accuracy over the plane through three experts, the target's and two others (π-Tuning, fig. 3c).
+
+Every point is a sum of the three updates with weights that sum to 1; inside the triangle all weights are positive.
+Lengths are those of the updates, ‖ΔW‖. The head is that of the target's expert everywhere, and nothing is trained.
+What ``--coefficients`` names, such as ``tuned/coefficients.json``, has other weights in every module and lies beside
+the plane: the nearest point of the plane is shown, and how far away it is. Its own head and factors that were trained
+besides the weights do not show here.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, FiniteFloat
+
+from pimerge.core.errors import PimergeError
+from pimerge.reporting.figures import Options
+from pimerge.reporting.figures._canvas import COLOURS, new_figure, shortened, subtitle, title
+from pimerge.reporting.figures._labels import place_labels
+from pimerge.reporting.figures._plane import Plane
+from pimerge.reporting.figures._study import Point, Shown, Study, examined
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from numpy.typing import NDArray
+
+    from pimerge.adapters.expert import Expert
+
+    Array = NDArray[np.float64]
+    Mark = tuple[str, "Kind", Array, float]
+
+NEEDS = "study"
+OPTIONS = ("experts", "grid", "limit", "seed", "coefficients")
+MARGIN = 0.3
+LEAST_GRID = 3
+
+
+Kind = Literal["expert", "uniform", "coefficients"]
+
+
+class Marked(BaseModel):
+    """A point with a name: its weights on the three experts, where it lies, and its distance from the plane.
+
+    Attributes:
+        off: as a share of its distance from the target's expert.
+        score: of the point of the plane.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str
+    kind: Kind
+    weights: list[FiniteFloat]
+    x: FiniteFloat
+    y: FiniteFloat
+    off: FiniteFloat
+    score: Point
+
+
+class Data(BaseModel):
+    """What the plot shows; ``grid`` has a row of points for each of ``y``."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    figure: Literal["landscape"] = "landscape"
+    shown: Shown
+    experts: list[str]
+    sha256: list[str]
+    x: list[FiniteFloat]
+    y: list[FiniteFloat]
+    grid: list[list[Point]]
+    marked: list[Marked]
+
+
+def collect(study: Study, options: Options) -> Data:
+    """Score a grid of points: by default the plane of the target's expert and the two best others.
+
+    Raises:
+        PimergeError: if there are not three experts with a plane, or the grid or the coefficients do not fit.
+    """
+    if options.grid < LEAST_GRID:
+        raise PimergeError(f"--grid is {options.grid}", f"expected at least {LEAST_GRID} points a side")
+    three = _three(study, options.experts)
+    plane = Plane.through(three)
+    marks = _marks(plane, three, options)
+    corners = np.array([place for _, _, place, _ in marks])
+    low, high = corners.min(0), corners.max(0)
+    margin = MARGIN * (high - low).max()
+    x, y = (np.linspace(low[axis] - margin, high[axis] + margin, options.grid) for axis in (0, 1))
+    places = np.array([[across, up] for up in y for across in x])
+    rows = plane.weights(np.concatenate([places, corners]))
+    found = examined(study, options)
+    with options.track("landscape", len(rows), "points") as advance:
+        points = list(found.scores(three, rows.tolist(), advance))
+    count = len(x)
+    return Data(
+        shown=found.shown,
+        experts=[expert.name for expert in three],
+        sha256=[expert.sha256 for expert in three],
+        x=x.tolist(),
+        y=y.tolist(),
+        grid=[points[start : start + count] for start in range(0, len(places), count)],
+        marked=[
+            Marked(name=name, kind=kind, weights=row, x=place[0], y=place[1], off=off, score=score)
+            for (name, kind, place, off), row, score in zip(
+                marks, rows[len(places) :].tolist(), points[len(places) :], strict=True
+            )
+        ],
+    )
+
+
+def draw(data: Data) -> Figure:
+    """Contours of the loss on the left, of the accuracy on the right."""
+    figure = new_figure(12.0, 5.2)
+    panels = figure.subplots(1, 2)
+    loss, accuracy = (
+        np.array([[getattr(point, what) for point in row] for row in data.grid]) for what in ("loss", "accuracy")
+    )
+    for axes, values, colours, label in (
+        (panels[0], loss, "cividis_r", "loss, nats"),
+        (panels[1], 100 * accuracy, "cividis", "accuracy, %"),
+    ):
+        filled = axes.contourf(data.x, data.y, values, levels=_levels(values), cmap=colours, extend="both")
+        figure.colorbar(filled, ax=axes, label=label)
+        axes.set_aspect("equal")
+        corners = data.marked[:3]
+        axes.fill([m.x for m in corners], [m.y for m in corners], fill=False, edgecolor="black", linestyle=":")
+        _draw_marks(axes, data)
+        title(axes, f"{label.partition(',')[0].capitalize()}")
+        axes.set_xlabel("‖ΔW‖ along the first side")
+    subtitle(figure, f"The plane through {', '.join(map(shortened, data.experts))}. {data.shown.sentence()}")
+    names = [_label(mark) for mark in data.marked]
+    for axes in panels:
+        place_labels(axes, [(mark.x, mark.y) for mark in data.marked], names)
+    return figure
+
+
+def _three(study: Study, named: tuple[str, ...]) -> list[Expert]:
+    if named and len(study.experts) == 3:
+        return list(study.experts)
+    if len(study.experts) == 2 or (not named and len(study.experts) > 2):
+        return [study.target, *study.experts[:2]]
+    raise PimergeError(
+        f"a plane goes through three experts, and there are {1 + len(study.experts)} with the target's",
+        "name two besides the target's, or three: pimerge plot landscape NAME NAME",
+    )
+
+
+def _marks(plane: Plane, three: list[Expert], options: Options) -> list[Mark]:
+    """Name, kind, coordinates and distance from the plane of the three experts, their mean, and the files."""
+    found: list[Mark] = []
+    for place, expert in enumerate(three):
+        alone = [float(place == other) for other in range(3)]
+        found.append((expert.name, "expert", *plane.place(dict.fromkeys(plane.products, alone))))
+    found.append(("uniform of the three", "uniform", *plane.place(dict.fromkeys(plane.products, [1 / 3] * 3))))
+    for path in options.coefficients:
+        mark: Mark = (path.resolve().parent.name, "coefficients", *plane.place(_weights(path, three)))
+        found += [mark]
+    return found
+
+
+def _weights(path: Path, three: list[Expert]) -> dict[str, list[float]]:
+    """Module → weight of each of the three experts, at full strength, in a file of coefficients.
+
+    Raises:
+        PimergeError: if it weights other experts, or those of a kind without ΔW.
+    """
+    from pimerge.adapters.writer import Coefficients
+    from pimerge.tasks.task import parse_document
+
+    content = parse_document(Coefficients, path)
+    known = [expert.sha256 for expert in three]
+    others = [name for name, sha256 in zip(content.experts, content.sha256, strict=True) if sha256 not in known]
+    if others:
+        raise PimergeError(
+            f"'{path}' weights {', '.join(others)} too, which the plane does not go through",
+            "name its experts: pimerge plot landscape NAME NAME",
+        )
+    if not three[0].modules:
+        raise PimergeError(f"experts of kind {three[0].kind} have no ΔW to weight", "leave --coefficients out")
+    found = {}
+    for module, row in content.weights.items():
+        weight = dict(zip(content.sha256, (w * s for w, s in zip(row, content.scales, strict=True)), strict=True))
+        found[module] = [weight.get(sha256, 0.0) for sha256 in known]
+    return found
+
+
+def _levels(values: Array) -> Array:
+    """Where contours lie: evenly between the extremes of most points, so that one far corner does not take them all."""
+    from matplotlib.ticker import MaxNLocator
+
+    low, high = np.quantile(values, [0.01, 0.97])
+    levels: Array = np.asarray(MaxNLocator(12).tick_values(low, high if high > low else low + 1e-3))
+    return levels
+
+
+def _draw_marks(axes: Axes, data: Data) -> None:
+    looks = {"expert": ("o", COLOURS[1]), "uniform": ("D", COLOURS[4]), "coefficients": ("^", COLOURS[3])}
+    for mark in data.marked:
+        marker, colour = looks[mark.kind]
+        axes.plot(mark.x, mark.y, marker=marker, color=colour, markersize=8, markeredgecolor="white", linestyle="none")
+
+
+def _label(mark: Marked) -> str:
+    name = shortened(mark.name, 24)
+    return f"{name} ({mark.off:.0%} off)" if mark.off else name

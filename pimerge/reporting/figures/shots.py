@@ -1,0 +1,110 @@
+"""Score over the number of examples of each class, a line per method with a band of ± one standard deviation.
+
+From ``comparison.json``; the deviation is over seeds, each with another draw of examples.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import BaseModel, ConfigDict, FiniteFloat
+
+from pimerge.core.errors import PimergeError
+from pimerge.reporting.figures import Options
+from pimerge.reporting.figures._canvas import new_figure, short_names, subtitle
+from pimerge.reporting.figures._comparing import (
+    TEST,
+    at_k,
+    by_shots,
+    chosen_k,
+    curve,
+    in_percent,
+    looks,
+    methods,
+    scores_axis,
+    shots_option,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from pimerge.evaluation.schema import ComparisonDocument
+
+NEEDS = "comparison"
+OPTIONS = ("k",)
+
+
+class Series(BaseModel):
+    """A method: mean and standard deviation at each number of shots that it was run with, None for all."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    method: str
+    control: bool
+    shots: list[int | None]
+    mean: list[FiniteFloat]
+    sd: list[FiniteFloat]
+
+
+class Data(BaseModel):
+    """What the plot shows; ``k`` experts of the ranking were at hand."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    figure: Literal["shots"] = "shots"
+    target: str
+    metric: str
+    percent: bool
+    k: int
+    seeds: int
+    series: list[Series]
+
+
+def collect(comparison: ComparisonDocument, options: Options) -> Data:
+    """Take the lines of one number of experts.
+
+    Raises:
+        PimergeError: if all runs have one number of shots.
+    """
+    k = chosen_k(comparison, options.k)
+    lines = [line for line in comparison.lines if line.test == TEST]
+    every = by_shots({line.shots for line in lines})
+    if len(every) < 2:
+        only = "".join(map(shots_option, every))
+        raise PimergeError(
+            f"all runs of the comparison have {only} shots, and a curve takes several numbers",
+            "run 'pimerge compare --shots 1,5,20 …'",
+        )
+    series = []
+    for method, control in methods(comparison).items():
+        own = {line.shots: line for line in at_k(lines, method, k)}
+        shots = by_shots(set(own))
+        if shots:
+            mean, sd = [own[each].mean for each in shots], [own[each].sd for each in shots]
+            series.append(Series(method=method, control=control, shots=shots, mean=mean, sd=sd))
+    return Data(
+        target=comparison.target,
+        metric=comparison.metric,
+        percent=in_percent(comparison),
+        k=k,
+        seeds=max(line.seeds for line in lines),
+        series=series,
+    )
+
+
+def draw(data: Data) -> Figure:
+    """One axis; the numbers of shots stand at equal distances."""
+    figure = new_figure(7.0, 4.4)
+    axes = figure.subplots()
+    every = by_shots({shots for series in data.series for shots in series.shots})
+    style = looks({series.method: series.control for series in data.series})
+    for series in data.series:
+        places = [every.index(shots) for shots in series.shots]
+        curve(axes, places, series.mean, series.sd, style[series.method])
+    axes.set_xticks(range(len(every)), [shots_option(shots) for shots in every])
+    axes.set_xlabel("examples of each class")
+    scores_axis(axes, data.metric, data.percent)
+    names = short_names([series.method for series in data.series])
+    figure.legend(axes.get_lines(), names, loc="outside right upper", title="open markers: controls", alignment="left")
+    subtitle(figure, f"{data.target}, k = {data.k} experts at hand; mean ± sd over up to {data.seeds} seeds")
+    return figure

@@ -1,0 +1,198 @@
+"""What each expert of a pool is, which of them go together, and what the store knows of their Fisher information."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pimerge.adapters.compatibility import check_expert, differing_form, init_cosine, require_alike, require_finite
+from pimerge.adapters.expert import CONFIG, Expert, open_expert
+from pimerge.core.errors import PimergeError, Problem
+from pimerge.core.files import sha256_file
+from pimerge.embedding.store import Store
+from pimerge.embedding.store_schema import Embedding
+from pimerge.tasks.task import Task
+
+
+@dataclass(frozen=True)
+class FisherStatistics:
+    """An expert's diagonal Fisher information F in a few numbers; see :func:`fisher_statistics`.
+
+    Attributes:
+        examples, tokens: what the estimate is made of.
+        labels: ``true`` or ``sampled``.
+        trace: ΣF.
+        norm: ‖F‖₂.
+        largest_share: of the largest entry in the trace.
+        effective: effective number of parameters, (ΣF)² / ΣF²: n if n entries share all information evenly.
+        effective_share: of the effective number in all parameters.
+        modules: module → its part of the trace, descending.
+    """
+
+    examples: int
+    tokens: int
+    labels: str
+    trace: float
+    norm: float
+    largest_share: float
+    effective: float
+    effective_share: float
+    modules: dict[str, float]
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Module → its share of the trace, descending; 0 of a trace of 0."""
+        whole = sum(self.modules.values()) or 1.0
+        return {name: value / whole for name, value in self.modules.items()}
+
+
+def fisher_statistics(entry: Embedding, traces: Mapping[str, float], parameters: int) -> FisherStatistics:
+    """What the store says of an expert's Fisher information; shares of a zero trace are 0.
+
+    Args:
+        traces: module → its part of the trace.
+        parameters: how many the Fisher information is of.
+    """
+    trace = entry.trace or 1.0
+    effective = (entry.trace / entry.norm) ** 2 if entry.norm else 0.0
+    return FisherStatistics(
+        entry.examples,
+        entry.tokens,
+        entry.settings.labels,
+        entry.trace,
+        entry.norm,
+        entry.largest / trace,
+        effective,
+        effective / parameters,
+        dict(sorted(traces.items(), key=lambda item: -item[1])),
+    )
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of ``pimerge inspect``.
+
+    Attributes:
+        expert: None if the folder cannot be read as one.
+        problems: what keeps it from being embedded or merged.
+        ranks_with, merges_with: names of the others that it can be compared with by its Fisher, and merged with.
+        not_ranked, not_merged: name → reason, for the rest.
+        fisher: what the store knows of it; None, with the reason in ``no_fisher``, if that is nothing.
+    """
+
+    path: Path
+    expert: Expert | None
+    task: Task | None
+    problems: tuple[Problem, ...]
+    ranks_with: tuple[str, ...]
+    merges_with: tuple[str, ...]
+    not_ranked: dict[str, str]
+    not_merged: dict[str, str]
+    fisher: FisherStatistics | None
+    no_fisher: str
+
+
+def inspect(references: Sequence[str | Path], base: str | None = None, store: Store | None = None) -> list[Finding]:
+    """Look at experts one by one and in pairs; problems are findings, not errors.
+
+    Args:
+        base: a base model's folder or Hub id, in place of the one that the experts name.
+        store: where to look for their Fisher information.
+    """
+    opened = [_open(reference, base) for reference in references]
+    names = Counter(one.expert.name for one in opened if one.expert is not None)
+    return [_finding(one, [other for other in opened if other is not one], names, store) for one in opened]
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """One expert and its own problems; ``unmergeable`` is the first that keeps it from being merged."""
+
+    path: Path
+    expert: Expert | None
+    task: Task | None = None
+    problems: tuple[Problem, ...] = ()
+    unmergeable: str = ""
+
+
+def _open(reference: str | Path, base: str | None) -> _Opened:
+    try:
+        expert = open_expert(reference, base, only_look=True)
+    except PimergeError as error:
+        return _Opened(Path(reference), None, None, error.problems, error.problems[0].message)
+    try:
+        return _Opened(Path(reference), expert, check_expert(expert))
+    except PimergeError as error:
+        return _Opened(Path(reference), expert, None, error.problems, _why_unmergeable(expert))
+
+
+def _finding(one: _Opened, others: Sequence[_Opened], names: Mapping[str, int], store: Store | None) -> Finding:
+    not_merged: dict[str, str] = {}
+    not_ranked: dict[str, str] = {}
+    for other in others:
+        if one.expert is None or other.expert is None or other.unmergeable:
+            continue
+        name = other.expert.name if names[other.expert.name] == 1 else str(other.path)
+        not_merged[name] = one.unmergeable or _why_not_merged(one.expert, other.expert)
+        if not other.problems:
+            own = one.problems[0].message if one.problems else ""
+            not_ranked[name] = own or not_merged[name] or _why_not_ranked(one.expert, other.expert)
+    fisher = _fisher(one.expert, store)
+    return Finding(
+        one.path,
+        one.expert,
+        one.task,
+        one.problems,
+        tuple(name for name, reason in not_ranked.items() if not reason),
+        tuple(name for name, reason in not_merged.items() if not reason),
+        {name: reason for name, reason in not_ranked.items() if reason},
+        {name: reason for name, reason in not_merged.items() if reason},
+        None if isinstance(fisher, str) else fisher,
+        fisher if isinstance(fisher, str) else "",
+    )
+
+
+def _fisher(expert: Expert | None, store: Store | None) -> FisherStatistics | str:
+    """What the store knows of an expert, else why it knows nothing."""
+    if expert is None or store is None:
+        return "it cannot be read" if expert is None else "no store was given"
+    name = store.find(str(expert.path.resolve()))
+    if name is None:
+        return "it is not in the store"
+    entry = store.experts[name]
+    if (expert.sha256, sha256_file(expert.path / CONFIG)) != (entry.sha256, entry.config_sha256):
+        return "changed since it was embedded"
+    biases = sum(module.d_out for module in expert.modules.values() if module.bias)
+    try:
+        return fisher_statistics(entry, store.traces(name), expert.parameters + biases)
+    except PimergeError as error:
+        return error.problems[0].message
+
+
+def _why_unmergeable(expert: Expert) -> str:
+    """What keeps an expert from being merged with any other; a merge needs no task."""
+    try:
+        require_alike([expert])
+        require_finite([expert])
+    except PimergeError as error:
+        return error.problems[0].message
+    return ""
+
+
+def _why_not_merged(expert: Expert, other: Expert) -> str:
+    if expert.kind != other.kind and (expert.groups or other.groups):
+        return f"its kind is {other.kind}, not {expert.kind} ('rank --measure marginals' compares them)"
+    try:
+        require_alike([expert, other])
+    except PimergeError as error:
+        return error.problems[0].message
+    return ""
+
+
+def _why_not_ranked(expert: Expert, other: Expert) -> str:
+    if reason := differing_form(expert, other):
+        return reason
+    cosine, least = init_cosine(expert, other)
+    return "" if cosine >= least else f"its init differs (cosine of the factors A {cosine:.2f})"

@@ -1,0 +1,58 @@
+"""Columns of a data file that name images by their paths."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pimerge.core.errors import PimergeError
+from pimerge.core.files import sha256_bytes, sha256_files
+from pimerge.tasks.row_errors import some
+
+
+def holds_paths(rows: Any, column: str) -> bool:
+    """Whether a column of a ``datasets.Dataset`` is one of texts, which for images are paths."""
+    return column in rows.features and getattr(rows.features[column], "dtype", None) in ("string", "large_string")
+
+
+def with_images(rows: Any, column: str, folders: Sequence[Path], where: str) -> Any:
+    """The same rows with the images themselves, which ``datasets`` decodes when they are asked for.
+
+    Args:
+        column: of paths.
+        folders: of the data files; relative paths are looked for there.
+        where: the rows, in words.
+
+    Raises:
+        PimergeError: as :func:`resolved`.
+    """
+    import datasets
+
+    if not len(rows):  # where every row has another problem
+        return rows
+    held = [None if path is None else str(path) for path in resolved(rows[column], folders, where)]
+    return rows.remove_columns(column).add_column(column, held).cast_column(column, datasets.Image())
+
+
+def resolved(names: Sequence[str | None], folders: Sequence[Path], where: str) -> list[Path | None]:
+    """The paths that a column means.
+
+    Raises:
+        PimergeError: if a path is relative to one of several folders.
+    """
+    relative = [place for place, name in enumerate(names) if name is not None and not Path(name).is_absolute()]
+    if relative and len(folders) > 1:
+        raise PimergeError(
+            f"{where} has paths of images in {len(relative)} rows ({some(relative)}, from 0) that are relative to its "
+            f"data files, which lie in {len(folders)} folders",
+            "put the data files of a split into one folder, or name images by absolute paths",
+        )
+    return [None if name is None else (folders[0] / name).absolute() for name in names]
+
+
+def content_hash(paths: Sequence[Path | None]) -> str:
+    """A hash of what the images of a split hold, in order; of one that is not there, that it is not."""
+    there = sorted({path for path in paths if path is not None and path.is_file()})
+    known = dict(zip(there, sha256_files(there), strict=True))
+    return sha256_bytes("\n".join(known.get(path, "") if path else "" for path in paths).encode())

@@ -1,0 +1,38 @@
+"""Corpus BLEU (Papineni et al., 2002), by sacrebleu with its defaults, from 0 to 100."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from pimerge.tasks.metrics import require
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pimerge.tasks.metrics import Answers
+
+NEEDS = "texts"
+FORMAT = ".1f"
+_ORDERS = 4
+
+
+def statistics(answers: Answers) -> Tensor:
+    """Of each example: matching n-grams and all of them, n from 1 to 4, and the lengths of answer and reference."""
+    bleu = require("sacrebleu").BLEU(effective_order=True)  # of one sentence; the counts are those of the corpus
+    rows = []
+    for text, references in zip(answers.texts, answers.references, strict=True):
+        found = bleu.sentence_score(text, list(references))
+        rows.append([*found.counts, *found.totals, found.sys_len, found.ref_len])
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def value(sums: Tensor, n: int) -> Tensor:
+    """BLEU of each draw from its counts, (draws)."""
+    compute = require("sacrebleu").BLEU.compute_bleu
+    found = []
+    for row in sums.long().tolist():
+        matching, whole, (answered, reference) = row[:_ORDERS], row[_ORDERS:-2], row[-2:]
+        found.append(compute(matching, whole, answered, reference, smooth_method="exp").score)
+    return torch.tensor(found, dtype=torch.float64)

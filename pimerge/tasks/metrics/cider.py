@@ -1,0 +1,36 @@
+"""CIDEr (arXiv 1411.5726), by pycocoevalcap, from 0 to 10: n-grams that answer and references share.
+
+Rare ones count more; how rare an n-gram is, the references of the test split tell. Words are lower-case runs of
+letters and digits.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from pimerge.tasks.metrics import require
+from pimerge.tasks.metrics._mean import column, value
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pimerge.tasks.metrics import Answers
+
+__all__ = ["FORMAT", "NEEDS", "statistics", "value"]
+
+NEEDS = "texts"
+FORMAT = ".2f"
+
+
+def statistics(answers: Answers) -> Tensor:
+    """CIDEr of each answer."""
+    cider = require("pycocoevalcap.cider.cider").Cider()
+    references = {index: [_words(text) for text in texts] for index, texts in enumerate(answers.references)}
+    texts = {index: [_words(text)] for index, text in enumerate(answers.texts)}
+    _, found = cider.compute_score(references, texts)
+    return column([float(score) for score in found])
+
+
+def _words(text: str) -> str:
+    return " ".join(re.findall(r"\w+", text.lower()))

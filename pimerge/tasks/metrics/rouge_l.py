@@ -1,0 +1,24 @@
+"""F1 of the longest common subsequence of words (ROUGE-L, Lin 2004), by rouge-score; the best reference counts."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pimerge.tasks.metrics import require
+from pimerge.tasks.metrics._mean import best, value
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pimerge.tasks.metrics import Answers
+
+__all__ = ["FORMAT", "NEEDS", "statistics", "value"]
+
+NEEDS = "texts"
+FORMAT = ".1%"
+
+
+def statistics(answers: Answers) -> Tensor:
+    """ROUGE-L of each answer, without stemming."""
+    scorer = require("rouge_score.rouge_scorer").RougeScorer(["rougeL"], use_stemmer=False)
+    return best(answers, lambda text, reference: float(scorer.score(reference, text)["rougeL"].fmeasure))

@@ -1,0 +1,30 @@
+"""F1 of the words that answer and reference share, as SQuAD counts them, by torchmetrics; the best reference counts."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pimerge.tasks.metrics import require
+from pimerge.tasks.metrics._mean import column, value
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pimerge.tasks.metrics import Answers
+
+__all__ = ["FORMAT", "NEEDS", "statistics", "value"]
+
+NEEDS = "texts"
+FORMAT = ".1%"
+
+
+def statistics(answers: Answers) -> Tensor:
+    """F1 of each answer (arXiv 1606.05250): lower case, without punctuation and articles."""
+    squad = require("torchmetrics.functional.text").squad
+
+    def f1(text: str, references: list[str]) -> float:
+        target = {"answers": {"answer_start": [0] * len(references), "text": references}, "id": "0"}
+        return float(squad([{"prediction_text": text, "id": "0"}], [target])["f1"]) / 100
+
+    pairs = zip(answers.texts, answers.references, strict=True)
+    return column([f1(text, list(references)) for text, references in pairs])

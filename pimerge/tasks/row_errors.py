@@ -1,0 +1,131 @@
+"""What is wrong with single rows of a split."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+from pimerge.core.errors import PimergeError, Problem
+
+_SHOWN = 5
+
+
+def some(places: Sequence[int], most: int = _SHOWN) -> str:
+    """The first of some places.
+
+    >>> some(range(9))
+    '0, 1, 2, 3, 4 …'
+    """
+    return ", ".join(map(str, places[:most])) + (" …" if len(places) > most else "")
+
+
+class RowsError(PimergeError):
+    """An error about some rows, so that the others can still be looked at.
+
+    Attributes:
+        told: each problem behind the number of the first row that has it.
+        rows: the numbers of all rows that have one.
+    """
+
+    def __init__(self, where: str, told: Sequence[tuple[int, Problem]], rows: Iterable[int]) -> None:
+        self.told, self.rows = list(told), frozenset(rows)
+        shown = _first_of_each_sort(self.told)
+        if len(told) == 1:
+            super().__init__(shown[0].message, shown[0].hint)
+        else:
+            numbers = f" (rows {some(sorted(self.rows), 20)}, from 0), of which some are"
+            super().__init__(
+                f"{len(told)} problems in {where}{numbers if len(told) > len(shown) else ''}", problems=shown
+            )
+
+
+def _first_of_each_sort(told: Sequence[tuple[int, Problem]]) -> list[Problem]:
+    """A few problems in the order of their rows, no sort of which is left out for more of another.
+
+    Problems with one hint are of one sort.
+    """
+    ordered = sorted(range(len(told)), key=lambda place: told[place][0])
+    first: dict[str, int] = {}
+    for place in ordered:
+        first.setdefault(told[place][1].hint, place)
+    of_each = set(first.values())
+    most = max(_SHOWN, min(len(of_each), 2 * _SHOWN))
+    chosen = set(sorted(ordered, key=lambda place: place not in of_each)[:most])
+    return [told[place][1] for place in ordered if place in chosen]
+
+
+class RowProblems:
+    """Collects the problems of single rows; the first of each sort are told, and how many there are.
+
+    Args:
+        where: the split, in words.
+        numbers: of the rows, in that split.
+
+    >>> problems = RowProblems("the train split", [0, 4])
+    >>> with problems.row(1):
+    ...     raise PimergeError("the answer is empty", "fill the row or leave it out")
+    >>> problems.raise_any()
+    Traceback (most recent call last):
+    pimerge.tasks.row_errors.RowsError: row 4 (from 0) of the train split: the answer is empty
+      → fill the row or leave it out
+    """
+
+    def __init__(self, where: str, numbers: Sequence[int]) -> None:
+        self.where, self._numbers = where, numbers
+        self.told: list[tuple[int, Problem]] = []
+        self.rows: set[int] = set()
+
+    def add(self, positions: Sequence[int], message: str, hint: str) -> None:
+        """Note one problem of several rows."""
+        numbers = [self._numbers[position] for position in positions]
+        self.told.append((numbers[0], Problem(message, hint)))
+        self.rows.update(numbers)
+
+    def listed(self, positions: Sequence[int]) -> str:
+        """The numbers of the first of some rows."""
+        return some([self._numbers[position] for position in positions])
+
+    @contextmanager
+    def row(self, position: int) -> Iterator[None]:
+        """Collect what is wrong with one row."""
+        try:
+            yield
+        except PimergeError as error:
+            number = self._numbers[position]
+            for problem in error.problems:
+                message = f"row {number} (from 0) of {self.where}: {problem.message}"
+                self.told.append((number, Problem(message, problem.hint)))
+            self.rows.add(number)
+
+    @contextmanager
+    def collected(self) -> Iterator[None]:
+        """Note what a block finds wrong with rows, and go on."""
+        try:
+            yield
+        except RowsError as error:
+            self.extend(error)
+
+    def extend(self, error: RowsError) -> None:
+        """Note what an error says of rows."""
+        self.told += error.told
+        self.rows |= error.rows
+
+    def raise_any(self, others: Sequence[Problem] = ()) -> None:
+        """Raise all problems in one error, or return if there are none.
+
+        Args:
+            others: problems that are not about rows; with such, the error is no :class:`RowsError`.
+        """
+        if others:
+            problems = [*others, *_first_of_each_sort(self.told)]
+            raise (
+                PimergeError(*_alone(problems))
+                if len(problems) == 1
+                else PimergeError(f"{self.where} does not fit", problems=problems)
+            )
+        if self.told:
+            raise RowsError(self.where, self.told, self.rows)
+
+
+def _alone(problems: Sequence[Problem]) -> tuple[str, str]:
+    return problems[0].message, problems[0].hint

@@ -1,0 +1,82 @@
+"""What the classification types share: p(y|x) is the softmax of the logits, and y a class index."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from pimerge.tasks.metrics import check as check_metrics
+from pimerge.tasks.types import Scored, on_device
+from pimerge.tasks.types._reading import catching, read_position, text_config
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from pimerge.tasks.schema import TaskFile
+    from pimerge.tasks.types import Batch, Examples
+
+TRAINS_HEAD = True
+FIELDS = frozenset({"metrics"})
+
+
+def check(file: TaskFile) -> None:
+    """Check that the metrics are about classes.
+
+    Raises:
+        PimergeError: if it is not so.
+    """
+    check_metrics(file.metrics or [], ["classes"])
+
+
+def logits(model: nn.Module, batch: Batch) -> Tensor:
+    """The logits (batch × classes), in float32 or wider."""
+    output: Tensor = model(**{name: value for name, value in batch.items() if name != "labels"}).logits
+    return output if output.dtype == torch.float64 else output.float()
+
+
+def nll(model: nn.Module, batch: Batch) -> Tensor:
+    """−log p(y|x) of each example, shape (batch)."""
+    return cross_entropy(logits(model, batch), batch["labels"], reduction="none")
+
+
+def draw(model: nn.Module, examples: Examples, indices: Sequence[int], uniform: Tensor) -> list[int]:
+    """y of each example drawn from p(·|x) by inverting its distribution function at ``uniform`` (n)."""
+    with torch.no_grad():
+        answers = logits(model, on_device(examples.batch(indices), next(model.parameters()).device))
+    return drawn(answers, uniform)
+
+
+def drawn(answers: Tensor, uniform: Tensor) -> list[int]:
+    """A class of each row of logits (n × classes), where the distribution function passes ``uniform`` (n).
+
+    >>> drawn(torch.tensor([[0.0, 0.0], [0.0, 0.0]]), torch.tensor([0.4, 0.6]))
+    [0, 1]
+    """
+    distribution = answers.double().softmax(1).cumsum(1)
+    found = torch.searchsorted(distribution, uniform.to(distribution)[:, None])[:, 0]
+    classes: list[int] = found.clamp(max=distribution.shape[1] - 1).tolist()
+    return classes
+
+
+def score(model: nn.Module, examples: Examples, indices: Sequence[int]) -> Scored:
+    """−log p(y|x), and whether the most likely class is y."""
+    batch = on_device(examples.batch(indices), next(model.parameters()).device)
+    with torch.no_grad():
+        output = logits(model, batch)
+    losses, chosen = cross_entropy(output, batch["labels"], reduction="none"), output.argmax(1)
+    return Scored(losses, (chosen == batch["labels"]).tolist(), chosen.tolist())
+
+
+def read(
+    model: nn.Module, reading: Mapping[str, nn.Module], examples: Examples, indices: Sequence[int], answers: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The vectors that the head reads, and what it answers."""
+    batch = on_device(examples.batch(indices), next(model.parameters()).device)
+    with torch.no_grad(), catching(reading.values()) as seen:
+        output = logits(model, batch)
+    tokens, pad = batch.get("input_ids"), getattr(text_config(model), "pad_token_id", None)
+    real = None if tokens is None or pad is None else tokens != pad
+    return read_position(seen[0], real, causal="score" in reading), output if answers else None

@@ -1,0 +1,102 @@
+"""What the types of images share: decoding, and keeping what was made of an image for the next epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from io import BytesIO
+from typing import TYPE_CHECKING, Any
+
+from pimerge.core.errors import PimergeError
+from pimerge.tasks.row_errors import RowProblems
+
+if TYPE_CHECKING:
+    from pimerge.tasks.types import Batch, Rows
+
+_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+_KEPT_BYTES = 256 * 2**20
+
+
+def mode_of(config: Any) -> str:
+    """The mode of the images that a model takes, by its channels.
+
+    >>> from types import SimpleNamespace
+    >>> mode_of(SimpleNamespace(num_channels=1)), mode_of(SimpleNamespace())
+    ('L', 'RGB')
+    """
+    return _MODES[getattr(config, "num_channels", getattr(config, "in_channels", 3))]
+
+
+def decoder(rows: Rows, mode: str) -> Callable[[int], Any]:
+    """What decodes the image of a row, by its place; it raises a PimergeError if there is none that can be."""
+    images = rows.table[rows.columns["image"]]
+
+    def decode(place: int) -> Any:
+        try:
+            image = images[place]
+            if hasattr(image, "convert"):
+                return image.convert(mode)
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+            raise PimergeError(
+                f"there is no image '{error.filename}'",
+                "paths are relative to the data file: mend it or leave the row out",
+            ) from error
+        except Exception as error:  # whatever a broken file makes the library for images do
+            reason = str(error).partition(" <_io")[0]  # where Pillow's buffer lies tells nobody anything
+            raise PimergeError(
+                f"the image cannot be decoded: {reason}", "mend the file or leave the row out"
+            ) from error
+        raise PimergeError(
+            f"the column '{rows.columns['image']}' holds no image, but {image!r}",
+            "take a column of paths, parquet with a column of images, or a folder of images with a metadata.jsonl",
+        )
+
+    return decode
+
+
+def tell_broken(rows: Rows, decode: Callable[[int], Any]) -> None:
+    """Decode every image of a split.
+
+    Raises:
+        PimergeError: with each row whose image cannot be decoded.
+    """
+    problems = RowProblems(rows.where, rows.numbers)
+    for place in range(len(rows.labels)):
+        with problems.row(place):
+            decode(place)
+    problems.raise_any()
+
+
+def have_heads(rows: Rows) -> bool:
+    """Whether all files look like images at their beginning, which is read without decoding them."""
+    import datasets
+    from PIL import Image
+
+    column = rows.columns["image"]
+    if not isinstance(rows.table.features[column], datasets.Image):
+        return False
+    try:
+        for file in rows.table.cast_column(column, datasets.Image(decode=False))[column]:
+            with Image.open(BytesIO(file["bytes"]) if file["bytes"] is not None else file["path"]):
+                pass
+    except Exception:  # whatever a broken file makes the library for images do
+        return False
+    return True
+
+
+def remembered(compute: Callable[[int], Batch]) -> Callable[[int], Batch]:
+    """The same function of a place; the first 256 MB of what it gives are kept, the rest is computed each time."""
+    kept: dict[int, Batch] = {}
+    free = _KEPT_BYTES
+
+    def get(place: int) -> Batch:
+        nonlocal free
+        if place in kept:
+            return kept[place]
+        found = compute(place)
+        size = sum(value.nbytes for value in found.values())
+        if size <= free:
+            kept[place] = found
+            free -= size
+        return found
+
+    return get

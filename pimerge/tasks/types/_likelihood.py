@@ -1,0 +1,171 @@
+"""p(y|x) of answers in text, and of several answers to one prompt, which is read once.
+
+Layout: ``labels`` (batch × tokens) stand where the model's output foretells them, −100 elsewhere.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
+
+from pimerge.tasks.types import IGNORED, Batch, on_device
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from pimerge.tasks.types._generation import TextExamples
+
+_FIXED_ROPES = ("default", "linear", "llama3", "yarn")
+"""Rotary positions whose frequencies do not hang on the length of what is read."""
+
+
+def logits(model: nn.Module, batch: Batch) -> Tensor:
+    """The logits (batch × tokens × vocabulary) in the model's dtype, but for those of vectors put before a text."""
+    output: Tensor = model(**{name: value for name, value in batch.items() if name != "labels"}).logits
+    return output[:, -batch["labels"].shape[1] :]
+
+
+def nll(model: nn.Module, batch: Batch) -> Tensor:
+    """−log p(y|x) of each example, summed over the tokens of its answer, shape (batch); in float32 or wider."""
+    return _nll(logits(model, batch), batch["labels"])
+
+
+def _nll(found: Tensor, labels: Tensor) -> Tensor:
+    answering = labels != IGNORED
+    kept = found[answering]
+    kept = kept if kept.dtype == torch.float64 else kept.float()
+    losses = cross_entropy(kept, labels[answering], reduction="none")
+    return losses.new_zeros(labels.shape).masked_scatter(answering, losses).sum(1)
+
+
+def likelihoods(model: nn.Module, examples: TextExamples, indices: Sequence[int]) -> Tensor:
+    """log p(candidate|x): (n × candidates), −inf where an example has fewer candidates than another.
+
+    What comes before a candidate is read once for all of them: by a causal model the prompt, into a cache of keys and
+    values; else what the encoder and the image's tower make of it.
+    """
+    counts = torch.tensor([len(examples.tokens[index].answers) for index in indices])
+    last = (counts - 1).tolist()
+    with torch.no_grad():
+        each = _continued if begins_behind_prompts(model, examples) else _one_by_one
+        rounds = ([min(candidate, own) for own in last] for candidate in range(max(last) + 1))
+        found = torch.stack([-losses.double().cpu() for losses in each(model, examples, indices, rounds)], 1)
+    return found.masked_fill(torch.arange(found.shape[1]) >= counts[:, None], -math.inf)
+
+
+def _one_by_one(
+    model: nn.Module, examples: TextExamples, indices: Sequence[int], rounds: Iterator[Sequence[int]]
+) -> Iterator[Tensor]:
+    """−log p of one candidate of each example, in each round."""
+    device = next(model.parameters()).device
+    with _read_once(model):
+        for chosen in rounds:
+            batch = examples.collate(
+                [examples.labelled(index, one) for index, one in zip(indices, chosen, strict=True)]
+            )
+            yield nll(model, on_device(batch, device))
+
+
+@contextmanager
+def _read_once(model: nn.Module) -> Iterator[None]:
+    """The encoder and the image's tower run once in the block; what they gave then they give again.
+
+    Nothing that they read may change in the block: no example, and none of its padding.
+    """
+    base = plain(model)
+    parts = [base.get_encoder()] if base.config.is_encoder_decoder else []
+    parts.append(base.get_encoder("image"))
+    before = [(part, vars(part).get("forward")) for part in parts if part is not base]  # base: there is no such part
+    for part, _ in before:
+        part.forward = _remembering(part.forward)
+    try:
+        yield
+    finally:
+        for part, own in before:
+            del part.forward  # the class has one
+            if own is not None:
+                part.forward = own
+
+
+def _remembering(forward: Any) -> Any:
+    seen: list[Any] = []
+
+    def first(*args: Any, **kwargs: Any) -> Any:
+        if not seen:
+            seen.append(forward(*args, **kwargs))
+        return seen[0]
+
+    return first
+
+
+def plain(model: Any) -> Any:
+    """The model of transformers, without what PEFT put around it."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def begins_behind_prompts(model: Any, examples: TextExamples) -> bool:
+    """Whether prompts can be read apart from the answers, with the same numbers.
+
+    Not where PEFT puts vectors before every text that is read, nor where a position means something else than how far
+    two tokens are apart (but for GPT-2, which counts from 0), or a layer keeps another memory than keys and values.
+    """
+    if examples.asked is None or getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        return False
+    from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+    config = plain(model).config.get_text_config(decoder=True)
+    ropes = getattr(config, "rope_parameters", None) or {}
+    of_layers = [value for value in ropes.values() if isinstance(value, dict)] or [ropes]
+    relative = all(rope.get("rope_type") in _FIXED_ROPES and "mrope_section" not in rope for rope in of_layers)
+    chunked = getattr(config, "attention_chunk_size", None) is not None
+    return (
+        (relative or config.model_type == "gpt2")
+        and not chunked
+        and all(
+            type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in DynamicCache(config=config).layers
+        )
+    )
+
+
+def ask(model: nn.Module, examples: TextExamples, indices: Sequence[int]) -> tuple[Any, Tensor, Tensor]:
+    """Read the prompts of some examples: the cache, the logits behind each (n × vocabulary), and the prompts' mask."""
+    from transformers.cache_utils import DynamicCache
+
+    assert examples.asked is not None
+    batch = on_device(examples.asked(indices), next(model.parameters()).device)
+    mask = batch["attention_mask"]
+    cache = DynamicCache()  # of all tokens: a window's masks tell which of them are seen
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    output = model(**batch, position_ids=positions, past_key_values=cache, use_cache=True)
+    return cache, output.logits[:, -1], mask
+
+
+def _continued(
+    model: nn.Module, examples: TextExamples, indices: Sequence[int], rounds: Iterator[Sequence[int]]
+) -> Iterator[Tensor]:
+    """As :func:`_one_by_one`, of a causal model, which reads the prompts once."""
+    cache, first, mask = ask(model, examples, indices)
+    for chosen in rounds:
+        pairs = zip(indices, chosen, strict=True)
+        labels = pad_sequence([torch.tensor(examples.tokens[i].answers[one]) for i, one in pairs], True, IGNORED)
+        labels = labels.to(first.device)
+        reads = labels[:, :-1]  # all but the end, and so nothing of an answer that is its end alone
+        real = (reads != IGNORED).long()
+        found = first[:, None]
+        if reads.shape[1]:
+            output = model(
+                input_ids=reads.clamp(min=0),
+                attention_mask=torch.cat([mask, real], 1),
+                position_ids=mask.sum(1, keepdim=True) + torch.arange(reads.shape[1], device=mask.device),
+                past_key_values=deepcopy(cache),
+                use_cache=True,
+            )
+            found = torch.cat([found, output.logits], 1)
+        yield _nll(found, labels)

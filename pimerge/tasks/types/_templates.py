@@ -1,0 +1,261 @@
+"""Prompts and answers from Jinja2 templates over a row's columns, in a sandbox.
+
+A template sees every column by its name (an image as its width and height), and the row's class by its name as
+``label``. What it prints must be there: a
+column that the data lacks and a value that is null are errors, and nothing in it is random.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from pimerge.core.errors import PimergeError, Problems, nearest
+from pimerge.tasks.metrics import check as check_metrics
+from pimerge.tasks.row_errors import RowProblems
+
+if TYPE_CHECKING:
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    from pimerge.tasks.schema import TaskFile
+    from pimerge.tasks.types import Rows
+
+LABEL = "label"
+_ONE_EXPRESSION = re.compile(r"\s*\{\{-?((?:(?!\}\}|\{\{).)+?)-?\}\}\s*", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Text:
+    """A row in words.
+
+    Attributes:
+        prompt: what is asked.
+        answers: the candidates: the text of each class, or the one answer where there are no classes.
+        right: which of them is the row's.
+        references: every answer that counts as right.
+    """
+
+    prompt: str
+    answers: tuple[str, ...]
+    right: int
+    references: tuple[str, ...]
+
+
+class Template:
+    """One template of ``task.json``.
+
+    Args:
+        field: its name there.
+        source: what stands there.
+
+    Raises:
+        PimergeError: if its syntax is wrong.
+
+    >>> Template("prompt", "Is it a {{ animal }}?").text({"animal": "cat"})
+    'Is it a cat?'
+    >>> Template("answer", "{{ answers }}").values({"answers": ["yes", "of course"]})
+    ['yes', 'of course']
+    """
+
+    def __init__(self, field: str, source: str) -> None:
+        from jinja2 import TemplateSyntaxError, meta
+
+        self.field = field
+        environment = _environment()
+        try:
+            self._template = environment.from_string(source)
+            self.names = meta.find_undeclared_variables(environment.parse(source)) - set(environment.globals)
+            one = _ONE_EXPRESSION.fullmatch(source)
+            self._value = environment.compile_expression(one[1], undefined_to_none=False) if one else None
+        except TemplateSyntaxError as error:
+            raise PimergeError(
+                f"{field}: line {error.lineno} of the template: {error.message}",
+                "it is a Jinja2 template, such as 'Review: {{ text }}'",
+            ) from error
+
+    def text(self, values: Mapping[str, Any]) -> str:
+        """The template filled in.
+
+        Raises:
+            PimergeError: if it cannot be.
+        """
+        return str(self._filled(self._template.render, values))
+
+    def values(self, values: Mapping[str, Any]) -> list[str]:
+        """As :meth:`text`, each item by itself where the template is one expression for a list."""
+        if self._value is not None:
+            found = self._filled(self._value, values)
+            if isinstance(found, Sequence) and not isinstance(found, str):
+                return [str(self._filled(_present, item)) for item in found]
+        return [self.text(values)]
+
+    def _filled(self, fill: Any, values: Any) -> Any:
+        try:
+            return fill(values)
+        except Exception as error:  # whatever a user's template may do wrong
+            raise PimergeError(
+                f"the {self.field} cannot be filled in: {error}", "mend the template or the row"
+            ) from error
+
+
+@cache
+def _environment() -> ImmutableSandboxedEnvironment:
+    from jinja2 import StrictUndefined
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    found = ImmutableSandboxedEnvironment(
+        undefined=StrictUndefined, autoescape=False, finalize=_present, keep_trailing_newline=True
+    )
+    # what is drawn at random would be another task each time
+    del found.globals["lipsum"], found.filters["random"]
+    return found
+
+
+def _present(value: Any) -> Any:
+    if value is None:
+        raise ValueError("a value in it is null")
+    return value
+
+
+def check_texts(file: TaskFile) -> None:
+    """Check what ``task.json`` says of prompts and answers.
+
+    Raises:
+        PimergeError: with all that does not fit.
+    """
+    problems = Problems()
+    if file.prompt is None:
+        problems.add("there is no prompt", "write what the model is asked, such as 'Review: {{ text }}'")
+    templates = {}
+    for field in ("prompt", "answer"):
+        with problems.collected():
+            if (source := getattr(file, field)) is not None:
+                templates[field] = Template(field, source)
+    if file.labels is None:
+        _check_free(file, problems)
+    else:
+        _check_labelled(file, file.labels, templates, problems)
+    with problems.collected():
+        check_metrics(file.metrics or [], ["texts"] if file.labels is None else ["classes", "texts"])
+    problems.raise_any("it does not fit")
+
+
+def _check_free(file: TaskFile, problems: Problems) -> None:
+    if file.answer is None:
+        problems.add("there are neither labels nor an answer", "write an answer, such as '{{ summary }}'")
+    for field, needed in (("verbalizer", file.verbalizer is not None), ("scoring", file.scoring == "likelihood")):
+        if needed:
+            problems.add(f"{field} chooses between classes, and there are no labels", "list the labels")
+
+
+def _check_labelled(
+    file: TaskFile, labels: Sequence[str], templates: Mapping[str, Template], problems: Problems
+) -> None:
+    if "prompt" in templates and LABEL in templates["prompt"].names:
+        problems.add("the prompt shows the label, which is to be answered", "leave '{{ label }}' to the answer")
+    if file.answer is not None and file.verbalizer is not None:
+        problems.add("there are both an answer and a verbalizer", "with labels, write one of the two")
+    if "answer" in templates and LABEL not in templates["answer"].names:
+        problems.add("the answer is the same for all labels", "let it say '{{ label }}', or leave it out")
+    words = file.verbalizer or {}
+    for name in sorted(words.keys() - set(labels)):
+        problems.add(f"the verbalizer names the label '{name}'", nearest(name, labels))
+    if missing := [name for name in labels if words and name not in words]:
+        problems.add(f"the verbalizer has no text for {', '.join(missing)}", "give each label one")
+    texts = [words.get(name, name).strip() for name in labels]
+    if "" in texts:
+        problems.add(f"the text of the label '{labels[texts.index('')]}' is empty", "give it one that can be answered")
+    elif file.answer is None and len(set(texts)) < len(texts):
+        problems.add("two labels have the same text", "give each label one of its own")
+
+
+def fill_in(rows: Rows, file: TaskFile) -> list[Text]:
+    """Every row in words.
+
+    Raises:
+        PimergeError: with each column that is not there, and each row whose prompt or answer cannot be had.
+    """
+    assert file.prompt is not None
+    prompt = Template("prompt", file.prompt)
+    answer = None if file.answer is None else Template("answer", file.answer)
+    used = prompt.names | (answer.names if answer else set())
+    own = {LABEL} if file.labels else set()
+    require_columns(rows, used - own)
+    names = file.labels or []
+    words = [(file.verbalizer or {}).get(name, name).strip() for name in names]
+    problems = RowProblems(rows.where, rows.numbers)
+    found = []
+    read = reader(rows, used - own)
+    for position, label in enumerate(rows.labels):
+        row, asked = None, ""
+        with problems.row(position):
+            row = read(position)
+            asked = _required("prompt", prompt.text(row))
+        if row is None:
+            continue
+        with problems.row(position):
+            if answer is None:
+                candidates = [[word] for word in words]
+            else:
+                choices = [{LABEL: name} for name in names] or [{}]
+                candidates = [[text.strip() for text in answer.values({**row, **choice})] for choice in choices]
+            for accepted in candidates:
+                for text in accepted or [""]:
+                    _required("answer", text)
+            texts = tuple(accepted[0] for accepted in candidates)
+            if len(set(texts)) < len(texts):
+                raise PimergeError("two labels have the same answer", "make the answer depend on the label")
+            found.append(Text(asked, texts, label, tuple(candidates[label])))
+    problems.raise_any()
+    return found
+
+
+def _required(field: str, text: str) -> str:
+    if not text.strip():
+        raise PimergeError(f"the {field} is empty", "fill the row or leave it out")
+    return text
+
+
+def require_columns(rows: Rows, names: Iterable[str]) -> None:
+    """Check that the columns are there that templates name.
+
+    Raises:
+        PimergeError: with each that is not.
+    """
+    problems = Problems()
+    columns = list(rows.table.column_names)
+    for name in sorted(set(names) - set(columns)):
+        problems.add(f"{rows.where} has no column '{name}', which a template names", nearest(name, columns))
+    problems.raise_any("the templates name columns that are not there")
+
+
+def reader(rows: Rows, columns: Iterable[str]) -> Callable[[int], Mapping[str, Any]]:
+    """What reads a row, by its place, as templates see it: these columns, and of an image only its width and height.
+
+    It raises a PimergeError if the row cannot be read.
+    """
+    names = sorted(set(columns))
+    table = rows.table.select_columns(names) if names else [{}] * len(rows.labels)
+
+    def read(place: int) -> Mapping[str, Any]:
+        try:
+            found: Mapping[str, Any] = _plain(table[place])
+        except Exception as error:  # whatever a broken image does to the library that decodes it
+            raise PimergeError(f"it cannot be read: {error}", "mend the file or leave the row out") from error
+        return found
+
+    return read
+
+
+def _plain(value: Any) -> Any:
+    """A value without the methods of images, which could write files from inside the sandbox."""
+    if isinstance(value, Mapping):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    if hasattr(value, "width") and hasattr(value, "height"):
+        return {"width": value.width, "height": value.height}
+    return value

@@ -1,0 +1,200 @@
+"""Answers in text by a model that continues its prompt (Llama, Qwen, GPT-2; ``prompt``, ``answer`` or ``labels``)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from pimerge.core.errors import PimergeError
+from pimerge.tasks.types import IGNORED, Batch, Examples, Rows
+from pimerge.tasks.types import _generation as generation
+from pimerge.tasks.types._generation import COLUMNS, TRAINS_HEAD, Prompts, draw, read, score
+from pimerge.tasks.types._likelihood import nll
+from pimerge.tasks.types._templates import Text, check_texts, fill_in
+from pimerge.tasks.types._tokenizer import load_processor, longest_input
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from pimerge.tasks.schema import TaskFile
+
+__all__ = [
+    "AUTO_MODEL",
+    "COLUMNS",
+    "FIELDS",
+    "PEFT_TASK",
+    "TRAINS_HEAD",
+    "check",
+    "draw",
+    "encode",
+    "load_processor",
+    "nll",
+    "read",
+    "score",
+]
+
+AUTO_MODEL = "AutoModelForCausalLM"
+PEFT_TASK = "CAUSAL_LM"
+FIELDS = generation.FIELDS | {"chat"}
+check = check_texts
+
+
+def encode(rows: Rows, file: TaskFile, processor: Any, config: PreTrainedConfig) -> Examples:
+    """Tokenize every row once; where prompt and answer are too long together, the prompt loses its beginning."""
+    return encode_texts(
+        rows, fill_in(rows, file), file, processor, config, by_likelihood=generation.by_likelihood(file)
+    )
+
+
+def encode_texts(
+    rows: Rows,
+    texts: Sequence[Text],
+    file: TaskFile,
+    processor: Any,
+    config: PreTrainedConfig,
+    *,
+    by_likelihood: bool,
+) -> Examples:
+    """Encode rows that are in words already; ``by_likelihood`` if the likeliest candidate is the answer."""
+    if file.chat:
+        require_chat_template(processor)
+        tokens = [plain(processor, turn(processor, text.prompt)) for text in texts]
+    else:
+        tokens = running(processor, [text.prompt for text in texts], generation.end_token(processor, config))
+
+    def cut(place: int, room: int) -> list[int]:
+        begins = tokens[place][0] == processor.bos_token_id and room > 1
+        return cut_front(tokens[place], room, int(begins))
+
+    prompts = Prompts(tokens, cut)
+    return encode_prompts(rows, texts, prompts, file, processor, processor, config, by_likelihood=by_likelihood)
+
+
+def encode_prompts(
+    rows: Rows,
+    texts: Sequence[Text],
+    prompts: Prompts,
+    file: TaskFile,
+    processor: Any,
+    tokenizer: Any,
+    config: PreTrainedConfig,
+    *,
+    by_likelihood: bool,
+    content: Callable[[str], Any] = str,
+) -> Examples:
+    """Encode the answers to prompts that are in tokens already.
+
+    Args:
+        processor: has the chat template.
+        content: what a turn of a chat holds that says a text.
+    """
+    end, longest = generation.end_token(tokenizer, config), longest_input(tokenizer, config)
+    if file.chat:
+        end = _end_of_turn(processor, tokenizer, content, end)
+        answers = [[[*plain(tokenizer, answer), end] for answer in text.answers] for text in texts]
+    else:
+        answers = [[[*ids, end] for ids in _continuations(tokenizer, text, end)] for text in texts]
+    tokens, truncated = generation.fit(
+        rows,
+        prompts,
+        answers,
+        texts,
+        longest - 1,  # of the prompt, one token at least
+        lambda answer: longest - answer,
+    )
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end
+
+    def reads(index: int, prompt: list[int], answer: list[int]) -> Batch:
+        ids = [*prompt, *answer]
+        mask = torch.ones(len(ids), dtype=torch.int64)
+        return {
+            "input_ids": torch.tensor(ids),
+            "attention_mask": mask,
+            **prompts.beside(index, ids, len(answer)),
+        }
+
+    def answered(index: int, candidate: int) -> Batch:
+        # the model reads all but the end, and foretells the answer from the prompt's last token on
+        prompt, answer = tokens[index].prompt, tokens[index].answers[candidate]
+        labels = torch.tensor([IGNORED] * (len(prompt) - 1) + answer)
+        return {**reads(index, prompt, answer[:-1]), "labels": labels}
+
+    def to_continue(kept: Sequence[list[int]]) -> Callable[[Sequence[int]], Batch]:
+        # padded on the left, so that every answer follows its prompt
+        return lambda indices: generation.collate([reads(index, kept[index], []) for index in indices], pad, "left")
+
+    writing = None
+    if not by_likelihood:
+        most = generation.new_tokens(file, longest - 1, answers)
+        short = [prompts.cut(place, min(len(row.prompt), longest - most)) for place, row in enumerate(tokens)]
+        decode = generation.decoding(tokenizer, answers)
+        writing = generation.Writing(to_continue(short), decode, None, (end,), pad, most)
+    asked = to_continue([row.prompt for row in tokens])
+    return generation.examples_of(
+        texts, tokens, answered, pad, truncated, writing, file.normalise == "tokens", prompts.alike, asked
+    )
+
+
+def cut_front(prompt: list[int], room: int, kept: int) -> list[int]:
+    """The prompt's first ``kept`` tokens, and of the others as many of the last as there is room for.
+
+    >>> cut_front([1, 5, 6, 7], 3, kept=1), cut_front([5, 6, 7], 2, kept=0)
+    ([1, 6, 7], [6, 7])
+    """
+    return prompt if len(prompt) <= room else [*prompt[:kept], *prompt[len(prompt) + kept - room :]]
+
+
+def running(processor: Any, texts: list[str], end: int) -> list[list[int]]:
+    """Texts that go on: with the token that begins a text, without one that ends it."""
+    found = processor(texts, verbose=False)["input_ids"]
+    return [ids[:-1] if len(ids) > 1 and ids[-1] == end else ids for ids in found]
+
+
+def _continuations(processor: Any, text: Text, end: int) -> list[list[int]]:
+    """The answers' tokens as they are in the running text, a space before them unless the prompt ends in white space.
+
+    Where the tokenizer would merge across the border, an answer's own.
+    """
+    space = "" if text.prompt[-1].isspace() else " "
+    prompt, *whole = running(processor, [text.prompt, *(text.prompt + space + answer for answer in text.answers)], end)
+    return [
+        ids[len(prompt) :] if ids[: len(prompt)] == prompt and len(ids) > len(prompt) else plain(processor, answer)
+        for ids, answer in zip(whole, text.answers, strict=True)
+    ]
+
+
+def plain(processor: Any, text: str) -> list[int]:
+    """A text's own tokens."""
+    ids: list[int] = processor(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
+
+
+def require_chat_template(processor: Any) -> None:
+    """Check that the base has a chat template.
+
+    Raises:
+        PimergeError: if it has none.
+    """
+    if not processor.chat_template:
+        raise PimergeError(
+            "the base's tokenizer has no chat template", "leave out 'chat' in task.json, or take an instruct model"
+        )
+
+
+def turn(processor: Any, content: Any) -> str:
+    """A user's turn, and the beginning of the assistant's."""
+    text: str = processor.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+    )
+    return text
+
+
+def _end_of_turn(processor: Any, tokenizer: Any, content: Callable[[str], Any], end: int) -> int:
+    """What the chat template puts behind an answer, if that is one special token; else the end of a text."""
+    turns = [{"role": "user", "content": content("question")}, {"role": "assistant", "content": content("answer")}]
+    _, found, behind = processor.apply_chat_template(turns, tokenize=False).rpartition("answer")
+    following = plain(tokenizer, behind) if found else []
+    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    return following[0] if following and following[0] in special else end

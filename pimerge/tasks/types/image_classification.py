@@ -1,0 +1,82 @@
+"""Classes of images (columns ``image``, ``label``)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from pimerge.core.errors import PimergeError
+from pimerge.tasks.types import Batch, Examples, Rows
+from pimerge.tasks.types._classification import FIELDS, TRAINS_HEAD, check, draw, nll, read, score
+from pimerge.tasks.types._images import decoder, have_heads, mode_of, remembered, tell_broken
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from pimerge.tasks.schema import TaskFile
+
+__all__ = [
+    "AUTO_MODEL",
+    "COLUMNS",
+    "FIELDS",
+    "PEFT_TASK",
+    "TRAINS_HEAD",
+    "check",
+    "draw",
+    "encode",
+    "load_processor",
+    "nll",
+    "read",
+    "score",
+]
+
+AUTO_MODEL = "AutoModelForImageClassification"
+PEFT_TASK = None  # PEFT has no task type for images; its plain PeftModel serves them
+COLUMNS = {"image": True, "label": True}
+
+
+def load_processor(source: str, revision: str | None) -> Any:
+    """The base's image processor."""
+    from transformers import AutoImageProcessor
+
+    return AutoImageProcessor.from_pretrained(source, revision=revision, trust_remote_code=False)
+
+
+def encode(rows: Rows, file: TaskFile, processor: Any, config: PreTrainedConfig) -> Examples:
+    """Decode and process an image when it is asked for; up to 256 MB of them are kept for the next epoch.
+
+    Raises:
+        PimergeError: with each row whose image cannot be decoded: at once if a file is not there or does not begin as
+            an image does, else when the first such image is asked for.
+    """
+    decode = decoder(rows, mode_of(config))
+    if not have_heads(rows):
+        tell_broken(rows, decode)
+
+    def process(place: int) -> Batch:
+        try:
+            image = decode(place)
+        except PimergeError:
+            tell_broken(rows, decode)
+            raise
+        return {"pixel_values": processor(image, return_tensors="pt")["pixel_values"][0]}
+
+    pixels = remembered(process)
+
+    def get(index: int) -> Batch:
+        return {**pixels(index), "labels": torch.tensor(rows.labels[index])}
+
+    def collate(examples: Sequence[Batch]) -> Batch:
+        return {name: torch.stack([example[name] for example in examples]) for name in examples[0]}
+
+    return Examples([_tokens(config, pixels(0)["pixel_values"])] * len(rows.labels), get, collate)
+
+
+def _tokens(config: PreTrainedConfig, pixel_values: torch.Tensor) -> int:
+    """Patches of an image, and one for the class token; models without patches count 16 × 16 pixels as one."""
+    patch = getattr(config, "patch_size", None)
+    patch = patch if isinstance(patch, int) and patch > 0 else 16
+    _, height, width = pixel_values.shape
+    return (height // patch) * (width // patch) + 1

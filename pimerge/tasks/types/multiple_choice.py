@@ -1,0 +1,139 @@
+"""Which of a row's choices answers its question, by likelihood (columns ``question``, ``choices``, ``answer``).
+
+Where no column holds all choices, the template ``choices`` gives a list of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from pimerge.core.errors import PimergeError, Problems
+from pimerge.tasks.metrics import check as check_metrics
+from pimerge.tasks.row_errors import RowProblems
+from pimerge.tasks.types import Examples, Rows, causal_lm, seq2seq
+from pimerge.tasks.types._generation import TRAINS_HEAD, draw, read, score
+from pimerge.tasks.types._likelihood import nll
+from pimerge.tasks.types._templates import Template, Text, reader, require_columns
+from pimerge.tasks.types._tokenizer import load_processor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from pimerge.tasks.schema import TaskFile
+
+__all__ = [
+    "AUTO_MODEL",
+    "COLUMNS",
+    "FIELDS",
+    "PEFT_TASK",
+    "TRAINS_HEAD",
+    "check",
+    "draw",
+    "encode",
+    "load_processor",
+    "nll",
+    "read",
+    "score",
+]
+
+AUTO_MODEL = (causal_lm.AUTO_MODEL, seq2seq.AUTO_MODEL)
+PEFT_TASK = (causal_lm.PEFT_TASK, seq2seq.PEFT_TASK)
+COLUMNS = {"question": True, "choices": True, "answer": True}
+FIELDS = frozenset({"prompt", "choices", "normalise", "chat", "metrics"})
+_PROMPT = "Question: {{ QUESTION }}\nAnswer:"
+_QUESTION = "QUESTION"
+
+
+def check(file: TaskFile) -> None:
+    """Check the templates and the metrics.
+
+    Raises:
+        PimergeError: with all that does not fit.
+    """
+    problems = Problems()
+    if file.labels is not None:
+        problems.add("labels are the same for all rows, and here each has its choices", "leave the labels out")
+    with problems.collected():
+        Template("prompt", file.prompt or _PROMPT)
+    if file.choices is not None:
+        if "choices" in file.columns:
+            problems.add("both choices and columns say what the choices are", "leave one of them out")
+        with problems.collected():
+            Template("choices", file.choices)
+    with problems.collected():
+        check_metrics([name for name in file.metrics or [] if name != "accuracy"], ["texts"])
+    problems.raise_any("it does not fit")
+
+
+def encode(rows: Rows, file: TaskFile, processor: Any, config: PreTrainedConfig) -> Examples:
+    """Encode every question with each of its choices, for an encoder-decoder or a causal model."""
+    texts = _texts(rows, file)
+    if not config.is_encoder_decoder:
+        return causal_lm.encode_texts(rows, texts, file, processor, config, by_likelihood=True)
+    if file.chat:
+        raise PimergeError("'chat' is for causal models, and the base has an encoder and a decoder", "leave it out")
+    return seq2seq.encode_texts(rows, texts, file, processor, config, by_likelihood=True)
+
+
+def _texts(rows: Rows, file: TaskFile) -> list[Text]:
+    """Every row in words.
+
+    Raises:
+        PimergeError: with each column that is not there, and each row that is no question with choices.
+    """
+    template = Template("prompt", file.prompt or _PROMPT)
+    listed = Template("choices", file.choices) if file.choices is not None else None
+    used = template.names - {_QUESTION} | (listed.names if listed else set())
+    require_columns(rows, used)
+    problems = RowProblems(rows.where, rows.numbers)
+    found = []
+    read = reader(rows, used | set(rows.columns.values()))
+    for place in range(len(rows.labels)):
+        row, prompt = None, ""
+        with problems.row(place):
+            row = read(place)
+            prompt = template.text({**row, _QUESTION: row[rows.columns["question"]]})
+            if not prompt.strip():
+                raise PimergeError("the prompt is empty", "fill the row or leave it out")
+        if row is None:
+            continue
+        with problems.row(place):
+            choices, keys = _choices(listed.values(row) if listed else row[rows.columns["choices"]])
+            right = _right(row[rows.columns["answer"]], choices, keys)
+            found.append(Text(prompt, choices, right, (choices[right],)))
+    problems.raise_any()
+    return found
+
+
+def _choices(value: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The choices, and their keys where they have some.
+
+    >>> _choices({"text": ["red", "blue"], "label": ["A", "B"]})
+    (('red', 'blue'), ('A', 'B'))
+    """
+    texts, keys = (value.get("text"), value.get("label") or []) if isinstance(value, Mapping) else (value, [])
+    if not isinstance(texts, Sequence) or isinstance(texts, str) or len(texts) < 2:
+        raise PimergeError(
+            f"the choices are {texts!r}", "give a list of two or more, or text and label, two such lists"
+        )
+    choices = tuple("" if text is None else str(text).strip() for text in texts)
+    if "" in choices:
+        raise PimergeError("a choice is empty", "fill the row or leave it out")
+    if keys and len(keys) != len(choices):
+        raise PimergeError(f"there are {len(choices)} choices and {len(keys)} labels of them", "give each choice one")
+    return choices, tuple(map(str, keys))
+
+
+def _right(answer: Any, choices: Sequence[str], keys: Sequence[str]) -> int:
+    """Which choice the answer means: by its key, by its place from 0, or by its text.
+
+    >>> _right("B", ["red", "blue"], ["A", "B"]), _right(0, ["red", "blue"], []), _right("blue", ["red", "blue"], [])
+    (1, 0, 1)
+    """
+    places = [str(place) for place in range(len(choices))]
+    for names in (keys, choices, places) if isinstance(answer, str) else (keys, places):
+        if str(answer).strip() in names:
+            return list(names).index(str(answer).strip())
+    known = ", ".join(keys or places)
+    raise PimergeError(f"the answer is {answer!r}", f"expected one of {known}")

@@ -1,0 +1,137 @@
+"""Answers in text by an encoder and a decoder (T5, BART; ``prompt``, and ``answer`` or ``labels``)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from pimerge.core.errors import PimergeError
+from pimerge.tasks.types import Batch, Examples, Rows
+from pimerge.tasks.types import _generation as generation
+from pimerge.tasks.types._generation import COLUMNS, FIELDS, TRAINS_HEAD, Prompts, draw, read, score
+from pimerge.tasks.types._likelihood import nll
+from pimerge.tasks.types._templates import Text, check_texts, fill_in
+from pimerge.tasks.types._tokenizer import load_processor, longest_input
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from pimerge.tasks.schema import TaskFile
+
+__all__ = [
+    "AUTO_MODEL",
+    "COLUMNS",
+    "FIELDS",
+    "PEFT_TASK",
+    "TRAINS_HEAD",
+    "check",
+    "draw",
+    "encode",
+    "load_processor",
+    "nll",
+    "read",
+    "score",
+]
+
+AUTO_MODEL = "AutoModelForSeq2SeqLM"
+PEFT_TASK = "SEQ_2_SEQ_LM"
+check = check_texts
+
+
+def encode(rows: Rows, file: TaskFile, processor: Any, config: PreTrainedConfig) -> Examples:
+    """Tokenize every row once; a prompt that the encoder does not take whole loses its end."""
+    return encode_texts(
+        rows, fill_in(rows, file), file, processor, config, by_likelihood=generation.by_likelihood(file)
+    )
+
+
+def encode_texts(
+    rows: Rows,
+    texts: Sequence[Text],
+    file: TaskFile,
+    processor: Any,
+    config: PreTrainedConfig,
+    *,
+    by_likelihood: bool,
+) -> Examples:
+    """Encode rows that are in words already; ``by_likelihood`` if the likeliest candidate is the answer."""
+    asked = [text.prompt for text in texts]
+    whole = processor(asked, truncation=False, verbose=False)["input_ids"]
+    fitting = processor(asked, truncation=True, max_length=longest_input(processor, config))["input_ids"]
+    prompts = Prompts(whole, lambda place, room: fitting[place])
+    return encode_prompts(rows, texts, prompts, file, processor, config, by_likelihood=by_likelihood)
+
+
+def encode_prompts(
+    rows: Rows,
+    texts: Sequence[Text],
+    prompts: Prompts,
+    file: TaskFile,
+    tokenizer: Any,
+    config: PreTrainedConfig,
+    *,
+    by_likelihood: bool,
+) -> Examples:
+    """Encode the answers to prompts that are in tokens already."""
+    end, longest = generation.end_token(tokenizer, config), longest_input(tokenizer, config)
+    start = _start_token(config)
+    answers = [
+        [_ended(ids, end) for ids in tokenizer(text_target=list(text.answers), verbose=False)["input_ids"]]
+        for text in texts
+    ]
+    tokens, truncated = generation.fit(rows, prompts, answers, texts, longest, lambda answer: longest)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end
+
+    def source(index: int) -> Batch:
+        ids = tokens[index].prompt
+        return {
+            "input_ids": torch.tensor(ids),
+            "attention_mask": torch.ones(len(ids), dtype=torch.int64),
+            **prompts.beside(index, ids, 0),
+        }
+
+    def answered(index: int, candidate: int) -> Batch:
+        return {**source(index), **_target(start, tokens[index].answers[candidate])}
+
+    writing = None
+    if not by_likelihood:
+
+        def to_answer(indices: Sequence[int]) -> Batch:
+            return generation.collate([source(index) for index in indices], pad)
+
+        most = generation.new_tokens(file, longest - 1, answers)
+        writing = generation.Writing(to_answer, generation.decoding(tokenizer, answers), start, (end,), pad, most)
+    return generation.examples_of(
+        texts, tokens, answered, pad, truncated, writing, file.normalise == "tokens", prompts.alike
+    )
+
+
+def _target(start: int, answer: list[int]) -> Batch:
+    """The decoder reads the answer behind its start token, and foretells it one token ahead."""
+    labels = torch.tensor(answer)
+    return {
+        "decoder_input_ids": torch.tensor([start, *answer[:-1]]),
+        "decoder_attention_mask": torch.ones_like(labels),
+        "labels": labels,
+    }
+
+
+def _ended(ids: list[int], end: int) -> list[int]:
+    return ids if ids and ids[-1] == end else [*ids, end]
+
+
+def _start_token(config: PreTrainedConfig) -> int:
+    """What the decoder starts from; T5 takes the padding.
+
+    Raises:
+        PimergeError: if the config names neither.
+    """
+    start = getattr(config, "decoder_start_token_id", None)
+    start = start if start is not None else getattr(config, "pad_token_id", None)
+    if start is None:
+        raise PimergeError(
+            "the base's config has no decoder_start_token_id, from which its decoder starts", "set it in config.json"
+        )
+    return int(start)

@@ -1,0 +1,89 @@
+"""Classes of texts or pairs of texts (columns ``text``, optional ``text_pair``, ``label``)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from pimerge.core.errors import PimergeError
+from pimerge.tasks.row_errors import RowProblems
+from pimerge.tasks.types import Batch, Examples, Rows
+from pimerge.tasks.types._classification import FIELDS, TRAINS_HEAD, check, draw, nll, read, score
+from pimerge.tasks.types._tokenizer import load_processor, longest_input
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from pimerge.tasks.schema import TaskFile
+
+__all__ = [
+    "AUTO_MODEL",
+    "COLUMNS",
+    "FIELDS",
+    "NAMED",
+    "PEFT_TASK",
+    "TRAINS_HEAD",
+    "check",
+    "draw",
+    "encode",
+    "load_processor",
+    "nll",
+    "read",
+    "score",
+]
+
+AUTO_MODEL = "AutoModelForSequenceClassification"
+PEFT_TASK = "SEQ_CLS"
+COLUMNS = {"text": True, "text_pair": False, "label": True}
+NAMED = "text"
+
+
+def encode(rows: Rows, file: TaskFile, processor: Any, config: PreTrainedConfig) -> Examples:
+    """Tokenize every row once; texts longer than the model takes are cut.
+
+    Raises:
+        PimergeError: if the head of a base with an encoder and a decoder cannot find the end of a text.
+    """
+    longest = longest_input(processor, config)
+    pairs = rows.table[rows.columns["text_pair"]] if "text_pair" in rows.columns else None
+    texts = [str(text) for text in rows.table[rows.columns["text"]]]
+    pairs = [str(text) for text in pairs] if pairs is not None else None
+    whole = processor(texts, pairs, truncation=False, verbose=False)["input_ids"]
+    cut = sum(len(ids) > longest for ids in whole)
+    encoded = processor(texts, pairs, truncation=True, max_length=longest)
+    if config.is_encoder_decoder:
+        _require_ends(encoded["input_ids"], rows, config)
+    lengths = [len(ids) for ids in encoded["input_ids"]]
+
+    def get(index: int) -> Batch:
+        fields = {name: torch.tensor(encoded[name][index]) for name in encoded}
+        return {**fields, "labels": torch.tensor(rows.labels[index])}
+
+    def collate(examples: Sequence[Batch]) -> Batch:
+        padded = processor.pad(
+            [{name: value for name, value in example.items() if name != "labels"} for example in examples],
+            return_tensors="pt",
+        )
+        return {**padded, "labels": torch.stack([example["labels"] for example in examples])}
+
+    return Examples(lengths, get, collate, cut)
+
+
+def _require_ends(texts: Sequence[Sequence[int]], rows: Rows, config: PreTrainedConfig) -> None:
+    """Check for the end token that such a head reads, as often in every text, as transformers asks for."""
+    ends = [list(ids).count(config.eos_token_id) for ids in texts]
+    usual = max(set(ends), key=ends.count)
+    if not usual:
+        raise PimergeError(
+            f"the base's tokenizer puts no end token ({config.eos_token_id}) behind a text, which is what the head of "
+            "a base with an encoder and a decoder reads",
+            "take a tokenizer that does, or a task of the type seq2seq",
+        )
+    problems = RowProblems(rows.where, rows.numbers)
+    for position, count in enumerate(ends):
+        with problems.row(position):
+            if count != usual:
+                raise PimergeError(f"{count} end tokens, the others have {usual}", "leave out what reads as one")
+    problems.raise_any()

@@ -1,5 +1,0 @@
-"""Only the task head trained on the bare base: the control without any expert."""
-
-from pimerge.tune_methods import Plan
-
-PLAN = Plan(fresh=True)

@@ -1,9 +1,0 @@
-"""A fresh LoRA trained on the target alone: the control, and how the experts of a pool are made.
-
-Experts made with the same base, rank, modules and ``--init-seed`` share one init, so they can be compared by
-their Fisher.
-"""
-
-from pimerge.tune_methods import Plan
-
-PLAN = Plan(fresh=True, train_experts=True, lr=5e-3)

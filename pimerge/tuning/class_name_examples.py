@@ -1,0 +1,116 @@
+"""The names of a task's classes as further examples, one of each class, where what is classified is a text.
+
+Somebody chose a name to tell what its class is about; with few labels that is worth several of them.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from pimerge.core.errors import PimergeError
+from pimerge.models.linear_probe import PENALTY, fit_probe
+from pimerge.tasks.types import Examples, Rows
+from pimerge.tuning.probe_head import class_layer, read_vectors
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from pimerge.models.loading import LoadedBase
+    from pimerge.tasks.task import Task
+    from pimerge.tuning.methods import Plan
+    from pimerge.tuning.session import Job
+
+MOST = 500
+"""Examples that the names are tried on."""
+_WORD = re.compile(r"[^\W\d_]{2,}")
+
+
+def class_texts(task: Task) -> list[str]:
+    """The name of each class as a text; none where the task does not classify single texts, or they tell nothing.
+
+    They tell nothing where one is a number, some differ by numbers alone, or most of them have no word of two letters.
+
+    >>> from pathlib import Path
+    >>> from pimerge.tasks.task import Task
+    >>> from pimerge.tasks.schema import TaskFile
+    >>> file = TaskFile(type="text-classification", data="d.jsonl", labels=["text-mode", "daemon"])
+    >>> class_texts(Task(Path("task.json"), file))
+    ['text mode', 'daemon']
+    >>> class_texts(Task(Path("task.json"), file.model_copy(update={"labels": ["class 0", "class 1"]})))
+    []
+    """
+    if set(task.columns) != {getattr(task.type, "NAMED", None), "label"}:
+        return []
+    bare = [re.sub(r"[-_\s\d]+", "", label) for label in task.labels]
+    worded = sum(bool(_WORD.search(label)) for label in task.labels)
+    if not all(bare) or len(set(bare)) < len(bare) or 2 * worded < len(bare):
+        return []
+    return [re.sub(r"[-_\s]+", " ", label).strip() for label in task.labels]
+
+
+def class_names(task: Task, processor: Any, config: PreTrainedConfig) -> Examples:
+    """The names of the classes, encoded as the task's texts are, each labelled with its class.
+
+    Raises:
+        PimergeError: if they are no texts.
+    """
+    import datasets
+
+    texts = class_texts(task)
+    if not texts:
+        raise PimergeError(
+            f"the classes of '{task.path}' have no names that are texts as its examples are",
+            "leave --class-names out: it is for text-classification of single texts into classes named by words",
+        )
+    table = datasets.Dataset.from_dict({task.columns[task.type.NAMED]: texts})
+    numbers = range(len(texts))
+    rows = Rows(table, task.columns, numbers, numbers, f"the names of the classes of '{task.path}'")
+    encoded: Examples = task.type.encode(rows, task.file, processor, config)
+    return encoded
+
+
+def names_foretell(loaded: LoadedBase, task: Task, examples: Examples) -> bool:
+    """Whether a probe of the bare base's features, fitted on the names alone, foretells the examples.
+
+    That is, whether the mean of p(y_i|x_i) over the examples (at most :data:`MOST`, evenly chosen) is above 1/C.
+
+    Args:
+        loaded: the base with a head for the task.
+
+    Raises:
+        PimergeError: if the names are no texts.
+    """
+    found = class_layer(loaded, task)
+    if found is None:
+        return False
+    names, labels = read_vectors(loaded.model, task, found, class_names(task, loaded.processor, loaded.config))
+    step = -(-len(examples) // MOST)
+    vectors, truth = read_vectors(loaded.model, task, found, examples.subset(range(0, len(examples), step)))
+    probe = fit_probe(names, labels, len(labels), PENALTY)
+    right = probe.log_probabilities(vectors).exp().gather(1, truth[:, None])
+    return float(right.mean()) > 1 / len(labels)
+
+
+def may_take_names(task: Task, plan: Plan) -> bool:
+    """Whether a method takes the names of a task's classes, if they foretell the examples and the user does not say."""
+    return plan.class_names and bool(class_texts(task))
+
+
+def decided(job: Job, plan: Plan) -> Job:
+    """The job with ``class_names`` of its options decided: where they are left open, by whether the names foretell.
+
+    The base must be bare.
+
+    Raises:
+        PimergeError: if names are asked for and are no texts.
+    """
+    bench, taken = job.bench, job.options.class_names
+    if taken is None:
+        silently = replace(job, note=lambda message: None, options=replace(job.options, class_names=False))
+        taken = may_take_names(bench.task, plan) and names_foretell(bench.loaded, bench.task, silently.examples()[0])
+    if taken:
+        count = len(class_names(bench.task, bench.loaded.processor, bench.loaded.config))
+        job.note(f"the names of the {count} classes are learned from, as one more example of each")
+    return replace(job, options=replace(job.options, class_names=taken))

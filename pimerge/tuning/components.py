@@ -1,0 +1,236 @@
+"""The members of a sum of experts: the chosen ones, the target's own, and fresh ones."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from pimerge.adapters.compatibility import require_alike, require_finite
+from pimerge.adapters.expert import Expert
+from pimerge.adapters.kinds.lora import parse
+from pimerge.adapters.low_rank import DEFAULT_ENERGY, MergedModule, Truncation, relative_error, weighted_sum
+from pimerge.checkpoints.architecture import inside, lora_targets
+from pimerge.core.errors import PimergeError, Problems
+from pimerge.models.loading import LoadedBase, in_head
+from pimerge.tuning.fresh_expert import fresh_expert
+from pimerge.tuning.lora_layers import Member
+from pimerge.tuning.methods import Plan
+from pimerge.tuning.session import Job
+from pimerge.tuning.tensor_layers import GroupMember, fresh_member, member_of
+
+LORA = "lora"
+TEMPERATURE = 0.1
+"""Of the softmax of expected gains, with one labelled example; it falls as the standard error of a gain does."""
+NO_EXPERT = "the target has no expert of its own: a fresh one takes its place"
+
+
+def chosen_experts(plan: Plan, method: str, experts: Sequence[Expert], target: Expert | None) -> list[Expert]:
+    """The experts in the sum, the target's own first; checked to fit each other.
+
+    Raises:
+        PimergeError: if there are none and the method needs some, or they do not go together.
+    """
+    if not plan.experts:
+        return []
+    if not experts:
+        raise PimergeError(
+            f"'{method}' needs experts to compose", "run 'pimerge rank --target NAME' first, or name the experts"
+        )
+    if plan.target and target is not None:
+        experts = [target, *(expert for expert in experts if expert.path.resolve() != target.path.resolve())]
+    require_alike(experts)
+    require_finite(experts)
+    return list(experts)
+
+
+def require_heads_alone(experts: Sequence[Expert], loaded: LoadedBase) -> None:
+    """Check that experts have nothing but updates and heads, since nothing else is summed or trained.
+
+    Raises:
+        PimergeError: with each that has.
+    """
+    problems = Problems()
+    for expert in {expert.path: expert for expert in experts}.values():
+        stray = sorted({name.rpartition(".")[0] for name in expert.head if not in_head(name, loaded.head)})
+        if stray:
+            problems.add(
+                f"'{expert.name}' has trained {', '.join(stray)} of the base (modules_to_save), which is no head and "
+                "would be lost",
+                "leave it out, or merge instead: pimerge merge keeps what the target saved",
+            )
+    problems.raise_any("these experts are more than updates and heads")
+
+
+def start_logits(plan: Plan, count: int, job: Job, chosen: Sequence[Expert], examples: int) -> list[float]:
+    """Logits whose softmax the weights start from: the scores, and 1/N for a member that has none.
+
+    Args:
+        count: how many members the sum has.
+        examples: labelled ones that the ranking's gains rest on.
+    """
+    ranked = _known(job.scores, job, chosen)
+    if plan.start_by_gain and (gains := _known(job.gains, job, chosen)):
+        ranked = gain_logits(gains, examples)
+    own = count - len(chosen) + (1 if plan.target and len(chosen) == count else 0)  # target's or fresh: no score
+    if not plan.ranked_start or not ranked or len(ranked) < count - own:
+        return [0.0] * count
+    # log-mean-exp of the others' scores: a softmax share of exactly 1/N
+    highest = max(ranked)
+    middle = highest + math.log(sum(math.exp(score - highest) for score in ranked) / len(ranked))
+    return [middle] * own + ranked
+
+
+def gain_logits(gains: Sequence[float], examples: int) -> list[float]:
+    """Expected gains over the temperature of so many labelled examples: the fewer, the less gains are to be trusted.
+
+    >>> gain_logits([0.04, 0.0], examples=25)
+    [2.0, 0.0]
+    """
+    return [gain * math.sqrt(examples) / TEMPERATURE for gain in gains]
+
+
+def _known(values: Sequence[float | None] | None, job: Job, chosen: Sequence[Expert]) -> list[float]:
+    """Of what the ranking says of its experts, what it says of the chosen ones."""
+    by_path = dict(zip((expert.path.resolve() for expert in job.experts), values or [], strict=False))
+    found = [by_path.get(expert.path.resolve()) for expert in chosen]
+    return [value for value in found if value is not None]
+
+
+@contextmanager
+def form_of(plan: Plan, job: Job, chosen: Sequence[Expert]) -> Iterator[Expert | None]:
+    """An expert whose form the sum has, if it is of a kind without ΔW; None for LoRA."""
+    options, bench = job.options, job.bench
+    kind = options.fresh_kind
+    if kind is None:
+        yield _known_form(plan, job, chosen)
+    elif kind == LORA:
+        yield None
+    else:
+        with fresh_expert(
+            kind, bench.loaded, bench.base, bench.task, options.fresh_rank, options.fresh_modules
+        ) as form:
+            yield form
+
+
+def _known_form(plan: Plan, job: Job, chosen: Sequence[Expert]) -> Expert | None:
+    options = job.options
+    form = chosen[0] if chosen else job.like
+    if form is None or not form.groups:
+        return None
+    if not plan.experts and (options.fresh_rank or options.fresh_modules or options.fresh_alpha):
+        return None  # a fresh LoRA is asked for
+    if not plan.experts and not plan.train_experts and not form.has_strength:
+        return None  # a fresh prompt that is not trained would change the base
+    if options.rank is not None:
+        raise PimergeError(f"--rank is for updates ΔW, and experts of kind {form.kind} have none", "leave it out")
+    return form
+
+
+def group_members(plan: Plan, job: Job, form: Expert, chosen: Sequence[Expert]) -> tuple[list[GroupMember], bool]:
+    """As :func:`members`, for experts without ΔW."""
+    loaded, seed = job.bench.loaded, job.options.init_seed
+    found = [member_of(expert, loaded) for expert in chosen]
+    if plan.random_experts:
+        own = found[: plan.target and job.target is not None]
+        found = own + [
+            fresh_member(form, loaded, seed + number, f"random {number}")
+            for number in range(1, len(found) - len(own) + 1)
+        ]
+    if not plan.fresh and not (plan.target and job.target is None):
+        return found, False
+    if plan.target:
+        job.note(NO_EXPERT)
+    return [fresh_member(form, loaded, seed), *found], True
+
+
+def members(plan: Plan, job: Job, chosen: Sequence[Expert]) -> tuple[list[Member], bool]:
+    """The members of a sum of updates, and whether one of them is fresh."""
+    options, loaded, like = job.options, job.bench.loaded, job.like
+    found = [_member(expert, options.rank, job.note) for expert in chosen]
+    if plan.random_experts:
+        own = found[: plan.target and job.target is not None]
+        found = own + [
+            _random_like(member, loaded, options.init_seed + number, f"random {number}")
+            for number, member in enumerate(found[len(own) :], 1)
+        ]
+    if not plan.fresh and not (plan.target and job.target is None):
+        return found, False
+    places = tuple(sorted(like.modules)) if like and like.modules else lora_targets(loaded.model)
+    modules = options.fresh_modules or places
+    like = like if like and like.kind == LORA else None  # others have no rank
+    rank = options.fresh_rank or (max(like.ranks) if like else 8)
+    alpha = options.fresh_alpha
+    if alpha is None:
+        alpha = max((module.alpha for module in like.modules.values()), default=float(rank)) if like else float(rank)
+        alpha = alpha * rank / max(like.ranks) if like else alpha
+    fresh = fresh_lora(loaded, rank if plan.train_experts else 1, alpha, modules, options.init_seed)
+    if plan.target:
+        job.note(NO_EXPERT)
+    return [fresh, *found], True
+
+
+def fresh_lora(
+    loaded: LoadedBase, rank: int, alpha: float, modules: Sequence[str] | None, seed: int, name: str = "fresh"
+) -> Member:
+    """A fresh LoRA expert with PEFT's own init (A Kaiming-uniform, B zero); the base comes back as it was.
+
+    Args:
+        modules: names or name endings; None for those that PEFT adapts in this architecture.
+
+    Raises:
+        PimergeError: if PEFT finds no such modules.
+    """
+    from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+
+    torch.manual_seed(seed)
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        target_modules=list(modules) if modules else None,
+        exclude_modules=inside(loaded.head),
+        base_model_name_or_path="",
+    )
+    try:
+        model = get_peft_model(loaded.model, config)
+    except ValueError as error:
+        raise PimergeError(
+            f"no modules to adapt in {type(loaded.model).__name__}: {str(error).partition(chr(10))[0]}",
+            "pass --modules with the names of its projections, such as q_proj,v_proj",
+        ) from error
+    tensors = {key: value.detach().clone() for key, value in get_peft_model_state_dict(model).items()}
+    model.unload()
+    loaded.model.requires_grad_(False)
+    layouts, _ = parse({"r": rank, "lora_alpha": alpha}, {key: tuple(value.shape) for key, value in tensors.items()})
+    factors = {module: layout.factors(lambda key: tensors[key].float()) for module, layout in layouts.items()}
+    return Member(name, layouts, factors)
+
+
+def _random_like(member: Member, loaded: LoadedBase, seed: int, name: str) -> Member:
+    """A fresh LoRA in the places of another, of its highest rank."""
+    rank = max(module.rank for module in member.modules.values())
+    alpha = rank * max(factors.scaling for factors in member.factors.values())
+    return fresh_lora(loaded, rank, alpha, sorted(member.modules), seed, name)
+
+
+def _member(expert: Expert, rank: int | None, note: Callable[[str], None]) -> Member:
+    """An expert of the sum; one of another kind than LoRA becomes a LoRA.
+
+    Args:
+        rank: that it then has at most; None for what keeps most of ΔW.
+    """
+    if not expert.is_computed:
+        return Member(expert.name, expert.modules, {name: expert.factors(name) for name in expert.modules})
+    truncation = Truncation(rank, None if rank else DEFAULT_ENERGY)
+    factors, summaries = {}, []
+    for name, module in expert.modules.items():
+        found = weighted_sum([expert.factors(name)], [1.0], truncation, torch.float64)
+        factors[name] = found.factors
+        summaries.append(MergedModule(module, found.factors, found.energy, found.lost).summary)
+    note(
+        f"'{expert.name}' is of kind {expert.kind}: it goes in as a LoRA of rank {max(s.rank for s in summaries)}, "
+        f"without {relative_error(summaries):.1%} of its ‖ΔW‖ (--rank N for another rank)"
+    )
+    return Member(expert.name, expert.modules, factors)

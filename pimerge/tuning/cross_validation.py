@@ -1,0 +1,85 @@
+"""Learning rate and epochs of a tune method, chosen on folds of the few examples.
+
+Every method has the same budget: :data:`FACTORS` of its usual learning rate, each tried on the same folds for all
+epochs. What is then trained on all examples has the learning rate, and stops after the epoch, of the lowest held-out
+loss.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from pimerge.tuning.method import TuneMethod
+from pimerge.tuning.options import Options
+from pimerge.tuning.session import Job
+from pimerge.tuning.trainer import LOWER, Diverged, held_out_loss
+
+FACTORS = (0.3, 1.0, 3.0)
+FOLDS = 3
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A learning rate, and the mean held-out loss after each epoch (one alone for methods of several trainings)."""
+
+    lr: float
+    losses: tuple[float, ...]
+
+    @property
+    def best(self) -> tuple[float, int]:
+        """The lowest loss, and after how many epochs it was."""
+        least = min(self.losses)
+        return least, self.losses.index(least) + 1
+
+
+def choose(method: TuneMethod, job: Job) -> Options:
+    """The job's options with the learning rate and the epochs that do best on what is held out.
+
+    With one example of each class nothing can be held out, and the options stay as they are.
+
+    Raises:
+        PimergeError: as the method's ``fit``.
+    """
+    bench, options = job.bench, job.options
+    _, labels = bench.task.examples(
+        "train", bench.loaded.processor, bench.loaded.config, shots=options.shots, seed=options.seed
+    )
+    folds = min(FOLDS, max(labels.count(label) for label in set(labels)))
+    if folds < 2:
+        job.note("one example of each class: nothing can be held out, so the usual learning rate is taken")
+        return replace(options, holdout=0.0)
+    usual = options.lr or method.plan.usual_lr(bench.loaded.width)
+    tried = []
+    for factor in FACTORS:
+        try:
+            curves = [_curve(method, job, usual * factor, fold, folds) for fold in range(folds)]
+        except Diverged:
+            curves = [[math.inf]]
+        tried.append(Tried(usual * factor, tuple(sum(each) / len(curves) for each in zip(*curves, strict=True))))
+    best = min(tried, key=lambda each: each.best)
+    if math.isinf(best.best[0]):
+        raise Diverged(f"the training diverged at every learning rate from {usual * min(FACTORS):g} on", LOWER)
+    stop_after = best.best[1] if len(best.losses) > 1 else None
+    job.note(
+        f"on {folds} folds: "
+        + ", ".join(f"held-out loss {each.best[0]:.3f} at --lr {each.lr:g}" for each in tried)
+        + f"; taken: {best.lr:g}"
+        + (f", for {stop_after} epochs" if stop_after else "")
+    )
+    return replace(options, lr=best.lr, holdout=0.0, stop_after=stop_after)
+
+
+def _curve(method: TuneMethod, job: Job, lr: float, fold: int, folds: int) -> Sequence[float]:
+    """The held-out loss of a fold after each epoch, or at the end."""
+    part = job.with_options(f"lr-{lr:g}-fold-{fold}", lr=lr, holdout=0.0, patience=10**6)
+    with job.bench.tidied(job.options.seed) as undo:
+        part = replace(part, fold=(fold, folds), undo=undo, note=lambda message: None)
+        fitted = method.fit(part)
+        losses = fitted.outcome.held_out_losses
+        if not losses:
+            _, held_out = part.examples()
+            assert held_out is not None
+            losses = (held_out_loss(fitted.model, held_out, job.bench.device),)
+        return [loss if math.isfinite(loss) else math.inf for loss in losses]

@@ -1,0 +1,158 @@
+"""Experts that answer together: p(y|x) = Σ_n w_n p_n(y|x), each by its own head.
+
+On disk an ensemble is a folder of experts with ``ensemble.json``; what it deploys is all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, FiniteFloat
+from torch import nn
+
+from pimerge.adapters.expert import Expert, open_expert
+from pimerge.checkpoints.base import Base
+from pimerge.core.errors import PimergeError, Problems
+from pimerge.models.loading import LoadedBase, as_before, as_they_were, set_head
+from pimerge.tasks.task import parse_document
+from pimerge.tuning.lora_layers import Member, Switch, compose
+from pimerge.tuning.tensor_layers import compose_groups, member_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+ENSEMBLE_FILE = "ensemble.json"
+
+
+class EnsembleMember(BaseModel):
+    """An expert of an ensemble: its folder, relative to the file's, what it was, and its share of the probability."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    path: str
+    sha256: str
+    weight: FiniteFloat
+
+
+class EnsembleDocument(BaseModel):
+    """The content of ``ensemble.json``; the weights sum to one."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    members: list[EnsembleMember]
+
+
+@dataclass(frozen=True)
+class Ensemble:
+    """Experts that answer together.
+
+    Attributes:
+        weights: of each expert's probabilities.
+    """
+
+    path: Path
+    experts: Sequence[Expert]
+    weights: Sequence[float]
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        return self.path.name
+
+    @property
+    def base(self) -> Base:
+        """Of its experts."""
+        return self.experts[0].base
+
+
+def is_ensemble(path: str | Path) -> bool:
+    """Whether a folder holds one."""
+    return (Path(path) / ENSEMBLE_FILE).is_file()
+
+
+def open_ensemble(path: Path, base: str | None = None) -> Ensemble:
+    """Open an ensemble's experts.
+
+    Raises:
+        PimergeError: if its document does not fit, or an expert is gone or has changed.
+    """
+    document = parse_document(EnsembleDocument, path / ENSEMBLE_FILE, "tune it again")
+    problems = Problems()
+    experts = []
+    for member in document.members:
+        with problems.collected():
+            expert = open_expert(path / member.path, base)
+            if expert.sha256 != member.sha256:
+                raise PimergeError(f"'{expert.path}' has changed since the ensemble was written", "tune it again")
+            experts.append(expert)
+    problems.raise_any(f"the ensemble '{path}' is not whole")
+    return Ensemble(path, experts, [member.weight for member in document.members])
+
+
+class Together(nn.Module):
+    """The logarithm of the mean of some experts' probabilities, as logits.
+
+    Args:
+        model: the module that answers, with all experts in it.
+        loaded: the base in it, which has the head.
+        switch: chooses one of them.
+        heads: of each that answers: which expert (None for the bare base) and its head.
+        weights: of the probabilities; they sum to one.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loaded: LoadedBase,
+        switch: Switch,
+        heads: Sequence[tuple[int | None, Mapping[str, Tensor]]],
+        weights: Sequence[float],
+    ) -> None:
+        super().__init__()
+        self.model, self.loaded, self.switch = model, loaded, switch
+        self.heads, self.weights = list(heads), list(weights)
+        self.config = loaded.config
+
+    def forward(self, **batch: Tensor) -> Any:
+        """One forward for each that answers."""
+        from transformers.modeling_outputs import SequenceClassifierOutput
+
+        found = []
+        for (expert, head), weight in zip(self.heads, self.weights, strict=True):
+            self.switch.choose(expert)
+            set_head(self.loaded.model, head)
+            logits = self.model(**batch).logits
+            wide = torch.promote_types(logits.dtype, torch.float32)
+            found.append(logits.to(wide).log_softmax(-1) + torch.tensor(weight, dtype=wide).log().item())
+        return SequenceClassifierOutput(logits=torch.stack(found).logsumexp(0))
+
+
+@contextmanager
+def plugged_in_ensemble(ensemble: Ensemble, loaded: LoadedBase) -> Iterator[nn.Module]:
+    """An ensemble in a base, in eval mode; afterwards the base is as it was.
+
+    Raises:
+        PimergeError: if an expert does not fit the base.
+    """
+    experts = ensemble.experts
+    with as_they_were(loaded.head_parameters()), as_before(loaded.model):
+        switch = Switch(sorted({part for expert in experts for part in expert.parts}), len(experts))
+        model = loaded.model
+        if experts[0].groups:
+            found = [member_of(expert, loaded) for expert in experts]
+            model = compose_groups(loaded, experts[0], found, switch, False).model
+        else:
+            compose(
+                model,
+                [Member(e.name, e.modules, {name: e.factors(name) for name in e.modules}) for e in experts],
+                switch,
+                False,
+            )
+        switch.to(next(model.parameters()).device)
+        heads = [(index, expert.head_tensors()) for index, expert in enumerate(experts)]
+        yield Together(model, loaded, switch, heads, ensemble.weights).eval()

@@ -1,0 +1,80 @@
+"""Experts that nobody has trained yet, of kinds other than LoRA: PEFT puts them into a base by its own defaults."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from pimerge.adapters.base_fit import check_fits
+from pimerge.adapters.expert import Expert, open_expert
+from pimerge.adapters.kinds._keys import PROMPTS
+from pimerge.adapters.kinds._relatives import as_groups
+from pimerge.checkpoints.architecture import inside
+from pimerge.checkpoints.base import Base
+from pimerge.core import plugins
+from pimerge.core.errors import PimergeError
+from pimerge.models.loading import LoadedBase, as_before
+from pimerge.tasks.task import Task
+from pimerge.tasks.types import for_base
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_OTHER_KIND = "take another --kind"
+
+
+@contextmanager
+def fresh_expert(
+    kind: str, loaded: LoadedBase, base: Base, task: Task, size: int | None = None, modules: Sequence[str] | None = None
+) -> Iterator[Expert]:
+    """A fresh expert of a kind, in a temporary folder that goes with the block; the base comes back as it was.
+
+    Args:
+        kind: one other than LoRA; those that have a ΔW come as the tensors that are trained.
+        size: numbers in the middle of a bottleneck, or vectors of a prefix or prompt; None for the usual.
+        modules: names or name endings; None for those that PEFT adapts in this architecture.
+
+    Raises:
+        PimergeError: if the kind has no place in the base, or a size or modules mean nothing to it.
+    """
+    from peft import PEFT_TYPE_TO_CONFIG_MAPPING, get_peft_model
+
+    from pimerge import peft_methods  # noqa: F401  PEFT has to know every kind
+
+    strategy = plugins.load("pimerge.adapters.kinds", kind)
+    if kind in PROMPTS and task.type.PEFT_TASK is None:
+        raise PimergeError(f"a {kind} goes before a text, and {type(loaded.model).__name__} takes none", _OTHER_KIND)
+    config_class = PEFT_TYPE_TO_CONFIG_MAPPING[strategy.PEFT_TYPE]
+    usual_places: Callable[[nn.Module], dict[str, Any]] = getattr(strategy, "usual_places", lambda model: {})
+    fields = {
+        "task_type": for_base(task.type.PEFT_TASK, loaded.config),
+        **({"exclude_modules": inside(loaded.head)} if hasattr(config_class, "exclude_modules") else {}),
+        **usual_places(loaded.model),
+        **strategy.fresh_fields(size, modules),
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            with as_before(loaded.model):
+                get_peft_model(loaded.model, config_class(**fields)).save_pretrained(
+                    folder, save_embedding_layers=False
+                )
+        except (ValueError, TypeError, AttributeError, KeyError, NotImplementedError) as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise PimergeError(
+                f"a fresh expert of kind {kind} cannot be put into {type(loaded.model).__name__}: {reason}",
+                "name layers with --modules, or take another --kind",
+            ) from error
+        expert = open_expert(folder, base.reference)
+        if expert.is_computed:
+            expert = replace(expert, groups=as_groups(expert.modules), modules={})
+        try:
+            check_fits(expert, loaded.model, head=False)
+        except PimergeError as error:
+            reason = "; ".join(problem.message for problem in error.problems)
+            raise PimergeError(
+                f"a fresh expert of kind {kind} has no place in {type(loaded.model).__name__}: {reason}", _OTHER_KIND
+            ) from error
+        yield expert

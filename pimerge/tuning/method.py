@@ -1,0 +1,78 @@
+"""A tune method with its options, as the stages use it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from types import ModuleType
+from typing import Any
+
+from pimerge.core import plugins
+from pimerge.tuning.class_name_examples import decided
+from pimerge.tuning.methods import Plan
+from pimerge.tuning.mixed_expert import train_sum
+from pimerge.tuning.session import Fitted, Job
+
+PACKAGE = "pimerge.tuning.methods"
+
+
+@dataclass(frozen=True)
+class TuneMethod:
+    """One file of ``tune_methods/`` with its options; see :func:`open_tune_method`.
+
+    Attributes:
+        options: those that were given; the file's own defaults serve for the others.
+    """
+
+    name: str
+    file: ModuleType
+    options: Mapping[str, Any]
+
+    @property
+    def plan(self) -> Plan:
+        """What it composes."""
+        plan: Plan = self.file.PLAN
+        return plan
+
+    @property
+    def resolved(self) -> dict[str, Any]:
+        """Every option of its own with the value that it has."""
+        return {**_defaults(self.file), **self.options}
+
+    @property
+    def is_one_training(self) -> bool:
+        """Whether it trains once, all epochs in a row."""
+        return not hasattr(self.file, "fit")
+
+    def fit(self, job: Job) -> Fitted:
+        """Leave the tuned result in the job's base.
+
+        Raises:
+            PimergeError: if the experts, the task, an option or the disk has a problem.
+        """
+        job = decided(job, self.plan)
+        fitted: Fitted = (
+            train_sum(job, self.plan, self.name) if self.is_one_training else self.file.fit(job, **self.options)
+        )
+        return replace(fitted, settings={**fitted.settings, "class_names": job.options.class_names})
+
+
+def open_tune_method(name: str, options: Mapping[str, Any] | None = None) -> TuneMethod:
+    """A tune method by name, with options of its own.
+
+    Args:
+        options: name → value; None for one that was not given.
+
+    Raises:
+        PimergeError: if there is no such method, or it does not take an option.
+
+    >>> open_tune_method("scalearn", {"uniform": True, "shared": None}).resolved
+    {'uniform': True, 'shared': False}
+    """
+    file = plugins.load(PACKAGE, name)
+    given = plugins.given_options(PACKAGE, name, options, _defaults)
+    return TuneMethod(name.replace("_", "-"), file, given)
+
+
+def _defaults(file: ModuleType) -> dict[str, Any]:
+    return plugins.keyword_defaults(file.fit) if hasattr(file, "fit") else {}

@@ -1,0 +1,79 @@
+"""All of the base trained, no expert: the control "full fine-tuning". The result is a checkpoint, as large as the base.
+
+``pimerge eval`` scores it as it scores an expert; it cannot join a pool.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pimerge.tuning.methods import Plan
+
+if TYPE_CHECKING:
+    from pimerge.core.manifest import Manifest
+    from pimerge.tuning.session import Fitted, Job
+
+PLAN = Plan(full=True)
+
+
+def fit(job: Job) -> Fitted:
+    """Train the base; it comes back as it was with the job's ``undo``."""
+    import torch
+
+    from pimerge.models.loading import as_they_were
+    from pimerge.tuning.lora_layers import Mixture
+    from pimerge.tuning.session import Fitted
+    from pimerge.tuning.trainer import train
+
+    loaded = job.bench.loaded
+    kept, held_out = job.examples()
+    dtypes = {name: parameter.dtype for name, parameter in loaded.model.named_parameters()}
+    job.undo.enter_context(as_they_were(loaded.model.parameters()))
+    for parameter in loaded.model.parameters():
+        parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+        parameter.requires_grad_(True)
+    mixture = Mixture([], [0.0], "global", trained=False).to(job.bench.device)
+    outcome = train(
+        loaded,
+        mixture,
+        kept,
+        held_out,
+        job.run,
+        job.options,
+        job.bench.precision,
+        track=job.track,
+        note=job.note,
+    )
+
+    def write(output: Path, manifest: Manifest, force: bool) -> None:
+        from pimerge.adapters.expert import TASK
+        from pimerge.core.files import json_text, new_folder, sha256_file, write_into
+        from pimerge.core.manifest import MANIFEST_FILE
+
+        with new_folder(output, force=force) as partial:
+            for name, parameter in loaded.model.named_parameters():
+                parameter.data = parameter.data.to(dtypes[name])
+            loaded.model.save_pretrained(partial)  # type: ignore[operator]
+            loaded.processor.save_pretrained(partial)
+            write_into(partial, {TASK: json_text(job.bench.task.document_for(output))})
+            outputs = {file.name: sha256_file(file) for file in sorted(partial.iterdir()) if file.is_file()}
+            write_into(
+                partial, {MANIFEST_FILE: json_text(manifest.model_copy(update={"outputs": outputs}).model_dump())}
+            )
+
+    size = sum(parameter.numel() for parameter in loaded.model.parameters())
+    return Fitted(
+        model=loaded.model,
+        outcome=outcome,
+        experts=[],
+        weights={},
+        scales=[],
+        examples=len(kept),
+        held_out=len(held_out) if held_out else 0,
+        rank=0,
+        truncation=0.0,
+        deployed_parameters=size,
+        settings={},
+        write=write,
+    )

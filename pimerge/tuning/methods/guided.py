@@ -1,0 +1,64 @@
+"""The chosen experts weighted by expected gain, under a head from a probe; trained, and taken some of the way back.
+
+1. w_n ∝ exp(gain_n / τ), τ = 0.1 / √(number of labelled examples), with the gains of ``pimerge rank``; what has no gain
+   starts from the ranking's scores as in ``learned``. The fewer examples, the less gains are to be trusted, and the
+   nearer the weights are to equal.
+2. Where texts are classified and classes named by words, the names are examples, too:
+:mod:`pimerge.tuning.class_name_examples`.
+3. The head is the linear probe of the composed features (:mod:`pimerge.tuning.probe_head`), and training starts from a
+tenth
+   of it: under the whole probe hardly any error is left for the features to learn from, under a random head the first
+   steps spoil them.
+4. Weights, factors and head are trained, as in ``interpolated``.
+5. What comes out is three quarters of the way from the start, with the whole probe, to the end (as WiSE-FT, arXiv
+   2109.01903).
+
+Where a base answers in text, or the head has no linear layer for the classes, 3 and 5 are left out. How it was found
+and what it gains: ``pimerge/tuning/methods/README.md``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from pimerge.tuning.methods import Plan
+
+if TYPE_CHECKING:
+    from pimerge.tuning.session import Fitted, Job
+
+PLAN = Plan(
+    experts=True,
+    train_weights=True,
+    train_experts=True,
+    ranked_start=True,
+    start_by_gain=True,
+    class_names=True,
+    lr=5e-3,
+    holdout=0.0,
+)
+SHARE = 0.1
+"""Of the probe, that the head's training starts from."""
+WAY = 0.75
+"""Of the way from the start to the end of the training."""
+
+
+def fit(job: Job) -> Fitted:
+    """Compose, train, and go some of the way back."""
+    import torch
+
+    from pimerge.tuning.mixed_expert import between, compose_sum
+    from pimerge.tuning.probe_head import fit_head
+
+    bench = job.bench
+    composed, kept, held_out = compose_sum(job, PLAN, "guided")
+    layer = fit_head(bench.loaded, composed.model, bench.task, kept)
+    if layer is None:
+        return composed.fitted(composed.train(kept, held_out), kept, held_out)
+    start = composed.trained_state()
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.mul_(SHARE)
+    outcome = composed.train(kept, held_out)
+    composed.load_trained_state(between(start, composed.trained_state(), WAY))
+    return composed.fitted(replace(outcome, held_out_losses=()), kept, held_out)  # those are of the end

@@ -1,0 +1,135 @@
+"""An expert for a target that has none: at the pool's init, so that its Fisher compares with the pool's.
+
+At the init ΔW is zero: A is the mean of the pool's factors A, which training moves little, and B is zero. The Fisher
+of B tells the target's task there, that of A is zero. An expert without ΔW is at its neutral point, and what has none,
+as the down-projections of a bottleneck and all of a prefix, is the pool's mean.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from pimerge.adapters.additive_tensors import sum_of
+from pimerge.adapters.compatibility import differing_form, init_cosine
+from pimerge.adapters.expert import CONFIG, TASK, WEIGHTS, Expert, open_expert
+from pimerge.adapters.kinds._keys import PREFIX, PROMPT_PREFIX, PROMPTS
+from pimerge.checkpoints.base import Base
+from pimerge.core.errors import PimergeError
+from pimerge.core.files import json_text, write_folder
+from pimerge.core.progress import Track, silent
+from pimerge.merging.tensor_merge import base_reader
+from pimerge.tasks.task import Task
+from pimerge.tuning.options import Options
+from pimerge.tuning.tune import tune
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@contextmanager
+def initial_expert(
+    pool: Sequence[Expert],
+    task: Task,
+    base: Base,
+    options: Options,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    track: Track = silent,
+) -> Iterator[Expert]:
+    """The pool's init, with a head for the target if it trains one, in a temporary folder that goes with the block.
+
+    Args:
+        pool: experts of one kind, form and init.
+        task: the target's.
+        options: how the head is trained on the bare base.
+
+    Raises:
+        PimergeError: if the pool has no shared init, or the task has a problem.
+    """
+    like = pool[0]
+    if like.is_computed:
+        raise PimergeError(
+            f"the pool's experts are of kind {like.kind}, which has no init that a target can start from",
+            "rank by its examples (--measure combined), or train an expert for it first",
+        )
+    for other in pool[1:]:
+        cosine, least = (0.0, 1.0) if differing_form(like, other) else init_cosine(like, other)
+        if cosine < least:
+            raise PimergeError(
+                f"'{other.name}' and '{like.name}' have no init in common, so the target has none to start from",
+                "rank by its examples (--measure combined), or name one pool's experts to 'pimerge embed' alone",
+            )
+    with tempfile.TemporaryDirectory() as folder:
+        tensors, modules = {}, None
+        if task.type.TRAINS_HEAD:
+            head = Path(folder) / "head"
+            tune("head", task, base, [], None, head, options, like=like, device=device, dtype=dtype, track=track)
+            with_head = open_expert(head, base.reference)
+            prefix = PROMPT_PREFIX if like.kind in PROMPTS else PREFIX
+            tensors = {prefix + name: tensor for name, tensor in with_head.head_tensors().items()}
+            modules = with_head.config.get("modules_to_save")
+        tensors |= _neutral_groups(pool, base) if like.groups else _zero_updates(pool)
+        config = {**like.config, "modules_to_save": modules}
+        path = Path(folder) / task.name
+        from safetensors.torch import save
+
+        contents: dict[str, bytes | str] = {
+            WEIGHTS: save({key: tensor.contiguous() for key, tensor in tensors.items()}, {"format": "pt"}),
+            CONFIG: json_text(config),
+            TASK: json_text(task.document_for(path)),
+        }
+        write_folder(path, contents, force=False)
+        yield open_expert(path, base.reference)
+
+
+def _zero_updates(pool: Sequence[Expert]) -> dict[str, Tensor]:
+    """Key → tensor of ΔW = 0 at the mean of the factors A."""
+    like = pool[0]
+    tensors = {}
+    for module in like.modules.values():
+        tensors[module.A] = _mean([expert.tensor(module.A) for expert in pool])
+        tensors[module.B] = torch.zeros_like(like.tensor(module.B))
+        if module.bias:
+            tensors[module.bias] = torch.zeros_like(like.tensor(module.bias))
+    return tensors
+
+
+def _neutral_groups(pool: Sequence[Expert], base: Base) -> dict[str, Tensor]:
+    """Key → tensor of an expert without ΔW at strength 0, as far as it has strengths, at the mean of all else."""
+    still = [expert.scaled(0.0) if expert.has_strength else expert for expert in pool]
+    found = sum_of(still, [1 / len(still)] * len(still), base_reader(base))
+    return {key: tensor.to(pool[0].tensor(key).dtype) for key, tensor in found.items()}
+
+
+def train_expert(
+    pool: Sequence[Expert],
+    task: Task,
+    base: Base,
+    output: Path,
+    options: Options,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    force: bool = False,
+    track: Track = silent,
+) -> None:
+    """Train the target's own expert from the pool's init, so that it compares with the pool's.
+
+    Raises:
+        PimergeError: as :func:`initial_expert`, or if the output is there and ``force`` is off.
+    """
+    where: dict[str, Any] = {"device": device, "dtype": dtype, "track": track}
+    with initial_expert(pool, task, base, options, **where) as start:
+        tune("interpolated", task, base, [start], start, output, options, force=force, **where)
+
+
+def _mean(tensors: Sequence[Tensor]) -> Tensor:
+    wide = torch.stack([tensor.double() for tensor in tensors]).mean(0)
+    return wide.to(tensors[0].dtype)

@@ -1,0 +1,175 @@
+"""Several experts without ΔW inside one model: every tensor is Σ_n α_n φ_n, computed in the forward.
+
+PEFT's model has one adapter, each of whose parameters is parametrised by the experts' own, stacked (N × shape), and the
+softmax weights α of its group. So tuning costs one adapter's forward, and what is exported is the sum as it stands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn.utils.parametrize import register_parametrization
+
+from pimerge.adapters.additive_tensors import sum_of
+from pimerge.adapters.base_fit import check_fits
+from pimerge.adapters.expert import Expert
+from pimerge.adapters.kinds._groups import Group
+from pimerge.core import plugins
+from pimerge.models.loading import LoadedBase, as_before, with_adapter
+from pimerge.tuning.lora_layers import Mixture
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class GroupMember:
+    """An expert of the sum: its tensors by key, at its strength."""
+
+    name: str
+    tensors: Mapping[str, Tensor]
+
+
+class MixedTensor(nn.Module):
+    """Σ_n α_n φ_n in place of a parameter; the columns of a prefix have the weights of their layer.
+
+    Args:
+        stack: (N, *shape) the experts' tensors.
+        groups: name → columns of the tensor that share its weights; None for all.
+        neutral: (*shape) what changes nothing: φ0 of Σ_n α_n φ_n + (1 − Σ_n α_n) φ0.
+        trained: whether the experts' tensors train.
+    """
+
+    neutral: Tensor
+
+    def __init__(
+        self,
+        stack: Tensor,
+        neutral: Tensor,
+        groups: Mapping[str, tuple[int, int] | None],
+        mixture: Mixture,
+        trained: bool,
+    ) -> None:
+        super().__init__()
+        self.stack = nn.Parameter(stack, trained)
+        self.register_buffer("neutral", neutral, persistent=False)
+        self.groups, self.mixture = dict(groups), mixture
+
+    def forward(self, original: Tensor) -> Tensor:
+        """The sum, in the dtype of the parameter that it stands for."""
+        parts = []
+        for group, columns in self.groups.items():
+            span = slice(None) if columns is None else slice(*columns)
+            part = self.stack[..., span]
+            weights = self.mixture(group).to(part)
+            total = torch.tensordot(weights, part, 1)
+            if not self.mixture.sums_to_one:
+                total = total + (1 - weights.sum()) * self.neutral[..., span]
+            parts.append(total)
+        return (parts[0] if len(parts) == 1 else torch.cat(parts, -1)).to(original.dtype)
+
+
+class ByLength(nn.Module):
+    """A classifier whose batches are taken apart into texts of one length, without padding, on either side."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, attention_mask: Tensor, **batch: Tensor) -> Any:
+        """The logits of every text, as the model gives them of each alone."""
+        from transformers.modeling_outputs import SequenceClassifierOutput
+
+        real = attention_mask.bool()
+        lengths = real.sum(1)
+        found: list[Tensor] = [attention_mask.new_empty(0)] * len(lengths)
+        for length in sorted(set(lengths.tolist())):
+            rows = (lengths == length).nonzero()[:, 0]
+            alike = {name: value[rows] for name, value in {"attention_mask": attention_mask, **batch}.items()}
+            inputs = {name: value[real[rows]].view(len(rows), length) for name, value in alike.items()}
+            for row, logits in zip(rows.tolist(), self.model(**inputs).logits, strict=True):
+                found[row] = logits
+        return SequenceClassifierOutput(logits=torch.stack(found))
+
+
+@dataclass(frozen=True)
+class GroupComposition:
+    """A model whose adapter is the sum of several experts.
+
+    Attributes:
+        model: PEFT's model, through which a prompt gets in.
+        mixed: key → the sum in its place.
+    """
+
+    model: nn.Module
+    mixed: Mapping[str, MixedTensor]
+
+    def collapsed(self) -> dict[str, Tensor]:
+        """Key → the sum as it is now, in float32."""
+        with torch.no_grad():
+            return {key: each(each.stack[0]).float().cpu() for key, each in self.mixed.items()}
+
+
+def member_of(expert: Expert, loaded: LoadedBase) -> GroupMember:
+    """An expert of the sum.
+
+    Raises:
+        PimergeError: if it does not fit the base.
+    """
+    check_fits(expert, loaded.model, head=False)
+    return GroupMember(expert.name, sum_of([expert], [1.0], loaded.model.get_parameter))
+
+
+def fresh_member(like: Expert, loaded: LoadedBase, seed: int, name: str = "fresh") -> GroupMember:
+    """A fresh expert of the form of another with PEFT's own init; the base comes back as it was.
+
+    Raises:
+        PimergeError: if that form does not fit the base.
+    """
+    check_fits(like, loaded.model, head=False)
+    torch.manual_seed(seed)
+    with as_before(loaded.model):
+        parameters = _parameters(like, with_adapter(like, loaded.model))
+        return GroupMember(name, {key: parameter.detach().double().cpu() for key, (_, parameter) in parameters.items()})
+
+
+def compose_groups(
+    loaded: LoadedBase, form: Expert, members: Sequence[GroupMember], mixture: Mixture, trained: bool
+) -> GroupComposition:
+    """Put the weighted sum of some experts into a base.
+
+    Args:
+        form: an expert whose form all of them have.
+        trained: whether their tensors train.
+    """
+    model = with_adapter(form, loaded.model)
+    for name in loaded.head:  # the base's own head is trained, not a copy
+        wrapper = loaded.model.get_submodule(name)
+        loaded.model.set_submodule(name, getattr(wrapper, "original_module", wrapper))
+    model.requires_grad_(False)
+    columns: dict[str, dict[str, tuple[int, int] | None]] = {}
+    groups: Mapping[str, Group] = form.groups
+    for group in groups.values():
+        for slot in group.slots.values():
+            columns.setdefault(slot.key, {})[group.name] = slot.columns
+    mixed = {}
+    neutral = sum_of([form], [0.0], loaded.model.get_parameter)
+    for key, (path, parameter) in _parameters(form, model).items():
+        dtype = torch.promote_types(parameter.dtype, torch.float32)  # trained and summed in float32 at least
+        stack = torch.stack([member.tensors[key] for member in members]).to(parameter.device, dtype)
+        mixed[key] = MixedTensor(stack, neutral[key].to(stack), columns[key], mixture, trained)
+        owner, _, name = path.rpartition(".")
+        register_parametrization(model.get_submodule(owner), name, mixed[key])
+    behind_vectors = form.virtual_tokens and "score" in loaded.head  # where a causal model cannot tell padding
+    return GroupComposition(ByLength(model) if behind_vectors else model, mixed)
+
+
+def _parameters(expert: Expert, model: nn.Module) -> dict[str, tuple[str, nn.Parameter]]:
+    """Key → (name in PEFT's model, parameter)."""
+    key_of = plugins.load("pimerge.adapters.kinds", expert.kind).key_of_parameter
+    wanted = set(expert.keys)
+    return {key_of(name): (name, each) for name, each in list(model.named_parameters()) if key_of(name) in wanted}

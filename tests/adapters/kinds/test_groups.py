@@ -1,0 +1,244 @@
+"""Kinds whose tensors are combined number by number: files as PEFT writes them, read, scaled, summed and loaded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import AdaLoraConfig, PeftModel, PeftType, PrefixTuningConfig, get_peft_model
+from safetensors.torch import load_file
+from torch import Tensor
+
+from pimerge.adapters.base_fit import check_fits
+from pimerge.adapters.compatibility import check_expert
+from pimerge.adapters.expert import Expert, open_expert
+from pimerge.adapters.kinds._groups import joined, read_slot
+from pimerge.adapters.kinds._unhandled import NO_RULE, why_unhandled
+from pimerge.core import plugins
+from pimerge.core.errors import PimergeError
+from pimerge.embedding.features import at_strengths, scales_of
+from pimerge.models.loading import LoadedBase, plugged_in, plugged_in_sum, set_head
+from tests.conftest import KINDS, PROMPTS, MakeExpert, edit_tensors, logits_of, model_for, write_json
+
+BASES = {"bert": "text_task", "gpt2": "text_task", "vit": "parity_task"}
+CASES = [(kind, base) for kind in KINDS for base in BASES if not (kind in PROMPTS and base == "vit")]
+
+
+def inputs(base: str) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    if base == "vit":
+        return {"pixel_values": torch.randn(3, 3, 16, 16, generator=generator)}
+    ids = torch.randint(4, 20, (3, 5), generator=generator)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def loaded_base(base: Path) -> LoadedBase:
+    model = model_for(base).requires_grad_(False)
+    return LoadedBase(model, None, ("score",) if base.name == "gpt2" else ("classifier",), False)
+
+
+@pytest.fixture
+def bases(vit_base: Path, bert_base: Path, gpt2_base: Path) -> dict[str, Path]:
+    return {"vit": vit_base, "bert": bert_base, "gpt2": gpt2_base}
+
+
+@pytest.mark.parametrize(("kind", "base"), CASES)
+def test_every_tensor_that_peft_writes_has_its_place_and_comes_back(
+    make_expert: MakeExpert, bases: dict[str, Path], kind: str, base: str, tmp_path: Path
+) -> None:
+    expert = open_expert(make_expert(tmp_path / "x", bases[base], kind=kind))
+    file = load_file(tmp_path / "x" / "adapter_model.safetensors")
+    assert set(expert.keys) | set(expert.head.values()) == set(file)
+    assert expert.parameters == sum(file[key].numel() for key in expert.keys)
+    parts = {
+        (name, slot): read_slot(each, expert.tensor)
+        for name, group in expert.groups.items()
+        for slot, each in group.slots.items()
+    }
+    assert all(tuple(part.shape) == expert.groups[name].slots[slot].shape for (name, slot), part in parts.items())
+    for key, tensor in joined(expert.groups, parts).items():
+        assert torch.equal(tensor, file[key])
+    model = PeftModel.from_pretrained(model_for(bases[base]), tmp_path / "x")
+    key_of = plugins.load("pimerge.adapters.kinds", expert.kind).key_of_parameter
+    assert {key_of(name) for name, _ in model.named_parameters()} >= set(expert.keys)
+
+
+@pytest.mark.parametrize(("kind", "base"), CASES)
+def test_plugged_in_it_answers_as_in_peft_and_the_base_is_as_before(
+    make_expert: MakeExpert, bases: dict[str, Path], kind: str, base: str, tmp_path: Path
+) -> None:
+    expert = open_expert(make_expert(tmp_path / "x", bases[base], kind=kind))
+    loaded, batch = loaded_base(bases[base]), inputs(base)
+    before = logits_of(loaded.model, batch)
+    expected = logits_of(PeftModel.from_pretrained(model_for(bases[base]), tmp_path / "x").eval(), batch)
+    with plugged_in(expert, loaded) as model:
+        assert torch.equal(logits_of(model, batch), expected)
+    assert torch.equal(logits_of(loaded.model, batch), before)
+    assert not torch.allclose(before, expected)
+
+
+@pytest.mark.parametrize(("kind", "base"), CASES)
+def test_strengths_lie_on_the_line_from_what_changes_nothing(
+    make_expert: MakeExpert, bases: dict[str, Path], kind: str, base: str, tmp_path: Path
+) -> None:
+    expert = open_expert(make_expert(tmp_path / "x", bases[base], kind=kind, head=False))
+    loaded, batch = loaded_base(bases[base]), inputs(base)
+    if kind in PROMPTS:
+        assert scales_of(expert) == (1.0,)
+        with pytest.raises(PimergeError, match="one strength"):
+            expert.scaled(0.5)
+        return
+    before = logits_of(loaded.model, batch)
+    with plugged_in_sum([expert.scaled(0.0)], [1.0], loaded) as model:
+        torch.testing.assert_close(logits_of(model, batch), before)
+    found = {scale: logits_of(model, batch) for scale, model in at_strengths(expert, loaded)}
+    assert list(found) == [0.25, 0.5, 0.75, 1.0]
+    edit_tensors(tmp_path / "x", lambda tensors: halve(tensors, loaded, expert))
+    reference = PeftModel.from_pretrained(model_for(bases[base]), tmp_path / "x").eval()
+    torch.testing.assert_close(found[0.5], logits_of(reference, batch))
+
+
+def halve(tensors: dict[str, Tensor], loaded: LoadedBase, expert: Expert) -> None:
+    """Half of the way, by hand."""
+    for key in expert.keys:
+        name = key.removeprefix("base_model.model.")
+        if "ia3_l" in key:
+            tensors[key] = (1 + tensors[key]) / 2
+        elif "bottleneck_up" in key:
+            tensors[key] = tensors[key] / 2
+        elif "bottleneck" not in key:
+            own = name.replace(".ln_tuning_layers", "").replace(".bitfit_bias", ".bias")
+            tensors[key] = (tensors[key] + loaded.model.get_parameter(own)) / 2
+
+
+@pytest.mark.parametrize(("kind", "base"), CASES)
+def test_a_mean_is_that_of_the_tensors(
+    make_expert: MakeExpert, bases: dict[str, Path], kind: str, base: str, tmp_path: Path
+) -> None:
+    folders = [make_expert(tmp_path / str(seed), bases[base], kind=kind, seed=seed, head=False) for seed in range(3)]
+    loaded, batch = loaded_base(bases[base]), inputs(base)
+    with plugged_in_sum([open_expert(folder) for folder in folders], [1 / 3] * 3, loaded) as model:
+        set_head(model, open_expert(folders[0]).head_tensors())  # a prompt has one in any case
+        found = logits_of(model, batch)
+    files = [load_file(folder / "adapter_model.safetensors") for folder in folders]
+
+    def mean(tensors: dict[str, Tensor]) -> None:
+        tensors.update({key: sum(file[key] for file in files) / 3 for key in open_expert(folders[0]).keys})
+
+    edit_tensors(folders[0], mean)
+    reference = PeftModel.from_pretrained(model_for(bases[base]), folders[0]).eval()
+    torch.testing.assert_close(found, logits_of(reference, batch))
+
+
+@pytest.mark.parametrize("kind", PROMPTS)
+def test_a_prompt_on_images_is_refused(
+    make_expert: MakeExpert, bert_base: Path, vit_base: Path, parity_task: Path, kind: str, tmp_path: Path
+) -> None:
+    folder = make_expert(tmp_path / "x", bert_base, parity_task, kind=kind, head=False)
+    with pytest.raises(PimergeError, match="goes before a text"):
+        check_expert(open_expert(folder, str(vit_base)))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in PROMPTS])
+def test_modules_that_the_base_lacks_are_named(
+    make_expert: MakeExpert, bert_base: Path, vit_base: Path, kind: str, tmp_path: Path
+) -> None:
+    expert = open_expert(make_expert(tmp_path / "x", bert_base, kind=kind, head=False))
+    with pytest.raises(PimergeError, match=r"no module 'bert\."):
+        check_fits(expert, model_for(vit_base))
+
+
+def test_a_head_that_the_base_lacks_is_named(
+    make_expert: MakeExpert, bert_base: Path, gpt2_base: Path, tmp_path: Path
+) -> None:
+    expert = open_expert(make_expert(tmp_path / "x", bert_base, kind="prefix"))
+    with pytest.raises(PimergeError, match=r"has no 'classifier\.bias' for the head"):
+        check_fits(expert, model_for(gpt2_base))
+
+
+@pytest.mark.parametrize(("kind", "base"), CASES)
+def test_other_shapes_than_the_bases_are_refused(
+    make_expert: MakeExpert, bases: dict[str, Path], kind: str, base: str, tmp_path: Path
+) -> None:
+    import transformers
+
+    folder = make_expert(tmp_path / "x", bases[base], kind=kind, head=False)
+    config = transformers.AutoConfig.from_pretrained(bases[base])
+    setattr(config, "n_embd" if base == "gpt2" else "hidden_size", 32)
+    setattr(config, "n_inner" if base == "gpt2" else "intermediate_size", 48)
+    auto = "AutoModelForImageClassification" if base == "vit" else "AutoModelForSequenceClassification"
+    wider = getattr(transformers, auto).from_config(config)
+    with pytest.raises(PimergeError, match=r"does not fit the base|the base's"):
+        check_fits(open_expert(folder), wider, head=False)
+
+
+def test_a_prefix_made_by_a_network_is_refused_by_name(bert_base: Path, tmp_path: Path) -> None:
+    config = PrefixTuningConfig(
+        task_type="SEQ_CLS", num_virtual_tokens=2, prefix_projection=True, encoder_hidden_size=8
+    )
+    get_peft_model(model_for(bert_base), config).save_pretrained(tmp_path / "x")
+    with pytest.raises(PimergeError, match="prefix_projection"):
+        open_expert(tmp_path / "x")
+
+
+FAULTS: dict[str, dict[str, Any]] = {
+    "bottleneck": {"bottleneck_dim": 5},
+    "prefix": {"num_layers": 3},
+    "prompt": {"num_virtual_tokens": 7},
+    "ia3": {"modules_to_save": 3},
+}
+
+
+@pytest.mark.parametrize("kind", FAULTS)
+def test_a_config_of_another_adapter_is_refused(
+    make_expert: MakeExpert, bert_base: Path, kind: str, tmp_path: Path
+) -> None:
+    folder = make_expert(tmp_path / "x", bert_base, kind=kind)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    write_json(folder / "adapter_config.json", config | FAULTS[kind])
+    with pytest.raises(PimergeError, match=next(iter(FAULTS[kind]))):
+        open_expert(folder)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_tensor_without_a_place_is_refused_by_name(
+    make_expert: MakeExpert, bert_base: Path, kind: str, tmp_path: Path
+) -> None:
+    folder = make_expert(tmp_path / "x", bert_base, kind=kind)
+    edit_tensors(folder, lambda tensors: tensors.update({"base_model.model.stray.lora_A.weight": torch.ones(2, 2)}))
+    with pytest.raises(PimergeError, match=r"stray\.lora_A"):
+        open_expert(folder)
+
+
+def test_what_is_only_looked_at_says_why_it_is_refused(bert_base: Path, tmp_path: Path) -> None:
+    config = AdaLoraConfig(target_modules=["query"], total_step=10, modules_to_save=["classifier"])
+    get_peft_model(model_for(bert_base), config).save_pretrained(tmp_path / "x")
+    with pytest.raises(PimergeError, match="adalora, which is only looked at: AdaLoRA prunes"):
+        open_expert(tmp_path / "x")
+    seen = open_expert(tmp_path / "x", only_look=True)
+    file = load_file(tmp_path / "x" / "adapter_model.safetensors")
+    assert seen.kind == "adalora"
+    assert seen.parameters == sum(tensor.numel() for key, tensor in file.items() if "classifier" not in key)
+    with pytest.raises(PimergeError, match="only looked at"):
+        check_expert(seen)
+
+
+def test_feedforward_layers_that_are_no_targets_are_refused_as_peft_does(
+    make_expert: MakeExpert, bert_base: Path, tmp_path: Path
+) -> None:
+    folder = make_expert(tmp_path / "x", bert_base, kind="ia3", target_modules=["query"], feedforward_modules=None)
+    with pytest.raises(ValueError, match="should be a subset"):
+        PeftModel.from_pretrained(model_for(bert_base), folder)
+    with pytest.raises(PimergeError, match=r"feedforward_modules has output\.dense, which target_modules has not"):
+        open_expert(folder)
+
+
+@pytest.mark.parametrize("kind", sorted(kind.value for kind in PeftType))
+def test_every_kind_of_pefts_is_handled_or_has_a_reason_of_its_own(kind: str) -> None:
+    handled = {
+        plugins.load("pimerge.adapters.kinds", name).PEFT_TYPE for name in plugins.summaries("pimerge.adapters.kinds")
+    }
+    assert (kind in handled) != (why_unhandled(kind) not in ("", NO_RULE))

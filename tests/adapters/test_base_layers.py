@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from pimerge.adapters import base_layers
+from pimerge.adapters.base_layers import layer_shapes
+from pimerge.checkpoints.base import find_base
+from pimerge.checkpoints.checkpoint import Checkpoint
+from pimerge.checkpoints.key_mapping import Names, names_of
+from pimerge.core.errors import PimergeError
+from tests.conftest import model_for
+
+
+def test_shapes_are_those_of_the_model(bert_base: Path, gpt2_base: Path) -> None:
+    for folder, modules in (
+        (bert_base, ["bert.encoder.layer.0.attention.self.query", "bert.encoder.layer.1.output.dense"]),
+        (gpt2_base, ["transformer.h.0.attn.c_attn", "transformer.h.1.mlp.c_proj"]),
+    ):
+        weights = model_for(folder).state_dict()
+        found = layer_shapes(find_base(str(folder), None, folder), modules)
+        for module in modules:
+            shape = tuple(weights[f"{module}.weight"].shape)
+            assert found[module] == (shape[::-1] if folder == gpt2_base else shape)  # GPT-2's have d_in first
+
+
+def test_a_module_that_the_base_lacks_is_named(bert_base: Path) -> None:
+    with pytest.raises(PimergeError, match=r"no weight for module 'bert\.nowhere'"):
+        layer_shapes(find_base(str(bert_base), None, bert_base), ["bert.nowhere"])
+
+
+def test_transformers_is_asked_by_one_thread_at_a_time(vit_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inside: list[int] = []
+    most = []
+
+    def asked(checkpoint: Checkpoint) -> Names:
+        inside.append(0)
+        most.append(len(inside))
+        time.sleep(0.02)
+        inside.pop()
+        return names_of(checkpoint)
+
+    monkeypatch.setattr(base_layers, "names_of", asked)
+    base_layers._names.cache_clear()
+    base = find_base(str(vit_base), None, vit_base)
+    module = "vit.layers.0.attention.q_proj"
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda _: layer_shapes(base, [module]), range(4)))
+    assert found == [{module: (16, 16)}] * 4
+    assert most == [1]

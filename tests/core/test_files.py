@@ -1,0 +1,304 @@
+"""Files and folders appear whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pimerge.core import files
+from pimerge.core.errors import PimergeError
+from tests.support.raw import small
+
+DEAD_PID = 2**22 + 1  # above what Linux gives out
+
+
+def contents_of(folder: Path) -> dict[str, bytes]:
+    """File name → content, hidden ones too."""
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+@pytest.fixture
+def old(tmp_path: Path) -> Path:
+    """A folder that is there already."""
+    files.write_folder(tmp_path / "out", {"a": "old", "b": b"\x00old"}, force=False)
+    return tmp_path / "out"
+
+
+def test_a_folder_is_written_with_all_its_files(old: Path) -> None:
+    assert contents_of(old) == {"a": b"old", "b": b"\x00old"}
+    assert [child.name for child in old.parent.iterdir()] == ["out"]
+
+
+def test_missing_parents_are_made(tmp_path: Path) -> None:
+    files.write_folder(tmp_path / "x" / "y", {"a": "é"}, force=False)
+    files.write_file(tmp_path / "z" / "f", "é")
+    assert (tmp_path / "x" / "y" / "a").read_text(encoding="utf-8") == "é" == (tmp_path / "z" / "f").read_text("utf-8")
+
+
+def test_what_is_there_is_replaced_only_by_force(old: Path) -> None:
+    with pytest.raises(PimergeError, match=r"is there already\n.*--force"):
+        files.write_folder(old, {"c": "new"}, force=False)
+    assert contents_of(old) == {"a": b"old", "b": b"\x00old"}
+    files.write_folder(old, {"c": "new"}, force=True)
+    assert contents_of(old) == {"c": b"new"}
+    assert [child.name for child in old.parent.iterdir()] == ["out"]
+
+
+def test_a_file_and_a_broken_link_count_as_there(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("old")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for name in ("file", "link"):
+        with pytest.raises(PimergeError, match="is there already"):
+            files.write_folder(tmp_path / name, {"a": "new"}, force=False)
+        files.write_folder(tmp_path / name, {"a": "new"}, force=True)
+        assert contents_of(tmp_path / name) == {"a": b"new"}
+
+
+def test_force_through_a_link_replaces_the_link_and_keeps_its_target(old: Path) -> None:
+    link = old.parent / "link"
+    link.symlink_to(old)
+    files.write_folder(link, {"c": "new"}, force=True)
+    assert not link.is_symlink()
+    assert contents_of(old) == {"a": b"old", "b": b"\x00old"}
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES])
+@pytest.mark.parametrize("failing", [1, 2, 3])
+def test_a_disk_that_refuses_leaves_everything_as_it_was(
+    code: int, failing: int, old: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = 0
+    sync = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == failing:
+            raise OSError(code, os.strerror(code))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(PimergeError, match=f"cannot write .*{os.strerror(code)}"):
+        files.write_folder(old, {"a": "new", "b": "new", "c": "new"}, force=True)
+    calls = failing - 1
+    with pytest.raises(PimergeError, match="cannot write"):
+        files.write_file(old / "a", "new")
+    assert contents_of(old) == {"a": b"old", "b": b"\x00old"}
+    assert [child.name for child in old.parent.iterdir()] == ["out"]
+
+
+def test_a_failing_last_rename_brings_the_old_folder_back(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    replace = Path.replace
+
+    def failing(self: Path, target: Path) -> Path:
+        if ".partial-" in self.name:
+            raise OSError(errno.ENOSPC, "full")
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", failing)
+    with pytest.raises(PimergeError, match="cannot write"):
+        files.write_folder(old, {"a": "new"}, force=True)
+    assert contents_of(old) == {"a": b"old", "b": b"\x00old"}
+    assert [child.name for child in old.parent.iterdir()] == ["out"]
+
+
+def test_an_interrupt_leaves_everything_as_it_was(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(descriptor: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        files.write_folder(old, {"a": "new"}, force=True)
+    assert contents_of(old) == {"a": b"old", "b": b"\x00old"}
+    assert [child.name for child in old.parent.iterdir()] == ["out"]
+
+
+# a container gives the same id to every run
+@pytest.mark.parametrize("pid", [DEAD_PID, os.getpid()], ids=["of the dead", "its own"])
+def test_leftovers_of_the_dead_are_swept_and_those_of_the_living_kept(pid: int, tmp_path: Path) -> None:
+    out = tmp_path / "out[1]"
+    living = tmp_path / f".out[1].partial-{os.getppid()}"
+    for leftover in (tmp_path / f".out[1].partial-{pid}", tmp_path / f".out[1].old-{pid}", living):
+        leftover.mkdir()
+        (leftover / "a").write_text("left")
+    files.write_folder(out, {"a": "new"}, force=False)
+    kept = {child.name for child in tmp_path.iterdir()}
+    assert kept == {"out[1]", f".out[1].old-{pid}", living.name}  # the old one may be all that was there
+    files.write_folder(out, {"a": "newer"}, force=True)
+    assert {child.name for child in tmp_path.iterdir()} == {"out[1]", living.name}
+    assert contents_of(out) == {"a": b"newer"}
+
+
+@pytest.mark.parametrize("name", ["a**b", "[x", "q?", ".hidden", "a b", "ü"])
+def test_any_name_can_be_written_twice(name: str, tmp_path: Path) -> None:
+    for text in ("1", "2"):
+        files.write_folder(tmp_path / name, {"a": text}, force=True)
+        files.write_file(tmp_path / (name + ".json"), text)
+    assert contents_of(tmp_path / name) == {"a": b"2"}
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_paths_that_cannot_be_written_are_named(
+    force: bool, old: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(old)
+    before = contents_of(old)
+    for path in (Path("."), Path(".."), old, old.parent, old / "a" / "out", old / "a" / "x" / "out", Path("n" * 300)):
+        with pytest.raises(PimergeError):
+            files.write_folder(path, {"a": "new"}, force=force)
+    for path in (old, old / "a" / "f", old / "a" / "x" / "f", old / ("n" * 300)):
+        with pytest.raises(PimergeError, match="cannot write"):
+            files.write_file(path, "new")
+    assert contents_of(old) == before
+    assert [child.name for child in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_error_that_is_no_disk_error_is_a_bug(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(descriptor: int) -> None:
+        raise OSError(errno.EBADF, "bad descriptor")
+
+    monkeypatch.setattr(os, "fsync", broken)
+    with pytest.raises(OSError, match="bad descriptor"):
+        files.write_folder(old, {"a": "new"}, force=True)
+
+
+WRITER = """
+import os, sys
+from pathlib import Path
+from pimerge.core.files import write_folder
+path, force = Path(sys.argv[1]), sys.argv[2] == "force"
+sync, calls = os.fsync, 0
+def fsync(descriptor):
+    global calls
+    calls += 1
+    sync(descriptor)
+    if calls == 2:
+        print("now", flush=True)
+        sys.stdin.read()
+os.fsync = fsync
+write_folder(path, {"a": "new", "b": "new", "c": "new"}, force=force)
+"""
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_kill_in_the_middle_leaves_nothing_or_what_was_there(force: bool, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    if force:
+        files.write_folder(out, {"a": "old"}, force=False)
+    arguments = [sys.executable, "-c", WRITER, str(out), "force" if force else ""]
+    with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"now\n"
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert (contents_of(out) == {"a": b"old"}) if force else not out.exists()
+    leftovers = [child.name for child in tmp_path.iterdir() if child != out]
+    assert leftovers == [f".out.partial-{process.pid}"]
+    files.write_folder(out, {"a": "newer"}, force=force)
+    assert [child.name for child in tmp_path.iterdir()] == ["out"]
+    assert contents_of(out) == {"a": b"newer"}
+
+
+LOOP = """
+import sys
+from pathlib import Path
+from pimerge.core.files import write_folder
+print("ready", flush=True)
+for i in range(10**6):
+    write_folder(Path(sys.argv[1]), {name: str(i) for name in "abc"}, force=True)
+"""
+
+
+def test_kills_at_any_moment_leave_a_whole_folder(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    files.write_folder(out, dict.fromkeys("abc", "first"), force=False)
+    for milliseconds in (3, 17, 31):
+        with subprocess.Popen([sys.executable, "-c", LOOP, str(out)], stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            process.stdout.readline()
+            time.sleep(milliseconds / 1000)
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+        whole = out if out.exists() else next(tmp_path.glob(".out.old-*"))  # between the two renames of a replacement
+        assert sorted(contents_of(whole)) == ["a", "b", "c"]
+        assert len(set(contents_of(whole).values())) == 1
+
+
+@small
+@given(st.binary(max_size=100))
+def test_hashes_are_those_of_hashlib(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "f").write_bytes(data)
+    assert files.sha256_file(tmp_path / "f") == files.sha256_bytes(data) == hashlib.sha256(data).hexdigest()
+
+
+def test_a_hash_of_what_cannot_be_read_is_an_error(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "missing"):
+        with pytest.raises(PimergeError, match="cannot read"):
+            files.sha256_file(path)
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=10,
+)
+
+
+@settings(small, max_examples=40)
+@given(JSON_VALUES)
+def test_json_comes_back_as_it_was(tmp_path: Path, document: object) -> None:
+    try:
+        text = files.json_text(document)
+        text.encode()
+    except UnicodeEncodeError:  # a lone surrogate is no text
+        return
+    files.write_file(tmp_path / "f.json", text)
+    assert files.read_json(tmp_path / "f.json") == document
+    assert files.json_text(files.read_json(tmp_path / "f.json")) == text
+
+
+def test_nan_is_never_written_as_json() -> None:
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        files.json_text({"a": math.nan})
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"a": 1,}', "is not JSON: .* at line 1, column"),
+        (b"", "is not JSON"),
+        (b"\xff\xfe", "cannot read"),
+        (b"\xef\xbb\xbf{}", "BOM"),
+        (b"1" * 5000, "cannot read"),
+        (b"[" * 200_000, "cannot read"),
+    ],
+)
+def test_what_is_no_json_is_named(content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / "f.json").write_bytes(content)
+    with pytest.raises(PimergeError, match=message):
+        files.read_json(tmp_path / "f.json")
+
+
+def test_a_missing_json_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(PimergeError, match=r"f\.json' is not there"):
+        files.read_json(tmp_path / "f.json")
+
+
+def test_relative_paths_lead_back(tmp_path: Path) -> None:
+    assert files.relative_to(tmp_path / "a" / "b", tmp_path / "c") == "../a/b"
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    relative = files.relative_to(tmp_path / "a", tmp_path / "link" / "deep")
+    assert (tmp_path / "real" / "deep" / relative).resolve() == tmp_path / "a"

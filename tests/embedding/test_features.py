@@ -1,0 +1,399 @@
+"""What the task head reads of the target's examples, against transformers and PEFT, one example at a time."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from peft import PeftModel
+from torch import Tensor, nn
+
+from pimerge.adapters.expert import Expert, open_expert
+from pimerge.checkpoints.base import find_base
+from pimerge.core.errors import PimergeError
+from pimerge.embedding.features import SCALES, Draw, Viewer
+from pimerge.models.loading import load_base
+from pimerge.tasks.task import open_task
+from pimerge.tasks.types._reading import read_position
+from tests.conftest import (
+    WORDS,
+    Interrupt,
+    MakeExpert,
+    dense_deltas,
+    edit_tensors,
+    model_for,
+    relative_difference,
+    save_tokenizer,
+    write_json,
+)
+
+CPU = torch.device("cpu")
+LLAMA = "gpt2"  # the name by which conftest finds the type of model and of head
+FEW = Draw(limit=10)
+
+
+@pytest.fixture(scope="module")
+def llama_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of two layers with rotary positions."""
+    folder = tmp_path_factory.mktemp("llama") / LLAMA
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=len(WORDS) + 4,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=32,
+        max_position_embeddings=32,
+    )
+    transformers.LlamaModel(config).save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="module", params=["vit", "bert", "gpt2", "llama"])
+def kind(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
+
+
+@pytest.fixture(scope="module")
+def base(request: pytest.FixtureRequest, kind: str) -> Path:
+    folder: Path = request.getfixturevalue(f"{kind}_base")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def task(request: pytest.FixtureRequest, kind: str) -> Path:
+    folder: Path = request.getfixturevalue("parity_task" if kind == "vit" else "text_task")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expert(
+    tmp_path_factory: pytest.TempPathFactory, make_expert: MakeExpert, kind: str, base: Path, task: Path
+) -> Expert:
+    """One whose head tells three classes apart."""
+    folder = tmp_path_factory.mktemp(kind) / "three"
+    target_modules = {"llama": {"target_modules": ["q_proj", "v_proj"]}}.get(kind, {})
+    make_expert(folder, base, task, labels=3, **target_modules)
+    document = json.loads((folder / "task.json").read_text())
+    write_json(folder / "task.json", document | {"labels": ["a", "b", "c"]})
+    return open_expert(folder)
+
+
+def viewer_of(base: Path, task: Path, draw: Draw = FEW, cache: Path | None = None, **options: Any) -> Viewer:
+    identity, opened = find_base(str(base), None, base), open_task(task)
+    return Viewer(load_base(identity, opened, CPU, torch.float32), identity, opened, draw, cache, **options)
+
+
+@contextmanager
+def counting(viewer: Viewer) -> Iterator[list[int]]:
+    """How many examples the base was asked about, batch after batch."""
+    seen: list[int] = []
+    handle = viewer.loaded.model.register_forward_pre_hook(
+        lambda _, inputs, kwargs: seen.append(len(next(iter(kwargs.values())))), with_kwargs=True
+    )
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def one_by_one(viewer: Viewer) -> list[dict[str, Tensor]]:
+    """Every example as a batch of its own, without padding."""
+    batches = [viewer.examples.batch([index]) for index in range(len(viewer.examples))]
+    return [{name: value for name, value in batch.items() if name != "labels"} for batch in batches]
+
+
+def read_by_hand(model: nn.Module, kind: str, batch: dict[str, Tensor]) -> Tensor:
+    """What the head of a plain transformers model reads of one example."""
+    with torch.no_grad():
+        if kind == "vit":
+            return model.vit(**batch).last_hidden_state[0, 0]
+        if kind == "bert":
+            return model.bert(**batch).pooler_output[0]
+        backbone = model.transformer if kind == "gpt2" else model.model
+        return backbone(**batch).last_hidden_state[0, -1]
+
+
+def dense_model(base: Path, experts: Sequence[Expert], weights: Sequence[float]) -> nn.Module:
+    """The base with Σ w_n ΔW_n added to its weights, entry by entry."""
+    model = model_for(base)
+    with torch.no_grad():
+        for expert, weight in zip(experts, weights, strict=True):
+            for name, delta in dense_deltas(expert).items():
+                layer = model.get_submodule(name)
+                layer.weight += weight * (delta.T if type(layer).__name__ == "Conv1D" else delta)
+    return model
+
+
+def features(model: nn.Module, kind: str, viewer: Viewer) -> Tensor:
+    return torch.stack([read_by_hand(model, kind, batch) for batch in one_by_one(viewer)])
+
+
+def test_vectors_and_answers_are_those_of_transformers_and_peft(
+    kind: str, base: Path, task: Path, expert: Expert
+) -> None:
+    viewer = viewer_of(base, task)
+    lengths = {len(batch.get("input_ids", [[]])[0]) for batch in one_by_one(viewer)}
+    assert kind == "vit" or len(lengths) > 3  # so that most examples are padded in the viewer's batches
+    found = viewer.base_sample()
+    bare = features(model_for(base), kind, viewer)
+    assert relative_difference(found.vectors, bare) < 1e-5
+    assert found.logits is None
+    assert found.labels.tolist() == [int(viewer.examples[index]["labels"]) for index in range(10)]
+    assert found.classes == 2
+
+    samples = viewer.samples(expert)
+    assert list(samples) == [0.25, 0.5, 0.75, 1.0]
+    for scale, sample in samples.items():
+        expected = features(dense_model(base, [expert], [scale]), kind, viewer)
+        assert relative_difference(sample.vectors, expected) < 1e-5
+        assert relative_difference(sample.vectors, bare) > 1e-3
+
+    pefts = PeftModel.from_pretrained(model_for(base, labels=3), expert.path).eval()
+    with torch.no_grad():
+        logits = torch.cat([pefts(**batch).logits for batch in one_by_one(viewer)])
+    assert logits.shape == (10, 3)
+    assert samples[1.0].logits is not None
+    assert relative_difference(samples[1.0].logits, logits) < 1e-5
+
+
+def test_the_mean_of_experts_is_the_dense_mean(
+    kind: str, base: Path, task: Path, expert: Expert, make_expert: MakeExpert, tmp_path: Path
+) -> None:
+    modules = {"llama": {"target_modules": ["k_proj", "v_proj"]}}.get(kind, {})
+    other = open_expert(make_expert(tmp_path / "other", base, seed=7, r=2, head=False, **modules))
+    viewer = viewer_of(base, task)
+    found = viewer.sum_sample([expert.scaled(0.5), other, expert])
+    expected = features(dense_model(base, [expert, other], [1.5 / 3, 1 / 3]), kind, viewer)
+    assert relative_difference(found.vectors, expected) < 1e-5
+
+
+def test_the_base_comes_back_bit_for_bit(
+    bert_base: Path, text_task: Path, make_expert: MakeExpert, tmp_path: Path
+) -> None:
+    viewer = viewer_of(bert_base, text_task)
+    before = {name: value.clone() for name, value in viewer.loaded.model.state_dict().items()}
+    own = {"modules_to_save": ["classifier", "pooler"]}
+    for name, config in (("a", {}), ("b", own), ("c", {})):
+        expert = open_expert(make_expert(tmp_path / name, bert_base, text_task, **config))
+        viewer.samples(expert)
+        viewer.sum_sample([expert, expert.scaled(0.5)])
+    after = viewer.loaded.model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_a_head_that_reaches_into_the_backbone_does_not_answer(
+    bert_base: Path, text_task: Path, make_expert: MakeExpert, tmp_path: Path
+) -> None:
+    """Its classifier was trained behind a pooler of its own, which is not what the vectors come from."""
+    folder = make_expert(tmp_path / "a", bert_base, text_task, modules_to_save=["classifier", "pooler"])
+    expert, viewer = open_expert(folder), viewer_of(bert_base, text_task)
+    sample = viewer.samples(expert)[1.0]
+    assert sample.logits is None
+    expected = features(dense_model(bert_base, [expert], [1]), "bert", viewer)
+    assert relative_difference(sample.vectors, expected) < 1e-5
+
+
+def test_losses_are_of_the_own_head_if_it_knows_the_labels_else_of_the_targets(
+    bert_base: Path, text_task: Path, make_expert: MakeExpert, tmp_path: Path
+) -> None:
+    viewer = viewer_of(bert_base, text_task)
+    labels = [int(viewer.examples[index]["labels"]) for index in range(10)]
+    same = open_expert(make_expert(tmp_path / "same", bert_base, text_task))
+    headless = open_expert(make_expert(tmp_path / "headless", bert_base, text_task, head=False))
+    target = open_expert(make_expert(tmp_path / "target", bert_base, text_task, seed=5))
+
+    def losses(model: nn.Module) -> Tensor:
+        with torch.no_grad():
+            logits = [model.eval()(**batch).logits[0] for batch in one_by_one(viewer)]
+        return torch.stack([-row.double().log_softmax(0)[label] for row, label in zip(logits, labels, strict=True)])
+
+    own = viewer.with_losses(same, viewer.samples(same), target)
+    expected = losses(PeftModel.from_pretrained(model_for(bert_base), same.path))
+    assert own[1.0].losses is not None
+    assert relative_difference(own[1.0].losses, expected) < 1e-5
+
+    by_target = viewer.with_losses(headless, viewer.samples(headless), target)
+    answering = dense_model(bert_base, [headless], [0.5])
+    answering.load_state_dict(target.head_tensors(), strict=False)
+    assert by_target[0.5].losses is not None
+    assert relative_difference(by_target[0.5].losses, losses(answering)) < 1e-5
+
+    nobody = viewer.with_losses(headless, viewer.samples(headless), None)
+    assert all(sample.losses is None for sample in nobody.values())
+
+
+def test_what_was_computed_is_not_forwarded_again(
+    bert_base: Path, text_task: Path, make_expert: MakeExpert, tmp_path: Path
+) -> None:
+    expert = open_expert(make_expert(tmp_path / "a", bert_base, text_task))
+    advanced: list[int] = []
+    first = viewer_of(bert_base, text_task, cache=tmp_path / "cache", advance=advanced.append)
+    with counting(first) as forwarded:
+        base, samples, mean = first.base_sample(), first.samples(expert), first.sum_sample([expert, expert])
+    assert sum(forwarded) == sum(advanced) == 10 * (1 + len(SCALES) + 1)
+    again = viewer_of(bert_base, text_task, cache=tmp_path / "cache")
+    with counting(again) as forwarded:
+        assert torch.equal(again.base_sample().vectors, base.vectors)
+        assert torch.equal(again.sum_sample([expert, expert]).vectors, mean.vectors)
+        for scale, sample in again.samples(expert).items():
+            assert torch.equal(sample.vectors, samples[scale].vectors)
+            assert torch.equal(sample.logits, samples[scale].logits)
+    assert forwarded == []
+    assert again.notes() == []
+
+
+@pytest.mark.parametrize("change", ["tensors", "config", "data", "labels", "shots", "seed", "limit", "dtype"])
+def test_whatever_changes_the_features_is_computed_anew(
+    bert_base: Path, text_task: Path, make_expert: MakeExpert, tmp_path: Path, change: str
+) -> None:
+    folder = make_expert(tmp_path / "a", bert_base, text_task)
+    task = shutil.copytree(text_task, tmp_path / "task")
+    viewer_of(bert_base, task, Draw(shots=4), tmp_path / "cache").samples(open_expert(folder))
+    draw, dtype = Draw(shots=4), torch.float32
+    match change:
+        case "tensors":
+            edit_tensors(folder, lambda tensors: [tensor.mul_(2) for key, tensor in tensors.items() if "lora_B" in key])
+        case "config":
+            config = json.loads((folder / "adapter_config.json").read_text())
+            write_json(folder / "adapter_config.json", config | {"lora_alpha": 3})
+        case "data":
+            rows = (task / "train.jsonl").read_text()
+            (task / "train.jsonl").write_text(rows.replace("mat", "tree"))
+        case "labels":
+            write_json(task / "task.json", json.loads((task / "task.json").read_text()) | {"labels": ["cat", "dog"]})
+        case "shots":
+            draw = Draw(shots=5)
+        case "seed":
+            draw = Draw(shots=4, seed=1)
+        case "limit":
+            draw = Draw(shots=4, limit=6)
+        case "dtype":
+            dtype = torch.float64
+    identity, opened = find_base(str(bert_base), None, bert_base), open_task(task)
+    changed = Viewer(load_base(identity, opened, CPU, dtype), identity, opened, draw, tmp_path / "cache")
+    expert = open_expert(folder)
+    with counting(changed) as forwarded:
+        found = changed.samples(expert)[1.0].vectors
+    assert sum(forwarded) == len(SCALES) * len(changed.labels)
+    changed.cache = None
+    assert torch.equal(found, changed.samples(expert)[1.0].vectors)
+
+
+def test_a_damaged_file_is_computed_again(
+    bert_base: Path, text_task: Path, make_expert: MakeExpert, tmp_path: Path
+) -> None:
+    expert = open_expert(make_expert(tmp_path / "a", bert_base, text_task))
+    viewer = viewer_of(bert_base, text_task, cache=tmp_path / "cache")
+    expected = viewer.samples(expert)[0.5].vectors
+    (file,) = (tmp_path / "cache").iterdir()
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-8])
+    assert torch.equal(viewer.samples(expert)[0.5].vectors, expected)
+    assert file.read_bytes() == whole
+
+
+def test_a_folder_that_cannot_be_written_is_said_and_does_not_matter(
+    bert_base: Path, text_task: Path, make_expert: MakeExpert, tmp_path: Path
+) -> None:
+    expert = open_expert(make_expert(tmp_path / "a", bert_base, text_task))
+    (tmp_path / "file").touch()
+    viewer = viewer_of(bert_base, text_task, cache=tmp_path / "file" / "features")
+    found = viewer.samples(expert)[1.0].vectors
+    viewer.base_sample()
+    assert torch.equal(found, viewer_of(bert_base, text_task).samples(expert)[1.0].vectors)
+    (sentence,) = viewer.notes()
+    assert "ranking again computes all again: cannot write" in sentence
+    assert str(tmp_path / "file") in sentence
+
+
+def test_an_interrupted_run_leaves_no_file(
+    bert_base: Path, text_task: Path, make_expert: MakeExpert, tmp_path: Path
+) -> None:
+    expert = open_expert(make_expert(tmp_path / "a", bert_base, text_task))
+    viewer = viewer_of(bert_base, text_task, cache=tmp_path / "cache")
+    viewer.base_sample()
+    written = sorted((tmp_path / "cache").iterdir())
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        if done > 15:
+            raise Interrupt
+
+    viewer.advance = advance
+    with pytest.raises(Interrupt):
+        viewer.samples(expert)
+    assert sorted((tmp_path / "cache").iterdir()) == written
+    viewer.advance = lambda count: None
+    expected = viewer_of(bert_base, text_task).samples(expert)
+    assert torch.equal(viewer.samples(expert)[0.25].vectors, expected[0.25].vectors)
+
+
+def test_features_that_are_not_finite_are_an_error_and_are_not_kept(
+    bert_base: Path, text_task: Path, make_expert: MakeExpert, tmp_path: Path
+) -> None:
+    def overflow(tensors: dict[str, Tensor]) -> None:
+        for key, tensor in tensors.items():
+            if "lora_B" in key:
+                tensor.fill_(3e38)
+
+    expert = open_expert(edit_tensors(make_expert(tmp_path / "a", bert_base, text_task), overflow))
+    viewer = viewer_of(bert_base, text_task, cache=tmp_path / "cache")
+    with pytest.raises(PimergeError, match="NaN or Inf"):
+        viewer.samples(expert)
+    assert not (tmp_path / "cache").exists()
+
+
+def few_rows(folder: Path, task: Path, rows: Sequence[dict[str, Any]], names: Sequence[str]) -> Path:
+    """A copy of a text task with these training rows."""
+    shutil.copytree(task, folder)
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_json(folder / "task.json", json.loads((folder / "task.json").read_text()) | {"labels": list(names)})
+    return folder
+
+
+def test_what_is_odd_about_the_examples_is_said(bert_base: Path, text_task: Path, tmp_path: Path) -> None:
+    rows = [{"text": "cat " * 30, "label": 0}, {"text": "dog", "label": 2}]
+    viewer = viewer_of(bert_base, few_rows(tmp_path / "few", text_task, rows, ["x", "y", "z"]), Draw())
+    cut, missing, single = viewer.notes()
+    assert cut == "1 examples are longer than the model takes and were cut"
+    assert "no example of y" in missing
+    assert "nothing can be held out" in single
+    seen = viewer.seen()
+    assert (seen.examples, seen.per_class, seen.shots, seen.limit) == (2, {"x": 1, "y": 0, "z": 1}, None, None)
+    assert viewer.base_sample().classes == 3
+
+
+def test_a_target_of_one_class_is_an_error_that_says_so(bert_base: Path, text_task: Path, tmp_path: Path) -> None:
+    rows = [{"text": "dog", "label": 1}, {"text": "cat", "label": 1}]
+    with pytest.raises(PimergeError, match=r"all 2 examples of .* are of the class 'b'"):
+        viewer_of(bert_base, few_rows(tmp_path / "one", text_task, rows, ["a", "b"]), Draw())
+
+
+def test_more_shots_than_there_are_is_an_error(bert_base: Path, text_task: Path) -> None:
+    with pytest.raises(PimergeError, match="has 20 examples, 21 were asked for"):
+        viewer_of(bert_base, text_task, Draw(shots=21))
+
+
+def test_a_head_reads_the_last_token_that_is_no_padding() -> None:
+    states = torch.arange(12.0).reshape(2, 3, 2)
+    real = torch.tensor([[True, True, False], [False, True, True]])  # padded right, and left
+    assert read_position(states, real, causal=True).tolist() == [[2, 3], [10, 11]]
+    assert read_position(states, None, causal=True).tolist() == [[4, 5], [10, 11]]
+    assert read_position(states, real, causal=False).tolist() == [[0, 1], [6, 7]]
+    assert read_position(states[:, 0], None, causal=False).tolist() == [[0, 1], [6, 7]]
+    maps = states.reshape(2, 6, 1, 1)  # of a convolutional network: channels × 1 × 1
+    assert read_position(maps, None, causal=False).tolist() == states.flatten(1).tolist()

@@ -1,0 +1,397 @@
+"""The store on disk: whole at any moment, extended by several processes, and never trusted blindly."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pimerge.adapters.expert import open_expert
+from pimerge.core.errors import PimergeError
+from pimerge.embedding.store import DIAGONAL, GRAMS, MARGINALS, Store, open_store, unknown_target
+from pimerge.embedding.store_schema import SCHEMA, Gains, Settings
+from tests.conftest import MakeExpert, write_json
+
+KEY = "base_model.model.{}.lora_B.weight"
+
+
+def diagonal_of(number: int) -> dict[str, Tensor]:
+    return {KEY.format(module): torch.full((4, 2), float(number + 1)) for module in ("q", "v")}
+
+
+def marginals_of(number: int) -> dict[str, Tensor]:
+    return {f"{part}.{module}": torch.full((4,), float(number + 3)) for module in "qv" for part in ("input", "output")}
+
+
+def grams_of(number: int) -> dict[str, Tensor]:
+    return {module: torch.full((3, 3), float(number + 2)) for module in ("q", "v")}
+
+
+def tensors_of(number: int, *, grams: bool = False) -> dict[str, dict[str, Tensor]]:
+    """What is stored of an expert."""
+    without = {DIAGONAL: diagonal_of(number), MARGINALS: marginals_of(number)}
+    return {**without, GRAMS: grams_of(number)} if grams else without
+
+
+def fields_of(path: str, sha256: str = "0") -> dict[str, Any]:
+    return {
+        "path": path,
+        "sha256": sha256,
+        "config_sha256": "0",
+        "task_sha256": "0",
+        "kind": "lora",
+        "base": "b",
+        "task": {},
+        "settings": Settings(),
+        "examples": 1,
+        "tokens": 1,
+        "device": "cpu",
+        "route": "rules",
+        "sketches": {"gradients": "", "update": ""},
+    }
+
+
+def fill(path: Path, prefix: str, count: int) -> None:
+    """Add experts one after the other, as one process of several does."""
+    store = Store(path)
+    for number in range(count):
+        store.add(f"{prefix}{number}", fields_of(f"{prefix}{number}"), tensors_of(number))
+
+
+def assert_whole(path: Path) -> int:
+    """Check that every entry is there with its tensors; returns how many there are."""
+    store = Store(path)
+    for name in store.experts:
+        torch.testing.assert_close(store.diagonal(name), diagonal_of(int(name[1:])), rtol=0, atol=0)
+        file = store.marginals_file(name)
+        marginals = {key: file.read(key) for key in file.entries}
+        torch.testing.assert_close(marginals, marginals_of(int(name[1:])), rtol=0, atol=0)
+    return len(store.experts)
+
+
+def started(target: Callable[..., None], *arguments: object) -> multiprocessing.process.BaseProcess:
+    process = multiprocessing.get_context("fork").Process(target=target, args=arguments)  # no second import of torch
+    process.start()
+    return process
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_kill_at_any_moment_leaves_the_store_whole(tmp_path: Path) -> None:
+    path = tmp_path / "embeddings.json"
+    counts = []
+    for attempt in range(8):
+        process = started(fill, path, "abcdefgh"[attempt], 10_000)
+        time.sleep(0.05 + 0.013 * attempt)
+        os.kill(process.pid or 0, signal.SIGKILL)
+        process.join()
+        counts.append(assert_whole(path))
+    assert counts[-1] > 0
+    fill(path, "z", 1)  # the lock of a dead process holds up nobody
+    assert assert_whole(path) == counts[-1] + 1
+    assert not [file for file in tmp_path.iterdir() if "partial" in file.name and "embeddings.json" in file.name]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_two_processes_at_once_lose_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "embeddings.json"
+    processes = [started(fill, path, prefix, 12) for prefix in "ab"]
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    assert assert_whole(path) == 24
+
+
+def test_entries_are_in_alphabetical_order_whatever_the_order_of_adding(tmp_path: Path) -> None:
+    contents = []
+    for order in ((1, 0, 2), (0, 2, 1)):
+        store = Store(tmp_path / "embeddings.json")
+        for number in order:
+            store.add(f"n{number}", fields_of(f"n{number}"), tensors_of(number))
+        contents.append(store.path.read_bytes())
+        store.path.unlink()
+    assert contents[0] == contents[1]
+    assert list(json.loads(contents[0])["experts"]) == ["n0", "n1", "n2"]
+
+
+def test_norm_trace_and_modules_are_those_of_the_tensors(tmp_path: Path) -> None:
+    store = Store(tmp_path / "embeddings.json")
+    store.add("n1", fields_of("n1"), tensors_of(1))
+    entry = store.experts["n1"]
+    assert entry.norm == pytest.approx((16 * 2.0**2) ** 0.5)
+    assert entry.trace == pytest.approx(32)
+    assert store.traces("n1") == {"q": 16, "v": 16}
+
+
+def test_dropping_removes_the_entry_and_its_sidecars(tmp_path: Path) -> None:
+    fill(tmp_path / "embeddings.json", "n", 2)
+    store = Store(tmp_path / "embeddings.json")
+    store.drop("n0")
+    assert list(Store(store.path).experts) == ["n1"]
+    assert sidecars(store) == ["n1.marginals.safetensors", "n1.safetensors"]
+    assert_whole(store.path)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "schema version None"),
+        ("{}", "schema version None"),
+        ('{"schema_version": 99, "experts": {}}', "schema version 99, expected 4"),
+        (json.dumps({"schema_version": SCHEMA, "experts": {"a": {}}}), "experts.a.path: Field required"),
+        (json.dumps({"schema_version": SCHEMA, "expert": {}}), "did you mean 'experts'?"),
+    ],
+)
+def test_a_document_that_is_no_store_is_refused_and_kept(tmp_path: Path, content: str, expected: str) -> None:
+    path = tmp_path / "embeddings.json"
+    path.write_text(content)
+    with pytest.raises(PimergeError) as caught:
+        Store(path)
+    assert expected in str(caught.value)
+    assert str(path) in str(caught.value)
+    assert path.read_text() == content
+
+
+@pytest.mark.parametrize("part", [DIAGONAL, MARGINALS])
+def test_a_sidecar_that_is_gone_or_altered_is_not_read(tmp_path: Path, part: str) -> None:
+    fill(tmp_path / "embeddings.json", "n", 1)
+    store = Store(tmp_path / "embeddings.json")
+    read = {DIAGONAL: store.diagonal, MARGINALS: store.marginals_file}[part]
+    sidecar = tmp_path / store.experts["n0"].sidecars[part].file
+    content = sidecar.read_bytes()
+    sidecar.write_bytes(content[:-4] + b"\0\0\0\0")
+    with pytest.raises(PimergeError, match="has changed"):
+        read("n0")
+    sidecar.unlink()
+    with pytest.raises(PimergeError, match="is gone"):
+        read("n0")
+
+
+@pytest.mark.parametrize("part", [DIAGONAL, MARGINALS])
+def test_an_entry_is_current_only_with_all_its_fields_and_its_sidecars(tmp_path: Path, part: str) -> None:
+    fill(tmp_path / "embeddings.json", "n", 1)
+    store = Store(tmp_path / "embeddings.json")
+    assert store.is_current("n0", {"sha256": "0", "settings": Settings()})
+    assert not store.is_current("n0", {"sha256": "1"})
+    assert not store.is_current("n0", {"settings": Settings(seed=1)})
+    assert not store.is_current("n1", {})
+    (tmp_path / store.experts["n0"].sidecars[part].file).unlink()
+    assert not store.is_current("n0", {})
+
+
+def test_a_measure_gets_what_it_needs_and_no_more(filed: tuple[Store, Path]) -> None:
+    store, _ = filed
+    expert = store.open("x")
+    by_needs = {needs: store.member("x", expert, needs) for needs in ("fisher", "marginals", "experts")}
+    assert [member.expert for member in by_needs.values()] == [expert] * 3
+    assert [member.diagonal is not None for member in by_needs.values()] == [True, False, False]
+    assert [member.marginals is not None for member in by_needs.values()] == [False, True, False]
+    key = KEY.format("q")
+    assert by_needs["fisher"].fisher([key])[key].tolist() == diagonal_of(0)[key].tolist()
+    assert by_needs["marginals"].layers("output") == ["q", "v"]
+    output = by_needs["marginals"].marginal(["output.v"])["output.v"]
+    assert output.tolist() == marginals_of(0)["output.v"].tolist()
+    factors = {key for key in expert.file.entries if ".lora_" in key}
+    assert by_needs["experts"].parameters == sorted(factors)
+
+
+def test_a_store_that_is_not_there_or_empty_says_what_to_run(tmp_path: Path) -> None:
+    with pytest.raises(PimergeError, match="there is no store"):
+        open_store(tmp_path / "embeddings.json")
+    write_json(tmp_path / "embeddings.json", {"schema_version": SCHEMA, "experts": {}})
+    with pytest.raises(PimergeError, match="holds no expert"):
+        open_store(tmp_path / "embeddings.json")
+
+
+@pytest.fixture
+def filed(make_expert: MakeExpert, vit_base: Path, tmp_path: Path) -> tuple[Store, Path]:
+    """A store with one real expert ``x`` in it."""
+    from pimerge.core.files import sha256_file
+
+    folder = make_expert(tmp_path / "pool" / "x", vit_base)
+    store = Store(tmp_path / "embeddings.json")
+    fields = fields_of("pool/x", open_expert(folder).sha256)
+    store.add("x", {**fields, "config_sha256": sha256_file(folder / "adapter_config.json")}, tensors_of(0))
+    return store, folder
+
+
+def test_an_expert_is_found_by_name_and_by_folder(
+    filed: tuple[Store, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, folder = filed
+    monkeypatch.chdir(tmp_path / "pool")
+    for target in ("x", str(folder), "./x", "../pool/x/"):
+        assert store.find(target) == "x"
+    assert store.find("y") is None
+    (tmp_path / "link").symlink_to(tmp_path, target_is_directory=True)
+    assert store.find(str(tmp_path / "link" / "pool" / "x")) == "x"
+    assert Store(tmp_path / "link" / "embeddings.json").find(str(folder)) == "x"
+    assert store.open("x").path.resolve() == folder
+
+
+def test_a_changed_expert_is_not_opened(filed: tuple[Store, Path], make_expert: MakeExpert, vit_base: Path) -> None:
+    store, folder = filed
+    make_expert(folder, vit_base, seed=5)
+    with pytest.raises(PimergeError, match="has changed since it was embedded"):
+        store.open("x")
+
+
+def test_an_expert_whose_config_has_changed_is_not_opened(filed: tuple[Store, Path]) -> None:
+    store, folder = filed
+    path = folder / "adapter_config.json"
+    write_json(path, {**json.loads(path.read_text()), "lora_alpha": 3})
+    with pytest.raises(PimergeError, match="has changed since it was embedded"):
+        store.open("x")
+
+
+def test_a_folder_that_is_gone_is_named(filed: tuple[Store, Path], tmp_path: Path) -> None:
+    store, folder = filed
+    folder.rename(tmp_path / "elsewhere")
+    with pytest.raises(PimergeError, match="is gone"):
+        store.open("x")
+
+
+def test_an_unknown_target_suggests_the_nearest(tmp_path: Path) -> None:
+    fill(tmp_path / "embeddings.json", "parity", 1)
+    assert "did you mean 'parity0'?" in str(unknown_target("partiy0", Store(tmp_path / "embeddings.json")))
+
+
+@pytest.fixture
+def with_grams(tmp_path: Path) -> Store:
+    """A store with Gram matrices of ``n0`` and none of ``n1``."""
+    store = Store(tmp_path / "embeddings.json")
+    store.add("n0", fields_of("n0"), tensors_of(0, grams=True))
+    store.add("n1", fields_of("n1"), tensors_of(1))
+    return Store(store.path)
+
+
+def sidecars(store: Store) -> list[str]:
+    return sorted(file.name for file in (store.path.parent / "embeddings").glob("*.safetensors"))
+
+
+def test_grams_and_diagonals_are_read_one_tensor_at_a_time(with_grams: Store) -> None:
+    grams, diagonal = with_grams.grams("n0"), with_grams.diagonal_file("n1")
+    assert set(grams.entries) == {"q", "v"}
+    assert torch.equal(grams.read("v"), grams_of(0)["v"])
+    assert torch.equal(diagonal.read(KEY.format("q")), diagonal_of(1)[KEY.format("q")])
+    assert [with_grams.has_grams(name) for name in ("n0", "n1", "n2")] == [True, False, False]
+    assert with_grams.grams_size("n0") == (with_grams.path.parent / "embeddings/n0.grams.safetensors").stat().st_size
+    assert with_grams.grams_size("n1") == 0
+
+
+def test_two_stores_in_one_folder_keep_apart(with_grams: Store) -> None:
+    other = Store(with_grams.path.with_name("sampled.json"))
+    other.add("n0", fields_of("n0"), tensors_of(2))
+    assert torch.equal(other.diagonal_file("n0").read(KEY.format("q")), diagonal_of(2)[KEY.format("q")])
+    assert torch.equal(
+        Store(with_grams.path).diagonal_file("n0").read(KEY.format("q")), diagonal_of(0)[KEY.format("q")]
+    )
+    other.drop("n0")
+    assert "n0.safetensors" in sidecars(with_grams)
+
+
+def test_missing_grams_say_what_to_run(with_grams: Store) -> None:
+    with pytest.raises(PimergeError, match=r"has no Gram matrices of 'n1'\n.*run 'pimerge embed --grams .*n1'"):
+        with_grams.grams("n1")
+
+
+def test_grams_that_are_gone_or_altered_are_not_read(with_grams: Store) -> None:
+    sidecar = with_grams.path.parent / "embeddings" / "n0.grams.safetensors"
+    assert with_grams.is_current("n0", {}, grams=True)
+    assert not with_grams.is_current("n1", {}, grams=True)
+    sidecar.write_bytes(sidecar.read_bytes()[:-4] + b"\0\0\0\0")
+    for state in ("has changed", "is gone"):
+        with pytest.raises(PimergeError, match=f"{state}\n.*embed --grams"):
+            with_grams.grams("n0")
+        assert not with_grams.is_current("n0", {}, grams=True)
+        assert with_grams.is_current("n0", {})  # the diagonal is whole
+        sidecar.unlink(missing_ok=True)
+
+
+def test_no_sidecar_stays_that_the_document_does_not_name(with_grams: Store) -> None:
+    n0, n1 = ([f"{name}.marginals.safetensors", f"{name}.safetensors"] for name in ("n0", "n1"))
+    assert sidecars(with_grams) == ["n0.grams.safetensors", *n0, *n1]
+    with_grams.add("n0", fields_of("n0"), tensors_of(0))
+    assert sidecars(with_grams) == [*n0, *n1]
+    with_grams.add("n1", fields_of("n1"), tensors_of(1, grams=True))
+    with_grams.drop("n1")
+    assert sidecars(with_grams) == n0
+
+
+def test_an_expert_whose_sidecar_would_be_anothers_grams_is_refused(with_grams: Store) -> None:
+    with pytest.raises(PimergeError, match=r"the sidecars of 'n0.grams' and 'n0' have one name"):
+        with_grams.add("n0.grams", fields_of("n0.grams"), tensors_of(0))
+    assert torch.equal(with_grams.grams("n0").read("q"), grams_of(0)["q"])
+
+
+def test_an_expert_is_found_by_its_tensors(tmp_path: Path) -> None:
+    store = Store(tmp_path / "embeddings.json")
+    for name, sha256 in (("b", "1"), ("a", "1"), ("c", "2")):
+        store.add(name, fields_of(name, sha256), tensors_of(0))
+    assert [store.find_sha(sha256) for sha256 in "123"] == ["a", "c", None]
+
+
+def test_an_overlay_grows_and_leaves_the_store_as_it_was(filed: tuple[Store, Path], tmp_path: Path) -> None:
+    store, folder = filed
+    files = [store.path, *sorted((tmp_path / "embeddings").glob("*.safetensors"))]
+    before = [file.read_bytes() for file in files]
+    overlay = store.overlay(tmp_path / "deep" / "overlay")
+    assert overlay.open("x").path.samefile(folder)
+    assert overlay.find(str(folder)) == "x"
+    assert torch.equal(overlay.marginals_file("x").read("input.q"), marginals_of(0)["input.q"])
+    overlay.add("y", fields_of("y"), tensors_of(1))
+    assert list(Store(overlay.path).experts) == ["x", "y"]
+    assert list(Store(store.path).experts) == list(store.experts) == ["x"]
+    assert [file.read_bytes() for file in files] == before
+    assert sidecars(store) == ["x.marginals.safetensors", "x.safetensors"]
+
+
+GAINS = {"0.5": 0.01, "1.0": 0.02}
+
+
+@pytest.fixture
+def with_gains(tmp_path: Path) -> Store:
+    """Three experts, of which the others' gains for ``n0`` and ``n1`` are known."""
+    store = Store(tmp_path / "embeddings.json")
+    for number in range(3):
+        store.add(f"n{number}", fields_of(f"n{number}", str(number)), tensors_of(number))
+    for target in range(2):
+        sources = {f"n{n}": (str(n), GAINS) for n in range(3) if n != target}
+        store.add_gains(f"n{target}", Gains(task_sha256="0", examples=5, sources=sources))
+    return Store(store.path)
+
+
+def known(store: Store) -> dict[str, list[str]]:
+    return {target: list(sources) for target, sources in Store(store.path).history().items()}
+
+
+def test_gains_are_read_as_they_were_written(with_gains: Store) -> None:
+    assert known(with_gains) == {"n0": ["n1", "n2"], "n1": ["n0", "n2"]}
+    assert with_gains.history()["n0"]["n2"] == {0.5: 0.01, 1.0: 0.02}
+
+
+def test_gains_of_an_expert_that_changed_do_not_count(with_gains: Store) -> None:
+    with_gains.add("n2", fields_of("n2", "changed"), tensors_of(2))
+    assert known(with_gains) == {"n0": ["n1"], "n1": ["n0"]}
+
+
+def test_gains_for_a_task_that_changed_do_not_count(with_gains: Store) -> None:
+    with_gains.add("n0", {**fields_of("n0", "0"), "task_sha256": "changed"}, tensors_of(0))
+    assert known(with_gains) == {"n1": ["n0", "n2"]}
+
+
+def test_dropping_an_expert_drops_its_gains(with_gains: Store) -> None:
+    with_gains.drop("n0")
+    assert known(with_gains) == {"n1": ["n2"]}
+    assert "n0" not in json.dumps(json.loads(with_gains.path.read_text())["gains"])
+    with_gains.add("n0", fields_of("n0", "0"), tensors_of(0))  # the same again: nobody measured this one
+    assert known(with_gains) == {"n1": ["n2"]}

@@ -1,0 +1,95 @@
+"""Every command of the README runs, in its order, in a folder that looks as the README says."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from typer.testing import Result
+
+from pimerge.checkpoints.base import find_base
+from pimerge.models.loading import load_base, resolve_device, resolve_dtype
+from pimerge.tasks.task import open_task
+from tests.conftest import model_for
+
+ROOT = Path(__file__).parents[2]
+DIGITS = ROOT / "examples" / "digits"
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+REFERENCE = [
+    (ROOT / "pimerge" / part / "README.md").read_text(encoding="utf-8") for part in ("tasks/types", "ranking/measures")
+]
+DOCUMENTS = "\n".join([README, *REFERENCE])
+SETUP = "python3 -m venv"
+
+
+def blocks(language: str) -> list[str]:
+    """The fenced blocks of a language."""
+    return re.findall(rf"```{language}\n(.*?)```", DOCUMENTS, re.DOTALL)
+
+
+def commands() -> list[str]:
+    """The lines of the bash blocks, but for the two that set up, then the commands of the tables."""
+    lines = [part for block in blocks("bash") for line in block.splitlines() for part in line.split(" && ")]
+    lines = [line for line in lines if line and not any(word in line for word in (SETUP, ".venv/bin/"))]
+    return lines + [line for line in re.findall(r"^\| `(pimerge [^`]+)`", README, re.MULTILINE) if line not in lines]
+
+
+def test_every_command_runs(cli: Callable[..., Result], tmp_path: Path) -> None:
+    for part in ("base", "experts"):
+        (tmp_path / part).symlink_to(DIGITS / part)
+    shutil.copytree(DIGITS / "tasks", tmp_path / "tasks")
+    assert len(commands()) >= 12
+    for command in commands():
+        program, *arguments = shlex.split(command)
+        result = cli(*arguments)
+        assert program == "pimerge"
+        assert result.exit_code == 0, f"{command}\n{result.output}\n{result.exception}"
+    written = {path.name for path in tmp_path.iterdir() if path.is_dir() and not path.is_symlink()}
+    assert written >= {"embeddings", "full", "half", "halved", "merged", "new", "pi-tuned", "small", "ties", "tuned"}
+    device = resolve_device("cpu")
+    loaded = load_base(
+        find_base("base", None, tmp_path), open_task(tmp_path / "tuned"), device, resolve_dtype("auto", device)
+    )
+    PeftModel.from_pretrained(loaded.model, tmp_path / "tuned")
+
+
+def test_the_python_runs(bert_base: Path) -> None:
+    for block in blocks("python"):
+        found: dict[str, Any] = {"base": model_for(bert_base)}
+        exec(block, found)
+        assert isinstance(found["model"], PeftModel)
+
+
+def test_the_first_two_commands_set_up_a_virtual_environment_with_the_constraints() -> None:
+    run, tests = (block.strip() for block in blocks("bash")[:2])
+    for command in (run, tests):
+        assert command.startswith(SETUP)
+        assert "-c constraints.txt" in command
+    assert run.endswith("examples/digits/run.sh")
+    assert "-m pytest" in tests
+
+
+def test_the_tasks_that_it_shows_are_some(tmp_path: Path) -> None:
+    path = tmp_path / "task.json"
+    found = []
+    for shown in blocks("json"):
+        path.write_text(shown)
+        found.append(open_task(path).labels)
+    topics = ["sport", "science", "politics"]
+    assert found == [topics, topics, ["negative", "positive"]]
+
+
+def test_it_lists_every_strategy() -> None:
+    for package in ("measures", "merge_methods", "tune_methods", "task_types", "metrics", "figures"):
+        for file in (ROOT / "pimerge" / package).glob("[!_]*.py"):
+            assert f"`{file.stem.replace('_', '-')}`" in DOCUMENTS
+
+
+def test_it_links_to_what_is_there() -> None:
+    for place in re.findall(r"\]\((?!http)([^)]+)\)", README):
+        assert (ROOT / place).exists(), place

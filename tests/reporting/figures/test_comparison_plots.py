@@ -1,0 +1,156 @@
+"""Plots of a comparison: the numbers are those of its runs."""
+
+from __future__ import annotations
+
+import statistics
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pimerge.core.errors import PimergeError
+from pimerge.evaluation.schema import ComparisonDocument, Line, Run
+from pimerge.reporting.figures import Options, experts, shift, shots
+from tests.reporting.figures import looks
+
+CONTROLS = {"head": (0,), "scratch": (0,)}
+
+
+def score(method: str, number: int | None, k: int, seed: int, test: str) -> float:
+    """Some number in [0, 1] of its own."""
+    return len(method) / 40 + (number or 50) / 200 + k / 50 + seed / 100 - (0.05 if test != "test" else 0)
+
+
+def comparison(
+    methods: list[str],
+    numbers: tuple[int | None, ...] = (1, 5, None),
+    ks: tuple[int, ...] = (1, 2, 4),
+    tests: tuple[str, ...] = ("test", "noisy"),
+    metric: str = "accuracy",
+) -> ComparisonDocument:
+    """Two seeds of everything; controls without experts."""
+    runs, lines = [], []
+    for method in methods:
+        for number in numbers:
+            for k in CONTROLS.get(method, ks):
+                own = [{test: score(method, number, k, seed, test) for test in tests} for seed in (0, 1)]
+                for seed, scores in enumerate(own):
+                    runs.append(
+                        Run(
+                            method=method,
+                            shots=number,
+                            seed=seed,
+                            k=k,
+                            experts=[],
+                            scores=scores,
+                            losses={},
+                            trained_parameters=1,
+                            deployed_parameters=1,
+                            epochs=1,
+                            seconds=1,
+                        )
+                    )
+                for test in tests:
+                    values = [scores[test] for scores in own]
+                    fields: dict[str, Any] = {"trained_parameters": 1, "deployed_parameters": 1, "seconds": 1.0}
+                    lines.append(
+                        Line(
+                            method=method,
+                            control=method in CONTROLS,
+                            shots=number,
+                            k=k,
+                            test=test,
+                            seeds=2,
+                            mean=statistics.fmean(values),
+                            sd=statistics.stdev(values),
+                            **fields,
+                        )
+                    )
+    return ComparisonDocument(
+        target="X", base="base", metric=metric, options={}, experts=[], runs=runs, lines=lines, conclusion="none"
+    )
+
+
+DOCUMENT = comparison(["head", "scratch", "learned", "uniform"])
+
+
+def mean(method: str, number: int | None, k: int, test: str = "test") -> float:
+    return statistics.fmean(score(method, number, k, seed, test) for seed in (0, 1))
+
+
+@pytest.mark.parametrize(("k", "expected"), [(None, 4), (1, 1)])
+def test_curves_over_shots_are_those_of_one_number_of_experts(k: int | None, expected: int) -> None:
+    data = shots.collect(DOCUMENT, Options(k=k))
+    assert (data.k, data.percent, data.seeds) == (expected, True, 2)
+    assert [(series.method, series.control) for series in data.series] == [
+        ("head", True),
+        ("scratch", True),
+        ("learned", False),
+        ("uniform", False),
+    ]
+    for series in data.series:
+        own = 0 if series.control else expected  # the controls have no other number
+        assert series.shots == [1, 5, None]
+        assert series.mean == pytest.approx([mean(series.method, number, own) for number in (1, 5, None)])
+        assert series.sd == pytest.approx([0.01 / 2**0.5] * 3)
+
+
+@pytest.mark.parametrize(("asked", "number"), [(None, 1), ("5", 5), ("all", None)])
+def test_curves_over_experts_are_those_of_one_number_of_shots(asked: str | None, number: int | None) -> None:
+    data = experts.collect(DOCUMENT, Options(shots=asked))
+    assert data.shots == number
+    for series in data.series:
+        assert series.k == ([0] if series.control else [1, 2, 4])
+        assert series.mean == pytest.approx([mean(series.method, number, k) for k in series.k])
+
+
+def test_drops_are_paired_by_run() -> None:
+    document = comparison(["learned"], tests=("test", "noisy", "inverted"))
+    document.runs[-1].scores["inverted"] = 0.0
+    data = shift.collect(document, Options(k=4))
+    assert (data.shots, data.k, data.tests) == (None, 4, ["noisy", "inverted"])
+    (learned,) = data.methods
+    assert learned.score == pytest.approx(mean("learned", None, 4))
+    noisy, inverted = learned.drops
+    assert (noisy.drop, noisy.sd) == (pytest.approx(0.05), pytest.approx(0.0, abs=1e-9))
+    lost = [0.05, score("learned", None, 4, 1, "test")]
+    assert (inverted.drop, inverted.sd) == (pytest.approx(np.mean(lost)), pytest.approx(np.std(lost, ddof=1)))
+
+
+@pytest.mark.parametrize(
+    ("figure", "document", "options", "expected"),
+    [
+        (shots, comparison(["head"], numbers=(5,)), Options(), r"have 5 shots.*\n.*compare --shots 1,5,20"),
+        (shots, DOCUMENT, Options(k=3), r"no runs with 3 experts, it has 0, 1, 2, 4\n.*--experts 3"),
+        (
+            experts,
+            comparison(["head", "learned"], ks=(2,)),
+            Options(),
+            r"one number of experts at 1 shots.*\n.*compare --experts 1,2,4",
+        ),
+        (experts, DOCUMENT, Options(shots="7"), r"no runs of 7 shots, it has 1, 5, all\n.*--shots 7"),
+        (shift, comparison(["head"], tests=("test",)), Options(), r"test split alone\n.*--also-test FOLDER"),
+        (shift, DOCUMENT, Options(shots="some"), "no runs of some shots"),
+    ],
+)
+def test_what_the_comparison_lacks_is_said_with_the_option_that_makes_it(
+    figure: ModuleType, document: ComparisonDocument, options: Options, expected: str
+) -> None:
+    with pytest.raises(PimergeError, match=expected):
+        figure.collect(document, options)
+
+
+@pytest.mark.parametrize("count", [1, 12])
+def test_they_are_readable_for_any_number_of_methods(count: int) -> None:
+    document = comparison([*looks.names(count), "head"], tests=("test", looks.LONG, "noisy"))
+    for figure in (shots, experts, shift):
+        looks.assert_good(figure, figure.collect(document, Options()), ["head"])
+
+
+def test_a_metric_that_is_no_share_has_numbers() -> None:
+    document = comparison(["learned"], metric="cider")
+    for figure in (shots, experts, shift):
+        data = figure.collect(document, Options())
+        assert not data.percent
+        looks.assert_good(figure, data)
