@@ -13,9 +13,21 @@ from pathlib import Path
 import pimerge
 
 PACKAGE = Path(pimerge.__file__).parent
-ORDER = (
-    "core checkpoints tasks peft_methods adapters models embedding merging tuning ranking evaluation reporting cli"
-).split()
+ORDER = [
+    "core",
+    "checkpoints",
+    "tasks",
+    "peft_methods",
+    "adapters",
+    "models",
+    "embedding",
+    "merging",
+    "tuning",
+    "ranking",
+    "evaluation",
+    "reporting",
+    "cli",
+]
 OUTSIDE_THE_ORDER = {"__init__", "__main__"}
 
 

@@ -19,7 +19,7 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification
 
 from pimerge.adapters.kinds.lora import Factors, LoraModule
-from pimerge.cli.console import quiet_libraries
+from pimerge.core.libraries import quiet_libraries
 from pimerge.tuning.lora_layers import Member, Mixture, compose
 
 RANK = 16

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from pimerge.adapters.expert import find_experts, open_expert
-from pimerge.cli.console import quiet_libraries
+from pimerge.core.libraries import quiet_libraries
 from pimerge.embedding.embed import default_batch_tokens, factors_of
 from pimerge.embedding.fisher import diagonal_fisher, fisher_by_loop
 from pimerge.models.loading import Bases, plugged_in, resolve_device, resolve_dtype

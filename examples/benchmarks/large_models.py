@@ -40,7 +40,8 @@ from transformers import (
 from pimerge.adapters.compatibility import check_expert
 from pimerge.adapters.expert import open_expert
 from pimerge.checkpoints.base import find_base
-from pimerge.cli.console import print_table, quiet_libraries
+from pimerge.cli.console import print_table
+from pimerge.core.libraries import quiet_libraries
 from pimerge.core.progress import Advance
 from pimerge.embedding.embed import Outcome, embed
 from pimerge.embedding.store import Store

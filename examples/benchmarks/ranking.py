@@ -38,8 +38,8 @@ from scipy.stats import spearmanr
 from pimerge.adapters.compatibility import check_expert
 from pimerge.adapters.expert import Expert, open_expert
 from pimerge.checkpoints.base import Base, find_base
-from pimerge.cli.console import quiet_libraries
 from pimerge.core import plugins
+from pimerge.core.libraries import quiet_libraries
 from pimerge.embedding.embed import embed
 from pimerge.embedding.features import SCALES, Draw, Viewer
 from pimerge.embedding.sample import Sample
@@ -467,7 +467,7 @@ def merged(per: dict[str, list[float]], one: Seen, k: int, own: Mapping[tuple[st
     bare = one.right[(*BARE, k, 0)]
     expected, real = [], []
     for count in range(1, len(order) + 1):
-        experts = [one.pool[source].scaled(best[source]) for source in order[:count]]
+        experts = [one.pool[source].with_strength(best[source]) for source in order[:count]]
         train = subset(one.viewers["train"].sum_sample(experts), indices)
         store = sum(foretold(one, k, source, best[source]) for source in order[:count]) / count
         expected.append(float(combined.scores(train, weights)) + store)

@@ -18,7 +18,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pimerge.adapters.expert import find_experts, open_expert
-from pimerge.cli.console import print_line, print_table, quiet_libraries
+from pimerge.cli.console import print_line, print_table
+from pimerge.core.libraries import quiet_libraries
 from pimerge.evaluation.compare import compare
 from pimerge.evaluation.design import CONTROLS, Design, Ranked, shots_text
 from pimerge.evaluation.evaluate import BASE, evaluate

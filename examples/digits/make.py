@@ -39,7 +39,7 @@ from examples.digits.cut import (
     write_task,
 )
 from pimerge.checkpoints.base import find_base
-from pimerge.cli.console import quiet_libraries
+from pimerge.core.libraries import quiet_libraries
 from pimerge.tasks.task import open_task
 from pimerge.tuning.options import Options
 from pimerge.tuning.tune import tune

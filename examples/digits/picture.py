@@ -16,7 +16,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 
-from pimerge.ranking.schema import read_ranking
+from pimerge.adapters.ranking_document import read_ranking
 from pimerge.tasks.task import open_task
 
 SCANS = 7

@@ -24,9 +24,10 @@ from typing import Any
 from matrix import LORA, kind_of, modality
 
 from pimerge.adapters.expert import Expert, open_expert
-from pimerge.cli.console import print_table, quiet_libraries
+from pimerge.adapters.ranking_document import Candidate, open_ranked, read_ranking
+from pimerge.cli.console import print_table
+from pimerge.core.libraries import quiet_libraries
 from pimerge.evaluation.evaluate import BASE, evaluate
-from pimerge.ranking.schema import Candidate, open_ranked, read_ranking
 from pimerge.tasks.task import open_task
 from pimerge.tuning.options import Options
 from pimerge.tuning.tune import tune

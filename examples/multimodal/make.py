@@ -43,7 +43,7 @@ from transformers import (
 from examples.digits.cut import ATTRIBUTION, inverted, png
 from examples.digits.make import divide, jittered, read_scans
 from pimerge.checkpoints.base import find_base
-from pimerge.cli.console import quiet_libraries
+from pimerge.core.libraries import quiet_libraries
 from pimerge.tasks.task import open_task
 from pimerge.tuning.options import Options
 from pimerge.tuning.tune import tune

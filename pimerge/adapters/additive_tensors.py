@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from pimerge.adapters.expert import Expert
-from pimerge.adapters.kinds._groups import Group, Slot, joined, read_slot
+from pimerge.adapters.kinds._tensor_sets import TensorSet, TensorSlot, joined, read_slot
 from pimerge.core.errors import PimergeError
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ BaseTensor = Callable[[str], "Tensor"]
 _ONE = 1e-9
 
 
-def neutral(slot: Slot, base: BaseTensor) -> Tensor:
+def neutral(slot: TensorSlot, base: BaseTensor) -> Tensor:
     """The slot's values in an expert that changes nothing, in float64; zeros where it has none."""
     if slot.base is None:
         return torch.full(slot.shape, slot.neutral or 0.0, dtype=F64)
@@ -38,13 +38,13 @@ def neutral(slot: Slot, base: BaseTensor) -> Tensor:
     return found
 
 
-def at_strength(expert: Expert, slot: Slot, base: BaseTensor) -> Tensor:
+def at_strength(expert: Expert, slot: TensorSlot, base: BaseTensor) -> Tensor:
     """A slot's tensor at the expert's scale, in float64."""
     values = read_slot(slot, expert.tensor).to(F64)
-    if expert.scale == 1 or not slot.has_neutral:
+    if expert.strength == 1 or not slot.has_neutral:
         return values
     zero = neutral(slot, base)
-    return zero + expert.scale * (values - zero)
+    return zero + expert.strength * (values - zero)
 
 
 def weighted(tensors: Sequence[Tensor], weights: Sequence[float], zero: Callable[[], Tensor]) -> Tensor:
@@ -61,10 +61,10 @@ def weighted(tensors: Sequence[Tensor], weights: Sequence[float], zero: Callable
 
 def sum_of(experts: Sequence[Expert], weights: Sequence[float], base: BaseTensor) -> dict[str, Tensor]:
     """Key → the tensor of the weighted sum of some experts of one form, in float64."""
-    groups: dict[str, Group] = experts[0].groups
+    groups: dict[str, TensorSet] = experts[0].tensor_sets
     found = {}
     for name, group in groups.items():
         for slot_name, slot in group.slots.items():
-            parts = [at_strength(expert, expert.groups[name].slots[slot_name], base) for expert in experts]
+            parts = [at_strength(expert, expert.tensor_sets[name].slots[slot_name], base) for expert in experts]
             found[name, slot_name] = weighted(parts, weights, lambda slot=slot: neutral(slot, base))  # type: ignore[misc]
     return joined(groups, found)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from pimerge.adapters.expert import Expert
-from pimerge.adapters.kinds._groups import Group
+from pimerge.adapters.kinds._tensor_sets import TensorSet
 from pimerge.core import plugins
 from pimerge.core.errors import PimergeError, Problems
 from pimerge.tasks.task import Task
@@ -35,7 +35,7 @@ def check_fits(expert: Expert, base_model: nn.Module, *, head: bool = True) -> N
         expected, found = delta_shape(layer), (module.d_out, module.d_in)
         if expected != found:
             problems.add(f"module '{module.name}': ΔW is {found}, the base's weight {expected}", hint)
-    for reason in dict.fromkeys(_misfit(expert, group, base_model) for group in expert.groups.values()):
+    for reason in dict.fromkeys(_misfit(expert, group, base_model) for group in expert.tensor_sets.values()):
         if reason:
             problems.add(reason, hint)
     own = base_model.state_dict()
@@ -51,7 +51,7 @@ def check_fits(expert: Expert, base_model: nn.Module, *, head: bool = True) -> N
     problems.raise_any(f"the expert '{expert.name}' does not fit the base '{expert.base.name}'")
 
 
-def _misfit(expert: Expert, group: Group, base_model: nn.Module) -> str:
+def _misfit(expert: Expert, group: TensorSet, base_model: nn.Module) -> str:
     kind = plugins.load("pimerge.adapters.kinds", expert.kind)
     try:
         reason: str = kind.misfit(group, base_model, expert.config)

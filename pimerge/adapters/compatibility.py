@@ -78,13 +78,13 @@ def require_alike(experts: Sequence[Expert]) -> None:
             )
         with problems.collected():
             expert.require_handled()
-        if expert.kind != first.kind and (expert.groups or first.groups):
-            reason = _why_no_update(expert if expert.groups else first)
+        if expert.kind != first.kind and (expert.tensor_sets or first.tensor_sets):
+            reason = _why_no_update(expert if expert.tensor_sets else first)
             problems.add(
                 f"'{expert.name}' is of kind {expert.kind}, '{first.name}' of kind {first.kind}: {reason}",
                 "only experts that all have a ΔW are summed across kinds: combine those of one kind",
             )
-        elif expert.groups and (why := differing_form(first, expert)):
+        elif expert.tensor_sets and (why := differing_form(first, expert)):
             problems.add(f"'{expert.name}': {why.replace('the target', repr(first.name))}", "leave it out")
         for name, module in expert.modules.items():
             form = (module.layer, module.d_out, module.d_in, module.shape_A[2:])
@@ -147,9 +147,9 @@ def _init_numbers(expert: Expert, parts: Sequence[str]) -> NDArray[np.float64]:
 
 
 def _keys_by_slot(expert: Expert, part: str) -> dict[str, str]:
-    """Slot → key of a module or group of a kind other than LoRA."""
-    if expert.groups:
-        return {name: slot.key for name, slot in expert.groups[part].slots.items()}
+    """TensorSlot → key of a module or group of a kind other than LoRA."""
+    if expert.tensor_sets:
+        return {name: slot.key for name, slot in expert.tensor_sets[part].slots.items()}
     module = expert.modules[part]
     return dict(module.slots) if isinstance(module, Relative) else {}
 
@@ -160,8 +160,8 @@ def differing_form(first: Expert, second: Expert) -> str:
         return f"its kind is {second.kind}, the target's {first.kind}"
     if first.parts != second.parts:
         return "it adapts other modules than the target"
-    for name, group in first.groups.items():
-        if group.form != second.groups[name].form:
+    for name, group in first.tensor_sets.items():
+        if group.form != second.tensor_sets[name].form:
             return f"its tensors of '{name}' have other shapes than the target's"
     for field in MEANING.get(first.kind, ()):
         if first.config.get(field) != second.config.get(field):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,10 +10,6 @@ import torch
 from pimerge.adapters.expert import Expert
 from pimerge.adapters.kinds._lora_config import DORA, OLORA, PISSA
 from pimerge.adapters.kinds.lora import Factors, LoraModule
-from pimerge.adapters.merge_into import plan_fold
-from pimerge.checkpoints.base import Base
-from pimerge.checkpoints.checkpoint import open_checkpoint
-from pimerge.core.errors import PimergeError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,28 +31,6 @@ def converting(weight_of: Callable[[str], Tensor]) -> Callable[[Expert, str], Fa
             return factors
         magnitude = expert.tensor(module.magnitude) if module.magnitude else None
         return converted(module, factors, weight_of(name), magnitude)
-
-    return read
-
-
-def base_weights(base: Base, layouts: Mapping[str, LoraModule], *, fan_in_fan_out: bool) -> Callable[[str], Tensor]:
-    """A reader of a base's weights by module, (d_out × d_in) whatever way it stores them.
-
-    Raises:
-        PimergeError: if the base is not on this machine, is quantised, or does not have these modules.
-    """
-    if base.folder is None:
-        raise PimergeError(
-            f"the base '{base.name}' is not on this machine, and its weights are needed to convert the experts",
-            "download it first (hf download NAME), or pass --base with its folder",
-        )
-    checkpoint = open_checkpoint(base.folder)
-    plan = plan_fold(checkpoint, layouts, fan_in_fan_out=fan_in_fan_out)
-    keys = {module: key for key, module in plan.weights.items()}
-
-    def read(name: str) -> Tensor:
-        weight = checkpoint.read(plan.source(keys[name]))
-        return weight.T if keys[name] in plan.transposed else weight
 
     return read
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pimerge.adapters.kinds import _unhandled, lora
-from pimerge.adapters.kinds._groups import Group
 from pimerge.adapters.kinds._keys import PROMPTS
+from pimerge.adapters.kinds._tensor_sets import TensorSet
 from pimerge.checkpoints.base import Base, find_base, is_hub_id
 from pimerge.checkpoints.safetensors_file import FLOATS, TensorFile, is_finite, open_tensors
 from pimerge.core import plugins
@@ -48,11 +48,11 @@ class Expert:
         config: the content of ``adapter_config.json``.
         file: its tensors.
         modules: name of each adapted module → its update ΔW; empty for a kind that has none.
-        groups: name → tensors that are combined number by number, for the other kinds.
+        tensor_sets: name → tensors that are combined number by number, for the other kinds.
         head: parameter name in the base model → key, for each tensor of ``modules_to_save``.
         dtypes: the dtypes of its tensors without the head's, as safetensors names them.
         base_override: the base given by option in place of the one that the config names.
-        scale: strength of its update; its modules' scalings have it already.
+        strength: factor of its update; its modules' scalings have it already.
         unhandled: why it can be looked at, but not embedded, ranked, merged or tuned; empty if it can.
     """
 
@@ -64,8 +64,8 @@ class Expert:
     head: dict[str, str]
     dtypes: tuple[str, ...]
     base_override: str | None = None
-    scale: float = 1.0
-    groups: dict[str, Group] = field(default_factory=dict)
+    strength: float = 1.0
+    tensor_sets: dict[str, TensorSet] = field(default_factory=dict)
     unhandled: str = ""
 
     @property
@@ -91,26 +91,26 @@ class Expert:
 
     @property
     def parameters(self) -> int:
-        """Numbers in its factors or groups, the head not counted."""
+        """Numbers in its factors or tensor sets, the head not counted."""
         return sum(module.numbers for module in self.modules.values()) + sum(
-            group.numbers for group in self.groups.values()
+            group.numbers for group in self.tensor_sets.values()
         )
 
     @property
     def parts(self) -> list[str]:
-        """The names of its modules or groups, in order: what has a weight of its own."""
-        return list(self.modules or self.groups)
+        """The names of its modules or tensor sets, in order: what has a weight of its own."""
+        return list(self.modules or self.tensor_sets)
 
     @property
     def keys(self) -> list[str]:
         """The keys of its tensors without the head's, in alphabetical order."""
         factors = {key for module in self.modules.values() for key in module.keys}
-        return sorted(factors | {slot.key for group in self.groups.values() for slot in group.slots.values()})
+        return sorted(factors | {slot.key for group in self.tensor_sets.values() for slot in group.slots.values()})
 
     @property
     def has_strength(self) -> bool:
         """Whether another strength than 1 means anything: there is an expert like it that changes nothing."""
-        return all(any(slot.has_neutral for slot in group.slots.values()) for group in self.groups.values())
+        return all(any(slot.has_neutral for slot in group.slots.values()) for group in self.tensor_sets.values())
 
     @property
     def positions(self) -> int:
@@ -127,21 +127,21 @@ class Expert:
         """Whether its updates ΔW are computed from tensors of another form than LoRA's."""
         return any(module.is_computed for module in self.modules.values())
 
-    def scaled(self, scale: float) -> Expert:
-        """The same expert at another strength: scale · ΔW in every module; ``scale`` adds up over calls.
+    def with_strength(self, strength: float) -> Expert:
+        """The same expert at another strength: strength · ΔW in every module; strengths multiply over calls.
 
         Raises:
             PimergeError: if its kind has but one strength.
         """
-        if scale == 1:
+        if strength == 1:
             return self
         if not self.has_strength:
             raise PimergeError(
-                f"'{self.name}' is of kind {self.kind}, which has one strength, and {scale:g} was asked for",
-                "set its scale to 1",
+                f"'{self.name}' is of kind {self.kind}, which has one strength, and {strength:g} was asked for",
+                "set its strength to 1",
             )
-        modules = {name: replace(module, scaling=scale * module.scaling) for name, module in self.modules.items()}
-        return replace(self, modules=modules, scale=scale * self.scale)
+        modules = {name: replace(module, scaling=strength * module.scaling) for name, module in self.modules.items()}
+        return replace(self, modules=modules, strength=strength * self.strength)
 
     def tensor(self, key: str) -> Tensor:
         """Read one tensor."""
@@ -379,7 +379,7 @@ def _checked(
     kind, unhandled = _kind(config)
     shapes = tuple((key, entry.shape) for key, entry in file.entries.items())
     strategy = None if unhandled else plugins.load("pimerge.adapters.kinds", kind)
-    parts: Mapping[str, lora.LoraModule | Group] = {}
+    parts: Mapping[str, lora.LoraModule | TensorSet] = {}
     head: dict[str, str] = {}
     if getattr(strategy, "READS_BASE", False):
         try:
@@ -391,8 +391,8 @@ def _checked(
     if not parts:
         parts, head = _parsed("" if unhandled else kind, json.dumps(config), shapes, convert)
     modules = {name: part for name, part in parts.items() if isinstance(part, lora.LoraModule)}
-    groups = {name: part for name, part in parts.items() if isinstance(part, Group)}
-    expert = Expert(path, kind, config, file, modules, head, (), base, groups=groups, unhandled=unhandled)
+    tensor_sets = {name: part for name, part in parts.items() if isinstance(part, TensorSet)}
+    expert = Expert(path, kind, config, file, modules, head, (), base, tensor_sets=tensor_sets, unhandled=unhandled)
     if not only_look:
         _require_same_base(expert)
     dtypes = {key: entry.dtype for key, entry in file.entries.items()}
@@ -416,7 +416,7 @@ def _require_same_base(expert: Expert) -> None:
     copies = {name: module for name, module in expert.modules.items() if module.base_copy}
     if not copies:
         return
-    from pimerge.adapters.conversion import base_weights  # it reads experts
+    from pimerge.adapters.base_weights import base_weights  # it reads experts
 
     hint = (
         "save it with model.save_pretrained(FOLDER, save_embedding_layers=False) if the embeddings are the base's own"
@@ -439,13 +439,13 @@ def _require_same_base(expert: Expert) -> None:
 @lru_cache(maxsize=32)
 def _parsed(
     kind: str, config: str, shapes: tuple[tuple[str, tuple[int, ...]], ...], convert: bool
-) -> tuple[dict[str, lora.LoraModule | Group], dict[str, str]]:
+) -> tuple[dict[str, lora.LoraModule | TensorSet], dict[str, str]]:
     """The parts and the head of an expert, not to be changed; most experts of a pool have the same.
 
     Args:
         kind: empty for one that is only looked at.
     """
-    found: tuple[dict[str, lora.LoraModule | Group], dict[str, str]]
+    found: tuple[dict[str, lora.LoraModule | TensorSet], dict[str, str]]
     if kind:
         found = plugins.load("pimerge.adapters.kinds", kind).parse(json.loads(config), dict(shapes), convert=convert)
     else:
@@ -456,11 +456,11 @@ def _parsed(
 
 def _parsed_with_base(
     kind: Any, path: Path, config: dict[str, Any], shapes: dict[str, tuple[int, ...]], base: str | None
-) -> tuple[Mapping[str, lora.LoraModule | Group], dict[str, str]]:
+) -> tuple[Mapping[str, lora.LoraModule | TensorSet], dict[str, str]]:
     """The same for a kind whose layout depends on the shapes of the base's layers."""
 
     def layers(modules: Sequence[str]) -> Mapping[str, tuple[int, ...]]:
-        from pimerge.adapters.base_layers import layer_shapes  # imports torch, which other kinds need not
+        from pimerge.adapters.base_weights import layer_shapes  # imports torch, which other kinds need not
 
         return layer_shapes(_base(path, config, base), modules, fan_in_fan_out=bool(config.get("fan_in_fan_out")))
 

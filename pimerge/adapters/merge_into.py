@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pimerge.adapters.kinds.lora import Factors, LoraModule
-from pimerge.checkpoints.checkpoint import Checkpoint, require_foldable
+from pimerge.checkpoints.checkpoint import Checkpoint, require_weights
 from pimerge.checkpoints.key_mapping import Names, is_fan_in_first, match, match_modules, names_of, skeleton
 from pimerge.checkpoints.safetensors_file import FLOATS, PIECE, dtype_name
 from pimerge.checkpoints.writer import flat_pieces, write_like
@@ -21,8 +21,8 @@ from pimerge.core.progress import Track, silent
 
 
 @dataclass(frozen=True)
-class FoldPlan:
-    """What a fold changes; see :func:`plan_fold`.
+class MergeIntoPlan:
+    """What a fold changes; see :func:`plan_merge_into`.
 
     Attributes:
         weights, biases: key → module whose update is added.
@@ -48,7 +48,7 @@ class FoldPlan:
 
 
 @dataclass(frozen=True)
-class Folded:
+class MergedInto:
     """What a fold wrote.
 
     Attributes:
@@ -62,14 +62,14 @@ class Folded:
     size: int
 
 
-def plan_fold(
+def plan_merge_into(
     checkpoint: Checkpoint,
     layouts: Mapping[str, LoraModule],
     *,
     fan_in_fan_out: bool = False,
     head: Mapping[str, Tensor] | None = None,
     fields: Mapping[str, Any] | None = None,
-) -> FoldPlan:
+) -> MergeIntoPlan:
     """Check that an adapter fits a checkpoint; nothing is computed or written.
 
     Args:
@@ -81,10 +81,10 @@ def plan_fold(
         PimergeError: if the checkpoint is quantised; with each module that no single tensor answers, each
             shape that differs, each bias update without a bias, and weights that cannot be untied.
     """
-    require_foldable(checkpoint)
+    require_weights(checkpoint)
     stored = None if head or fan_in_fan_out else _as_stored(checkpoint, layouts)
     if stored is not None:
-        return FoldPlan(checkpoint, stored, {}, {}, {}, frozenset(), False, None)
+        return MergeIntoPlan(checkpoint, stored, {}, {}, {}, frozenset(), False, None)
     names, problems = names_of(checkpoint), Problems()
     weights: dict[str, str] = {}
     biases: dict[str, str] = {}
@@ -108,18 +108,18 @@ def plan_fold(
         config = _untied(checkpoint, names, config)
     copies = dict(names.shared or {}) if untied else {}
     changed = config if config != checkpoint.config and not checkpoint.is_file else None
-    return FoldPlan(checkpoint, weights, biases, heads, copies, frozenset(transposed), untied, changed)
+    return MergeIntoPlan(checkpoint, weights, biases, heads, copies, frozenset(transposed), untied, changed)
 
 
 def fold(
-    plan: FoldPlan,
+    plan: MergeIntoPlan,
     update: Callable[[str], Factors],
     output: Path,
     *,
     head: Mapping[str, Tensor] | None = None,
     dtype: torch.dtype | None = None,
     track: Track = silent,
-) -> Folded:
+) -> MergedInto:
     """Write a checkpoint with an adapter's update added, and every other tensor as it was.
 
     W' = W + s·B·A in float32 (float64 for F64), rounded once. Memory: the factors of one module and a block of
@@ -128,7 +128,7 @@ def fold(
     Args:
         update: module → its merged factors, asked for in the order of the checkpoint.
         output: an empty folder, or the path of a file if the checkpoint is a single file.
-        head: as for :func:`plan_fold`.
+        head: as for :func:`plan_merge_into`.
         dtype: of all floating tensors; None keeps each one's own.
     """
     tensors = head or {}
@@ -151,7 +151,7 @@ def fold(
         kind = _like(plan.checkpoint, plan.source(key))[0] if known else dtype_name(tensors[name].dtype)
         new[key] = (kind, tuple(tensors[name].shape))
     size = write_like(plan.checkpoint, output, change, new=new, config=plan.config, dtype=dtype, track=track)
-    return Folded(len(plan.weights), plan.untied, size)
+    return MergedInto(len(plan.weights), plan.untied, size)
 
 
 def _as_stored(checkpoint: Checkpoint, layouts: Mapping[str, LoraModule]) -> dict[str, str] | None:
@@ -189,7 +189,7 @@ def label_fields(labels: list[str]) -> dict[str, Any]:
     }
 
 
-def _weight(plan: FoldPlan, key: str, factors: Factors) -> Iterator[Tensor]:
+def _weight(plan: MergeIntoPlan, key: str, factors: Factors) -> Iterator[Tensor]:
     """W + s·B·A in blocks of rows of the weight as it is stored, (rows · columns) each."""
     source = plan.source(key)
     file = plan.checkpoint.home[source]

@@ -200,7 +200,7 @@ def write_expert(
 _SETS = frozenset({"target_modules", "exclude_modules", "feedforward_modules"})
 
 
-def write_groups(
+def write_tensor_sets(
     path: Path,
     tensors: Callable[[], Mapping[str, Tensor]],
     head: Head,

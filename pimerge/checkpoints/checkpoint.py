@@ -110,7 +110,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     return _not_empty(Checkpoint(path, files, config, index))
 
 
-def require_foldable(checkpoint: Checkpoint) -> None:
+def require_weights(checkpoint: Checkpoint) -> None:
     """Check that its weights are plain floating numbers.
 
     Raises:

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pimerge.cli import options
-from pimerge.cli.console import note, print_json, print_line, print_table, quiet_libraries, tracker
+from pimerge.cli.console import note, print_json, print_line, print_table, tracker
 from pimerge.core.errors import PimergeError
+from pimerge.core.libraries import quiet_libraries
 
 if TYPE_CHECKING:
     from pimerge.adapters.expert import Expert
@@ -76,7 +77,7 @@ def compare(
     seeds runs what is new alone. Under 'accelerate launch' every process takes its share of the runs.
     """
     quiet_libraries()
-    from pimerge.cli.inputs import base_of
+    from pimerge.adapters.selected import base_of
     from pimerge.core.errors import Problems
     from pimerge.core.files import json_text, require_absent, require_same_or_absent, write_file
     from pimerge.evaluation.compare import compare as run
@@ -193,10 +194,10 @@ def _pool(
     references: list[str] | None, target: str | None, ranking_path: Path, base: str | None
 ) -> tuple[list[Ranked], Expert | None, Path]:
     """The experts, the target's own expert and the folder of its task."""
-    from pimerge.cli.inputs import open_all, pool_members, select
+    from pimerge.adapters.ranking_document import open_ranked, read_ranking
+    from pimerge.adapters.selected import open_all, pool_members, select
     from pimerge.core.errors import Problems
     from pimerge.evaluation.design import Ranked
-    from pimerge.ranking.schema import open_ranked, read_ranking
 
     chosen = select(None, ranking_path, target, base, needed=False)
     if chosen.task_folder is None:

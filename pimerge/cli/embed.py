@@ -7,10 +7,11 @@ from typing import Annotated
 
 import typer
 
+from pimerge.adapters.selected import pool_members
 from pimerge.cli import options
-from pimerge.cli.console import note, print_json, print_table, quiet_libraries, tracker
-from pimerge.cli.inputs import pool_members
+from pimerge.cli.console import note, print_json, print_table, tracker
 from pimerge.core.errors import PimergeError, Problems
+from pimerge.core.libraries import quiet_libraries
 
 
 def embed(

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from pimerge.adapters.selected import base_of, open_all, select
 from pimerge.cli import options
-from pimerge.cli.console import note, print_json, print_table, quiet_libraries, tracker
-from pimerge.cli.inputs import base_of, open_all, select
+from pimerge.cli.console import note, print_json, print_table, tracker
 from pimerge.cli.merge.request import is_checkpoint
 from pimerge.core.errors import PimergeError
+from pimerge.core.libraries import quiet_libraries
 
 if TYPE_CHECKING:
     from pimerge.adapters.expert import Expert

@@ -40,7 +40,7 @@ def inspect(
     Of experts in the store a second table sums up their Fisher information: its trace, its norm, the share of the
     largest entry in the trace, the effective number of parameters (trace² / norm²), and the modules that hold most.
     """
-    from pimerge.cli.inputs import pool_members
+    from pimerge.adapters.selected import pool_members
     from pimerge.reporting.inspection import inspect as look
 
     opened = _open_store(store, quiet)

@@ -8,10 +8,12 @@ from typing import Annotated
 
 import typer
 
+from pimerge.adapters.selected import base_of, from_pool, select
 from pimerge.cli import options
-from pimerge.cli.console import note, print_json, print_methods, print_table, quiet_libraries, tracker, warn
-from pimerge.cli.inputs import base_of, from_pool, parse_rank, select
+from pimerge.cli.console import note, print_json, print_methods, print_table, tracker, warn
+from pimerge.cli.inputs import parse_rank
 from pimerge.core.errors import PimergeError
+from pimerge.core.libraries import quiet_libraries
 
 METHODS = "pimerge.tuning.methods"
 INSTEAD, INSTEAD_WITH_NAMES = "scratch", "named"

@@ -110,7 +110,7 @@ def embed(
         expert.base.identity,
         expert.kind,
         *((m.name, m.layer, m.bias is None) for m in expert.modules.values()),
-        *((group.name, *group.slots) for group in expert.groups.values()),
+        *((group.name, *group.slots) for group in expert.tensor_sets.values()),
     )
     make_plain = partial(_on_device, examples, bases.device)
     tensors: dict[str, dict[str, Tensor]] = {}

@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from pimerge.adapters.expert import CONFIG, Expert
+from pimerge.adapters.ranking_document import Seen
 from pimerge.adapters.writer import task_of
 from pimerge.checkpoints.base import Base
 from pimerge.checkpoints.safetensors_file import open_tensors
@@ -37,7 +38,6 @@ from pimerge.models.loading import (
     plugged_in_sum,
     set_head,
 )
-from pimerge.ranking.schema import Seen
 from pimerge.tasks.task import Task
 from pimerge.tasks.types import Examples, bucket_by_length
 
@@ -296,7 +296,7 @@ class Viewer:
 
 def _identity(expert: Expert) -> str:
     """Whatever decides what an expert adds to its base: tensors, scalings, strength."""
-    return f"{expert.sha256} {sha256_file(expert.path / CONFIG)} {expert.scale}"
+    return f"{expert.sha256} {sha256_file(expert.path / CONFIG)} {expert.strength}"
 
 
 def scales_of(expert: Expert) -> tuple[float, ...]:
@@ -306,9 +306,9 @@ def scales_of(expert: Expert) -> tuple[float, ...]:
 
 def at_strengths(expert: Expert, loaded: LoadedBase) -> Iterator[tuple[float, nn.Module]]:
     """PEFT's model of the base with an expert at each of its strengths, one after the other."""
-    if expert.groups:
+    if expert.tensor_sets:
         for scale in scales_of(expert):
-            with plugged_in_sum([expert.scaled(scale)], [1.0], loaded) as model:
+            with plugged_in_sum([expert.with_strength(scale)], [1.0], loaded) as model:
                 yield scale, model
         return
     with plugged_in_sum([expert], [1.0], loaded) as model:

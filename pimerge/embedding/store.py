@@ -24,7 +24,7 @@ from pimerge.checkpoints.safetensors_file import TensorFile, open_tensors
 from pimerge.core.errors import PimergeError, nearest
 from pimerge.core.files import disk_errors, json_text, read_json, relative_to, sha256_bytes, sha256_file, write_file
 from pimerge.embedding.store_schema import Document, Embedding, Gains, Sidecar, read_document
-from pimerge.embedding.store_view import Stored
+from pimerge.embedding.store_view import StoreView
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -132,13 +132,13 @@ class Store:
         """
         return self._checked(self.document.experts[name].sidecars[MARGINALS], "run 'pimerge embed' again")
 
-    def member(self, name: str, expert: Expert, needs: str) -> Stored:
+    def member(self, name: str, expert: Expert, needs: str) -> StoreView:
         """An expert of the store with what a measure ``NEEDS``.
 
         Raises:
             PimergeError: if a sidecar that it needs is gone or has changed.
         """
-        return Stored(
+        return StoreView(
             expert,
             self.diagonal_file(name) if needs == "fisher" else None,
             self.marginals_file(name) if needs == "marginals" else None,

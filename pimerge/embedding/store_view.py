@@ -26,7 +26,7 @@ Member = TypeVar("Member")
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoreView:
     """One expert as a measure sees it; tensors are read when they are asked for.
 
     Attributes:

@@ -16,6 +16,7 @@ from functools import cache, cached_property
 from pathlib import Path
 
 from pimerge import __version__
+from pimerge.adapters.ranking_document import Ranking, Target, write_ranking
 from pimerge.checkpoints.base import Base
 from pimerge.core.errors import Problems
 from pimerge.core.files import json_text, sha256_bytes, write_file
@@ -26,7 +27,6 @@ from pimerge.evaluation.evaluate import Split, read_test_split, score_model
 from pimerge.evaluation.paired_stats import conclusion, lines_of
 from pimerge.evaluation.schema import ComparisonDocument, Run
 from pimerge.ranking.by_examples import rank_by_examples
-from pimerge.ranking.schema import Ranking, Target, write_ranking
 from pimerge.ranking.selection import BY_EXAMPLES, Wish
 from pimerge.tasks.task import Task, parse_document
 from pimerge.tuning.cross_validation import choose
@@ -222,7 +222,7 @@ class _Harness:
         experts = {each.expert.name: each.expert for each in self.pool}
         held_out = ranking.measure == BY_EXAMPLES
         return [
-            Ranked(experts[each.name].scaled(each.scale), each.score, each.gain if held_out else None)
+            Ranked(experts[each.name].with_strength(each.scale), each.score, each.gain if held_out else None)
             for each in ranking.chosen()
         ]
 
@@ -239,7 +239,7 @@ class _Harness:
     def _file(self, case: Case) -> Path:
         design = self.design
         method = self.methods[case.method]
-        as_they_come = [(each.expert.scale, each.score, each.gain) for each in self.pool]
+        as_they_come = [(each.expert.strength, each.score, each.gain) for each in self.pool]
         choice = [
             asdict(case),
             method.resolved,

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from pimerge.checkpoints.checkpoint import Checkpoint, require_foldable
+from pimerge.checkpoints.checkpoint import Checkpoint, require_weights
 from pimerge.checkpoints.key_mapping import Names, align, names_of
 from pimerge.checkpoints.safetensors_file import FLOATS, TensorFile, open_tensors
 from pimerge.core import plugins
@@ -77,7 +77,7 @@ def plan_merge(
     problems = Problems()
     for checkpoint in (base, *experts):
         with problems.collected():
-            require_foldable(checkpoint)
+            require_weights(checkpoint)
     _check_models(base, experts, problems)
     problems.raise_any("the checkpoints cannot be merged")
     own = names_of(base)

@@ -52,7 +52,7 @@ def plan_of(merge: Merge, given: Sequence[Expert], head: Head) -> Plan:
 def _handled(merge: Merge) -> list[str]:
     experts = merge.experts
     found = [f"'{name}' is given {count} times: its weights are added" for name, count in merge.joined.items()]
-    reduced = [f"'{expert.name}' × {expert.scale:g}" for expert in experts if expert.scale != 1]
+    reduced = [f"'{expert.name}' × {expert.strength:g}" for expert in experts if expert.strength != 1]
     if reduced:
         found.append(f"updates at another strength than their own: {', '.join(reduced)}")
     stabilised = [expert.name for expert in experts if expert.config.get("use_rslora")]

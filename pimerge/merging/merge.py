@@ -193,7 +193,7 @@ class Merge:
         for expert, part in zip(self.experts, parts, strict=True):
             key = getattr(expert.modules[name], letter)
             diagonal = self.fisher(expert, key).to(self._wide).reshape(part.A.shape if letter == "A" else part.B.shape)
-            scaling = part.scaling / expert.scale if expert.scale else 1.0
+            scaling = part.scaling / expert.strength if expert.strength else 1.0
             found.append(diagonal / scaling**2 if letter == "B" and scaling else diagonal)
         return torch.stack(found)
 

@@ -18,7 +18,7 @@ import torch
 from pimerge.adapters.additive_tensors import F64, BaseTensor, at_strength, neutral, weighted
 from pimerge.adapters.compatibility import require_alike, require_finite
 from pimerge.adapters.expert import Expert
-from pimerge.adapters.kinds._groups import Group, Slot, joined, read_slot
+from pimerge.adapters.kinds._tensor_sets import TensorSet, TensorSlot, joined, read_slot
 from pimerge.checkpoints.base import Base
 from pimerge.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from pimerge.checkpoints.key_mapping import Names, match, names_of
@@ -33,8 +33,8 @@ SPACES = ("linear", "elementwise", "factors")
 
 
 @dataclass(frozen=True)
-class GroupMerge:
-    """A merge that has been checked; see :func:`prepare_groups`.
+class TensorMerge:
+    """A merge that has been checked; see :func:`prepare_tensors`.
 
     Attributes:
         experts: of one form.
@@ -53,9 +53,9 @@ class GroupMerge:
     coefficients: dict[str, list[float]] = field(default_factory=dict)
 
     @property
-    def groups(self) -> Mapping[str, Group]:
+    def tensor_sets(self) -> Mapping[str, TensorSet]:
         """Those of every expert."""
-        return self.experts[0].groups
+        return self.experts[0].tensor_sets
 
     def tensors(self) -> dict[str, Tensor]:
         """Key → merged tensor.
@@ -64,12 +64,12 @@ class GroupMerge:
             PimergeError: for NaN or Inf in the result, and if the base is needed and has not the parameters.
         """
         found: dict[tuple[str, str], Tensor] = {}
-        for name, group in self.groups.items():
+        for name, group in self.tensor_sets.items():
             parts = {slot: self._parts(name, slot) for slot in group.slots}
             coefficients = self._linear(name, group, parts)
             for slot, each in parts.items():
                 found[name, slot] = self._merged(name, slot, each, coefficients)
-        merged = joined(self.groups, found)
+        merged = joined(self.tensor_sets, found)
         rounded = {key: tensor.to(self._dtype_of(key)) for key, tensor in merged.items()}
         for key, tensor in rounded.items():
             if not is_finite(tensor):
@@ -78,16 +78,16 @@ class GroupMerge:
                 )
         return rounded
 
-    def _slot(self, group: str, slot: str) -> Slot:
-        return self.groups[group].slots[slot]
+    def _slot(self, group: str, slot: str) -> TensorSlot:
+        return self.tensor_sets[group].slots[slot]
 
     def _zero(self, group: str, slot: str) -> Tensor:
         return neutral(self._slot(group, slot), self.base)
 
     def _parts(self, group: str, slot: str) -> list[Tensor]:
-        return [at_strength(expert, expert.groups[group].slots[slot], self.base) for expert in self.experts]
+        return [at_strength(expert, expert.tensor_sets[group].slots[slot], self.base) for expert in self.experts]
 
-    def _linear(self, name: str, group: Group, parts: Mapping[str, Sequence[Tensor]]) -> list[float] | None:
+    def _linear(self, name: str, group: TensorSet, parts: Mapping[str, Sequence[Tensor]]) -> list[float] | None:
         """The coefficients of a linear method; inner products are those of φ_n − φ0 over the whole group."""
         if self.method.space != "linear":
             return None
@@ -136,7 +136,7 @@ class GroupMerge:
         return widest
 
 
-def prepare_groups(
+def prepare_tensors(
     experts: Sequence[Expert],
     weights: Mapping[str, Sequence[float]],
     method: Method,
@@ -144,7 +144,7 @@ def prepare_groups(
     dtype: torch.dtype | None = None,
     selected: Callable[[str], bool] = lambda name: True,
     fisher: Callable[[Expert, str], Tensor] | None = None,
-) -> GroupMerge:
+) -> TensorMerge:
     """Check a merge of experts without ΔW.
 
     Args:
@@ -166,16 +166,16 @@ def prepare_groups(
             f"'{method.name}' works on {what}, and experts of kind {first.kind} have no ΔW",
             "take a linear method such as uniform or interpolated, fisher, or an elementwise one such as ties",
         )
-    left_out = [name for name in first.groups if not selected(name)]
+    left_out = [name for name in first.tensor_sets if not selected(name)]
     if left_out and not first.has_strength:
         raise PimergeError(
             f"'{left_out[0]}' cannot be left out: nothing stands for a {first.kind} that changes nothing",
             "leave out --include and --exclude",
         )
-    if len(left_out) == len(first.groups):
+    if len(left_out) == len(first.tensor_sets):
         raise PimergeError("no module is left to merge", f"they are named like '{left_out[0]}'; look at --include")
-    chosen = {name: [0.0] * len(experts) if name in left_out else weights[name] for name in first.groups}
-    return GroupMerge(experts, chosen, method, dtype, base_reader(first.base), fisher)
+    chosen = {name: [0.0] * len(experts) if name in left_out else weights[name] for name in first.tensor_sets}
+    return TensorMerge(experts, chosen, method, dtype, base_reader(first.base), fisher)
 
 
 def base_reader(base: Base) -> BaseTensor:

@@ -7,9 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from pimerge.core.errors import PimergeError, Problems, nearest
+
+if TYPE_CHECKING:
+    from pimerge.merging.method import Method
 
 EVERYWHERE = "*"
 
@@ -147,3 +150,50 @@ def by_module(
             )
     problems.raise_any("the weights do not match the experts")
     return weights
+
+
+def starting_weights(method: Method, count: int, given: list[float] | None, has_rules: bool) -> list[float] | None:
+    """The weights where no rule decides; None for a method that needs weights, if all come from rules.
+
+    Raises:
+        PimergeError: if the method takes no weights or not these, or needs some.
+    """
+    if not has_rules:
+        return method.weights(count, given)
+    method.weights(count, given or [1 / count] * count)  # refused by a method that takes none
+    if given is not None:
+        return given
+    try:
+        return method.weights(count, None)
+    except PimergeError:
+        return None
+
+
+def shares(
+    experts: Sequence[str], own: str | None, scores: Sequence[float | None], alpha: float | None, *, by_score: bool
+) -> list[float] | None:
+    """α for the target's expert, and (1 − α) for the others by the softmax of their scores or evenly.
+
+    None where a score is missing.
+
+    Args:
+        experts: the SHA-256 of each.
+        own: that of the target's expert; None if it is not known.
+        alpha: None for 1/N.
+
+    >>> shares(["x", "a", "b"], "x", [None, 0.3, 0.3], 0.5, by_score=True)
+    [0.5, 0.25, 0.25]
+    """
+    others = [i for i, sha256 in enumerate(experts) if sha256 != own]
+    known = [score for i in others if (score := scores[i] if by_score else 0.0) is not None]
+    if len(known) < len(others):
+        return None
+    has_own = len(others) < len(experts)
+    if alpha is not None and not has_own:
+        raise PimergeError("--alpha is the target's share, and the target's expert is not among the experts")
+    if alpha is not None and not 0 <= alpha <= 1:
+        raise PimergeError(f"--alpha is {alpha}", "expected a share from 0 to 1")
+    share = (1 / len(experts) if alpha is None else alpha) if has_own else 0.0
+    exponentials = [math.exp(score - max(known)) for score in known]
+    soft = iter([(1 - share) * value / sum(exponentials) for value in exponentials])
+    return [next(soft) if i in others else share for i in range(len(experts))]

@@ -276,7 +276,7 @@ def plugged_in_sum(experts: Sequence[Expert], weights: Sequence[float], loaded: 
     for expert in experts:
         check_fits(expert, loaded.model, head=False)
     require_alike(experts)
-    if experts[0].groups:
+    if experts[0].tensor_sets:
         tensors = sum_of(experts, weights, loaded.model.get_parameter)
         with as_before(loaded.model):
             adapted = with_adapter(experts[0], loaded.model)
@@ -315,7 +315,7 @@ def _as_lora(expert: Expert) -> tuple[PeftConfig, dict[str, Tensor], float]:
     if not expert.is_computed:
         keys = expert.file.entries.keys() - set(expert.head.values())
         tensors = {key: expert.tensor(key) for key in sorted(keys)}
-        return PeftConfig.from_pretrained(str(expert.path)), tensors, expert.scale
+        return PeftConfig.from_pretrained(str(expert.path)), tensors, expert.strength
     ranks = {name: module.rank for name, module in expert.modules.items()}
     config = LoraConfig(**rank_fields(ranks), fan_in_fan_out=bool(expert.config.get("fan_in_fan_out")))
     tensors = {}

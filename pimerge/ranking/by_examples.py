@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from pimerge.adapters.expert import Expert
+from pimerge.adapters.ranking_document import Ranking, Target
 from pimerge.core import plugins
 from pimerge.embedding.features import Viewer
 from pimerge.ranking.few_shot import gains_of_means, judge
-from pimerge.ranking.schema import Ranking, Target
 from pimerge.ranking.selection import MOST, Wish, document, judged_candidate, of_first_kind
 
 
@@ -46,7 +46,7 @@ def rank_by_examples(
     if own is None:
         notes.insert(0, "the target has no expert: its examples alone decide")
     if wish.k is None:
-        scaled = [experts[candidate.name].scaled(candidate.scale) for candidate in helpful[:MOST]]
+        scaled = [experts[candidate.name].with_strength(candidate.scale) for candidate in helpful[:MOST]]
         priors = [candidate.scale * (prior or {}).get(candidate.name, 0.0) for candidate in helpful[:MOST]]
         gains = gains_of_means(viewer, scaled, priors)
         count = 1 + max(range(len(gains)), key=lambda i: gains[i]) if gains else 0

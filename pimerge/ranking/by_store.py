@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from pimerge.adapters.expert import Expert
+from pimerge.adapters.ranking_document import Candidate, Ranking, Target
 from pimerge.core import plugins
 from pimerge.core.errors import PimergeError
 from pimerge.core.files import relative_to
 from pimerge.embedding.store import Store
 from pimerge.ranking.measures.history import predicted
 from pimerge.ranking.nearest import Compared, compare
-from pimerge.ranking.schema import Candidate, Ranking, Target
 from pimerge.ranking.selection import (
     BY_STORE,
     LEAST_ERRORS_OF_HISTORY,

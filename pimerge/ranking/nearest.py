@@ -21,7 +21,7 @@ from pimerge.core.errors import PimergeError
 from pimerge.embedding.random_projection import from_texts
 from pimerge.embedding.store import Store
 from pimerge.embedding.store_schema import Embedding
-from pimerge.embedding.store_view import Stored
+from pimerge.embedding.store_view import StoreView
 from pimerge.ranking.cosine import Similarity
 
 SHORTLIST = 100
@@ -85,11 +85,11 @@ def compare(store: Store, target: str, measure: ModuleType) -> Compared:
 
 
 def _comparable(
-    store: Store, target: str, own: Stored, names: Sequence[str], measure: ModuleType
-) -> tuple[dict[str, Stored], dict[str, str]]:
+    store: Store, target: str, own: StoreView, names: Sequence[str], measure: ModuleType
+) -> tuple[dict[str, StoreView], dict[str, str]]:
     """The experts of some names that compare with the target, and why the others do not."""
 
-    def opened(name: str) -> Stored | str:
+    def opened(name: str) -> StoreView | str:
         try:
             expert = store.open(name)
             reason = _difference(store, target, own.expert, name, expert, measure)
@@ -100,7 +100,7 @@ def _comparable(
     # on every core: what takes long is to hash the files, which releases the interpreter's lock
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         found = dict(zip(names, threads.map(opened, names), strict=True))
-    members = {name: each for name, each in found.items() if isinstance(each, Stored)}
+    members = {name: each for name, each in found.items() if isinstance(each, StoreView)}
     return members, {name: each for name, each in found.items() if isinstance(each, str)}
 
 

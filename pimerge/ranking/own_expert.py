@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from pimerge.adapters.expert import Expert, open_expert
-from pimerge.cli.console import note, quiet_libraries
+from pimerge.cli.console import note
 from pimerge.core.errors import PimergeError, Problems
 from pimerge.core.files import require_absent
+from pimerge.core.libraries import quiet_libraries
 from pimerge.core.progress import Track
 from pimerge.embedding.store import Store
 from pimerge.ranking.nearest import SHORTLIST

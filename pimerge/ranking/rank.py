@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pimerge.adapters.ranking_document import Ranking
 from pimerge.core import plugins
 from pimerge.core.errors import PimergeError
 from pimerge.core.progress import Track
 from pimerge.embedding.store import Store, open_store
 from pimerge.ranking.by_store import rank_by_history, rank_by_store
 from pimerge.ranking.nearest import compare
-from pimerge.ranking.schema import Ranking
 from pimerge.ranking.selection import BY_STORE
 from pimerge.ranking.target import AUTO, Asked, Request, find_target, folder_for, pool_base, pool_of
 

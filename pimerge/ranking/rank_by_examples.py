@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from pimerge.cli.console import note, quiet_libraries, warn
+from pimerge.adapters.ranking_document import Ranking
+from pimerge.cli.console import note, warn
 from pimerge.core import plugins
 from pimerge.core.errors import PimergeError, Problems
+from pimerge.core.libraries import quiet_libraries
 from pimerge.core.progress import Track
 from pimerge.embedding.features import SCALES, Draw, Viewer, why_not
 from pimerge.embedding.store import Store, open_store
@@ -19,7 +21,6 @@ from pimerge.ranking.few_shot import gains_by_part
 from pimerge.ranking.measures.combined import store_weight
 from pimerge.ranking.nearest import SHORTLIST, by_sketch, compare
 from pimerge.ranking.own_expert import target_in_store
-from pimerge.ranking.schema import Ranking
 from pimerge.ranking.selection import BY_EXAMPLES, BY_STORE
 from pimerge.ranking.target import Asked, Request, names_on, open_all, pool_base, pool_of
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pimerge.adapters.expert import Expert
+from pimerge.adapters.ranking_document import Candidate, NotComparable, Ranking, Seen, Target
 from pimerge.core.files import relative_to
-from pimerge.ranking.schema import Candidate, NotComparable, Ranking, Seen, Target
 
 BY_EXAMPLES, BY_STORE = "combined", "fisher"
 """The measures where none is asked for."""

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pimerge.adapters.ranking_document import Candidate, Ranking, Target
 from pimerge.checkpoints.safetensors_file import FLOATS, TensorFile, open_tensors
 from pimerge.core import plugins
 from pimerge.core.errors import PimergeError, nearest
 from pimerge.core.files import relative_to, sha256_file
 from pimerge.ranking.measures.parameters import of_files
-from pimerge.ranking.schema import Candidate, Ranking, Target
 from pimerge.ranking.selection import Z95, document, widest_gap
 
 if TYPE_CHECKING:

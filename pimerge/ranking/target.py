@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pimerge.adapters.expert import CONFIG, Expert, open_expert
+from pimerge.adapters.ranking_document import Target
 from pimerge.checkpoints.base import Base, find_base
 from pimerge.core.errors import PimergeError, Problems
 from pimerge.core.files import relative_to
 from pimerge.embedding.store import Store, unknown_target
-from pimerge.ranking.schema import Target
 from pimerge.ranking.selection import Wish
 from pimerge.tasks.task import TASK_FILE, Task, open_task
 

@@ -182,7 +182,7 @@ def _why_unmergeable(expert: Expert) -> str:
 
 
 def _why_not_merged(expert: Expert, other: Expert) -> str:
-    if expert.kind != other.kind and (expert.groups or other.groups):
+    if expert.kind != other.kind and (expert.tensor_sets or other.tensor_sets):
         return f"its kind is {other.kind}, not {expert.kind} ('rank --measure marginals' compares them)"
     try:
         require_alike([expert, other])

@@ -6,7 +6,6 @@ Somebody chose a name to tell what its class is about; with few labels that is w
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from pimerge.core.errors import PimergeError
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
     from pimerge.models.loading import LoadedBase
     from pimerge.tasks.task import Task
     from pimerge.tuning.methods import Plan
-    from pimerge.tuning.session import Job
 
 MOST = 500
 """Examples that the names are tried on."""
@@ -96,21 +94,3 @@ def names_foretell(loaded: LoadedBase, task: Task, examples: Examples) -> bool:
 def may_take_names(task: Task, plan: Plan) -> bool:
     """Whether a method takes the names of a task's classes, if they foretell the examples and the user does not say."""
     return plan.class_names and bool(class_texts(task))
-
-
-def decided(job: Job, plan: Plan) -> Job:
-    """The job with ``class_names`` of its options decided: where they are left open, by whether the names foretell.
-
-    The base must be bare.
-
-    Raises:
-        PimergeError: if names are asked for and are no texts.
-    """
-    bench, taken = job.bench, job.options.class_names
-    if taken is None:
-        silently = replace(job, note=lambda message: None, options=replace(job.options, class_names=False))
-        taken = may_take_names(bench.task, plan) and names_foretell(bench.loaded, bench.task, silently.examples()[0])
-    if taken:
-        count = len(class_names(bench.task, bench.loaded.processor, bench.loaded.config))
-        job.note(f"the names of the {count} classes are learned from, as one more example of each")
-    return replace(job, options=replace(job.options, class_names=taken))

@@ -118,7 +118,7 @@ def form_of(plan: Plan, job: Job, chosen: Sequence[Expert]) -> Iterator[Expert |
 def _known_form(plan: Plan, job: Job, chosen: Sequence[Expert]) -> Expert | None:
     options = job.options
     form = chosen[0] if chosen else job.like
-    if form is None or not form.groups:
+    if form is None or not form.tensor_sets:
         return None
     if not plan.experts and (options.fresh_rank or options.fresh_modules or options.fresh_alpha):
         return None  # a fresh LoRA is asked for

@@ -143,7 +143,7 @@ def plugged_in_ensemble(ensemble: Ensemble, loaded: LoadedBase) -> Iterator[nn.M
     with as_they_were(loaded.head_parameters()), as_before(loaded.model):
         switch = Switch(sorted({part for expert in experts for part in expert.parts}), len(experts))
         model = loaded.model
-        if experts[0].groups:
+        if experts[0].tensor_sets:
             found = [member_of(expert, loaded) for expert in experts]
             model = compose_groups(loaded, experts[0], found, switch, False).model
         else:

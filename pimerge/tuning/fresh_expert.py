@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pimerge.adapters.base_fit import check_fits
 from pimerge.adapters.expert import Expert, open_expert
 from pimerge.adapters.kinds._keys import PROMPTS
-from pimerge.adapters.kinds._relatives import as_groups
+from pimerge.adapters.kinds._relatives import as_tensor_sets
 from pimerge.checkpoints.architecture import inside
 from pimerge.checkpoints.base import Base
 from pimerge.core import plugins
@@ -69,7 +69,7 @@ def fresh_expert(
             ) from error
         expert = open_expert(folder, base.reference)
         if expert.is_computed:
-            expert = replace(expert, groups=as_groups(expert.modules), modules={})
+            expert = replace(expert, tensor_sets=as_tensor_sets(expert.modules), modules={})
         try:
             check_fits(expert, loaded.model, head=False)
         except PimergeError as error:

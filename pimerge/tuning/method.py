@@ -8,7 +8,7 @@ from types import ModuleType
 from typing import Any
 
 from pimerge.core import plugins
-from pimerge.tuning.class_name_examples import decided
+from pimerge.tuning.class_name_examples import class_names, may_take_names, names_foretell
 from pimerge.tuning.methods import Plan
 from pimerge.tuning.mixed_expert import train_sum
 from pimerge.tuning.session import Fitted, Job
@@ -76,3 +76,21 @@ def open_tune_method(name: str, options: Mapping[str, Any] | None = None) -> Tun
 
 def _defaults(file: ModuleType) -> dict[str, Any]:
     return plugins.keyword_defaults(file.fit) if hasattr(file, "fit") else {}
+
+
+def decided(job: Job, plan: Plan) -> Job:
+    """The job with ``class_names`` of its options decided: where they are left open, by whether the names foretell.
+
+    The base must be bare.
+
+    Raises:
+        PimergeError: if names are asked for and are no texts.
+    """
+    bench, taken = job.bench, job.options.class_names
+    if taken is None:
+        silently = replace(job, note=lambda message: None, options=replace(job.options, class_names=False))
+        taken = may_take_names(bench.task, plan) and names_foretell(bench.loaded, bench.task, silently.examples()[0])
+    if taken:
+        count = len(class_names(bench.task, bench.loaded.processor, bench.loaded.config))
+        job.note(f"the names of the {count} classes are learned from, as one more example of each")
+    return replace(job, options=replace(job.options, class_names=taken))

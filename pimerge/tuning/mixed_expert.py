@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pimerge.adapters.expert import Expert
 from pimerge.adapters.kinds.lora import Factors
 from pimerge.adapters.low_rank import MergedModule, Summary, Truncation, relative_error, weighted_bias, weighted_sum
-from pimerge.adapters.writer import Coefficients, Documents, Head, Layout, write_expert, write_groups
+from pimerge.adapters.writer import Coefficients, Documents, Head, Layout, write_expert, write_tensor_sets
 from pimerge.core.errors import PimergeError
 from pimerge.core.files import relative_to
 from pimerge.core.manifest import Manifest
@@ -136,7 +136,7 @@ class Composed(ABC):
         collapsed = self.collapse(self.job.options.rank)
         head = self.head()
         replaced = self.plan.random_experts
-        scales = [1.0 if replaced and expert is not self.job.target else expert.scale for expert in self.chosen]
+        scales = [1.0 if replaced and expert is not self.job.target else expert.strength for expert in self.chosen]
         weights = self.mixture.weights()
 
         def write(output: Path, manifest: Manifest, force: bool) -> None:
@@ -241,7 +241,7 @@ class _Groups(Composed):
         tensors = self.composition.collapsed()
 
         def write(output: Path, head: Head, documents: Documents, force: bool) -> None:
-            write_groups(
+            write_tensor_sets(
                 output,
                 lambda: tensors,
                 head,

@@ -75,7 +75,7 @@ def initial_expert(
             prefix = PROMPT_PREFIX if like.kind in PROMPTS else PREFIX
             tensors = {prefix + name: tensor for name, tensor in with_head.head_tensors().items()}
             modules = with_head.config.get("modules_to_save")
-        tensors |= _neutral_groups(pool, base) if like.groups else _zero_updates(pool)
+        tensors |= _neutral_groups(pool, base) if like.tensor_sets else _zero_updates(pool)
         config = {**like.config, "modules_to_save": modules}
         path = Path(folder) / task.name
         from safetensors.torch import save
@@ -103,7 +103,7 @@ def _zero_updates(pool: Sequence[Expert]) -> dict[str, Tensor]:
 
 def _neutral_groups(pool: Sequence[Expert], base: Base) -> dict[str, Tensor]:
     """Key → tensor of an expert without ΔW at strength 0, as far as it has strengths, at the mean of all else."""
-    still = [expert.scaled(0.0) if expert.has_strength else expert for expert in pool]
+    still = [expert.with_strength(0.0) if expert.has_strength else expert for expert in pool]
     found = sum_of(still, [1 / len(still)] * len(still), base_reader(base))
     return {key: tensor.to(pool[0].tensor(key).dtype) for key, tensor in found.items()}
 

@@ -17,7 +17,7 @@ from torch.nn.utils.parametrize import register_parametrization
 from pimerge.adapters.additive_tensors import sum_of
 from pimerge.adapters.base_fit import check_fits
 from pimerge.adapters.expert import Expert
-from pimerge.adapters.kinds._groups import Group
+from pimerge.adapters.kinds._tensor_sets import TensorSet
 from pimerge.core import plugins
 from pimerge.models.loading import LoadedBase, as_before, with_adapter
 from pimerge.tuning.lora_layers import Mixture
@@ -152,7 +152,7 @@ def compose_groups(
         loaded.model.set_submodule(name, getattr(wrapper, "original_module", wrapper))
     model.requires_grad_(False)
     columns: dict[str, dict[str, tuple[int, int] | None]] = {}
-    groups: Mapping[str, Group] = form.groups
+    groups: Mapping[str, TensorSet] = form.tensor_sets
     for group in groups.values():
         for slot in group.slots.values():
             columns.setdefault(slot.key, {})[group.name] = slot.columns

@@ -158,7 +158,7 @@ def _check_kind(method: TuneMethod, options: Options) -> None:
 def _run_folder(method: TuneMethod, task: Task, base: Base, chosen: Sequence[Expert], output: Path, *rest: Any) -> Path:
     """Where checkpoints lie: beside the output, a folder for each choice of inputs and options."""
     options = [asdict(part) if isinstance(part, Options) else part for part in rest]
-    inputs = [(expert.sha256, expert.scale) for expert in chosen]
+    inputs = [(expert.sha256, expert.strength) for expert in chosen]
     choice = [method.name, method.resolved, task.sha256(), base.identity, inputs, options]
     digest = sha256_bytes(json.dumps(choice, sort_keys=True, default=str).encode())[:12]
     return output.resolve().with_name(f".{output.name}.training-{digest}")

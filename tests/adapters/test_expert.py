@@ -62,7 +62,7 @@ def test_factors_are_read_when_asked_for(folder: Path, monkeypatch: pytest.Monke
 def test_updates_are_the_factors_in_float64_with_the_scaling(dtype: torch.dtype, tmp_path: Path) -> None:
     updates = {name: (A.to(dtype), B.to(dtype)) for name, (A, B) in updates_of(SHAPES).items()}
     updates["conv"] = (normal(2, 3, 4, 5).to(dtype), normal(6, 2, 1, 1).to(dtype))
-    expert = open_expert(raw_expert(tmp_path, updates, lora_alpha=3, alpha_pattern={"q": 7})).scaled(0.7)
+    expert = open_expert(raw_expert(tmp_path, updates, lora_alpha=3, alpha_pattern={"q": 7})).with_strength(0.7)
     found = expert.updates(["v", "conv", "q"])
     assert list(found) == ["v", "conv", "q"]
     for name, (A, B) in found.items():
@@ -74,11 +74,11 @@ def test_updates_are_the_factors_in_float64_with_the_scaling(dtype: torch.dtype,
 
 def test_a_scale_is_part_of_every_update_and_multiplies_over_calls(folder: Path) -> None:
     expert = open_expert(set_config(folder, lora_alpha=3, alpha_pattern={}))
-    assert expert.scale == 1
-    assert expert.scaled(1) is expert
-    half = expert.scaled(0.5)
-    assert (half.scale, half.scaled(0.5).scale, half.sha256) == (0.5, 0.25, expert.sha256)
-    whole, quarter = dense_deltas(expert), dense_deltas(half.scaled(0.5))
+    assert expert.strength == 1
+    assert expert.with_strength(1) is expert
+    half = expert.with_strength(0.5)
+    assert (half.strength, half.with_strength(0.5).strength, half.sha256) == (0.5, 0.25, expert.sha256)
+    whole, quarter = dense_deltas(expert), dense_deltas(half.with_strength(0.5))
     for name, delta in whole.items():
         torch.testing.assert_close(quarter[name], 0.25 * delta, rtol=1e-6, atol=0)
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pimerge.adapters.expert import Expert, open_expert
-from pimerge.adapters.merge_into import Folded, fold, label_fields, plan_fold
+from pimerge.adapters.merge_into import MergedInto, fold, label_fields, plan_merge_into
 from pimerge.checkpoints.checkpoint import open_checkpoint
 from pimerge.core.errors import PimergeError
 from tests.checkpoints.test_checkpoint import contents, tensors
@@ -29,11 +29,11 @@ INPUTS = {
 }
 
 
-def folded(base: Path, expert: Expert, output: Path, **options: Any) -> Folded:
+def folded(base: Path, expert: Expert, output: Path, **options: Any) -> MergedInto:
     """Fold one expert as it is."""
     head, fields = options.pop("head", expert.head_tensors()), options.pop("fields", None)
     checkpoint = open_checkpoint(base)
-    plan = plan_fold(
+    plan = plan_merge_into(
         checkpoint,
         expert.modules,
         fan_in_fan_out=bool(expert.config.get("fan_in_fan_out")),
@@ -232,22 +232,22 @@ def test_every_misfit_is_reported_at_once(tmp_path: Path) -> None:
     misfits = {name: updates[name] for name in ("layer.a", "layer.c", "other")}
     expert = open_expert(raw_expert(tmp_path / "e", misfits))
     with pytest.raises(PimergeError) as error:
-        plan_fold(open_checkpoint(tmp_path / "x.safetensors"), expert.modules)
+        plan_merge_into(open_checkpoint(tmp_path / "x.safetensors"), expert.modules)
     for part in ("no weight for module 'layer.c'", "no weight for module 'other'", "did you mean 'layer."):
         assert part in str(error.value)
     expert = open_expert(raw_expert(tmp_path / "f", {name: updates[name] for name in ("layer.b", "layer.a")}))
     with pytest.raises(PimergeError, match=r"'layer\.a'.*\(4, 6\)[\s\S]*'layer\.b'.*\(4, 6\)"):
-        plan_fold(open_checkpoint(tmp_path / "x.safetensors"), expert.modules)
+        plan_merge_into(open_checkpoint(tmp_path / "x.safetensors"), expert.modules)
 
 
 def test_ambiguous_and_double_matches_are_refused(tmp_path: Path) -> None:
     save_file({"unet.a.b.weight": normal(4, 4), "unet.a_b.weight": normal(4, 4)}, tmp_path / "x.safetensors")
     expert = open_expert(raw_expert(tmp_path / "e", {"a.b": (normal(2, 4), normal(4, 2))}))
     with pytest.raises(PimergeError, match="several tensors"):
-        plan_fold(open_checkpoint(tmp_path / "x.safetensors"), expert.modules)
+        plan_merge_into(open_checkpoint(tmp_path / "x.safetensors"), expert.modules)
     updates = {name: (normal(2, 4), normal(4, 2)) for name in ("unet.a.b", "unet.a_b")}
     expert = open_expert(raw_expert(tmp_path / "f", updates))
-    assert len(plan_fold(open_checkpoint(tmp_path / "x.safetensors"), expert.modules).weights) == 2
+    assert len(plan_merge_into(open_checkpoint(tmp_path / "x.safetensors"), expert.modules).weights) == 2
 
 
 def test_bias_update_without_a_bias_and_quantised_are_refused(
@@ -257,10 +257,10 @@ def test_bias_update_without_a_bias_and_quantised_are_refused(
     extra = {"base_model.model.model.layers.0.self_attn.o_proj.lora_B.bias": normal(16)}
     expert = open_expert(raw_expert(tmp_path / "e", {"model.layers.0.self_attn.o_proj": update}, extra, lora_bias=True))
     with pytest.raises(PimergeError, match="its layer in the checkpoint has no bias"):
-        plan_fold(open_checkpoint(tied), expert.modules)
+        plan_merge_into(open_checkpoint(tied), expert.modules)
     quantised = edit(tied, tmp_path / "q", quantization_config={"quant_method": "awq"})
     with pytest.raises(PimergeError, match="is quantised"):
-        plan_fold(open_checkpoint(quantised), expert.modules)
+        plan_merge_into(open_checkpoint(quantised), expert.modules)
 
 
 @pytest.fixture
@@ -288,7 +288,7 @@ def test_fused_weights_are_refused_by_name(tmp_path: Path) -> None:
         num_local_experts=2,
     )
     transformers.MixtralForCausalLM(config).save_pretrained(tmp_path / "moe")
-    plan_fold(
+    plan_merge_into(
         open_checkpoint(tmp_path / "moe"),
         open_expert(
             raw_expert(tmp_path / "e", {"model.layers.0.self_attn.q_proj": (normal(2, 16), normal(16, 2))})
@@ -298,4 +298,4 @@ def test_fused_weights_are_refused_by_name(tmp_path: Path) -> None:
         raw_expert(tmp_path / "f", {"model.layers.0.mlp.experts.gate_up_proj": (normal(2, 16), normal(16, 2))})
     )
     with pytest.raises(PimergeError, match="gate_up_proj"):
-        plan_fold(open_checkpoint(tmp_path / "moe"), expert.modules)
+        plan_merge_into(open_checkpoint(tmp_path / "moe"), expert.modules)

@@ -12,7 +12,7 @@ from transformers import BertModel
 
 from pimerge.checkpoints import safetensors_file
 from pimerge.checkpoints.base import Base
-from pimerge.checkpoints.checkpoint import open_checkpoint, require_foldable
+from pimerge.checkpoints.checkpoint import open_checkpoint, require_weights
 from pimerge.checkpoints.writer import write_like
 from pimerge.core.errors import PimergeError
 from tests.support.raw import normal, save_base
@@ -161,12 +161,12 @@ def test_pickles_missing_and_empty_files_are_refused(tmp_path: Path) -> None:
 def test_quantised_checkpoints_are_refused_by_name(tmp_path: Path, key: str, value: torch.Tensor) -> None:
     save_file({key: value, "p.weight": normal(2, 2)}, tmp_path / "x.safetensors")
     with pytest.raises(PimergeError, match="quantised: " + key):
-        require_foldable(open_checkpoint(tmp_path / "x.safetensors"))
+        require_weights(open_checkpoint(tmp_path / "x.safetensors"))
 
 
 def test_quantisation_in_the_config_is_refused(tmp_path: Path) -> None:
     folder = save_base(tmp_path, normal(2, 2))
-    require_foldable(open_checkpoint(folder))
+    require_weights(open_checkpoint(folder))
     (folder / "config.json").write_text('{"quantization_config": {"quant_method": "gptq"}}')
     with pytest.raises(PimergeError, match="quantization_config"):
-        require_foldable(open_checkpoint(folder))
+        require_weights(open_checkpoint(folder))

@@ -18,9 +18,9 @@ from peft import PeftModel
 from torch import Tensor
 
 from pimerge.adapters.expert import Expert, open_expert
+from pimerge.adapters.ranking_document import Candidate, Ranking, Target, write_ranking
 from pimerge.core import plugins
 from pimerge.core.errors import PimergeError
-from pimerge.ranking.schema import Candidate, Ranking, Target, write_ranking
 from pimerge.tasks.task import open_task
 from tests.cli.conftest import NAMES, Cli, raise_from
 from tests.conftest import dense_deltas, logits_of, merge, model_for, relative_difference
@@ -327,7 +327,9 @@ def test_experts_of_the_ranking_are_merged_at_its_scales(cli: Cli, pool: dict[st
 def test_a_nonlinear_method_works_on_the_scaled_updates(cli: Cli, pool: dict[str, Expert], space: str) -> None:
     rank(pool, "x", {"y": 2.0, "z": 1.0}, [0.5, 0.25])
     assert cli("merge", "--method", "ties", "--density", 0.7, "--space", space, "--verify").exit_code == 0
-    expected = merge([pool["y"].scaled(0.5), pool["z"].scaled(0.25)], [0.5, 0.5], "ties", {"density": 0.7}, space=space)
+    expected = merge(
+        [pool["y"].with_strength(0.5), pool["z"].with_strength(0.25)], [0.5, 0.5], "ties", {"density": 0.7}, space=space
+    )
     plain = merge([pool["y"], pool["z"]], [0.5, 0.5], "ties", {"density": 0.7}, space=space)
     found = dense_deltas(open_expert("merged"))
     for scaled, whole in zip(expected, plain, strict=True):

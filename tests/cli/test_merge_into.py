@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pimerge.adapters.expert import Expert, open_expert
-from pimerge.ranking.schema import Candidate, Ranking, Target, write_ranking
+from pimerge.adapters.ranking_document import Candidate, Ranking, Target, write_ranking
 from tests.cli.conftest import Cli
 from tests.conftest import Shell, dense_deltas, logits_of, model_for
 from tests.support.raw import normal, raw_expert, set_config, updates_of

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pimerge.adapters.expert import open_expert
-from pimerge.ranking.schema import Candidate, Ranking, Target
+from pimerge.adapters.ranking_document import Candidate, Ranking, Target
 from pimerge.reporting.figures import _canvas
 from tests.conftest import MakeExpert, Shell, write_json
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from pimerge.adapters.expert import open_expert
-from pimerge.ranking.schema import Candidate, Ranking, Target
+from pimerge.adapters.ranking_document import Candidate, Ranking, Target
 from pimerge.tasks.task import open_task
 from tests.conftest import Finished, MakeExpert, Shell, dense_deltas, relative_difference, write_json
 

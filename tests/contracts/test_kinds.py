@@ -43,7 +43,7 @@ def test_every_number_that_was_trained_has_its_place(experts: list[Path], kind: 
     file = load_file(experts[0] / "adapter_model.safetensors")
     assert set(expert.keys) | set(expert.head.values()) == set(file)
     assert expert.parameters == sum(file[key].numel() for key in expert.keys)
-    assert bool(expert.modules) != bool(expert.groups)
+    assert bool(expert.modules) != bool(expert.tensor_sets)
     strategy = plugins.load("pimerge.adapters.kinds", expert.kind)
     assert bool(expert.modules) == getattr(strategy, "HAS_UPDATE", False)
     assert expert.is_computed == (kind in RELATIVES)
@@ -57,7 +57,7 @@ def test_one_expert_at_weight_1_answers_as_it_is(experts: list[Path], bert_base:
     assert again.kind == ("lora" if kind in RELATIVES else open_expert(experts[0]).kind)
     if kind not in RELATIVES:
         before, after = (load_file(folder / "adapter_model.safetensors") for folder in (experts[0], Path("one")))
-        for key in again.keys if again.groups else ():
+        for key in again.keys if again.tensor_sets else ():
             torch.testing.assert_close(after[key], before[key])
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from pimerge.adapters.expert import open_expert
 from pimerge.core import plugins
 from pimerge.embedding.sample import Sample
-from pimerge.embedding.store_view import Stored
+from pimerge.embedding.store_view import StoreView
 from pimerge.ranking.measures import combined, likelihood, probe
 from pimerge.ranking.measures.history import predicted
 from tests.conftest import MakeExpert, edit_tensors
@@ -46,7 +46,7 @@ def set_to_zero(tensors: dict[str, Tensor]) -> None:
 
 
 @pytest.fixture(scope="module")
-def members(tmp_path_factory: pytest.TempPathFactory, make_expert: MakeExpert, vit_base: Path) -> list[Stored]:
+def members(tmp_path_factory: pytest.TempPathFactory, make_expert: MakeExpert, vit_base: Path) -> list[StoreView]:
     """Several experts of one form and init in a store; the last one is zero."""
     folder = tmp_path_factory.mktemp("pool")
     experts = [open_expert(make_expert(folder / str(seed), vit_base, seed=seed)) for seed in range(COUNT)]
@@ -58,12 +58,12 @@ def members(tmp_path_factory: pytest.TempPathFactory, make_expert: MakeExpert, v
 
 
 @pytest.fixture
-def pool(members: list[Stored]) -> list[Stored]:
+def pool(members: list[StoreView]) -> list[StoreView]:
     return members[:COUNT]
 
 
 @pytest.fixture
-def zero(members: list[Stored]) -> Stored:
+def zero(members: list[StoreView]) -> StoreView:
     return members[COUNT]
 
 
@@ -72,7 +72,7 @@ def measure(request: pytest.FixtureRequest) -> ModuleType:
     return loaded(request.param)
 
 
-def scores(measure: ModuleType, target: Stored, candidates: Sequence[Stored]) -> list[float]:
+def scores(measure: ModuleType, target: StoreView, candidates: Sequence[StoreView]) -> list[float]:
     """Of all candidates, with the mean of them and the target."""
     similarity = measure.similarity([target, *candidates], len(candidates), range(1 + len(candidates)))
     found: list[float] = similarity.scores().tolist()
@@ -84,13 +84,13 @@ def test_a_measure_of_the_store_says_what_it_compares(measure: ModuleType) -> No
     assert -1 <= measure.GATE < 1
 
 
-def test_every_score_is_finite_and_in_order(measure: ModuleType, pool: list[Stored]) -> None:
+def test_every_score_is_finite_and_in_order(measure: ModuleType, pool: list[StoreView]) -> None:
     found = scores(measure, pool[0], pool[1:])
     assert len(set(found)) == COUNT - 1
     assert all(isinstance(score, float) and math.isfinite(score) and abs(score) <= 1 for score in found)
 
 
-def test_scores_are_the_sums_of_their_contributions(measure: ModuleType, pool: list[Stored]) -> None:
+def test_scores_are_the_sums_of_their_contributions(measure: ModuleType, pool: list[StoreView]) -> None:
     similarity = measure.similarity(pool, COUNT - 1, range(COUNT))
     assert similarity.contributions().shape == (COUNT - 1, len(similarity.tensors))
     np.testing.assert_allclose(similarity.contributions().sum(1), similarity.scores(), rtol=1e-7, atol=1e-7)
@@ -98,31 +98,33 @@ def test_scores_are_the_sums_of_their_contributions(measure: ModuleType, pool: l
     assert np.isfinite(similarity.errors()).all()
 
 
-def test_the_order_of_the_candidates_does_not_matter(measure: ModuleType, pool: list[Stored]) -> None:
+def test_the_order_of_the_candidates_does_not_matter(measure: ModuleType, pool: list[StoreView]) -> None:
     forwards = scores(measure, pool[0], pool[1:])
     assert scores(measure, pool[0], pool[:0:-1])[::-1] == pytest.approx(forwards, abs=1e-12)
 
 
 def test_two_experts_of_a_pool_are_as_close_to_each_other_from_either_side(
-    measure: ModuleType, pool: list[Stored]
+    measure: ModuleType, pool: list[StoreView]
 ) -> None:
     first, second, *rest = pool
     there, back = scores(measure, first, [second, *rest])[0], scores(measure, second, [first, *rest])[0]
     assert there == pytest.approx(back, abs=1e-12)
 
 
-def test_nothing_is_closer_than_an_identical_copy(measure: ModuleType, pool: list[Stored]) -> None:
+def test_nothing_is_closer_than_an_identical_copy(measure: ModuleType, pool: list[StoreView]) -> None:
     twin, *others = scores(measure, pool[0], [pool[0], *pool[1:]])
     assert twin == pytest.approx(1)
     assert twin > max(others)
 
 
-def test_members_of_the_pool_that_are_no_candidates_only_move_the_mean(measure: ModuleType, pool: list[Stored]) -> None:
+def test_members_of_the_pool_that_are_no_candidates_only_move_the_mean(
+    measure: ModuleType, pool: list[StoreView]
+) -> None:
     few = measure.similarity(pool, 2, range(COUNT)).scores().tolist()
     assert few == pytest.approx(scores(measure, pool[0], pool[1:])[:2], abs=1e-12)
 
 
-def test_whether_the_pool_is_a_sample_matters_only_to_its_mean(measure: ModuleType, pool: list[Stored]) -> None:
+def test_whether_the_pool_is_a_sample_matters_only_to_its_mean(measure: ModuleType, pool: list[StoreView]) -> None:
     whole, sample = (
         measure.similarity(pool, COUNT - 1, range(COUNT), sampled=sampled).scores() for sampled in (False, True)
     )
@@ -133,13 +135,13 @@ def test_whether_the_pool_is_a_sample_matters_only_to_its_mean(measure: ModuleTy
         assert (sample < whole).all()
 
 
-def test_a_pool_of_one_has_a_score(measure: ModuleType, pool: list[Stored]) -> None:
+def test_a_pool_of_one_has_a_score(measure: ModuleType, pool: list[StoreView]) -> None:
     (score,) = scores(measure, pool[0], pool[1:2])
     assert math.isfinite(score)
     assert scores(measure, pool[0], pool[:1]) == [pytest.approx(1)]
 
 
-def test_zero_is_finite_on_either_side(measure: ModuleType, pool: list[Stored], zero: Stored) -> None:
+def test_zero_is_finite_on_either_side(measure: ModuleType, pool: list[StoreView], zero: StoreView) -> None:
     assert all(map(math.isfinite, scores(measure, pool[0], [zero, *pool[1:]])))
     assert all(map(math.isfinite, scores(measure, zero, pool)))
     assert scores(measure, zero, [zero]) == [0]
@@ -147,14 +149,14 @@ def test_zero_is_finite_on_either_side(measure: ModuleType, pool: list[Stored], 
     assert scores(measure, zero, [zero, zero, zero]) == [0, 0, 0]
 
 
-def test_a_pool_of_copies_is_finite(measure: ModuleType, pool: list[Stored]) -> None:
+def test_a_pool_of_copies_is_finite(measure: ModuleType, pool: list[StoreView]) -> None:
     found = scores(measure, pool[0], [pool[0]] * 3)
     assert all(map(math.isfinite, found))
     assert max(found) == min(found)
     assert found[0] in (0, pytest.approx(1))  # around their mean all of them are nothing
 
 
-def test_the_same_again_and_the_files_are_as_they_were(measure: ModuleType, pool: list[Stored]) -> None:
+def test_the_same_again_and_the_files_are_as_they_were(measure: ModuleType, pool: list[StoreView]) -> None:
     files = [file.path for member in pool for file in (member.expert.file, member.diagonal, member.marginals) if file]
     before = [path.read_bytes() for path in files]
     first = scores(measure, pool[0], pool[1:])

@@ -85,7 +85,7 @@ def pool(
     x = open_expert(make_expert(folder / "x", vit_base, task, seed=1))
     a = open_expert(make_expert(folder / "a", vit_base, task, seed=2, r=2, lora_bias=True))
     b = open_expert(make_expert(folder / "b", vit_base, task, seed=3, target_modules=["q_proj", "projection"]))
-    return Pool(open_bench(open_task(task), x.base, "cpu"), [a, b.scaled(0.5)], x, pixels())
+    return Pool(open_bench(open_task(task), x.base, "cpu"), [a, b.with_strength(0.5)], x, pixels())
 
 
 def pixels(count: int = 8) -> dict[str, Tensor]:
@@ -300,7 +300,7 @@ def test_for_every_kind_it_answers_as_what_was_trained_and_leaves_the_base_as_it
     # with the target's expert, or one other alone
     given: dict[str, Any] = {} if kind.target.kind == "ia3" else {"experts": kind.experts[:1], "target": None}
     refused = pytest.raises(PimergeError, match="scales the outputs of updates ΔW")
-    with refused if kind.target.groups and method.plan.mixture == "channels" else nullcontext():
+    with refused if kind.target.tensor_sets and method.plan.mixture == "channels" else nullcontext():
         with bench.tidied(1) as undo:
             job = kind.job(QUICK, tmp_path / "run", undo=undo, **given)
             fitted = method.fit(job)

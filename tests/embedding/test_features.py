@@ -173,7 +173,7 @@ def test_the_mean_of_experts_is_the_dense_mean(
     modules = {"llama": {"target_modules": ["k_proj", "v_proj"]}}.get(kind, {})
     other = open_expert(make_expert(tmp_path / "other", base, seed=7, r=2, head=False, **modules))
     viewer = viewer_of(base, task)
-    found = viewer.sum_sample([expert.scaled(0.5), other, expert])
+    found = viewer.sum_sample([expert.with_strength(0.5), other, expert])
     expected = features(dense_model(base, [expert, other], [1.5 / 3, 1 / 3]), kind, viewer)
     assert relative_difference(found.vectors, expected) < 1e-5
 
@@ -187,7 +187,7 @@ def test_the_base_comes_back_bit_for_bit(
     for name, config in (("a", {}), ("b", own), ("c", {})):
         expert = open_expert(make_expert(tmp_path / name, bert_base, text_task, **config))
         viewer.samples(expert)
-        viewer.sum_sample([expert, expert.scaled(0.5)])
+        viewer.sum_sample([expert, expert.with_strength(0.5)])
     after = viewer.loaded.model.state_dict()
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], value) for name, value in before.items())

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from pimerge.adapters.compatibility import check_expert
 from pimerge.adapters.expert import open_expert
 from pimerge.adapters.kinds._keys import PREFIX
+from pimerge.embedding import embed as embedding
 from pimerge.embedding.embed import embed
 from pimerge.embedding.input_grams import linear_layers
 from pimerge.embedding.layer_moments import Marginals
@@ -265,4 +266,4 @@ def test_a_layer_without_marginals_leaves_them_empty(
 ) -> None:
     folder = make_expert(tmp_path / "x", bert_base, text_task, target_modules=["word_embeddings"])
     assert embedded(folder, tmp_path) == {}
-    assert embed.MARGINALS in Store(tmp_path / "embeddings.json").experts["x"].sidecars
+    assert embedding.MARGINALS in Store(tmp_path / "embeddings.json").experts["x"].sidecars

@@ -13,7 +13,8 @@ from pimerge.adapters.expert import open_expert
 from pimerge.checkpoints.base import find_base
 from pimerge.models.loading import load_base, plugged_in
 from pimerge.tasks.task import open_task
-from pimerge.tasks.types._generation import TextExamples, generate
+from pimerge.tasks.types._generation import generate
+from pimerge.tasks.types._text_examples import TextExamples
 from tests.conftest import KINDS, LANGUAGE_MODELS, MakeExpert, Shell, model_for, write_text_task
 from tests.embedding.test_fisher_of_kinds import nll
 

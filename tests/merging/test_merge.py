@@ -416,7 +416,9 @@ def test_fisher_weighs_every_parameter_by_its_information(tmp_path: Path) -> Non
 
 def test_fisher_weighs_a_scaled_expert_as_the_whole_one(tmp_path: Path) -> None:
     """Its information was measured at full strength; a weaker update does not say more."""
-    experts = [expert.scaled(scale) for expert, scale in zip(shared_init(tmp_path), (0.5, 1.0, 0.0), strict=True)]
+    experts = [
+        expert.with_strength(scale) for expert, scale in zip(shared_init(tmp_path), (0.5, 1.0, 0.0), strict=True)
+    ]
     keys = experts[0].file.entries
     diagonals = {
         (e.name, key): normal(*e.tensor(key).shape, seed=10 * i + n).square()
@@ -426,13 +428,13 @@ def test_fisher_weighs_a_scaled_expert_as_the_whole_one(tmp_path: Path) -> None:
     (found,) = merge(experts, [0.2, 0.5, 0.3], "fisher", fisher=lambda e, key: diagonals[e.name, key], dtype=F64)
     key = experts[0].modules["q"].B
     shares = torch.stack([w * diagonals[e.name, key].to(F64) for w, e in zip([0.2, 0.5, 0.3], experts, strict=True)])
-    values = torch.stack([e.scale * e.tensor(key).to(F64) for e in experts])
+    values = torch.stack([e.strength * e.tensor(key).to(F64) for e in experts])
     assert relative_difference(found.factors.B, (shares * values).sum(0) / shares.sum(0)) <= 1e-4  # the floor of 1e-6
 
 
 def test_one_expert_at_two_scales_counts_as_two(pool: list[Expert]) -> None:
-    prepared = prepare([pool[0], pool[0].scaled(0.5), pool[0]], [0.5, 0.3, 0.2], open_method("interpolated"))
-    assert [expert.scale for expert in prepared.experts] == [1.0, 0.5]
+    prepared = prepare([pool[0], pool[0].with_strength(0.5), pool[0]], [0.5, 0.3, 0.2], open_method("interpolated"))
+    assert [expert.strength for expert in prepared.experts] == [1.0, 0.5]
     expected = {name: (0.7 + 0.3 * 0.5) * scaled(0, name) for name in SHAPES}
     assert_same(dense([prepared.module(name) for name in prepared.names]), expected, rel=1e-6)
 

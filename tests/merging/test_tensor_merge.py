@@ -16,8 +16,8 @@ from pimerge.adapters.expert import open_expert
 from pimerge.core import plugins
 from pimerge.core.errors import PimergeError
 from pimerge.merging.method import open_method
-from pimerge.merging.tensor_merge import SPACES, prepare_groups
-from tests.adapters.kinds.test_groups import inputs
+from pimerge.merging.tensor_merge import SPACES, prepare_tensors
+from tests.adapters.kinds.test_tensor_sets import inputs
 from tests.conftest import KINDS, MakeExpert, edit_tensors, logits_of, model_for
 
 Run = Callable[..., Any]
@@ -26,9 +26,9 @@ METHODS = list(plugins.summaries("pimerge.merging.methods"))
 
 def merged(folders: list[Path], method: str, weights: list[float], **options: Any) -> dict[str, Tensor]:
     experts = [open_expert(folder) for folder in folders]
-    each = dict.fromkeys(experts[0].groups, weights)
+    each = dict.fromkeys(experts[0].tensor_sets, weights)
     fisher = (lambda expert, key: torch.ones(expert.file.entries[key].shape)) if method == "fisher" else None
-    return prepare_groups(experts, each, open_method(method, options), fisher=fisher).tensors()
+    return prepare_tensors(experts, each, open_method(method, options), fisher=fisher).tensors()
 
 
 @pytest.fixture
@@ -127,9 +127,9 @@ def test_the_projections_of_a_position_share_one_coefficient_and_so_does_a_prefi
 ) -> None:
     for kind in ("bottleneck", "prefix"):
         experts = [open_expert(folder) for folder in pool(kind)[:2]]
-        weights = {name: [0.1 * number, 1 - 0.1 * number] for number, name in enumerate(experts[0].groups)}
-        found = prepare_groups(experts, weights, open_method("interpolated")).tensors()
-        for name, group in experts[0].groups.items():
+        weights = {name: [0.1 * number, 1 - 0.1 * number] for number, name in enumerate(experts[0].tensor_sets)}
+        found = prepare_tensors(experts, weights, open_method("interpolated")).tensors()
+        for name, group in experts[0].tensor_sets.items():
             for slot in group.slots.values():
                 a, b = (expert.tensor(slot.key) for expert in experts)
                 expected, given = weights[name][0] * a + weights[name][1] * b, found[slot.key]

@@ -162,8 +162,8 @@ def test_a_sum_of_several_is_the_dense_sum_and_the_base_comes_back(
     modules = {"vit": ["k_proj", "v_proj"], "gpt2": ["c_attn", "c_fc"]}[kind]
     experts = [
         open_expert(make_expert(tmp_path / "a", base, task)),
-        open_expert(make_expert(tmp_path / "b", base, task, seed=1, r=2, lora_alpha=3, head=False)).scaled(0.25),
-        open_expert(make_expert(tmp_path / "c", base, task, seed=2, r=3, target_modules=modules)).scaled(0.5),
+        open_expert(make_expert(tmp_path / "b", base, task, seed=1, r=2, lora_alpha=3, head=False)).with_strength(0.25),
+        open_expert(make_expert(tmp_path / "c", base, task, seed=2, r=3, target_modules=modules)).with_strength(0.5),
     ]
     weights = [0.5, 1.5, -1.0]
     dense = load(base, task).model

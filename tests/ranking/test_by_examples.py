@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
+from pimerge.adapters.ranking_document import Ranking, Seen, Target
 from pimerge.core import plugins
 from pimerge.embedding.sample import Sample
 from pimerge.ranking import by_examples
 from pimerge.ranking.few_shot import Verdict
-from pimerge.ranking.schema import Ranking, Seen, Target
 from pimerge.ranking.selection import BY_EXAMPLES, Judged, Wish
 from tests.ranking.test_few_shot import BASE, plain, sample_of
 
@@ -25,7 +25,7 @@ class Named:
     """As much of an expert as a ranking asks for."""
 
     name: str
-    scale: float = 1.0
+    strength: float = 1.0
     kind: str = "lora"
     modules: tuple[str, ...] = ("q",)
 
@@ -37,8 +37,8 @@ class Named:
     def sha256(self) -> str:
         return f"sha of {self.name}"
 
-    def scaled(self, scale: float) -> Named:
-        return replace(self, scale=scale * self.scale)
+    def with_strength(self, strength: float) -> Named:
+        return replace(self, strength=strength * self.strength)
 
 
 class Viewed:
@@ -58,7 +58,7 @@ class Viewed:
         return {0.5: sample_of(signal), 1.0: sample_of(0.1)}
 
     def sum_sample(self, experts: Sequence[Named]) -> Sample:
-        self.summed.append([(expert.name, expert.scale) for expert in experts])
+        self.summed.append([(expert.name, expert.strength) for expert in experts])
         return sample_of(self.means[len(experts) - 1])
 
     def notes(self) -> list[str]:

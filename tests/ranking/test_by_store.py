@@ -10,13 +10,13 @@ import torch
 
 from pimerge.adapters.compatibility import check_expert
 from pimerge.adapters.expert import Expert, open_expert
+from pimerge.adapters.ranking_document import Target
 from pimerge.core.errors import PimergeError
 from pimerge.embedding.embed import embed
 from pimerge.embedding.store import Store
 from pimerge.embedding.store_schema import Gains, Settings
 from pimerge.models.loading import Bases
 from pimerge.ranking.by_store import rank_by_history, rank_by_store
-from pimerge.ranking.schema import Target
 from pimerge.ranking.selection import Wish
 from tests.conftest import MakeExpert
 

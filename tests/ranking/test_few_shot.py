@@ -215,7 +215,7 @@ def test_gains_of_means_are_those_of_the_dense_means(
         open_expert(make_expert(tmp_path / str(seed), bert_base, text_task, seed=seed, r=rank, lora_alpha=200))
         for seed, rank in ((0, 4), (1, 2), (2, 4))
     ]
-    experts[1] = experts[1].scaled(0.25)
+    experts[1] = experts[1].with_strength(0.25)
     labels = torch.tensor([int(viewer.examples[index]["labels"]) for index in range(12)])
 
     def sample(count: int) -> Sample:

@@ -15,7 +15,8 @@ from pimerge.core.errors import PimergeError
 from pimerge.evaluation.design import usual_controls
 from pimerge.tasks.task import Task, open_task
 from pimerge.tasks.types import Examples
-from pimerge.tuning.class_name_examples import class_names, class_texts, decided, names_foretell
+from pimerge.tuning.class_name_examples import class_names, class_texts, names_foretell
+from pimerge.tuning.method import decided
 from pimerge.tuning.methods import Plan
 from pimerge.tuning.options import Options
 from pimerge.tuning.session import Bench, Job, open_bench

@@ -61,9 +61,9 @@ def test_bottlenecks_have_places_in_tower_and_words(
     base = find_base(str(image_text_base(name)), None, tmp_path)
     loaded = load_base(base, task, CPU, torch.float32)
     with fresh_expert("bottleneck", loaded, base, task, size=3) as fresh:
-        ends = {place.rpartition(".")[2] for place in fresh.groups}
+        ends = {place.rpartition(".")[2] for place in fresh.tensor_sets}
         assert ends == {"out_proj", "fc2", "o_proj", "down_proj"}
-        assert any("vision" in place for place in fresh.groups)
+        assert any("vision" in place for place in fresh.tensor_sets)
 
 
 def odd_t5(folder: Path) -> Path:

@@ -16,7 +16,7 @@ from pimerge.adapters.expert import open_expert
 from pimerge.core.errors import PimergeError
 from pimerge.tuning.lora_layers import FreeMixture, Mixture
 from pimerge.tuning.tensor_layers import MixedTensor, compose_groups, fresh_member, member_of
-from tests.adapters.kinds.test_groups import inputs, loaded_base
+from tests.adapters.kinds.test_tensor_sets import inputs, loaded_base
 from tests.conftest import KINDS, MakeExpert, logits_of, model_for
 
 Run = Callable[..., Any]
@@ -47,7 +47,7 @@ def test_the_model_computes_the_weighted_sum_and_gradients_reach_weights_and_ten
     found = composition.model(**batch).logits
     collapsed = composition.collapsed()
     files = [load_file(folder / "adapter_model.safetensors") for folder in folders]
-    for name, group in experts[0].groups.items():
+    for name, group in experts[0].tensor_sets.items():
         weights = mixture(name).detach()
         for slot in group.slots.values():
             part = slice(*slot.columns) if slot.columns else slice(None)

@@ -190,7 +190,7 @@ def test_the_coefficients_of_learned_give_its_update_again(tuner: Tuner, tmp_pat
 def test_experts_are_composed_at_their_scales(tuner: Tuner, starts: list[Any], tmp_path: Path, method: str) -> None:
     output = tmp_path / "tuned"
     frozen = replace(QUICK, lr=1e-12, weights_lr=1e-12, weight_decay=0.0)
-    scaled = [tuner.a.scaled(0.5), tuner.b.scaled(0.25)]
+    scaled = [tuner.a.with_strength(0.5), tuner.b.with_strength(0.25)]
     result = tuner(method, output, frozen, scaled, target=tuner.x if method == "interpolated" else None)
     document = Coefficients.model_validate_json((output / "coefficients.json").read_text())
     members = [tuner.x, tuner.a, tuner.b] if method == "interpolated" else [tuner.a, tuner.b]
@@ -259,7 +259,7 @@ def test_a_fresh_expert_takes_rank_alpha_and_modules_from_the_targets(tuner: Tun
 
 
 def test_a_fresh_expert_takes_its_form_from_another_where_the_target_has_none(tuner: Tuner, tmp_path: Path) -> None:
-    tuner("scratch", tmp_path / "tuned", experts=[], like=tuner.a.scaled(0.5), instead_of="learned")
+    tuner("scratch", tmp_path / "tuned", experts=[], like=tuner.a.with_strength(0.5), instead_of="learned")
     expert = open_expert(tmp_path / "tuned")
     assert (expert.modules.keys(), expert.ranks) == (tuner.a.modules.keys(), tuner.a.ranks)
     options = json.loads((tmp_path / "tuned" / "pimerge.json").read_text())["options"]

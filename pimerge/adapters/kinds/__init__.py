@@ -10,8 +10,8 @@ The parts of ``lora`` are updates ΔW of the base's matrices (:class:`pimerge.ad
 combined whatever factors they are stored in; it and its relatives say so by ``HAS_UPDATE``. A relative's ΔW is computed
 from tensors of its own (:class:`pimerge.adapters.kinds._relatives.Relative`); it says by ``READS_BASE`` that its
 ``parse`` also takes ``layers``, what gives the shapes of the base's weights. Those of every other kind are
-:class:`pimerge.adapters.kinds._groups.Group`: tensors that are combined number by number, around the kind's neutral
-point where it has one.
+:class:`pimerge.adapters.kinds._tensor_sets.TensorSet`: tensors that are combined number by number, around the kind's
+neutral point where it has one.
 
 Every kind but ``lora`` has
 

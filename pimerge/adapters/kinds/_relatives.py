@@ -14,8 +14,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from pimerge.adapters.kinds._groups import Group, Slot
 from pimerge.adapters.kinds._keys import PREFIX, CommonFields, faulty_fields, sort_keys
+from pimerge.adapters.kinds._tensor_sets import TensorSet, TensorSlot
 from pimerge.adapters.kinds.lora import Factors, LoraModule
 from pimerge.core.errors import PimergeError, Problems
 
@@ -252,10 +252,10 @@ def require_shapes(
         )
 
 
-def as_groups(modules: Mapping[str, LoraModule]) -> dict[str, Group]:
+def as_tensor_sets(modules: Mapping[str, LoraModule]) -> dict[str, TensorSet]:
     """The tensors themselves, one group for each module: what a fresh expert of the kind trains."""
     return {
-        name: Group(name, {slot: Slot(key, module.shapes[slot]) for slot, key in module.slots.items()})
+        name: TensorSet(name, {slot: TensorSlot(key, module.shapes[slot]) for slot, key in module.slots.items()})
         for name, module in modules.items()
         if isinstance(module, Relative)
     }
@@ -290,7 +290,7 @@ def key_of_parameter(name: str) -> str:
     return name.removesuffix(".default")
 
 
-def misfit(group: Group, model: nn.Module, config: Mapping[str, Any]) -> str:
+def misfit(group: TensorSet, model: nn.Module, config: Mapping[str, Any]) -> str:
     """Why a group has no place in a base; empty if it has."""
     model.get_submodule(group.name)  # PEFT made its tensors for this very layer
     return ""

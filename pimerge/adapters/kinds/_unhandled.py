@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pimerge.adapters.kinds._groups import Group, Slot
+from pimerge.adapters.kinds._tensor_sets import TensorSet, TensorSlot
 
 _ROTATES = "it multiplies the base's weights by an orthogonal matrix, and the sum of two such is none"
 _OF_THE_BASE = "its ΔW is made with the base's own weights, which are not read where experts are combined"
@@ -67,11 +67,13 @@ def why_unhandled(peft_type: str) -> str:
     return NO_RULE if peft_type in PeftType.__members__ else ""
 
 
-def parse(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, Group], dict[str, str]]:
+def parse(
+    config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[dict[str, TensorSet], dict[str, str]]:
     """Every tensor that is no head's, by the module that its name says."""
     saved = config.get("modules_to_save")
     heads = saved if isinstance(saved, list) else []
-    found: dict[str, dict[str, Slot]] = {}
+    found: dict[str, dict[str, TensorSlot]] = {}
     head = {}
     for key, shape in sorted(shapes.items()):
         name = next((key.removeprefix(prefix) for prefix in _PREFIXES if key.startswith(prefix)), key)
@@ -79,5 +81,5 @@ def parse(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> t
             head[name] = key
         else:
             module, _, slot = name.rpartition(".")
-            found.setdefault(module or slot, {})[slot] = Slot(key, shape)
-    return {name: Group(name, slots) for name, slots in found.items()}, head
+            found.setdefault(module or slot, {})[slot] = TensorSlot(key, shape)
+    return {name: TensorSet(name, slots) for name, slots in found.items()}, head

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from pimerge.adapters.kinds._groups import Group, Slot, fresh_fields, parse_groups
+from pimerge.adapters.kinds._tensor_sets import TensorSet, TensorSlot, fresh_fields, parse_tensor_sets
 
 if TYPE_CHECKING:
     from torch import nn
@@ -20,7 +20,7 @@ _KEY = re.compile(r"(?P<module>.+)\.(?P<slot>bitfit_bias)")
 
 def parse(
     config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], *, convert: bool = False
-) -> tuple[dict[str, Group], dict[str, str]]:
+) -> tuple[dict[str, TensorSet], dict[str, str]]:
     """Read the layout of an expert of biases; see :mod:`pimerge.adapters.kinds`.
 
     >>> groups, _ = parse({}, {"base_model.model.q.bitfit_bias": (4,)})
@@ -28,10 +28,10 @@ def parse(
     'q.bias'
     """
 
-    def slot(module: str, name: str, key: str, shape: tuple[int, ...]) -> Slot | str:
-        return Slot(key, shape, base=f"{module}.bias") if len(shape) == 1 else "expected one dimension"
+    def slot(module: str, name: str, key: str, shape: tuple[int, ...]) -> TensorSlot | str:
+        return TensorSlot(key, shape, base=f"{module}.bias") if len(shape) == 1 else "expected one dimension"
 
-    return parse_groups(config, shapes, _KEY, "biases", slot, frozenset({"bitfit_bias"}))
+    return parse_tensor_sets(config, shapes, _KEY, "biases", slot, frozenset({"bitfit_bias"}))
 
 
 def key_of_parameter(name: str) -> str:
@@ -43,7 +43,7 @@ def key_of_parameter(name: str) -> str:
     return re.sub(r"\.bitfit_bias\.default$", ".bitfit_bias", name)
 
 
-def misfit(group: Group, model: nn.Module, config: Mapping[str, Any]) -> str:
+def misfit(group: TensorSet, model: nn.Module, config: Mapping[str, Any]) -> str:
     """Why a group has no place in a base; empty if it has."""
     bias = getattr(model.get_submodule(group.name), "bias", None)
     if bias is None:

@@ -9,9 +9,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from pimerge.adapters.kinds._groups import Group, Slot, parse_groups
-from pimerge.adapters.kinds._groups import fresh_fields as placed
 from pimerge.adapters.kinds._keys import CommonFields
+from pimerge.adapters.kinds._tensor_sets import TensorSet, TensorSlot, parse_tensor_sets
+from pimerge.adapters.kinds._tensor_sets import fresh_fields as placed
 from pimerge.core.errors import Problems
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class _Fields(CommonFields):
 
 def parse(
     config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], *, convert: bool = False
-) -> tuple[dict[str, Group], dict[str, str]]:
+) -> tuple[dict[str, TensorSet], dict[str, str]]:
     """Read the layout of an expert of bottleneck adapters; see :mod:`pimerge.adapters.kinds`.
 
     >>> shapes = {"down.weight": (2, 8), "down.bias": (2,), "up.weight": (8, 2), "up.bias": (8,)}
@@ -41,14 +41,14 @@ def parse(
     (0.0, None)
     """
 
-    def slot(module: str, name: str, key: str, shape: tuple[int, ...]) -> Slot | str:
+    def slot(module: str, name: str, key: str, shape: tuple[int, ...]) -> TensorSlot | str:
         d, dimensions = config.get("bottleneck_dim", 64), 2 if name.endswith("weight") else 1
         side = {"down.weight": 0, "down.bias": 0, "up.weight": 1}.get(name)
         if len(shape) != dimensions or (side is not None and shape[side] != d):
             return f"adapter_config.json says bottleneck_dim {d}"
-        return Slot(key, shape, neutral=0.0 if name.startswith("up") else None)
+        return TensorSlot(key, shape, neutral=0.0 if name.startswith("up") else None)
 
-    groups, head = parse_groups(config, shapes, _KEY, "bottleneck adapters", slot, _SLOTS, fields=_Fields)
+    groups, head = parse_tensor_sets(config, shapes, _KEY, "bottleneck adapters", slot, _SLOTS, fields=_Fields)
     problems = Problems()
     for group in groups.values():
         widths = {group.slots["down.weight"].shape[1], group.slots["up.weight"].shape[0], *group.slots["up.bias"].shape}
@@ -89,7 +89,7 @@ def key_of_parameter(name: str) -> str:
     return re.sub(r"\.(bottleneck_(?:down|up))\.default\.", r".\1.", name)
 
 
-def misfit(group: Group, model: nn.Module, config: Mapping[str, Any]) -> str:
+def misfit(group: TensorSet, model: nn.Module, config: Mapping[str, Any]) -> str:
     """Why a group has no place in a base; empty if it has."""
     from pimerge.peft_methods.bottleneck import output_width
 

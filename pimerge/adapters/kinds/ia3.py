@@ -9,8 +9,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from pimerge.adapters.kinds._groups import Group, Slot, parse_groups
-from pimerge.adapters.kinds._groups import fresh_fields as placed
+from pimerge.adapters.kinds._tensor_sets import TensorSet, TensorSlot, parse_tensor_sets
+from pimerge.adapters.kinds._tensor_sets import fresh_fields as placed
 from pimerge.core.errors import PimergeError
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ _KEY = re.compile(r"(?P<module>.+)\.(?P<slot>ia3_l)")
 
 def parse(
     config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], *, convert: bool = False
-) -> tuple[dict[str, Group], dict[str, str]]:
+) -> tuple[dict[str, TensorSet], dict[str, str]]:
     """Read the layout of an (IA)³ expert; see :mod:`pimerge.adapters.kinds`.
 
     >>> groups, _ = parse({}, {"base_model.model.k.ia3_l": (4, 1)})
@@ -33,8 +33,12 @@ def parse(
     1.0
     """
 
-    def slot(module: str, name: str, key: str, shape: tuple[int, ...]) -> Slot | str:
-        return Slot(key, shape, neutral=1.0) if shape.count(1) >= len(shape) - 1 > 0 else "expected a row or a column"
+    def slot(module: str, name: str, key: str, shape: tuple[int, ...]) -> TensorSlot | str:
+        return (
+            TensorSlot(key, shape, neutral=1.0)
+            if shape.count(1) >= len(shape) - 1 > 0
+            else "expected a row or a column"
+        )
 
     feedforward, targets = config.get("feedforward_modules"), config.get("target_modules")
     if isinstance(feedforward, list) and isinstance(targets, list) and (stray := set(feedforward) - set(targets)):
@@ -43,7 +47,7 @@ def parse(
             "such a config where it chose the former itself, and does not load it",
             "leave in feedforward_modules of adapter_config.json only what target_modules has",
         )
-    return parse_groups(config, shapes, _KEY, "(IA)³ vectors", slot, frozenset({"ia3_l"}))
+    return parse_tensor_sets(config, shapes, _KEY, "(IA)³ vectors", slot, frozenset({"ia3_l"}))
 
 
 def fresh_fields(size: int | None, modules: Sequence[str] | None) -> dict[str, Any]:
@@ -80,7 +84,7 @@ def key_of_parameter(name: str) -> str:
     return re.sub(r"\.ia3_l\.default$", ".ia3_l", name)
 
 
-def misfit(group: Group, model: nn.Module, config: Mapping[str, Any]) -> str:
+def misfit(group: TensorSet, model: nn.Module, config: Mapping[str, Any]) -> str:
     """Why a group has no place in a base; empty if it has."""
     weight = getattr(model.get_submodule(group.name), "weight", None)
     if weight is None or weight.dim() < 2:

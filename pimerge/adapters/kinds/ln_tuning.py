@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from pimerge.adapters.kinds._groups import Group, Slot, fresh_fields, parse_groups
+from pimerge.adapters.kinds._tensor_sets import TensorSet, TensorSlot, fresh_fields, parse_tensor_sets
 
 if TYPE_CHECKING:
     from torch import nn
@@ -20,7 +20,7 @@ _KEY = re.compile(r"(?P<module>.+)\.ln_tuning_layers\.(?P<slot>weight|bias)")
 
 def parse(
     config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], *, convert: bool = False
-) -> tuple[dict[str, Group], dict[str, str]]:
+) -> tuple[dict[str, TensorSet], dict[str, str]]:
     """Read the layout of an expert of trained LayerNorms; see :mod:`pimerge.adapters.kinds`.
 
     >>> groups, _ = parse({}, {"base_model.model.norm.ln_tuning_layers.weight": (4,)})
@@ -28,10 +28,10 @@ def parse(
     'norm.weight'
     """
 
-    def slot(module: str, name: str, key: str, shape: tuple[int, ...]) -> Slot | str:
-        return Slot(key, shape, base=f"{module}.{name}")
+    def slot(module: str, name: str, key: str, shape: tuple[int, ...]) -> TensorSlot | str:
+        return TensorSlot(key, shape, base=f"{module}.{name}")
 
-    return parse_groups(config, shapes, _KEY, "LayerNorms", slot, frozenset({"weight"}))
+    return parse_tensor_sets(config, shapes, _KEY, "LayerNorms", slot, frozenset({"weight"}))
 
 
 def usual_places(model: nn.Module) -> dict[str, Any]:
@@ -53,7 +53,7 @@ def key_of_parameter(name: str) -> str:
     return name.replace(".ln_tuning_layers.default.", ".ln_tuning_layers.")
 
 
-def misfit(group: Group, model: nn.Module, config: Mapping[str, Any]) -> str:
+def misfit(group: TensorSet, model: nn.Module, config: Mapping[str, Any]) -> str:
     """Why a group has no place in a base; empty if it has."""
     own = {name: tuple(value.shape) for name, value in model.get_submodule(group.name).named_parameters(recurse=False)}
     found = {name: slot.shape for name, slot in group.slots.items()}

@@ -10,7 +10,6 @@ import inspect
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from pimerge.adapters.kinds._groups import Group, Slot
 from pimerge.adapters.kinds._prompts import (
     KEY,
     fresh_fields,
@@ -20,6 +19,7 @@ from pimerge.adapters.kinds._prompts import (
     takes_text,
     text_field,
 )
+from pimerge.adapters.kinds._tensor_sets import TensorSet, TensorSlot
 from pimerge.core.errors import PimergeError
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ INIT = ("prefix",)
 
 def parse(
     config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], *, convert: bool = False
-) -> tuple[dict[str, Group], dict[str, str]]:
+) -> tuple[dict[str, TensorSet], dict[str, str]]:
     """Read the layout of an expert of prefix tuning; see :mod:`pimerge.adapters.kinds`.
 
     >>> groups, _ = parse({"num_virtual_tokens": 3, "token_dim": 8, "num_layers": 2}, {"prompt_embeddings": (3, 32)})
@@ -50,11 +50,11 @@ def parse(
     (tokens, width), head = parse_prompt(config, shapes, "prefix", expected)
     step = width // config["num_layers"]
     columns = [(layer * step, (layer + 1) * step) for layer in range(config["num_layers"])]
-    slots = {f"layers.{layer}": Slot(KEY, (tokens, step), columns=part) for layer, part in enumerate(columns)}
-    return {name: Group(name, {"prefix": slot}) for name, slot in slots.items()}, head
+    slots = {f"layers.{layer}": TensorSlot(KEY, (tokens, step), columns=part) for layer, part in enumerate(columns)}
+    return {name: TensorSet(name, {"prefix": slot}) for name, slot in slots.items()}, head
 
 
-def misfit(group: Group, model: nn.Module, config: Mapping[str, Any]) -> str:
+def misfit(group: TensorSet, model: nn.Module, config: Mapping[str, Any]) -> str:
     """Why the prefix has no place in a base; empty if it has."""
     if not takes_text(model) or not _takes_past(model):
         return f"a prefix goes before a text's keys and values, and {type(model).__name__} takes none"

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from pimerge.adapters.kinds._groups import Group, Slot
 from pimerge.adapters.kinds._prompts import (
     KEY,
     fresh_fields,
@@ -19,6 +18,7 @@ from pimerge.adapters.kinds._prompts import (
     takes_text,
     text_field,
 )
+from pimerge.adapters.kinds._tensor_sets import TensorSet, TensorSlot
 
 if TYPE_CHECKING:
     from torch import nn
@@ -31,7 +31,7 @@ INIT = ("prompt",)
 
 def parse(
     config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], *, convert: bool = False
-) -> tuple[dict[str, Group], dict[str, str]]:
+) -> tuple[dict[str, TensorSet], dict[str, str]]:
     """Read the layout of an expert of prompt tuning; see :mod:`pimerge.adapters.kinds`.
 
     >>> groups, _ = parse({"num_virtual_tokens": 3, "token_dim": 8, "num_layers": 2}, {"prompt_embeddings": (3, 8)})
@@ -40,10 +40,10 @@ def parse(
     """
     expected = {"tokens": "num_virtual_tokens num_transformer_submodules", "width": "token_dim"}
     shape, head = parse_prompt(config, shapes, "prompt", expected)
-    return {"prompt": Group("prompt", {"prompt": Slot(KEY, shape)})}, head
+    return {"prompt": TensorSet("prompt", {"prompt": TensorSlot(KEY, shape)})}, head
 
 
-def misfit(group: Group, model: nn.Module, config: Mapping[str, Any]) -> str:
+def misfit(group: TensorSet, model: nn.Module, config: Mapping[str, Any]) -> str:
     """Why the prompt has no place in a base; empty if it has."""
     if not takes_text(model):
         return f"a prompt goes before a text, and {type(model).__name__} reads none"

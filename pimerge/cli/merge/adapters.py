@@ -49,7 +49,7 @@ def run(request: Request) -> None:
     refuse_over_inputs(request.output, [*chosen.experts, *([chosen.target] if chosen.target else [])])
     if request.head == "target" and chosen.target is not None:
         require_alike([*chosen.experts, chosen.target])
-    if chosen.experts[0].groups:
+    if chosen.experts[0].tensor_sets:
         from pimerge.cli.merge import tensors
 
         tensors.run(request, chosen, method, statistics_of(request, chosen.experts, method.needs).get("fisher"))
@@ -79,9 +79,9 @@ def run(request: Request) -> None:
         deviation = verified.deviation
         note(f"verified: every expert comes back through '{verified.method}' to {deviation:.1e}", request.quiet)
     if request.into is not None:
-        from pimerge.cli.merge.into import fold_into
+        from pimerge.cli.merge.into import merge_into_base
 
-        fold_into(request, merge, head, plan, deviation)
+        merge_into_base(request, merge, head, plan, deviation)
     else:
         _write(request, merge, head, chosen, deviation)
 
@@ -183,7 +183,8 @@ model = PeftModel.from_pretrained(AutoModel.from_pretrained("{base}"), "path/to/
 
 def _reader(experts: Sequence[Expert]) -> Callable[[Expert, str], Any]:
     """What reads the experts' factors: with the base's weights where something has to be converted."""
-    from pimerge.adapters.conversion import base_weights, converting
+    from pimerge.adapters.base_weights import base_weights
+    from pimerge.adapters.conversion import converting
     from pimerge.adapters.expert import Expert
 
     layouts = {name: module for e in experts for name, module in e.modules.items() if module.conversions}

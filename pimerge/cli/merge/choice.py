@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from pimerge.adapters.selected import open_all, select
 from pimerge.cli.console import note
-from pimerge.cli.inputs import open_all, parse_numbers, select
+from pimerge.cli.inputs import parse_numbers
 from pimerge.cli.merge.request import Request
 from pimerge.core.errors import PimergeError, Problems
+from pimerge.merging.weights import shares, starting_weights
 
 if TYPE_CHECKING:
     from pimerge.adapters.expert import Expert
-    from pimerge.merging.method import Method
 
 
 @dataclass(frozen=True)
@@ -59,23 +58,6 @@ def choose(request: Request) -> Chosen:
     return Chosen(experts, weights, target or alone)
 
 
-def starting_weights(method: Method, count: int, given: list[float] | None, has_rules: bool) -> list[float] | None:
-    """The weights where no rule decides; None for a method that needs weights, if all come from rules.
-
-    Raises:
-        PimergeError: if the method takes no weights or not these, or needs some.
-    """
-    if not has_rules:
-        return method.weights(count, given)
-    method.weights(count, given or [1 / count] * count)  # refused by a method that takes none
-    if given is not None:
-        return given
-    try:
-        return method.weights(count, None)
-    except PimergeError:
-        return None
-
-
 def _from_coefficients(request: Request) -> Chosen:
     from pimerge.adapters.writer import Coefficients
     from pimerge.tasks.task import parse_document
@@ -113,7 +95,7 @@ def _scaled(experts: list[Expert], scales: list[float]) -> list[Expert]:
                 "only plain LoRA is scaled: set its scale to 1 and multiply its weights instead",
             )
     problems.raise_any("some experts cannot be scaled")
-    return [expert.scaled(scale) for expert, scale in zip(experts, scales, strict=True)]
+    return [expert.with_strength(scale) for expert, scale in zip(experts, scales, strict=True)]
 
 
 def _from_options(request: Request) -> tuple[list[Expert], list[str], list[float] | None, Expert | None]:
@@ -151,33 +133,3 @@ def _from_options(request: Request) -> tuple[list[Expert], list[str], list[float
             f"--weights holds {len(given)} numbers for {len(experts)} experts ({names})", "give one for each, in order"
         )
     return experts, list(references), given, own
-
-
-def shares(
-    experts: Sequence[str], own: str | None, scores: Sequence[float | None], alpha: float | None, *, by_score: bool
-) -> list[float] | None:
-    """α for the target's expert, and (1 − α) for the others by the softmax of their scores or evenly.
-
-    None where a score is missing.
-
-    Args:
-        experts: the SHA-256 of each.
-        own: that of the target's expert; None if it is not known.
-        alpha: None for 1/N.
-
-    >>> shares(["x", "a", "b"], "x", [None, 0.3, 0.3], 0.5, by_score=True)
-    [0.5, 0.25, 0.25]
-    """
-    others = [i for i, sha256 in enumerate(experts) if sha256 != own]
-    known = [score for i in others if (score := scores[i] if by_score else 0.0) is not None]
-    if len(known) < len(others):
-        return None
-    has_own = len(others) < len(experts)
-    if alpha is not None and not has_own:
-        raise PimergeError("--alpha is the target's share, and the target's expert is not among the experts")
-    if alpha is not None and not 0 <= alpha <= 1:
-        raise PimergeError(f"--alpha is {alpha}", "expected a share from 0 to 1")
-    share = (1 / len(experts) if alpha is None else alpha) if has_own else 0.0
-    exponentials = [math.exp(score - max(known)) for score in known]
-    soft = iter([(1 - share) * value / sum(exponentials) for value in exponentials])
-    return [next(soft) if i in others else share for i in range(len(experts))]

@@ -15,18 +15,18 @@ from pimerge.core.errors import PimergeError
 if TYPE_CHECKING:
     from pimerge.adapters.kinds.lora import Factors
     from pimerge.adapters.low_rank import Summary
-    from pimerge.adapters.merge_into import FoldPlan
+    from pimerge.adapters.merge_into import MergeIntoPlan
     from pimerge.adapters.writer import Head
     from pimerge.checkpoints.checkpoint import Checkpoint
     from pimerge.merging.dry_run import Plan
     from pimerge.merging.merge import Merge
 
 
-def fold_into(request: Request, merge: Merge, head: Head, plan: Plan, deviation: float | None) -> None:
+def merge_into_base(request: Request, merge: Merge, head: Head, plan: Plan, deviation: float | None) -> None:
     """Write the checkpoint of ``--into`` with the merge in its weights."""
     import torch
 
-    from pimerge.adapters.merge_into import fold, plan_fold
+    from pimerge.adapters.merge_into import fold, plan_merge_into
     from pimerge.adapters.writer import COEFFICIENTS_FILE
     from pimerge.core.files import hashes_of, json_text, new_folder, write_into
     from pimerge.core.manifest import MANIFEST_FILE
@@ -34,7 +34,7 @@ def fold_into(request: Request, merge: Merge, head: Head, plan: Plan, deviation:
     checkpoint = _open(request, merge)
     # the checkpoint's weights are rounded once, and the update not before
     merge = replace(merge, dtype=torch.promote_types(merge.dtype, torch.float32))
-    folding = plan_fold(
+    folding = plan_merge_into(
         checkpoint,
         {name: merge.layout(name) for name in merge.names},
         fan_in_fan_out=any(bool(expert.config.get("fan_in_fan_out")) for expert in merge.experts),
@@ -124,7 +124,7 @@ def _head_fields(checkpoint: Checkpoint, head: Head) -> dict[str, Any]:
     return {**label_fields(head.task.labels), "architectures": [model.__name__]}
 
 
-def _changes(plan: FoldPlan) -> list[str]:
+def _changes(plan: MergeIntoPlan) -> list[str]:
     found = []
     if plan.untied:
         found.append(

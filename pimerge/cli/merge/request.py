@@ -109,9 +109,9 @@ def with_ranked_state_dicts(request: Request) -> Request:
     """
     if request.experts or request.coefficients is not None or not request.ranking.is_file():
         return request
-    from pimerge.cli.merge.choice import shares
+    from pimerge.adapters.ranking_document import read_ranking
     from pimerge.core.files import sha256_file
-    from pimerge.ranking.schema import read_ranking
+    from pimerge.merging.weights import shares
 
     ranking = read_ranking(request.ranking)
     chosen, target = ranking.chosen(), ranking.target

@@ -25,7 +25,7 @@ def print_plan(request: Request, merge: Merge, plan: Plan) -> None:
         {
             "name": expert.name,
             "weight": weight_text(merge, place),
-            "scale": expert.scale,
+            "scale": expert.strength,
             "rank": "/".join(map(str, expert.ranks)),
             "dtype": "/".join(expert.dtypes),
             "sha256": expert.sha256,
@@ -102,7 +102,7 @@ def manifest_of(request: Request, merge: Merge, summaries: Sequence[Summary], de
         "method": request.method,
         **merge.method.resolved,
         "weights": flat_weights(merge) or {name: list(values) for name, values in merge.weights.items()},
-        "scales": [expert.scale for expert in merge.experts],
+        "scales": [expert.strength for expert in merge.experts],
         "space": request.space,
         "seed": request.seed,
         "rank": request.rank,
@@ -143,7 +143,7 @@ def coefficients_of(request: Request, experts: Sequence[Expert], weights: Mappin
         granularity="global" if all(row == rows[0] for row in rows) else "matrix",
         experts=[relative_to(expert.path, request.output) for expert in experts],
         sha256=[expert.sha256 for expert in experts],
-        scales=[expert.scale for expert in experts],
+        scales=[expert.strength for expert in experts],
         experts_trained=False,
         weights=dict(weights),
     )
@@ -154,7 +154,7 @@ def sources_of(merge: Weighted) -> list[Source]:
     from pimerge.adapters.model_card import Source, licence_of
 
     return [
-        Source(expert.name, expert.sha256, licence_of(expert.path), weight_text(merge, place), expert.scale)
+        Source(expert.name, expert.sha256, licence_of(expert.path), weight_text(merge, place), expert.strength)
         for place, expert in enumerate(merge.experts)
     ]
 

@@ -24,18 +24,18 @@ if TYPE_CHECKING:
 
     from pimerge.adapters.expert import Expert
     from pimerge.adapters.writer import Documents
-    from pimerge.merging.tensor_merge import GroupMerge
+    from pimerge.merging.tensor_merge import TensorMerge
 
 _IMPORT = {"bitfit", "bottleneck"}
 
 
 def run(request: Request, chosen: Chosen, method: Method, fisher: Callable[[Expert, str], Tensor] | None) -> None:
     """Merge experts of one kind into one of that kind."""
-    from pimerge.adapters.writer import choose_head, write_groups
-    from pimerge.merging.tensor_merge import prepare_groups
+    from pimerge.adapters.writer import choose_head, write_tensor_sets
+    from pimerge.merging.tensor_merge import prepare_tensors
 
     _refuse_other_options(request, chosen.experts[0].kind)
-    merge = prepare_groups(
+    merge = prepare_tensors(
         chosen.experts,
         chosen.weights,
         method,
@@ -47,7 +47,7 @@ def run(request: Request, chosen: Chosen, method: Method, fisher: Callable[[Expe
     if request.dry_run:
         _print_plan(request, merge)
         return
-    written = write_groups(
+    written = write_tensor_sets(
         request.output,
         merge.tensors,
         head,
@@ -89,7 +89,7 @@ def _refuse_other_options(request: Request, kind: str) -> None:
     problems.raise_any(f"these experts of kind {kind} cannot be merged so")
 
 
-def _print_plan(request: Request, merge: GroupMerge) -> None:
+def _print_plan(request: Request, merge: TensorMerge) -> None:
     experts = [
         {"name": e.name, "weight": weight_text(merge, i), "dtype": "/".join(e.dtypes), "sha256": e.sha256}
         for i, e in enumerate(merge.experts)
@@ -100,7 +100,7 @@ def _print_plan(request: Request, merge: GroupMerge) -> None:
         "options": merge.method.resolved,
         "kind": merge.experts[0].kind,
         "experts": experts,
-        "modules": len(merge.groups),
+        "modules": len(merge.tensor_sets),
         "parameters": merge.experts[0].parameters,
     }
     if request.json:
@@ -112,13 +112,14 @@ def _print_plan(request: Request, merge: GroupMerge) -> None:
         right=["weight"],
     )
     note(
-        f"{merge.experts[0].parameters} numbers in {len(merge.groups)} modules by '{merge.method.name}', one by one; "
+        f"{merge.experts[0].parameters} numbers in {len(merge.tensor_sets)} modules by '{merge.method.name}', "
+        "one by one; "
         "nothing is written now",
         request.quiet,
     )
 
 
-def _documents(request: Request, merge: GroupMerge) -> Documents:
+def _documents(request: Request, merge: TensorMerge) -> Documents:
     from pimerge.adapters.writer import Documents
     from pimerge.core.manifest import Manifest, inputs_of, library_versions
 
@@ -127,7 +128,7 @@ def _documents(request: Request, merge: GroupMerge) -> Documents:
         "method": request.method,
         **merge.method.resolved,
         "weights": flat_weights(merge) or {name: list(values) for name, values in merge.weights.items()},
-        "scales": [expert.scale for expert in merge.experts],
+        "scales": [expert.strength for expert in merge.experts],
         "seed": request.seed,
         "include": list(request.include),
         "exclude": list(request.exclude),
@@ -147,7 +148,7 @@ def _documents(request: Request, merge: GroupMerge) -> Documents:
     return Documents(manifest, coefficients, _card(request, merge))
 
 
-def _card(request: Request, merge: GroupMerge) -> str:
+def _card(request: Request, merge: TensorMerge) -> str:
     from pimerge.adapters.model_card import card
     from pimerge.adapters.writer import base_reference
 

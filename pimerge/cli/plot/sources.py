@@ -9,18 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
-from pimerge.cli.console import quiet_libraries
-from pimerge.cli.inputs import base_of, open_all, select
+from pimerge.adapters.selected import base_of, open_all, select
 from pimerge.core.errors import PimergeError, Problems
 from pimerge.core.files import read_json
+from pimerge.core.libraries import quiet_libraries
 from pimerge.tasks.task import open_task, parse_document
 
 if TYPE_CHECKING:
     from pimerge.adapters.expert import Expert
+    from pimerge.adapters.ranking_document import Candidate, Ranking
     from pimerge.adapters.writer import Coefficients
     from pimerge.embedding.store import Store
     from pimerge.evaluation.schema import ComparisonDocument
-    from pimerge.ranking.schema import Candidate, Ranking
     from pimerge.reporting.figures._study import Study
     from pimerge.reporting.figures.path import Data as Paths
 
@@ -87,8 +87,8 @@ def _comparison(sources: Sources, experts: Sequence[str]) -> ComparisonDocument:
 
 
 def _paths(sources: Sources, experts: Sequence[str]) -> tuple[Ranking, Paths]:
+    from pimerge.adapters.ranking_document import read_ranking
     from pimerge.core import plugins
-    from pimerge.ranking.schema import read_ranking
     from pimerge.reporting.figures.path import Data
 
     if not sources.path.is_file():
@@ -122,8 +122,8 @@ def _study(sources: Sources, experts: Sequence[str]) -> Study:
 def _tuned(sources: Sources, experts: Sequence[str]) -> tuple[Study, Coefficients]:
     """The tuned expert with those that it is made of, and their weights."""
     from pimerge.adapters.expert import open_expert
+    from pimerge.adapters.ranking_document import Reference, open_ranked
     from pimerge.adapters.writer import COEFFICIENTS_FILE, Coefficients
-    from pimerge.ranking.schema import Reference, open_ranked
     from pimerge.reporting.figures._study import Study
 
     quiet_libraries()
@@ -140,7 +140,7 @@ def _tuned(sources: Sources, experts: Sequence[str]) -> tuple[Study, Coefficient
     for path, sha256, scale in zip(content.experts, content.sha256, content.scales, strict=True):
         with problems.collected():
             member = open_ranked(Reference(name=path, path=path, sha256=sha256), file, sources.base)
-            members.append(member.scaled(scale))
+            members.append(member.with_strength(scale))
     problems.raise_any(f"some experts of '{file}' cannot be opened")
     return Study(tuned, open_task(tuned.path), base_of([], tuned, sources.base), members), content
 
@@ -164,7 +164,7 @@ def _target(sources: Sources) -> tuple[Expert, Path]:
 
 def _experts(sources: Sources, names: Sequence[str], target: Expert) -> list[Expert]:
     """At full strength, whatever the ranking advises."""
-    from pimerge.ranking.schema import Reference, open_ranked, read_ranking
+    from pimerge.adapters.ranking_document import Reference, open_ranked, read_ranking
 
     candidates: dict[str, Candidate] = {}
     if not names or sources.ranking.is_file():

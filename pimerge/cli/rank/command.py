@@ -12,7 +12,7 @@ from pimerge.cli.console import note, print_json, tracker
 from pimerge.core.errors import PimergeError
 
 if TYPE_CHECKING:
-    from pimerge.ranking.schema import Ranking
+    from pimerge.adapters.ranking_document import Ranking
     from pimerge.ranking.target import Request
 
 AUTO = "auto"
@@ -98,8 +98,8 @@ def rank(
 
 
 def _write(ranking: Ranking, output: Path, request: Request, force: bool, json: bool, after: str) -> None:
+    from pimerge.adapters.ranking_document import write_ranking
     from pimerge.cli.rank.show import print_ranking
-    from pimerge.ranking.schema import write_ranking
 
     write_ranking(ranking, output, force)
     if json:

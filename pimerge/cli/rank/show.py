@@ -10,8 +10,8 @@ from pimerge.core import plugins
 from pimerge.core.errors import PimergeError, nearest
 
 if TYPE_CHECKING:
+    from pimerge.adapters.ranking_document import Candidate, Ranking
     from pimerge.ranking.rank import Ranked
-    from pimerge.ranking.schema import Candidate, Ranking
 
 NEEDS = {
     "fisher": "the store; experts of one rank and init",

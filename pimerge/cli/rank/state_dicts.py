@@ -9,7 +9,7 @@ from pimerge.core.errors import Problems
 from pimerge.ranking.target import AUTO, Request
 
 if TYPE_CHECKING:
-    from pimerge.ranking.schema import Ranking
+    from pimerge.adapters.ranking_document import Ranking
 
 
 def ranked_state_dicts(target: str, request: Request, folder: Path) -> Ranking | None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pimerge.embedding.store_view import Stored, by_name
+from pimerge.embedding.store_view import StoreView, by_name
 from pimerge.ranking.cosine import Products, Similarity, from_products
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ GATE = 0.0
 NEEDS_UPDATE = True
 
 
-def similarity(members: Sequence[Stored], candidates: int, pool: Sequence[int], sampled: bool = False) -> Similarity:
+def similarity(members: Sequence[StoreView], candidates: int, pool: Sequence[int], sampled: bool = False) -> Similarity:
     """The cosines of ΔW_target − Δ̄ and ΔW_n − Δ̄ over all modules, with Δ̄ the mean of the ``pool``."""
     modules = sorted({name for member in members for name in member.expert.modules})
 
@@ -39,7 +39,7 @@ def similarity(members: Sequence[Stored], candidates: int, pool: Sequence[int], 
     return from_products(by_module(), candidates)
 
 
-def _updates(member: Stored, modules: Sequence[str]) -> dict[str, Update]:
+def _updates(member: StoreView, modules: Sequence[str]) -> dict[str, Update]:
     return member.expert.updates(name for name in modules if name in member.expert.modules)
 
 

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from pimerge.adapters.expert import Expert
-from pimerge.embedding.store_view import GRADIENT, UPDATE, Stored
+from pimerge.embedding.store_view import GRADIENT, UPDATE, StoreView
 from pimerge.ranking.cosine import Similarity, balanced, from_vectors
 from pimerge.ranking.measures.marginals import parts_of, unit_parts
 
@@ -32,7 +32,7 @@ def remark(experts: Sequence[Expert]) -> str:
     return f"{', '.join(without)} have no ΔW, so all were compared by their gradients alone" if without else ""
 
 
-def similarity(members: Sequence[Stored], candidates: int, pool: Sequence[int], sampled: bool = False) -> Similarity:
+def similarity(members: Sequence[StoreView], candidates: int, pool: Sequence[int], sampled: bool = False) -> Similarity:
     """The score of each candidate, in [−1, 1].
 
     A part that is zero counts as 0; a target without an update, at the pool's init, or experts of kinds that have

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pimerge.adapters.kinds.lora import is_B_factor
-from pimerge.embedding.store_view import Stored, rows_by_name
+from pimerge.embedding.store_view import StoreView, rows_by_name
 from pimerge.ranking.cosine import Similarity, from_vectors, unit
 
 NEEDS = "fisher"
@@ -19,8 +19,8 @@ GATE = 0.0
 NEEDS_UPDATE = True
 
 
-def similarity(members: Sequence[Stored], candidates: int, pool: Sequence[int], sampled: bool = False) -> Similarity:
+def similarity(members: Sequence[StoreView], candidates: int, pool: Sequence[int], sampled: bool = False) -> Similarity:
     """The cosines, in [−1, 1]; 0 for an embedding that is the mean itself."""
     keys = [key for key in members[0].parameters if is_B_factor(key)]
-    parts = ((key, unit(rows)) for key, rows in rows_by_name(members, keys, Stored.fisher))
+    parts = ((key, unit(rows)) for key, rows in rows_by_name(members, keys, StoreView.fisher))
     return from_vectors(parts, candidates, pool, sampled)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pimerge.embedding.store_view import Stored, rows_by_name
+from pimerge.embedding.store_view import StoreView, rows_by_name
 from pimerge.ranking.cosine import Similarity, from_vectors
 
 NEEDS = "fisher"
@@ -15,6 +15,6 @@ SAME_BASIS = True
 GATE = -1.0  # without a mean to compare with it cannot tell that an expert does not help
 
 
-def similarity(members: Sequence[Stored], candidates: int, pool: Sequence[int], sampled: bool = False) -> Similarity:
+def similarity(members: Sequence[StoreView], candidates: int, pool: Sequence[int], sampled: bool = False) -> Similarity:
     """cos(F_target, F_n) over all parameters, in [0, 1]; no mean is subtracted."""
-    return from_vectors(rows_by_name(members[: candidates + 1], members[0].parameters, Stored.fisher), candidates)
+    return from_vectors(rows_by_name(members[: candidates + 1], members[0].parameters, StoreView.fisher), candidates)

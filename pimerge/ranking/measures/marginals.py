@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from pimerge.embedding.store_view import INPUT, OUTPUT, Stored, rows_by_name
+from pimerge.embedding.store_view import INPUT, OUTPUT, StoreView, rows_by_name
 from pimerge.ranking.cosine import Similarity, from_grams, unit
 
 if TYPE_CHECKING:
@@ -22,20 +22,20 @@ SAME_BASIS = False
 GATE = 0.0
 
 
-def similarity(members: Sequence[Stored], candidates: int, pool: Sequence[int], sampled: bool = False) -> Similarity:
+def similarity(members: Sequence[StoreView], candidates: int, pool: Sequence[int], sampled: bool = False) -> Similarity:
     """The cosines around the mean of the ``pool``, in [−1, 1]."""
     outputs, inputs = unit_parts(members, OUTPUT), unit_parts(members, INPUT)
     grams = ((layer, (g @ g.T) * (x @ x.T)) for (layer, g), (_, x) in zip(outputs, inputs, strict=True))
     return from_grams(grams, candidates, pool, sampled)
 
 
-def unit_parts(members: Sequence[Stored], part: str) -> Iterator[tuple[str, NDArray[np.float64]]]:
+def unit_parts(members: Sequence[StoreView], part: str) -> Iterator[tuple[str, NDArray[np.float64]]]:
     """For each layer, (N × numbers) one part of the marginals at unit norm; 0 for a member without that layer."""
     return ((layer, unit(rows)) for layer, rows in parts_of(members, part))
 
 
-def parts_of(members: Sequence[Stored], part: str) -> Iterator[tuple[str, NDArray[np.float64]]]:
+def parts_of(members: Sequence[StoreView], part: str) -> Iterator[tuple[str, NDArray[np.float64]]]:
     """For each layer, (N × numbers) one part of the marginals; 0 for a member without that layer."""
     layers = sorted({layer for member in members for layer in member.layers(part)})
-    found = rows_by_name(members, [f"{part}.{layer}" for layer in layers], Stored.marginal)
+    found = rows_by_name(members, [f"{part}.{layer}" for layer in layers], StoreView.marginal)
     return ((layer, rows) for layer, (_, rows) in zip(layers, found, strict=True))

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pimerge.checkpoints.safetensors_file import TensorFile
-from pimerge.embedding.store_view import Stored, rows_by_name
+from pimerge.embedding.store_view import StoreView, rows_by_name
 from pimerge.ranking.cosine import Similarity, from_vectors
 
 NEEDS = "experts"
@@ -18,7 +18,7 @@ SAME_BASIS = True
 GATE = -1.0  # without a mean to compare with it cannot tell that an expert does not help
 
 
-def similarity(members: Sequence[Stored], candidates: int, pool: Sequence[int], sampled: bool = False) -> Similarity:
+def similarity(members: Sequence[StoreView], candidates: int, pool: Sequence[int], sampled: bool = False) -> Similarity:
     """The cosines of all numbers, in [−1, 1]; no mean is subtracted."""
     return of_files([member.expert.file for member in members[: candidates + 1]], members[0].parameters)
 

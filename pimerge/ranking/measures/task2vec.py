@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pimerge.embedding.store_view import Stored, rows_by_name
+from pimerge.embedding.store_view import StoreView, rows_by_name
 from pimerge.ranking.cosine import Similarity
 
 if TYPE_CHECKING:
@@ -23,10 +23,10 @@ GATE = -1.0  # without a mean to compare with it cannot tell that an expert does
 EPSILON = 1e-6
 
 
-def similarity(members: Sequence[Stored], candidates: int, pool: Sequence[int], sampled: bool = False) -> Similarity:
+def similarity(members: Sequence[StoreView], candidates: int, pool: Sequence[int], sampled: bool = False) -> Similarity:
     """The mean cosine with each candidate, in [0, 1]; a tensor that is zero in either counts as 0."""
     keys = members[0].parameters
-    parts = rows_by_name(members[: candidates + 1], keys, Stored.fisher)
+    parts = rows_by_name(members[: candidates + 1], keys, StoreView.fisher)
     cosines = np.stack([share_cosines(rows[0], rows[1:]) for _, rows in parts], 1)
     # the mean of cosines is the cosine of embeddings whose parts all have the norm 1
     return Similarity(keys, cosines, np.ones((1, len(keys))), np.ones_like(cosines))

@@ -132,7 +132,7 @@ def at_weights(experts: Sequence[Expert], rows: Sequence[Sequence[float]], loade
     """
     from pimerge.models.loading import plugged_in_sum
 
-    if experts[0].groups:
+    if experts[0].tensor_sets:
         for weights in rows:
             with plugged_in_sum(experts, weights, loaded) as model:
                 yield model

@@ -21,7 +21,7 @@ from pimerge.reporting.figures.path import Data as Paths
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from pimerge.ranking.schema import Ranking
+    from pimerge.adapters.ranking_document import Ranking
 
 NEEDS = "path"
 OPTIONS = ()

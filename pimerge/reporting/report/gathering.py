@@ -20,9 +20,9 @@ from pimerge.tasks.task import parse_document
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
+    from pimerge.adapters.ranking_document import Ranking
     from pimerge.embedding.store import Store
     from pimerge.evaluation.schema import ComparisonDocument
-    from pimerge.ranking.schema import Ranking
     from pimerge.reporting.inspection import Finding
 
 MOST_ROWS = 1000
@@ -188,7 +188,7 @@ def _store_table(store: Store) -> Table:
 
 
 def _rankings(found: Found) -> Section:
-    from pimerge.ranking.schema import Ranking
+    from pimerge.adapters.ranking_document import Ranking
 
     section = Section(name="ranking", title="Who is expected to help")
     for path, ranking in _parsed(Ranking, found.rankings, section):

@@ -20,7 +20,7 @@ from pimerge.tasks.types import IGNORED, Batch, on_device
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from pimerge.tasks.types._generation import TextExamples
+    from pimerge.tasks.types._text_examples import TextExamples
 
 _FIXED_ROPES = ("default", "linear", "llama3", "yarn")
 """Rotary positions whose frequencies do not hang on the length of what is read."""

@@ -10,9 +10,10 @@ import torch
 from pimerge.core.errors import PimergeError
 from pimerge.tasks.types import IGNORED, Batch, Examples, Rows
 from pimerge.tasks.types import _generation as generation
-from pimerge.tasks.types._generation import COLUMNS, TRAINS_HEAD, Prompts, draw, read, score
+from pimerge.tasks.types._generation import COLUMNS, TRAINS_HEAD, draw, read, score
 from pimerge.tasks.types._likelihood import nll
 from pimerge.tasks.types._templates import Text, check_texts, fill_in
+from pimerge.tasks.types._text_examples import Prompts, Writing
 from pimerge.tasks.types._tokenizer import load_processor, longest_input
 
 if TYPE_CHECKING:
@@ -130,7 +131,7 @@ def encode_prompts(
         most = generation.new_tokens(file, longest - 1, answers)
         short = [prompts.cut(place, min(len(row.prompt), longest - most)) for place, row in enumerate(tokens)]
         decode = generation.decoding(tokenizer, answers)
-        writing = generation.Writing(to_continue(short), decode, None, (end,), pad, most)
+        writing = Writing(to_continue(short), decode, None, (end,), pad, most)
     asked = to_continue([row.prompt for row in tokens])
     return generation.examples_of(
         texts, tokens, answered, pad, truncated, writing, file.normalise == "tokens", prompts.alike, asked

@@ -16,10 +16,11 @@ from pimerge.core.errors import PimergeError
 from pimerge.tasks.row_errors import RowProblems
 from pimerge.tasks.types import Batch, Examples, Rows, causal_lm, seq2seq
 from pimerge.tasks.types import _generation as generation
-from pimerge.tasks.types._generation import TRAINS_HEAD, Prompts, draw, read, score
+from pimerge.tasks.types._generation import TRAINS_HEAD, draw, read, score
 from pimerge.tasks.types._images import decoder, mode_of, remembered
 from pimerge.tasks.types._likelihood import nll
 from pimerge.tasks.types._templates import Template, Text, check_texts, fill_in
+from pimerge.tasks.types._text_examples import Prompts
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -10,9 +10,10 @@ import torch
 from pimerge.core.errors import PimergeError
 from pimerge.tasks.types import Batch, Examples, Rows
 from pimerge.tasks.types import _generation as generation
-from pimerge.tasks.types._generation import COLUMNS, FIELDS, TRAINS_HEAD, Prompts, draw, read, score
+from pimerge.tasks.types._generation import COLUMNS, FIELDS, TRAINS_HEAD, draw, read, score
 from pimerge.tasks.types._likelihood import nll
 from pimerge.tasks.types._templates import Text, check_texts, fill_in
+from pimerge.tasks.types._text_examples import Prompts, Writing
 from pimerge.tasks.types._tokenizer import load_processor, longest_input
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ def encode_prompts(
             return generation.collate([source(index) for index in indices], pad)
 
         most = generation.new_tokens(file, longest - 1, answers)
-        writing = generation.Writing(to_answer, generation.decoding(tokenizer, answers), start, (end,), pad, most)
+        writing = Writing(to_answer, generation.decoding(tokenizer, answers), start, (end,), pad, most)
     return generation.examples_of(
         texts, tokens, answered, pad, truncated, writing, file.normalise == "tokens", prompts.alike
     )

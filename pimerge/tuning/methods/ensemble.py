@@ -71,13 +71,13 @@ def fit(job: Job) -> Fitted:
         outcome=outcome,
         experts=names,
         weights={"probabilities": list(together.weights)},
-        scales=[1.0 if expert is None else composed.chosen[expert].scale for expert, _ in together.heads],
+        scales=[1.0 if expert is None else composed.chosen[expert].strength for expert, _ in together.heads],
         examples=len(kept),
         held_out=len(held_out) if held_out else 0,
         rank=max(part.rank for part, _ in parts),
         truncation=relative_error([summary for part, _ in parts for summary in part.summaries]),
         deployed_parameters=sum(part.size + sum(t.numel() for t in head.tensors.values()) for part, head in parts),
-        settings={"scales": [expert.scale for expert in composed.chosen]},
+        settings={"scales": [expert.strength for expert in composed.chosen]},
         write=write,
     )
 
@@ -141,7 +141,7 @@ def train_heads(
     weights = weigh(job, len(kept) + (len(held_out) if held_out else 0))
     start = {name: tensor.clone() for name, tensor in loaded.head_tensors().items()}
     answering: list[int | None] = [None, *range(len(composed.names))]
-    if not composed.chosen[0].has_strength and composed.chosen[0].groups:
+    if not composed.chosen[0].has_strength and composed.chosen[0].tensor_sets:
         job.note(f"experts of kind {composed.chosen[0].kind} cannot be taken out of the sum: the bare base has no vote")
         answering, weights = answering[1:], [weight / sum(weights[1:]) for weight in weights[1:]]
     heads, outcomes = [], []

@@ -28,7 +28,7 @@ from pimerge.embedding.features import SCALES, at_strengths
 from pimerge.embedding.store import Store
 from pimerge.models.loading import plugged_in, plugged_in_sum, set_head
 from pimerge.tasks.task import open_task
-from tests.adapters.kinds.test_groups import inputs, loaded_base
+from tests.adapters.kinds.test_tensor_sets import inputs, loaded_base
 from tests.conftest import RELATIVES, MakeExpert, dense_deltas, edit_tensors, logits_of, model_for, relative_difference
 from tests.support.raw import set_config
 
@@ -163,7 +163,7 @@ def test_plugged_in_at_any_strength_it_answers_as_in_peft(
         torch.testing.assert_close(logits_of(model, batch), logits_of(reference, batch))
         if scale == max(SCALES):
             torch.testing.assert_close(logits_of(model, batch), full)
-    with plugged_in_sum([expert.scaled(0.0)], [1.0], loaded) as model:
+    with plugged_in_sum([expert.with_strength(0.0)], [1.0], loaded) as model:
         torch.testing.assert_close(logits_of(model, batch), before)
     assert torch.equal(logits_of(loaded.model, batch), before)
 

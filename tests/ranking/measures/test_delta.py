@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from pimerge.adapters.expert import Expert, open_expert
-from pimerge.embedding.store_view import Stored
+from pimerge.embedding.store_view import StoreView
 from pimerge.ranking.measures.delta import similarity
 from tests.conftest import MakeExpert, change_basis, dense_deltas, edit_tensors
 
@@ -36,7 +36,7 @@ def experts(tmp_path_factory: pytest.TempPathFactory, make_expert: MakeExpert, v
 
 
 def scores(members: Sequence[Expert], candidates: int, pool: Sequence[int]) -> list[float]:
-    found: list[float] = similarity([Stored(expert) for expert in members], candidates, pool).scores().tolist()
+    found: list[float] = similarity([StoreView(expert) for expert in members], candidates, pool).scores().tolist()
     return found
 
 
@@ -71,7 +71,7 @@ def test_of_a_sampled_pool_the_products_of_two_different_members_are_averaged(
     experts: dict[str, Expert], target: str, pool: Sequence[int]
 ) -> None:
     members = turned(experts, target)
-    found = similarity([Stored(expert) for expert in members], 5, pool, sampled=True)
+    found = similarity([StoreView(expert) for expert in members], 5, pool, sampled=True)
     dense = [dense_deltas(expert) for expert in members]
     for place, name in enumerate(found.tensors):
         shape = next(delta[name].shape for delta in dense if name in delta)

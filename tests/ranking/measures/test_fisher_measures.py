@@ -17,7 +17,7 @@ from pimerge.adapters.expert import Expert, open_expert
 from pimerge.checkpoints.safetensors_file import open_tensors
 from pimerge.embedding.embed import updates_of
 from pimerge.embedding.random_projection import DIRECTIONS, update_embedding
-from pimerge.embedding.store_view import Stored
+from pimerge.embedding.store_view import StoreView
 from pimerge.ranking.measures import fisher, fisher_factors, fisher_raw, marginals, task2vec
 from tests.conftest import MakeExpert, change_basis, dense_deltas, edit_tensors
 
@@ -30,7 +30,7 @@ def with_spread(shape: Sequence[int], generator: torch.Generator) -> Tensor:
     return torch.randn(*shape, generator=generator).mul(2).exp()
 
 
-def stored(folder: Path, expert: Expert, seed: int, scale: float = 1.0) -> Stored:
+def stored(folder: Path, expert: Expert, seed: int, scale: float = 1.0) -> StoreView:
     """An expert with a random diagonal and random marginals on the disk."""
     generator = torch.Generator().manual_seed(seed)
     diagonal = {
@@ -48,11 +48,13 @@ def stored(folder: Path, expert: Expert, seed: int, scale: float = 1.0) -> Store
     folder.mkdir(parents=True, exist_ok=True)
     for part, tensors in (("diagonal", diagonal), ("marginals", marginal)):
         save_file(tensors, folder / f"{part}.safetensors")
-    return Stored(expert, open_tensors(folder / "diagonal.safetensors"), open_tensors(folder / "marginals.safetensors"))
+    return StoreView(
+        expert, open_tensors(folder / "diagonal.safetensors"), open_tensors(folder / "marginals.safetensors")
+    )
 
 
 @pytest.fixture(scope="module")
-def pool(tmp_path_factory: pytest.TempPathFactory, make_expert: MakeExpert, vit_base: Path) -> list[Stored]:
+def pool(tmp_path_factory: pytest.TempPathFactory, make_expert: MakeExpert, vit_base: Path) -> list[StoreView]:
     """Experts of one form with biases in their factors."""
     folder = tmp_path_factory.mktemp("pool")
     experts = [open_expert(make_expert(folder / str(i), vit_base, seed=i, lora_bias=True)) for i in range(COUNT)]
@@ -68,7 +70,7 @@ def kept_deltas(expert: Expert) -> dict[str, Tensor]:
     return {name: delta.float() for name, delta in dense_deltas(expert).items()}
 
 
-def read(member: Stored, part: str, beginning: str = "", ending: str = "") -> dict[str, Tensor]:
+def read(member: StoreView, part: str, beginning: str = "", ending: str = "") -> dict[str, Tensor]:
     file = {"diagonal": member.diagonal, "marginals": member.marginals}[part]
     assert file is not None
     return {key: file.read(key) for key in file.entries if key.startswith(beginning) and key.endswith(ending)}
@@ -80,7 +82,7 @@ def unit(tensors: Mapping[str, Tensor]) -> Vector:
     return np.concatenate([part / np.linalg.norm(part) for part in parts])
 
 
-def unit_outer(member: Stored) -> Vector:
+def unit_outer(member: StoreView) -> Vector:
     """The outer products E[g²] ⊗ E[x²] of every layer, each at norm 1, in one vector."""
     outputs, inputs = read(member, "marginals", "output."), read(member, "marginals", "input.")
     outer = {}
@@ -102,7 +104,9 @@ POOLS = [(4, range(5)), (2, range(3)), (2, range(5)), (2, range(2, 5)), (1, rang
 
 
 @pytest.mark.parametrize(("candidates", "centre"), POOLS)
-def test_fisher_is_half_gradients_and_half_updates(pool: list[Stored], candidates: int, centre: Sequence[int]) -> None:
+def test_fisher_is_half_gradients_and_half_updates(
+    pool: list[StoreView], candidates: int, centre: Sequence[int]
+) -> None:
     members = pool[: max(candidates, *centre) + 1]
     gradients = cosines([unit(read(member, "marginals", "gradient.")) for member in members], candidates, centre)
     updates = cosines([all_of(kept_deltas(member.expert)) for member in members], candidates, centre)
@@ -117,7 +121,7 @@ def test_fisher_is_half_gradients_and_half_updates(pool: list[Stored], candidate
 
 @pytest.mark.parametrize(("candidates", "centre"), POOLS)
 def test_marginals_are_the_cosines_of_outer_products(
-    pool: list[Stored], candidates: int, centre: Sequence[int]
+    pool: list[StoreView], candidates: int, centre: Sequence[int]
 ) -> None:
     members = pool[: max(candidates, *centre) + 1]
     expected = cosines([unit_outer(member) for member in members], candidates, centre)
@@ -128,7 +132,7 @@ def test_marginals_are_the_cosines_of_outer_products(
 
 @pytest.mark.parametrize(("candidates", "centre"), POOLS)
 def test_fisher_factors_is_the_centred_cosine_of_unit_factors_B(
-    pool: list[Stored], candidates: int, centre: Sequence[int]
+    pool: list[StoreView], candidates: int, centre: Sequence[int]
 ) -> None:
     members = pool[: max(candidates, *centre) + 1]
     factors = [unit(read(member, "diagonal", ending="lora_B.weight")) for member in members]
@@ -139,19 +143,19 @@ def test_fisher_factors_is_the_centred_cosine_of_unit_factors_B(
 
 @pytest.mark.parametrize("measure", [fisher, fisher_factors, marginals])
 def test_the_scale_of_a_members_information_does_not_matter(
-    pool: list[Stored], tmp_path: Path, measure: ModuleType
+    pool: list[StoreView], tmp_path: Path, measure: ModuleType
 ) -> None:
     louder = [pool[0], stored(tmp_path, pool[1].expert, 1, scale=1000), *pool[2:]]
     expected = measure.similarity(pool, 4, range(5)).scores().tolist()
     assert measure.similarity(louder, 4, range(5)).scores().tolist() == pytest.approx(expected, abs=1e-6)
 
 
-def test_fisher_raw_is_the_cosine_of_everything(pool: list[Stored]) -> None:
+def test_fisher_raw_is_the_cosine_of_everything(pool: list[StoreView]) -> None:
     expected = cosines([all_of(read(member, "diagonal")) for member in pool], 4)
     assert fisher_raw.similarity(pool, 4, range(5)).scores().tolist() == pytest.approx(expected, abs=1e-12)
 
 
-def test_task2vec_is_the_mean_cosine_of_shares(pool: list[Stored]) -> None:
+def test_task2vec_is_the_mean_cosine_of_shares(pool: list[StoreView]) -> None:
     own, *others = [read(member, "diagonal") for member in pool]
     expected = []
     for other in others:
@@ -165,7 +169,7 @@ def test_task2vec_is_the_mean_cosine_of_shares(pool: list[Stored]) -> None:
 
 @pytest.mark.parametrize("measure", [fisher, marginals])
 def test_the_basis_of_the_factors_is_not_seen(
-    pool: list[Stored], make_expert: MakeExpert, vit_base: Path, tmp_path: Path, measure: ModuleType
+    pool: list[StoreView], make_expert: MakeExpert, vit_base: Path, tmp_path: Path, measure: ModuleType
 ) -> None:
     basis = torch.randn(4, 4, generator=torch.Generator().manual_seed(0)) + 3 * torch.eye(4)
     turned = make_expert(tmp_path / "turned", vit_base, seed=1, lora_bias=True)
@@ -177,7 +181,7 @@ def test_the_basis_of_the_factors_is_not_seen(
 
 @pytest.mark.parametrize("measure", [fisher, marginals])
 def test_experts_of_any_rank_init_and_modules_compare(
-    pool: list[Stored], make_expert: MakeExpert, vit_base: Path, tmp_path: Path, measure: ModuleType
+    pool: list[StoreView], make_expert: MakeExpert, vit_base: Path, tmp_path: Path, measure: ModuleType
 ) -> None:
     configs = {"a": {"r": 2, "init_seed": 7}, "b": {"target_modules": ["q_proj"]}, "c": {"target_modules": ["o_proj"]}}
     members = [pool[0]]
@@ -224,7 +228,7 @@ def test_experts_of_embedding_layers_alone_have_their_updates(
         folder = make_expert(tmp_path / name, bert_base, text_task, seed=seed, target_modules=["word_embeddings"])
         expert = open_expert(folder)
         save_file(updates_of(expert), tmp_path / f"{name}.safetensors")
-        members.append(Stored(expert, marginals=open_tensors(tmp_path / f"{name}.safetensors")))
+        members.append(StoreView(expert, marginals=open_tensors(tmp_path / f"{name}.safetensors")))
     expected = cosines([all_of(update_embedding(member.expert)) for member in members], 2, range(3))
     assert fisher.similarity(members, 2, range(3)).scores().tolist() == pytest.approx(expected, abs=1e-9)
     assert marginals.similarity(members, 2, range(3)).scores().tolist() == [0, 0]

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 from torch import Tensor
 
 from pimerge.adapters.expert import WEIGHTS, Expert, open_expert
-from pimerge.embedding.store_view import Stored
+from pimerge.embedding.store_view import StoreView
 from pimerge.ranking.measures.parameters import similarity
 from tests.conftest import MakeExpert, edit_tensors
 
@@ -41,7 +41,7 @@ def cosine(first: Expert, second: Expert) -> float:
 
 
 def scores(target: Expert, candidates: Sequence[Expert]) -> list[float]:
-    members = [Stored(expert) for expert in (target, *candidates)]
+    members = [StoreView(expert) for expert in (target, *candidates)]
     found: list[float] = similarity(members, len(candidates), range(len(members))).scores().tolist()
     return found
 

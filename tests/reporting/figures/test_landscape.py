@@ -108,10 +108,10 @@ def test_what_has_no_plane_is_refused(study: Study, tmp_path: Path, make_expert:
     alone = dataclasses.replace(study, experts=study.experts[:1])
     with pytest.raises(PimergeError, match=r"there are 2 with the target's\n.*pimerge plot landscape NAME NAME"):
         landscape.collect(alone, Options())
-    line = dataclasses.replace(study, experts=[study.experts[0], study.experts[0].scaled(2.0)])
+    line = dataclasses.replace(study, experts=[study.experts[0], study.experts[0].with_strength(2.0)])
     with pytest.raises(PimergeError, match="--grid is 1"):
         landscape.collect(study, Options(grid=1))
-    same = dataclasses.replace(line, target=study.experts[0].scaled(3.0))
+    same = dataclasses.replace(line, target=study.experts[0].with_strength(3.0))
     with pytest.raises(PimergeError, match="lie on one line"):
         landscape.collect(same, Options())
     document = {

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from pimerge.adapters.expert import open_expert
+from pimerge.adapters.ranking_document import Candidate, Ranking, Target
 from pimerge.checkpoints.base import find_base
 from pimerge.core.errors import PimergeError
-from pimerge.ranking.schema import Candidate, Ranking, Target
 from pimerge.reporting.figures import Options, gain, path
 from pimerge.reporting.figures._study import Point, Shown, Study
 from pimerge.tasks.task import open_task

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from pimerge.adapters.expert import open_expert
+from pimerge.adapters.ranking_document import Candidate, NotComparable, Ranking, Target
 from pimerge.core.files import json_text
 from pimerge.evaluation.evaluate import Score
-from pimerge.ranking.schema import Candidate, NotComparable, Ranking, Target
 from pimerge.tasks.metrics import Interval
 from tests.conftest import MakeExpert, write_json
 from tests.reporting.figures.test_comparison_plots import comparison

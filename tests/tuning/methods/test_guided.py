@@ -29,7 +29,7 @@ def pool(
 ) -> tuple[Bench, list[Expert]]:
     folder = tmp_path_factory.mktemp("guided")
     a, b = (open_expert(make_expert(folder / name, vit_base, parity_task, seed=n)) for n, name in enumerate("ab"))
-    return open_bench(open_task(parity_task), a.base, "cpu"), [a, b.scaled(0.5)]
+    return open_bench(open_task(parity_task), a.base, "cpu"), [a, b.with_strength(0.5)]
 
 
 def tuned(pool: tuple[Bench, list[Expert]], folder: Path, way: float, monkeypatch: pytest.MonkeyPatch) -> Expert:

@@ -79,7 +79,7 @@ def test_the_loss_of_shares_is_the_cross_entropy_where_there_are_any() -> None:
 
 def test_an_ensemble_is_the_experts_as_they_were_each_under_a_head_of_its_own(tried: Tried, tmp_path: Path) -> None:
     method = open_tune_method("ensemble")
-    scaled = [tried.a.scaled(0.5), tried.b]
+    scaled = [tried.a.with_strength(0.5), tried.b]
     with tried.bench.tidied(0) as undo:
         fitted = method.fit(tried.job(tmp_path / "run", experts=scaled, undo=undo))
         from pimerge.tuning.tune import manifest_of

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from pimerge.adapters import base_layers
-from pimerge.adapters.base_layers import layer_shapes
+from pimerge.adapters import base_weights
+from pimerge.adapters.base_weights import layer_shapes
 from pimerge.checkpoints.base import find_base
 from pimerge.checkpoints.checkpoint import Checkpoint
 from pimerge.checkpoints.key_mapping import Names, names_of
@@ -43,8 +43,8 @@ def test_transformers_is_asked_by_one_thread_at_a_time(vit_base: Path, monkeypat
         inside.pop()
         return names_of(checkpoint)
 
-    monkeypatch.setattr(base_layers, "names_of", asked)
-    base_layers._names.cache_clear()
+    monkeypatch.setattr(base_weights, "names_of", asked)
+    base_weights._names.cache_clear()
     base = find_base(str(vit_base), None, vit_base)
     module = "vit.layers.0.attention.q_proj"
     with ThreadPoolExecutor(4) as threads:

@@ -15,7 +15,7 @@ from torch import Tensor
 from pimerge.adapters.base_fit import check_fits
 from pimerge.adapters.compatibility import check_expert
 from pimerge.adapters.expert import Expert, open_expert
-from pimerge.adapters.kinds._groups import joined, read_slot
+from pimerge.adapters.kinds._tensor_sets import joined, read_slot
 from pimerge.adapters.kinds._unhandled import NO_RULE, why_unhandled
 from pimerge.core import plugins
 from pimerge.core.errors import PimergeError
@@ -55,11 +55,11 @@ def test_every_tensor_that_peft_writes_has_its_place_and_comes_back(
     assert expert.parameters == sum(file[key].numel() for key in expert.keys)
     parts = {
         (name, slot): read_slot(each, expert.tensor)
-        for name, group in expert.groups.items()
+        for name, group in expert.tensor_sets.items()
         for slot, each in group.slots.items()
     }
-    assert all(tuple(part.shape) == expert.groups[name].slots[slot].shape for (name, slot), part in parts.items())
-    for key, tensor in joined(expert.groups, parts).items():
+    assert all(tuple(part.shape) == expert.tensor_sets[name].slots[slot].shape for (name, slot), part in parts.items())
+    for key, tensor in joined(expert.tensor_sets, parts).items():
         assert torch.equal(tensor, file[key])
     model = PeftModel.from_pretrained(model_for(bases[base]), tmp_path / "x")
     key_of = plugins.load("pimerge.adapters.kinds", expert.kind).key_of_parameter
@@ -89,10 +89,10 @@ def test_strengths_lie_on_the_line_from_what_changes_nothing(
     if kind in PROMPTS:
         assert scales_of(expert) == (1.0,)
         with pytest.raises(PimergeError, match="one strength"):
-            expert.scaled(0.5)
+            expert.with_strength(0.5)
         return
     before = logits_of(loaded.model, batch)
-    with plugged_in_sum([expert.scaled(0.0)], [1.0], loaded) as model:
+    with plugged_in_sum([expert.with_strength(0.0)], [1.0], loaded) as model:
         torch.testing.assert_close(logits_of(model, batch), before)
     found = {scale: logits_of(model, batch) for scale, model in at_strengths(expert, loaded)}
     assert list(found) == [0.25, 0.5, 0.75, 1.0]

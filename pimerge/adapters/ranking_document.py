@@ -147,4 +147,4 @@ def open_ranked(reference: Reference, ranking_path: Path, base: str | None = Non
             f"'{expert.path}' has changed since '{ranking_path}' was written",
             "run 'pimerge embed' and 'pimerge rank' again",
         )
-    return expert.scaled(reference.scale) if isinstance(reference, Candidate) else expert
+    return expert.with_strength(reference.scale) if isinstance(reference, Candidate) else expert

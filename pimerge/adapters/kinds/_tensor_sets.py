@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Slot:
+class TensorSlot:
     """One tensor of a group.
 
     Attributes:
@@ -44,7 +44,7 @@ class Slot:
 
 
 @dataclass(frozen=True)
-class Group:
+class TensorSet:
     """Tensors that share one weight when experts are combined.
 
     Attributes:
@@ -53,7 +53,7 @@ class Group:
     """
 
     name: str
-    slots: Mapping[str, Slot]
+    slots: Mapping[str, TensorSlot]
 
     @property
     def numbers(self) -> int:
@@ -66,13 +66,13 @@ class Group:
         return tuple((name, slot.shape) for name, slot in self.slots.items())
 
 
-def read_slot(slot: Slot, read: Callable[[str], Tensor]) -> Tensor:
+def read_slot(slot: TensorSlot, read: Callable[[str], Tensor]) -> Tensor:
     """The tensor of a slot; ``read`` gives that of a key."""
     tensor = read(slot.key)
     return tensor if slot.columns is None else tensor[:, slot.columns[0] : slot.columns[1]]
 
 
-def joined(groups: Mapping[str, Group], tensors: Mapping[tuple[str, str], Tensor]) -> dict[str, Tensor]:
+def joined(groups: Mapping[str, TensorSet], tensors: Mapping[tuple[str, str], Tensor]) -> dict[str, Tensor]:
     """Key → tensor as it is stored, from (group, slot) → tensor: the inverse of :func:`read_slot`."""
     import torch
 
@@ -106,16 +106,16 @@ def fresh_fields(size: int | None, modules: Sequence[str] | None) -> dict[str, A
     return {"target_modules": list(modules)} if modules else {}
 
 
-def parse_groups(
+def parse_tensor_sets(
     config: Mapping[str, Any],
     shapes: Mapping[str, tuple[int, ...]],
     pattern: re.Pattern[str],
     what: str,
-    slot: Callable[[str, str, str, tuple[int, ...]], Slot | str],
+    slot: Callable[[str, str, str, tuple[int, ...]], TensorSlot | str],
     needed: frozenset[str],
     *,
     fields: type[CommonFields] = CommonFields,
-) -> tuple[dict[str, Group], dict[str, str]]:
+) -> tuple[dict[str, TensorSet], dict[str, str]]:
     """The groups of an expert, one for each module, and its head.
 
     Args:
@@ -145,6 +145,6 @@ def parse_groups(
                 problems.add(f"module '{module}': {name} is {shapes[keys[module][name]]}, {each}", "save it again")
         if missing := needed - found.keys():
             problems.add(f"module '{module}' has no {' and '.join(sorted(missing))}", "save the adapter again")
-        groups[module] = Group(module, {name: each for name, each in found.items() if isinstance(each, Slot)})
+        groups[module] = TensorSet(module, {name: each for name, each in found.items() if isinstance(each, TensorSlot)})
     problems.raise_any(f"these {what} cannot be used")
     return groups, head

@@ -1,16 +1,22 @@
-"""The shapes of a base's layers, from the headers of its files: no weight is read, and none is downloaded."""
+"""A base's layers: their shapes, from the headers of its files, and their weights. Nothing is downloaded."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from threading import Lock
+from typing import TYPE_CHECKING
 
+from pimerge.adapters.kinds.lora import LoraModule
+from pimerge.adapters.merge_into import plan_merge_into
 from pimerge.checkpoints.base import Base
 from pimerge.checkpoints.checkpoint import open_checkpoint
 from pimerge.checkpoints.key_mapping import Names, is_fan_in_first, match_modules, names_of
 from pimerge.core.errors import PimergeError, Problems
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _ONE_AT_A_TIME = Lock()  # transformers looks up its renamings when they are first asked for, and not safely
 
@@ -51,3 +57,25 @@ def layer_shapes(base: Base, modules: Sequence[str], *, fan_in_fan_out: bool = F
 @cache
 def _names(folder: Path) -> Names:
     return names_of(open_checkpoint(folder))
+
+
+def base_weights(base: Base, layouts: Mapping[str, LoraModule], *, fan_in_fan_out: bool) -> Callable[[str], Tensor]:
+    """A reader of a base's weights by module, (d_out × d_in) whatever way it stores them.
+
+    Raises:
+        PimergeError: if the base is not on this machine, is quantised, or does not have these modules.
+    """
+    if base.folder is None:
+        raise PimergeError(
+            f"the base '{base.name}' is not on this machine, and its weights are needed to convert the experts",
+            "download it first (hf download NAME), or pass --base with its folder",
+        )
+    checkpoint = open_checkpoint(base.folder)
+    plan = plan_merge_into(checkpoint, layouts, fan_in_fan_out=fan_in_fan_out)
+    keys = {module: key for key, module in plan.weights.items()}
+
+    def read(name: str) -> Tensor:
+        weight = checkpoint.read(plan.source(keys[name]))
+        return weight.T if keys[name] in plan.transposed else weight
+
+    return read

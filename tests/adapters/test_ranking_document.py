@@ -15,13 +15,13 @@ from torch import Tensor
 
 from pimerge.adapters.compatibility import check_expert
 from pimerge.adapters.expert import open_expert
+from pimerge.adapters.ranking_document import Ranking, open_ranked, read_ranking, write_ranking
 from pimerge.core.errors import PimergeError
 from pimerge.embedding.embed import embed
 from pimerge.embedding.store import Store
 from pimerge.embedding.store_schema import Settings
 from pimerge.models.loading import Bases
 from pimerge.ranking.by_store import rank_by_store
-from pimerge.ranking.schema import Ranking, open_ranked, read_ranking, write_ranking
 from pimerge.ranking.selection import Wish
 from tests.conftest import MakeExpert, change_basis, dense_deltas, edit_tensors, model_for, write_json
 
