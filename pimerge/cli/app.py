@@ -10,13 +10,13 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from pimerge import __version__
 from pimerge.cli import compare, embed, inspect, report, tune
 from pimerge.cli import eval as evaluate
 from pimerge.cli.merge import command as merge
 from pimerge.cli.plot import command as plot
 from pimerge.cli.rank import command as rank
 from pimerge.core.errors import PimergeError
+from pimerge.core.version import __version__
 
 EXIT_PROBLEM = 3
 EXIT_INTERRUPTED = 130

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from pydantic import BaseModel, ConfigDict
 
-from pimerge import __version__
+from pimerge.core.version import __version__
 
 MANIFEST_FILE = "pimerge.json"
 _LIBRARIES = ("torch", "transformers", "peft", "datasets", "safetensors")

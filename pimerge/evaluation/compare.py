@@ -15,12 +15,12 @@ from dataclasses import asdict, replace
 from functools import cache, cached_property
 from pathlib import Path
 
-from pimerge import __version__
 from pimerge.adapters.ranking_document import Ranking, Target, write_ranking
 from pimerge.checkpoints.base import Base
 from pimerge.core.errors import Problems
 from pimerge.core.files import json_text, sha256_bytes, write_file
 from pimerge.core.progress import Track, silent
+from pimerge.core.version import __version__
 from pimerge.embedding.features import Draw, Viewer
 from pimerge.evaluation.design import SINGLE, Case, Design, Ranked, cases_of, check_design, shots_text
 from pimerge.evaluation.evaluate import Split, read_test_split, score_model

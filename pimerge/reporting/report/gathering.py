@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pimerge import __version__
 from pimerge.adapters.model_card import CARD_FILE
 from pimerge.core import plugins
 from pimerge.core.errors import PimergeError
 from pimerge.core.files import read_json
 from pimerge.core.manifest import MANIFEST_FILE, Manifest
+from pimerge.core.version import __version__
 from pimerge.reporting.report.document import Cell, Picture, Report, Section, Table, Text
 from pimerge.tasks.task import parse_document
 
