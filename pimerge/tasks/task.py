@@ -297,7 +297,7 @@ def open_task(path: str | Path) -> Task:
     if not file.is_file():
         raise PimergeError(
             f"there is no '{file}'",
-            "write one beside the expert: type, data, splits, columns, labels (see the README)",
+            "write one beside the expert: type, data, splits, columns, labels (see docs/tasks.md)",
         )
     task = Task(file, parse_document(TaskFile, file))
     problems = Problems()

@@ -1,4 +1,4 @@
-"""Every command of the README runs, in its order, in a folder that looks as the README says."""
+"""Every command of the README and of ``docs/`` runs, in its order, in a folder that looks as the README says."""
 
 from __future__ import annotations
 
@@ -20,10 +20,16 @@ from tests.conftest import model_for
 ROOT = Path(__file__).parents[2]
 DIGITS = ROOT / "examples" / "digits"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-REFERENCE = [
-    (ROOT / "pimerge" / part / "README.md").read_text(encoding="utf-8") for part in ("tasks/types", "ranking/measures")
-]
-DOCUMENTS = "\n".join([README, *REFERENCE])
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
+FAMILIES = (
+    "merging/methods",
+    "ranking/measures",
+    "reporting/figures",
+    "tasks/metrics",
+    "tasks/types",
+    "tuning/methods",
+)
 SETUP = "python3 -m venv"
 
 
@@ -85,11 +91,13 @@ def test_the_tasks_that_it_shows_are_some(tmp_path: Path) -> None:
 
 
 def test_it_lists_every_strategy() -> None:
-    for package in ("measures", "merge_methods", "tune_methods", "task_types", "metrics", "figures"):
-        for file in (ROOT / "pimerge" / package).glob("[!_]*.py"):
-            assert f"`{file.stem.replace('_', '-')}`" in DOCUMENTS
+    for family in FAMILIES:
+        names = [file.stem.replace("_", "-") for file in (ROOT / "pimerge" / family).glob("[!_]*.py")]
+        assert len(names) >= 5
+        assert [name for name in names if f"`{name}`" not in DOCUMENTS] == []
 
 
 def test_it_links_to_what_is_there() -> None:
-    for place in re.findall(r"\]\((?!http)([^)]+)\)", README):
-        assert (ROOT / place).exists(), place
+    for page in [*PAGES, *(ROOT / "examples").rglob("*.md")]:
+        for place in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / place).exists(), f"{page}: {place}"

@@ -56,7 +56,7 @@ class Plan:
         """The learning rate where the user gives none.
 
         That of the base's own weights is in inverse proportion to its hidden size (μP, arXiv 2203.03466). That of
-        factors is, too, above the size at which it was chosen: so it was measured at 768 (``README.md`` beside this).
+        factors is, too, above the size at which it was chosen: so it was measured at 768 (``docs/tuning.md``).
 
         Args:
             width: hidden size of the base; None where it is not known.

@@ -14,7 +14,7 @@ tenth
    2109.01903).
 
 Where a base answers in text, or the head has no linear layer for the classes, 3 and 5 are left out. How it was found
-and what it gains: ``pimerge/tuning/methods/README.md``.
+and what it gains: ``docs/tuning.md``.
 """
 
 from __future__ import annotations
