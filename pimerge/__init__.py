@@ -1,5 +1,75 @@
-"""Choose, merge and tune the experts of a pool for a new task with few labels."""
+"""Rank, merge and tune the PEFT adapters ("experts") of a pool for a new task with few labels.
+
+Six functions follow each other; each reads what the one before wrote, and each is the command of the same name
+(``evaluate`` is ``pimerge eval``):
+
+``embed``     compute the Fisher embedding of every expert of a pool
+``rank``      find the experts that help a target task
+``merge``     combine the selected experts without training
+``tune``      combine them and train the result on the target's examples
+``evaluate``  score experts on the target's test split, beside the bare base
+``compare``   compare methods with controls over several samplings of few labels
+
+In a folder that holds ``experts/``::
+
+    import pimerge
+
+    pimerge.embed("experts")
+    ranking = pimerge.rank("X", k=2)
+    merged = pimerge.merge(ranking, method="uniform")
+    tuned = pimerge.tune(ranking, method="learned")
+    print(pimerge.evaluate([tuned, merged]))
+
+Names are imported at their first use, so ``import pimerge`` itself loads no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from pimerge.core.version import __version__
 
-__all__ = ["__version__"]
+if TYPE_CHECKING:
+    from pimerge.adapters.expert import Expert
+    from pimerge.adapters.ranking_document import Ranking
+    from pimerge.core.errors import PimergeError
+    from pimerge.embedding.embed import embed
+    from pimerge.evaluation.compare import compare
+    from pimerge.evaluation.evaluate import evaluate
+    from pimerge.tasks.task import Task
+    from pimerge.tuning.tune import tune
+
+__all__ = [
+    "Expert",
+    "PimergeError",
+    "Ranking",
+    "Task",
+    "__version__",
+    "compare",
+    "embed",
+    "evaluate",
+    "tune",
+]
+
+_MODULES = {
+    "Expert": "pimerge.adapters.expert",
+    "PimergeError": "pimerge.core.errors",
+    "Ranking": "pimerge.adapters.ranking_document",
+    "Task": "pimerge.tasks.task",
+    "compare": "pimerge.evaluation.compare",
+    "embed": "pimerge.embedding.embed",
+    "evaluate": "pimerge.evaluation.evaluate",
+    "tune": "pimerge.tuning.tune",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name at its first use (PEP 562)."""
+    if name not in _MODULES:
+        raise AttributeError(f"module 'pimerge' has no attribute '{name}'")
+    return getattr(import_module(_MODULES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
