@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from pimerge.adapters.expert import Expert, open_expert
-from pimerge.cli.console import note
 from pimerge.core.errors import PimergeError, Problems
 from pimerge.core.files import require_absent
 from pimerge.core.libraries import quiet_libraries
@@ -38,10 +37,9 @@ def target_in_store(asked: Asked, store: Store, request: Request, track: Track) 
 
     start_from = _start(asked, store, request, track)
     with tempfile.TemporaryDirectory() as folder, initial_expert(**start_from) as start:
-        note(
+        request.note(
             f"{asked.name} has no expert: its Fisher is taken at {_init_of(start_from['pool'], store)} "
-            "(--train-target trains one)",
-            request.quiet,
+            "(--train-target trains one)"
         )
         overlay = store.overlay(Path(folder))
         _embed(replace(asked, expert=start, folder=start.path), overlay, request, track)
@@ -58,14 +56,14 @@ def trained(asked: Asked, store: Store, request: Request, track: Track) -> Asked
     output = folder_for(store, asked.name)
     _refuse_namesake(replace(asked, folder=output), store)
     if output.is_dir() and open_task(output).sha256() == asked.task().sha256():
-        note(f"{asked.name}: the expert that was trained before, '{output}'", request.quiet)
+        request.note(f"{asked.name}: the expert that was trained before, '{output}'")
     else:
         from pimerge.tuning.target_expert import train_expert
 
         require_absent(output, request.force)
         start = _start(asked, store, request, track)
         init = _init_of(start["pool"], store)
-        note(f"{asked.name} has no expert: training one from {init} into '{output}'", request.quiet)
+        request.note(f"{asked.name} has no expert: training one from {init} into '{output}'")
         train_expert(**start, output=output, force=request.force)
     own = Asked(asked.name, open_expert(output, request.base), output, stored=True)
     _embed(own, store, request, track)
@@ -117,7 +115,7 @@ def _embed(asked: Asked, store: Store, request: Request, track: Track) -> None:
     expert = asked.expert
     assert expert is not None
     _refuse_namesake(asked, store)
-    note(f"{asked.name} is not in the store yet: embedding it", request.quiet)
+    request.note(f"{asked.name} is not in the store yet: embedding it")
     like = next(iter(store.experts.values())).settings
     settings = like.model_copy(update={"shots": request.shots, "seed": request.seed}) if request.shots else like
     device = resolve_device(request.device)

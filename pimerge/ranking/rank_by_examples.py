@@ -7,7 +7,6 @@ from contextlib import suppress
 from pathlib import Path
 
 from pimerge.adapters.ranking_document import Ranking
-from pimerge.cli.console import note, warn
 from pimerge.core import plugins
 from pimerge.core.errors import PimergeError, Problems
 from pimerge.core.libraries import quiet_libraries
@@ -129,12 +128,12 @@ def calibrate_store(request: Request, track: Track) -> dict[str, dict[str, dict[
     problems = Problems()
     for number, name in enumerate(store.experts, 1):
         with problems.collected(f"'{name}': "):
-            note(f"[{number}/{len(store.experts)}] {name}", request.quiet)
+            request.note(f"[{number}/{len(store.experts)}] {name}")
             _calibrate(name, store, done.get(name, {}), request, track)
     if len(problems.found) >= len(store.experts):
         problems.raise_any("no expert's task can be measured")
     for problem in problems.found:
-        warn(f"left out: {problem.message}")
+        request.warn(f"left out: {problem.message}")
     return store.history()
 
 

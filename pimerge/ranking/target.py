@@ -11,6 +11,7 @@ from pimerge.adapters.ranking_document import Target
 from pimerge.checkpoints.base import Base, find_base
 from pimerge.core.errors import PimergeError, Problems
 from pimerge.core.files import relative_to
+from pimerge.core.progress import Note, unheard
 from pimerge.embedding.store import Store, unknown_target
 from pimerge.ranking.selection import Wish
 from pimerge.tasks.task import TASK_FILE, Task, open_task
@@ -35,7 +36,8 @@ class Request:
     device: str
     dtype: str
     force: bool
-    quiet: bool
+    note: Note = unheard
+    warn: Note = unheard
 
     @property
     def wish(self) -> Wish:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pimerge.cli import options
-from pimerge.cli.console import note, print_json, tracker
+from pimerge.cli.console import note, print_json, tracker, warn
 from pimerge.core.errors import PimergeError
 
 if TYPE_CHECKING:
     from pimerge.adapters.ranking_document import Ranking
-    from pimerge.ranking.target import Request
 
 AUTO = "auto"
 
@@ -72,7 +72,20 @@ def rank(
     from pimerge.ranking.target import Request
 
     request = Request(
-        store, measure, _count(k), gate, shots, examples, seed, train_target, base, device, dtype, force, quiet
+        store,
+        measure,
+        _count(k),
+        gate,
+        shots,
+        examples,
+        seed,
+        train_target,
+        base,
+        device,
+        dtype,
+        force,
+        note=partial(note, quiet=quiet),
+        warn=warn,
     )
     if calibrate:
         from pimerge.ranking.rank_by_examples import calibrate_store
@@ -88,16 +101,16 @@ def rank(
     if states is not None:
         if explain is not None or calibrate:
             raise PimergeError("--explain and --calibrate mean nothing to plain state dicts", "leave them out")
-        _write(states, output, request, force, json, "merge --method uniform")
+        _write(states, output, request.k, force, json, quiet, "merge --method uniform")
         return
     with ranked(target, request, output.resolve().parent, tracker(quiet)) as found:
         if explain is not None:
             print_explanation(found, explain, json)
             return
-    _write(found.ranking, output, request, force, json, "tune")
+    _write(found.ranking, output, request.k, force, json, quiet, "tune")
 
 
-def _write(ranking: Ranking, output: Path, request: Request, force: bool, json: bool, after: str) -> None:
+def _write(ranking: Ranking, output: Path, k: int | None, force: bool, json: bool, quiet: bool, after: str) -> None:
     from pimerge.adapters.ranking_document import write_ranking
     from pimerge.cli.rank.show import print_ranking
 
@@ -105,8 +118,8 @@ def _write(ranking: Ranking, output: Path, request: Request, force: bool, json: 
     if json:
         print_json(ranking.model_dump())
         return
-    print_ranking(ranking, request.k, request.quiet)
-    note(f"→ {output}; next: pimerge {after}", request.quiet)
+    print_ranking(ranking, k, quiet)
+    note(f"→ {output}; next: pimerge {after}", quiet)
 
 
 def _count(k: str) -> int | None:
