@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from enum import StrEnum
+from functools import wraps
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
 from pimerge.core import plugins
+from pimerge.core.plugins import Family, Option
 
 
 def listing(package: str) -> str:
@@ -27,6 +32,75 @@ def flag(option: str) -> str:
     '--inner'
     """
     return "--" + option.removesuffix("_method").replace("_", "-")
+
+
+def with_options_of(family: Family[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command one option for each option that strategies of a family have.
+
+    They take the place of the command's parameter ``settings``, which receives name → value; None for each option
+    that was not given. The family checks them (:meth:`Family.given_options`), so a wrong value ends with status 3.
+    """
+
+    def decorated(command: Callable[..., None]) -> Callable[..., None]:
+        hints = get_type_hints(command, include_extras=True)
+        own = inspect.signature(command).parameters.values()
+        built = _parameters(family)
+        parameters = []
+        for parameter in own:
+            if parameter.name == "settings":
+                parameters += built
+            else:
+                parameters.append(parameter.replace(kind=parameter.KEYWORD_ONLY, annotation=hints[parameter.name]))
+
+        @wraps(command)
+        def wrapper(**values: Any) -> None:
+            settings = {parameter.name: values.pop(parameter.name) for parameter in built}
+            command(**values, settings=settings)
+
+        wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        wrapper.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return wrapper
+
+    return decorated
+
+
+def _parameters(family: Family[Any]) -> list[inspect.Parameter]:
+    """One keyword parameter for each name of an option, with the defaults of all strategies in its help text."""
+    defaults: dict[str, dict[str, Any]] = {}
+    options: dict[str, list[Option]] = {}
+    for option, found in family.options().items():
+        options.setdefault(option.name, []).append(option)
+        defaults.setdefault(option.name, {}).update(found)
+    return [
+        inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=None,
+            annotation=Annotated[_typed(same[0]), _option(same, defaults[name])],
+        )
+        for name, same in options.items()
+    ]
+
+
+def _typed(option: Option) -> Any:
+    """The type that Typer parses; choices stay text, so that the family refuses a wrong one."""
+    return str | None if issubclass(option.type, StrEnum) else option.type | None
+
+
+def _option(same: list[Option], defaults: dict[str, Any]) -> Any:
+    """The Typer option of all options of one name, which differ in their default and range alone."""
+    by_default: dict[str, list[str]] = {}
+    for strategy in sorted(defaults):
+        value = defaults[strategy]
+        by_default.setdefault("off" if value is False else str(value), []).append(strategy)
+    shown = ", ".join(f"{value} ({', '.join(names)})" for value, names in by_default.items())
+    choices = dict.fromkeys(choice for option in same for choice in option.choices)
+    return typer.Option(
+        same[0].flag,
+        help=f"{same[0].help} Default: {shown}.",
+        metavar="|".join(choices) or None,
+        show_default=False,
+    )
 
 
 Experts = Annotated[

@@ -32,6 +32,7 @@ class Option:
         help: one sentence for ``--help``, without the default.
         accepts: whether a value of the right type is in range.
         expected: the range in words, such as ``above 0 and at most 1``.
+        typed: the option's name on the command line where it is not ``name``.
 
     >>> DENSITY = Option("density", float, "Share of entries kept.", lambda x: 0 < x <= 1, "above 0 and at most 1")
     >>> DENSITY.flag, DENSITY.problem(2.0)
@@ -43,16 +44,23 @@ class Option:
     help: str
     accepts: Callable[[Any], bool] = lambda value: True
     expected: str = ""
+    typed: str = ""
 
     @property
     def flag(self) -> str:
         """The option of the command line."""
-        return f"--{self.name.replace('_', '-')}"
+        return f"--{(self.typed or self.name).replace('_', '-')}"
+
+    @property
+    def choices(self) -> list[str]:
+        """The values that are accepted, of an option that has choices."""
+        every: list[StrEnum] = list(self.type) if issubclass(self.type, StrEnum) else []
+        return [choice.value for choice in every if self.accepts(choice)]
 
     def problem(self, value: Any) -> str:
         """What is wrong with a value; empty if nothing is."""
-        if isinstance(self.type, type) and issubclass(self.type, StrEnum):
-            choices = [choice.value for choice in self.type]
+        if issubclass(self.type, StrEnum):
+            choices = self.choices
             return "" if value in choices else f"{self.flag} must be one of {', '.join(choices)}; got '{value}'"
         if isinstance(value, float) and not math.isfinite(value):
             return f"{self.flag} must be a finite number; got {value}"
@@ -136,9 +144,9 @@ class Family(Generic[S]):
         problems = Problems()
         for name in sorted(given.keys() - own.keys()):
             takers = [each.name for each in self if name in each.defaults]
-            flag = f"--{name.replace('_', '-')}"
+            flags = [option.flag for option in self.options() if option.name == name]
             problems.add(
-                f"'{strategy.name}' has no option {flag}",
+                f"'{strategy.name}' has no option {(*flags, '--' + name.replace('_', '-'))[0]}",
                 f"it is for {', '.join(takers)}" if takers else "leave it out",
             )
         for name in given.keys() & own.keys():
