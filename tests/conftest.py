@@ -66,7 +66,7 @@ from pimerge.models.loading import draw_head
 from pimerge.peft_methods import BitFitConfig, BottleneckConfig
 from pimerge.tasks.task import open_task
 from pimerge.tasks.types import Batch, Examples
-from pimerge.tuning.session import Bench
+from pimerge.tuning.session import TuningSession
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -805,9 +805,9 @@ class Interrupt(KeyboardInterrupt):
 
 
 @contextmanager
-def untidied(bench: Bench, seed: int) -> Iterator[ExitStack]:
-    """In place of ``Bench.tidied``: what was trained stays in the base, to be looked at."""
-    draw_head(bench.loaded, seed)
+def unrestored(session: TuningSession, seed: int) -> Iterator[ExitStack]:
+    """In place of ``TuningSession.restored``: what was trained stays in the base, to be looked at."""
+    draw_head(session.loaded, seed)
     yield ExitStack()
 
 

@@ -20,7 +20,7 @@ from transformers import AutoModelForSequenceClassification
 
 from pimerge.adapters.kinds.lora import Factors, LoraModule
 from pimerge.core.libraries import quiet_libraries
-from pimerge.tuning.lora_layers import Member, Mixture, compose
+from pimerge.tuning.lora_layers import LoraComponent, Mixture, mix_lora
 
 RANK = 16
 
@@ -74,7 +74,7 @@ class Step:
         ]
         members = [random_member(str(index), base, names) for index in range(count)]
         mixture = Mixture(names, [0.0] * count, "matrix", trained=not train_experts)
-        compose(self.model, members, mixture, train_experts)
+        mix_lora(self.model, members, mixture, train_experts)
         for parameter in self.model.get_submodule("classifier").parameters():
             parameter.requires_grad_(True)
         self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=1e-4)
@@ -88,14 +88,14 @@ class Step:
         return time.perf_counter() - start
 
 
-def random_member(name: str, base: nn.Module, names: list[str]) -> Member:
+def random_member(name: str, base: nn.Module, names: list[str]) -> LoraComponent:
     """An expert of rank 16 with random factors."""
     layouts, factors = {}, {}
     for module in names:
         d_out, d_in = base.get_submodule(module).weight.shape  # type: ignore[union-attr, misc]
         layouts[module] = LoraModule(module, "", "", None, RANK, RANK, 1.0, "linear", (RANK, d_in), (d_out, RANK))
         factors[module] = Factors(torch.randn(RANK, d_in) * 0.02, torch.randn(d_out, RANK) * 0.02, 1.0)
-    return Member(name, layouts, factors)
+    return LoraComponent(name, layouts, factors)
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ from pimerge.embedding.store import Store
 from pimerge.embedding.store_schema import Settings
 from pimerge.models.loading import Bases, resolve_device, resolve_dtype
 from pimerge.tasks.task import open_task
-from pimerge.tuning.options import Options
+from pimerge.tuning.options import TrainingOptions
 from pimerge.tuning.tune import tune
 
 FLAN = {"feed_forward_proj": "gated-gelu", "decoder_start_token_id": 0}
@@ -133,7 +133,7 @@ def measure(shape: str, folder: Path, arguments: argparse.Namespace) -> list[lis
         tokens = rate * (arguments.length + arguments.answer)
         rows.append([shape, f"{parameters / 1e6:.0f} M", name, f"{rate:.3g}", f"{tokens:.3g}", f"{peak / 1e9:.2f} GB"])
 
-    options = Options(
+    options = TrainingOptions(
         epochs=1, batch_size=arguments.batch_size, holdout=0, lr=1e-4, fresh_rank=RANK, fresh_modules=modules
     )
     where = {"device": arguments.device, "dtype": arguments.dtype}

@@ -55,7 +55,7 @@ from pimerge.ranking.nearest import compare
 from pimerge.ranking.selection import LEAST_ERRORS
 from pimerge.tasks.sampling import draw_shots
 from pimerge.tasks.task import Task, open_task
-from pimerge.tuning.options import Options
+from pimerge.tuning.options import TrainingOptions
 from pimerge.tuning.tune import tune
 
 PENALTY = 0.1  # of the refitted head
@@ -150,7 +150,7 @@ def without(experts: Mapping[str, Expert], target: str) -> dict[str, Expert]:
 def pool(tasks: Mapping[str, Task], base: Base, options: argparse.Namespace) -> dict[str, Expert]:
     """Name → expert of each task; trained from one init where they are not there."""
     folder = Path(options.experts or Path(options.work) / "experts")
-    training = Options(
+    training = TrainingOptions(
         epochs=options.epochs,
         batch_size=options.batch_size,
         fresh_rank=options.rank,
@@ -498,7 +498,7 @@ def tuned(
 ) -> dict[str, dict[str, float]]:
     """Test accuracy of π-Tuning with the truly best and worst source against a fresh LoRA, K examples a class."""
     found: dict[str, dict[str, float]] = {}
-    training = Options(
+    training = TrainingOptions(
         shots=k, epochs=30, fresh_rank=options.rank, fresh_modules=tuple(next(iter(experts.values())).modules)
     )
     print(f"\nπ-Tuning with K={k}, test accuracy:")

@@ -24,7 +24,7 @@ from pimerge.evaluation.compare import compare
 from pimerge.evaluation.design import CONTROLS, Design, Ranked, shots_text
 from pimerge.evaluation.evaluate import BASE, evaluate
 from pimerge.tasks.task import open_task
-from pimerge.tuning.options import Options
+from pimerge.tuning.options import TrainingOptions
 
 FRESH = "scratch"
 
@@ -50,7 +50,7 @@ def main() -> None:
         shots=[None if text == "all" else int(text) for text in given.shots.split(",")],
         seeds=given.seeds,
         experts=[given.k],
-        options=Options(epochs=given.epochs, holdout=0.0),
+        options=TrainingOptions(epochs=given.epochs, holdout=0.0),
         select=given.select,
         lrs={name: float(value) for name, _, value in (text.partition("=") for text in given.lr)},
     )

@@ -41,7 +41,7 @@ from examples.digits.cut import (
 from pimerge.checkpoints.base import find_base
 from pimerge.core.libraries import quiet_libraries
 from pimerge.tasks.task import open_task
-from pimerge.tuning.options import Options
+from pimerge.tuning.options import TrainingOptions
 from pimerge.tuning.tune import tune
 
 SEED = 0
@@ -83,11 +83,11 @@ def main() -> None:
     pretrain_base(folder / "base", images, digits, parts)
     for name, (transform, question) in POOL.items():
         write_task(folder / "tasks" / name, images, digits, [transform], question, parts, {"train": ["train"]})
-        train_expert(folder, name, Options(epochs=20, lr=5e-3, **LORA))
+        train_expert(folder, name, TrainingOptions(epochs=20, lr=5e-3, **LORA))
     name, transform, question = TARGET
     splits = {"train": ["few"], "draws": ["draws"]}
     write_task(folder / "tasks" / name, images, digits, [transform], question, parts, splits)
-    train_expert(folder, name, Options(epochs=30, lr=5e-3, **LORA))
+    train_expert(folder, name, TrainingOptions(epochs=30, lr=5e-3, **LORA))
     name, transform, question = NEW
     write_task(folder / "tasks" / name, images, digits, [transform], question, parts, {"train": ["draws"]})
 
@@ -161,7 +161,7 @@ def jittered(pixels: Tensor) -> Tensor:
     return torch.nn.functional.grid_sample(pixels + 1, grid, align_corners=False) - 1
 
 
-def train_expert(folder: Path, name: str, options: Options) -> None:
+def train_expert(folder: Path, name: str, options: TrainingOptions) -> None:
     """``pimerge tune --method scratch`` on one task; all experts start from one init."""
     task = open_task(folder / "tasks" / name)
     base = find_base("base", None, folder)

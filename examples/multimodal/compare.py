@@ -29,7 +29,7 @@ from pimerge.cli.console import print_table
 from pimerge.core.libraries import quiet_libraries
 from pimerge.evaluation.evaluate import BASE, evaluate
 from pimerge.tasks.task import open_task
-from pimerge.tuning.options import Options
+from pimerge.tuning.options import TrainingOptions
 from pimerge.tuning.tune import tune
 
 EPOCHS = 30
@@ -101,7 +101,7 @@ def accuracies(epochs: int, path: Path, seed: int) -> list[float]:
     task = open_task(path.parent / ranking.target.path)
     groups = companions(path)
     best = open_ranked(groups[-1][0], path)
-    options = Options(
+    options = TrainingOptions(
         epochs=epochs,
         lr=LR,
         holdout=0.0,
@@ -114,7 +114,9 @@ def accuracies(epochs: int, path: Path, seed: int) -> list[float]:
     half = replace(options, epochs=epochs / 2)
     with tempfile.TemporaryDirectory() as folder:
 
-        def tuned(name: str, method: str, experts: list[Expert], own: Expert | None, options: Options) -> Expert:
+        def tuned(
+            name: str, method: str, experts: list[Expert], own: Expert | None, options: TrainingOptions
+        ) -> Expert:
             tune(method, task, best.base, experts, own, Path(folder) / name, options, device="cpu")
             return open_expert(Path(folder) / name, best.base.reference)
 

@@ -45,7 +45,7 @@ from examples.digits.make import divide, jittered, read_scans
 from pimerge.checkpoints.base import find_base
 from pimerge.core.libraries import quiet_libraries
 from pimerge.tasks.task import open_task
-from pimerge.tuning.options import Options
+from pimerge.tuning.options import TrainingOptions
 from pimerge.tuning.tune import tune
 
 SEED = 0
@@ -418,7 +418,7 @@ def answers_of(tokenizer: PreTrainedTokenizerFast, sentences: Sequence[str]) -> 
 def train_expert(folder: Path, task: str, name: str, form: Mapping[str, Any]) -> None:
     """``pimerge tune --method scratch`` on one task; all experts of a kind start from one init."""
     base, opened = find_base("base", None, folder), open_task(folder / "tasks" / task)
-    options = Options(epochs=POOL[task].epochs, lr=1e-2, batch_size=32, label_smoothing=0.0, **form)
+    options = TrainingOptions(epochs=POOL[task].epochs, lr=1e-2, batch_size=32, label_smoothing=0.0, **form)
     outcome = tune("scratch", opened, base, [], None, folder / "experts" / name, options, device="cpu").outcome
     print(f"{name}: held-out loss {outcome.held_out_loss:.3f} after {outcome.epochs:.0f} epochs", flush=True)
 

@@ -83,7 +83,7 @@ def compare(
     from pimerge.evaluation.compare import compare as run
     from pimerge.evaluation.design import Design, usual_controls
     from pimerge.tasks.task import open_task
-    from pimerge.tuning.options import Options
+    from pimerge.tuning.options import TrainingOptions
 
     if output.suffix != ".json":
         raise PimergeError(f"--output is '{output}'", "expected a name that ends in .json")
@@ -111,7 +111,7 @@ def compare(
             shots=list(dict.fromkeys(wanted)),
             seeds=seeds,
             experts=sorted(set(numbers)),
-            options=Options(epochs=epochs, batch_size=batch_size, holdout=holdout, class_names=class_names),
+            options=TrainingOptions(epochs=epochs, batch_size=batch_size, holdout=holdout, class_names=class_names),
             select=select,
             lrs=lrs,
             ranked_by=rank_by,

@@ -123,7 +123,7 @@ def tune(
         _list_methods(json)
         return
     from pimerge.tuning.method import open_tune_method
-    from pimerge.tuning.options import Options
+    from pimerge.tuning.options import TrainingOptions
     from pimerge.tuning.tune import STARTS
     from pimerge.tuning.tune import tune as tune_experts
 
@@ -168,7 +168,9 @@ def tune(
         chosen.experts,
         chosen.target,
         output,
-        Options(**{field.name: values[field.name] for field in fields(Options) if field.name in values}),
+        TrainingOptions(
+            **{field.name: values[field.name] for field in fields(TrainingOptions) if field.name in values}
+        ),
         settings=settings,
         select=choose,
         scores=chosen.scores if start == "ranking" else None,

@@ -31,7 +31,7 @@ from pimerge.ranking.selection import BY_EXAMPLES, Wish
 from pimerge.tasks.task import Task, parse_document
 from pimerge.tuning.cross_validation import choose
 from pimerge.tuning.method import TuneMethod, open_tune_method
-from pimerge.tuning.session import Bench, Job, open_bench
+from pimerge.tuning.session import TuneRequest, TuningSession, open_session
 
 BY_ONE_EXAMPLE = "logme"
 """The measure where a class has one example, of which nothing can be held out."""
@@ -149,15 +149,15 @@ class _Harness:
         self.runs: dict[Case, Run] = {}
 
     @cached_property
-    def bench(self) -> Bench:
+    def session(self) -> TuningSession:
         """The base, loaded when the first run is made."""
-        return open_bench(self.task, self.base, self.device, self.dtype)
+        return open_session(self.task, self.base, self.device, self.dtype)
 
     @cached_property
     def tests(self) -> dict[str, Split]:
         """The test sets by name."""
         experts = [each.expert for each in self.pool]
-        return {name: read_test_split(task, self.bench.loaded, experts) for name, task in self.test_tasks.items()}
+        return {name: read_test_split(task, self.session.loaded, experts) for name, task in self.test_tasks.items()}
 
     def done(self, case: Case) -> Run | None:
         """What a run gave, if it has been made."""
@@ -176,22 +176,22 @@ class _Harness:
             shots=case.shots,
             seed=case.seed,
             init_seed=case.seed,
-            lr=lr or self.design.options.lr or method.plan.usual_lr(self.bench.loaded.width),
+            lr=lr or self.design.options.lr or method.plan.usual_lr(self.session.loaded.width),
         )
         ranked = self.ranked(case.shots, case.seed)[: case.k] if case.k else []
         experts, scores, gains = ([getattr(each, name) for each in ranked] for name in ("expert", "score", "gain"))
         work = self._file(case).with_suffix(".training")
         like = self.pool[0].expert if self.pool else None
-        job = Job(self.bench, experts, None, like, scores, options, work, gains)
+        request = TuneRequest(self.session, experts, None, like, scores, options, work, gains)
         started = time.monotonic()
         problems = Problems()
         with problems.collected(f"{case.method}, {shots_text(case.shots)}, seed {case.seed}: "):
             if self.design.select == "cv":
-                job = replace(job, options=choose(method, job))
-            with self.bench.tidied(case.seed) as undo:
-                fitted = method.fit(replace(job, undo=undo))
+                request = replace(request, options=choose(method, request))
+            with self.session.restored(case.seed) as undo:
+                result = method.fit(replace(request, undo=undo))
                 seconds = time.monotonic() - started
-                results = {name: score_model(case.method, fitted.model, test) for name, test in self.tests.items()}
+                results = {name: score_model(case.method, result.model, test) for name, test in self.tests.items()}
         problems.raise_any("a run failed; those before it are kept")
         metric = self.task.metrics[0]
         run = Run(
@@ -202,11 +202,11 @@ class _Harness:
             experts=[expert.name for expert in experts],
             scores={name: result.metrics[metric].value for name, result in results.items()},
             losses={name: result.loss for name, result in results.items()},
-            trained_parameters=fitted.outcome.trained_parameters,
-            deployed_parameters=fitted.deployed_parameters,
-            epochs=fitted.outcome.epochs,
+            trained_parameters=result.outcome.trained_parameters,
+            deployed_parameters=result.deployed_parameters,
+            epochs=result.outcome.epochs,
             seconds=seconds,
-            class_names=fitted.settings["class_names"],
+            class_names=result.settings["class_names"],
         )
         write_file(self._file(case), json_text(run.model_dump()))
         shutil.rmtree(work, ignore_errors=True)
@@ -227,11 +227,11 @@ class _Harness:
         ]
 
     def _rank(self, shots: int | None, seed: int) -> Ranking:
-        bench, cached = self.bench, self.folder / FEATURES
-        viewer = Viewer(bench.loaded, bench.base, bench.task, Draw("train", shots, LIMIT, seed), cached)
+        session, cached = self.session, self.folder / FEATURES
+        viewer = Viewer(session.loaded, session.base, session.task, Draw("train", shots, LIMIT, seed), cached)
         measure = BY_EXAMPLES if viewer.holds_out else BY_ONE_EXAMPLE
         experts = {each.expert.name: each.expert for each in self.pool}
-        target = Target(name=bench.task.name, path=".", sha256=bench.task.sha256(), expert=False)
+        target = Target(name=session.task.name, path=".", sha256=session.task.sha256(), expert=False)
         return rank_by_examples(
             viewer, experts, {}, target, None, measure, Wish(len(experts), gate=False), self.folder / RANKINGS
         )

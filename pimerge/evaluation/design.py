@@ -12,7 +12,7 @@ from pimerge.embedding.features import why_not
 from pimerge.tasks.task import Task
 from pimerge.tuning.class_name_examples import may_take_names
 from pimerge.tuning.method import TuneMethod, open_tune_method
-from pimerge.tuning.options import Options, check_options
+from pimerge.tuning.options import TrainingOptions, check_options
 
 SINGLE = "single"
 """The best single expert: the ranking's first with a head, as ``uniform`` has it of several."""
@@ -41,7 +41,7 @@ class Design:
     shots: Sequence[int | None]
     seeds: int
     experts: Sequence[int]
-    options: Options
+    options: TrainingOptions
     select: str = "fixed"
     lrs: Mapping[str, float] = field(default_factory=dict)
     ranked_by: str = RANKED_BY[0]

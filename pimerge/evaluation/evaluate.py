@@ -30,7 +30,7 @@ from pimerge.tasks.metrics import Answers, Interval, measure
 from pimerge.tasks.row_errors import some
 from pimerge.tasks.task import Task
 from pimerge.tasks.types import Examples, Scored, bucket_by_length
-from pimerge.tuning.ensemble import Ensemble, plugged_in_ensemble
+from pimerge.tuning.ensemble import Ensemble, ensemble_in_base
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -177,7 +177,7 @@ def evaluate(
             set_head(loaded.model, head)
             run(BASE, loaded.model, whose)
         for row in experts:
-            with plugged_in_ensemble(row, loaded) if isinstance(row, Ensemble) else plugged_in(row, loaded) as model:
+            with ensemble_in_base(row, loaded) if isinstance(row, Ensemble) else plugged_in(row, loaded) as model:
                 run(row.name, model, f"{len(row.experts)} experts together" if isinstance(row, Ensemble) else "")
     return scores
 

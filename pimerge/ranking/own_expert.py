@@ -76,7 +76,7 @@ def _start(asked: Asked, store: Store, request: Request, track: Track) -> dict[s
     Raises:
         PimergeError: if the store has no expert of the target's base.
     """
-    from pimerge.tuning.options import Options
+    from pimerge.tuning.options import TrainingOptions
 
     base = pool_base(store, asked, request.base)
     names, excluded = names_on(store, asked, base)
@@ -93,7 +93,7 @@ def _start(asked: Asked, store: Store, request: Request, track: Track) -> dict[s
         "pool": list(pool.values()),
         "task": asked.task(),
         "base": base,
-        "options": Options(shots=request.shots, seed=request.seed),
+        "options": TrainingOptions(shots=request.shots, seed=request.seed),
         "device": request.device,
         "dtype": request.dtype,
         "track": track,

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from pimerge.models.loading import LoadedBase
     from pimerge.tasks.task import Task
-    from pimerge.tuning.methods import Plan
+    from pimerge.tuning.methods import MixturePlan
 
 MOST = 500
 """Examples that the names are tried on."""
@@ -69,7 +69,7 @@ def class_names(task: Task, processor: Any, config: PreTrainedConfig) -> Example
     return encoded
 
 
-def names_foretell(loaded: LoadedBase, task: Task, examples: Examples) -> bool:
+def names_predict(loaded: LoadedBase, task: Task, examples: Examples) -> bool:
     """Whether a probe of the bare base's features, fitted on the names alone, foretells the examples.
 
     That is, whether the mean of p(y_i|x_i) over the examples (at most :data:`MOST`, evenly chosen) is above 1/C.
@@ -91,6 +91,6 @@ def names_foretell(loaded: LoadedBase, task: Task, examples: Examples) -> bool:
     return float(right.mean()) > 1 / len(labels)
 
 
-def may_take_names(task: Task, plan: Plan) -> bool:
+def may_take_names(task: Task, plan: MixturePlan) -> bool:
     """Whether a method takes the names of a task's classes, if they foretell the examples and the user does not say."""
     return plan.class_names and bool(class_texts(task))

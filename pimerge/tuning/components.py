@@ -1,4 +1,4 @@
-"""The members of a sum of experts: the chosen ones, the target's own, and fresh ones."""
+"""The components of a sum of experts: the chosen ones, the target's own, and fresh ones."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from pimerge.checkpoints.architecture import inside, lora_targets
 from pimerge.core.errors import PimergeError, Problems
 from pimerge.models.loading import LoadedBase, in_head
 from pimerge.tuning.fresh_expert import fresh_expert
-from pimerge.tuning.lora_layers import Member
-from pimerge.tuning.methods import Plan
-from pimerge.tuning.session import Job
-from pimerge.tuning.tensor_layers import GroupMember, fresh_member, member_of
+from pimerge.tuning.lora_layers import LoraComponent
+from pimerge.tuning.methods import MixturePlan
+from pimerge.tuning.session import TuneRequest
+from pimerge.tuning.tensor_layers import TensorComponent, component_of, fresh_component
 
 LORA = "lora"
 TEMPERATURE = 0.1
@@ -27,7 +27,7 @@ TEMPERATURE = 0.1
 NO_EXPERT = "the target has no expert of its own: a fresh one takes its place"
 
 
-def chosen_experts(plan: Plan, method: str, experts: Sequence[Expert], target: Expert | None) -> list[Expert]:
+def chosen_experts(plan: MixturePlan, method: str, experts: Sequence[Expert], target: Expert | None) -> list[Expert]:
     """The experts in the sum, the target's own first; checked to fit each other.
 
     Raises:
@@ -64,15 +64,17 @@ def require_heads_alone(experts: Sequence[Expert], loaded: LoadedBase) -> None:
     problems.raise_any("these experts are more than updates and heads")
 
 
-def start_logits(plan: Plan, count: int, job: Job, chosen: Sequence[Expert], examples: int) -> list[float]:
-    """Logits whose softmax the weights start from: the scores, and 1/N for a member that has none.
+def start_logits(
+    plan: MixturePlan, count: int, request: TuneRequest, chosen: Sequence[Expert], examples: int
+) -> list[float]:
+    """Logits whose softmax the weights start from: the scores, and 1/N for a component that has none.
 
     Args:
-        count: how many members the sum has.
+        count: how many components the sum has.
         examples: labelled ones that the ranking's gains rest on.
     """
-    ranked = _known(job.scores, job, chosen)
-    if plan.start_by_gain and (gains := _known(job.gains, job, chosen)):
+    ranked = _known(request.scores, request, chosen)
+    if plan.start_by_gain and (gains := _known(request.gains, request, chosen)):
         ranked = gain_logits(gains, examples)
     own = count - len(chosen) + (1 if plan.target and len(chosen) == count else 0)  # target's or fresh: no score
     if not plan.ranked_start or not ranked or len(ranked) < count - own:
@@ -92,32 +94,32 @@ def gain_logits(gains: Sequence[float], examples: int) -> list[float]:
     return [gain * math.sqrt(examples) / TEMPERATURE for gain in gains]
 
 
-def _known(values: Sequence[float | None] | None, job: Job, chosen: Sequence[Expert]) -> list[float]:
+def _known(values: Sequence[float | None] | None, request: TuneRequest, chosen: Sequence[Expert]) -> list[float]:
     """Of what the ranking says of its experts, what it says of the chosen ones."""
-    by_path = dict(zip((expert.path.resolve() for expert in job.experts), values or [], strict=False))
+    by_path = dict(zip((expert.path.resolve() for expert in request.experts), values or [], strict=False))
     found = [by_path.get(expert.path.resolve()) for expert in chosen]
     return [value for value in found if value is not None]
 
 
 @contextmanager
-def form_of(plan: Plan, job: Job, chosen: Sequence[Expert]) -> Iterator[Expert | None]:
+def form_of(plan: MixturePlan, request: TuneRequest, chosen: Sequence[Expert]) -> Iterator[Expert | None]:
     """An expert whose form the sum has, if it is of a kind without ΔW; None for LoRA."""
-    options, bench = job.options, job.bench
+    options, session = request.options, request.session
     kind = options.fresh_kind
     if kind is None:
-        yield _known_form(plan, job, chosen)
+        yield _known_form(plan, request, chosen)
     elif kind == LORA:
         yield None
     else:
         with fresh_expert(
-            kind, bench.loaded, bench.base, bench.task, options.fresh_rank, options.fresh_modules
+            kind, session.loaded, session.base, session.task, options.fresh_rank, options.fresh_modules
         ) as form:
             yield form
 
 
-def _known_form(plan: Plan, job: Job, chosen: Sequence[Expert]) -> Expert | None:
-    options = job.options
-    form = chosen[0] if chosen else job.like
+def _known_form(plan: MixturePlan, request: TuneRequest, chosen: Sequence[Expert]) -> Expert | None:
+    options = request.options
+    form = chosen[0] if chosen else request.like
     if form is None or not form.tensor_sets:
         return None
     if not plan.experts and (options.fresh_rank or options.fresh_modules or options.fresh_alpha):
@@ -129,34 +131,38 @@ def _known_form(plan: Plan, job: Job, chosen: Sequence[Expert]) -> Expert | None
     return form
 
 
-def group_members(plan: Plan, job: Job, form: Expert, chosen: Sequence[Expert]) -> tuple[list[GroupMember], bool]:
-    """As :func:`members`, for experts without ΔW."""
-    loaded, seed = job.bench.loaded, job.options.init_seed
-    found = [member_of(expert, loaded) for expert in chosen]
+def tensor_components(
+    plan: MixturePlan, request: TuneRequest, form: Expert, chosen: Sequence[Expert]
+) -> tuple[list[TensorComponent], bool]:
+    """As :func:`lora_components`, for experts without ΔW."""
+    loaded, seed = request.session.loaded, request.options.init_seed
+    found = [component_of(expert, loaded) for expert in chosen]
     if plan.random_experts:
-        own = found[: plan.target and job.target is not None]
+        own = found[: plan.target and request.target is not None]
         found = own + [
-            fresh_member(form, loaded, seed + number, f"random {number}")
+            fresh_component(form, loaded, seed + number, f"random {number}")
             for number in range(1, len(found) - len(own) + 1)
         ]
-    if not plan.fresh and not (plan.target and job.target is None):
+    if not plan.fresh and not (plan.target and request.target is None):
         return found, False
     if plan.target:
-        job.note(NO_EXPERT)
-    return [fresh_member(form, loaded, seed), *found], True
+        request.note(NO_EXPERT)
+    return [fresh_component(form, loaded, seed), *found], True
 
 
-def members(plan: Plan, job: Job, chosen: Sequence[Expert]) -> tuple[list[Member], bool]:
-    """The members of a sum of updates, and whether one of them is fresh."""
-    options, loaded, like = job.options, job.bench.loaded, job.like
-    found = [_member(expert, options.rank, job.note) for expert in chosen]
+def lora_components(
+    plan: MixturePlan, request: TuneRequest, chosen: Sequence[Expert]
+) -> tuple[list[LoraComponent], bool]:
+    """The components of a sum of updates, and whether one of them is fresh."""
+    options, loaded, like = request.options, request.session.loaded, request.like
+    found = [_component(expert, options.rank, request.note) for expert in chosen]
     if plan.random_experts:
-        own = found[: plan.target and job.target is not None]
+        own = found[: plan.target and request.target is not None]
         found = own + [
-            _random_like(member, loaded, options.init_seed + number, f"random {number}")
-            for number, member in enumerate(found[len(own) :], 1)
+            _random_like(component, loaded, options.init_seed + number, f"random {number}")
+            for number, component in enumerate(found[len(own) :], 1)
         ]
-    if not plan.fresh and not (plan.target and job.target is None):
+    if not plan.fresh and not (plan.target and request.target is None):
         return found, False
     places = tuple(sorted(like.modules)) if like and like.modules else lora_targets(loaded.model)
     modules = options.fresh_modules or places
@@ -168,13 +174,13 @@ def members(plan: Plan, job: Job, chosen: Sequence[Expert]) -> tuple[list[Member
         alpha = alpha * rank / max(like.ranks) if like else alpha
     fresh = fresh_lora(loaded, rank if plan.train_experts else 1, alpha, modules, options.init_seed)
     if plan.target:
-        job.note(NO_EXPERT)
+        request.note(NO_EXPERT)
     return [fresh, *found], True
 
 
 def fresh_lora(
     loaded: LoadedBase, rank: int, alpha: float, modules: Sequence[str] | None, seed: int, name: str = "fresh"
-) -> Member:
+) -> LoraComponent:
     """A fresh LoRA expert with PEFT's own init (A Kaiming-uniform, B zero); the base comes back as it was.
 
     Args:
@@ -205,24 +211,24 @@ def fresh_lora(
     loaded.model.requires_grad_(False)
     layouts, _ = parse({"r": rank, "lora_alpha": alpha}, {key: tuple(value.shape) for key, value in tensors.items()})
     factors = {module: layout.factors(lambda key: tensors[key].float()) for module, layout in layouts.items()}
-    return Member(name, layouts, factors)
+    return LoraComponent(name, layouts, factors)
 
 
-def _random_like(member: Member, loaded: LoadedBase, seed: int, name: str) -> Member:
+def _random_like(component: LoraComponent, loaded: LoadedBase, seed: int, name: str) -> LoraComponent:
     """A fresh LoRA in the places of another, of its highest rank."""
-    rank = max(module.rank for module in member.modules.values())
-    alpha = rank * max(factors.scaling for factors in member.factors.values())
-    return fresh_lora(loaded, rank, alpha, sorted(member.modules), seed, name)
+    rank = max(module.rank for module in component.modules.values())
+    alpha = rank * max(factors.scaling for factors in component.factors.values())
+    return fresh_lora(loaded, rank, alpha, sorted(component.modules), seed, name)
 
 
-def _member(expert: Expert, rank: int | None, note: Callable[[str], None]) -> Member:
+def _component(expert: Expert, rank: int | None, note: Callable[[str], None]) -> LoraComponent:
     """An expert of the sum; one of another kind than LoRA becomes a LoRA.
 
     Args:
         rank: that it then has at most; None for what keeps most of ΔW.
     """
     if not expert.is_computed:
-        return Member(expert.name, expert.modules, {name: expert.factors(name) for name in expert.modules})
+        return LoraComponent(expert.name, expert.modules, {name: expert.factors(name) for name in expert.modules})
     truncation = Truncation(rank, None if rank else DEFAULT_ENERGY)
     factors, summaries = {}, []
     for name, module in expert.modules.items():
@@ -233,4 +239,4 @@ def _member(expert: Expert, rank: int | None, note: Callable[[str], None]) -> Me
         f"'{expert.name}' is of kind {expert.kind}: it goes in as a LoRA of rank {max(s.rank for s in summaries)}, "
         f"without {relative_error(summaries):.1%} of its ‖ΔW‖ (--rank N for another rank)"
     )
-    return Member(expert.name, expert.modules, factors)
+    return LoraComponent(expert.name, expert.modules, factors)

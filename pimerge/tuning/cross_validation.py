@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from pimerge.tuning.method import TuneMethod
-from pimerge.tuning.options import Options
-from pimerge.tuning.session import Job
+from pimerge.tuning.options import TrainingOptions
+from pimerge.tuning.session import TuneRequest
 from pimerge.tuning.trainer import LOWER, Diverged, held_out_loss
 
 FACTORS = (0.3, 1.0, 3.0)
@@ -34,27 +34,27 @@ class Tried:
         return least, self.losses.index(least) + 1
 
 
-def choose(method: TuneMethod, job: Job) -> Options:
-    """The job's options with the learning rate and the epochs that do best on what is held out.
+def choose(method: TuneMethod, request: TuneRequest) -> TrainingOptions:
+    """The request's options with the learning rate and the epochs that do best on what is held out.
 
     With one example of each class nothing can be held out, and the options stay as they are.
 
     Raises:
         PimergeError: as the method's ``fit``.
     """
-    bench, options = job.bench, job.options
-    _, labels = bench.task.examples(
-        "train", bench.loaded.processor, bench.loaded.config, shots=options.shots, seed=options.seed
+    session, options = request.session, request.options
+    _, labels = session.task.examples(
+        "train", session.loaded.processor, session.loaded.config, shots=options.shots, seed=options.seed
     )
     folds = min(FOLDS, max(labels.count(label) for label in set(labels)))
     if folds < 2:
-        job.note("one example of each class: nothing can be held out, so the usual learning rate is taken")
+        request.note("one example of each class: nothing can be held out, so the usual learning rate is taken")
         return replace(options, holdout=0.0)
-    usual = options.lr or method.plan.usual_lr(bench.loaded.width)
+    usual = options.lr or method.plan.usual_lr(session.loaded.width)
     tried = []
     for factor in FACTORS:
         try:
-            curves = [_curve(method, job, usual * factor, fold, folds) for fold in range(folds)]
+            curves = [_curve(method, request, usual * factor, fold, folds) for fold in range(folds)]
         except Diverged:
             curves = [[math.inf]]
         tried.append(Tried(usual * factor, tuple(sum(each) / len(curves) for each in zip(*curves, strict=True))))
@@ -62,7 +62,7 @@ def choose(method: TuneMethod, job: Job) -> Options:
     if math.isinf(best.best[0]):
         raise Diverged(f"the training diverged at every learning rate from {usual * min(FACTORS):g} on", LOWER)
     stop_after = best.best[1] if len(best.losses) > 1 else None
-    job.note(
+    request.note(
         f"on {folds} folds: "
         + ", ".join(f"held-out loss {each.best[0]:.3f} at --lr {each.lr:g}" for each in tried)
         + f"; taken: {best.lr:g}"
@@ -71,15 +71,15 @@ def choose(method: TuneMethod, job: Job) -> Options:
     return replace(options, lr=best.lr, holdout=0.0, stop_after=stop_after)
 
 
-def _curve(method: TuneMethod, job: Job, lr: float, fold: int, folds: int) -> Sequence[float]:
+def _curve(method: TuneMethod, request: TuneRequest, lr: float, fold: int, folds: int) -> Sequence[float]:
     """The held-out loss of a fold after each epoch, or at the end."""
-    part = job.with_options(f"lr-{lr:g}-fold-{fold}", lr=lr, holdout=0.0, patience=10**6)
-    with job.bench.tidied(job.options.seed) as undo:
+    part = request.with_options(f"lr-{lr:g}-fold-{fold}", lr=lr, holdout=0.0, patience=10**6)
+    with request.session.restored(request.options.seed) as undo:
         part = replace(part, fold=(fold, folds), undo=undo, note=lambda message: None)
-        fitted = method.fit(part)
-        losses = fitted.outcome.held_out_losses
+        result = method.fit(part)
+        losses = result.outcome.held_out_losses
         if not losses:
             _, held_out = part.examples()
             assert held_out is not None
-            losses = (held_out_loss(fitted.model, held_out, job.bench.device),)
+            losses = (held_out_loss(result.model, held_out, request.session.device),)
         return [loss if math.isfinite(loss) else math.inf for loss in losses]

@@ -12,7 +12,7 @@ from torch import nn
 PREFIX = "average."
 
 
-class Averaged(nn.Module):
+class EmaModel(nn.Module):
     """A model whose trained parameters p have an average m ← β m + (1 − β) p, which answers in eval mode.
 
     The first steps count as much as later ones: β is the smaller of the given one and (1 + t) / (10 + t) at step t.
@@ -21,7 +21,7 @@ class Averaged(nn.Module):
     Args:
         decay: β.
 
-    >>> model = Averaged(nn.Linear(1, 1, bias=False), decay=0.5)
+    >>> model = EmaModel(nn.Linear(1, 1, bias=False), decay=0.5)
     >>> _ = nn.init.ones_(model.model.weight)
     >>> model.reset()
     >>> with torch.no_grad(): _ = model.model.weight.fill_(2.0)
@@ -60,7 +60,7 @@ class Averaged(nn.Module):
         """As the model."""
         return self.model(*args, **kwargs)
 
-    def train(self, mode: bool = True) -> Averaged:
+    def train(self, mode: bool = True) -> EmaModel:
         """In eval mode the averages are where the parameters were."""
         super().train(mode)
         if self.in_place == mode:

@@ -20,8 +20,8 @@ from pimerge.checkpoints.base import Base
 from pimerge.core.errors import PimergeError, Problems
 from pimerge.models.loading import LoadedBase, as_before, as_they_were, set_head
 from pimerge.tasks.task import parse_document
-from pimerge.tuning.lora_layers import Member, Switch, compose
-from pimerge.tuning.tensor_layers import compose_groups, member_of
+from pimerge.tuning.lora_layers import LoraComponent, Switch, mix_lora
+from pimerge.tuning.tensor_layers import component_of, mix_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 ENSEMBLE_FILE = "ensemble.json"
 
 
-class EnsembleMember(BaseModel):
+class EnsembleExpert(BaseModel):
     """An expert of an ensemble: its folder, relative to the file's, what it was, and its share of the probability."""
 
     model_config = ConfigDict(extra="forbid")
@@ -44,7 +44,7 @@ class EnsembleDocument(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    members: list[EnsembleMember]
+    members: list[EnsembleExpert]
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def open_ensemble(path: Path, base: str | None = None) -> Ensemble:
     return Ensemble(path, experts, [member.weight for member in document.members])
 
 
-class Together(nn.Module):
+class EnsembleModel(nn.Module):
     """The logarithm of the mean of some experts' probabilities, as logits.
 
     Args:
@@ -133,7 +133,7 @@ class Together(nn.Module):
 
 
 @contextmanager
-def plugged_in_ensemble(ensemble: Ensemble, loaded: LoadedBase) -> Iterator[nn.Module]:
+def ensemble_in_base(ensemble: Ensemble, loaded: LoadedBase) -> Iterator[nn.Module]:
     """An ensemble in a base, in eval mode; afterwards the base is as it was.
 
     Raises:
@@ -144,15 +144,15 @@ def plugged_in_ensemble(ensemble: Ensemble, loaded: LoadedBase) -> Iterator[nn.M
         switch = Switch(sorted({part for expert in experts for part in expert.parts}), len(experts))
         model = loaded.model
         if experts[0].tensor_sets:
-            found = [member_of(expert, loaded) for expert in experts]
-            model = compose_groups(loaded, experts[0], found, switch, False).model
+            found = [component_of(expert, loaded) for expert in experts]
+            model = mix_tensors(loaded, experts[0], found, switch, False).model
         else:
-            compose(
+            mix_lora(
                 model,
-                [Member(e.name, e.modules, {name: e.factors(name) for name in e.modules}) for e in experts],
+                [LoraComponent(e.name, e.modules, {name: e.factors(name) for name in e.modules}) for e in experts],
                 switch,
                 False,
             )
         switch.to(next(model.parameters()).device)
         heads = [(index, expert.head_tensors()) for index, expert in enumerate(experts)]
-        yield Together(model, loaded, switch, heads, ensemble.weights).eval()
+        yield EnsembleModel(model, loaded, switch, heads, ensemble.weights).eval()

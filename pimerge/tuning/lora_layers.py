@@ -35,7 +35,7 @@ PLANS = ("stack", "materialise", "materialise-dense")
 
 
 @dataclass(frozen=True)
-class Member:
+class LoraComponent:
     """An expert of the sum: its layout and factors by module."""
 
     name: str
@@ -47,7 +47,7 @@ class Mixture(nn.Module):
     """Weights of N experts, one vector per group of modules: the softmax of what trains.
 
     Args:
-        modules: names of all composed modules.
+        modules: names of all modules that the experts adapt.
         start: N numbers whose softmax the weights start from.
         granularity: ``matrix`` (a vector per module), ``layer`` (shared within a layer), ``role`` (shared by what has
             one name in all layers) or ``global``.
@@ -131,7 +131,7 @@ class Switch(Mixture):
         return self.logits[self.group_of[module]]
 
 
-class ComposedLinear(nn.Module):
+class MixedLinear(nn.Module):
     """A Linear (or transformers' Conv1D) with the weighted sum of several LoRA updates.
 
     Args:
@@ -187,7 +187,7 @@ class ComposedLinear(nn.Module):
         return self.scaling[self.owner], self.B * weights[self.owner].T, self.scaling @ (weights * self.biases)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The composed layer on x (…, d_in)."""
+        """The mixed layer on x (…, d_in)."""
         scale, B, bias_update = self.weighted()
         transposed = type(self.layer).__name__ == "Conv1D"
         weight = self.weight.T if transposed else self.weight
@@ -195,7 +195,7 @@ class ComposedLinear(nn.Module):
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
         bias = self.bias
-        output = composed_linear(
+        output = mixed_linear(
             x.to(dtype),
             scale.to(dtype),
             self.A.to(dtype),
@@ -225,11 +225,11 @@ class ComposedLinear(nn.Module):
         return found
 
 
-class ComposedEmbedding(ComposedLinear):
+class MixedEmbedding(MixedLinear):
     """An Embedding, whose input is a row of the identity for each token: A (R × vocabulary) is looked up."""
 
     def forward(self, ids: Tensor) -> Tensor:
-        """The composed layer on ids (…), (…, d_out)."""
+        """The mixed layer on ids (…), (…, d_out)."""
         output: Tensor = self.layer(ids)
         rows = embedding(ids, self.A.T, self.layer.padding_idx)  # type: ignore[arg-type]  # (…, R)
         scale, B, _ = self.weighted()
@@ -237,11 +237,11 @@ class ComposedEmbedding(ComposedLinear):
         return output + (update * getattr(self.layer, "embed_scale", 1.0)).to(output.dtype)
 
 
-class ComposedConvolution(ComposedLinear):
+class MixedConvolution(MixedLinear):
     """A convolution: A (R × d_in · kernel) is one of the base's stride and padding, B one of kernel 1."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """The composed layer on x (…, channels, *places), (…, d_out, *places)."""
+        """The mixed layer on x (…, channels, *places), (…, d_out, *places)."""
         output: Tensor = self.layer(x)
         weight, layer = self.weight, self.layer
         convolve: Any = {3: conv1d, 4: conv2d, 5: conv3d}[weight.dim()]
@@ -253,48 +253,50 @@ class ComposedConvolution(ComposedLinear):
         return output + update.to(output.dtype)
 
 
-def compose(model: nn.Module, members: Sequence[Member], mixture: Mixture, trained: bool) -> dict[str, ComposedLinear]:
+def mix_lora(
+    model: nn.Module, components: Sequence[LoraComponent], mixture: Mixture, trained: bool
+) -> dict[str, MixedLinear]:
     """Replace every adapted layer of a model by its composition.
 
     Returns:
-        module name → composed layer, in alphabetical order.
+        module name → mixed layer, in alphabetical order.
 
     Raises:
         PimergeError: with each module that the model lacks, whose layer is not handled, or whose shape differs.
     """
     layers = dict(model.named_modules())
     problems = Problems()
-    names = sorted({name for member in members for name in member.modules})
-    types: dict[str, type[ComposedLinear]] = {}
+    names = sorted({name for component in components for name in component.modules})
+    types: dict[str, type[MixedLinear]] = {}
     for name in names:
         layer = layers.get(name)
         with problems.collected(f"module '{name}' of the base "):
-            types[name] = _composed_type(layer)
+            types[name] = _mixed_type(layer)
         if layer is None or name not in types:
             continue
         shape = delta_shape(layer)
-        for member in members:
-            module = member.modules.get(name)
+        for component in components:
+            module = component.modules.get(name)
             if module is not None and (module.d_out, module.d_in) != shape:
                 problems.add(
-                    f"module '{name}' of '{member.name}' is {module.d_out} × {module.d_in}, the base's {shape}"
+                    f"module '{name}' of '{component.name}' is {module.d_out} × {module.d_in}, the base's {shape}"
                 )
-    modules = [module for member in members for module in member.modules.values()]
+    modules = [module for component in components for module in component.modules.values()]
     with problems.collected():
         refuse_biased_embeddings(modules, any(module.bias for module in modules))
     problems.raise_any("the experts do not fit the base")
-    composed = {}
+    mixed = {}
     for name in names:
         parent, _, child = name.rpartition(".")
-        parts = [member.factors.get(name) for member in members]
+        parts = [component.factors.get(name) for component in components]
         layer = types[name](name, layers[name], parts, mixture, trained)
         setattr(model.get_submodule(parent), child, layer)
-        composed[name] = layer
-    return composed
+        mixed[name] = layer
+    return mixed
 
 
-def _composed_type(layer: nn.Module | None) -> type[ComposedLinear]:
-    """How a layer of the base is composed.
+def _mixed_type(layer: nn.Module | None) -> type[MixedLinear]:
+    """How a layer of the base is mixed.
 
     Raises:
         PimergeError: if it is not there, or none that PEFT runs a LoRA on as a sum.
@@ -302,9 +304,9 @@ def _composed_type(layer: nn.Module | None) -> type[ComposedLinear]:
     if layer is None:
         raise PimergeError("is not there", "pass the base that the experts were trained on with --base")
     if type(layer) is nn.Linear or type(layer).__name__ == "Conv1D":
-        return ComposedLinear
+        return MixedLinear
     if isinstance(layer, nn.Embedding) and (type(layer) is nn.Embedding or hasattr(layer, "embed_scale")):
-        return ComposedEmbedding
+        return MixedEmbedding
     if type(layer) in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
         if max(layer.dilation) > 1 and max(layer.kernel_size) > 1:  # type: ignore[arg-type]
             raise PimergeError(
@@ -316,7 +318,7 @@ def _composed_type(layer: nn.Module | None) -> type[ComposedLinear]:
                 f"is a {type(layer).__name__} of {layer.groups} groups, and ΔW is one matrix",
                 "leave the experts that adapt it out",
             )
-        return ComposedConvolution
+        return MixedConvolution
     raise PimergeError(
         f"is a {type(layer).__name__}", "tuning composes Linear, Conv1D, Embedding and convolution layers"
     )
@@ -347,7 +349,7 @@ def group_modules(modules: Sequence[str], granularity: str) -> dict[str, int]:
     return groups
 
 
-def composed_linear(
+def mixed_linear(
     x: Tensor,
     scale: Tensor,
     A: Tensor,
@@ -368,10 +370,10 @@ def composed_linear(
         plan: one of ``PLANS``; None for the cheapest.
 
     >>> x, A, B, W = torch.ones(1, 3), torch.ones(2, 3), torch.ones(4, 2), torch.zeros(4, 3)
-    >>> composed_linear(x, torch.tensor([1.0, 0.5]), A, B, W, None).tolist()
+    >>> mixed_linear(x, torch.tensor([1.0, 0.5]), A, B, W, None).tolist()
     [[4.5, 4.5, 4.5, 4.5]]
     """
-    output: Tensor = _Composed.apply(x, scale, A, B, weight, bias, plan)  # type: ignore[no-untyped-call]
+    output: Tensor = _MixedLinear.apply(x, scale, A, B, weight, bias, plan)  # type: ignore[no-untyped-call]
     return output
 
 
@@ -391,8 +393,8 @@ def cheapest_plan(tokens: int, d_in: int, d_out: int, R: int, factors_train: boo
     return min(PLANS, key=lambda plan: costs[plan])
 
 
-class _Composed(torch.autograd.Function):
-    """The three plans of :func:`composed_linear`; G is the gradient of y, H = x Aᵀ, D = G B, S = diag(scale)."""
+class _MixedLinear(torch.autograd.Function):
+    """The three plans of :func:`mixed_linear`; G is the gradient of y, H = x Aᵀ, D = G B, S = diag(scale)."""
 
     @staticmethod
     def forward(

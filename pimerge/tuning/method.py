@@ -8,10 +8,10 @@ from types import ModuleType
 from typing import Any
 
 from pimerge.core import plugins
-from pimerge.tuning.class_name_examples import class_names, may_take_names, names_foretell
-from pimerge.tuning.methods import Plan
-from pimerge.tuning.mixed_expert import train_sum
-from pimerge.tuning.session import Fitted, Job
+from pimerge.tuning.class_name_examples import class_names, may_take_names, names_predict
+from pimerge.tuning.methods import MixturePlan
+from pimerge.tuning.mixed_expert import train_mixture
+from pimerge.tuning.session import TuneRequest, TuneResult
 
 PACKAGE = "pimerge.tuning.methods"
 
@@ -29,9 +29,9 @@ class TuneMethod:
     options: Mapping[str, Any]
 
     @property
-    def plan(self) -> Plan:
+    def plan(self) -> MixturePlan:
         """What it composes."""
-        plan: Plan = self.file.PLAN
+        plan: MixturePlan = self.file.PLAN
         return plan
 
     @property
@@ -44,17 +44,19 @@ class TuneMethod:
         """Whether it trains once, all epochs in a row."""
         return not hasattr(self.file, "fit")
 
-    def fit(self, job: Job) -> Fitted:
-        """Leave the tuned result in the job's base.
+    def fit(self, request: TuneRequest) -> TuneResult:
+        """Leave the tuned result in the request's base.
 
         Raises:
             PimergeError: if the experts, the task, an option or the disk has a problem.
         """
-        job = decided(job, self.plan)
-        fitted: Fitted = (
-            train_sum(job, self.plan, self.name) if self.is_one_training else self.file.fit(job, **self.options)
+        request = decided(request, self.plan)
+        result: TuneResult = (
+            train_mixture(request, self.plan, self.name)
+            if self.is_one_training
+            else self.file.fit(request, **self.options)
         )
-        return replace(fitted, settings={**fitted.settings, "class_names": job.options.class_names})
+        return replace(result, settings={**result.settings, "class_names": request.options.class_names})
 
 
 def open_tune_method(name: str, options: Mapping[str, Any] | None = None) -> TuneMethod:
@@ -78,19 +80,21 @@ def _defaults(file: ModuleType) -> dict[str, Any]:
     return plugins.keyword_defaults(file.fit) if hasattr(file, "fit") else {}
 
 
-def decided(job: Job, plan: Plan) -> Job:
-    """The job with ``class_names`` of its options decided: where they are left open, by whether the names foretell.
+def decided(request: TuneRequest, plan: MixturePlan) -> TuneRequest:
+    """The request with ``class_names`` of its options decided: where they are left open, by whether the names foretell.
 
     The base must be bare.
 
     Raises:
         PimergeError: if names are asked for and are no texts.
     """
-    bench, taken = job.bench, job.options.class_names
+    session, taken = request.session, request.options.class_names
     if taken is None:
-        silently = replace(job, note=lambda message: None, options=replace(job.options, class_names=False))
-        taken = may_take_names(bench.task, plan) and names_foretell(bench.loaded, bench.task, silently.examples()[0])
+        silently = replace(request, note=lambda message: None, options=replace(request.options, class_names=False))
+        taken = may_take_names(session.task, plan) and names_predict(
+            session.loaded, session.task, silently.examples()[0]
+        )
     if taken:
-        count = len(class_names(bench.task, bench.loaded.processor, bench.loaded.config))
-        job.note(f"the names of the {count} classes are learned from, as one more example of each")
-    return replace(job, options=replace(job.options, class_names=taken))
+        count = len(class_names(session.task, session.loaded.processor, session.loaded.config))
+        request.note(f"the names of the {count} classes are learned from, as one more example of each")
+    return replace(request, options=replace(request.options, class_names=taken))

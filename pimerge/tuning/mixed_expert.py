@@ -1,4 +1,4 @@
-"""A weighted sum of experts inside the base's model: composed, trained, collapsed into one expert."""
+"""A weighted sum of experts inside the base's model: mixed, trained, collapsed into one expert."""
 
 from __future__ import annotations
 
@@ -20,12 +20,27 @@ from pimerge.core.files import relative_to
 from pimerge.core.manifest import Manifest
 from pimerge.models.loading import set_head
 from pimerge.tasks.types import Examples, for_base
-from pimerge.tuning.components import chosen_experts, form_of, group_members, members, require_heads_alone, start_logits
-from pimerge.tuning.lora_layers import ChannelMixture, ComposedLinear, FreeMixture, Member, Mixture, Switch, compose
-from pimerge.tuning.methods import Plan
-from pimerge.tuning.session import Fitted, Job
-from pimerge.tuning.tensor_layers import GroupMember, compose_groups
-from pimerge.tuning.trainer import Outcome, train, untrained
+from pimerge.tuning.components import (
+    chosen_experts,
+    form_of,
+    lora_components,
+    require_heads_alone,
+    start_logits,
+    tensor_components,
+)
+from pimerge.tuning.lora_layers import (
+    ChannelMixture,
+    FreeMixture,
+    LoraComponent,
+    MixedLinear,
+    Mixture,
+    Switch,
+    mix_lora,
+)
+from pimerge.tuning.methods import MixturePlan
+from pimerge.tuning.session import TuneRequest, TuneResult
+from pimerge.tuning.tensor_layers import TensorComponent, mix_tensors
+from pimerge.tuning.trainer import TrainingOutcome, train, untrained
 
 
 @dataclass(frozen=True)
@@ -48,8 +63,8 @@ class Collapsed:
         return max((summary.rank for summary in self.summaries), default=0)
 
 
-class Composed(ABC):
-    """A sum of experts in the base of a job.
+class MixedExpert(ABC):
+    """A sum of experts in the base of a request.
 
     Attributes:
         mixture: the weights.
@@ -64,17 +79,17 @@ class Composed(ABC):
 
     def __init__(
         self,
-        job: Job,
-        plan: Plan,
+        request: TuneRequest,
+        plan: MixturePlan,
         method: str,
         chosen: Sequence[Expert],
         names: list[str],
         fresh: bool,
         examples: int,
     ) -> None:
-        self.job, self.plan, self.method = job, plan, method
+        self.request, self.plan, self.method = request, plan, method
         self.chosen, self.names, self.fresh = chosen, names, fresh
-        self.start = start_logits(plan, len(names), job, chosen, examples)
+        self.start = start_logits(plan, len(names), request, chosen, examples)
 
     @abstractmethod
     def collapse(self, rank: int | None = None) -> Collapsed:
@@ -88,32 +103,32 @@ class Composed(ABC):
     def trains(self) -> bool:
         """Whether anything does: the head, weights or experts."""
         parameters = (*self.mixture.parameters(), *self.model.parameters())
-        return bool(self.job.bench.loaded.head) or any(parameter.requires_grad for parameter in parameters)
+        return bool(self.request.session.loaded.head) or any(parameter.requires_grad for parameter in parameters)
 
-    def train(self, kept: Examples, held_out: Examples | None, **changes: Any) -> Outcome:
+    def train(self, kept: Examples, held_out: Examples | None, **changes: Any) -> TrainingOutcome:
         """Train what the plan says on these examples, from where it is.
 
         Args:
-            changes: to the job's options; ``part``, the folder of the checkpoints in that of the job.
+            changes: to the request's options; ``part``, the folder of the checkpoints in that of the request.
         """
-        job = self.job.with_options(changes.pop("part", ""), **changes)
+        request = self.request.with_options(changes.pop("part", ""), **changes)
         if not self.trains:
-            kind = job.bench.task.file.type
-            job.note(
+            kind = request.session.task.file.type
+            request.note(
                 f"'{self.method}' trains nothing but a head, and {kind} has none: the experts are summed as they are"
             )
             return untrained()
         return train(
-            job.bench.loaded,
+            request.session.loaded,
             self.mixture,
             kept,
             held_out,
-            job.run,
-            job.options,
-            job.bench.precision,
+            request.run,
+            request.options,
+            request.session.precision,
             through=self.model,
-            track=job.track,
-            note=job.note,
+            track=request.track,
+            note=request.note,
         )
 
     def trained_state(self) -> dict[str, Tensor]:
@@ -128,21 +143,21 @@ class Composed(ABC):
 
     def _trainable(self) -> dict[str, nn.Parameter]:
         both = nn.ModuleDict({"model": self.model, "mixture": self.mixture})
-        head = set(self.job.bench.loaded.head_parameters())
+        head = set(self.request.session.loaded.head_parameters())
         return {name: each for name, each in both.named_parameters() if each.requires_grad or each in head}
 
-    def fitted(self, outcome: Outcome, kept: Examples, held_out: Examples | None) -> Fitted:
+    def result(self, outcome: TrainingOutcome, kept: Examples, held_out: Examples | None) -> TuneResult:
         """The result as it is now."""
-        collapsed = self.collapse(self.job.options.rank)
+        collapsed = self.collapse(self.request.options.rank)
         head = self.head()
         replaced = self.plan.random_experts
-        scales = [1.0 if replaced and expert is not self.job.target else expert.strength for expert in self.chosen]
+        scales = [1.0 if replaced and expert is not self.request.target else expert.strength for expert in self.chosen]
         weights = self.mixture.weights()
 
         def write(output: Path, manifest: Manifest, force: bool) -> None:
             coefficients = Coefficients(
                 method=self.method,
-                granularity=self.plan.granularity or self.job.options.granularity,
+                granularity=self.plan.granularity or self.request.options.granularity,
                 experts=[relative_to(expert.path, output) for expert in self.chosen],
                 sha256=[expert.sha256 for expert in self.chosen],
                 scales=scales,
@@ -152,7 +167,7 @@ class Composed(ABC):
             documents = Documents(manifest, None if self.fresh or self.plan.random_experts else coefficients)
             collapsed.write(output, head, documents, force)
 
-        return Fitted(
+        return TuneResult(
             model=self.model,
             outcome=outcome,
             experts=self.names,
@@ -173,35 +188,39 @@ class Composed(ABC):
         Args:
             tensors: name → tensor; None for the model's, as it is now.
         """
-        bench = self.job.bench
-        found = bench.loaded.head_tensors() if tensors is None else tensors
+        session = self.request.session
+        found = session.loaded.head_tensors() if tensors is None else tensors
         copied = {name: tensor.float().cpu().clone() for name, tensor in found.items()}
-        return Head(copied, bench.loaded.head, bench.task)
+        return Head(copied, session.loaded.head, session.task)
 
 
-class _Updates(Composed):
+class _MixedUpdates(MixedExpert):
     """A sum of updates ΔW."""
 
-    def __init__(self, job: Job, plan: Plan, method: str, chosen: Sequence[Expert], examples: int) -> None:
-        self.members: list[Member]
-        self.members, fresh = members(plan, job, chosen)
-        super().__init__(job, plan, method, chosen, [member.name for member in self.members], fresh, examples)
-        self.parts = sorted({name for member in self.members for name in member.modules})
-        widths = {name: module.d_out for member in self.members for name, module in member.modules.items()}
-        self.mixture = _mixture(plan, job, self.parts, self.start, widths)
-        self.model = job.bench.loaded.model
-        self.layers = compose(self.model, self.members, self.mixture, plan.train_experts)
+    def __init__(
+        self, request: TuneRequest, plan: MixturePlan, method: str, chosen: Sequence[Expert], examples: int
+    ) -> None:
+        self.components: list[LoraComponent]
+        self.components, fresh = lora_components(plan, request, chosen)
+        super().__init__(
+            request, plan, method, chosen, [component.name for component in self.components], fresh, examples
+        )
+        self.parts = sorted({name for component in self.components for name in component.modules})
+        widths = {name: module.d_out for component in self.components for name, module in component.modules.items()}
+        self.mixture = _mixture(plan, request, self.parts, self.start, widths)
+        self.model = request.session.loaded.model
+        self.layers = mix_lora(self.model, self.components, self.mixture, plan.train_experts)
 
     def collapse(self, rank: int | None = None) -> Collapsed:
         """The sum of the updates, module by module."""
-        layout, merged = _collapse(self.layers, self.members, self.mixture, Truncation(rank))
+        layout, merged = _collapse(self.layers, self.components, self.mixture, Truncation(rank))
         factors = [module.factors for module in merged]
         size = sum(
             part.A.numel() + part.B.numel() + (0 if part.bias is None else part.bias.numel()) for part in factors
         )
-        bench = self.job.bench
-        kind = type(bench.loaded.model)
-        peft_task = for_base(bench.task.type.PEFT_TASK, bench.loaded.config)
+        session = self.request.session
+        kind = type(session.loaded.model)
+        peft_task = for_base(session.task.type.PEFT_TASK, session.loaded.config)
         mapping = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
         like = {
             "task_type": peft_task,
@@ -211,29 +230,35 @@ class _Updates(Composed):
 
         def write(output: Path, head: Head, documents: Documents, force: bool) -> None:
             write_expert(
-                output, layout, merged, head, base=bench.base, like=like, documents=lambda _: documents, force=force
+                output, layout, merged, head, base=session.base, like=like, documents=lambda _: documents, force=force
             )
 
         return Collapsed([module.summary for module in merged], size, write)
 
 
-class _Groups(Composed):
+class _MixedTensors(MixedExpert):
     """A sum of experts without ΔW: of their tensors."""
 
     def __init__(
-        self, job: Job, plan: Plan, method: str, chosen: Sequence[Expert], examples: int, form: Expert
+        self,
+        request: TuneRequest,
+        plan: MixturePlan,
+        method: str,
+        chosen: Sequence[Expert],
+        examples: int,
+        form: Expert,
     ) -> None:
         if plan.mixture == "channels":
             raise PimergeError(
                 f"'{method}' scales the outputs of updates ΔW, and experts of kind {form.kind} have none",
                 "take another --method, such as anisotropic",
             )
-        found: list[GroupMember]
-        found, fresh = group_members(plan, job, form, chosen)
-        super().__init__(job, plan, method, chosen, [member.name for member in found], fresh, examples)
+        found: list[TensorComponent]
+        found, fresh = tensor_components(plan, request, form, chosen)
+        super().__init__(request, plan, method, chosen, [component.name for component in found], fresh, examples)
         self.form, self.parts = form, form.parts
-        self.mixture = _mixture(plan, job, self.parts, self.start, {})
-        self.composition = compose_groups(job.bench.loaded, form, found, self.mixture, plan.train_experts)
+        self.mixture = _mixture(plan, request, self.parts, self.start, {})
+        self.composition = mix_tensors(request.session.loaded, form, found, self.mixture, plan.train_experts)
         self.model = self.composition.model
 
     def collapse(self, rank: int | None = None) -> Collapsed:
@@ -245,7 +270,7 @@ class _Groups(Composed):
                 output,
                 lambda: tensors,
                 head,
-                base=self.job.bench.base,
+                base=self.request.session.base,
                 like=self.form,
                 documents=lambda: documents,
                 force=force,
@@ -255,7 +280,7 @@ class _Groups(Composed):
 
 
 def mean_state(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Name → mean of several tensors, as :meth:`Composed.trained_state` has them.
+    """Name → mean of several tensors, as :meth:`MixedExpert.trained_state` has them.
 
     >>> mean_state([{"w": torch.tensor([0.0])}, {"w": torch.tensor([1.0])}])
     {'w': tensor([0.5000])}
@@ -264,7 +289,7 @@ def mean_state(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def between(start: Mapping[str, Tensor], end: Mapping[str, Tensor], way: float) -> dict[str, Tensor]:
-    """Name → start + way · (end − start), of what :meth:`Composed.trained_state` gave.
+    """Name → start + way · (end − start), of what :meth:`MixedExpert.trained_state` gave.
 
     >>> between({"w": torch.tensor([0.0])}, {"w": torch.tensor([2.0])}, 0.75)
     {'w': tensor([1.5000])}
@@ -272,7 +297,7 @@ def between(start: Mapping[str, Tensor], end: Mapping[str, Tensor], way: float) 
     return {name: start[name] + way * (end[name] - start[name]) for name in start}
 
 
-def compose_sum(job: Job, plan: Plan, method: str) -> tuple[Composed, Examples, Examples | None]:
+def mix_experts(request: TuneRequest, plan: MixturePlan, method: str) -> tuple[MixedExpert, Examples, Examples | None]:
     """Put the sum that a plan asks for into the base, and encode the examples for it.
 
     Returns:
@@ -281,43 +306,45 @@ def compose_sum(job: Job, plan: Plan, method: str) -> tuple[Composed, Examples, 
     Raises:
         PimergeError: if the experts, the task or an option has a problem.
     """
-    bench = job.bench
-    chosen = chosen_experts(plan, method, job.experts, job.target)
-    if plan.head_alone and not bench.loaded.head:
+    session = request.session
+    chosen = chosen_experts(plan, method, request.experts, request.target)
+    if plan.head_alone and not session.loaded.head:
         raise PimergeError(
-            f"'{method}' trains a head alone, and a base that answers in text ({bench.task.file.type}) has none to "
+            f"'{method}' trains a head alone, and a base that answers in text ({session.task.file.type}) has none to "
             "train",
             "take 'scratch' for a control without experts; 'pimerge eval' scores the bare base, too",
         )
-    require_heads_alone([*chosen, *([job.target] if job.target and plan.target else [])], bench.loaded)
-    if plan.target and job.target is not None:
-        set_head(bench.loaded.model, job.target.head_tensors())
-    with form_of(plan, job, chosen) as form:
-        kept, held_out = job.examples(form)
+    require_heads_alone([*chosen, *([request.target] if request.target and plan.target else [])], session.loaded)
+    if plan.target and request.target is not None:
+        set_head(session.loaded.model, request.target.head_tensors())
+    with form_of(plan, request, chosen) as form:
+        kept, held_out = request.examples(form)
         count = len(kept) + (len(held_out) if held_out else 0)
-        composed: Composed = (
-            _Updates(job, plan, method, chosen, count)
+        mixed: MixedExpert = (
+            _MixedUpdates(request, plan, method, chosen, count)
             if form is None
-            else _Groups(job, plan, method, chosen, count, form)
+            else _MixedTensors(request, plan, method, chosen, count, form)
         )
-    composed.mixture.to(bench.device)
-    return composed, kept, held_out
+    mixed.mixture.to(session.device)
+    return mixed, kept, held_out
 
 
-def train_sum(job: Job, plan: Plan, method: str) -> Fitted:
+def train_mixture(request: TuneRequest, plan: MixturePlan, method: str) -> TuneResult:
     """Compose, train, collapse: what most tune methods are.
 
     Raises:
-        PimergeError: as :func:`compose_sum`, or if the training diverges.
+        PimergeError: as :func:`mix_experts`, or if the training diverges.
     """
-    composed, kept, held_out = compose_sum(job, plan, method)
-    outcome = composed.train(kept, held_out)
-    return composed.fitted(outcome, kept, held_out)
+    mixed, kept, held_out = mix_experts(request, plan, method)
+    outcome = mixed.train(kept, held_out)
+    return mixed.result(outcome, kept, held_out)
 
 
-def _mixture(plan: Plan, job: Job, parts: Sequence[str], start: Sequence[float], widths: dict[str, int]) -> Mixture:
+def _mixture(
+    plan: MixturePlan, request: TuneRequest, parts: Sequence[str], start: Sequence[float], widths: dict[str, int]
+) -> Mixture:
     trained = plan.train_weights and (len(start) > 1 or plan.mixture != "softmax")
-    granularity = plan.granularity or job.options.granularity
+    granularity = plan.granularity or request.options.granularity
     if plan.mixture == "switch":
         return Switch(parts, len(start))
     if plan.mixture == "channels":
@@ -327,12 +354,12 @@ def _mixture(plan: Plan, job: Job, parts: Sequence[str], start: Sequence[float],
 
 
 def _collapse(
-    layers: dict[str, ComposedLinear], found: Sequence[Member], mixture: Mixture, truncation: Truncation
+    layers: dict[str, MixedLinear], found: Sequence[LoraComponent], mixture: Mixture, truncation: Truncation
 ) -> tuple[Layout, list[MergedModule]]:
     """The trained sum as one expert, module by module."""
     weights = mixture.weights()
-    layouts = {name: next(m.modules[name] for m in found if name in m.modules) for name in layers}
-    has_bias = any(module.bias for member in found for module in member.modules.values())
+    layouts = {name: next(c.modules[name] for c in found if name in c.modules) for name in layers}
+    has_bias = any(module.bias for component in found for module in component.modules.values())
     merged = []
     for name, layer in layers.items():
         parts = layer.parts(len(found))

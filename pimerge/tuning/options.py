@@ -14,7 +14,7 @@ _HIGHEST_RATE = 1e6
 
 
 @dataclass(frozen=True)
-class Options:
+class TrainingOptions:
     """How to train.
 
     Attributes:
@@ -63,7 +63,7 @@ class Options:
     init_seed: int = 0
 
 
-def check_options(options: Options) -> None:
+def check_options(options: TrainingOptions) -> None:
     """Check the numbers.
 
     Raises:

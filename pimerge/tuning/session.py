@@ -1,6 +1,7 @@
 """A base in memory, for one task, on which tune methods are tried one after the other.
 
-A method is given a :class:`Job` and leaves a :class:`Fitted` in the base's model; afterwards the base is as it was.
+A method is given a :class:`TuneRequest` and leaves a :class:`TuneResult` in the base's model; afterwards the base is
+as it was.
 """
 
 from __future__ import annotations
@@ -32,12 +33,12 @@ from pimerge.tasks.holding_out import split_fold, split_holdout
 from pimerge.tasks.task import Task
 from pimerge.tasks.types import Examples
 from pimerge.tuning.class_name_examples import class_names
-from pimerge.tuning.options import Options
-from pimerge.tuning.trainer import Outcome
+from pimerge.tuning.options import TrainingOptions
+from pimerge.tuning.trainer import TrainingOutcome
 
 
 @dataclass(frozen=True)
-class Bench:
+class TuningSession:
     """A base for a task, on a device.
 
     Attributes:
@@ -51,7 +52,7 @@ class Bench:
     precision: torch.dtype
 
     @contextmanager
-    def tidied(self, seed: int) -> Iterator[ExitStack]:
+    def restored(self, seed: int) -> Iterator[ExitStack]:
         """Draw the head by the seed; after the block take out whatever was put into the base.
 
         Yields:
@@ -70,7 +71,7 @@ class Bench:
             model.eval()
 
 
-def open_bench(task: Task, base: Base, device: str = "auto", dtype: str = "auto", seed: int = 0) -> Bench:
+def open_session(task: Task, base: Base, device: str = "auto", dtype: str = "auto", seed: int = 0) -> TuningSession:
     """Load a base for a task.
 
     Raises:
@@ -78,14 +79,14 @@ def open_bench(task: Task, base: Base, device: str = "auto", dtype: str = "auto"
     """
     resolved = resolve_device(device)
     precision = resolve_dtype(dtype, resolved)
-    bench = Bench(task, base, load_base(base, task, resolved, precision, seed), resolved, precision)
+    session = TuningSession(task, base, load_base(base, task, resolved, precision, seed), resolved, precision)
     gc.collect()
     gc.freeze()  # the Trainer collects garbage before it trains, and looks through all that the libraries hold
-    return bench
+    return session
 
 
 @dataclass(frozen=True)
-class Job:
+class TuneRequest:
     """What a tune method is given.
 
     Attributes:
@@ -100,12 +101,12 @@ class Job:
         note: told what the user should know, a sentence at a time.
     """
 
-    bench: Bench
+    session: TuningSession
     experts: Sequence[Expert]
     target: Expert | None
     like: Expert | None
     scores: Sequence[float | None] | None
-    options: Options
+    options: TrainingOptions
     run: Path
     gains: Sequence[float | None] | None = None
     track: Track = silent
@@ -113,7 +114,7 @@ class Job:
     fold: tuple[int, int] | None = None
     undo: ExitStack = field(default_factory=ExitStack)
 
-    def with_options(self, part: str, **changes: Any) -> Job:
+    def with_options(self, part: str, **changes: Any) -> TuneRequest:
         """The same with other options, for a part of a method; its checkpoints lie in a folder of that name."""
         return replace(self, options=replace(self.options, **changes), run=self.run / part)
 
@@ -123,9 +124,9 @@ class Job:
         Args:
             form: an expert that takes room before the text.
         """
-        loaded, options = self.bench.loaded, self.options
+        loaded, options = self.session.loaded, self.options
         config = loaded.config_for([form] if form else [])
-        examples, labels = self.bench.task.examples(
+        examples, labels = self.session.task.examples(
             "train", loaded.processor, config, shots=options.shots, seed=options.seed
         )
         if examples.truncated:
@@ -138,13 +139,13 @@ class Job:
             self.note("too few examples to hold any out: no early stopping")
         trained_on = examples.subset(kept)
         if options.class_names:
-            trained_on = trained_on.joined(class_names(self.bench.task, loaded.processor, config))
+            trained_on = trained_on.joined(class_names(self.session.task, loaded.processor, config))
         return trained_on, examples.subset(held_out) if held_out else None
 
 
 @dataclass(frozen=True)
-class Fitted:
-    """What a tune method made; it is in the base's model until the bench is tidied.
+class TuneResult:
+    """What a tune method made; it is in the base's model until the session is restored.
 
     Attributes:
         model: the module that answers.
@@ -161,7 +162,7 @@ class Fitted:
     """
 
     model: nn.Module
-    outcome: Outcome
+    outcome: TrainingOutcome
     experts: list[str]
     weights: dict[str, list[float]]
     scales: list[float]

@@ -25,7 +25,7 @@ from pimerge.core.files import json_text, write_folder
 from pimerge.core.progress import Track, silent
 from pimerge.merging.tensor_merge import base_reader
 from pimerge.tasks.task import Task
-from pimerge.tuning.options import Options
+from pimerge.tuning.options import TrainingOptions
 from pimerge.tuning.tune import tune
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def initial_expert(
     pool: Sequence[Expert],
     task: Task,
     base: Base,
-    options: Options,
+    options: TrainingOptions,
     *,
     device: str = "auto",
     dtype: str = "auto",
@@ -113,7 +113,7 @@ def train_expert(
     task: Task,
     base: Base,
     output: Path,
-    options: Options,
+    options: TrainingOptions,
     *,
     device: str = "auto",
     dtype: str = "auto",

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class GroupMember:
+class TensorComponent:
     """An expert of the sum: its tensors by key, at its strength."""
 
     name: str
@@ -97,7 +97,7 @@ class ByLength(nn.Module):
 
 
 @dataclass(frozen=True)
-class GroupComposition:
+class TensorMixture:
     """A model whose adapter is the sum of several experts.
 
     Attributes:
@@ -114,17 +114,17 @@ class GroupComposition:
             return {key: each(each.stack[0]).float().cpu() for key, each in self.mixed.items()}
 
 
-def member_of(expert: Expert, loaded: LoadedBase) -> GroupMember:
+def component_of(expert: Expert, loaded: LoadedBase) -> TensorComponent:
     """An expert of the sum.
 
     Raises:
         PimergeError: if it does not fit the base.
     """
     check_fits(expert, loaded.model, head=False)
-    return GroupMember(expert.name, sum_of([expert], [1.0], loaded.model.get_parameter))
+    return TensorComponent(expert.name, sum_of([expert], [1.0], loaded.model.get_parameter))
 
 
-def fresh_member(like: Expert, loaded: LoadedBase, seed: int, name: str = "fresh") -> GroupMember:
+def fresh_component(like: Expert, loaded: LoadedBase, seed: int, name: str = "fresh") -> TensorComponent:
     """A fresh expert of the form of another with PEFT's own init; the base comes back as it was.
 
     Raises:
@@ -134,12 +134,14 @@ def fresh_member(like: Expert, loaded: LoadedBase, seed: int, name: str = "fresh
     torch.manual_seed(seed)
     with as_before(loaded.model):
         parameters = _parameters(like, with_adapter(like, loaded.model))
-        return GroupMember(name, {key: parameter.detach().double().cpu() for key, (_, parameter) in parameters.items()})
+        return TensorComponent(
+            name, {key: parameter.detach().double().cpu() for key, (_, parameter) in parameters.items()}
+        )
 
 
-def compose_groups(
-    loaded: LoadedBase, form: Expert, members: Sequence[GroupMember], mixture: Mixture, trained: bool
-) -> GroupComposition:
+def mix_tensors(
+    loaded: LoadedBase, form: Expert, components: Sequence[TensorComponent], mixture: Mixture, trained: bool
+) -> TensorMixture:
     """Put the weighted sum of some experts into a base.
 
     Args:
@@ -160,12 +162,12 @@ def compose_groups(
     neutral = sum_of([form], [0.0], loaded.model.get_parameter)
     for key, (path, parameter) in _parameters(form, model).items():
         dtype = torch.promote_types(parameter.dtype, torch.float32)  # trained and summed in float32 at least
-        stack = torch.stack([member.tensors[key] for member in members]).to(parameter.device, dtype)
+        stack = torch.stack([component.tensors[key] for component in components]).to(parameter.device, dtype)
         mixed[key] = MixedTensor(stack, neutral[key].to(stack), columns[key], mixture, trained)
         owner, _, name = path.rpartition(".")
         register_parametrization(model.get_submodule(owner), name, mixed[key])
     behind_vectors = form.virtual_tokens and "score" in loaded.head  # where a causal model cannot tell padding
-    return GroupComposition(ByLength(model) if behind_vectors else model, mixed)
+    return TensorMixture(ByLength(model) if behind_vectors else model, mixed)
 
 
 def _parameters(expert: Expert, model: nn.Module) -> dict[str, tuple[str, nn.Parameter]]:

@@ -1,4 +1,4 @@
-"""Train a composed model on a target's examples, by transformers' Trainer.
+"""Train a mixed model on a target's examples, by transformers' Trainer.
 
 Mixed precision, schedules, early stopping, several GPUs and checkpoints come with the Trainer. A run that was
 killed goes on from its last whole checkpoint.
@@ -28,9 +28,9 @@ from pimerge.core.files import disk_errors
 from pimerge.core.progress import Track, silent
 from pimerge.models.loading import LoadedBase
 from pimerge.tasks.types import IGNORED, Examples, bucket_by_length, on_device
-from pimerge.tuning.ema import Averaged
+from pimerge.tuning.ema import EmaModel
 from pimerge.tuning.lora_layers import Mixture
-from pimerge.tuning.options import Options
+from pimerge.tuning.options import TrainingOptions
 from pimerge.tuning.sam import sharpness_aware
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class Diverged(PimergeError):
 
 
 @dataclass(frozen=True)
-class Outcome:
+class TrainingOutcome:
     """How a training went.
 
     Attributes:
@@ -67,9 +67,9 @@ class Outcome:
     writes: bool
 
 
-def untrained() -> Outcome:
+def untrained() -> TrainingOutcome:
     """Of a composition in which nothing trains."""
-    return Outcome(0, None, None, (), 0, writes=os.environ.get("RANK", "0") == "0")
+    return TrainingOutcome(0, None, None, (), 0, writes=os.environ.get("RANK", "0") == "0")
 
 
 def train(
@@ -78,14 +78,14 @@ def train(
     train_examples: Examples,
     held_out: Examples | None,
     run: Path,
-    options: Options,
+    options: TrainingOptions,
     precision: torch.dtype,
     *,
     through: nn.Module | None = None,
     track: Track = silent,
     note: Callable[[str], None] = lambda message: None,
-) -> Outcome:
-    """Train the head and whatever requires gradients in a composed model; the best held-out state stays in it.
+) -> TrainingOutcome:
+    """Train the head and whatever requires gradients in a mixed model; the best held-out state stays in it.
 
     Args:
         loaded: the base that holds the composition.
@@ -100,7 +100,7 @@ def train(
     """
     model = _trainable(loaded, mixture, through or loaded.model)
     if options.ema is not None:
-        model = Averaged(model, options.ema)
+        model = EmaModel(model, options.ema)
     checkpoint = _last_whole_checkpoint(run)
     if checkpoint is not None:
         note(f"resuming from {checkpoint.name} of an interrupted run")
@@ -120,7 +120,7 @@ def train(
     losses = tuple(entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry)
     if not all(map(math.isfinite, losses)):
         note(f"the training diverged, and the state before is taken: {LOWER}")
-    return Outcome(
+    return TrainingOutcome(
         epochs=trainer.state.epoch,
         train_loss=train_loss,
         held_out_loss=trainer.state.best_metric,
@@ -131,7 +131,7 @@ def train(
 
 
 def _trainable(loaded: LoadedBase, mixture: Mixture, model: nn.Module) -> nn.Module:
-    """The composed model as the Trainer sees it: its state is what trains, so checkpoints are small."""
+    """The mixed model as the Trainer sees it: its state is what trains, so checkpoints are small."""
     for parameter in loaded.head_parameters():
         parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
         parameter.requires_grad_(True)
@@ -161,7 +161,7 @@ def _trainer(
     held_out: Examples | None,
     at_once: int,
     run: Path,
-    options: Options,
+    options: TrainingOptions,
     precision: torch.dtype,
     progress: Any,
 ) -> Trainer:
@@ -201,7 +201,7 @@ def _trainer(
         callbacks.append(EarlyStoppingCallback(options.patience))
     if options.stop_after is not None:
         callbacks.append(_stopping_callback(options.stop_after))
-    if isinstance(model, Averaged):
+    if isinstance(model, EmaModel):
         callbacks.append(_averaging_callback(model))
     trainer = (sharpness_aware(Trainer, options.sam) if options.sam else Trainer)(
         model=model,
@@ -260,7 +260,7 @@ def held_out_loss(model: nn.Module, examples: Examples, device: torch.device) ->
     return total / count
 
 
-def _optimizer(model: nn.Module, mixture: Mixture, options: Options) -> torch.optim.Optimizer:
+def _optimizer(model: nn.Module, mixture: Mixture, options: TrainingOptions) -> torch.optim.Optimizer:
     """AdamW; the mixture's logits have their own learning rate, and no decay but towards their start."""
     others = [p for p in model.parameters() if p.requires_grad and p is not mixture.logits]
     to_start = options.decay_towards == "start"
@@ -299,7 +299,7 @@ def _stopping_callback(epochs: int) -> Any:
     return Stopping()
 
 
-def _averaging_callback(model: Averaged) -> Any:
+def _averaging_callback(model: EmaModel) -> Any:
     from transformers import TrainerCallback
 
     class Averaging(TrainerCallback):  # type: ignore[misc]

@@ -24,8 +24,8 @@ from pimerge.tasks.task import Task
 from pimerge.tuning.components import LORA, chosen_experts
 from pimerge.tuning.cross_validation import choose
 from pimerge.tuning.method import TuneMethod, open_tune_method
-from pimerge.tuning.options import Options, check_options
-from pimerge.tuning.session import Bench, Fitted, Job, open_bench
+from pimerge.tuning.options import TrainingOptions, check_options
+from pimerge.tuning.session import TuneRequest, TuneResult, TuningSession, open_session
 
 STARTS = ("ranking", "equal")
 SELECTIONS = ("fixed", "cv")
@@ -38,7 +38,7 @@ def tune(
     experts: Sequence[Expert],
     target: Expert | None,
     output: Path,
-    options: Options,
+    options: TrainingOptions,
     *,
     settings: Mapping[str, Any] | None = None,
     select: str = "fixed",
@@ -51,7 +51,7 @@ def tune(
     force: bool = False,
     track: Track = silent,
     note: Callable[[str], None] = lambda message: None,
-) -> Fitted:
+) -> TuneResult:
     """Compose, train and export.
 
     Args:
@@ -88,53 +88,57 @@ def tune(
     like = target or like or next(iter(chosen), None)
     like_sha256 = like.sha256 if like else None
     run = _run_folder(opened, task, base, chosen, output, options, scores, gains, device, dtype, like_sha256, select)
-    bench = open_bench(task, base, device, dtype, options.seed)
-    options = replace(options, lr=plan.usual_lr(bench.loaded.width) if options.lr is None else options.lr)
-    job = Job(bench, experts, target, like, scores, options, run, gains, track, note)
+    session = open_session(task, base, device, dtype, options.seed)
+    options = replace(options, lr=plan.usual_lr(session.loaded.width) if options.lr is None else options.lr)
+    request = TuneRequest(session, experts, target, like, scores, options, run, gains, track, note)
     if select == "cv":
-        job = replace(job, options=choose(opened, job))
-    with bench.tidied(options.seed) as undo:
-        job = replace(job, undo=undo)
-        fitted = opened.fit(job)
-        if fitted.outcome.writes:
-            fitted.write(output, manifest_of(opened, job, fitted, chosen, instead_of), force)
+        request = replace(request, options=choose(opened, request))
+    with session.restored(options.seed) as undo:
+        request = replace(request, undo=undo)
+        result = opened.fit(request)
+        if result.outcome.writes:
+            result.write(output, manifest_of(opened, request, result, chosen, instead_of), force)
             shutil.rmtree(run, ignore_errors=True)
-    return fitted
+    return result
 
 
 def manifest_of(
-    method: TuneMethod, job: Job, fitted: Fitted, chosen: Sequence[Expert], instead_of: str | None = None
+    method: TuneMethod,
+    request: TuneRequest,
+    result: TuneResult,
+    chosen: Sequence[Expert],
+    instead_of: str | None = None,
 ) -> Manifest:
     """The record of a tuning."""
-    bench: Bench = job.bench
+    session: TuningSession = request.session
     return Manifest(
         command="tune",
         options={
             "method": method.name,
             **({"instead_of": instead_of} if instead_of else {}),
-            "target": bench.task.name,
-            **asdict(job.options),
+            "target": session.task.name,
+            **asdict(request.options),
             **method.resolved,
-            **fitted.settings,
-            "dtype": str(bench.precision),
+            **result.settings,
+            "dtype": str(session.precision),
         },
-        device=bench.device.type,
+        device=session.device.type,
         versions=library_versions(),
         inputs=inputs_of(chosen),
         outputs={},
         results={
-            "truncation": fitted.truncation,
-            "train_examples": fitted.examples,
-            "held_out_examples": fitted.held_out,
-            "epochs": fitted.outcome.epochs,
-            "train_loss": fitted.outcome.train_loss,
-            "held_out_loss": fitted.outcome.held_out_loss,
-            "trained_parameters": fitted.outcome.trained_parameters,
+            "truncation": result.truncation,
+            "train_examples": result.examples,
+            "held_out_examples": result.held_out,
+            "epochs": result.outcome.epochs,
+            "train_loss": result.outcome.train_loss,
+            "held_out_loss": result.outcome.held_out_loss,
+            "trained_parameters": result.outcome.trained_parameters,
         },
     )
 
 
-def _check_kind(method: TuneMethod, options: Options) -> None:
+def _check_kind(method: TuneMethod, options: TrainingOptions) -> None:
     """Check that a fresh expert of a kind can be trained.
 
     Raises:
@@ -157,7 +161,7 @@ def _check_kind(method: TuneMethod, options: Options) -> None:
 
 def _run_folder(method: TuneMethod, task: Task, base: Base, chosen: Sequence[Expert], output: Path, *rest: Any) -> Path:
     """Where checkpoints lie: beside the output, a folder for each choice of inputs and options."""
-    options = [asdict(part) if isinstance(part, Options) else part for part in rest]
+    options = [asdict(part) if isinstance(part, TrainingOptions) else part for part in rest]
     inputs = [(expert.sha256, expert.strength) for expert in chosen]
     choice = [method.name, method.resolved, task.sha256(), base.identity, inputs, options]
     digest = sha256_bytes(json.dumps(choice, sort_keys=True, default=str).encode())[:12]

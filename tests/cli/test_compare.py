@@ -19,7 +19,7 @@ from pimerge.evaluation import compare as comparing
 from pimerge.evaluation.evaluate import evaluate
 from pimerge.evaluation.schema import read_comparison
 from pimerge.tasks.task import open_task
-from pimerge.tuning.options import Options
+from pimerge.tuning.options import TrainingOptions
 from pimerge.tuning.tune import tune
 from tests.conftest import Finished, MakeExpert, Shell, write_json
 
@@ -56,7 +56,7 @@ def test_a_run_is_what_tune_and_eval_give(compare: Any, tmp_path: Path) -> None:
         ("full", "full", []),
     ):
         for seed in range(2):
-            options = Options(epochs=2, shots=4, seed=seed, init_seed=seed, holdout=0.0)
+            options = TrainingOptions(epochs=2, shots=4, seed=seed, init_seed=seed, holdout=0.0)
             output = tmp_path / f"{method}-{seed}"
             tune(asked, task, pool[0].base, experts, None, output, options, like=pool[0], device="cpu")
             expected = _accuracy(output, pool[0])
@@ -120,7 +120,7 @@ def test_the_same_again_runs_nothing_and_changes_nothing(compare: Any, monkeypat
     arguments = (*QUICK, "--methods", "learned", "--controls", "head")
     assert compare(*arguments).code == 0
     before = Path("comparison.json").read_bytes()
-    monkeypatch.setattr(comparing, "open_bench", None)  # the base is not even loaded
+    monkeypatch.setattr(comparing, "open_session", None)  # the base is not even loaded
     again = compare(*arguments)
     assert again.code == 0, again.err
     assert Path("comparison.json").read_bytes() == before

@@ -28,13 +28,13 @@ from pimerge.tasks.task import open_task
 from pimerge.tuning.components import chosen_experts
 from pimerge.tuning.ensemble import ENSEMBLE_FILE, Ensemble, EnsembleDocument, open_ensemble
 from pimerge.tuning.method import TuneMethod, open_tune_method
-from pimerge.tuning.options import Options
-from pimerge.tuning.session import Bench, Fitted, Job, open_bench
+from pimerge.tuning.options import TrainingOptions
+from pimerge.tuning.session import TuneRequest, TuneResult, TuningSession, open_session
 from pimerge.tuning.tune import manifest_of, tune
 from tests.conftest import MakeExpert, dense_deltas, logits_of, model_for, relative_difference, write_image_task
 
 METHODS = sorted(plugins.summaries("pimerge.tuning.methods"))
-OPTIONS = Options(epochs=6, shots=12, lr=1e-2, batch_size=8, holdout=0.2)
+OPTIONS = TrainingOptions(epochs=6, shots=12, lr=1e-2, batch_size=8, holdout=0.2)
 Inputs = Mapping[str, Tensor]
 
 
@@ -42,19 +42,19 @@ Inputs = Mapping[str, Tensor]
 class Pool:
     """Experts, their target, and the base that they are tried on one after the other."""
 
-    bench: Bench
+    session: TuningSession
     experts: list[Expert]
     target: Expert
     inputs: Inputs
 
-    def job(self, options: Options, run: Path, **fields: Any) -> Job:
+    def request(self, options: TrainingOptions, run: Path, **fields: Any) -> TuneRequest:
         target = fields.pop("target", self.target)
         experts = fields.pop("experts", self.experts)
-        return Job(self.bench, experts, target, target or experts[0], None, options, run, **fields)
+        return TuneRequest(self.session, experts, target, target or experts[0], None, options, run, **fields)
 
-    def tune(self, method: str, output: Path, **fields: Any) -> Fitted:
+    def tune(self, method: str, output: Path, **fields: Any) -> TuneResult:
         """As a user does, from a base of its own."""
-        return tune(method, self.bench.task, self.bench.base, self.experts, self.target, output, OPTIONS, **fields)
+        return tune(method, self.session.task, self.session.base, self.experts, self.target, output, OPTIONS, **fields)
 
 
 @dataclass
@@ -62,7 +62,7 @@ class Run:
     """One tuning: what is in the base, and what was written."""
 
     method: TuneMethod
-    fitted: Fitted
+    result: TuneResult
     output: Path
     before: float
 
@@ -85,16 +85,16 @@ def pool(
     x = open_expert(make_expert(folder / "x", vit_base, task, seed=1))
     a = open_expert(make_expert(folder / "a", vit_base, task, seed=2, r=2, lora_bias=True))
     b = open_expert(make_expert(folder / "b", vit_base, task, seed=3, target_modules=["q_proj", "projection"]))
-    return Pool(open_bench(open_task(task), x.base, "cpu"), [a, b.with_strength(0.5)], x, pixels())
+    return Pool(open_session(open_task(task), x.base, "cpu"), [a, b.with_strength(0.5)], x, pixels())
 
 
 def pixels(count: int = 8) -> dict[str, Tensor]:
     return {"pixel_values": torch.rand(count, 3, 16, 16, generator=torch.Generator().manual_seed(0))}
 
 
-def write(pool: Pool, method: TuneMethod, job: Job, fitted: Fitted, output: Path) -> None:
-    chosen = chosen_experts(method.plan, method.name, job.experts, job.target)
-    fitted.write(output, manifest_of(method, job, fitted, chosen), False)
+def write(pool: Pool, method: TuneMethod, request: TuneRequest, result: TuneResult, output: Path) -> None:
+    chosen = chosen_experts(method.plan, method.name, request.experts, request.target)
+    result.write(output, manifest_of(method, request, result, chosen), False)
 
 
 @pytest.fixture(scope="module", params=METHODS)
@@ -102,17 +102,17 @@ def run(request: pytest.FixtureRequest, pool: Pool, tmp_path_factory: pytest.Tem
     """One tuning by each method, on a base that the other methods were on before."""
     folder = tmp_path_factory.mktemp("out")
     method, output = open_tune_method(request.param), folder / "tuned"
-    with pool.bench.tidied(OPTIONS.seed) as undo:
-        job = pool.job(OPTIONS, folder / "run", undo=undo)
-        before = loss_of(pool, pool.bench.loaded.model)
-        fitted = method.fit(job)
-        write(pool, method, job, fitted, output)
-        yield Run(method, fitted, output, before)
+    with pool.session.restored(OPTIONS.seed) as undo:
+        request = pool.request(OPTIONS, folder / "run", undo=undo)
+        before = loss_of(pool, pool.session.loaded.model)
+        result = method.fit(request)
+        write(pool, method, request, result, output)
+        yield Run(method, result, output, before)
 
 
 def loss_of(pool: Pool, model: nn.Module) -> float:
     """On what is trained on and held out."""
-    task, loaded = pool.bench.task, pool.bench.loaded
+    task, loaded = pool.session.task, pool.session.loaded
     examples, _ = task.examples("train", loaded.processor, loaded.config, shots=12, seed=0)
     return float(task.type.nll(model.eval(), examples.batch(range(len(examples)))).mean())
 
@@ -136,14 +136,14 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_what_was_written_answers_as_what_was_trained(run: Run, pool: Pool, vit_base: Path) -> None:
-    expected = logits_of(run.fitted.model.eval(), pool.inputs).log_softmax(-1)
+    expected = logits_of(run.result.model.eval(), pool.inputs).log_softmax(-1)
     torch.testing.assert_close(answers(run.output, vit_base, pool.inputs), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_eval_scores_it_as_what_was_trained(run: Run, pool: Pool) -> None:
-    task, loaded = pool.bench.task, pool.bench.loaded
+    task, loaded = pool.session.task, pool.session.loaded
     examples, _ = task.examples("test", loaded.processor, loaded.config)
-    scored = task.type.score(run.fitted.model.eval(), examples, range(len(examples)))
+    scored = task.type.score(run.result.model.eval(), examples, range(len(examples)))
     found = score_of(run.output, pool)
     assert found.loss == pytest.approx(float(scored.losses.mean()), abs=1e-5)
     assert found.accuracy == sum(scored.right) / len(examples)
@@ -151,14 +151,14 @@ def test_eval_scores_it_as_what_was_trained(run: Run, pool: Pool) -> None:
 
 def score_of(output: Path, pool: Pool) -> Score:
     if (output / "config.json").is_file():
-        return evaluate_checkpoint(output, pool.bench.task, device="cpu")
+        return evaluate_checkpoint(output, pool.session.task, device="cpu")
     opened: Expert | Ensemble
     opened = open_ensemble(output) if (output / ENSEMBLE_FILE).is_file() else open_expert(output)
-    return evaluate([opened], pool.bench.task, pool.bench.base, None, device="cpu")[-1]
+    return evaluate([opened], pool.session.task, pool.session.base, None, device="cpu")[-1]
 
 
 def test_of_the_base_only_the_head_changes_unless_all_of_it_trains(run: Run, pool: Pool, vit_base: Path) -> None:
-    inside = {**dict(pool.bench.loaded.model.named_parameters()), **dict(run.fitted.model.named_parameters())}
+    inside = {**dict(pool.session.loaded.model.named_parameters()), **dict(run.result.model.named_parameters())}
     frozen = {name: value for name, value in model_for(vit_base).named_parameters() if "classifier" not in name}
     found = {name.replace(".layer.weight", ".weight").replace(".layer.bias", ".bias"): p for name, p in inside.items()}
     changed = {name for name, value in frozen.items() if not torch.equal(found[name], value)}
@@ -167,24 +167,24 @@ def test_of_the_base_only_the_head_changes_unless_all_of_it_trains(run: Run, poo
 
 def test_the_loss_goes_down(run: Run, pool: Pool) -> None:
     """On the examples that it was trained on, the result is better than the bare base under a fresh head."""
-    assert loss_of(pool, run.fitted.model) < run.before - 0.02
-    assert run.fitted.outcome.train_loss is not None
-    assert run.fitted.outcome.train_loss > 0
+    assert loss_of(pool, run.result.model) < run.before - 0.02
+    assert run.result.outcome.train_loss is not None
+    assert run.result.outcome.train_loss > 0
 
 
 def test_as_many_parameters_train_as_it_says(run: Run) -> None:
-    trained = sum(p.numel() for p in run.fitted.model.parameters() if p.requires_grad)
-    if run.fitted.outcome.held_out_losses:
-        assert run.fitted.outcome.trained_parameters == trained
+    trained = sum(p.numel() for p in run.result.model.parameters() if p.requires_grad)
+    if run.result.outcome.held_out_losses:
+        assert run.result.outcome.trained_parameters == trained
     else:  # several trainings, or a search besides
-        assert run.fitted.outcome.trained_parameters >= trained
+        assert run.result.outcome.trained_parameters >= trained
 
 
 def test_as_many_parameters_are_deployed_as_there_are_in_its_files(run: Run) -> None:
     stored = [tensor for file in run.output.rglob("*.safetensors") for tensor in load_file(file).values()]
     if run.is_expert:
-        assert run.fitted.rank == max(open_expert(run.output).ranks, default=0)
-    assert run.fitted.deployed_parameters == sum(tensor.numel() for tensor in stored)
+        assert run.result.rank == max(open_expert(run.output).ranks, default=0)
+    assert run.result.deployed_parameters == sum(tensor.numel() for tensor in stored)
 
 
 def test_experts_that_are_not_trained_are_in_it_as_they_were(run: Run, pool: Pool) -> None:
@@ -196,7 +196,7 @@ def test_experts_that_are_not_trained_are_in_it_as_they_were(run: Run, pool: Poo
     document = json.loads(file.read_text())
     experts = [open_expert(run.output / path) for path in document["experts"]]
     assert [expert.sha256 for expert in experts] == document["sha256"]
-    assert document["scales"] == run.fitted.scales
+    assert document["scales"] == run.result.scales
     updates = [dense_deltas(expert) for expert in experts]
     differences = []
     for name, delta in dense_deltas(open_expert(run.output)).items():
@@ -216,7 +216,7 @@ def test_the_manifest_names_every_file_with_its_hash(run: Run) -> None:
 
 def test_it_lies_beside_its_task(run: Run, pool: Pool) -> None:
     for file in run.output.rglob("task.json"):
-        assert open_task(file).sha256() == pool.bench.task.sha256()
+        assert open_task(file).sha256() == pool.session.task.sha256()
     assert (run.output / "task.json").is_file()
 
 
@@ -242,8 +242,8 @@ def test_an_output_that_is_there_is_refused_and_kept(run: Run, pool: Pool) -> No
 
 
 def test_there_is_a_weight_for_each_expert(run: Run) -> None:
-    for weights in run.fitted.weights.values():
-        assert len(weights) == len(run.fitted.experts) == len(run.fitted.scales)
+    for weights in run.result.weights.values():
+        assert len(weights) == len(run.result.experts) == len(run.result.scales)
         if run.method.plan.mixture not in ("free", "channels"):
             assert sum(weights) == pytest.approx(1)
 
@@ -252,7 +252,7 @@ def test_there_is_a_weight_for_each_expert(run: Run) -> None:
 def test_a_method_that_composes_needs_experts(name: str, pool: Pool, tmp_path: Path) -> None:
     if open_tune_method(name).plan.experts:
         with pytest.raises(PimergeError, match=f"'{name}' needs experts to compose"):
-            tune(name, pool.bench.task, pool.bench.base, [], pool.target, tmp_path / "tuned", OPTIONS)
+            tune(name, pool.session.task, pool.session.base, [], pool.target, tmp_path / "tuned", OPTIONS)
 
 
 QUICK = replace(OPTIONS, epochs=1, shots=3)
@@ -278,7 +278,7 @@ def kind(
     ids = torch.randint(4, 20, (4, 7), generator=torch.Generator().manual_seed(0))
     inputs = pixels() if images else {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     dtype = "bfloat16" if request.param == "lora" else "float32"
-    return Pool(open_bench(open_task(task), x.base, "cpu", dtype), [a, b], x, inputs)
+    return Pool(open_session(open_task(task), x.base, "cpu", dtype), [a, b], x, inputs)
 
 
 def state(model: nn.Module) -> dict[str, Any]:
@@ -295,18 +295,18 @@ def state(model: nn.Module) -> dict[str, Any]:
 def test_for_every_kind_it_answers_as_what_was_trained_and_leaves_the_base_as_it_was(
     kind: Pool, name: str, tmp_path: Path
 ) -> None:
-    bench, method = kind.bench, open_tune_method(name)
-    before = state(bench.loaded.model)
+    session, method = kind.session, open_tune_method(name)
+    before = state(session.loaded.model)
     # with the target's expert, or one other alone
     given: dict[str, Any] = {} if kind.target.kind == "ia3" else {"experts": kind.experts[:1], "target": None}
     refused = pytest.raises(PimergeError, match="scales the outputs of updates ΔW")
     with refused if kind.target.tensor_sets and method.plan.mixture == "channels" else nullcontext():
-        with bench.tidied(1) as undo:
-            job = kind.job(QUICK, tmp_path / "run", undo=undo, **given)
-            fitted = method.fit(job)
-            write(kind, method, job, fitted, tmp_path / "tuned")
-            expected = logits_of(fitted.model.eval(), kind.inputs).log_softmax(-1)
-        found = answers(tmp_path / "tuned", Path(bench.base.source), kind.inputs)
-        tolerance = 1e-5 if bench.precision == torch.float32 else 0.02
+        with session.restored(1) as undo:
+            request = kind.request(QUICK, tmp_path / "run", undo=undo, **given)
+            result = method.fit(request)
+            write(kind, method, request, result, tmp_path / "tuned")
+            expected = logits_of(result.model.eval(), kind.inputs).log_softmax(-1)
+        found = answers(tmp_path / "tuned", Path(session.base.source), kind.inputs)
+        tolerance = 1e-5 if session.precision == torch.float32 else 0.02
         torch.testing.assert_close(found.float(), expected.float(), atol=tolerance, rtol=tolerance)
-    assert state(bench.loaded.model) == before
+    assert state(session.loaded.model) == before

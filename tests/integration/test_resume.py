@@ -17,12 +17,12 @@ import pytest
 from pimerge.adapters.expert import open_expert
 from pimerge.core.progress import Advance, Track, silent
 from pimerge.tasks.task import open_task
-from pimerge.tuning.options import Options
-from pimerge.tuning.session import Fitted
+from pimerge.tuning.options import TrainingOptions
+from pimerge.tuning.session import TuneResult
 from pimerge.tuning.tune import tune
 from tests.conftest import Interrupt, MakeExpert, interrupted_after
 
-LONG = Options(epochs=10, shots=10, batch_size=8, lr=0.3, patience=3, holdout=0.4)
+LONG = TrainingOptions(epochs=10, shots=10, batch_size=8, lr=0.3, patience=3, holdout=0.4)
 STEPS = 2  # of an epoch: 2 × 10 examples, 12 of which train, in batches of 8
 
 
@@ -38,7 +38,7 @@ def uninterrupted(
     return folder
 
 
-def resumable(folder: Path, name: str, track: Track, note: Callable[[str], None] = lambda message: None) -> Fitted:
+def resumable(folder: Path, name: str, track: Track, note: Callable[[str], None] = lambda message: None) -> TuneResult:
     x, a = (open_expert(folder / name) for name in ("x", "a"))
     return tune(
         "interpolated",

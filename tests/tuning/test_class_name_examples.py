@@ -15,15 +15,15 @@ from pimerge.core.errors import PimergeError
 from pimerge.evaluation.design import usual_controls
 from pimerge.tasks.task import Task, open_task
 from pimerge.tasks.types import Examples
-from pimerge.tuning.class_name_examples import class_names, class_texts, names_foretell
+from pimerge.tuning.class_name_examples import class_names, class_texts, names_predict
 from pimerge.tuning.method import decided
-from pimerge.tuning.methods import Plan
-from pimerge.tuning.options import Options
-from pimerge.tuning.session import Bench, Job, open_bench
+from pimerge.tuning.methods import MixturePlan
+from pimerge.tuning.options import TrainingOptions
+from pimerge.tuning.session import TuneRequest, TuningSession, open_session
 from pimerge.tuning.tune import tune
 from tests.conftest import write_json
 
-QUICK = Options(epochs=2, shots=4, batch_size=4, lr=1e-2, holdout=0.0)
+QUICK = TrainingOptions(epochs=2, shots=4, batch_size=4, lr=1e-2, holdout=0.0)
 Row = Mapping[str, Any]
 
 
@@ -36,13 +36,15 @@ def task_of(folder: Path, rows: list[Row], labels: list[str], **fields: Any) -> 
     return open_task(folder)
 
 
-def bench_of(base: Path, task: Task) -> Bench:
-    return open_bench(task, find_base(str(base), None, base), "cpu")
+def session_of(base: Path, task: Task) -> TuningSession:
+    return open_session(task, find_base(str(base), None, base), "cpu")
 
 
-def job_of(bench: Bench, run: Path, options: Options = QUICK, notes: list[str] | None = None) -> Job:
+def request_of(
+    session: TuningSession, run: Path, options: TrainingOptions = QUICK, notes: list[str] | None = None
+) -> TuneRequest:
     heard = [] if notes is None else notes
-    return Job(bench, [], None, None, None, options, run, note=heard.append)
+    return TuneRequest(session, [], None, None, None, options, run, note=heard.append)
 
 
 def tokens(examples: Examples) -> list[tuple[list[int], int]]:
@@ -78,9 +80,9 @@ def test_pairs_and_images_have_no_class_that_is_one_of_their_texts(tmp_path: Pat
 
 def test_they_are_encoded_as_texts_of_their_classes(tmp_path: Path, bert_base: Path) -> None:
     rows = [{"what": "cat", "label": 0}]
-    bench = bench_of(bert_base, task_of(tmp_path / "task", rows, ["cat-dog", "dog"], columns={"text": "what"}))
-    encoded = class_names(bench.task, bench.loaded.processor, bench.loaded.config)
-    expected = bench.loaded.processor(["cat dog", "dog"])["input_ids"]
+    session = session_of(bert_base, task_of(tmp_path / "task", rows, ["cat-dog", "dog"], columns={"text": "what"}))
+    encoded = class_names(session.task, session.loaded.processor, session.loaded.config)
+    expected = session.loaded.processor(["cat dog", "dog"])["input_ids"]
     assert tokens(encoded) == [(expected[0], 0), (expected[1], 1)]
 
 
@@ -89,37 +91,40 @@ def test_they_foretell_texts_that_are_like_them_and_not_those_of_another_class(
     tmp_path: Path, bert_base: Path, labels: list[str], foretell: bool
 ) -> None:
     rows = [{"text": "dog dog", "label": 0}, {"text": "cat cat", "label": 1}] * 4
-    bench = bench_of(bert_base, task_of(tmp_path / "task", rows, labels))
-    examples, _ = job_of(bench, tmp_path).examples()
-    assert names_foretell(bench.loaded, bench.task, examples) is foretell
+    session = session_of(bert_base, task_of(tmp_path / "task", rows, labels))
+    examples, _ = request_of(session, tmp_path).examples()
+    assert names_predict(session.loaded, session.task, examples) is foretell
     notes: list[str] = []
-    assert decided(job_of(bench, tmp_path, notes=notes), Plan(class_names=True)).options.class_names is foretell
+    assert (
+        decided(request_of(session, tmp_path, notes=notes), MixturePlan(class_names=True)).options.class_names
+        is foretell
+    )
     assert len(notes) == foretell
 
 
 def test_who_asks_for_them_or_not_is_obeyed(tmp_path: Path, bert_base: Path, vit_base: Path, parity_task: Path) -> None:
     rows = [{"text": "dog dog", "label": 0}, {"text": "cat cat", "label": 1}] * 4
-    bench = bench_of(bert_base, task_of(tmp_path / "task", rows, ["cat", "dog"]))
-    with_names, without = (job_of(bench, tmp_path, replace(QUICK, class_names=wish)) for wish in (True, False))
-    assert decided(with_names, Plan()).options.class_names is True
-    assert decided(without, Plan(class_names=True)).options.class_names is False
-    assert decided(job_of(bench, tmp_path), Plan()).options.class_names is False
-    images = job_of(bench_of(vit_base, open_task(parity_task)), tmp_path)
-    assert decided(images, Plan(class_names=True)).options.class_names is False
+    session = session_of(bert_base, task_of(tmp_path / "task", rows, ["cat", "dog"]))
+    with_names, without = (request_of(session, tmp_path, replace(QUICK, class_names=wish)) for wish in (True, False))
+    assert decided(with_names, MixturePlan()).options.class_names is True
+    assert decided(without, MixturePlan(class_names=True)).options.class_names is False
+    assert decided(request_of(session, tmp_path), MixturePlan()).options.class_names is False
+    images = request_of(session_of(vit_base, open_task(parity_task)), tmp_path)
+    assert decided(images, MixturePlan(class_names=True)).options.class_names is False
     with pytest.raises(PimergeError, match="have no names that are texts"):
-        decided(replace(images, options=replace(QUICK, class_names=True)), Plan())
+        decided(replace(images, options=replace(QUICK, class_names=True)), MixturePlan())
 
 
 def test_they_are_never_held_out(tmp_path: Path, bert_base: Path, text_task: Path) -> None:
-    bench = bench_of(bert_base, open_task(text_task))
-    plain, held_out = job_of(bench, tmp_path, replace(QUICK, holdout=0.25, class_names=False)).examples()
-    more, held_out_of_more = job_of(bench, tmp_path, replace(QUICK, holdout=0.25, class_names=True)).examples()
-    names = tokens(class_names(bench.task, bench.loaded.processor, bench.loaded.config))
+    session = session_of(bert_base, open_task(text_task))
+    plain, held_out = request_of(session, tmp_path, replace(QUICK, holdout=0.25, class_names=False)).examples()
+    more, held_out_of_more = request_of(session, tmp_path, replace(QUICK, holdout=0.25, class_names=True)).examples()
+    names = tokens(class_names(session.task, session.loaded.processor, session.loaded.config))
     assert tokens(more) == tokens(plain) + names
     assert held_out is not None
     assert held_out_of_more is not None
     assert tokens(held_out) == tokens(held_out_of_more)
-    of_a_fold = replace(job_of(bench, tmp_path, replace(QUICK, class_names=True)), fold=(0, 4))
+    of_a_fold = replace(request_of(session, tmp_path, replace(QUICK, class_names=True)), fold=(0, 4))
     kept, held_out = of_a_fold.examples()
     assert held_out is not None
     assert (len(kept), len(held_out)) == (6 + 2, 2)
@@ -149,9 +154,9 @@ def test_training_with_them_is_training_on_rows_of_them(
 
 
 def test_examples_joined_are_one_after_the_other(bert_base: Path, text_task: Path) -> None:
-    bench = bench_of(bert_base, open_task(text_task))
-    examples, _ = bench.task.examples("train", bench.loaded.processor, bench.loaded.config, shots=2)
-    names = class_names(bench.task, bench.loaded.processor, bench.loaded.config)
+    session = session_of(bert_base, open_task(text_task))
+    examples, _ = session.task.examples("train", session.loaded.processor, session.loaded.config, shots=2)
+    names = class_names(session.task, session.loaded.processor, session.loaded.config)
     both = examples.joined(names)
     assert tokens(both) == tokens(examples) + tokens(names)
     assert list(both.lengths) == [len(ids) for ids, _ in tokens(both)]

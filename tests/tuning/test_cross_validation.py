@@ -17,47 +17,51 @@ from pimerge.core.errors import PimergeError
 from pimerge.tasks.task import open_task
 from pimerge.tuning.cross_validation import FACTORS, FOLDS, choose
 from pimerge.tuning.method import open_tune_method
-from pimerge.tuning.options import Options
-from pimerge.tuning.session import Bench, Job, open_bench
+from pimerge.tuning.options import TrainingOptions
+from pimerge.tuning.session import TuneRequest, TuningSession, open_session
 from pimerge.tuning.trainer import Diverged, held_out_loss
 from tests.conftest import MakeExpert
 
-OPTIONS = Options(epochs=3, shots=6, batch_size=8, lr=0.02, label_smoothing=0.0)
+OPTIONS = TrainingOptions(epochs=3, shots=6, batch_size=8, lr=0.02, label_smoothing=0.0)
 
 
 @pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory, make_expert: MakeExpert, vit_base: Path, parity_task: Path) -> Any:
+def session(
+    tmp_path_factory: pytest.TempPathFactory, make_expert: MakeExpert, vit_base: Path, parity_task: Path
+) -> Any:
     folder = tmp_path_factory.mktemp("cv")
     experts = [open_expert(make_expert(folder / name, vit_base, parity_task, seed=n)) for n, name in enumerate("xab")]
-    return open_bench(open_task(parity_task), experts[0].base, "cpu"), experts
+    return open_session(open_task(parity_task), experts[0].base, "cpu"), experts
 
 
-def job_of(bench: tuple[Bench, Sequence[Any]], run: Path, options: Options = OPTIONS, **fields: Any) -> Job:
-    opened, (x, *others) = bench
-    return Job(opened, others, x, x, None, options, run, **fields)
+def request_of(
+    session: tuple[TuningSession, Sequence[Any]], run: Path, options: TrainingOptions = OPTIONS, **fields: Any
+) -> TuneRequest:
+    opened, (x, *others) = session
+    return TuneRequest(opened, others, x, x, None, options, run, **fields)
 
 
-def test_the_lowest_mean_held_out_loss_is_taken(bench: Any, tmp_path: Path) -> None:
+def test_the_lowest_mean_held_out_loss_is_taken(session: Any, tmp_path: Path) -> None:
     method = open_tune_method("learned")
     tried: dict[tuple[float, int], float] = {}
     for factor in FACTORS:
         losses = []
         for fold in range(FOLDS):
             options = replace(OPTIONS, lr=OPTIONS.lr * factor, holdout=0.0, patience=100)
-            with bench[0].tidied(0) as undo:
+            with session[0].restored(0) as undo:
                 run = tmp_path / f"{factor}-{fold}"
-                job = job_of(bench, run, options, undo=undo, fold=(fold, FOLDS))
-                fitted = method.fit(job)
-                kept, held_out = job.examples()
+                request = request_of(session, run, options, undo=undo, fold=(fold, FOLDS))
+                result = method.fit(request)
+                kept, held_out = request.examples()
                 assert held_out is not None
                 assert len(kept) + len(held_out) == 12
-                end = held_out_loss(fitted.model, held_out, torch.device("cpu"))
-                assert min(fitted.outcome.held_out_losses) == pytest.approx(end)  # the best state is in it
-                losses.append(fitted.outcome.held_out_losses)
+                end = held_out_loss(result.model, held_out, torch.device("cpu"))
+                assert min(result.outcome.held_out_losses) == pytest.approx(end)  # the best state is in it
+                losses.append(result.outcome.held_out_losses)
         for epoch, each in enumerate(zip(*losses, strict=True), 1):
             tried[OPTIONS.lr * factor, epoch] = sum(each) / FOLDS
     lr, epochs = min(tried, key=lambda choice: tried[choice])
-    found = choose(method, job_of(bench, tmp_path / "cv"))
+    found = choose(method, request_of(session, tmp_path / "cv"))
     assert (found.lr, found.stop_after, found.holdout) == (lr, epochs, 0.0)
     assert replace(found, lr=OPTIONS.lr, stop_after=None, holdout=OPTIONS.holdout) == OPTIONS
 
@@ -70,33 +74,33 @@ class Fake:
     def __init__(self, losses: dict[float, Sequence[float] | None]) -> None:
         self.losses = losses
 
-    def fit(self, job: Job) -> Any:
-        assert job.options.lr is not None
-        losses = self.losses[job.options.lr]
+    def fit(self, request: TuneRequest) -> Any:
+        assert request.options.lr is not None
+        losses = self.losses[request.options.lr]
         if losses is None:
             raise Diverged("it diverged")
         return SimpleNamespace(outcome=SimpleNamespace(held_out_losses=losses))
 
 
-def test_of_several_trainings_the_results_loss_counts(bench: Any, tmp_path: Path) -> None:
+def test_of_several_trainings_the_results_loss_counts(session: Any, tmp_path: Path) -> None:
     class Several(Fake):
-        def fit(self, job: Job) -> Any:
-            model, lr = job.bench.loaded.model, job.options.lr
+        def fit(self, request: TuneRequest) -> Any:
+            model, lr = request.session.loaded.model, request.options.lr
             with torch.no_grad():  # the nearer 3 the learning rate, the nearer uniform the answers
-                for parameter in job.bench.loaded.head_parameters():
+                for parameter in request.session.loaded.head_parameters():
                     parameter.copy_(parameter * 1000 * abs(3.0 - (lr or 0.0)))
             return SimpleNamespace(outcome=SimpleNamespace(held_out_losses=()), model=model)
 
     fake: Any = Several({})
-    found = choose(fake, job_of(bench, tmp_path, replace(OPTIONS, lr=None)))
+    found = choose(fake, request_of(session, tmp_path, replace(OPTIONS, lr=None)))
     assert (found.lr, found.stop_after) == (3.0, None)
 
 
-def test_what_diverges_on_a_fold_is_not_taken(bench: Any, tmp_path: Path) -> None:
+def test_what_diverges_on_a_fold_is_not_taken(session: Any, tmp_path: Path) -> None:
     said: list[str] = []
-    job = job_of(bench, tmp_path, replace(OPTIONS, lr=None), note=said.append)
+    request = request_of(session, tmp_path, replace(OPTIONS, lr=None), note=said.append)
     fake: Any = Fake({0.3: [0.9, 0.7, 0.8], 1.0: [0.8, math.nan, math.nan], 3.0: None})
-    found = choose(fake, job)
+    found = choose(fake, request)
     assert (found.lr, found.stop_after) == (0.3, 2)
     assert said == [
         "on 3 folds: held-out loss 0.700 at --lr 0.3, held-out loss 0.800 at --lr 1, held-out loss inf at --lr 3; "
@@ -104,15 +108,15 @@ def test_what_diverges_on_a_fold_is_not_taken(bench: Any, tmp_path: Path) -> Non
     ]
 
 
-def test_where_all_diverge_it_says_so(bench: Any, tmp_path: Path) -> None:
+def test_where_all_diverge_it_says_so(session: Any, tmp_path: Path) -> None:
     fake: Any = Fake({0.3: None, 1.0: [math.nan], 3.0: None})
     with pytest.raises(PimergeError, match=r"diverged at every learning rate from 0.3 on.*\n.*lower --lr"):
-        choose(fake, job_of(bench, tmp_path, replace(OPTIONS, lr=None)))
+        choose(fake, request_of(session, tmp_path, replace(OPTIONS, lr=None)))
 
 
-def test_of_one_example_a_class_nothing_is_chosen(bench: Any, tmp_path: Path) -> None:
+def test_of_one_example_a_class_nothing_is_chosen(session: Any, tmp_path: Path) -> None:
     said: list[str] = []
     options = replace(OPTIONS, shots=1)
     fake: Any = Fake({})
-    assert choose(fake, job_of(bench, tmp_path, options, note=said.append)) == replace(options, holdout=0.0)
+    assert choose(fake, request_of(session, tmp_path, options, note=said.append)) == replace(options, holdout=0.0)
     assert "nothing can be held out" in said[0]

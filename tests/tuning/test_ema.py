@@ -5,19 +5,19 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from pimerge.tuning.ema import PREFIX, Averaged
+from pimerge.tuning.ema import PREFIX, EmaModel
 
 
 def values(step: int) -> torch.Tensor:
     return torch.full((2, 3), float(step**2))
 
 
-def trained(decay: float, steps: int) -> Averaged:
+def trained(decay: float, steps: int) -> EmaModel:
     layer = nn.Linear(3, 2)
     layer.bias.requires_grad_(False)
     with torch.no_grad():
         layer.weight.copy_(values(0))
-    model = Averaged(layer, decay).train()
+    model = EmaModel(layer, decay).train()
     for step in range(1, steps + 1):
         with torch.no_grad():
             layer.weight.copy_(values(step))

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from pimerge.adapters.expert import open_expert
 from pimerge.core.errors import PimergeError
 from pimerge.tuning.lora_layers import FreeMixture, Mixture
-from pimerge.tuning.tensor_layers import MixedTensor, compose_groups, fresh_member, member_of
+from pimerge.tuning.tensor_layers import MixedTensor, component_of, fresh_component, mix_tensors
 from tests.adapters.kinds.test_tensor_sets import inputs, loaded_base
 from tests.conftest import KINDS, MakeExpert, logits_of, model_for
 
@@ -39,11 +39,11 @@ def test_the_model_computes_the_weighted_sum_and_gradients_reach_weights_and_ten
     folders = pool(kind)
     experts = [open_expert(folder) for folder in folders]
     loaded, batch = loaded_base(bert_base), inputs("bert")
-    members = [member_of(expert, loaded) for expert in experts]
+    components = [component_of(expert, loaded) for expert in experts]
     mixture = Mixture(experts[0].parts, [0.0, 1.0, -1.0], "matrix", trained=True)
     with torch.no_grad():
         mixture.logits += torch.arange(len(mixture.logits))[:, None] * torch.tensor([0.3, 0.0, -0.2])
-    composition = compose_groups(loaded, experts[0], members, mixture, trained=True)
+    composition = mix_tensors(loaded, experts[0], components, mixture, trained=True)
     found = composition.model(**batch).logits
     collapsed = composition.collapsed()
     files = [load_file(folder / "adapter_model.safetensors") for folder in folders]
@@ -76,7 +76,7 @@ def test_a_fresh_one_is_as_peft_makes_it(pool: Callable[[str], list[Path]], bert
     expert = open_expert(pool(kind)[0])
     loaded, batch = loaded_base(bert_base), inputs("bert")
     before = logits_of(loaded.model, batch)
-    one, same, other = (fresh_member(expert, loaded, seed).tensors for seed in (3, 3, 4))
+    one, same, other = (fresh_component(expert, loaded, seed).tensors for seed in (3, 3, 4))
     assert sorted(one) == expert.keys
     assert all(torch.equal(one[key], same[key]) for key in one)
     assert torch.equal(logits_of(loaded.model, batch), before)
@@ -90,8 +90,8 @@ def test_every_method_exports_one_expert_that_answers_as_it_was_tuned(
     pool: Callable[[str], list[Path]], bert_base: Path, cli: Run, kind: str, method: str, tmp_path: Path
 ) -> None:
     folders = pool(kind)
-    composed = folders[1:] if method in ("learned", "interpolated", "uniform") else []
-    result = cli("tune", *composed, "--method", method, "--target", folders[0], "--output", "out", *QUICK, "--json")
+    mixed = folders[1:] if method in ("learned", "interpolated", "uniform") else []
+    result = cli("tune", *mixed, "--method", method, "--target", folders[0], "--output", "out", *QUICK, "--json")
     assert result.exit_code == 0, result.exception
     expert = open_expert(tmp_path / "out")
     is_lora = method == "head" and kind in ("prefix", "prompt")
@@ -111,7 +111,7 @@ def test_every_method_exports_one_expert_that_answers_as_it_was_tuned(
     for name in ("target_modules", "exclude_modules", "feedforward_modules"):
         value = expert.config.get(name)
         assert not isinstance(value, list) or value == sorted(value)  # PEFT's own order is another in each process
-    again = cli("tune", *composed, "--method", method, "--target", folders[0], "--output", "two", *QUICK, "--json")
+    again = cli("tune", *mixed, "--method", method, "--target", folders[0], "--output", "two", *QUICK, "--json")
     assert again.exit_code == 0
     assert (tmp_path / "two" / "adapter_model.safetensors").read_bytes() == (
         tmp_path / "out" / "adapter_model.safetensors"
@@ -148,7 +148,7 @@ def test_padding_is_no_part_of_a_text_behind_a_prompt(
     expert = open_expert(make_expert(tmp_path / "x", gpt2_base, text_task, kind="prompt", head=False))
     loaded = loaded_base(gpt2_base)
     mixture = Mixture(expert.parts, [0.0], "matrix", trained=False)
-    model = compose_groups(loaded, expert, [member_of(expert, loaded)], mixture, trained=True).model
+    model = mix_tensors(loaded, expert, [component_of(expert, loaded)], mixture, trained=True).model
     texts = [torch.arange(4, 4 + length) for length in (3, 5, 2, 5)]
     pad = (lambda x: (5 - len(x), 0)) if side == "left" else (lambda x: (0, 5 - len(x)))
     batch = {

@@ -24,16 +24,16 @@ from pimerge.tuning.lora_layers import (
     GRANULARITIES,
     PLANS,
     ChannelMixture,
-    ComposedLinear,
     FreeMixture,
-    Member,
+    LoraComponent,
+    MixedLinear,
     Mixture,
     Switch,
-    _composed_type,
+    _mixed_type,
     cheapest_plan,
-    compose,
-    composed_linear,
     group_modules,
+    mix_lora,
+    mixed_linear,
 )
 from tests.conftest import MakeExpert, dense_deltas, logits_of, model_for, relative_difference
 
@@ -71,7 +71,7 @@ def test_gradients_are_those_of_finite_differences(plan: str, trained: Sequence[
 
     def run(*values: Tensor) -> Tensor:
         given = fixed | dict(zip(trained, values, strict=True))
-        return composed_linear(given["x"], given["scale"], given["A"], given["B"], weight, bias, plan)
+        return mixed_linear(given["x"], given["scale"], given["A"], given["B"], weight, bias, plan)
 
     assert torch.autograd.gradcheck(run, [named[name] for name in trained])
 
@@ -90,7 +90,7 @@ def test_every_plan_is_the_dense_formula_with_its_gradients(
 ) -> None:
     *trained, weight, bias = operands(shape, d_in, d_out, R)
     offset = bias if biased else None
-    found, expected = composed_linear(*trained, weight, offset, plan), dense(*trained, weight, offset)
+    found, expected = mixed_linear(*trained, weight, offset, plan), dense(*trained, weight, offset)
     torch.testing.assert_close(found, expected)
     g = random(*found.shape, seed=7, requires_grad=False)
     torch.testing.assert_close(torch.autograd.grad(found, trained, g), torch.autograd.grad(expected, trained, g))
@@ -99,7 +99,7 @@ def test_every_plan_is_the_dense_formula_with_its_gradients(
 @pytest.mark.parametrize("plan", PLANS)
 def test_frozen_factors_get_no_gradient(plan: str) -> None:
     x, scale, A, B, weight, bias = operands((3,), 4, 5, 2)
-    composed_linear(x, scale, A.detach(), B.detach(), weight, bias, plan).sum().backward()
+    mixed_linear(x, scale, A.detach(), B.detach(), weight, bias, plan).sum().backward()
     assert x.grad is not None
     assert scale.grad is not None
 
@@ -122,7 +122,7 @@ def test_the_cheapest_plan_is_the_one_with_the_fewest_multiplications() -> None:
 def test_bfloat16_stays_near_float32(plan: str) -> None:
     exact = [value.detach() for value in operands((8,), 32, 32, 6)]
     rounded = [value.to(torch.bfloat16) for value in exact]
-    found = composed_linear(*rounded, plan)
+    found = mixed_linear(*rounded, plan)
     assert found.dtype == torch.bfloat16
     assert relative_difference(found, dense(*exact)) < 0.02
 
@@ -133,7 +133,7 @@ def test_an_update_far_below_the_bases_rounding_is_not_lost_in_bfloat16(plan: st
     x = torch.eye(32, dtype=torch.float64)[:8] - torch.eye(32, dtype=torch.float64)[8:16]
     weight = torch.full((32, 32), 1024.0, dtype=torch.float64)  # x W0ᵀ is 0, and W0 + ΔW would round to W0
     exact = [x, 1e-2 * scale, A, B, weight, 0 * bias]
-    found = composed_linear(*(value.to(torch.bfloat16) for value in exact), plan)
+    found = mixed_linear(*(value.to(torch.bfloat16) for value in exact), plan)
     assert relative_difference(found, dense(*exact)) < 0.02
 
 
@@ -170,23 +170,23 @@ def pool(
     return base, experts, {"input_ids": ids, "attention_mask": (ids > 0).long()}
 
 
-def member_of(expert: Expert) -> Member:
-    return Member(expert.name, expert.modules, {name: expert.factors(name) for name in expert.modules})
+def component_of(expert: Expert) -> LoraComponent:
+    return LoraComponent(expert.name, expert.modules, {name: expert.factors(name) for name in expert.modules})
 
 
-def composed(
+def mixed(
     base: Path, experts: Sequence[Expert], start: Sequence[float], trained: bool = False
-) -> tuple[nn.Module, dict[str, ComposedLinear]]:
+) -> tuple[nn.Module, dict[str, MixedLinear]]:
     model = model_for(base)
     mixture = Mixture(sorted({name for expert in experts for name in expert.modules}), start, "matrix", True)
-    return model, compose(model, [member_of(expert) for expert in experts], mixture, trained)
+    return model, mix_lora(model, [component_of(expert) for expert in experts], mixture, trained)
 
 
 @pytest.mark.parametrize("name", [*CONFIGS, "modules"])
 def test_one_expert_gives_pefts_own_logits(pool: tuple[Path, dict[str, Expert], Inputs], name: str) -> None:
     base, experts, inputs = pool
     expected = PeftModel.from_pretrained(model_for(base), experts[name].path).eval()
-    model, _ = composed(base, [experts[name]], [0.0])
+    model, _ = mixed(base, [experts[name]], [0.0])
     set_head(model, experts[name].head_tensors())
     torch.testing.assert_close(logits_of(model, inputs), logits_of(expected, inputs), atol=1e-5, rtol=1e-5)
 
@@ -204,7 +204,7 @@ def test_several_experts_are_the_weighted_sum_of_dense_updates(
             layer.weight.data += weight * (delta.T if isinstance(layer, Conv1D) else delta).float()
             if factors.bias is not None:
                 layer.bias.data += weight * factors.scaling * factors.bias
-    model, _ = composed(base, experts, start)
+    model, _ = mixed(base, experts, start)
     torch.testing.assert_close(logits_of(model, inputs), logits_of(expected, inputs), atol=1e-5, rtol=1e-4)
 
 
@@ -214,7 +214,7 @@ def test_an_expert_with_embeddings_or_convolutions_gives_pefts_own_logits(
     base, _, inputs = pool
     expert = open_expert(make_expert(tmp_path / "x", base, target_modules=OTHERS[base.name]))
     expected = PeftModel.from_pretrained(model_for(base), expert.path).eval()
-    model, _ = composed(base, [expert], [0.0])
+    model, _ = mixed(base, [expert], [0.0])
     set_head(model, expert.head_tensors())
     torch.testing.assert_close(logits_of(model, inputs), logits_of(expected, inputs), atol=1e-5, rtol=1e-5)
 
@@ -223,7 +223,7 @@ def test_an_expert_with_embeddings_or_convolutions_gives_pefts_own_logits(
 def test_parts_is_the_inverse_of_composing(pool: tuple[Path, dict[str, Expert], Inputs], trained: bool) -> None:
     base, named, _ = pool
     experts = list(named.values())
-    _, layers = composed(base, experts, [0.0] * len(experts), trained)
+    _, layers = mixed(base, experts, [0.0] * len(experts), trained)
     assert layers.keys() == {name for expert in experts for name in expert.modules}
     for name, layer in layers.items():
         for expert, part in zip(experts, layer.parts(len(experts)), strict=True):
@@ -243,7 +243,7 @@ def test_parts_is_the_inverse_of_composing(pool: tuple[Path, dict[str, Expert], 
 def test_only_what_is_to_train_requires_gradients(pool: tuple[Path, dict[str, Expert], Inputs], trained: bool) -> None:
     base, named, inputs = pool
     experts = list(named.values())
-    model, layers = composed(base, experts, [0.0] * len(experts), trained)
+    model, layers = mixed(base, experts, [0.0] * len(experts), trained)
     for parameter in model.parameters():
         parameter.grad = None
     for layer in layers.values():
@@ -258,7 +258,7 @@ def test_only_what_is_to_train_requires_gradients(pool: tuple[Path, dict[str, Ex
         assert layer.layer.weight.grad is None
 
 
-def test_the_gradients_of_a_composed_model_are_those_of_the_dense_one(vit_base: Path) -> None:
+def test_the_gradients_of_a_mixed_model_are_those_of_the_dense_one(vit_base: Path) -> None:
     layer = nn.Linear(6, 5).double().requires_grad_(False)
     parts = [
         Factors(random(2, 6, seed=1).detach(), random(5, 2, seed=2).detach(), 1.5, random(5, seed=3).detach()),
@@ -266,13 +266,13 @@ def test_the_gradients_of_a_composed_model_are_those_of_the_dense_one(vit_base: 
         None,
     ]
     mixture = Mixture(["m"], [0.1, -0.4, 0.3], "matrix", True).double()
-    composed_layer = ComposedLinear("m", layer, parts, mixture, True)
+    mixed_layer = MixedLinear("m", layer, parts, mixture, True)
     x, logits = random(4, 6, seed=6), mixture.logits.detach().clone().requires_grad_()
     w = logits[0].softmax(0)
     delta = sum(w[i] * part.scaling * part.B @ part.A for i, part in enumerate(parts) if part)
     assert parts[0] is not None
     expected = x @ (layer.weight + delta).T + layer.bias + w[0] * 1.5 * parts[0].bias
-    found = composed_layer(x)
+    found = mixed_layer(x)
     torch.testing.assert_close(found, expected)
     g = random(4, 5, seed=7, requires_grad=False)
     torch.testing.assert_close(
@@ -322,7 +322,7 @@ def in_peft(layer: nn.Module, biased: bool, use_rslora: bool = False) -> tuple[n
 def test_an_embedding_or_convolution_is_what_peft_makes_of_it_with_its_gradients(name: str) -> None:
     layer, x = deepcopy(OTHER_LAYERS[name][0]).double().requires_grad_(False), OTHER_LAYERS[name][1]
     expected, part = in_peft(layer, biased=isinstance(layer, nn.Conv2d), use_rslora=True)
-    kind = _composed_type(layer)
+    kind = _mixed_type(layer)
     found = kind("m", layer, [part], Mixture(["m"], [0.0], "matrix", True), trained=True)
     torch.testing.assert_close(found(x), expected(x))
     g = random(*found(x).shape, seed=7, requires_grad=False)
@@ -349,7 +349,7 @@ def test_several_experts_on_an_embedding_or_convolution_are_the_sum_of_dense_upd
         None,
     ]
     mixture = Mixture(["m"], [0.1, -0.4, 0.3], "matrix", True).double()
-    found = _composed_type(layer)("m", layer, parts, mixture, trained=True)(x)
+    found = _mixed_type(layer)("m", layer, parts, mixture, trained=True)(x)
     logits = mixture.logits.detach().clone().requires_grad_()
     w = logits[0].softmax(0)
     delta = sum(w[i] * part.scaling * part.B @ part.A for i, part in enumerate(parts) if part)
@@ -367,11 +367,11 @@ def test_several_experts_on_an_embedding_or_convolution_are_the_sum_of_dense_upd
     torch.testing.assert_close(torch.autograd.grad(found, ours, g), torch.autograd.grad(expected, theirs, g))
 
 
-def test_a_composed_layer_tells_the_weight_and_bias_of_the_base() -> None:
+def test_a_mixed_layer_tells_the_weight_and_bias_of_the_base() -> None:
     """T5 and CLIP ask for their dtype."""
     layer = nn.Linear(4, 3)
     part = Factors(torch.randn(2, 4), torch.randn(3, 2), 1.0)
-    module = ComposedLinear("m", layer, [part], Mixture(["m"], [0.0], "matrix", False), True)
+    module = MixedLinear("m", layer, [part], Mixture(["m"], [0.0], "matrix", False), True)
     assert module.weight is layer.weight
     assert module.bias is layer.bias
 
@@ -381,7 +381,7 @@ def test_under_autocast_an_embedding_or_convolution_stays_near_float32(name: str
     layer, x = OTHER_LAYERS[name][0], OTHER_LAYERS[name][1]
     x = x.detach().float() if x.is_floating_point() else x
     _, part = in_peft(layer, biased=False)
-    module = _composed_type(layer)("m", layer, [part], Mixture(["m"], [0.0], "matrix", False), True)
+    module = _mixed_type(layer)("m", layer, [part], Mixture(["m"], [0.0], "matrix", False), True)
     with torch.autocast("cpu", torch.bfloat16):
         found = module(x)
     assert relative_difference(found, module(x)) < 0.02
@@ -418,7 +418,7 @@ def test_free_weights_and_those_of_outputs_are_the_dense_formula_with_its_gradie
         if kind == "free"
         else ChannelMixture({"m": 5, "wider": 9}, start, "matrix", True)
     ).double()
-    module = ComposedLinear("m", layer, parts, mixture, True)
+    module = MixedLinear("m", layer, parts, mixture, True)
     for weight, expected in zip(mixture("m"), torch.tensor(start).softmax(0).tolist(), strict=True):
         torch.testing.assert_close(weight.detach(), torch.full_like(weight, expected))
     with torch.no_grad():
@@ -446,7 +446,7 @@ def test_parts_hold_the_weights_of_outputs() -> None:
     mixture = ChannelMixture({"m": 5}, [0.0, 0.0, 0.0], "matrix", True).double()
     with torch.no_grad():
         mixture.logits.copy_(random(*mixture.logits.shape, seed=8))
-    module = ComposedLinear("m", layer, parts, mixture, True)
+    module = MixedLinear("m", layer, parts, mixture, True)
     x, bare = random(3, 6, seed=6).detach(), nn.Linear(6, 5).double()
     bare.load_state_dict(layer.state_dict())
     expected = dense_sum(x, bare, module.parts(3), torch.ones(3, dtype=torch.float64))
@@ -457,7 +457,7 @@ def test_parts_hold_the_weights_of_outputs() -> None:
 def test_a_switch_lets_one_answer_or_none() -> None:
     layer, parts = nn.Linear(6, 5).double().requires_grad_(False), three_parts()
     switch = Switch(["m"], 3).double()
-    module, x = ComposedLinear("m", layer, parts, switch, False), random(4, 6, seed=6).detach()
+    module, x = MixedLinear("m", layer, parts, switch, False), random(4, 6, seed=6).detach()
     torch.testing.assert_close(module(x), layer(x))
     for expert in range(3):
         switch.choose(expert)
@@ -470,7 +470,7 @@ def test_a_switch_lets_one_answer_or_none() -> None:
 def test_under_autocast_a_layer_computes_in_sixteen_bits() -> None:
     layer = nn.Linear(16, 16)
     part = Factors(torch.randn(2, 16), torch.randn(16, 2), 1.0)
-    module = ComposedLinear("m", layer, [part], Mixture(["m"], [0.0], "matrix", False), True)
+    module = MixedLinear("m", layer, [part], Mixture(["m"], [0.0], "matrix", False), True)
     x = torch.randn(4, 16)
     with torch.autocast("cpu", torch.bfloat16):
         found = module(x)
@@ -484,7 +484,7 @@ def test_under_autocast_a_layer_computes_in_sixteen_bits() -> None:
 def test_factors_on_a_sixteen_bit_base_are_kept_in_float32(vit_base: Path) -> None:
     layer = nn.Linear(16, 16).to(torch.bfloat16)
     part = Factors(torch.randn(2, 16), torch.randn(16, 2), 1.0)
-    module = ComposedLinear("m", layer, [part], Mixture(["m"], [0.0], "matrix", False), True)
+    module = MixedLinear("m", layer, [part], Mixture(["m"], [0.0], "matrix", False), True)
     (kept,) = module.parts(1)
     assert kept is not None
     assert torch.equal(kept.A, part.A)
@@ -523,14 +523,14 @@ def test_weights_start_from_the_softmax_and_sum_to_one() -> None:
     assert mixture.logits.shape == (4, 3)
 
 
-def test_modules_that_cannot_be_composed_are_all_named(
+def test_modules_that_cannot_be_mixed_are_all_named(
     make_expert: MakeExpert, bert_base: Path, gpt2_base: Path, tmp_path: Path
 ) -> None:
     words = open_expert(make_expert(tmp_path / "words", bert_base, target_modules=["word_embeddings", "query"]))
     biased = open_expert(make_expert(tmp_path / "biased", bert_base, lora_bias=True))
     other = open_expert(make_expert(tmp_path / "other", gpt2_base))
     with pytest.raises(PimergeError) as caught:
-        composed(bert_base, [words, biased, other], [0.0, 0.0, 0.0])
+        mixed(bert_base, [words, biased, other], [0.0, 0.0, 0.0])
     assert "'bert.embeddings.word_embeddings' is an embedding" in str(caught.value)
     assert "'transformer.h.0.attn.c_attn' of the base is not there" in str(caught.value)
 
@@ -553,21 +553,21 @@ class Shifted(nn.Embedding):
 )
 def test_layers_on_which_peft_adds_no_matrix_are_refused(layer: nn.Module, found: str) -> None:
     shape = (7, 4) if isinstance(layer, nn.Embedding) else (4, layer.weight[0].numel())
-    member = Member("x", {"layer": lora_module(shape[1], shape[0])}, {})
+    component = LoraComponent("x", {"layer": lora_module(shape[1], shape[0])}, {})
     with pytest.raises(PimergeError) as caught:
-        compose(nn.ModuleDict({"layer": layer}), [member], Mixture(["layer"], [0.0], "matrix", False), False)
+        mix_lora(nn.ModuleDict({"layer": layer}), [component], Mixture(["layer"], [0.0], "matrix", False), False)
     assert f"module 'layer' of the base {found}" in str(caught.value)
 
 
 def test_shapes_that_differ_from_the_base_are_named(vit_base: Path) -> None:
-    expert_of = lambda d_in: Member(  # noqa: E731
+    expert_of = lambda d_in: LoraComponent(  # noqa: E731
         f"e{d_in}",
         {"classifier": lora_module(d_in)},
         {"classifier": Factors(torch.ones(1, d_in), torch.ones(2, 1), 1.0)},
     )
     mixture = Mixture(["classifier"], [0.0, 0.0], "matrix", False)
     with pytest.raises(PimergeError, match=r"module 'classifier' of 'e9' is 2 × 9, the base's \(2, 16\)"):
-        compose(model_for(vit_base), [expert_of(16), expert_of(9)], mixture, False)
+        mix_lora(model_for(vit_base), [expert_of(16), expert_of(9)], mixture, False)
 
 
 def lora_module(d_in: int, d_out: int = 2) -> Any:

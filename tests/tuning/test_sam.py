@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from pimerge.tuning.lora_layers import Mixture
-from pimerge.tuning.options import Options
+from pimerge.tuning.options import TrainingOptions
 from pimerge.tuning.sam import at_worst, sharpness_aware
 from pimerge.tuning.trainer import _optimizer
 
@@ -67,7 +67,7 @@ def test_the_decay_towards_the_start_is_its_formula(trained: bool) -> None:
     model, mixture = nn.Linear(3, 2), Mixture(["m"], [0.0, 1.0], "matrix", trained)
     both = nn.ModuleList([model, mixture])
     starts = [p.detach().clone() for p in (model.weight, model.bias, mixture.logits)]
-    options = Options(lr=0.1, weights_lr=0.2, weight_decay=0.5, decay_towards="start")
+    options = TrainingOptions(lr=0.1, weights_lr=0.2, weight_decay=0.5, decay_towards="start")
     optimizer = _optimizer(both, mixture, options)
     copies = [nn.Parameter(start.clone()) for start in starts]
     plain = torch.optim.AdamW(

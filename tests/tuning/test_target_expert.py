@@ -19,11 +19,11 @@ from pimerge.models.loading import Bases, load_base, plugged_in, set_head
 from pimerge.ranking.by_store import rank_by_store
 from pimerge.ranking.selection import Wish
 from pimerge.tasks.task import Task, open_task
-from pimerge.tuning.options import Options
+from pimerge.tuning.options import TrainingOptions
 from pimerge.tuning.target_expert import initial_expert, train_expert
 from tests.conftest import KINDS, PROMPTS, MakeExpert, logits_of, relative_difference
 
-BRIEFLY = Options(epochs=2)
+BRIEFLY = TrainingOptions(epochs=2)
 CPU = torch.device("cpu")
 
 

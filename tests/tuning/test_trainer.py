@@ -15,7 +15,7 @@ from pimerge.checkpoints.base import find_base
 from pimerge.models.loading import load_base
 from pimerge.tasks.holding_out import split_holdout
 from pimerge.tasks.task import open_task
-from pimerge.tuning.options import Options
+from pimerge.tuning.options import TrainingOptions
 from pimerge.tuning.trainer import mean_loss
 from pimerge.tuning.tune import tune
 from tests.conftest import LANGUAGE_MODELS, MakeExpert, logits_of, model_for, write_text_task
@@ -47,14 +47,16 @@ def test_the_loss_is_the_smoothed_mean_over_targets(shape: tuple[int, ...], smoo
 
 @pytest.mark.parametrize("name", LANGUAGE_MODELS)
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_training_and_held_out_loss_are_that_of_the_composed_model(
+def test_training_and_held_out_loss_are_that_of_the_mixed_model(
     language_base: Callable[[str], Path], make_expert: MakeExpert, tmp_path: Path, name: str, smoothing: float
 ) -> None:
     """With a learning rate of next to nothing, both are the loss of the expert as it came."""
     folder, task = language_base(name), write_text_task(tmp_path / "task", name)
     target = open_expert(make_expert(tmp_path / "x", folder, task, lora_dropout=0.0))
     base, opened = find_base(str(folder), None, folder), open_task(task)
-    options = Options(epochs=1, lr=1e-12, weights_lr=1e-12, batch_size=64, holdout=0.25, label_smoothing=smoothing)
+    options = TrainingOptions(
+        epochs=1, lr=1e-12, weights_lr=1e-12, batch_size=64, holdout=0.25, label_smoothing=smoothing
+    )
     result = tune("interpolated", opened, base, [target], target, tmp_path / "out", options, device="cpu")
     model = PeftModel.from_pretrained(model_for(folder), target.path).eval()
     loaded = load_base(base, opened, CPU, torch.float32)

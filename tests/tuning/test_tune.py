@@ -24,8 +24,8 @@ from pimerge.models.loading import LoadedBase
 from pimerge.tasks.task import Task, open_task
 from pimerge.tuning import mixed_expert, trainer
 from pimerge.tuning.lora_layers import Mixture
-from pimerge.tuning.options import Options
-from pimerge.tuning.session import Bench, Fitted
+from pimerge.tuning.options import TrainingOptions
+from pimerge.tuning.session import TuneResult, TuningSession
 from pimerge.tuning.tune import tune
 from tests.conftest import (
     Interrupt,
@@ -36,10 +36,10 @@ from tests.conftest import (
     merge,
     model_for,
     relative_difference,
-    untidied,
+    unrestored,
 )
 
-QUICK = Options(epochs=2, shots=6, batch_size=8)
+QUICK = TrainingOptions(epochs=2, shots=6, batch_size=8)
 
 
 @pytest.fixture(scope="module")
@@ -62,11 +62,11 @@ class Tuner:
         self,
         method: str,
         output: Path,
-        options: Options = QUICK,
+        options: TrainingOptions = QUICK,
         experts: Sequence[Expert] | None = None,
         target: Expert | None = None,
         **rest: Any,
-    ) -> Fitted:
+    ) -> TuneResult:
         chosen = [self.a, self.b] if experts is None else experts
         return tune(method, self.task, self.x.base, chosen, target, output, options, **rest)
 
@@ -80,15 +80,15 @@ def tuner(pool: Path, parity_task: Path) -> Tuner:
 def starts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[nn.Module, dict[str, list[float]]]]:
     """The model and the mixture's weights of each run when training begins."""
     found = []
-    compose = mixed_expert.compose
+    mix_lora = mixed_expert.mix_lora
 
     def spying(model: nn.Module, members: Any, mixture: Mixture, trained: bool) -> Any:
-        layers = compose(model, members, mixture, trained)
+        layers = mix_lora(model, members, mixture, trained)
         found.append((model, mixture.weights()))
         return layers
 
-    monkeypatch.setattr(mixed_expert, "compose", spying)
-    monkeypatch.setattr(Bench, "tidied", untidied)
+    monkeypatch.setattr(mixed_expert, "mix_lora", spying)
+    monkeypatch.setattr(TuningSession, "restored", unrestored)
     return found
 
 
@@ -187,7 +187,7 @@ def test_the_coefficients_of_learned_give_its_update_again(tuner: Tuner, tmp_pat
 
 
 @pytest.mark.parametrize("method", ["uniform", "learned", "interpolated"])
-def test_experts_are_composed_at_their_scales(tuner: Tuner, starts: list[Any], tmp_path: Path, method: str) -> None:
+def test_experts_are_mixed_at_their_scales(tuner: Tuner, starts: list[Any], tmp_path: Path, method: str) -> None:
     output = tmp_path / "tuned"
     frozen = replace(QUICK, lr=1e-12, weights_lr=1e-12, weight_decay=0.0)
     scaled = [tuner.a.with_strength(0.5), tuner.b.with_strength(0.25)]
@@ -316,7 +316,7 @@ WRONG = {
 
 def test_all_wrong_options_come_at_once(tuner: Tuner, tmp_path: Path) -> None:
     with pytest.raises(PimergeError) as caught:
-        tuner("learned", tmp_path / "tuned", Options(**WRONG))
+        tuner("learned", tmp_path / "tuned", TrainingOptions(**WRONG))
     for name, value in WRONG.items():
         assert f"--{name.replace('_', '-')} is {value!r}" in str(caught.value)
 
@@ -343,7 +343,7 @@ def test_more_shots_than_there_are_name_each_class(tuner: Tuner, tmp_path: Path)
         replace(QUICK, epochs=1, label_smoothing=0.0, patience=1),
     ],
 )
-def test_odd_but_right_options_train(tuner: Tuner, tmp_path: Path, options: Options) -> None:
+def test_odd_but_right_options_train(tuner: Tuner, tmp_path: Path, options: TrainingOptions) -> None:
     result = tuner("learned", tmp_path / "tuned", options)
     assert result.outcome.epochs == pytest.approx(options.epochs, abs=0.2)
     assert (result.outcome.held_out_loss is None) == (options.holdout == 0 or options.shots == 1)

@@ -1,8 +1,8 @@
 """Ways to tune on the target's examples, one file each: which parameters train, and from which start.
 
-A method has ``PLAN``, a :class:`Plan` of a weighted sum of experts, and is that sum, trained. One that is more has
-``fit(job, *, options)`` → :class:`pimerge.tuning.session.Fitted` besides; its keyword arguments are its options. The
-task head trains in every method.
+A method has ``PLAN``, a :class:`MixturePlan` of a weighted sum of experts, and is that sum, trained. One that is more
+has ``fit(request, *, options)`` → :class:`pimerge.tuning.session.TuneResult` besides; its keyword arguments are its
+options. The task head trains in every method.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ WIDTH = 384
 
 
 @dataclass(frozen=True)
-class Plan:
+class MixturePlan:
     """What a tune method composes and trains.
 
     Attributes:
@@ -61,7 +61,7 @@ class Plan:
         Args:
             width: hidden size of the base; None where it is not known.
 
-        >>> [Plan(train_experts=True, lr=5e-3).usual_lr(width) for width in (48, 384, 768)]
+        >>> [MixturePlan(train_experts=True, lr=5e-3).usual_lr(width) for width in (48, 384, 768)]
         [0.005, 0.005, 0.0025]
         """
         if self.full:

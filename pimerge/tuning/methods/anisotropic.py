@@ -6,6 +6,6 @@ The paper starts from λ = 0; here it starts from the ranking's weights, as the 
 examples a start that is known to help is worth keeping. Experts without ΔW are summed around what changes nothing.
 """
 
-from pimerge.tuning.methods import Plan
+from pimerge.tuning.methods import MixturePlan
 
-PLAN = Plan(experts=True, train_weights=True, ranked_start=True, mixture="free")
+PLAN = MixturePlan(experts=True, train_weights=True, ranked_start=True, mixture="free")

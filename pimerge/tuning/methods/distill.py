@@ -14,20 +14,20 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from pimerge.tuning.methods import Plan
+from pimerge.tuning.methods import MixturePlan
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
     from pimerge.tasks.types import Batch, Examples
-    from pimerge.tuning.session import Fitted, Job
+    from pimerge.tuning.session import TuneRequest, TuneResult
 
-PLAN = Plan(experts=True, target=True, train_weights=True, train_experts=True, ranked_start=True)
+PLAN = MixturePlan(experts=True, target=True, train_weights=True, train_experts=True, ranked_start=True)
 TEACHERS = ("mean", "similarity")
 
 
-def fit(job: Job, *, teacher: str = "mean", label_share: float = 0.5, unlabelled: int = 500) -> Fitted:
+def fit(request: TuneRequest, *, teacher: str = "mean", label_share: float = 0.5, unlabelled: int = 500) -> TuneResult:
     """Train the teacher's heads, then the student.
 
     Args:
@@ -40,7 +40,7 @@ def fit(job: Job, *, teacher: str = "mean", label_share: float = 0.5, unlabelled
     """
     from pimerge.core.errors import Problems
     from pimerge.tuning.methods.ensemble import equal_weights, similarity_weights, train_heads
-    from pimerge.tuning.mixed_expert import compose_sum
+    from pimerge.tuning.mixed_expert import mix_experts
 
     problems = Problems()
     if teacher not in TEACHERS:
@@ -51,29 +51,29 @@ def fit(job: Job, *, teacher: str = "mean", label_share: float = 0.5, unlabelled
         problems.add(f"--unlabelled is {unlabelled}, expected 0 or more")
     problems.raise_any("the options do not fit")
     weigh = equal_weights if teacher == "mean" else similarity_weights
-    half = job.options.epochs / 2
-    with job.bench.tidied(job.options.seed):
-        _, together, heads, kept, held_out = train_heads(job.with_options("teacher", epochs=half), weigh, "distill")
-        shares = _soft(together, kept, label_share, job.bench.device)
-        more = _unlabelled(job, unlabelled)
+    half = request.options.epochs / 2
+    with request.session.restored(request.options.seed):
+        _, together, heads, kept, held_out = train_heads(request.with_options("teacher", epochs=half), weigh, "distill")
+        shares = _soft(together, kept, label_share, request.session.device)
+        more = _unlabelled(request, unlabelled)
         if more is not None:
-            shares += _soft(together, more, 0.0, job.bench.device)
-    composed, kept, held_out = compose_sum(job, PLAN, "distill")
+            shares += _soft(together, more, 0.0, request.session.device)
+    mixed, kept, held_out = mix_experts(request, PLAN, "distill")
     taught = _taught(kept if more is None else kept.joined(more), shares)
-    outcome = composed.train(taught, held_out, part="student", epochs=job.options.epochs - half)
+    outcome = mixed.train(taught, held_out, part="student", epochs=request.options.epochs - half)
     outcome = replace(outcome, epochs=heads.epochs + outcome.epochs, held_out_losses=())
-    return composed.fitted(outcome, taught, held_out)
+    return mixed.result(outcome, taught, held_out)
 
 
-def _unlabelled(job: Job, limit: int) -> Examples | None:
+def _unlabelled(request: TuneRequest, limit: int) -> Examples | None:
     from pimerge.tasks.task import UNLABELLED
 
-    task, loaded = job.bench.task, job.bench.loaded
+    task, loaded = request.session.task, request.session.loaded
     if not limit or not task.has_split(UNLABELLED):
         return None
-    config = loaded.config_for(job.experts)
-    examples, _ = task.examples(UNLABELLED, loaded.processor, config, seed=job.options.seed, limit=limit)
-    job.note(f"learning from {len(examples)} inputs without a label, too")
+    config = loaded.config_for(request.experts)
+    examples, _ = task.examples(UNLABELLED, loaded.processor, config, seed=request.options.seed, limit=limit)
+    request.note(f"learning from {len(examples)} inputs without a label, too")
     return examples
 
 

@@ -8,42 +8,42 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pimerge.tuning.methods import Plan
+from pimerge.tuning.methods import MixturePlan
 
 if TYPE_CHECKING:
     from pimerge.core.manifest import Manifest
-    from pimerge.tuning.session import Fitted, Job
+    from pimerge.tuning.session import TuneRequest, TuneResult
 
-PLAN = Plan(full=True)
+PLAN = MixturePlan(full=True)
 
 
-def fit(job: Job) -> Fitted:
-    """Train the base; it comes back as it was with the job's ``undo``."""
+def fit(request: TuneRequest) -> TuneResult:
+    """Train the base; it comes back as it was with the request's ``undo``."""
     import torch
 
     from pimerge.models.loading import as_they_were
     from pimerge.tuning.lora_layers import Mixture
-    from pimerge.tuning.session import Fitted
+    from pimerge.tuning.session import TuneResult
     from pimerge.tuning.trainer import train
 
-    loaded = job.bench.loaded
-    kept, held_out = job.examples()
+    loaded = request.session.loaded
+    kept, held_out = request.examples()
     dtypes = {name: parameter.dtype for name, parameter in loaded.model.named_parameters()}
-    job.undo.enter_context(as_they_were(loaded.model.parameters()))
+    request.undo.enter_context(as_they_were(loaded.model.parameters()))
     for parameter in loaded.model.parameters():
         parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
         parameter.requires_grad_(True)
-    mixture = Mixture([], [0.0], "global", trained=False).to(job.bench.device)
+    mixture = Mixture([], [0.0], "global", trained=False).to(request.session.device)
     outcome = train(
         loaded,
         mixture,
         kept,
         held_out,
-        job.run,
-        job.options,
-        job.bench.precision,
-        track=job.track,
-        note=job.note,
+        request.run,
+        request.options,
+        request.session.precision,
+        track=request.track,
+        note=request.note,
     )
 
     def write(output: Path, manifest: Manifest, force: bool) -> None:
@@ -56,14 +56,14 @@ def fit(job: Job) -> Fitted:
                 parameter.data = parameter.data.to(dtypes[name])
             loaded.model.save_pretrained(partial)  # type: ignore[operator]
             loaded.processor.save_pretrained(partial)
-            write_into(partial, {TASK: json_text(job.bench.task.document_for(output))})
+            write_into(partial, {TASK: json_text(request.session.task.document_for(output))})
             outputs = {file.name: sha256_file(file) for file in sorted(partial.iterdir()) if file.is_file()}
             write_into(
                 partial, {MANIFEST_FILE: json_text(manifest.model_copy(update={"outputs": outputs}).model_dump())}
             )
 
     size = sum(parameter.numel() for parameter in loaded.model.parameters())
-    return Fitted(
+    return TuneResult(
         model=loaded.model,
         outcome=outcome,
         experts=[],

@@ -12,17 +12,17 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from pimerge.tuning.methods import Plan
+from pimerge.tuning.methods import MixturePlan
 
 if TYPE_CHECKING:
-    from pimerge.tuning.session import Fitted, Job
+    from pimerge.tuning.session import TuneRequest, TuneResult
 
-PLAN = Plan(experts=True, ranked_start=True, mixture="free", granularity="global")
+PLAN = MixturePlan(experts=True, ranked_start=True, mixture="free", granularity="global")
 BOUND = 1.5
 L1 = 0.05
 
 
-def fit(job: Job, *, evaluations: int = 40) -> Fitted:
+def fit(request: TuneRequest, *, evaluations: int = 40) -> TuneResult:
     """Search.
 
     Args:
@@ -34,7 +34,7 @@ def fit(job: Job, *, evaluations: int = 40) -> Fitted:
     import torch
 
     from pimerge.core.errors import PimergeError
-    from pimerge.tuning.mixed_expert import compose_sum
+    from pimerge.tuning.mixed_expert import mix_experts
     from pimerge.tuning.trainer import held_out_loss, untrained
 
     if evaluations < 1:
@@ -45,14 +45,14 @@ def fit(job: Job, *, evaluations: int = 40) -> Fitted:
         raise PimergeError(
             "'gradient-free' needs nevergrad, which is not installed", "pip install 'pimerge[gradient-free]'"
         ) from error
-    composed, kept, held_out = compose_sum(job, PLAN, "gradient-free")
-    has_head = bool(job.bench.loaded.head)
-    half = job.options.epochs / 2
-    first = composed.train(kept, held_out, part="before", epochs=half) if has_head else None
-    weights = composed.mixture.logits
+    mixed, kept, held_out = mix_experts(request, PLAN, "gradient-free")
+    has_head = bool(request.session.loaded.head)
+    half = request.options.epochs / 2
+    first = mixed.train(kept, held_out, part="before", epochs=half) if has_head else None
+    weights = mixed.mixture.logits
     start = weights.detach()[0].double().cpu().numpy()
     space = nevergrad.p.Array(init=start.clip(-BOUND, BOUND)).set_bounds(-BOUND, BOUND)
-    space.random_state.seed(job.options.seed)
+    space.random_state.seed(request.options.seed)
     search = nevergrad.optimizers.CMA(parametrization=space, budget=evaluations)
 
     def put(values: object) -> None:
@@ -62,9 +62,9 @@ def fit(job: Job, *, evaluations: int = 40) -> Fitted:
     def cost(values: object) -> float:
         put(values)
         penalty = L1 * float(weights[0].abs().mean())
-        return held_out_loss(composed.model, kept, job.bench.device) + penalty
+        return held_out_loss(mixed.model, kept, request.session.device) + penalty
 
-    with job.track("searching", evaluations, "evaluations") as advance:
+    with request.track("searching", evaluations, "evaluations") as advance:
         best, least = start, cost(start)
         for _ in range(evaluations):
             candidate = search.ask()
@@ -77,7 +77,7 @@ def fit(job: Job, *, evaluations: int = 40) -> Fitted:
     if first is None:
         outcome = replace(untrained(), train_loss=least)
     else:
-        second = composed.train(kept, held_out, part="after", epochs=job.options.epochs - half)
+        second = mixed.train(kept, held_out, part="after", epochs=request.options.epochs - half)
         outcome = replace(second, epochs=first.epochs + second.epochs, held_out_losses=())
     outcome = replace(outcome, trained_parameters=outcome.trained_parameters + weights.shape[1])
-    return composed.fitted(outcome, kept, held_out)
+    return mixed.result(outcome, kept, held_out)

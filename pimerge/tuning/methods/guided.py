@@ -5,7 +5,7 @@
    nearer the weights are to equal.
 2. Where texts are classified and classes named by words, the names are examples, too:
 :mod:`pimerge.tuning.class_name_examples`.
-3. The head is the linear probe of the composed features (:mod:`pimerge.tuning.probe_head`), and training starts from a
+3. The head is the linear probe of the mixed features (:mod:`pimerge.tuning.probe_head`), and training starts from a
 tenth
    of it: under the whole probe hardly any error is left for the features to learn from, under a random head the first
    steps spoil them.
@@ -22,12 +22,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from pimerge.tuning.methods import Plan
+from pimerge.tuning.methods import MixturePlan
 
 if TYPE_CHECKING:
-    from pimerge.tuning.session import Fitted, Job
+    from pimerge.tuning.session import TuneRequest, TuneResult
 
-PLAN = Plan(
+PLAN = MixturePlan(
     experts=True,
     train_weights=True,
     train_experts=True,
@@ -43,22 +43,22 @@ WAY = 0.75
 """Of the way from the start to the end of the training."""
 
 
-def fit(job: Job) -> Fitted:
+def fit(request: TuneRequest) -> TuneResult:
     """Compose, train, and go some of the way back."""
     import torch
 
-    from pimerge.tuning.mixed_expert import between, compose_sum
+    from pimerge.tuning.mixed_expert import between, mix_experts
     from pimerge.tuning.probe_head import fit_head
 
-    bench = job.bench
-    composed, kept, held_out = compose_sum(job, PLAN, "guided")
-    layer = fit_head(bench.loaded, composed.model, bench.task, kept)
+    session = request.session
+    mixed, kept, held_out = mix_experts(request, PLAN, "guided")
+    layer = fit_head(session.loaded, mixed.model, session.task, kept)
     if layer is None:
-        return composed.fitted(composed.train(kept, held_out), kept, held_out)
-    start = composed.trained_state()
+        return mixed.result(mixed.train(kept, held_out), kept, held_out)
+    start = mixed.trained_state()
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.mul_(SHARE)
-    outcome = composed.train(kept, held_out)
-    composed.load_trained_state(between(start, composed.trained_state(), WAY))
-    return composed.fitted(replace(outcome, held_out_losses=()), kept, held_out)  # those are of the end
+    outcome = mixed.train(kept, held_out)
+    mixed.load_trained_state(between(start, mixed.trained_state(), WAY))
+    return mixed.result(replace(outcome, held_out_losses=()), kept, held_out)  # those are of the end

@@ -1,5 +1,5 @@
 """Only the task head trained on the bare base: the control without any expert."""
 
-from pimerge.tuning.methods import Plan
+from pimerge.tuning.methods import MixturePlan
 
-PLAN = Plan(fresh=True)
+PLAN = MixturePlan(fresh=True)

@@ -4,6 +4,6 @@ The sum is taken in ΔW space, φ̂ = α_t φ_t + Σ α_j φ_j with α a softmax
 head starts from that of the target's expert.
 """
 
-from pimerge.tuning.methods import Plan
+from pimerge.tuning.methods import MixturePlan
 
-PLAN = Plan(experts=True, target=True, train_weights=True, train_experts=True, ranked_start=True)
+PLAN = MixturePlan(experts=True, target=True, train_weights=True, train_experts=True, ranked_start=True)

@@ -3,6 +3,6 @@
 What it has in common with ``interpolated`` is the number of parameters; what it lacks is what the experts know.
 """
 
-from pimerge.tuning.methods import Plan
+from pimerge.tuning.methods import MixturePlan
 
-PLAN = Plan(experts=True, target=True, random_experts=True, train_weights=True, train_experts=True)
+PLAN = MixturePlan(experts=True, target=True, random_experts=True, train_weights=True, train_experts=True)

@@ -12,22 +12,22 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from pimerge.tuning.methods import Plan
+from pimerge.tuning.methods import MixturePlan
 
 if TYPE_CHECKING:
-    from pimerge.tuning.session import Fitted, Job
+    from pimerge.tuning.session import TuneRequest, TuneResult
 
-PLAN = Plan(experts=True, train_weights=True, ranked_start=True, mixture="channels", granularity="matrix")
+PLAN = MixturePlan(experts=True, train_weights=True, ranked_start=True, mixture="channels", granularity="matrix")
 
 
-def fit(job: Job, *, uniform: bool = False, shared: bool = False) -> Fitted:
+def fit(request: TuneRequest, *, uniform: bool = False, shared: bool = False) -> TuneResult:
     """Train the scales and the head.
 
     Args:
         uniform: one scale per layer and expert.
         shared: the same scales in all layers.
     """
-    from pimerge.tuning.mixed_expert import train_sum
+    from pimerge.tuning.mixed_expert import train_mixture
 
     granularity = {
         (False, False): "matrix",
@@ -36,4 +36,4 @@ def fit(job: Job, *, uniform: bool = False, shared: bool = False) -> Fitted:
         (True, True): "global",
     }[uniform, shared]
     plan = replace(PLAN, mixture="free" if uniform else "channels", granularity=granularity)
-    return train_sum(job, plan, "scalearn")
+    return train_mixture(request, plan, "scalearn")

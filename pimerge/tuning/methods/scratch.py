@@ -4,6 +4,6 @@ Experts made with the same base, rank, modules and ``--init-seed`` share one ini
 their Fisher.
 """
 
-from pimerge.tuning.methods import Plan
+from pimerge.tuning.methods import MixturePlan
 
-PLAN = Plan(fresh=True, train_experts=True, lr=5e-3)
+PLAN = MixturePlan(fresh=True, train_experts=True, lr=5e-3)

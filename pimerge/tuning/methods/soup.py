@@ -10,19 +10,19 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from pimerge.tuning.methods import Plan
+from pimerge.tuning.methods import MixturePlan
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from pimerge.tuning.session import Fitted, Job
+    from pimerge.tuning.session import TuneRequest, TuneResult
 
-PLAN = Plan(experts=True, target=True, train_weights=True, train_experts=True, ranked_start=True)
+PLAN = MixturePlan(experts=True, target=True, train_weights=True, train_experts=True, ranked_start=True)
 FACTORS = (1.0, 0.5, 2.0)
 """Of the learning rate, run after run."""
 
 
-def fit(job: Job, *, runs: int = 3) -> Fitted:
+def fit(request: TuneRequest, *, runs: int = 3) -> TuneResult:
     """Train, and mix.
 
     Args:
@@ -32,32 +32,32 @@ def fit(job: Job, *, runs: int = 3) -> Fitted:
         PimergeError: if there are less than two runs.
     """
     from pimerge.core.errors import PimergeError
-    from pimerge.tuning.mixed_expert import compose_sum, mean_state
+    from pimerge.tuning.mixed_expert import mean_state, mix_experts
     from pimerge.tuning.trainer import held_out_loss
 
     if runs < 2:
         raise PimergeError(f"--runs is {runs}", "expected at least 2; for one take 'interpolated'")
-    composed, kept, held_out = compose_sum(job, PLAN, "soup")
-    start = composed.trained_state()
+    mixed, kept, held_out = mix_experts(request, PLAN, "soup")
+    start = mixed.trained_state()
     found, outcomes = [], []
     for number in range(runs):
-        composed.load_trained_state(start)
+        mixed.load_trained_state(start)
         outcomes.append(
-            composed.train(
+            mixed.train(
                 kept,
                 held_out,
                 part=f"run-{number}",
-                epochs=job.options.epochs / runs,
-                seed=job.options.seed + number,
-                lr=(job.options.lr or PLAN.usual_lr(job.bench.loaded.width)) * FACTORS[number % len(FACTORS)],
+                epochs=request.options.epochs / runs,
+                seed=request.options.seed + number,
+                lr=(request.options.lr or PLAN.usual_lr(request.session.loaded.width)) * FACTORS[number % len(FACTORS)],
             )
         )
-        found.append(composed.trained_state())
+        found.append(mixed.trained_state())
 
     def loss_of(states: list[dict[str, Tensor]]) -> float:
-        composed.load_trained_state(mean_state(states))
+        mixed.load_trained_state(mean_state(states))
         assert held_out is not None
-        return held_out_loss(composed.model, held_out, job.bench.device)
+        return held_out_loss(mixed.model, held_out, request.session.device)
 
     taken = found
     best = None
@@ -69,8 +69,8 @@ def fit(job: Job, *, runs: int = 3) -> Fitted:
             tried = loss_of([*taken, found[number]])
             if tried <= best:
                 taken, best = [*taken, found[number]], tried
-    composed.load_trained_state(mean_state(taken))
-    job.note(f"the soup holds {len(taken)} of {runs} runs")
+    mixed.load_trained_state(mean_state(taken))
+    request.note(f"the soup holds {len(taken)} of {runs} runs")
     outcome = replace(
         outcomes[0],
         epochs=sum(outcome.epochs for outcome in outcomes),
@@ -78,4 +78,4 @@ def fit(job: Job, *, runs: int = 3) -> Fitted:
         held_out_loss=best,
         trained_parameters=outcomes[0].trained_parameters,
     )
-    return composed.fitted(outcome, kept, held_out)
+    return mixed.result(outcome, kept, held_out)

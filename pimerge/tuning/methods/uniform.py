@@ -3,6 +3,6 @@
 With one expert it is the control "best single expert".
 """
 
-from pimerge.tuning.methods import Plan
+from pimerge.tuning.methods import MixturePlan
 
-PLAN = Plan(experts=True)
+PLAN = MixturePlan(experts=True)

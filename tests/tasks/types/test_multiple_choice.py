@@ -16,7 +16,7 @@ from pimerge.core.errors import PimergeError
 from pimerge.evaluation.evaluate import evaluate
 from pimerge.models.loading import load_base
 from pimerge.tasks.task import open_task
-from pimerge.tuning.options import Options
+from pimerge.tuning.options import TrainingOptions
 from pimerge.tuning.tune import tune
 from tests.conftest import END, MakeExpert, model_for, write_json
 
@@ -119,7 +119,7 @@ def test_it_tunes_and_scores_either_kind_of_base(
     folder = language_base(name)
     task, base = open_task(write_task(tmp_path / "task")), find_base(str(folder), None, folder)
     expert = open_expert(make_expert(tmp_path / "x", folder))
-    options = Options(epochs=1, holdout=0)
+    options = TrainingOptions(epochs=1, holdout=0)
     tune("interpolated", task, base, [expert], expert, tmp_path / "out", options, device="cpu")
     tuned = open_expert(tmp_path / "out")
     assert tuned.config["task_type"] == peft_task

@@ -13,34 +13,38 @@ from pimerge.models.linear_probe import fit_probe
 from pimerge.tasks.task import open_task
 from pimerge.tuning.method import open_tune_method
 from pimerge.tuning.methods import guided
-from pimerge.tuning.options import Options
-from pimerge.tuning.session import Bench, Job, open_bench
+from pimerge.tuning.options import TrainingOptions
+from pimerge.tuning.session import TuneRequest, TuningSession, open_session
 from pimerge.tuning.tune import manifest_of
 from tests.conftest import MakeExpert, dense_deltas, model_for, relative_difference
 
 GAINS = [0.04, 0.01]
-OPTIONS = Options(epochs=3, shots=6, batch_size=4, lr=1e-2, holdout=0.0)
+OPTIONS = TrainingOptions(epochs=3, shots=6, batch_size=4, lr=1e-2, holdout=0.0)
 WEIGHT, BIAS = "classifier.weight", "classifier.bias"
 
 
 @pytest.fixture(scope="module")
 def pool(
     tmp_path_factory: pytest.TempPathFactory, make_expert: MakeExpert, vit_base: Path, parity_task: Path
-) -> tuple[Bench, list[Expert]]:
+) -> tuple[TuningSession, list[Expert]]:
     folder = tmp_path_factory.mktemp("guided")
     a, b = (open_expert(make_expert(folder / name, vit_base, parity_task, seed=n)) for n, name in enumerate("ab"))
-    return open_bench(open_task(parity_task), a.base, "cpu"), [a, b.with_strength(0.5)]
+    return open_session(open_task(parity_task), a.base, "cpu"), [a, b.with_strength(0.5)]
 
 
-def tuned(pool: tuple[Bench, list[Expert]], folder: Path, way: float, monkeypatch: pytest.MonkeyPatch) -> Expert:
+def tuned(
+    pool: tuple[TuningSession, list[Expert]], folder: Path, way: float, monkeypatch: pytest.MonkeyPatch
+) -> Expert:
     """What is written by a method that goes so far."""
     monkeypatch.setattr(guided, "WAY", way)
-    bench, experts = pool
+    session, experts = pool
     method = open_tune_method("guided")
-    with bench.tidied(0) as undo:
-        job = Job(bench, experts, None, experts[0], [0.9, 0.8], OPTIONS, folder / f"run-{way}", GAINS, undo=undo)
-        fitted = method.fit(job)
-        fitted.write(folder / str(way), manifest_of(method, job, fitted, experts), False)
+    with session.restored(0) as undo:
+        request = TuneRequest(
+            session, experts, None, experts[0], [0.9, 0.8], OPTIONS, folder / f"run-{way}", GAINS, undo=undo
+        )
+        result = method.fit(request)
+        result.write(folder / str(way), manifest_of(method, request, result, experts), False)
     return open_expert(folder / str(way))
 
 
@@ -51,11 +55,11 @@ def head_of(expert: Expert) -> Tensor:
 
 
 def test_it_starts_from_experts_by_their_gains_under_the_probe_of_their_sum(
-    pool: tuple[Bench, list[Expert]], vit_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pool: tuple[TuningSession, list[Expert]], vit_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = tuned(pool, tmp_path, 0.0, monkeypatch)
-    bench, experts = pool
-    examples, labels = bench.task.examples("train", bench.loaded.processor, bench.loaded.config, shots=6)
+    session, experts = pool
+    examples, labels = session.task.examples("train", session.loaded.processor, session.loaded.config, shots=6)
     # 12 examples: the temperature is 0.1 / √12
     weights = torch.tensor(GAINS, dtype=torch.float64).mul(12**0.5 / 0.1).softmax(0).tolist()
     model = model_for(vit_base).double()
@@ -76,7 +80,7 @@ def test_it_starts_from_experts_by_their_gains_under_the_probe_of_their_sum(
 
 
 def test_it_goes_three_quarters_of_the_way(
-    pool: tuple[Bench, list[Expert]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pool: tuple[TuningSession, list[Expert]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     as_it_is = guided.WAY
     start, end, found = (head_of(tuned(pool, tmp_path, way, monkeypatch)) for way in (0.0, 1.0, as_it_is))

@@ -26,28 +26,28 @@ from pimerge.tuning.ensemble import ENSEMBLE_FILE, open_ensemble
 from pimerge.tuning.method import open_tune_method
 from pimerge.tuning.methods.distill import _soft, _taught
 from pimerge.tuning.methods.ensemble import similarity_weights, train_heads
-from pimerge.tuning.mixed_expert import Composed
-from pimerge.tuning.options import Options
-from pimerge.tuning.session import Job, open_bench
-from pimerge.tuning.trainer import Outcome, held_out_loss, mean_loss
+from pimerge.tuning.mixed_expert import MixedExpert
+from pimerge.tuning.options import TrainingOptions
+from pimerge.tuning.session import TuneRequest, open_session
+from pimerge.tuning.trainer import TrainingOutcome, held_out_loss, mean_loss
 from tests.conftest import MakeExpert, dense_deltas, logits_of, model_for, relative_difference, write_json
 
 CPU = torch.device("cpu")
-OPTIONS = Options(epochs=2, shots=6, batch_size=8, lr=1e-2)
+OPTIONS = TrainingOptions(epochs=2, shots=6, batch_size=8, lr=1e-2)
 
 
 class Tried:
-    """A bench, a target and two experts of other strength."""
+    """A session, a target and two experts of other strength."""
 
     def __init__(self, folder: Path, make_expert: MakeExpert, base: Path, task: Path) -> None:
         self.x, self.a, self.b = (
             open_expert(make_expert(folder / name, base, task, seed=seed)) for seed, name in enumerate("xab")
         )
-        self.bench = open_bench(open_task(task), self.x.base, "cpu")
+        self.session = open_session(open_task(task), self.x.base, "cpu")
 
-    def job(self, run: Path, options: Options = OPTIONS, **fields: Any) -> Job:
+    def request(self, run: Path, options: TrainingOptions = OPTIONS, **fields: Any) -> TuneRequest:
         given = {"experts": [self.a, self.b], "target": self.x, "like": self.x, "scores": None, **fields}
-        return Job(bench=self.bench, options=options, run=run, **given)
+        return TuneRequest(session=self.session, options=options, run=run, **given)
 
 
 @pytest.fixture(scope="module")
@@ -58,15 +58,15 @@ def tried(
 
 
 def test_the_held_out_loss_is_the_mean_over_examples(tried: Tried) -> None:
-    bench = tried.bench
-    examples, labels = bench.task.examples("train", bench.loaded.processor, bench.loaded.config, limit=30)
+    session = tried.session
+    examples, labels = session.task.examples("train", session.loaded.processor, session.loaded.config, limit=30)
     with torch.no_grad():
         logs = [
-            bench.loaded.model(pixel_values=examples.get(i)["pixel_values"][None]).logits[0].double().log_softmax(0)
+            session.loaded.model(pixel_values=examples.get(i)["pixel_values"][None]).logits[0].double().log_softmax(0)
             for i in range(30)
         ]
     expected = -sum(float(log[label]) for log, label in zip(logs, labels, strict=True)) / 30
-    assert held_out_loss(bench.loaded.model, examples, CPU) == pytest.approx(expected, rel=1e-5)
+    assert held_out_loss(session.loaded.model, examples, CPU) == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_loss_of_shares_is_the_cross_entropy_where_there_are_any() -> None:
@@ -80,16 +80,16 @@ def test_the_loss_of_shares_is_the_cross_entropy_where_there_are_any() -> None:
 def test_an_ensemble_is_the_experts_as_they_were_each_under_a_head_of_its_own(tried: Tried, tmp_path: Path) -> None:
     method = open_tune_method("ensemble")
     scaled = [tried.a.with_strength(0.5), tried.b]
-    with tried.bench.tidied(0) as undo:
-        fitted = method.fit(tried.job(tmp_path / "run", experts=scaled, undo=undo))
+    with tried.session.restored(0) as undo:
+        result = method.fit(tried.request(tmp_path / "run", experts=scaled, undo=undo))
         from pimerge.tuning.tune import manifest_of
 
-        job = tried.job(tmp_path)
-        fitted.write(tmp_path / "tuned", manifest_of(method, job, fitted, scaled), False)
+        request = tried.request(tmp_path)
+        result.write(tmp_path / "tuned", manifest_of(method, request, result, scaled), False)
     members = open_ensemble(tmp_path / "tuned").experts
     assert [member.name for member in members] == ["0-base", "1-a", "2-b"]
-    assert fitted.experts == ["(base)", "a", "b"]
-    assert fitted.outcome.trained_parameters == 3 * (16 * 2 + 2)
+    assert result.experts == ["(base)", "a", "b"]
+    assert result.outcome.trained_parameters == 3 * (16 * 2 + 2)
     assert all(not delta.any() for delta in dense_deltas(members[0]).values())
     for member, expert in zip(members[1:], scaled, strict=True):
         own = dense_deltas(expert)
@@ -102,12 +102,12 @@ def test_an_ensemble_is_the_experts_as_they_were_each_under_a_head_of_its_own(tr
 
 def test_the_epochs_of_an_ensemble_are_divided_among_its_heads(tried: Tried, tmp_path: Path) -> None:
     options = replace(OPTIONS, epochs=6, holdout=0.0, batch_size=4)
-    with tried.bench.tidied(0) as undo:
-        assert open_tune_method("ensemble").fit(tried.job(tmp_path, options, undo=undo)).outcome.epochs == 6
-    with tried.bench.tidied(0) as undo:
-        assert open_tune_method("soup").fit(tried.job(tmp_path / "s", options, undo=undo)).outcome.epochs == 6
-    with tried.bench.tidied(0) as undo:
-        assert open_tune_method("distill").fit(tried.job(tmp_path / "d", options, undo=undo)).outcome.epochs == 6
+    with tried.session.restored(0) as undo:
+        assert open_tune_method("ensemble").fit(tried.request(tmp_path, options, undo=undo)).outcome.epochs == 6
+    with tried.session.restored(0) as undo:
+        assert open_tune_method("soup").fit(tried.request(tmp_path / "s", options, undo=undo)).outcome.epochs == 6
+    with tried.session.restored(0) as undo:
+        assert open_tune_method("distill").fit(tried.request(tmp_path / "d", options, undo=undo)).outcome.epochs == 6
 
 
 def test_an_ensemble_that_changed_is_refused(tried: Tried, tmp_path: Path) -> None:
@@ -122,27 +122,27 @@ def test_an_ensemble_that_changed_is_refused(tried: Tried, tmp_path: Path) -> No
 
 def test_similar_experts_count_more(tried: Tried, tmp_path: Path) -> None:
     gains = [0.04, -0.02]
-    found = similarity_weights(tried.job(tmp_path, scores=[0.9, 0.1], gains=gains), 25)
+    found = similarity_weights(tried.request(tmp_path, scores=[0.9, 0.1], gains=gains), 25)
     shares = torch.tensor([0.0, *(gain / (0.1 / 5) for gain in gains)], dtype=torch.float64).softmax(0).tolist()
     assert found == pytest.approx(shares)  # the bare base gains nothing
-    found = similarity_weights(tried.job(tmp_path, scores=[0.9, 0.1]), 25)
+    found = similarity_weights(tried.request(tmp_path, scores=[0.9, 0.1]), 25)
     shares = torch.tensor([0.9, 0.1], dtype=torch.float64).softmax(0).tolist()
     assert found == pytest.approx([1 / 3, *(2 / 3 * share for share in shares)])
     said: list[str] = []
-    assert similarity_weights(tried.job(tmp_path, scores=[0.9, None], note=said.append), 25) == pytest.approx(
+    assert similarity_weights(tried.request(tmp_path, scores=[0.9, None], note=said.append), 25) == pytest.approx(
         [1 / 3] * 3
     )
     assert "weighed equally" in said[0]
 
 
 def test_the_student_learns_the_mean_of_the_probabilities_and_the_labels(tried: Tried, tmp_path: Path) -> None:
-    with tried.bench.tidied(0):
-        _, together, _, kept, _ = train_heads(tried.job(tmp_path), lambda *_: [0.5, 0.3, 0.2], "distill")
+    with tried.session.restored(0):
+        _, together, _, kept, _ = train_heads(tried.request(tmp_path), lambda *_: [0.5, 0.3, 0.2], "distill")
         batch = kept.batch(range(len(kept)))
         expected = torch.zeros(len(kept), 2)
         for (expert, head), weight in zip(together.heads, [0.5, 0.3, 0.2], strict=True):
             own = None if expert is None else (tried.a, tried.b)[expert]
-            base = model_for(Path(tried.bench.base.source))
+            base = model_for(Path(tried.session.base.source))
             model = base if own is None else PeftModel.from_pretrained(base, own.path)
             with torch.no_grad():
                 layer: Any = model.get_submodule("classifier" if own is None else "base_model.model.classifier")
@@ -187,18 +187,18 @@ def test_the_search_finds_the_better_of_two_experts(tried: Tried, tmp_path: Path
 
     monkeypatch.setattr("pimerge.tuning.trainer.held_out_loss", loss)
     method = open_tune_method("gradient-free", {"evaluations": 150})
-    with tried.bench.tidied(0) as undo:
-        fitted = method.fit(tried.job(tmp_path, undo=undo))
-    for weights in fitted.weights.values():
+    with tried.session.restored(0) as undo:
+        result = method.fit(tried.request(tmp_path, undo=undo))
+    for weights in result.weights.values():
         assert weights[good] > 0.75
         assert abs(weights[1 - good]) < 0.25
-    assert fitted.outcome.trained_parameters == 16 * 2 + 2 + 2
+    assert result.outcome.trained_parameters == 16 * 2 + 2 + 2
 
 
 def test_the_search_needs_nevergrad(tried: Tried, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "nevergrad", None)
     with pytest.raises(PimergeError, match=r"needs nevergrad.*\n.*pimerge\[gradient-free\]"):
-        open_tune_method("gradient-free").fit(tried.job(tmp_path))
+        open_tune_method("gradient-free").fit(tried.request(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -217,20 +217,20 @@ def test_the_soup_is_greedy(
     ends = iter(points or [2.0, 4.0, 6.0])
     at: list[Tensor] = []
 
-    def train(self: Composed, kept: Any, held_out: Any, **changes: Any) -> Outcome:
+    def train(self: MixedExpert, kept: Any, held_out: Any, **changes: Any) -> TrainingOutcome:
         at[:] = self._trainable().values()
         end = next(ends)
         with torch.no_grad():
             for parameter in at:
                 parameter.fill_(end)
-        return Outcome(1, 0.5, None, (), 3, True)
+        return TrainingOutcome(1, 0.5, None, (), 3, True)
 
-    monkeypatch.setattr(Composed, "train", train)
+    monkeypatch.setattr(MixedExpert, "train", train)
     monkeypatch.setattr("pimerge.tuning.trainer.held_out_loss", lambda *_: abs(float(at[0].flatten()[0]) - 1.0))
     options = replace(OPTIONS, holdout=0.2 if points else 0.0)
     said: list[str] = []
-    with tried.bench.tidied(0) as undo:
-        open_tune_method("soup").fit(tried.job(tmp_path, options, undo=undo, note=said.append))
+    with tried.session.restored(0) as undo:
+        open_tune_method("soup").fit(tried.request(tmp_path, options, undo=undo, note=said.append))
         ends_of = points or [2.0, 4.0, 6.0]
         expected = sum(ends_of[number] for number in taken) / len(taken)
         for parameter in at:
@@ -242,20 +242,22 @@ def test_scales_are_shared_as_asked(tried: Tried, tmp_path: Path) -> None:
     groups = {(): 4, ("shared",): 2, ("uniform",): 2, ("uniform", "shared"): 1}
     for options, count in groups.items():
         method = open_tune_method("scalearn", dict.fromkeys(options, True))
-        with tried.bench.tidied(0) as undo:
-            fitted = method.fit(tried.job(tmp_path / "-".join(options), replace(OPTIONS, weights_lr=0.3), undo=undo))
-        assert len({tuple(weights) for weights in fitted.weights.values()}) == count
+        with tried.session.restored(0) as undo:
+            result = method.fit(
+                tried.request(tmp_path / "-".join(options), replace(OPTIONS, weights_lr=0.3), undo=undo)
+            )
+        assert len({tuple(weights) for weights in result.weights.values()}) == count
         outputs = 1 if "uniform" in options else 16
-        assert fitted.outcome.trained_parameters == 16 * 2 + 2 + count * 2 * outputs
+        assert result.outcome.trained_parameters == 16 * 2 + 2 + count * 2 * outputs
 
 
 def test_random_takes_the_targets_expert_and_fresh_ones(tried: Tried, tmp_path: Path) -> None:
     still = replace(OPTIONS, lr=1e-12, weights_lr=1e-12, weight_decay=0.0)
     method = open_tune_method("random")
-    with tried.bench.tidied(0) as undo:
-        fitted = method.fit(tried.job(tmp_path, still, undo=undo))
-        assert fitted.experts == ["x", "random 1", "random 2"]
-        found: Any = fitted.model
+    with tried.session.restored(0) as undo:
+        result = method.fit(tried.request(tmp_path, still, undo=undo))
+        assert result.experts == ["x", "random 1", "random 2"]
+        found: Any = result.model
         own = dense_deltas(tried.x)
         for name, delta in own.items():
             parts = found.get_submodule(name).parts(3)
@@ -288,12 +290,12 @@ def test_inputs_without_labels_are_learned_from(
         kind = "token-classification" if words else "text-classification"
         write_json(tmp_path / "task.json", {"type": kind, "data": data, "labels": ["dog", "cat"]})
         said: list[str] = []
-        bench = open_bench(open_task(tmp_path), a.base, "cpu")
-        job = Job(bench, [a], None, a, None, OPTIONS, tmp_path / other, note=said.append)
-        with bench.tidied(0) as undo:
-            fitted = open_tune_method("distill", {"unlabelled": 30}).fit(replace(job, undo=undo))
-        kept, _ = job.examples()
-        assert fitted.examples == len(kept) + 30
+        session = open_session(open_task(tmp_path), a.base, "cpu")
+        request = TuneRequest(session, [a], None, a, None, OPTIONS, tmp_path / other, note=said.append)
+        with session.restored(0) as undo:
+            result = open_tune_method("distill", {"unlabelled": 30}).fit(replace(request, undo=undo))
+        kept, _ = request.examples()
+        assert result.examples == len(kept) + 30
         assert "learning from 30 inputs without a label, too" in said
-        shares.append(fitted.outcome.train_loss)
+        shares.append(result.outcome.train_loss)
     assert shares[0] == shares[1]
