@@ -21,7 +21,7 @@ from pimerge.adapters.expert import find_experts, open_expert
 from pimerge.cli.console import print_line, print_table
 from pimerge.core.libraries import quiet_libraries
 from pimerge.evaluation.compare import compare
-from pimerge.evaluation.design import CONTROLS, Design, Ranked, shots_text
+from pimerge.evaluation.design import CONTROLS, ComparisonDesign, RankedExpert, shots_text
 from pimerge.evaluation.evaluate import BASE, evaluate
 from pimerge.tasks.task import open_task
 from pimerge.tuning.options import TrainingOptions
@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--lr", action="append", default=[], help="METHOD=NUMBER")
     given = parser.parse_args()
     quiet_libraries()
-    design = Design(
+    design = ComparisonDesign(
         methods=[*given.controls.split(","), *given.methods.split(",")],
         shots=[None if text == "all" else int(text) for text in given.shots.split(",")],
         seeds=given.seeds,
@@ -66,10 +66,10 @@ def main() -> None:
         table(shots, design.methods, names, scores, own)
 
 
-def run(experts: Path, name: str, work: Path, design: Design) -> dict[tuple[int | None, str], float]:
+def run(experts: Path, name: str, work: Path, design: ComparisonDesign) -> dict[tuple[int | None, str], float]:
     """(Shots, method) → mean accuracy over the seeds, for one target."""
     target = open_expert(experts / name)
-    pool = [Ranked(open_expert(path)) for path in find_experts(experts) if path.name != name]
+    pool = [RankedExpert(open_expert(path)) for path in find_experts(experts) if path.name != name]
     document = compare(open_task(target.path), target.base, pool, design, work)
     assert document is not None
     return {(line.shots, line.method): line.mean for line in document.lines}

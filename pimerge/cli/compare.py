@@ -14,8 +14,8 @@ from pimerge.core.libraries import quiet_libraries
 
 if TYPE_CHECKING:
     from pimerge.adapters.expert import Expert
-    from pimerge.evaluation.design import Ranked
-    from pimerge.evaluation.schema import ComparisonDocument, Line
+    from pimerge.evaluation.design import RankedExpert
+    from pimerge.evaluation.schema import ComparisonDocument, ComparisonLine
 
 COLUMNS = ("method", "experts", "score", "to the best control", "95 %", "trained", "deployed", "seconds")
 
@@ -81,7 +81,7 @@ def compare(
     from pimerge.core.errors import Problems
     from pimerge.core.files import json_text, require_absent, require_same_or_absent, write_file
     from pimerge.evaluation.compare import compare as run
-    from pimerge.evaluation.design import Design, usual_controls
+    from pimerge.evaluation.design import ComparisonDesign, usual_controls
     from pimerge.tasks.task import open_task
     from pimerge.tuning.options import TrainingOptions
 
@@ -106,7 +106,7 @@ def compare(
         task,
         base_of([each.expert for each in pool], own, base),
         pool,
-        Design(
+        ComparisonDesign(
             methods=list(dict.fromkeys([*(usual_controls(task, tried) if controls is None else asked), *tried])),
             shots=list(dict.fromkeys(wanted)),
             seeds=seeds,
@@ -192,12 +192,12 @@ def _names(controls: str | None, methods: str) -> tuple[list[str], list[str]]:
 
 def _pool(
     references: list[str] | None, target: str | None, ranking_path: Path, base: str | None
-) -> tuple[list[Ranked], Expert | None, Path]:
+) -> tuple[list[RankedExpert], Expert | None, Path]:
     """The experts, the target's own expert and the folder of its task."""
     from pimerge.adapters.ranking_document import open_ranked, read_ranking
     from pimerge.adapters.selected import open_all, pool_members, select
     from pimerge.core.errors import Problems
-    from pimerge.evaluation.design import Ranked
+    from pimerge.evaluation.design import RankedExpert
 
     chosen = select(None, ranking_path, target, base, needed=False)
     if chosen.task_folder is None:
@@ -205,12 +205,12 @@ def _pool(
     own = chosen.target
     pool = []
     if references:
-        pool = [Ranked(expert) for expert in open_all([str(path) for path in pool_members(references)], base)]
+        pool = [RankedExpert(expert) for expert in open_all([str(path) for path in pool_members(references)], base)]
     else:
         problems = Problems()
         for candidate in read_ranking(ranking_path).candidates:
             with problems.collected():
-                pool.append(Ranked(open_ranked(candidate, ranking_path, base), candidate.score, candidate.gain))
+                pool.append(RankedExpert(open_ranked(candidate, ranking_path, base), candidate.score, candidate.gain))
         problems.raise_any("some experts of the ranking cannot be opened")
     others = [each for each in pool if own is None or each.expert.sha256 != own.sha256]
     return others, own, chosen.task_folder
@@ -222,7 +222,7 @@ def _tables(document: ComparisonDocument) -> list[tuple[str, list[list[str]]]]:
     from pimerge.evaluation.design import shots_text
 
     style = plugins.load("pimerge.tasks.metrics", document.metric).FORMAT
-    groups: dict[tuple[int | None, str], list[Line]] = {}
+    groups: dict[tuple[int | None, str], list[ComparisonLine]] = {}
     for line in document.lines:
         groups.setdefault((line.shots, line.test), []).append(line)
     tables = []
@@ -236,7 +236,7 @@ def _tables(document: ComparisonDocument) -> list[tuple[str, list[list[str]]]]:
     return tables
 
 
-def _row(line: Line, style: str) -> list[str]:
+def _row(line: ComparisonLine, style: str) -> list[str]:
     points = 100 if style.endswith("%") else 1
     difference = "" if line.difference is None else f"{points * line.difference:+.1f}"
     interval = "" if line.low is None or line.high is None else f"{points * line.low:+.1f} – {points * line.high:+.1f}"

@@ -22,10 +22,18 @@ from pimerge.core.files import json_text, sha256_bytes, write_file
 from pimerge.core.progress import Track, silent
 from pimerge.core.version import __version__
 from pimerge.embedding.features import Draw, Viewer
-from pimerge.evaluation.design import SINGLE, Case, Design, Ranked, cases_of, check_design, shots_text
-from pimerge.evaluation.evaluate import Split, read_test_split, score_model
+from pimerge.evaluation.design import (
+    SINGLE,
+    ComparisonDesign,
+    PlannedRun,
+    RankedExpert,
+    cases_of,
+    check_design,
+    shots_text,
+)
+from pimerge.evaluation.evaluate import TestSplit, read_test_split, score_model
 from pimerge.evaluation.paired_stats import conclusion, lines_of
-from pimerge.evaluation.schema import ComparisonDocument, Run
+from pimerge.evaluation.schema import ComparisonDocument, ComparisonRun
 from pimerge.ranking.by_examples import rank_by_examples
 from pimerge.ranking.selection import BY_EXAMPLES, Wish
 from pimerge.tasks.task import Task, parse_document
@@ -45,8 +53,8 @@ _DISTRIBUTED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_R
 def compare(
     task: Task,
     base: Base,
-    pool: Sequence[Ranked],
-    design: Design,
+    pool: Sequence[RankedExpert],
+    design: ComparisonDesign,
     folder: Path,
     *,
     also: Sequence[Task] = (),
@@ -84,24 +92,24 @@ def compare(
     methods = {name: open_tune_method("uniform" if name == SINGLE else name) for name in design.methods}
     check_design(task, len(pool), design, methods, also, note)
     cases = list(cases_of(design, methods))
-    harness = _Harness(task, base, pool, design, methods, folder, [task, *also], device, dtype)
-    if any(harness.done(case) is None for case in cases):
+    runner = _ComparisonRunner(task, base, pool, design, methods, folder, [task, *also], device, dtype)
+    if any(runner.done(case) is None for case in cases):
         before()
     mine = [case for number, case in enumerate(cases) if number % world == rank]
     with track("comparing", len(mine), "runs") as advance:
         for case in mine:
-            harness.run(case)
+            runner.run(case)
             advance(1, f"{case.method}, {shots_text(case.shots)}, seed {case.seed}")
     if rank > 0:
         return None
-    while any(harness.done(case) is None for case in cases):  # what the other processes do
+    while any(runner.done(case) is None for case in cases):  # what the other processes do
         time.sleep(_WAIT)
     shutil.rmtree(folder / FEATURES, ignore_errors=True)
-    return _summed_up(task, base, pool, design, [run for case in cases if (run := harness.done(case))])
+    return _summed_up(task, base, pool, design, [run for case in cases if (run := runner.done(case))])
 
 
 def _summed_up(
-    task: Task, base: Base, pool: Sequence[Ranked], design: Design, runs: Sequence[Run]
+    task: Task, base: Base, pool: Sequence[RankedExpert], design: ComparisonDesign, runs: Sequence[ComparisonRun]
 ) -> ComparisonDocument:
     return ComparisonDocument(
         target=task.name,
@@ -120,15 +128,15 @@ def _summed_up(
     )
 
 
-class _Harness:
+class _ComparisonRunner:
     """The base in memory, the rankings of the draws, and the folder of the runs."""
 
     def __init__(
         self,
         task: Task,
         base: Base,
-        pool: Sequence[Ranked],
-        design: Design,
+        pool: Sequence[RankedExpert],
+        design: ComparisonDesign,
         methods: Mapping[str, TuneMethod],
         folder: Path,
         tests: Sequence[Task],
@@ -146,7 +154,7 @@ class _Harness:
             dtype,
         ]
         self.ranked = cache(self._ranked)
-        self.runs: dict[Case, Run] = {}
+        self.runs: dict[PlannedRun, ComparisonRun] = {}
 
     @cached_property
     def session(self) -> TuningSession:
@@ -154,18 +162,18 @@ class _Harness:
         return open_session(self.task, self.base, self.device, self.dtype)
 
     @cached_property
-    def tests(self) -> dict[str, Split]:
+    def tests(self) -> dict[str, TestSplit]:
         """The test sets by name."""
         experts = [each.expert for each in self.pool]
         return {name: read_test_split(task, self.session.loaded, experts) for name, task in self.test_tasks.items()}
 
-    def done(self, case: Case) -> Run | None:
+    def done(self, case: PlannedRun) -> ComparisonRun | None:
         """What a run gave, if it has been made."""
         if case not in self.runs and (file := self._file(case)).is_file():
-            self.runs[case] = parse_document(Run, file, ANEW)
+            self.runs[case] = parse_document(ComparisonRun, file, ANEW)
         return self.runs.get(case)
 
-    def run(self, case: Case) -> None:
+    def run(self, case: PlannedRun) -> None:
         """Make a run, unless it has been made."""
         if self.done(case) is not None:
             return
@@ -194,7 +202,7 @@ class _Harness:
                 results = {name: score_model(case.method, result.model, test) for name, test in self.tests.items()}
         problems.raise_any("a run failed; those before it are kept")
         metric = self.task.metrics[0]
-        run = Run(
+        run = ComparisonRun(
             method=case.method,
             shots=case.shots,
             seed=case.seed,
@@ -211,7 +219,7 @@ class _Harness:
         write_file(self._file(case), json_text(run.model_dump()))
         shutil.rmtree(work, ignore_errors=True)
 
-    def _ranked(self, shots: int | None, seed: int) -> Sequence[Ranked]:
+    def _ranked(self, shots: int | None, seed: int) -> Sequence[RankedExpert]:
         """The pool on the examples of a draw, best first, each at its best strength."""
         if self.design.ranked_by == "ranking":
             return self.pool
@@ -222,7 +230,7 @@ class _Harness:
         experts = {each.expert.name: each.expert for each in self.pool}
         held_out = ranking.measure == BY_EXAMPLES
         return [
-            Ranked(experts[each.name].with_strength(each.scale), each.score, each.gain if held_out else None)
+            RankedExpert(experts[each.name].with_strength(each.scale), each.score, each.gain if held_out else None)
             for each in ranking.chosen()
         ]
 
@@ -236,7 +244,7 @@ class _Harness:
             viewer, experts, {}, target, None, measure, Wish(len(experts), gate=False), self.folder / RANKINGS
         )
 
-    def _file(self, case: Case) -> Path:
+    def _file(self, case: PlannedRun) -> Path:
         design = self.design
         method = self.methods[case.method]
         as_they_come = [(each.expert.strength, each.score, each.gain) for each in self.pool]

@@ -22,7 +22,7 @@ RANKED_BY = ("draws", "ranking")
 
 
 @dataclass(frozen=True)
-class Design:
+class ComparisonDesign:
     """What is compared.
 
     Attributes:
@@ -54,7 +54,7 @@ class Design:
 
 
 @dataclass(frozen=True)
-class Ranked:
+class RankedExpert:
     """An expert of the pool, with its score and the gain that is expected of it; None where no ranking says."""
 
     expert: Expert
@@ -63,7 +63,7 @@ class Ranked:
 
 
 @dataclass(frozen=True)
-class Case:
+class PlannedRun:
     """One run to be made."""
 
     method: str
@@ -91,19 +91,19 @@ def shots_text(shots: int | None) -> str:
     return "all examples" if shots is None else "1 shot" if shots == 1 else f"{shots} shots"
 
 
-def cases_of(design: Design, methods: Mapping[str, TuneMethod]) -> Iterator[Case]:
+def cases_of(design: ComparisonDesign, methods: Mapping[str, TuneMethod]) -> Iterator[PlannedRun]:
     """All runs; a method without experts has one for each draw, whatever the numbers of experts."""
     for shots in design.shots:
         for seed in range(design.seeds):
             for name in design.methods:
                 counts = [1] if name == SINGLE else design.experts if methods[name].plan.experts else [0]
-                yield from (Case(name, shots, seed, k) for k in counts)
+                yield from (PlannedRun(name, shots, seed, k) for k in counts)
 
 
 def check_design(
     task: Task,
     experts: int,
-    design: Design,
+    design: ComparisonDesign,
     methods: Mapping[str, TuneMethod],
     also: Sequence[Task],
     note: Callable[[str], None],
@@ -144,7 +144,7 @@ def check_design(
     problems.raise_any("the data cannot give what is asked for")
 
 
-def _check_numbers(design: Design, methods: Mapping[str, TuneMethod], problems: Problems) -> None:
+def _check_numbers(design: ComparisonDesign, methods: Mapping[str, TuneMethod], problems: Problems) -> None:
     if design.seeds < 1:
         problems.add(f"--seeds is {design.seeds}, expected at least 1")
     if design.ranked_by not in RANKED_BY:
@@ -160,7 +160,7 @@ def _check_numbers(design: Design, methods: Mapping[str, TuneMethod], problems: 
 
 
 def _check_data(
-    task: Task, design: Design, counts: Counter[int], problems: Problems, note: Callable[[str], None]
+    task: Task, design: ComparisonDesign, counts: Counter[int], problems: Problems, note: Callable[[str], None]
 ) -> None:
     """Check that there are as many examples of each class as are asked for."""
     for shots in design.shots:

@@ -68,7 +68,7 @@ class Score:
 
 
 @dataclass(frozen=True)
-class Split:
+class TestSplit:
     """The labelled examples of one split, encoded once for several models.
 
     Attributes:
@@ -109,7 +109,7 @@ def read_test_split(
     batch_tokens: int = BATCH_TOKENS,
     padded: bool = True,
     note: Callable[[str], None] = lambda message: None,
-) -> Split:
+) -> TestSplit:
     """Encode the test split for a base with some experts.
 
     Args:
@@ -124,7 +124,7 @@ def read_test_split(
     if examples.truncated:
         note(f"{examples.truncated} test examples are longer than the model takes and were cut")
     padded = padded and not most_virtual_tokens(experts)
-    return Split(
+    return TestSplit(
         task, examples, examples.classes or labels, bucket_by_length(examples.lengths, batch_tokens, padded=padded)
     )
 
@@ -185,7 +185,7 @@ def evaluate(
 def score_model(
     name: str,
     model: nn.Module,
-    split: Split,
+    split: TestSplit,
     whose: str = "",
     *,
     advance: Advance = lambda count: None,
@@ -275,7 +275,7 @@ def _ordered(values: Sequence[Value], places: Sequence[int]) -> list[Value]:
     return [values[place] for place in places] if values else []
 
 
-def _score(name: str, found: Scored, split: Split, note: str) -> Score:
+def _score(name: str, found: Scored, split: TestSplit, note: str) -> Score:
     task, examples = split.task, split.examples
     total = len(found.losses)
     right = sum(found.right)

@@ -10,13 +10,13 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pimerge.evaluation.schema import Line, Run
+from pimerge.evaluation.schema import ComparisonLine, ComparisonRun
 
 LEVEL = 0.95
 
 
 @dataclass(frozen=True)
-class Paired:
+class PairedDifference:
     """Mean of paired differences with a two-sided t-interval.
 
     Attributes:
@@ -28,7 +28,7 @@ class Paired:
     high: float | None
 
 
-def paired(first: Sequence[float], second: Sequence[float], level: float = LEVEL) -> Paired:
+def paired_difference(first: Sequence[float], second: Sequence[float], level: float = LEVEL) -> PairedDifference:
     """mean(d) ± t(level, n − 1) · sd(d) / √n, with d the differences of first and second.
 
     >>> found = paired([0.8, 0.7, 0.9], [0.6, 0.6, 0.6])
@@ -40,19 +40,19 @@ def paired(first: Sequence[float], second: Sequence[float], level: float = LEVEL
     differences = [one - other for one, other in zip(first, second, strict=True)]
     mean = statistics.fmean(differences)
     if len(differences) < 2:
-        return Paired(mean, None, None)
+        return PairedDifference(mean, None, None)
     half = float(t.ppf((1 + level) / 2, len(differences) - 1)) * statistics.stdev(differences)
     half /= math.sqrt(len(differences))
-    return Paired(mean, mean - half, mean + half)
+    return PairedDifference(mean, mean - half, mean + half)
 
 
-def lines_of(runs: Sequence[Run], controls: Sequence[str]) -> list[Line]:
+def lines_of(runs: Sequence[ComparisonRun], controls: Sequence[str]) -> list[ComparisonLine]:
     """A line for each method, number of shots and of experts, and test set, in the order of the runs.
 
     The best control at a number of shots has the highest mean of them, at whatever number of experts; it is compared
     with nothing.
     """
-    cells: dict[tuple[str, int | None, int, str], dict[int, Run]] = {}
+    cells: dict[tuple[str, int | None, int, str], dict[int, ComparisonRun]] = {}
     for run in runs:
         for test in run.scores:
             cells.setdefault((run.method, run.shots, run.k, test), {})[run.seed] = run
@@ -64,12 +64,14 @@ def lines_of(runs: Sequence[Run], controls: Sequence[str]) -> list[Line]:
         best = max(rivals, key=lambda key: statistics.fmean(scores[key].values()), default=None)
         seeds = sorted(set(scores[cell]) & set(scores[best])) if best is not None and best != cell else []
         difference = (
-            paired([scores[cell][s] for s in seeds], [scores[best][s] for s in seeds]) if best and seeds else None
+            paired_difference([scores[cell][s] for s in seeds], [scores[best][s] for s in seeds])
+            if best and seeds
+            else None
         )
         values = [scores[cell][seed] for seed in sorted(found)]
         last = next(iter(found.values()))
         lines.append(
-            Line(
+            ComparisonLine(
                 method=method,
                 control=method in controls,
                 shots=shots,
@@ -89,7 +91,7 @@ def lines_of(runs: Sequence[Run], controls: Sequence[str]) -> list[Line]:
     return lines
 
 
-def conclusion(runs: Sequence[Run], controls: Sequence[str], metric: str) -> str:
+def conclusion(runs: Sequence[ComparisonRun], controls: Sequence[str], metric: str) -> str:
     """One sentence: which method won, or that none is distinguishable from the best control.
 
     A method has won at a number of shots if the interval of its paired difference to the best control lies above zero
@@ -112,7 +114,7 @@ def conclusion(runs: Sequence[Run], controls: Sequence[str], metric: str) -> str
             by_seed = {run.seed: run.scores["test"] for run in runs if _is_of(run, line)}
             other = {run.seed: run.scores["test"] for run in runs if _is_of(run, best)}
             seeds = sorted(by_seed.keys() & other.keys())
-            result = paired([by_seed[s] for s in seeds], [other[s] for s in seeds], level)
+            result = paired_difference([by_seed[s] for s in seeds], [other[s] for s in seeds], level)
             if result.low is not None and result.low > 0:
                 sure.append((result, line))
         where = "with all examples" if shots is None else f"at {shots} shots" if shots > 1 else "at 1 shot"
@@ -127,7 +129,7 @@ def conclusion(runs: Sequence[Run], controls: Sequence[str], metric: str) -> str
     return f"{sentence[0].upper()}{sentence[1:]}{several}."
 
 
-def _is_of(run: Run, line: Line) -> bool:
+def _is_of(run: ComparisonRun, line: ComparisonLine) -> bool:
     return (run.method, run.shots, run.k) == (line.method, line.shots, line.k)
 
 
@@ -137,7 +139,7 @@ def _shown(value: float, metric: str) -> str:
     return format(value, plugins.load("pimerge.tasks.metrics", metric).FORMAT)
 
 
-def _gain(result: Paired, metric: str) -> str:
+def _gain(result: PairedDifference, metric: str) -> str:
     def points(value: float | None) -> str:
         return f"{100 * (value or 0.0):.1f}"
 

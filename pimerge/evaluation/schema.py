@@ -13,7 +13,7 @@ from pimerge.tasks.task import parse_document
 SCHEMA = 1
 
 
-class Run(BaseModel):
+class ComparisonRun(BaseModel):
     """One method, trained once and scored.
 
     Attributes:
@@ -44,7 +44,7 @@ class Run(BaseModel):
     class_names: bool = False
 
 
-class Line(BaseModel):
+class ComparisonLine(BaseModel):
     """A method over its seeds, at one number of shots and of experts, on one test set.
 
     Attributes:
@@ -90,8 +90,8 @@ class ComparisonDocument(BaseModel):
     metric: str
     options: dict[str, Any]
     experts: list[str]
-    runs: list[Run]
-    lines: list[Line]
+    runs: list[ComparisonRun]
+    lines: list[ComparisonLine]
     conclusion: str
 
 

@@ -7,15 +7,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import ttest_rel
 
-from pimerge.evaluation.paired_stats import conclusion, lines_of, paired
-from pimerge.evaluation.schema import Run
+from pimerge.evaluation.paired_stats import conclusion, lines_of, paired_difference
+from pimerge.evaluation.schema import ComparisonRun
 
 CONTROLS = ["head", "single"]
 
 
-def runs(method: str, scores: list[float], shots: int | None = 5, k: int = 2) -> list[Run]:
+def runs(method: str, scores: list[float], shots: int | None = 5, k: int = 2) -> list[ComparisonRun]:
     return [
-        Run(
+        ComparisonRun(
             method=method,
             shots=shots,
             seed=seed,
@@ -38,12 +38,12 @@ def test_the_interval_is_that_of_a_paired_t_test(pairs: list[tuple[float, float]
     if len({round(a - b, 12) for a, b in pairs}) == 1:
         return  # no spread: scipy has no interval
     expected = ttest_rel(first, second).confidence_interval()
-    found = paired(first, second)
+    found = paired_difference(first, second)
     assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=1e-12)
 
 
 def test_one_pair_has_no_interval() -> None:
-    assert paired([0.5], [0.4]).low is None
+    assert paired_difference([0.5], [0.4]).low is None
 
 
 def test_each_line_is_compared_with_the_control_of_the_highest_mean() -> None:

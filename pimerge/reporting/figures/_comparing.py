@@ -12,11 +12,11 @@ from pimerge.reporting.figures._canvas import look, percent
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from pimerge.evaluation.schema import ComparisonDocument, Line, Run
+    from pimerge.evaluation.schema import ComparisonDocument, ComparisonLine, ComparisonRun
 
 TEST = "test"
 ALL = "all"
-Row = TypeVar("Row", bound="Line | Run")
+Row = TypeVar("Row", bound="ComparisonLine | ComparisonRun")
 
 
 def methods(comparison: ComparisonDocument) -> dict[str, bool]:

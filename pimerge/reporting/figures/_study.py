@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pimerge.adapters.expert import Expert
     from pimerge.checkpoints.base import Base
     from pimerge.core.progress import Advance
-    from pimerge.evaluation.evaluate import Split
+    from pimerge.evaluation.evaluate import TestSplit
     from pimerge.models.loading import LoadedBase
     from pimerge.tasks.task import Task
 
@@ -78,7 +78,7 @@ class Examined:
 
     study: Study
     loaded: LoadedBase
-    split: Split
+    split: TestSplit
     shown: Shown
 
     def scores(self, experts: Sequence[Expert], rows: Sequence[Sequence[float]], advance: Advance) -> Iterator[Point]:

@@ -30,7 +30,7 @@ from pimerge.reporting.figures._comparing import (
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from pimerge.evaluation.schema import ComparisonDocument, Line
+    from pimerge.evaluation.schema import ComparisonDocument, ComparisonLine
 
 NEEDS = "comparison"
 OPTIONS = ("shots",)
@@ -94,7 +94,7 @@ def collect(comparison: ComparisonDocument, options: Options) -> Data:
     )
 
 
-def _numbers(lines: Sequence[Line], shots: int | None) -> Counter[str]:
+def _numbers(lines: Sequence[ComparisonLine], shots: int | None) -> Counter[str]:
     """Method → how many numbers of experts it was run with, at a number of shots."""
     return Counter(line.method for line in lines if line.shots == shots)
 

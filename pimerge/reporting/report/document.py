@@ -41,7 +41,7 @@ class Picture(BaseModel):
     alt: str
 
 
-class Text(BaseModel):
+class LongText(BaseModel):
     """A longer text that is shown when it is asked for."""
 
     model_config = ConfigDict(extra="forbid")
@@ -66,7 +66,7 @@ class Section(BaseModel):
     sentences: list[str] = Field(default_factory=list)
     tables: list[Table] = Field(default_factory=list)
     pictures: list[Picture] = Field(default_factory=list)
-    texts: list[Text] = Field(default_factory=list)
+    texts: list[LongText] = Field(default_factory=list)
     problems: list[str] = Field(default_factory=list)
     missing: list[tuple[str, str]] = Field(default_factory=list)
 

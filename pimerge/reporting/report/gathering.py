@@ -14,7 +14,7 @@ from pimerge.core.errors import PimergeError
 from pimerge.core.files import read_json
 from pimerge.core.manifest import MANIFEST_FILE, Manifest
 from pimerge.core.version import __version__
-from pimerge.reporting.report.document import Cell, Picture, Report, Section, Table, Text
+from pimerge.reporting.report.document import Cell, LongText, Picture, Report, Section, Table
 from pimerge.tasks.task import parse_document
 
 if TYPE_CHECKING:
@@ -233,7 +233,7 @@ def _outputs(folder: Path) -> Section:
             rows.append(_output_row(path.parent, manifest))
             if (path.parent / CARD_FILE).is_file():
                 content = (path.parent / CARD_FILE).read_text(encoding="utf-8", errors="replace")[:LONGEST_CARD]
-                section.texts.append(Text(title=f"The model card of {path.parent.name}", content=content))
+                section.texts.append(LongText(title=f"The model card of {path.parent.name}", content=content))
         except PimergeError as error:
             section.problems += _messages(error)
     if rows:

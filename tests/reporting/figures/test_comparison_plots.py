@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pimerge.core.errors import PimergeError
-from pimerge.evaluation.schema import ComparisonDocument, Line, Run
+from pimerge.evaluation.schema import ComparisonDocument, ComparisonLine, ComparisonRun
 from pimerge.reporting.figures import Options, experts, shift, shots
 from tests.reporting.figures import looks
 
@@ -37,7 +37,7 @@ def comparison(
                 own = [{test: score(method, number, k, seed, test) for test in tests} for seed in (0, 1)]
                 for seed, scores in enumerate(own):
                     runs.append(
-                        Run(
+                        ComparisonRun(
                             method=method,
                             shots=number,
                             seed=seed,
@@ -55,7 +55,7 @@ def comparison(
                     values = [scores[test] for scores in own]
                     fields: dict[str, Any] = {"trained_parameters": 1, "deployed_parameters": 1, "seconds": 1.0}
                     lines.append(
-                        Line(
+                        ComparisonLine(
                             method=method,
                             control=method in CONTROLS,
                             shots=number,
