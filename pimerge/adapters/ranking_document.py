@@ -7,9 +7,9 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field
 
 from pimerge.adapters.expert import Expert, open_expert
+from pimerge.core.documents import parse_document
 from pimerge.core.errors import PimergeError
 from pimerge.core.files import json_text, require_same_or_absent, write_file
-from pimerge.tasks.task import parse_document
 
 SCHEMA = 2
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from pimerge.core.documents import parse_document
 from pimerge.core.errors import PimergeError
 from pimerge.core.files import read_json
-from pimerge.tasks.task import parse_document
 
 SCHEMA = 4
 

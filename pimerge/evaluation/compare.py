@@ -17,6 +17,7 @@ from pathlib import Path
 
 from pimerge.adapters.ranking_document import Ranking, Target, write_ranking
 from pimerge.checkpoints.base import Base
+from pimerge.core.documents import parse_document
 from pimerge.core.errors import Problems
 from pimerge.core.files import json_text, sha256_bytes, write_file
 from pimerge.core.progress import Track, silent
@@ -36,7 +37,7 @@ from pimerge.evaluation.paired_stats import conclusion, lines_of
 from pimerge.evaluation.schema import ComparisonDocument, ComparisonRun
 from pimerge.ranking.by_examples import rank_by_examples
 from pimerge.ranking.selection import BY_EXAMPLES, Wish
-from pimerge.tasks.task import Task, parse_document
+from pimerge.tasks.task import Task
 from pimerge.tuning.cross_validation import choose
 from pimerge.tuning.method import TuneMethod, open_tune_method
 from pimerge.tuning.session import TuneRequest, TuningSession, open_session

@@ -7,8 +7,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from pimerge.core.documents import parse_document
 from pimerge.core.errors import PimergeError
-from pimerge.tasks.task import parse_document
 
 SCHEMA = 1
 

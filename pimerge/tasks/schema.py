@@ -9,13 +9,18 @@ from pydantic import BaseModel, ConfigDict, Field
 COMMON = frozenset({"type", "data", "subset", "revision", "splits", "columns", "labels", "description"})
 """The fields of every type; each type says which of the others it uses (``FIELDS``)."""
 
+UNLABELLED = "unlabelled"
+ROLES = ("train", "test", UNLABELLED)
+"""What splits are for."""
+
 
 class TaskFile(BaseModel):
     """The content of ``task.json``.
 
     Attributes:
         type: a type of task, one of ``pimerge/tasks/types``.
-        data: a file or folder (relative to ``task.json``), split → file(s), or a data set's Hub id.
+        data: a file or folder (relative to ``task.json``), split → file(s), or the Hub id of a data set; None where the
+            rows were in memory.
         subset: of a data set on the Hub, or in a folder of that form. revision: on the Hub.
         splits: role (``train``, ``test``) → split of the data set, in its slicing syntax (``train[:80%]``).
         columns: role (``text``, ``image``, ``label``) → column.
@@ -36,7 +41,7 @@ class TaskFile(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     type: str
-    data: str | dict[str, str | list[str]]
+    data: str | dict[str, str | list[str]] | None = None
     subset: str | None = None
     revision: str | None = None
     splits: dict[str, str] = Field(default_factory=dict)

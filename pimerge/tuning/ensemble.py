@@ -17,9 +17,9 @@ from torch import nn
 
 from pimerge.adapters.expert import Expert, open_expert
 from pimerge.checkpoints.base import Base
+from pimerge.core.documents import parse_document
 from pimerge.core.errors import PimergeError, Problems
 from pimerge.models.loading import LoadedBase, as_before, as_they_were, set_head
-from pimerge.tasks.task import parse_document
 from pimerge.tuning.lora_layers import LoraComponent, Switch, mix_lora
 from pimerge.tuning.tensor_layers import component_of, mix_tensors
 

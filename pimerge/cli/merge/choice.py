@@ -60,7 +60,7 @@ def choose(request: Request) -> Chosen:
 
 def _from_coefficients(request: Request) -> Chosen:
     from pimerge.adapters.writer import Coefficients
-    from pimerge.tasks.task import parse_document
+    from pimerge.core.documents import parse_document
 
     path = request.coefficients
     assert path is not None

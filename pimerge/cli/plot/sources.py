@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel
 
 from pimerge.adapters.selected import base_of, open_all, select
+from pimerge.core.documents import parse_document
 from pimerge.core.errors import PimergeError, Problems
 from pimerge.core.files import read_json
 from pimerge.core.libraries import quiet_libraries
-from pimerge.tasks.task import open_task, parse_document
+from pimerge.tasks.task import open_task
 
 if TYPE_CHECKING:
     from pimerge.adapters.expert import Expert

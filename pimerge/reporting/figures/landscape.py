@@ -170,7 +170,7 @@ def _weights(path: Path, three: list[Expert]) -> dict[str, list[float]]:
         PimergeError: if it weights other experts, or those of a kind without ΔW.
     """
     from pimerge.adapters.writer import Coefficients
-    from pimerge.tasks.task import parse_document
+    from pimerge.core.documents import parse_document
 
     content = parse_document(Coefficients, path)
     known = [expert.sha256 for expert in three]

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from pimerge.adapters.model_card import CARD_FILE
 from pimerge.core import plugins
+from pimerge.core.documents import parse_document
 from pimerge.core.errors import PimergeError
 from pimerge.core.files import read_json
 from pimerge.core.manifest import MANIFEST_FILE, Manifest
 from pimerge.core.version import __version__
 from pimerge.reporting.report.document import Cell, LongText, Picture, Report, Section, Table
-from pimerge.tasks.task import parse_document
 
 if TYPE_CHECKING:
     from pydantic import BaseModel

@@ -35,6 +35,7 @@ __all__ = [
 AUTO_MODEL = "AutoModelForImageClassification"
 PEFT_TASK = None  # PEFT has no task type for images; its plain PeftModel serves them
 COLUMNS = {"image": True, "label": True}
+USUAL = {"image": ("image", "img"), "label": ("label",)}
 
 
 def load_processor(source: str, revision: str | None) -> Any:

@@ -40,6 +40,7 @@ __all__ = [
 AUTO_MODEL = (causal_lm.AUTO_MODEL, seq2seq.AUTO_MODEL)
 PEFT_TASK = (causal_lm.PEFT_TASK, seq2seq.PEFT_TASK)
 COLUMNS = {"question": True, "choices": True, "answer": True}
+USUAL = {"question": ("question",), "choices": ("choices",), "answer": ("answer", "answerKey")}
 FIELDS = frozenset({"prompt", "choices", "normalise", "chat", "metrics"})
 _PROMPT = "Question: {{ QUESTION }}\nAnswer:"
 _QUESTION = "QUESTION"

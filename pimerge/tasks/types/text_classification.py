@@ -37,6 +37,7 @@ __all__ = [
 AUTO_MODEL = "AutoModelForSequenceClassification"
 PEFT_TASK = "SEQ_CLS"
 COLUMNS = {"text": True, "text_pair": False, "label": True}
+USUAL = {"text": ("text", "sentence"), "label": ("label",)}
 NAMED = "text"
 
 

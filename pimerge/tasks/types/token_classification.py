@@ -44,6 +44,7 @@ __all__ = [
 AUTO_MODEL = "AutoModelForTokenClassification"
 PEFT_TASK = "TOKEN_CLS"
 COLUMNS = {"tokens": True, "labels": True}
+USUAL = {"tokens": ("tokens", "words"), "labels": ("labels", "ner_tags")}
 
 
 class WordExamples(Examples):

@@ -66,7 +66,7 @@ def fit(request: TuneRequest, *, teacher: str = "mean", label_share: float = 0.5
 
 
 def _unlabelled(request: TuneRequest, limit: int) -> Examples | None:
-    from pimerge.tasks.task import UNLABELLED
+    from pimerge.tasks.schema import UNLABELLED
 
     task, loaded = request.session.task, request.session.loaded
     if not limit or not task.has_split(UNLABELLED):

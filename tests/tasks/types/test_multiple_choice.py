@@ -155,7 +155,7 @@ def test_a_row_that_is_no_question_is_told(
         ({"choices": "{{ [a] }}", "columns": {"choices": "b"}}, "both choices and columns say"),
         ({"metrics": ["macro-f1"]}, "'macro-f1' is about classes"),
         ({"normalise": "characters"}, "normalise"),
-        ({"scoring": "generation"}, "scoring means nothing to the type 'multiple-choice'"),
+        ({"scoring": "generation"}, "the type 'multiple-choice' has no field 'scoring'"),
     ],
 )
 def test_a_task_file_that_does_not_fit_is_told(tmp_path: Path, fields: dict[str, Any], message: str) -> None:

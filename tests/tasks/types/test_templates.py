@@ -167,7 +167,7 @@ def test_a_field_of_another_type_is_an_error(text_task: Path, tmp_path: Path) ->
     write_json(tmp_path / "task.json", document | {"prompt": "{{ text }}", "chat": True})
     with pytest.raises(PimergeError) as caught:
         open_task(tmp_path)
-    assert "prompt means nothing to the type 'text-classification'" in str(caught.value)
-    assert "chat means nothing to the type 'text-classification'" in str(caught.value)
-    with pytest.raises(PimergeError, match="chat means nothing to the type 'seq2seq'"):
+    assert "the type 'text-classification' has no field 'prompt'" in str(caught.value)
+    assert "the type 'text-classification' has no field 'chat'" in str(caught.value)
+    with pytest.raises(PimergeError, match="the type 'seq2seq' has no field 'chat'"):
         open_task(write_text_task(tmp_path / "seq2seq", "t5", chat=True))

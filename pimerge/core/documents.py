@@ -1,0 +1,39 @@
+"""Read JSON documents that have to fit a pydantic model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from pimerge.core.errors import Problems, nearest
+from pimerge.core.files import read_json
+
+Document = TypeVar("Document", bound=BaseModel)
+
+
+def parse_document(model: type[Document], path: Path, hint: str = "") -> Document:
+    """Read a JSON file into a model; all fields that do not fit are reported at once."""
+    return validated(model, read_json(path, hint), f"'{path}'", hint)
+
+
+def validated(model: type[Document], content: Any, where: str, hint: str = "") -> Document:
+    """Check the content of a document against a model; all fields that do not fit are reported at once.
+
+    Args:
+        where: the document, in words.
+        hint: what to do about a field that does not fit.
+    """
+    try:
+        return model.model_validate(content)
+    except ValidationError as error:
+        problems = Problems()
+        for fault in error.errors():
+            field = ".".join(str(part) for part in fault["loc"]) or "the document"
+            fix = hint
+            if fault["type"] == "extra_forbidden":
+                fix = nearest(str(fault["loc"][-1]), list(model.model_fields))
+            problems.add(f"{where}: {field}: {fault['msg']}", fix)
+        problems.raise_any(f"{where} does not fit")
+        raise AssertionError("unreachable: a problem was raised") from error

@@ -1,0 +1,88 @@
+"""Read one split: check its columns and find the class of each row."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass
+from typing import Any
+
+from pimerge.core.errors import Problems, nearest
+from pimerge.tasks.data import NOT_EMPTY, TaskData
+from pimerge.tasks.image_paths import holds_paths, with_images
+from pimerge.tasks.labels import class_indices, word_classes
+from pimerge.tasks.row_errors import RowProblems
+from pimerge.tasks.types import Rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitReader:
+    """Reads one split of a task.
+
+    Attributes:
+        data: of the task.
+        split: its name there.
+        where: the split, in words.
+        columns: role → column.
+        labels: the names of the classes.
+        of_words: whether each word has a class, and not each example.
+        labelled: whether the split has labels; else every row or word has the class 0.
+    """
+
+    data: TaskData
+    split: str
+    where: str
+    columns: Mapping[str, str]
+    labels: Sequence[str]
+    of_words: bool
+    labelled: bool
+
+    def rows(self, left_out: Set[int] = frozenset()) -> Rows:
+        """Read the split without the rows of some numbers; all problems of its rows are raised at once."""
+        whole = self.data.load(self.split)
+        problems = Problems()
+        if len(whole) == 0:
+            problems.add(f"{self.where} is empty", NOT_EMPTY)
+        numbers = [number for number in range(len(whole)) if number not in left_out]
+        table = whole.select(numbers) if left_out else whole
+        broken = RowProblems(self.where, numbers)
+        for role, column in self._needed().items():
+            if column not in table.column_names:
+                hint = nearest(column, table.column_names)
+                problems.add(f"{self.where} has no column '{column}' for the {role}", hint)
+            elif role != "label":
+                _note_empty(table, role, column, broken)
+        classes, words = [0] * len(table), self._words_without_classes(table)
+        with problems.collected(), broken.collected():
+            if self._has(table, "label") and self.labels and not self.of_words:
+                classes = class_indices(table, self.columns["label"], self.labels, self.where, numbers)
+            if self._has(table, "labels") and self.of_words:
+                words = word_classes(table, self.columns["labels"], self.labels, self.where, numbers)
+        column, folders = self.columns.get("image", ""), self.data.folders(self.split)
+        if folders and holds_paths(table, column):
+            with problems.collected():
+                table = with_images(table, column, folders, self.where)
+        broken.raise_any(problems.found)
+        return Rows(table, self.columns, classes, numbers, self.where, words)
+
+    def _needed(self) -> dict[str, str]:
+        return {role: column for role, column in self.columns.items() if self.labelled or not role.startswith("label")}
+
+    def _has(self, table: Any, role: str) -> bool:
+        return self._needed().get(role) in table.column_names
+
+    def _words_without_classes(self, table: Any) -> list[list[int]]:
+        """The class 0 for each word of a split without labels."""
+        if self.labelled or not self.of_words or not self._has(table, "tokens"):
+            return []
+        return [[0] * len(sentence or ()) for sentence in table[self.columns["tokens"]]]
+
+
+def _note_empty(table: Any, use: str, column: str, broken: RowProblems) -> None:
+    """Note the rows whose cell in a column is empty."""
+    if not table.data.column(column).null_count:
+        return
+    values = table.select_columns([column]).with_format("arrow")[:][column]
+    if empty := [place for place, null in enumerate(values.is_null().to_pylist()) if null]:
+        rows = "1 row" if len(empty) == 1 else f"{len(empty)} rows"
+        message = f"{broken.where} has no {use} in {rows}: {broken.listed(empty)} (from 0)"
+        broken.add(empty, message, "fill them or leave them out")
