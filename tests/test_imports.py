@@ -129,3 +129,16 @@ def test_the_tests_mirror_the_package() -> None:
     for folder in tests.rglob("*"):
         if folder.is_dir() and not set(folder.relative_to(tests).parts) & beside:
             assert (PACKAGE / folder.relative_to(tests)).is_dir(), folder
+
+
+def test_tests_share_only_what_lies_in_support() -> None:
+    tests = Path(__file__).parent
+    for file in tests.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                assert node.level == 0, f"{file}: a relative import"
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+            for name in names:
+                assert not name.startswith("tests.") or name.startswith("tests.support."), f"{file} imports {name}"
+                assert name.partition(".")[0] != "conftest", file

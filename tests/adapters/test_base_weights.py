@@ -12,7 +12,7 @@ from pimerge.checkpoints.base import find_base
 from pimerge.checkpoints.checkpoint import Checkpoint
 from pimerge.checkpoints.key_mapping import Names, names_of
 from pimerge.core.errors import PimergeError
-from tests.conftest import model_for
+from tests.support.bases import model_for
 
 
 def test_shapes_are_those_of_the_model(bert_base: Path, gpt2_base: Path) -> None:

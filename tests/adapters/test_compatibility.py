@@ -12,8 +12,9 @@ import torch
 from pimerge.adapters.compatibility import check_expert, differing_form, init_cosine, require_alike, require_finite
 from pimerge.adapters.expert import open_expert
 from pimerge.core.errors import PimergeError
-from tests.conftest import MakeExpert
-from tests.support.raw import PREFIX, layers_expert, normal, raw_expert, save_base, set_config, set_tensors, updates_of
+from tests.support.bases import save_base
+from tests.support.experts import PREFIX, MakeExpert, layers_expert, raw_expert, set_config, set_tensors, updates_of
+from tests.support.numerics import normal
 
 SHAPES = {"q": (3, 2, 4)}
 

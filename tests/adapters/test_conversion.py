@@ -15,9 +15,10 @@ from typer.testing import Result
 
 from pimerge.adapters.expert import open_expert
 from pimerge.core.errors import PimergeError
-from tests.adapters.test_merge_into import logits
-from tests.conftest import TARGETS, model_for, relative_difference
-from tests.support.raw import set_config
+from tests.support.bases import model_for
+from tests.support.checkpoints import logits
+from tests.support.experts import TARGETS, set_config
+from tests.support.numerics import relative_difference
 
 Cli = Callable[..., Result]
 KINDS: dict[str, dict[str, Any]] = {

@@ -20,8 +20,18 @@ from pimerge.adapters.expert import find_experts, open_expert
 from pimerge.checkpoints.safetensors_file import TensorFile
 from pimerge.core.errors import PimergeError
 from pimerge.core.files import sha256_bytes
-from tests.conftest import MakeExpert, dense_deltas, edit_tensors
-from tests.support.raw import PREFIX, normal, raw_expert, save_base, set_config, set_tensors, small, updates_of
+from tests.support.bases import save_base
+from tests.support.experts import (
+    PREFIX,
+    MakeExpert,
+    dense_deltas,
+    edit_tensors,
+    raw_expert,
+    set_config,
+    set_tensors,
+    updates_of,
+)
+from tests.support.numerics import normal, small
 
 SHAPES = {"q": (3, 2, 4), "v": (5, 1, 4)}
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

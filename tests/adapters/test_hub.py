@@ -18,7 +18,7 @@ import pytest
 
 from pimerge.adapters.expert import open_expert
 from pimerge.core.errors import PimergeError
-from tests.support.raw import raw_expert, set_config, updates_of
+from tests.support.experts import raw_expert, set_config, updates_of
 
 NAME = "org/adapter"
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

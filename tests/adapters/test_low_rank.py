@@ -24,7 +24,7 @@ from pimerge.adapters.low_rank import (
     weighted_sum,
 )
 from pimerge.core.errors import PimergeError
-from tests.support.raw import normal, small
+from tests.support.numerics import normal, small
 
 F64 = torch.float64
 

@@ -12,21 +12,15 @@ import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from pimerge.adapters.expert import Expert, open_expert
 from pimerge.adapters.merge_into import MergedInto, fold, label_fields, plan_merge_into
 from pimerge.checkpoints.checkpoint import open_checkpoint
 from pimerge.core.errors import PimergeError
-from tests.checkpoints.test_checkpoint import contents, tensors
-from tests.conftest import MakeExpert, model_for
-from tests.support.raw import normal, raw_expert
-
-INPUTS = {
-    "bert": {"input_ids": torch.arange(10).view(2, 5)},
-    "gpt2": {"input_ids": torch.arange(10).view(2, 5)},
-    "vit": {"pixel_values": normal(2, 3, 16, 16)},
-}
+from tests.support.bases import model_for
+from tests.support.checkpoints import contents, logits, tensors
+from tests.support.experts import MakeExpert, raw_expert
+from tests.support.numerics import normal
 
 
 def folded(base: Path, expert: Expert, output: Path, **options: Any) -> MergedInto:
@@ -48,13 +42,6 @@ def folded(base: Path, expert: Expert, output: Path, **options: Any) -> MergedIn
 def transformers_class(base: Path) -> Any:
     """The class of a base with a head."""
     return type(model_for(base))
-
-
-def logits(model: Any, kind: str) -> Tensor:
-    """Logits without gradients."""
-    with torch.no_grad():
-        result: Tensor = model.eval()(**INPUTS[kind]).logits
-    return result
 
 
 ALL = {

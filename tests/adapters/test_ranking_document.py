@@ -23,7 +23,10 @@ from pimerge.embedding.store_schema import Settings
 from pimerge.models.loading import Bases
 from pimerge.ranking.by_store import rank_by_store
 from pimerge.ranking.selection import Wish
-from tests.conftest import MakeExpert, change_basis, dense_deltas, edit_tensors, model_for, write_json
+from tests.support.bases import model_for
+from tests.support.experts import MakeExpert, dense_deltas, edit_tensors
+from tests.support.numerics import change_basis
+from tests.support.tasks import write_json
 
 BY_FACTORS = ["fisher-factors", "fisher-raw", "task2vec", "parameters"]
 """Measures that compare experts factor by factor."""

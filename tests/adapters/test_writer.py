@@ -23,8 +23,9 @@ from pimerge.core.manifest import Manifest, inputs_of, library_versions
 from pimerge.merging.merge import prepare
 from pimerge.merging.method import open_method
 from pimerge.tasks.task import open_task
-from tests.conftest import HEADS, MakeExpert, logits_of, model_for
-from tests.support.raw import layers, layers_expert, normal, raw_expert, save_base, set_config, updates_of
+from tests.support.bases import layers, model_for, save_base
+from tests.support.experts import HEADS, MakeExpert, layers_expert, raw_expert, set_config, updates_of
+from tests.support.numerics import logits_of, normal
 
 MakeModel = Callable[[], nn.Module]
 

@@ -11,7 +11,8 @@ import torch
 
 from pimerge.checkpoints.base import Base, find_base
 from pimerge.core.errors import PimergeError
-from tests.support.raw import normal, save_base
+from tests.support.bases import save_base
+from tests.support.numerics import normal
 
 
 @pytest.fixture

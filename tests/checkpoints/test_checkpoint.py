@@ -15,7 +15,9 @@ from pimerge.checkpoints.base import Base
 from pimerge.checkpoints.checkpoint import open_checkpoint, require_weights
 from pimerge.checkpoints.writer import write_like
 from pimerge.core.errors import PimergeError
-from tests.support.raw import normal, save_base
+from tests.support.bases import save_base
+from tests.support.checkpoints import contents
+from tests.support.numerics import normal
 
 INDEX = "model.safetensors.index.json"
 
@@ -27,16 +29,6 @@ def sharded(bert_base: Path, tmp_path: Path) -> Path:
     BertModel.from_pretrained(bert_base).save_pretrained(folder, max_shard_size="8KB")
     assert len(list(folder.glob("*.safetensors"))) > 2
     return folder
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """File name → bytes."""
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a folder."""
-    return {key: value for path in sorted(folder.glob("*.safetensors")) for key, value in load_file(path).items()}
 
 
 def test_an_unchanged_copy_has_the_same_bytes(sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,7 @@ from pimerge.checkpoints.safetensors_file import (
     writing_tensors,
 )
 from pimerge.core.errors import PimergeError
-from tests.support.raw import normal, small
+from tests.support.numerics import normal, small
 
 FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 DTYPES = [*FLOATS, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool]

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from typer.testing import Result
 
 from pimerge.adapters.expert import Expert, open_expert
-from tests.conftest import MakeExpert
-
-Cli = Callable[..., Result]
-NAMES = ("x", "y", "z")
+from tests.support.cli import NAMES, Cli
+from tests.support.experts import MakeExpert
 
 
 @pytest.fixture(scope="session")
@@ -39,12 +35,6 @@ def twins(tmp_path_factory: pytest.TempPathFactory, vit_base: Path, parity_task:
     for seed, name in enumerate("ab"):
         make_expert(folder / name, vit_base, parity_task, seed=seed, r=2)
     return folder
-
-
-def raise_from(result: Result) -> None:
-    """Raise what a command raised."""
-    assert result.exception is not None, result.output
-    raise result.exception
 
 
 @pytest.fixture

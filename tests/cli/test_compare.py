@@ -21,7 +21,9 @@ from pimerge.evaluation.schema import read_comparison
 from pimerge.tasks.task import open_task
 from pimerge.tuning.options import TrainingOptions
 from pimerge.tuning.tune import tune
-from tests.conftest import Finished, MakeExpert, Shell, write_json
+from tests.support.cli import Finished, Shell
+from tests.support.experts import MakeExpert
+from tests.support.tasks import write_json
 
 QUICK = ("--epochs", 2, "--seeds", 2, "--shots", 4)
 

@@ -12,7 +12,9 @@ from safetensors import safe_open
 
 from pimerge.adapters.expert import open_expert
 from pimerge.embedding import embed as embedding
-from tests.conftest import Finished, MakeExpert, Shell, edit_tensors, write_json
+from tests.support.cli import Finished, Shell
+from tests.support.experts import MakeExpert, edit_tensors
+from tests.support.tasks import write_json
 
 NAMES = ("a", "b", "c")
 

@@ -12,7 +12,8 @@ import pytest
 from pimerge.adapters.expert import open_expert
 from pimerge.evaluation.evaluate import evaluate
 from pimerge.tasks.task import open_task
-from tests.conftest import MakeExpert, Shell
+from tests.support.cli import Shell
+from tests.support.experts import MakeExpert
 
 
 @pytest.fixture(scope="module")

@@ -16,9 +16,8 @@ from pimerge.core.errors import PimergeError
 from pimerge.core.files import sha256_file
 from pimerge.embedding.store import DIAGONAL, MARGINALS, Store
 from pimerge.embedding.store_schema import Settings
-from tests.cli.conftest import raise_from
-from tests.conftest import MakeExpert
-from tests.support.raw import raw_expert, set_config, updates_of
+from tests.support.cli import raise_from
+from tests.support.experts import MakeExpert, raw_expert, set_config, updates_of
 
 Cli = Callable[..., Result]
 

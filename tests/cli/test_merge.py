@@ -22,9 +22,11 @@ from pimerge.adapters.ranking_document import Candidate, Ranking, Target, write_
 from pimerge.core import plugins
 from pimerge.core.errors import PimergeError
 from pimerge.tasks.task import open_task
-from tests.cli.conftest import NAMES, Cli, raise_from
-from tests.conftest import dense_deltas, logits_of, merge, model_for, relative_difference
-from tests.support.raw import normal, raw_expert, set_config, updates_of
+from tests.support.bases import model_for
+from tests.support.cli import NAMES, Cli, raise_from
+from tests.support.experts import dense_deltas, raw_expert, set_config, updates_of
+from tests.support.merging import merge
+from tests.support.numerics import logits_of, normal, relative_difference
 
 
 def rank(

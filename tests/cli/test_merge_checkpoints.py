@@ -13,12 +13,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pimerge.core.errors import PimergeError
-from tests.checkpoints.test_checkpoint import tensors
-from tests.cli.conftest import Cli
-from tests.conftest import Shell
-from tests.merging.methods.references import REFERENCES
-from tests.merging.test_checkpoint_merge import set_config, shaken
-from tests.support.raw import normal, raw_expert, updates_of
+from tests.support.checkpoints import set_checkpoint_config, shaken, tensors
+from tests.support.cli import Cli, Shell
+from tests.support.experts import raw_expert, updates_of
+from tests.support.merge_references import REFERENCES
+from tests.support.numerics import normal
 
 TWO = ("a", "b")
 
@@ -193,7 +192,7 @@ def test_what_is_wrong_is_said_and_nothing_is_written(
 
 
 def test_another_model_is_refused(shell: Shell, two: list[dict[str, Tensor]], bert_base: Path) -> None:
-    set_config(Path("b"), model_type="roberta")
+    set_checkpoint_config(Path("b"), model_type="roberta")
     result = shell("merge", *TWO, "--base", bert_base)
     assert result.code == 3
     assert "'b' is a roberta, the base 'bert' a bert" in result.err

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from pimerge.adapters.expert import Expert, open_expert
 from pimerge.adapters.ranking_document import Candidate, Ranking, Target, write_ranking
-from tests.cli.conftest import Cli
-from tests.conftest import Shell, dense_deltas, logits_of, model_for
-from tests.support.raw import normal, raw_expert, set_config, updates_of
+from tests.support.bases import model_for
+from tests.support.cli import Cli, Shell
+from tests.support.experts import dense_deltas, raw_expert, set_config, updates_of
+from tests.support.numerics import logits_of, normal
 
 TWO = ("experts/a", "experts/b")
 BATCH = {"pixel_values": normal(2, 3, 16, 16)}

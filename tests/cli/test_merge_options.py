@@ -17,10 +17,12 @@ from torch import Tensor
 from pimerge.adapters.expert import Expert, open_expert
 from pimerge.core import plugins
 from pimerge.core.errors import PimergeError
-from tests.cli.conftest import Cli, raise_from
-from tests.conftest import Shell, dense_deltas, edit_tensors, logits_of, model_for, write_json
-from tests.merging.methods.references import REFERENCES
-from tests.support.raw import normal, raw_expert
+from tests.support.bases import model_for
+from tests.support.cli import Cli, Shell, raise_from
+from tests.support.experts import dense_deltas, edit_tensors, raw_expert
+from tests.support.merge_references import REFERENCES
+from tests.support.numerics import logits_of, normal
+from tests.support.tasks import write_json
 
 METHODS = list(plugins.summaries("pimerge.merging.methods"))
 TWO = ("experts/a", "experts/b", "--head", "none")

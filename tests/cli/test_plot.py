@@ -12,7 +12,9 @@ import pytest
 from pimerge.adapters.expert import open_expert
 from pimerge.adapters.ranking_document import Candidate, Ranking, Target
 from pimerge.reporting.figures import _canvas
-from tests.conftest import MakeExpert, Shell, write_json
+from tests.support.cli import Shell
+from tests.support.experts import MakeExpert
+from tests.support.tasks import write_json
 
 FILES = ["path.json", "path.png", "path.svg"]
 

@@ -16,7 +16,9 @@ from pimerge.embedding.embed import embed
 from pimerge.embedding.store import Store
 from pimerge.embedding.store_schema import Settings
 from pimerge.models.loading import Bases
-from tests.conftest import MakeExpert, Shell, edit_tensors, write_image_task, write_json
+from tests.support.cli import Shell
+from tests.support.experts import MakeExpert, edit_tensors
+from tests.support.tasks import write_image_task, write_json
 
 NAMES = ("parity", "a", "b", "other-rank")
 STORED = ["--measure", "fisher-raw"]

@@ -13,7 +13,10 @@ import pytest
 from pimerge.adapters.expert import open_expert
 from pimerge.adapters.ranking_document import Candidate, Ranking, Target
 from pimerge.tasks.task import open_task
-from tests.conftest import Finished, MakeExpert, Shell, dense_deltas, relative_difference, write_json
+from tests.support.cli import Finished, Shell
+from tests.support.experts import MakeExpert, dense_deltas
+from tests.support.numerics import relative_difference
+from tests.support.tasks import write_json
 
 NAMES = ("x", "a", "b")
 SCORES = {"a": 0.8, "b": 0.1}

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from pimerge.adapters.expert import open_expert
 from pimerge.core import plugins
-from tests.conftest import RELATIVES, MakeExpert, logits_of, model_for
+from tests.support.bases import model_for
+from tests.support.experts import RELATIVES, MakeExpert
+from tests.support.numerics import logits_of
 
 Run = Callable[..., Any]
 KINDS = sorted(name.replace("-", "_") for name in plugins.summaries("pimerge.adapters.kinds"))

@@ -19,8 +19,8 @@ from pimerge.embedding.sample import Sample
 from pimerge.embedding.store_view import StoreView
 from pimerge.ranking.measures import combined, likelihood, probe
 from pimerge.ranking.measures.history import predicted
-from tests.conftest import MakeExpert, edit_tensors
-from tests.ranking.measures.test_fisher_measures import stored
+from tests.support.experts import MakeExpert, edit_tensors
+from tests.support.samples import stored
 
 COUNT = 5
 BY_NEEDS: dict[str, list[str]] = {}

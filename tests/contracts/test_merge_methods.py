@@ -15,9 +15,9 @@ from torch import Tensor
 
 from pimerge.core import plugins
 from pimerge.core.errors import PimergeError
-from tests.merging.methods.cases import F64, seeded
-from tests.merging.methods.references import reference_bases
-from tests.support.raw import normal
+from tests.support.merge_cases import F64, seeded
+from tests.support.merge_references import reference_bases
+from tests.support.numerics import normal
 
 NAMES = list(plugins.summaries("pimerge.merging.methods"))
 LAWS = {"identity", "copies", "order", "gauge"}

@@ -31,7 +31,10 @@ from pimerge.tuning.method import TuneMethod, open_tune_method
 from pimerge.tuning.options import TrainingOptions
 from pimerge.tuning.session import TuneRequest, TuneResult, TuningSession, open_session
 from pimerge.tuning.tune import manifest_of, tune
-from tests.conftest import MakeExpert, dense_deltas, logits_of, model_for, relative_difference, write_image_task
+from tests.support.bases import model_for
+from tests.support.experts import MakeExpert, dense_deltas
+from tests.support.numerics import logits_of, relative_difference
+from tests.support.tasks import write_image_task
 
 METHODS = sorted(plugins.summaries("pimerge.tuning.methods"))
 OPTIONS = TrainingOptions(epochs=6, shots=12, lr=1e-2, batch_size=8, holdout=0.2)

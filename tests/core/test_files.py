@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from pimerge.core import files
 from pimerge.core.errors import PimergeError
-from tests.support.raw import small
+from tests.support.numerics import small
 
 DEAD_PID = 2**22 + 1  # above what Linux gives out
 

@@ -24,7 +24,10 @@ from pimerge.embedding.store import Store
 from pimerge.embedding.store_schema import Settings
 from pimerge.models.loading import Bases
 from pimerge.tasks.task import open_task
-from tests.conftest import MakeExpert, dense_deltas, model_for, relative_difference, write_json
+from tests.support.bases import model_for
+from tests.support.experts import MakeExpert, dense_deltas
+from tests.support.numerics import relative_difference
+from tests.support.tasks import write_json
 
 LIMIT = 12
 Embed = Callable[..., Outcome]

@@ -22,20 +22,15 @@ from pimerge.embedding.features import SCALES, Draw, Viewer
 from pimerge.models.loading import load_base
 from pimerge.tasks.task import open_task
 from pimerge.tasks.types._reading import read_position
-from tests.conftest import (
-    WORDS,
-    Interrupt,
-    MakeExpert,
-    dense_deltas,
-    edit_tensors,
-    model_for,
-    relative_difference,
-    save_tokenizer,
-    write_json,
-)
+from tests.support.bases import WORDS, model_for, save_tokenizer
+from tests.support.cli import Interrupt
+from tests.support.experts import MakeExpert, edit_tensors
+from tests.support.numerics import relative_difference
+from tests.support.references import dense_model, features, one_by_one
+from tests.support.tasks import write_json
 
 CPU = torch.device("cpu")
-LLAMA = "gpt2"  # the name by which conftest finds the type of model and of head
+LLAMA = "gpt2"  # the name by which tests.support.bases finds the type of model and of head
 FEW = Draw(limit=10)
 
 
@@ -105,38 +100,6 @@ def counting(viewer: Viewer) -> Iterator[list[int]]:
         yield seen
     finally:
         handle.remove()
-
-
-def one_by_one(viewer: Viewer) -> list[dict[str, Tensor]]:
-    """Every example as a batch of its own, without padding."""
-    batches = [viewer.examples.batch([index]) for index in range(len(viewer.examples))]
-    return [{name: value for name, value in batch.items() if name != "labels"} for batch in batches]
-
-
-def read_by_hand(model: nn.Module, kind: str, batch: dict[str, Tensor]) -> Tensor:
-    """What the head of a plain transformers model reads of one example."""
-    with torch.no_grad():
-        if kind == "vit":
-            return model.vit(**batch).last_hidden_state[0, 0]
-        if kind == "bert":
-            return model.bert(**batch).pooler_output[0]
-        backbone = model.transformer if kind == "gpt2" else model.model
-        return backbone(**batch).last_hidden_state[0, -1]
-
-
-def dense_model(base: Path, experts: Sequence[Expert], weights: Sequence[float]) -> nn.Module:
-    """The base with Σ w_n ΔW_n added to its weights, entry by entry."""
-    model = model_for(base)
-    with torch.no_grad():
-        for expert, weight in zip(experts, weights, strict=True):
-            for name, delta in dense_deltas(expert).items():
-                layer = model.get_submodule(name)
-                layer.weight += weight * (delta.T if type(layer).__name__ == "Conv1D" else delta)
-    return model
-
-
-def features(model: nn.Module, kind: str, viewer: Viewer) -> Tensor:
-    return torch.stack([read_by_hand(model, kind, batch) for batch in one_by_one(viewer)])
 
 
 def test_vectors_and_answers_are_those_of_transformers_and_peft(

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from pimerge.core.progress import Advance
 from pimerge.embedding.fisher import Fisher, diagonal_fisher
 from pimerge.tasks.types import Examples, bucket_by_length
-from tests.conftest import PeftCase, relative_difference
+from tests.support.experts import PeftCase
+from tests.support.numerics import relative_difference
 
 COUNT = 9
 KINDS = ("vit", "bert", "gpt2")

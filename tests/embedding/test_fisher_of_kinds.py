@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel
-from torch import Tensor, nn
 
 from pimerge.adapters.expert import open_expert
 from pimerge.embedding.embed import factors_of
 from pimerge.embedding.fisher import diagonal_fisher
 from pimerge.tasks.task import open_task
 from pimerge.tasks.types import bucket_by_length
-from tests.conftest import KINDS, LANGUAGE_MODELS, PROMPTS, MakeExpert, model_for, write_text_task
+from tests.support.bases import LANGUAGE_MODELS, model_for
+from tests.support.experts import KINDS, PROMPTS, MakeExpert
+from tests.support.references import nll
+from tests.support.tasks import write_text_task
 
 COUNT = 5
 CLASSIFIERS = ("bert", "vit", "clip", "gpt2")
@@ -28,17 +30,6 @@ PAIRS = [
     for base in (*CLASSIFIERS, *LANGUAGE_MODELS)
     if not (kind in PROMPTS and base in ("vit", "clip")) and not (kind == "bitfit" and base in NO_BIASES)
 ]
-
-
-def nll(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    """−log p(y|x) of one example: of its class, or of its answer's tokens, picked one by one."""
-    logits = model(**{name: value for name, value in batch.items() if name != "labels"}).logits[0]
-    labels = batch["labels"][0]
-    if labels.dim() == 0:
-        return -logits.log_softmax(0)[labels]
-    places = [place for place, token in enumerate(labels.tolist()) if token != -100]
-    behind = len(logits) - len(labels)  # vectors that were put before the text
-    return -torch.stack([logits[behind + place].log_softmax(0)[labels[place]] for place in places]).sum()
 
 
 @pytest.mark.parametrize(("kind", "name"), PAIRS)

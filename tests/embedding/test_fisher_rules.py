@@ -12,7 +12,8 @@ from transformers import LlamaConfig, LlamaModel, T5Config, T5EncoderModel
 
 from pimerge.embedding.fisher import diagonal_fisher
 from pimerge.peft_methods import BottleneckConfig
-from tests.conftest import KINDS, PROMPTS, PeftCase, relative_difference
+from tests.support.experts import KINDS, PROMPTS, PeftCase
+from tests.support.numerics import relative_difference
 
 COUNT = 6
 

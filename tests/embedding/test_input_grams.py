@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from pimerge.embedding.input_grams import input_grams, linear_layers
 from pimerge.tasks.types import Examples
-from tests.conftest import PeftCase, relative_difference
-from tests.support.raw import layers
+from tests.support.bases import layers
+from tests.support.experts import PeftCase
+from tests.support.numerics import relative_difference
 
 COUNT = 9
 # what the model hands to its layers differs by rounding between one example alone and the same in a batch

@@ -28,8 +28,9 @@ from pimerge.embedding.store_schema import Settings
 from pimerge.models.loading import Bases
 from pimerge.tasks.task import open_task
 from pimerge.tasks.types import Examples
-from tests.conftest import MakeExpert, PeftCase, change_basis, edit_tensors, model_for, relative_difference
-from tests.support.raw import small
+from tests.support.bases import model_for
+from tests.support.experts import MakeExpert, PeftCase, edit_tensors
+from tests.support.numerics import change_basis, relative_difference, small
 
 COUNT = 7
 ROUNDING = 1e-4

@@ -23,8 +23,7 @@ from pimerge.embedding.random_projection import (
     to_text,
     update_embedding,
 )
-from tests.conftest import dense_deltas
-from tests.support.raw import raw_expert
+from tests.support.experts import dense_deltas, raw_expert
 
 TRIALS = 300
 

@@ -19,7 +19,8 @@ from pimerge.adapters.expert import open_expert
 from pimerge.core.errors import PimergeError
 from pimerge.embedding.store import DIAGONAL, GRAMS, MARGINALS, Store, open_store, unknown_target
 from pimerge.embedding.store_schema import SCHEMA, Gains, Settings
-from tests.conftest import MakeExpert, write_json
+from tests.support.experts import MakeExpert
+from tests.support.tasks import write_json
 
 KEY = "base_model.model.{}.lora_B.weight"
 

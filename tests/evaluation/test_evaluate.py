@@ -21,7 +21,9 @@ from pimerge.evaluation.evaluate import BASE, Score, evaluate, wilson_interval
 from pimerge.models.loading import set_head
 from pimerge.tasks.metrics import Answers, Interval, measure
 from pimerge.tasks.task import open_task
-from tests.conftest import MakeExpert, model_for, write_image_task, write_json, write_text_task
+from tests.support.bases import model_for
+from tests.support.experts import MakeExpert
+from tests.support.tasks import write_image_task, write_json, write_text_task
 
 
 def by_loop(model: nn.Module, folder: Path, base: Path) -> tuple[int, list[float]]:
@@ -191,7 +193,7 @@ def test_a_task_without_a_test_split_says_so(pool: Path, tmp_path: Path) -> None
 def test_an_expert_that_answers_nan_is_named(
     pool: Path, make_expert: MakeExpert, vit_base: Path, tmp_path: Path
 ) -> None:
-    from tests.conftest import edit_tensors
+    from tests.support.experts import edit_tensors
 
     def spoil(tensors: dict[str, torch.Tensor]) -> None:
         tensors["base_model.model.classifier.bias"].fill_(math.nan)

@@ -15,7 +15,7 @@ from typer.testing import Result
 from pimerge.checkpoints.base import find_base
 from pimerge.models.loading import load_base, resolve_device, resolve_dtype
 from pimerge.tasks.task import open_task
-from tests.conftest import model_for
+from tests.support.bases import model_for
 
 ROOT = Path(__file__).parents[2]
 DIGITS = ROOT / "examples" / "digits"

@@ -33,8 +33,9 @@ from transformers import (
 from pimerge.adapters.expert import open_expert
 from pimerge.tasks.metrics.box_accuracy import box_of
 from pimerge.tasks.task import open_task
-from tests.conftest import WORDS, save_florence2
-from tests.examples.warm import run_script
+from tests.support.bases import WORDS
+from tests.support.image_text_bases import save_florence2
+from tests.support.warm import run_script
 
 RECIPES = Path(__file__).parents[2] / "examples" / "recipes"
 ROWS = 8

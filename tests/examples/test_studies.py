@@ -25,8 +25,8 @@ from pimerge.adapters.expert import Expert
 from pimerge.evaluation.design import Design, Ranked
 from pimerge.evaluation.schema import ComparisonDocument, Run
 from pimerge.tasks.task import Task
-from tests.conftest import write_json
-from tests.examples.warm import answer, run_script
+from tests.support.tasks import write_json
+from tests.support.warm import answer, run_script
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 STUDIES, DIGITS = EXAMPLES / "studies", EXAMPLES / "digits"

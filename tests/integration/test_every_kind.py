@@ -15,8 +15,11 @@ from pimerge.models.loading import load_base, plugged_in
 from pimerge.tasks.task import open_task
 from pimerge.tasks.types._generation import generate
 from pimerge.tasks.types._text_examples import TextExamples
-from tests.conftest import KINDS, LANGUAGE_MODELS, MakeExpert, Shell, model_for, write_text_task
-from tests.embedding.test_fisher_of_kinds import nll
+from tests.support.bases import LANGUAGE_MODELS, model_for
+from tests.support.cli import Shell
+from tests.support.experts import KINDS, MakeExpert
+from tests.support.references import nll
+from tests.support.tasks import write_text_task
 
 PAIRS = [("ia3", "vit"), ("bottleneck", "clip"), ("prefix", "t5"), ("prompt", "gpt2")]
 NO_BIASES = ("bitfit", "t5")

@@ -20,7 +20,8 @@ from pimerge.tasks.task import open_task
 from pimerge.tuning.options import TrainingOptions
 from pimerge.tuning.session import TuneResult
 from pimerge.tuning.tune import tune
-from tests.conftest import Interrupt, MakeExpert, interrupted_after
+from tests.support.cli import Interrupt, interrupted_after
+from tests.support.experts import MakeExpert
 
 LONG = TrainingOptions(epochs=10, shots=10, batch_size=8, lr=0.3, patience=3, holdout=0.4)
 STEPS = 2  # of an epoch: 2 × 10 examples, 12 of which train, in batches of 8

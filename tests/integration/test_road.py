@@ -12,7 +12,10 @@ from typing import Any
 import pytest
 
 from pimerge.adapters.expert import open_expert
-from tests.conftest import MakeExpert, Shell, dense_deltas, relative_difference, write_image_task
+from tests.support.cli import Shell
+from tests.support.experts import MakeExpert, dense_deltas
+from tests.support.numerics import relative_difference
+from tests.support.tasks import write_image_task
 
 TASKS = {
     "parity": lambda digit: digit % 2,

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from pimerge.adapters.expert import open_expert
-from tests.conftest import MakeExpert, Shell, write_text_task
+from tests.support.cli import Shell
+from tests.support.experts import MakeExpert
+from tests.support.tasks import write_text_task
 
 Pool = Callable[[str], Path]
 FREE = {"labels": None, "columns": {}, "answer": "{{ colour }}", "max_new_tokens": 3}

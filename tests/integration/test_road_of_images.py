@@ -11,7 +11,10 @@ import pytest
 from peft import PeftModel
 
 from pimerge.adapters.expert import open_expert
-from tests.conftest import MakeExpert, Shell, model_for, write_image_text_task
+from tests.support.bases import model_for
+from tests.support.cli import Shell
+from tests.support.experts import MakeExpert
+from tests.support.tasks import write_image_text_task
 
 Scans = tuple[list[Any], list[int]]
 TASKS: dict[str, dict[str, Any]] = {

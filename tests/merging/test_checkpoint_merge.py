@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,29 +18,8 @@ from pimerge.core.errors import PimergeError
 from pimerge.merging.checkpoint_merge import MergedCheckpoint, merge_checkpoints
 from pimerge.merging.checkpoint_plan import plan_merge
 from pimerge.merging.method import open_method
-from tests.checkpoints.test_checkpoint import contents, tensors
-from tests.support.raw import normal
-
-Tensors = dict[str, Tensor]
-
-
-def shaken(base: Path, folder: Path, seed: int, edit: Callable[[Tensors], None] = lambda found: None) -> Path:
-    """The base with every float moved a little."""
-    shutil.copytree(base, folder)
-    found = load_file(folder / "model.safetensors")
-    for index, (key, value) in enumerate(sorted(found.items())):
-        if value.is_floating_point():
-            found[key] = (value.float() + 0.1 * normal(*value.shape, seed=100 * seed + index)).to(value.dtype)
-    edit(found)
-    save_file(found, folder / "model.safetensors", {"format": "pt"})
-    return folder
-
-
-def set_config(folder: Path, **fields: Any) -> Path:
-    """Change a checkpoint's config."""
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, **fields}))
-    return folder
+from tests.support.checkpoints import Tensors, contents, set_checkpoint_config, shaken, tensors
+from tests.support.numerics import normal
 
 
 @pytest.fixture
@@ -278,7 +255,7 @@ def test_every_problem_is_reported_at_once(bert_base: Path, tmp_path: Path) -> N
     for part in ("of 'a' is (5, 16)", "'pooler.dense.bias' of the base is not in a", "--head is 'best'"):
         assert part in str(error.value)
     with pytest.raises(PimergeError, match=r"'b' is a gpt2, the base 'bert' a bert"):
-        merge(bert_base, [set_config(paths[1], model_type="gpt2")], [1.0], "uniform", tmp_path / "out")
+        merge(bert_base, [set_checkpoint_config(paths[1], model_type="gpt2")], [1.0], "uniform", tmp_path / "out")
 
 
 def test_tensors_that_no_expert_has_stay(bert_base: Path, tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ from pimerge.core import plugins
 from pimerge.merging.dry_run import Plan, plan_of
 from pimerge.merging.merge import Merge, prepare
 from pimerge.merging.method import open_method
-from tests.support.raw import PREFIX, normal, raw_expert, set_config, set_tensors, updates_of
+from tests.support.experts import PREFIX, raw_expert, set_config, set_tensors, updates_of
+from tests.support.numerics import normal
 
 SHAPES = {"q": (7, 2, 5), "v": (6, 3, 9)}
 NAMES = [name for name in plugins.summaries("pimerge.merging.methods") if name not in ("fisher", "regmean", "slerp")]

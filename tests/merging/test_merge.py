@@ -21,9 +21,10 @@ from pimerge.core.plugins import summaries
 from pimerge.merging.merge import prepare
 from pimerge.merging.method import open_method
 from pimerge.merging.methods import interpolated, uniform
-from tests.conftest import dense_deltas, merge, relative_difference
-from tests.merging.methods.references import REFERENCES
-from tests.support.raw import PREFIX, Updates, normal, raw_expert, set_config, set_tensors, small, updates_of
+from tests.support.experts import PREFIX, Updates, dense_deltas, raw_expert, set_config, set_tensors, updates_of
+from tests.support.merge_references import REFERENCES
+from tests.support.merging import merge
+from tests.support.numerics import normal, relative_difference, small
 
 F64 = torch.float64
 SHAPES = {"q": (7, 2, 6), "v": (5, 3, 6)}

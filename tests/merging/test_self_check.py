@@ -18,7 +18,8 @@ from pimerge.core.errors import PimergeError
 from pimerge.merging.merge import prepare
 from pimerge.merging.method import open_method
 from pimerge.merging.self_check import TOLERANCE, verify
-from tests.support.raw import PREFIX, normal, raw_expert, set_tensors, updates_of
+from tests.support.experts import PREFIX, raw_expert, set_tensors, updates_of
+from tests.support.numerics import normal
 
 NAMES = list(plugins.summaries("pimerge.merging.methods"))
 SHAPES = {"q": (7, 2, 5), "v": (6, 3, 9)}

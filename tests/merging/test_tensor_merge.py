@@ -17,8 +17,9 @@ from pimerge.core import plugins
 from pimerge.core.errors import PimergeError
 from pimerge.merging.method import open_method
 from pimerge.merging.tensor_merge import SPACES, prepare_tensors
-from tests.adapters.kinds.test_tensor_sets import inputs
-from tests.conftest import KINDS, MakeExpert, edit_tensors, logits_of, model_for
+from tests.support.bases import inputs, model_for
+from tests.support.experts import KINDS, MakeExpert, edit_tensors
+from tests.support.numerics import logits_of
 
 Run = Callable[..., Any]
 METHODS = list(plugins.summaries("pimerge.merging.methods"))

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from pimerge.core.errors import PimergeError
 from pimerge.merging.weights import Rule, by_module, parse_rule, parse_rules, rules_of
-from tests.support.raw import small
+from tests.support.numerics import small
 
 MODULES = ["layers.0.q_proj", "layers.0.v_proj", "layers.1.q_proj", "layers.10.v_proj"]
 FILE = Path("w.json")

@@ -26,16 +26,12 @@ from pimerge.embedding.store import Store
 from pimerge.embedding.store_schema import Settings
 from pimerge.models.loading import Bases, load_base
 from pimerge.tasks.task import Task, open_task
-from tests.conftest import (
-    IMAGE_TEXT_MODELS,
-    MakeExpert,
-    dense_deltas,
-    image_text_tokenizer,
-    model_for,
-    relative_difference,
-    what_enters,
-    write_image_text_task,
-)
+from tests.support.bases import IMAGE_TEXT_MODELS, model_for
+from tests.support.experts import MakeExpert, dense_deltas
+from tests.support.image_text_bases import image_text_tokenizer
+from tests.support.numerics import relative_difference
+from tests.support.references import what_enters
+from tests.support.tasks import write_image_text_task
 
 COUNT = 7
 CPU = torch.device("cpu")

@@ -23,15 +23,11 @@ from pimerge.embedding.store import Store
 from pimerge.embedding.store_schema import Settings
 from pimerge.models.loading import Bases, load_base, plugged_in
 from pimerge.tasks.task import Task, open_task
-from tests.conftest import (
-    LANGUAGE_MODELS,
-    MakeExpert,
-    dense_deltas,
-    model_for,
-    relative_difference,
-    what_enters,
-    write_text_task,
-)
+from tests.support.bases import LANGUAGE_MODELS, model_for
+from tests.support.experts import MakeExpert, dense_deltas
+from tests.support.numerics import relative_difference
+from tests.support.references import what_enters
+from tests.support.tasks import write_text_task
 
 CPU = torch.device("cpu")
 COUNT = 9

@@ -24,7 +24,7 @@ from pimerge.models.linear_probe import (
     in_row_space,
     standardised,
 )
-from tests.support.raw import small
+from tests.support.numerics import small
 
 
 def clusters(n: int, d: int, classes: int, seed: int = 0) -> tuple[Tensor, Tensor]:

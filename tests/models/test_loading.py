@@ -27,15 +27,10 @@ from pimerge.models.loading import (
     set_head,
 )
 from pimerge.tasks.task import open_task
-from tests.conftest import (
-    MakeExpert,
-    dense_deltas,
-    logits_of,
-    model_for,
-    relative_difference,
-    save_tokenizer,
-    write_json,
-)
+from tests.support.bases import model_for, save_tokenizer
+from tests.support.experts import MakeExpert, dense_deltas
+from tests.support.numerics import logits_of, relative_difference
+from tests.support.tasks import write_json
 
 CPU = torch.device("cpu")
 

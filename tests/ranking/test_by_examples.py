@@ -15,7 +15,7 @@ from pimerge.embedding.sample import Sample
 from pimerge.ranking import by_examples
 from pimerge.ranking.few_shot import Verdict
 from pimerge.ranking.selection import BY_EXAMPLES, Judged, Wish
-from tests.ranking.test_few_shot import BASE, plain, sample_of
+from tests.support.samples import BASE, plain, sample_of
 
 TARGET = Target(name="new", path="tasks/new", sha256="0", expert=False)
 

@@ -18,7 +18,7 @@ from pimerge.embedding.store_schema import Gains, Settings
 from pimerge.models.loading import Bases
 from pimerge.ranking.by_store import rank_by_history, rank_by_store
 from pimerge.ranking.selection import Wish
-from tests.conftest import MakeExpert
+from tests.support.experts import MakeExpert
 
 TARGET = Target(name="new", path="tasks/new", sha256="0", expert=False)
 

@@ -18,9 +18,9 @@ from pimerge.models.linear_probe import PENALTIES, _stratified_folds
 from pimerge.models.loading import load_base
 from pimerge.ranking.calibration import held_out_accuracy, measure_gains
 from pimerge.tasks.task import open_task
-from tests.conftest import MakeExpert
-from tests.embedding.test_features import dense_model, features
-from tests.ranking.test_few_shot import sample_of
+from tests.support.experts import MakeExpert
+from tests.support.references import dense_model, features
+from tests.support.samples import sample_of
 
 
 def accuracy_by_hand(sample: Sample) -> float:

@@ -21,19 +21,11 @@ from pimerge.models.loading import load_base
 from pimerge.ranking.few_shot import DRAWS, Judged, bootstrap, gains_by_part, gains_of_means, judge
 from pimerge.ranking.measures import combined, h_score, label_cka, leep, likelihood, logme, probe
 from pimerge.tasks.task import open_task
-from tests.conftest import MakeExpert
-from tests.embedding.test_features import dense_model, features
+from tests.support.experts import MakeExpert
+from tests.support.references import dense_model, features
+from tests.support.samples import BASE, LABELS, plain, sample_of
 
 ONE = torch.float64
-LABELS = torch.arange(30) % 3
-
-
-def sample_of(signal: float, labels: Tensor = LABELS, seed: int = 0, d: int = 6) -> Sample:
-    """Clusters that lie the farther apart, the stronger the signal."""
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(len(labels), d, generator=generator, dtype=torch.float64)
-    centres = torch.randn(int(labels.max()) + 1, d, generator=generator, dtype=torch.float64)
-    return Sample(noise + signal * centres[labels], labels, len(centres))
 
 
 class Seen:
@@ -61,10 +53,6 @@ def judged_by(measure: Any, base: Sample, **candidates: Mapping[float, Sample] |
     return judge(viewer, experts, measure, None)
 
 
-def plain(measure: Any, sample: Sample) -> float:
-    return float(measure.scores(sample, torch.ones(1, len(sample.labels), dtype=torch.float64)))
-
-
 def repeated(sample: Sample, draw: Tensor) -> Sample:
     rows = torch.arange(len(sample.labels)).repeat_interleave(draw.long())
     return Sample(sample.vectors[rows], sample.labels[rows], sample.classes)
@@ -76,7 +64,6 @@ def gains_by_hand(sample: Sample, base: Sample, draws: Tensor) -> list[float]:
     return [0.6 * float(draw / draw.sum() @ (first - second)) for draw in draws.double()]
 
 
-BASE = sample_of(0.3)
 GOOD = {0.25: sample_of(0.5), 0.5: sample_of(1.5), 0.75: sample_of(0.9), 1.0: sample_of(0.1)}
 
 

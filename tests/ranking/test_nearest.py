@@ -23,8 +23,9 @@ from pimerge.embedding.store_schema import Settings
 from pimerge.ranking import nearest
 from pimerge.ranking.measures import delta, fisher, fisher_factors, marginals, parameters
 from pimerge.ranking.nearest import Compared, by_sketch, compare
-from tests.conftest import write_json
-from tests.support.raw import normal, raw_expert, set_config
+from tests.support.experts import raw_expert, set_config
+from tests.support.numerics import normal
+from tests.support.tasks import write_json
 
 D, R, LAYERS, FAMILIES, SIZE = 80, 2, 6, 5, 4
 NAMES = [f"f{family}-{number}" for family in range(FAMILIES) for number in range(SIZE)]

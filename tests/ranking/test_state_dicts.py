@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tests.conftest import Shell
+from tests.support.cli import Shell
 
 States = dict[str, dict[str, Tensor]]
 

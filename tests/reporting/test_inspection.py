@@ -14,8 +14,8 @@ from pimerge.core.files import sha256_file
 from pimerge.embedding.store import DIAGONAL, MARGINALS, Store
 from pimerge.embedding.store_schema import Settings
 from pimerge.reporting.inspection import Finding, fisher_statistics, inspect
-from tests.conftest import MakeExpert
-from tests.support.raw import PREFIX, normal, raw_expert, set_config, set_tensors, updates_of
+from tests.support.experts import PREFIX, MakeExpert, raw_expert, set_config, set_tensors, updates_of
+from tests.support.numerics import normal
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 
 from pimerge.core.errors import PimergeError
 from pimerge.tasks.task import Task, open_task
-from tests.conftest import write_json
+from tests.support.tasks import write_json
 
 ROWS = [
     {"text": "a cat", "label": "cat"},

@@ -15,7 +15,8 @@ from transformers import AutoConfig
 from pimerge.core.errors import PimergeError
 from pimerge.tasks.task import open_task
 from pimerge.tasks.types import image_classification, image_text_to_text
-from tests.conftest import model_for, write_image_task, write_image_text_task, write_json
+from tests.support.bases import model_for
+from tests.support.tasks import write_image_task, write_image_text_task, write_json
 
 Scans = tuple[list[Any], list[int]]
 COUNT = 6

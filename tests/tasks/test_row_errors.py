@@ -12,7 +12,8 @@ import pytest
 from pimerge.core.errors import PimergeError, Problem
 from pimerge.tasks.row_errors import RowsError
 from pimerge.tasks.task import open_task
-from tests.conftest import model_for, write_json
+from tests.support.bases import model_for
+from tests.support.tasks import write_json
 
 Rows = list[dict[str, Any]]
 LONG = "cat " * 60

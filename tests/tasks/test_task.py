@@ -14,7 +14,7 @@ from datasets import ClassLabel, Dataset, Features, Value
 from pimerge.core.errors import PimergeError
 from pimerge.tasks.sampling import draw_shots
 from pimerge.tasks.task import Task, open_task
-from tests.conftest import write_json
+from tests.support.tasks import write_json
 
 TEXTS = ["a cat", "the dog runs", "a bird", "cat on mat", "dog, \tquoted"]
 LABELS = [1, 0, 1, 1, 0]

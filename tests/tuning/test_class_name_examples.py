@@ -21,7 +21,7 @@ from pimerge.tuning.methods import MixturePlan
 from pimerge.tuning.options import TrainingOptions
 from pimerge.tuning.session import TuneRequest, TuningSession, open_session
 from pimerge.tuning.tune import tune
-from tests.conftest import write_json
+from tests.support.tasks import write_json
 
 QUICK = TrainingOptions(epochs=2, shots=4, batch_size=4, lr=1e-2, holdout=0.0)
 Row = Mapping[str, Any]

@@ -20,7 +20,7 @@ from pimerge.tuning.method import open_tune_method
 from pimerge.tuning.options import TrainingOptions
 from pimerge.tuning.session import TuneRequest, TuningSession, open_session
 from pimerge.tuning.trainer import Diverged, held_out_loss
-from tests.conftest import MakeExpert
+from tests.support.experts import MakeExpert
 
 OPTIONS = TrainingOptions(epochs=3, shots=6, batch_size=8, lr=0.02, label_smoothing=0.0)
 

@@ -17,14 +17,8 @@ from pimerge.core.errors import PimergeError
 from pimerge.models.loading import load_base
 from pimerge.tasks.task import open_task
 from pimerge.tuning.fresh_expert import fresh_expert
-from tests.conftest import (
-    IMAGE_TEXT_MODELS,
-    LANGUAGE_MODELS,
-    model_for,
-    save_language_tokenizer,
-    write_image_text_task,
-    write_text_task,
-)
+from tests.support.bases import IMAGE_TEXT_MODELS, LANGUAGE_MODELS, model_for, save_language_tokenizer
+from tests.support.tasks import write_image_text_task, write_text_task
 
 CPU = torch.device("cpu")
 Base = Callable[[str], Path]

@@ -16,8 +16,9 @@ from pimerge.adapters.expert import open_expert
 from pimerge.core.errors import PimergeError
 from pimerge.tuning.lora_layers import FreeMixture, Mixture
 from pimerge.tuning.tensor_layers import MixedTensor, component_of, fresh_component, mix_tensors
-from tests.adapters.kinds.test_tensor_sets import inputs, loaded_base
-from tests.conftest import KINDS, MakeExpert, logits_of, model_for
+from tests.support.bases import inputs, loaded_base, model_for
+from tests.support.experts import KINDS, MakeExpert
+from tests.support.numerics import logits_of
 
 Run = Callable[..., Any]
 METHODS = ("learned", "interpolated", "uniform", "scratch", "head")

@@ -35,7 +35,9 @@ from pimerge.tuning.lora_layers import (
     mix_lora,
     mixed_linear,
 )
-from tests.conftest import MakeExpert, dense_deltas, logits_of, model_for, relative_difference
+from tests.support.bases import model_for
+from tests.support.experts import MakeExpert, dense_deltas
+from tests.support.numerics import logits_of, relative_difference
 
 CPU = torch.device("cpu")
 

@@ -21,7 +21,8 @@ from pimerge.ranking.selection import Wish
 from pimerge.tasks.task import Task, open_task
 from pimerge.tuning.options import TrainingOptions
 from pimerge.tuning.target_expert import initial_expert, train_expert
-from tests.conftest import KINDS, PROMPTS, MakeExpert, logits_of, relative_difference
+from tests.support.experts import KINDS, PROMPTS, MakeExpert
+from tests.support.numerics import logits_of, relative_difference
 
 BRIEFLY = TrainingOptions(epochs=2)
 CPU = torch.device("cpu")

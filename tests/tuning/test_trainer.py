@@ -18,7 +18,10 @@ from pimerge.tasks.task import open_task
 from pimerge.tuning.options import TrainingOptions
 from pimerge.tuning.trainer import mean_loss
 from pimerge.tuning.tune import tune
-from tests.conftest import LANGUAGE_MODELS, MakeExpert, logits_of, model_for, write_text_task
+from tests.support.bases import LANGUAGE_MODELS, model_for
+from tests.support.experts import MakeExpert
+from tests.support.numerics import logits_of
+from tests.support.tasks import write_text_task
 
 CPU = torch.device("cpu")
 

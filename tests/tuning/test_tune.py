@@ -27,17 +27,12 @@ from pimerge.tuning.lora_layers import Mixture
 from pimerge.tuning.options import TrainingOptions
 from pimerge.tuning.session import TuneResult, TuningSession
 from pimerge.tuning.tune import tune
-from tests.conftest import (
-    Interrupt,
-    MakeExpert,
-    dense_deltas,
-    interrupted_after,
-    logits_of,
-    merge,
-    model_for,
-    relative_difference,
-    unrestored,
-)
+from tests.support.bases import model_for
+from tests.support.cli import Interrupt, interrupted_after
+from tests.support.experts import MakeExpert, dense_deltas
+from tests.support.merging import merge
+from tests.support.numerics import logits_of, relative_difference
+from tests.support.tuning import unrestored
 
 QUICK = TrainingOptions(epochs=2, shots=6, batch_size=8)
 

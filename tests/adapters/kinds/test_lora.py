@@ -18,18 +18,9 @@ from torch import Tensor, nn
 from pimerge.adapters.expert import Expert, open_expert
 from pimerge.adapters.kinds import lora
 from pimerge.core.errors import PimergeError
-from tests.conftest import MakeExpert, model_for
-from tests.support.raw import (
-    PREFIX,
-    layers,
-    layers_expert,
-    normal,
-    raw_expert,
-    set_config,
-    set_tensors,
-    small,
-    updates_of,
-)
+from tests.support.bases import layers, model_for
+from tests.support.experts import PREFIX, MakeExpert, layers_expert, raw_expert, set_config, set_tensors, updates_of
+from tests.support.numerics import normal, small
 
 
 def peft_layers(model: nn.Module, folder: Path) -> dict[str, Any]:

@@ -28,9 +28,9 @@ from pimerge.embedding.features import SCALES, at_strengths
 from pimerge.embedding.store import Store
 from pimerge.models.loading import plugged_in, plugged_in_sum, set_head
 from pimerge.tasks.task import open_task
-from tests.adapters.kinds.test_tensor_sets import inputs, loaded_base
-from tests.conftest import RELATIVES, MakeExpert, dense_deltas, edit_tensors, logits_of, model_for, relative_difference
-from tests.support.raw import set_config
+from tests.support.bases import inputs, loaded_base, model_for
+from tests.support.experts import RELATIVES, MakeExpert, dense_deltas, edit_tensors, set_config
+from tests.support.numerics import logits_of, relative_difference
 
 Run = Callable[..., Any]
 TRANSFORMERS = {"bert": ["query", "intermediate.dense", "output.dense"], "gpt2": ["c_attn", "c_proj"]}

@@ -21,23 +21,13 @@ from pimerge.core import plugins
 from pimerge.core.errors import PimergeError
 from pimerge.embedding.features import at_strengths, scales_of
 from pimerge.models.loading import LoadedBase, plugged_in, plugged_in_sum, set_head
-from tests.conftest import KINDS, PROMPTS, MakeExpert, edit_tensors, logits_of, model_for, write_json
+from tests.support.bases import inputs, loaded_base, model_for
+from tests.support.experts import KINDS, PROMPTS, MakeExpert, edit_tensors
+from tests.support.numerics import logits_of
+from tests.support.tasks import write_json
 
 BASES = {"bert": "text_task", "gpt2": "text_task", "vit": "parity_task"}
 CASES = [(kind, base) for kind in KINDS for base in BASES if not (kind in PROMPTS and base == "vit")]
-
-
-def inputs(base: str) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    if base == "vit":
-        return {"pixel_values": torch.randn(3, 3, 16, 16, generator=generator)}
-    ids = torch.randint(4, 20, (3, 5), generator=generator)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-
-
-def loaded_base(base: Path) -> LoadedBase:
-    model = model_for(base).requires_grad_(False)
-    return LoadedBase(model, None, ("score",) if base.name == "gpt2" else ("classifier",), False)
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from pimerge.core.errors import PimergeError
 from pimerge.merging.methods import breadcrumbs
-from tests.merging.methods.cases import Case, cases, close, weights_of
-from tests.merging.methods.references import REFERENCES
-from tests.support.raw import small
+from tests.support.merge_cases import Case, cases, close, weights_of
+from tests.support.merge_references import REFERENCES
+from tests.support.numerics import small
 
 
 def test_the_numbers_by_hand() -> None:

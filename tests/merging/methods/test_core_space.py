@@ -7,8 +7,8 @@ import torch
 
 from pimerge.core.errors import PimergeError
 from pimerge.merging.methods import core_space
-from tests.merging.methods.cases import close, low_rank, weights_of
-from tests.merging.methods.references import REFERENCES, reference_bases
+from tests.support.merge_cases import close, low_rank, weights_of
+from tests.support.merge_references import REFERENCES, reference_bases
 
 
 @pytest.mark.parametrize("inner_method", ["ties", "linear", "tsv", "iso-c"])

@@ -7,8 +7,8 @@ import torch
 
 from pimerge.core.errors import PimergeError
 from pimerge.merging.methods import dare_linear
-from tests.merging.methods.cases import close, kept_masks, low_rank, seeded, weights_of
-from tests.merging.methods.references import REFERENCES
+from tests.support.merge_cases import close, kept_masks, low_rank, seeded, weights_of
+from tests.support.merge_references import REFERENCES
 
 
 @pytest.mark.parametrize("density", [0.25, 0.5, 1.0])

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from pimerge.merging.methods import dare_ties
-from tests.merging.methods.cases import close, kept_masks, low_rank, seeded, weights_of
-from tests.merging.methods.references import REFERENCES
+from tests.support.merge_cases import close, kept_masks, low_rank, seeded, weights_of
+from tests.support.merge_references import REFERENCES
 
 
 @pytest.mark.parametrize("density", [0.25, 0.5, 1.0])

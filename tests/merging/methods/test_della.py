@@ -7,9 +7,9 @@ import torch
 
 from pimerge.core.errors import PimergeError
 from pimerge.merging.methods import della
-from tests.merging.methods.cases import close, low_rank, seeded, weights_of
-from tests.merging.methods.references import REFERENCES
-from tests.support.raw import normal
+from tests.support.merge_cases import close, low_rank, seeded, weights_of
+from tests.support.merge_references import REFERENCES
+from tests.support.numerics import normal
 
 
 @pytest.mark.parametrize("options", [{}, {"density": 0.3, "epsilon": 0.25}, {"density": 1.0}, {"epsilon": 0.0}])

@@ -7,9 +7,9 @@ import torch
 
 from pimerge.core.errors import PimergeError
 from pimerge.merging.methods import fisher
-from tests.merging.methods.cases import F64, close, weights_of
-from tests.merging.methods.references import REFERENCES
-from tests.support.raw import normal
+from tests.support.merge_cases import F64, close, weights_of
+from tests.support.merge_references import REFERENCES
+from tests.support.numerics import normal
 
 
 def test_the_numbers_by_hand() -> None:

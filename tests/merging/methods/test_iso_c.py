@@ -6,9 +6,9 @@ import torch
 from hypothesis import given
 
 from pimerge.merging.methods import iso_c
-from tests.merging.methods.cases import F64, Case, cases, close, low_rank, weights_of
-from tests.merging.methods.references import REFERENCES
-from tests.support.raw import small
+from tests.support.merge_cases import F64, Case, cases, close, low_rank, weights_of
+from tests.support.merge_references import REFERENCES
+from tests.support.numerics import small
 
 
 def test_all_singular_values_are_the_mean_of_those_of_the_sum() -> None:

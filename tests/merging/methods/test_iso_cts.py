@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from pimerge.core.errors import PimergeError
 from pimerge.merging.methods import iso_c, iso_cts
-from tests.merging.methods.cases import F64, Case, cases, close, low_rank, weights_of
-from tests.merging.methods.references import REFERENCES
-from tests.support.raw import small
+from tests.support.merge_cases import F64, Case, cases, close, low_rank, weights_of
+from tests.support.merge_references import REFERENCES
+from tests.support.numerics import small
 
 
 def test_all_common_is_iso_c() -> None:

@@ -8,9 +8,9 @@ from hypothesis import given
 
 from pimerge.core.errors import PimergeError
 from pimerge.merging.methods import knots
-from tests.merging.methods.cases import Case, cases, close, low_rank, weights_of
-from tests.merging.methods.references import REFERENCES
-from tests.support.raw import small
+from tests.support.merge_cases import Case, cases, close, low_rank, weights_of
+from tests.support.merge_references import REFERENCES
+from tests.support.numerics import small
 
 
 def test_linear_is_the_weighted_sum() -> None:

@@ -10,9 +10,9 @@ from peft.utils import merge_utils
 
 from pimerge.core.errors import PimergeError
 from pimerge.merging.methods import magnitude
-from tests.merging.methods.cases import Case, cases, close, weights_of
-from tests.merging.methods.references import REFERENCES
-from tests.support.raw import normal, small
+from tests.support.merge_cases import Case, cases, close, weights_of
+from tests.support.merge_references import REFERENCES
+from tests.support.numerics import normal, small
 
 
 def test_the_numbers_by_hand() -> None:

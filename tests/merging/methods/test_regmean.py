@@ -8,9 +8,9 @@ from torch import Tensor
 
 from pimerge.core.errors import PimergeError
 from pimerge.merging.methods import regmean
-from tests.merging.methods.cases import F64, close, low_rank, weights_of
-from tests.merging.methods.references import REFERENCES
-from tests.support.raw import normal
+from tests.support.merge_cases import F64, close, low_rank, weights_of
+from tests.support.merge_references import REFERENCES
+from tests.support.numerics import normal
 
 
 def grams_of(count: int, d_in: int = 9, examples: int = 20) -> list[Tensor]:

@@ -8,9 +8,9 @@ from hypothesis import given
 
 from pimerge.core.errors import PimergeError
 from pimerge.merging.methods import slerp
-from tests.merging.methods.cases import F64, Case, cases, close
-from tests.merging.methods.references import REFERENCES
-from tests.support.raw import small
+from tests.support.merge_cases import F64, Case, cases, close
+from tests.support.merge_references import REFERENCES
+from tests.support.numerics import small
 
 
 def merged(deltas: torch.Tensor, weights: list[float]) -> torch.Tensor:

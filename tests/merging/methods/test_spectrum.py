@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pimerge.merging.methods._spectrum import SKETCH, svd
-from tests.support.raw import normal
+from tests.support.numerics import normal
 
 F64 = torch.float64
 

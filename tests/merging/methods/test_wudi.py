@@ -6,9 +6,9 @@ import torch
 from hypothesis import given
 
 from pimerge.merging.methods import wudi
-from tests.merging.methods.cases import F64, Case, cases, close, low_rank, weights_of
-from tests.merging.methods.references import REFERENCES
-from tests.support.raw import small
+from tests.support.merge_cases import F64, Case, cases, close, low_rank, weights_of
+from tests.support.merge_references import REFERENCES
+from tests.support.numerics import small
 
 
 def test_experts_with_orthogonal_inputs_are_added() -> None:

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from pimerge.adapters.expert import Expert, open_expert
 from pimerge.embedding.store_view import StoreView
 from pimerge.ranking.measures.delta import similarity
-from tests.conftest import MakeExpert, change_basis, dense_deltas, edit_tensors
+from tests.support.experts import MakeExpert, dense_deltas, edit_tensors
+from tests.support.numerics import change_basis
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "plain": {},

@@ -19,7 +19,7 @@ from pimerge.core.errors import PimergeError
 from pimerge.embedding.sample import Sample
 from pimerge.models.linear_probe import held_out_log_likelihood, held_out_probability
 from pimerge.ranking.measures import h_score, label_cka, leep, likelihood, logme, loss, probe
-from tests.support.raw import small
+from tests.support.numerics import small
 
 Array = NDArray[np.float64]
 FEATURES = [logme, label_cka, h_score]

@@ -16,41 +16,15 @@ from torch import Tensor
 from pimerge.adapters.expert import Expert, open_expert
 from pimerge.checkpoints.safetensors_file import open_tensors
 from pimerge.embedding.embed import updates_of
-from pimerge.embedding.random_projection import DIRECTIONS, update_embedding
+from pimerge.embedding.random_projection import update_embedding
 from pimerge.embedding.store_view import StoreView
 from pimerge.ranking.measures import fisher, fisher_factors, fisher_raw, marginals, task2vec
-from tests.conftest import MakeExpert, change_basis, dense_deltas, edit_tensors
+from tests.support.experts import MakeExpert, dense_deltas, edit_tensors
+from tests.support.numerics import change_basis
+from tests.support.samples import stored
 
 Vector = NDArray[np.float64]
 COUNT = 5
-
-
-def with_spread(shape: Sequence[int], generator: torch.Generator) -> Tensor:
-    """Positive numbers with the spread of real ones: a few are huge."""
-    return torch.randn(*shape, generator=generator).mul(2).exp()
-
-
-def stored(folder: Path, expert: Expert, seed: int, scale: float = 1.0) -> StoreView:
-    """An expert with a random diagonal and random marginals on the disk."""
-    generator = torch.Generator().manual_seed(seed)
-    diagonal = {
-        key: scale * with_spread(entry.shape, generator) for key, entry in expert.file.entries.items() if "lora_" in key
-    }
-    marginal = {}
-    for name, module in expert.modules.items():
-        seen = torch.randn(min(DIRECTIONS, module.d_out), 20, generator=generator)
-        marginal |= {
-            f"gradient.{name}": scale * seen @ seen.T,
-            f"input.{name}": scale * with_spread([module.d_in], generator),
-            f"output.{name}": scale * with_spread([module.d_out], generator),
-        }
-    marginal |= updates_of(expert)
-    folder.mkdir(parents=True, exist_ok=True)
-    for part, tensors in (("diagonal", diagonal), ("marginals", marginal)):
-        save_file(tensors, folder / f"{part}.safetensors")
-    return StoreView(
-        expert, open_tensors(folder / "diagonal.safetensors"), open_tensors(folder / "marginals.safetensors")
-    )
 
 
 @pytest.fixture(scope="module")

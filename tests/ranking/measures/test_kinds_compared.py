@@ -13,7 +13,8 @@ import torch
 from pimerge.adapters.expert import open_expert
 from pimerge.core.errors import PimergeError
 from pimerge.embedding.store import Store
-from tests.conftest import KINDS, MakeExpert, relative_difference
+from tests.support.experts import KINDS, MakeExpert
+from tests.support.numerics import relative_difference
 
 Run = Callable[..., Any]
 ALL = ("lora", *KINDS)

@@ -14,7 +14,7 @@ from torch import Tensor
 from pimerge.adapters.expert import WEIGHTS, Expert, open_expert
 from pimerge.embedding.store_view import StoreView
 from pimerge.ranking.measures.parameters import similarity
-from tests.conftest import MakeExpert, edit_tensors
+from tests.support.experts import MakeExpert, edit_tensors
 
 Make = Callable[..., Expert]
 

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
 
 from pimerge.adapters.expert import Expert, open_expert
-from pimerge.models.loading import load_base
 from pimerge.reporting.figures._study import Study
 from pimerge.tasks.task import open_task
-from tests.conftest import MakeExpert, dense_deltas
+from tests.support.experts import MakeExpert
+from tests.support.references import ByHand, summed
 
 NAMES = ("x", "y", "z")
-ByHand = Callable[..., tuple[float, float]]
 
 
 @pytest.fixture(scope="session")
@@ -52,15 +49,3 @@ def by_hand(study: Study) -> ByHand:
         return sum(right) / len(right), sum(losses) / len(losses)
 
     return score
-
-
-def summed(study: Study, experts: list[Expert], weights: list[float]) -> nn.Module:
-    """The base with Σ w_n ΔW_n added to its weights and the head of the target's expert."""
-    model = load_base(study.base, study.task, torch.device("cpu"), torch.float32).model
-    state: dict[str, Tensor] = model.state_dict()
-    for expert, weight in zip(experts, weights, strict=True):
-        for name, delta in dense_deltas(expert).items():
-            state[f"{name}.weight"] += (weight * delta).float()
-    for name, tensor in study.target.head_tensors().items():
-        state[name].copy_(tensor)
-    return model

@@ -13,9 +13,10 @@ from pimerge.embedding.store_schema import Settings
 from pimerge.ranking.measures import delta
 from pimerge.ranking.nearest import compare
 from pimerge.reporting.figures import Options, graph
-from tests.conftest import write_json
-from tests.reporting.figures import looks
-from tests.support.raw import normal, raw_expert
+from tests.support import looks
+from tests.support.experts import raw_expert
+from tests.support.numerics import normal
+from tests.support.tasks import write_json
 
 NAMES = ["f0-0", "f1-0", "f0-1", "f1-1", "f2-0"]
 

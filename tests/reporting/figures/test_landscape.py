@@ -14,9 +14,10 @@ from pimerge.core.errors import PimergeError
 from pimerge.reporting.figures import Options, landscape
 from pimerge.reporting.figures._plane import Plane, inner_products
 from pimerge.reporting.figures._study import Point, Shown, Study
-from tests.conftest import MakeExpert, dense_deltas, write_json
-from tests.reporting.figures import looks
-from tests.reporting.figures.conftest import ByHand
+from tests.support import looks
+from tests.support.experts import MakeExpert, dense_deltas
+from tests.support.references import ByHand
+from tests.support.tasks import write_json
 
 
 def flat(expert: Expert) -> np.ndarray:

@@ -16,9 +16,10 @@ from pimerge.core.errors import PimergeError
 from pimerge.reporting.figures import Options, gain, path
 from pimerge.reporting.figures._study import Point, Shown, Study
 from pimerge.tasks.task import open_task
-from tests.conftest import MakeExpert, write_text_task
-from tests.reporting.figures import looks
-from tests.reporting.figures.conftest import ByHand
+from tests.support import looks
+from tests.support.experts import MakeExpert
+from tests.support.references import ByHand
+from tests.support.tasks import write_text_task
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ from pimerge.adapters.expert import Expert
 from pimerge.adapters.writer import Coefficients
 from pimerge.reporting.figures import Options, weights
 from pimerge.reporting.figures._study import Shown, Study
-from tests.reporting.figures import looks
-from tests.reporting.figures.conftest import summed
+from tests.support import looks
+from tests.support.references import summed
 
 
 def coefficients(study: Study) -> Coefficients:

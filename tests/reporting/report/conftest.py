@@ -12,11 +12,9 @@ from pimerge.adapters.ranking_document import Candidate, NotComparable, Ranking,
 from pimerge.core.files import json_text
 from pimerge.evaluation.evaluate import Score
 from pimerge.tasks.metrics import Interval
-from tests.conftest import MakeExpert, write_json
-from tests.reporting.figures.test_comparison_plots import comparison
-
-EVIL = "<img src=x onerror=alert(1)>"
-SCORES = {"b": 0.25, EVIL: 0.5, "c": 0.125}
+from tests.support.documents import EVIL, SCORES, comparison
+from tests.support.experts import MakeExpert
+from tests.support.tasks import write_json
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ import pytest
 
 from pimerge.reporting.report.gathering import gather
 from pimerge.reporting.report.page import page
-from tests.reporting.report.conftest import EVIL
+from tests.support.documents import EVIL
 
 webdriver = pytest.importorskip("selenium.webdriver")
 FLAGS = (

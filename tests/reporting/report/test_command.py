@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pimerge.reporting.report.gathering import gather
-from tests.conftest import Shell
+from tests.support.cli import Shell
 
 
 @pytest.fixture

@@ -18,9 +18,9 @@ from pimerge.reporting.report import gathering
 from pimerge.reporting.report.document import Report, Section, Table
 from pimerge.reporting.report.gathering import gather
 from pimerge.reporting.report.page import page
-from tests.conftest import write_json
-from tests.reporting.report.conftest import EVIL, SCORES
-from tests.support.raw import small
+from tests.support.documents import EVIL, SCORES
+from tests.support.numerics import small
+from tests.support.tasks import write_json
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,8 @@ from transformers import AutoTokenizer
 from pimerge.core.errors import PimergeError
 from pimerge.tasks.task import open_task
 from pimerge.tasks.types import Examples
-from tests.conftest import END, LANGUAGE_MODELS, model_for, write_text_task
+from tests.support.bases import END, LANGUAGE_MODELS, model_for
+from tests.support.tasks import write_text_task
 
 Base = Callable[[str], Path]
 LABELS = ["dog", "cat"]

@@ -16,7 +16,8 @@ from transformers import AutoProcessor
 from pimerge.core.errors import PimergeError
 from pimerge.tasks.task import open_task
 from pimerge.tasks.types import image_text_to_text
-from tests.conftest import END, IMAGE_TEXT_MODELS, model_for, write_image_text_task
+from tests.support.bases import END, IMAGE_TEXT_MODELS, model_for
+from tests.support.tasks import write_image_text_task
 
 Base = Callable[[str], Path]
 Scans = tuple[list[Any], list[int]]

@@ -15,16 +15,9 @@ from torch import nn
 from pimerge.tasks.task import open_task
 from pimerge.tasks.types import _likelihood
 from pimerge.tasks.types._likelihood import begins_behind_prompts, likelihoods, nll
-from tests.conftest import (
-    IMAGE_TEXT_MODELS,
-    LANGUAGE_MODELS,
-    WORDS,
-    model_for,
-    peft_config,
-    save_language_tokenizer,
-    write_image_text_task,
-    write_text_task,
-)
+from tests.support.bases import IMAGE_TEXT_MODELS, LANGUAGE_MODELS, WORDS, model_for, save_language_tokenizer
+from tests.support.experts import peft_config
+from tests.support.tasks import write_image_text_task, write_text_task
 
 Base = Callable[[str], Path]
 Scans = tuple[list[Any], list[int]]

@@ -18,7 +18,9 @@ from pimerge.models.loading import load_base
 from pimerge.tasks.task import open_task
 from pimerge.tuning.options import TrainingOptions
 from pimerge.tuning.tune import tune
-from tests.conftest import END, MakeExpert, model_for, write_json
+from tests.support.bases import END, model_for
+from tests.support.experts import MakeExpert
+from tests.support.tasks import write_json
 
 Base = Callable[[str], Path]
 ROWS: list[dict[str, Any]] = [

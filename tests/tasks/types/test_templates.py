@@ -13,7 +13,7 @@ from pimerge.tasks.schema import TaskFile
 from pimerge.tasks.task import open_task
 from pimerge.tasks.types import Rows
 from pimerge.tasks.types._templates import Template, Text, fill_in
-from tests.conftest import write_json, write_text_task
+from tests.support.tasks import write_json, write_text_task
 
 ROWS = [{"q": "1 < 2 & so", "n": 2, "answers": ["a", "b"]}, {"q": "say 'x'", "n": 3, "answers": ["c"]}]
 

@@ -18,7 +18,9 @@ from pimerge.tasks.metrics import Answers, measure
 from pimerge.tasks.sampling import draw_holding
 from pimerge.tasks.task import open_task
 from pimerge.tasks.types import token_classification as words
-from tests.conftest import WORDS, Shell, write_json
+from tests.support.bases import WORDS
+from tests.support.cli import Shell
+from tests.support.tasks import write_json
 
 NAMES = ["O", "PET", "COLOUR"]
 CLASSES = {"cat": "PET", "dog": "PET", "bird": "PET", "red": "COLOUR", "blue": "COLOUR"}

@@ -16,7 +16,9 @@ from pimerge.tuning.methods import guided
 from pimerge.tuning.options import TrainingOptions
 from pimerge.tuning.session import TuneRequest, TuningSession, open_session
 from pimerge.tuning.tune import manifest_of
-from tests.conftest import MakeExpert, dense_deltas, model_for, relative_difference
+from tests.support.bases import model_for
+from tests.support.experts import MakeExpert, dense_deltas
+from tests.support.numerics import relative_difference
 
 GAINS = [0.04, 0.01]
 OPTIONS = TrainingOptions(epochs=3, shots=6, batch_size=4, lr=1e-2, holdout=0.0)

@@ -30,7 +30,10 @@ from pimerge.tuning.mixed_expert import MixedExpert
 from pimerge.tuning.options import TrainingOptions
 from pimerge.tuning.session import TuneRequest, open_session
 from pimerge.tuning.trainer import TrainingOutcome, held_out_loss, mean_loss
-from tests.conftest import MakeExpert, dense_deltas, logits_of, model_for, relative_difference, write_json
+from tests.support.bases import model_for
+from tests.support.experts import MakeExpert, dense_deltas
+from tests.support.numerics import logits_of, relative_difference
+from tests.support.tasks import write_json
 
 CPU = torch.device("cpu")
 OPTIONS = TrainingOptions(epochs=2, shots=6, batch_size=8, lr=1e-2)

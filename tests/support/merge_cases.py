@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Generator, Tensor
 
 from pimerge.merging.methods import _drop
-from tests.support.raw import normal
+from tests.support.numerics import normal
 
 F64 = torch.float64
 

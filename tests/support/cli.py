@@ -1,0 +1,97 @@
+"""Run commands as a shell does, and what their tests share."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from pimerge.cli.app import app, main
+from pimerge.core.progress import Advance, Track
+
+
+@pytest.fixture
+def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    """Run a command in an empty folder: ``cli("rank", "--target", "X")``; a PimergeError stays an exception."""
+    monkeypatch.chdir(tmp_path)
+    runner = CliRunner()
+
+    def run(*arguments: object) -> Result:
+        return runner.invoke(app, [str(argument) for argument in arguments])
+
+    return run
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a command left behind: exit status, standard output, standard error."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def document(self) -> Any:
+        """Standard output as the one JSON document that it has to be."""
+        return json.loads(self.out)
+
+
+Shell = Callable[..., Finished]
+
+
+@pytest.fixture
+def shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Shell:
+    """Run ``pimerge`` in an empty folder as a shell does: ``shell("rank", "--target", "X").code``."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: object) -> Finished:
+        monkeypatch.setattr(sys, "argv", ["pimerge", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return Finished(int(ended.value.code or 0), *capfd.readouterr())
+
+    return run
+
+
+class Interrupt(KeyboardInterrupt):
+    """Stands for a kill."""
+
+
+def interrupted_after(steps: int | None) -> Track:
+    """A progress report that kills the run after so many steps; None: when training is done."""
+
+    @contextmanager
+    def track(description: str, total: int, unit: str) -> Iterator[Advance]:
+        done = 0
+
+        def advance(step: int = 1, note: str = "") -> None:
+            nonlocal done
+            done += step
+            if steps is not None and done >= steps:
+                raise Interrupt
+
+        yield advance
+        if steps is None:
+            raise Interrupt
+
+    return track
+
+
+Cli = Callable[..., Result]
+
+
+NAMES = ("x", "y", "z")
+
+
+def raise_from(result: Result) -> None:
+    """Raise what a command raised."""
+    assert result.exception is not None, result.output
+    raise result.exception
