@@ -84,20 +84,22 @@ def _parameters(family: Family[Any]) -> list[inspect.Parameter]:
 
 def _typed(option: Option) -> Any:
     """The type that Typer parses; choices stay text, so that the family refuses a wrong one."""
-    return str | None if issubclass(option.type, StrEnum) else option.type | None
+    typed: Any = str if issubclass(option.type, StrEnum) else option.type
+    return list[typed] | None if option.repeated else typed | None
 
 
 def _option(same: list[Option], defaults: dict[str, Any]) -> Any:
     """The Typer option of all options of one name, which differ in their default and range alone."""
     by_default: dict[str, list[str]] = {}
-    for strategy in sorted(defaults):
-        value = defaults[strategy]
+    for strategy, value in sorted(defaults.items()):
+        if value is None or value == ():
+            continue  # the option's help says what happens without it
         by_default.setdefault("off" if value is False else str(value), []).append(strategy)
     shown = ", ".join(f"{value} ({', '.join(names)})" for value, names in by_default.items())
     choices = dict.fromkeys(choice for option in same for choice in option.choices)
     return typer.Option(
         same[0].flag,
-        help=f"{same[0].help} Default: {shown}.",
+        help=f"{same[0].help} Default: {shown}." if shown else same[0].help,
         metavar="|".join(choices) or None,
         show_default=False,
     )

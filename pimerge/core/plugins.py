@@ -28,11 +28,12 @@ class Option:
 
     Attributes:
         name: the keyword argument of the strategy's function; ``label_share`` is ``--label-share``.
-        type: ``float``, ``int``, ``bool``, or a ``StrEnum`` whose members are the choices.
+        type: ``float``, ``int``, ``bool``, ``str``, ``Path``, or a ``StrEnum`` whose members are the choices.
         help: one sentence for ``--help``, without the default.
         accepts: whether a value of the right type is in range.
         expected: the range in words, such as ``above 0 and at most 1``.
         typed: the option's name on the command line where it is not ``name``.
+        repeated: whether the option can be given several times; its values are a list.
 
     >>> DENSITY = Option("density", float, "Share of entries kept.", lambda x: 0 < x <= 1, "above 0 and at most 1")
     >>> DENSITY.flag, DENSITY.problem(2.0)
@@ -40,16 +41,18 @@ class Option:
     """
 
     name: str
-    type: type[float] | type[int] | type[bool] | type[StrEnum]
+    type: type[float] | type[int] | type[bool] | type[str] | type[Path]
     help: str
     accepts: Callable[[Any], bool] = lambda value: True
     expected: str = ""
     typed: str = ""
+    repeated: bool = False
 
     @property
     def flag(self) -> str:
         """The option of the command line."""
-        return f"--{(self.typed or self.name).replace('_', '-')}"
+        typed = (self.typed or self.name).replace("_", "-")
+        return f"--{typed}" if len(typed) > 1 else f"-{typed}"
 
     @property
     def choices(self) -> list[str]:
