@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForSequenceClassification
 
-from pimerge.adapters.kinds.lora import Factors, LoraModule
+from pimerge.adapters.lora_module import Factors, LoraModule
 from pimerge.core.libraries import quiet_libraries
 from pimerge.tuning.lora_layers import LoraComponent, Mixture, mix_lora
 

@@ -164,7 +164,7 @@ def merge_by_pimerge(adapters: list[Path], out: Path, job: str, arguments: argpa
     import torch
 
     from pimerge.adapters.expert import open_expert
-    from pimerge.adapters.kinds.lora import stored
+    from pimerge.adapters.lora_module import stored
     from pimerge.adapters.low_rank import Truncation
     from pimerge.checkpoints.safetensors_file import writing_tensors
     from pimerge.core.files import new_folder

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from pimerge.adapters.expert import Expert
-from pimerge.adapters.kinds._tensor_sets import TensorSet, TensorSlot, joined, read_slot
+from pimerge.adapters.tensor_sets import TensorSet, TensorSlot, joined, read_slot
 from pimerge.core.errors import PimergeError
 
 if TYPE_CHECKING:

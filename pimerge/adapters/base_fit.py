@@ -8,8 +8,7 @@ import torch
 from torch import nn
 
 from pimerge.adapters.expert import Expert
-from pimerge.adapters.kinds._tensor_sets import TensorSet
-from pimerge.core import plugins
+from pimerge.adapters.tensor_sets import TensorSet
 from pimerge.core.errors import PimergeError, Problems
 from pimerge.tasks.task import Task
 from pimerge.tasks.types import for_base
@@ -52,12 +51,12 @@ def check_fits(expert: Expert, base_model: nn.Module, *, head: bool = True) -> N
 
 
 def _misfit(expert: Expert, group: TensorSet, base_model: nn.Module) -> str:
-    kind = plugins.load("pimerge.adapters.kinds", expert.kind)
+    kind = expert.strategy
     try:
-        reason: str = kind.misfit(group, base_model, expert.config)
+        reason = kind.misfit(group, base_model, expert.config)
     except AttributeError:
         return f"the base has no module '{group.name}'"
-    return f"module '{group.name}': {reason}" if reason and "." in group.name and expert.kind != "prefix" else reason
+    return f"module '{group.name}': {reason}" if reason and not kind.before_text else reason
 
 
 @cache

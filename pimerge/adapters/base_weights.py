@@ -8,7 +8,7 @@ from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING
 
-from pimerge.adapters.kinds.lora import LoraModule
+from pimerge.adapters.lora_module import LoraModule
 from pimerge.adapters.merge_into import plan_merge_into
 from pimerge.checkpoints.base import Base
 from pimerge.checkpoints.checkpoint import open_checkpoint

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pimerge.adapters.expert import Expert
-from pimerge.adapters.kinds._relatives import Relative
-from pimerge.core import plugins
 from pimerge.core.errors import PimergeError, Problems
 from pimerge.tasks.task import Task, open_task
 
@@ -20,15 +18,6 @@ if TYPE_CHECKING:
 SHARED_INIT_COSINE = 0.1
 SHARED_INIT_DEVIATIONS = 5.0
 INIT_MODULES = 16
-LORA = "lora"
-MEANING: dict[str, tuple[str, ...]] = {
-    "bottleneck": ("activation", "scale"),
-    "prompt": ("num_transformer_submodules",),
-    "vera": ("projection_prng_key",),
-    "randlora": ("projection_prng_key", "sparse", "very_sparse"),
-    "fourierft": ("random_loc_seed",),
-}
-"""Kind → fields of the config that say what its tensors mean."""
 
 
 def check_expert(expert: Expert) -> Task:
@@ -113,19 +102,17 @@ def require_finite(experts: Sequence[Expert]) -> None:
 
 def _why_no_update(expert: Expert) -> str:
     """Why an expert has no ΔW that could be added to another's."""
-    if expert.kind == "ia3":
-        return "(IA)³ scales what a matrix W gives or takes, so that its ΔW = diag(l − 1)·W needs the base's weights"
-    return f"{expert.kind} changes no matrix of the base by a ΔW"
+    return expert.strategy.why_no_update or f"{expert.kind} changes no matrix of the base by a ΔW"
 
 
 def init_cosine(first: Expert, second: Expert) -> tuple[float, float]:
     """Cosine of what tells the inits of two experts, and the least that a shared init can be told by.
 
-    Of LoRA that is the factors A, of other kinds the tensors in their ``INIT``; a kind without any starts from the
-    same point always. Training moves these little, so experts from one init have much in common; experts from
+    Those are the tensors in the kind's ``init_slots`` (of LoRA the factors A); a kind without any always starts from
+    the same point. Training moves these little, so experts from one init have much in common; experts from
     independent inits, or of which one is in another basis (BR, R⁻¹A), have a cosine of about ±1/√n over n numbers.
     """
-    if first.kind != LORA and not plugins.load("pimerge.adapters.kinds", first.kind).INIT:
+    if not first.strategy.init_slots:
         return 1.0, 0.0
     common = sorted(set(first.parts) & set(second.parts))
     few = common[:: -(-len(common) // INIT_MODULES) or 1]  # they tell as much as all
@@ -136,22 +123,17 @@ def init_cosine(first: Expert, second: Expert) -> tuple[float, float]:
 
 
 def _init_numbers(expert: Expert, parts: Sequence[str]) -> NDArray[np.float64]:
-    if expert.kind == LORA:
-        keys = [expert.modules[name].A for name in parts]
-    else:
-        slots = plugins.load("pimerge.adapters.kinds", expert.kind).INIT
-        found = [_keys_by_slot(expert, name) for name in parts]
-        keys = list(dict.fromkeys(each[slot] for each in found for slot in slots if slot in each))
+    found = [_key_of_slot(expert, name) for name in parts]
+    keys = list(dict.fromkeys(each[slot] for each in found for slot in expert.strategy.init_slots if slot in each))
     arrays = expert.file.arrays(keys)
     return np.concatenate([np.zeros(0), *(arrays[key].ravel() for key in keys)]).astype(np.float64)
 
 
-def _keys_by_slot(expert: Expert, part: str) -> dict[str, str]:
-    """TensorSlot → key of a module or group of a kind other than LoRA."""
+def _key_of_slot(expert: Expert, part: str) -> Mapping[str, str]:
+    """Slot → key of a module or tensor set."""
     if expert.tensor_sets:
         return {name: slot.key for name, slot in expert.tensor_sets[part].slots.items()}
-    module = expert.modules[part]
-    return dict(module.slots) if isinstance(module, Relative) else {}
+    return expert.modules[part].key_of_slot
 
 
 def differing_form(first: Expert, second: Expert) -> str:
@@ -163,11 +145,11 @@ def differing_form(first: Expert, second: Expert) -> str:
     for name, group in first.tensor_sets.items():
         if group.form != second.tensor_sets[name].form:
             return f"its tensors of '{name}' have other shapes than the target's"
-    for field in MEANING.get(first.kind, ()):
+    for field in first.strategy.meaning_fields:
         if first.config.get(field) != second.config.get(field):
             return f"its {field} is {second.config.get(field)}, the target's {first.config.get(field)}"
     for name, module in first.modules.items():
-        if isinstance(module, Relative) and module.form != getattr(second.modules[name], "form", None):
+        if module.form != second.modules[name].form:
             return f"its tensors of '{name}' have other shapes than the target's"
     if first.ranks != second.ranks or any(
         first.modules[name].rank != second.modules[name].rank for name in first.modules

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from pimerge.adapters.expert import Expert
-from pimerge.adapters.kinds._lora_config import DORA, OLORA, PISSA
-from pimerge.adapters.kinds.lora import Factors, LoraModule
+from pimerge.adapters.lora_module import DORA, OLORA, PISSA, Factors, LoraModule
 
 if TYPE_CHECKING:
     from torch import Tensor

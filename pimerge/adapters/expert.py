@@ -12,12 +12,12 @@ from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pimerge.adapters.kinds import _unhandled, lora
-from pimerge.adapters.kinds._keys import PROMPTS
-from pimerge.adapters.kinds._tensor_sets import TensorSet
+from pimerge.adapters import unhandled
+from pimerge.adapters.kind import KINDS, AdapterHeader, Kind, Parts
+from pimerge.adapters.lora_module import Factors, LoraModule
+from pimerge.adapters.tensor_sets import TensorSet
 from pimerge.checkpoints.base import Base, find_base, is_hub_id
 from pimerge.checkpoints.safetensors_file import FLOATS, TensorFile, is_finite, open_tensors
-from pimerge.core import plugins
 from pimerge.core.errors import PimergeError, Problems
 from pimerge.core.files import read_json, sha256_file
 
@@ -60,7 +60,7 @@ class Expert:
     kind: str
     config: dict[str, Any]
     file: TensorFile
-    modules: dict[str, lora.LoraModule]
+    modules: dict[str, LoraModule]
     head: dict[str, str]
     dtypes: tuple[str, ...]
     base_override: str | None = None
@@ -73,6 +73,11 @@ class Expert:
         """Its folder's name; of the Hub's local cache, where folders are commits, the repository's name."""
         folder = self.path.resolve()
         return folder.parents[1].name.rpartition("--")[2] if folder.parent.name == "snapshots" else folder.name
+
+    @property
+    def strategy(self) -> Kind:
+        """What its kind says of its tensors; there is none for one that is only looked at."""
+        return KINDS.load(self.kind)
 
     @cached_property
     def base(self) -> Base:
@@ -115,12 +120,12 @@ class Expert:
     @property
     def positions(self) -> int:
         """How many positions before a text it takes."""
-        return int(self.config["num_virtual_tokens"]) if self.kind in PROMPTS else 0
+        return int(self.config["num_virtual_tokens"]) if self.strategy.before_text else 0
 
     @property
     def virtual_tokens(self) -> int:
         """How many vectors it puts before a text."""
-        return int(self.config["num_virtual_tokens"]) if self.kind == "prompt" else 0
+        return int(self.config["num_virtual_tokens"]) if self.strategy.embeds_tokens else 0
 
     @property
     def is_computed(self) -> bool:
@@ -147,7 +152,7 @@ class Expert:
         """Read one tensor."""
         return self.file.read(key)
 
-    def factors(self, module: str) -> lora.Factors:
+    def factors(self, module: str) -> Factors:
         """Read the update of one module: A (r × d_in), B (d_out × r), scaling, bias."""
         return self.modules[module].factors(self.tensor)
 
@@ -198,7 +203,7 @@ class Expert:
             PimergeError: saying why.
         """
         if self.unhandled:
-            kinds = plugins.summaries("pimerge.adapters.kinds")
+            kinds = KINDS.names()
             known = "download it first (hf download NAME), or pass --base with its folder"
             raise PimergeError(
                 f"'{self.name}' is of PEFT's kind {self.kind}, which is only looked at: {self.unhandled}",
@@ -376,30 +381,30 @@ def _checked(
     path: Path, config: dict[str, Any], file: TensorFile, base: str | None, convert: bool, only_look: bool
 ) -> Expert:
     """The expert of a config and tensors that fit each other."""
-    kind, unhandled = _kind(config)
+    kind, reason = _kind(config)
     shapes = tuple((key, entry.shape) for key, entry in file.entries.items())
-    strategy = None if unhandled else plugins.load("pimerge.adapters.kinds", kind)
-    parts: Mapping[str, lora.LoraModule | TensorSet] = {}
+    strategy = None if reason else KINDS.load(kind)
+    parts: Mapping[str, LoraModule | TensorSet] = {}
     head: dict[str, str] = {}
-    if getattr(strategy, "READS_BASE", False):
+    if strategy is not None and strategy.reads_base:
         try:
             parts, head = _parsed_with_base(strategy, path, config, dict(shapes), base)
         except PimergeError as error:
             if not only_look or _base(path, config, base).folder is not None:
                 raise
-            unhandled = error.problems[0].message
+            reason = error.problems[0].message
     if not parts:
-        parts, head = _parsed("" if unhandled else kind, json.dumps(config), shapes, convert)
-    modules = {name: part for name, part in parts.items() if isinstance(part, lora.LoraModule)}
+        parts, head = _parsed("" if reason else kind, json.dumps(config), shapes, convert)
+    modules = {name: part for name, part in parts.items() if isinstance(part, LoraModule)}
     tensor_sets = {name: part for name, part in parts.items() if isinstance(part, TensorSet)}
-    expert = Expert(path, kind, config, file, modules, head, (), base, tensor_sets=tensor_sets, unhandled=unhandled)
+    expert = Expert(path, kind, config, file, modules, head, (), base, tensor_sets=tensor_sets, unhandled=reason)
     if not only_look:
         _require_same_base(expert)
     dtypes = {key: entry.dtype for key, entry in file.entries.items()}
     biases = {module.bias for module in modules.values() if module.bias}
     used = {dtypes[key] for key in expert.keys}
     other = used - _FLOATS | {dtypes[key] for key in head.values()} - _FLOATS - _INTEGERS
-    if other and not unhandled:
+    if other and not reason:
         raise PimergeError(
             f"it holds tensors stored as {', '.join(sorted(other))}",
             "expected F16, BF16, F32 or F64: save the adapter in one of these",
@@ -437,26 +442,19 @@ def _require_same_base(expert: Expert) -> None:
 
 
 @lru_cache(maxsize=32)
-def _parsed(
-    kind: str, config: str, shapes: tuple[tuple[str, tuple[int, ...]], ...], convert: bool
-) -> tuple[dict[str, lora.LoraModule | TensorSet], dict[str, str]]:
+def _parsed(kind: str, config: str, shapes: tuple[tuple[str, tuple[int, ...]], ...], convert: bool) -> Parts:
     """The parts and the head of an expert, not to be changed; most experts of a pool have the same.
 
     Args:
         kind: empty for one that is only looked at.
     """
-    found: tuple[dict[str, lora.LoraModule | TensorSet], dict[str, str]]
-    if kind:
-        found = plugins.load("pimerge.adapters.kinds", kind).parse(json.loads(config), dict(shapes), convert=convert)
-    else:
-        parts, head = _unhandled.parse(json.loads(config), dict(shapes))
-        found = {**parts}, head
-    return found
+    header = AdapterHeader(json.loads(config), dict(shapes), convert)
+    return KINDS.load(kind).parse(header) if kind else unhandled.parse(header)
 
 
 def _parsed_with_base(
-    kind: Any, path: Path, config: dict[str, Any], shapes: dict[str, tuple[int, ...]], base: str | None
-) -> tuple[Mapping[str, lora.LoraModule | TensorSet], dict[str, str]]:
+    kind: Kind, path: Path, config: dict[str, Any], shapes: dict[str, tuple[int, ...]], base: str | None
+) -> Parts:
     """The same for a kind whose layout depends on the shapes of the base's layers."""
 
     def layers(modules: Sequence[str]) -> Mapping[str, tuple[int, ...]]:
@@ -464,8 +462,7 @@ def _parsed_with_base(
 
         return layer_shapes(_base(path, config, base), modules, fan_in_fan_out=bool(config.get("fan_in_fan_out")))
 
-    found: tuple[dict[str, lora.LoraModule], dict[str, str]] = kind.parse(config, shapes, layers=layers)
-    return found
+    return kind.parse(AdapterHeader(config, shapes, layers=layers))
 
 
 def _base(path: Path, config: dict[str, Any], override: str | None) -> Base:
@@ -479,13 +476,12 @@ def _base(path: Path, config: dict[str, Any], override: str | None) -> Base:
 def _kind(config: dict[str, Any]) -> tuple[str, str]:
     """The kind that a config says, and why it is only looked at; empty if it is not."""
     peft_type = str(config.get("peft_type"))
-    kinds: Sequence[str] = list(plugins.summaries("pimerge.adapters.kinds"))
-    for kind in kinds:
-        if peft_type == plugins.load("pimerge.adapters.kinds", kind).PEFT_TYPE:
-            return kind, ""
-    if reason := _unhandled.why_unhandled(peft_type):
+    kind = next((kind.name for kind in KINDS if kind.peft_type == peft_type), None)
+    if kind is not None:
+        return kind, ""
+    if reason := unhandled.why_unhandled(peft_type):
         return peft_type.lower(), reason
     raise PimergeError(
         f"its peft_type is '{peft_type}', which is not handled",
-        f"pimerge reads the kinds: {', '.join(kinds)}",
+        f"pimerge reads the kinds: {', '.join(KINDS.names())}",
     )

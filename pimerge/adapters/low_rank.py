@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from pimerge.adapters.kinds.lora import Factors, LoraModule
+from pimerge.adapters.lora_module import Factors, LoraModule
 from pimerge.core.errors import PimergeError
 
 if TYPE_CHECKING:

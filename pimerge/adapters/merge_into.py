@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pimerge.adapters.kinds.lora import Factors, LoraModule
+from pimerge.adapters.lora_module import Factors, LoraModule
 from pimerge.checkpoints.checkpoint import Checkpoint, require_weights
 from pimerge.checkpoints.key_mapping import Names, is_fan_in_first, match, match_modules, names_of, skeleton
 from pimerge.checkpoints.safetensors_file import FLOATS, PIECE, dtype_name

@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING, Any, Self
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
 from pimerge.adapters.expert import CONFIG, TASK, WEIGHTS, Expert
-from pimerge.adapters.kinds._keys import PREFIX, PROMPT_PREFIX, PROMPTS
-from pimerge.adapters.kinds.lora import LoraModule, rank_fields, refuse_biased_embeddings
+from pimerge.adapters.keys import PREFIX
+from pimerge.adapters.lora_module import LoraModule, bias_key, rank_fields, refuse_biased_embeddings, stored
 from pimerge.adapters.low_rank import MergedModule, Summary
 from pimerge.adapters.model_card import CARD_FILE
 from pimerge.checkpoints.base import Base, folder_from
 from pimerge.checkpoints.safetensors_file import writing_tensors
-from pimerge.core import plugins
 from pimerge.core.errors import PimergeError, Problems
 from pimerge.core.files import json_text, new_folder, relative_to, sha256_bytes, sha256_file, write_into
 from pimerge.core.manifest import MANIFEST_FILE, Manifest
@@ -220,7 +219,7 @@ def write_tensor_sets(
     Raises:
         PimergeError: as :func:`write_expert`.
     """
-    prefix = PROMPT_PREFIX if like.kind in PROMPTS else PREFIX
+    prefix = like.strategy.prefix
 
     def write(file: Path) -> list[Summary]:
         everything = {**tensors(), **{prefix + name: tensor for name, tensor in head.tensors.items()}}
@@ -270,9 +269,8 @@ def _write_folder(
 
 
 def _write_tensors(file: Path, layout: Layout, modules: Iterable[MergedModule], head: Head) -> list[Summary]:
-    kind = plugins.load("pimerge.adapters.kinds", "lora")
     heads = {PREFIX + name: tensor for name, tensor in sorted(head.tensors.items())}
-    keys = [key for module in layout.modules for key in (module.A, module.B, kind.bias_key(module.name))]
+    keys = [key for module in layout.modules for key in (module.A, module.B, bias_key(module.name))]
     summaries = []
     with writing_tensors(file, [*keys, *heads]) as writer:
         # wide dtypes first, so that every tensor starts at a multiple of its size
@@ -281,7 +279,7 @@ def _write_tensors(file: Path, layout: Layout, modules: Iterable[MergedModule], 
             if key not in narrow:
                 writer.add(key, tensor)
         for module in modules:
-            for key, tensor in kind.stored(module.module, module.factors).items():
+            for key, tensor in stored(module.module, module.factors).items():
                 writer.add(key, tensor)
             summaries.append(module.summary)
         for key, tensor in sorted(narrow.items(), key=lambda item: -item[1].itemsize):

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from pimerge.adapters.kind import KINDS
 from pimerge.adapters.selected import base_of, from_pool, select
 from pimerge.cli import options
 from pimerge.cli.console import note, print_json, print_methods, print_table, tracker, warn
@@ -74,9 +75,7 @@ def tune(
     rank: options.Rank = "max",
     kind: Annotated[
         str | None,
-        typer.Option(
-            help=f"Kind of a fresh expert ({options.names('pimerge.adapters.kinds')}). Default: the pool's, else lora."
-        ),
+        typer.Option(help=f"Kind of a fresh expert ({', '.join(KINDS.names())}). Default: the pool's, else lora."),
     ] = None,
     fresh_rank: Annotated[
         int | None,

@@ -12,7 +12,6 @@ from torch import nn
 
 from pimerge.adapters.expert import CONFIG, Expert
 from pimerge.checkpoints.architecture import lora_targets
-from pimerge.core import plugins
 from pimerge.core.errors import PimergeError
 from pimerge.core.files import sha256_file
 from pimerge.core.progress import Track, silent
@@ -164,7 +163,7 @@ def default_batch_tokens(device: torch.device, config: Any) -> int:
 
 def factors_of(expert: Expert, model: nn.Module) -> dict[str, nn.Parameter]:
     """Key in the adapter's file → the model's parameter; only these require gradients."""
-    key_of = plugins.load("pimerge.adapters.kinds", expert.kind).key_of_parameter
+    key_of = expert.strategy.key_of_parameter
     keys = set(expert.keys)
     model.requires_grad_(False)
     found = {key_of(name): parameter for name, parameter in model.named_parameters() if key_of(name) in keys}

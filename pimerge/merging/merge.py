@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from pimerge.adapters.compatibility import MEANING, require_alike, require_finite, require_shared_form
+from pimerge.adapters.compatibility import require_alike, require_finite, require_shared_form
 from pimerge.adapters.expert import Expert
-from pimerge.adapters.kinds.lora import Factors, LoraModule
+from pimerge.adapters.lora_module import Factors, LoraModule
 from pimerge.adapters.low_rank import (
     EVERYTHING,
     MergedModule,
@@ -300,7 +300,7 @@ def _identity(expert: Expert, experts: Sequence[Expert]) -> tuple[object, ...]:
     """What equal experts share; the whole file is hashed only if another has the same beginning."""
     begins = [other for other in experts if other.file.beginning == expert.file.beginning]
     scalings = tuple(module.scaling for module in expert.modules.values())
-    meaning = tuple(expert.config.get(field) for field in MEANING.get(expert.kind, ()))
+    meaning = tuple(expert.config.get(field) for field in expert.strategy.meaning_fields)
     return expert.file.beginning, expert.kind, meaning, scalings, expert.sha256 if len(begins) > 1 else ""
 
 

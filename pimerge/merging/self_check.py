@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from pimerge.adapters.kinds.lora import Factors
+from pimerge.adapters.lora_module import Factors
 from pimerge.adapters.low_rank import EVERYTHING, Truncation, to_cores
 from pimerge.core.errors import Problems
 from pimerge.core.progress import Track, silent

@@ -18,7 +18,7 @@ import torch
 from pimerge.adapters.additive_tensors import F64, BaseTensor, at_strength, neutral, weighted
 from pimerge.adapters.compatibility import require_alike, require_finite
 from pimerge.adapters.expert import Expert
-from pimerge.adapters.kinds._tensor_sets import TensorSet, TensorSlot, joined, read_slot
+from pimerge.adapters.tensor_sets import TensorSet, TensorSlot, joined, read_slot
 from pimerge.checkpoints.base import Base
 from pimerge.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from pimerge.checkpoints.key_mapping import Names, match, names_of

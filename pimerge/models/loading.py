@@ -16,11 +16,10 @@ from pimerge.adapters.additive_tensors import sum_of
 from pimerge.adapters.base_fit import check_fits, skeleton
 from pimerge.adapters.compatibility import require_alike
 from pimerge.adapters.expert import Expert
-from pimerge.adapters.kinds._keys import PREFIX, PROMPT_PREFIX
-from pimerge.adapters.kinds.lora import Factors, rank_fields, stored
+from pimerge.adapters.keys import PREFIX, PROMPT_PREFIX
+from pimerge.adapters.lora_module import Factors, rank_fields, stored
 from pimerge.checkpoints.architecture import heads_of, hidden_size
 from pimerge.checkpoints.base import Base
-from pimerge.core import plugins
 from pimerge.core.errors import PimergeError, Problems
 from pimerge.tasks.task import Task
 from pimerge.tasks.types import for_base
@@ -280,7 +279,7 @@ def plugged_in_sum(experts: Sequence[Expert], weights: Sequence[float], loaded: 
         tensors = sum_of(experts, weights, loaded.model.get_parameter)
         with as_before(loaded.model):
             adapted = with_adapter(experts[0], loaded.model)
-            key_of = plugins.load("pimerge.adapters.kinds", experts[0].kind).key_of_parameter
+            key_of = experts[0].strategy.key_of_parameter
             with torch.no_grad():
                 for name, parameter in adapted.named_parameters():
                     if key_of(name) in tensors:

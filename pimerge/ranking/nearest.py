@@ -16,7 +16,7 @@ import numpy as np
 
 from pimerge.adapters.compatibility import differing_form, init_cosine
 from pimerge.adapters.expert import Expert
-from pimerge.core import plugins
+from pimerge.adapters.kind import KINDS
 from pimerge.core.errors import PimergeError
 from pimerge.embedding.random_projection import from_texts
 from pimerge.embedding.store import Store
@@ -145,8 +145,7 @@ def _alike(store: Store, target: str, measure: ModuleType) -> tuple[list[str], d
 
 def _has_update(entry: Embedding) -> bool:
     """Whether an expert is of a kind that is known and has a ΔW."""
-    known = entry.kind in plugins.summaries("pimerge.adapters.kinds")
-    return known and getattr(plugins.load("pimerge.adapters.kinds", entry.kind), "HAS_UPDATE", False)
+    return entry.kind in KINDS.names() and KINDS.load(entry.kind).has_update
 
 
 def _spread(ordered: Sequence[str]) -> list[str]:

@@ -10,6 +10,7 @@ import torch
 
 from pimerge.adapters.compatibility import require_alike, require_finite
 from pimerge.adapters.expert import Expert
+from pimerge.adapters.kind import KINDS, AdapterHeader
 from pimerge.adapters.kinds.lora import parse
 from pimerge.adapters.low_rank import DEFAULT_ENERGY, MergedModule, Truncation, relative_error, weighted_sum
 from pimerge.checkpoints.architecture import inside, lora_targets
@@ -21,7 +22,6 @@ from pimerge.tuning.methods import MixturePlan
 from pimerge.tuning.session import TuneRequest
 from pimerge.tuning.tensor_layers import TensorComponent, component_of, fresh_component
 
-LORA = "lora"
 TEMPERATURE = 0.1
 """Of the softmax of expected gains, with one labelled example; it falls as the standard error of a gain does."""
 NO_EXPERT = "the target has no expert of its own: a fresh one takes its place"
@@ -108,7 +108,7 @@ def form_of(plan: MixturePlan, request: TuneRequest, chosen: Sequence[Expert]) -
     kind = options.fresh_kind
     if kind is None:
         yield _known_form(plan, request, chosen)
-    elif kind == LORA:
+    elif KINDS.load(kind).stores_factors:
         yield None
     else:
         with fresh_expert(
@@ -166,7 +166,7 @@ def lora_components(
         return found, False
     places = tuple(sorted(like.modules)) if like and like.modules else lora_targets(loaded.model)
     modules = options.fresh_modules or places
-    like = like if like and like.kind == LORA else None  # others have no rank
+    like = like if like and like.strategy.stores_factors else None  # others have no rank
     rank = options.fresh_rank or (max(like.ranks) if like else 8)
     alpha = options.fresh_alpha
     if alpha is None:
@@ -209,7 +209,8 @@ def fresh_lora(
     tensors = {key: value.detach().clone() for key, value in get_peft_model_state_dict(model).items()}
     model.unload()
     loaded.model.requires_grad_(False)
-    layouts, _ = parse({"r": rank, "lora_alpha": alpha}, {key: tuple(value.shape) for key, value in tensors.items()})
+    shapes = {key: tuple(value.shape) for key, value in tensors.items()}
+    layouts, _ = parse(AdapterHeader({"r": rank, "lora_alpha": alpha}, shapes))
     factors = {module: layout.factors(lambda key: tensors[key].float()) for module, layout in layouts.items()}
     return LoraComponent(name, layouts, factors)
 

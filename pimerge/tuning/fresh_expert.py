@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pimerge.adapters.base_fit import check_fits
 from pimerge.adapters.expert import Expert, open_expert
-from pimerge.adapters.kinds._keys import PROMPTS
+from pimerge.adapters.kind import KINDS
 from pimerge.adapters.kinds._relatives import as_tensor_sets
 from pimerge.checkpoints.architecture import inside
 from pimerge.checkpoints.base import Base
-from pimerge.core import plugins
 from pimerge.core.errors import PimergeError
 from pimerge.models.loading import LoadedBase, as_before
 from pimerge.tasks.task import Task
 from pimerge.tasks.types import for_base
 
 if TYPE_CHECKING:
-    from torch import nn
+    pass
 
 _OTHER_KIND = "take another --kind"
 
@@ -44,15 +43,16 @@ def fresh_expert(
 
     from pimerge import peft_methods  # noqa: F401  PEFT has to know every kind
 
-    strategy = plugins.load("pimerge.adapters.kinds", kind)
-    if kind in PROMPTS and task.type.PEFT_TASK is None:
+    strategy = KINDS.load(kind)
+    if strategy.fresh_fields is None:
+        raise PimergeError(f"no fresh expert of kind {kind} can be made", _OTHER_KIND)
+    if strategy.before_text and task.type.PEFT_TASK is None:
         raise PimergeError(f"a {kind} goes before a text, and {type(loaded.model).__name__} takes none", _OTHER_KIND)
-    config_class = PEFT_TYPE_TO_CONFIG_MAPPING[strategy.PEFT_TYPE]
-    usual_places: Callable[[nn.Module], dict[str, Any]] = getattr(strategy, "usual_places", lambda model: {})
+    config_class = PEFT_TYPE_TO_CONFIG_MAPPING[strategy.peft_type]
     fields = {
         "task_type": for_base(task.type.PEFT_TASK, loaded.config),
         **({"exclude_modules": inside(loaded.head)} if hasattr(config_class, "exclude_modules") else {}),
-        **usual_places(loaded.model),
+        **strategy.usual_places(loaded.model),
         **strategy.fresh_fields(size, modules),
     }
     with tempfile.TemporaryDirectory() as folder:

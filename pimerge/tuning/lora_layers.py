@@ -24,7 +24,7 @@ from torch import nn
 from torch.nn.functional import conv1d, conv2d, conv3d, embedding, linear
 
 from pimerge.adapters.base_fit import delta_shape
-from pimerge.adapters.kinds.lora import Factors, LoraModule, refuse_biased_embeddings
+from pimerge.adapters.lora_module import Factors, LoraModule, refuse_biased_embeddings
 from pimerge.core.errors import PimergeError, Problems
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pimerge.adapters.expert import Expert
-from pimerge.adapters.kinds.lora import Factors
+from pimerge.adapters.lora_module import Factors
 from pimerge.adapters.low_rank import MergedModule, Summary, Truncation, relative_error, weighted_bias, weighted_sum
 from pimerge.adapters.writer import Coefficients, Documents, Head, Layout, write_expert, write_tensor_sets
 from pimerge.core.errors import PimergeError

@@ -18,7 +18,6 @@ import torch
 from pimerge.adapters.additive_tensors import sum_of
 from pimerge.adapters.compatibility import differing_form, init_cosine
 from pimerge.adapters.expert import CONFIG, TASK, WEIGHTS, Expert, open_expert
-from pimerge.adapters.kinds._keys import PREFIX, PROMPT_PREFIX, PROMPTS
 from pimerge.checkpoints.base import Base
 from pimerge.core.errors import PimergeError
 from pimerge.core.files import json_text, write_folder
@@ -72,7 +71,7 @@ def initial_expert(
             head = Path(folder) / "head"
             tune("head", task, base, [], None, head, options, like=like, device=device, dtype=dtype, track=track)
             with_head = open_expert(head, base.reference)
-            prefix = PROMPT_PREFIX if like.kind in PROMPTS else PREFIX
+            prefix = like.strategy.prefix
             tensors = {prefix + name: tensor for name, tensor in with_head.head_tensors().items()}
             modules = with_head.config.get("modules_to_save")
         tensors |= _neutral_groups(pool, base) if like.tensor_sets else _zero_updates(pool)

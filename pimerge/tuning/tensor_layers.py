@@ -17,8 +17,7 @@ from torch.nn.utils.parametrize import register_parametrization
 from pimerge.adapters.additive_tensors import sum_of
 from pimerge.adapters.base_fit import check_fits
 from pimerge.adapters.expert import Expert
-from pimerge.adapters.kinds._tensor_sets import TensorSet
-from pimerge.core import plugins
+from pimerge.adapters.tensor_sets import TensorSet
 from pimerge.models.loading import LoadedBase, as_before, with_adapter
 from pimerge.tuning.lora_layers import Mixture
 
@@ -172,6 +171,6 @@ def mix_tensors(
 
 def _parameters(expert: Expert, model: nn.Module) -> dict[str, tuple[str, nn.Parameter]]:
     """Key → (name in PEFT's model, parameter)."""
-    key_of = plugins.load("pimerge.adapters.kinds", expert.kind).key_of_parameter
+    key_of = expert.strategy.key_of_parameter
     wanted = set(expert.keys)
     return {key_of(name): (name, each) for name, each in list(model.named_parameters()) if key_of(name) in wanted}

@@ -14,14 +14,14 @@ from typing import Any
 
 from pimerge.adapters.compatibility import refuse_over_inputs
 from pimerge.adapters.expert import Expert
+from pimerge.adapters.kind import KINDS
 from pimerge.checkpoints.base import Base
-from pimerge.core import plugins
 from pimerge.core.errors import PimergeError
 from pimerge.core.files import require_absent, sha256_bytes
 from pimerge.core.manifest import Manifest, inputs_of, library_versions
 from pimerge.core.progress import Track, silent
 from pimerge.tasks.task import Task
-from pimerge.tuning.components import LORA, chosen_experts
+from pimerge.tuning.components import chosen_experts
 from pimerge.tuning.cross_validation import choose
 from pimerge.tuning.method import TuneMethod, open_tune_method
 from pimerge.tuning.options import TrainingOptions, check_options
@@ -146,13 +146,13 @@ def _check_kind(method: TuneMethod, options: TrainingOptions) -> None:
     """
     if options.fresh_kind is None:
         return
-    plugins.load("pimerge.adapters.kinds", options.fresh_kind)
+    kind = KINDS.load(options.fresh_kind)
     if method.plan.experts or not method.plan.train_experts:
         raise PimergeError(
             f"--kind is for a fresh expert alone, and '{method.name}' trains none",
             "leave it out, or take --method scratch",
         )
-    if options.fresh_kind == LORA:
+    if kind.stores_factors:
         return
     for option, value in (("--fresh-alpha", options.fresh_alpha), ("--rank", options.rank)):
         if value is not None:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pimerge.adapters.kinds.lora import Factors
+from pimerge.adapters.lora_module import Factors
 from pimerge.adapters.low_rank import (
     EVERYTHING,
     Cores,

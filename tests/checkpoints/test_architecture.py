@@ -7,7 +7,7 @@ import torch
 import transformers
 from torch import nn
 
-from pimerge.adapters.kinds import ia3, ln_tuning
+from pimerge.adapters.kind import KINDS
 from pimerge.checkpoints.architecture import heads_of, layers_within, lora_targets, norms
 
 SMALL = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
@@ -44,9 +44,9 @@ def test_fresh_experts_have_places_where_peft_knows_none() -> None:
     attention, mlp = "vit.layers.0.attention", "vit.layers.0.mlp"
     assert lora_targets(model) == [f"{attention}.q_proj", f"{attention}.v_proj"]
     assert norms(model) == ["vit.layers.0.layernorm_before", "vit.layers.0.layernorm_after", "vit.layernorm"]
-    assert ln_tuning.usual_places(model) == {"target_modules": norms(model)}
-    places = ia3.usual_places(model)
+    assert KINDS.load("ln-tuning").usual_places(model) == {"target_modules": norms(model)}
+    places = KINDS.load("ia3").usual_places(model)
     assert places["target_modules"] == [f"{attention}.k_proj", f"{attention}.v_proj", f"{mlp}.fc2"]
     assert places["feedforward_modules"] == [f"{mlp}.fc2"]
     known = made(transformers.T5ForConditionalGeneration, T5)
-    assert ia3.usual_places(known) == ln_tuning.usual_places(known) == {}
+    assert KINDS.load("ia3").usual_places(known) == KINDS.load("ln-tuning").usual_places(known) == {}

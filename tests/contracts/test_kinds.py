@@ -13,16 +13,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from pimerge.adapters.expert import open_expert
-from pimerge.core import plugins
+from pimerge.adapters.kind import KINDS
 from tests.support.bases import model_for
 from tests.support.experts import RELATIVES, MakeExpert
 from tests.support.numerics import logits_of
 
 Run = Callable[..., Any]
-KINDS = sorted(name.replace("-", "_") for name in plugins.summaries("pimerge.adapters.kinds"))
+NAMES = [name.replace("-", "_") for name in KINDS.names()]
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=NAMES)
 def kind(request: pytest.FixtureRequest) -> str:
     found: str = request.param
     return found
@@ -46,8 +46,7 @@ def test_every_number_that_was_trained_has_its_place(experts: list[Path], kind: 
     assert set(expert.keys) | set(expert.head.values()) == set(file)
     assert expert.parameters == sum(file[key].numel() for key in expert.keys)
     assert bool(expert.modules) != bool(expert.tensor_sets)
-    strategy = plugins.load("pimerge.adapters.kinds", expert.kind)
-    assert bool(expert.modules) == getattr(strategy, "HAS_UPDATE", False)
+    assert bool(expert.modules) == expert.strategy.has_update
     assert expert.is_computed == (kind in RELATIVES)
 
 

@@ -14,7 +14,6 @@ from pimerge.core import plugins
 from pimerge.core.errors import PimergeError
 
 PACKAGES = (
-    "pimerge.adapters.kinds",
     "pimerge.ranking.measures",
     "pimerge.merging.methods",
     "pimerge.tuning.methods",

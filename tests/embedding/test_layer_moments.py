@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from pimerge.adapters.compatibility import check_expert
 from pimerge.adapters.expert import open_expert
-from pimerge.adapters.kinds._keys import PREFIX
+from pimerge.adapters.keys import PREFIX
 from pimerge.embedding import embed as embedding
 from pimerge.embedding.embed import embed
 from pimerge.embedding.input_grams import linear_layers

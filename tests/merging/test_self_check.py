@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pimerge.adapters.expert import Expert, open_expert
-from pimerge.adapters.kinds.lora import Factors
+from pimerge.adapters.lora_module import Factors
 from pimerge.adapters.low_rank import Truncation
 from pimerge.core import plugins
 from pimerge.core.errors import PimergeError

@@ -17,7 +17,9 @@ from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
 from pimerge.adapters.expert import Expert, open_expert
-from pimerge.adapters.kinds.lora import Factors, parse
+from pimerge.adapters.kind import AdapterHeader
+from pimerge.adapters.kinds.lora import parse
+from pimerge.adapters.lora_module import Factors
 from pimerge.core.errors import PimergeError
 from pimerge.models.loading import set_head
 from pimerge.tuning.lora_layers import (
@@ -313,10 +315,8 @@ def in_peft(layer: nn.Module, biased: bool, use_rslora: bool = False) -> tuple[n
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             parameter.data = torch.randn_like(parameter)
-    modules, _ = parse(
-        {"r": 3, "lora_alpha": 5, "use_rslora": use_rslora},
-        {key: tuple(value.shape) for key, value in get_peft_model_state_dict(model).items()},
-    )
+    shapes = {key: tuple(value.shape) for key, value in get_peft_model_state_dict(model).items()}
+    modules, _ = parse(AdapterHeader({"r": 3, "lora_alpha": 5, "use_rslora": use_rslora}, shapes))
     return model.base_model.model.layer, modules["layer"].factors(lambda key: get_peft_model_state_dict(model)[key])
 
 
@@ -574,5 +574,5 @@ def test_shapes_that_differ_from_the_base_are_named(vit_base: Path) -> None:
 
 def lora_module(d_in: int, d_out: int = 2) -> Any:
     prefix = "base_model.model.classifier.lora_"
-    modules, _ = parse({"r": 1}, {f"{prefix}A.weight": (1, d_in), f"{prefix}B.weight": (d_out, 1)})
+    modules, _ = parse(AdapterHeader({"r": 1}, {f"{prefix}A.weight": (1, d_in), f"{prefix}B.weight": (d_out, 1)}))
     return modules["classifier"]

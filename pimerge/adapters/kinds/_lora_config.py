@@ -6,7 +6,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from pimerge.adapters.kinds._keys import CommonFields, faulty_fields
+from pimerge.adapters.kinds._config_fields import CommonFields, faulty_fields
+from pimerge.adapters.lora_module import DORA, OLORA, PISSA
 from pimerge.core.errors import Problems
 
 # Fields of adapter_config.json that change what the tensors mean, and why pimerge does not merge them.
@@ -31,7 +32,6 @@ _CHANGED_BASE = {
     "loftq": "LoftQ",
     "lora_ga": "LoRA-GA",
 }
-DORA, PISSA, OLORA = "DoRA", "PiSSA", "OLoRA"
 CONVERTED_INITS = {"pissa": PISSA, "olora": OLORA}
 _PLAIN_INITS = ("gaussian", "orthogonal", "mica")
 _DORA_REASON = "DoRA rescales the rows of W0 + ΔW, which is not linear in (B, A)"

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from pimerge.adapters.kinds._keys import PROMPT_PREFIX, CommonFields, faulty_fields, sort_keys
+from pimerge.adapters.keys import PROMPT_PREFIX, sort_keys
+from pimerge.adapters.kinds._config_fields import CommonFields, faulty_fields
 from pimerge.core.errors import PimergeError, Problems
 
 if TYPE_CHECKING:

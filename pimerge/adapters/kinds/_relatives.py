@@ -14,9 +14,10 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from pimerge.adapters.kinds._keys import PREFIX, CommonFields, faulty_fields, sort_keys
-from pimerge.adapters.kinds._tensor_sets import TensorSet, TensorSlot
-from pimerge.adapters.kinds.lora import Factors, LoraModule
+from pimerge.adapters.keys import PREFIX, sort_keys
+from pimerge.adapters.kinds._config_fields import CommonFields, faulty_fields
+from pimerge.adapters.lora_module import Factors, LoraModule
+from pimerge.adapters.tensor_sets import TensorSet, TensorSlot
 from pimerge.core.errors import PimergeError, Problems
 
 if TYPE_CHECKING:
@@ -58,9 +59,9 @@ class Relative(LoraModule):
         return True
 
     @property
-    def keys(self) -> tuple[str, ...]:
-        """Of its tensors that are trained."""
-        return tuple(self.slots.values())
+    def key_of_slot(self) -> Mapping[str, str]:
+        """Slot → key of each of its tensors that are trained."""
+        return self.slots
 
     @property
     def numbers(self) -> int:

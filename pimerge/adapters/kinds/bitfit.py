@@ -6,24 +6,21 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from pimerge.adapters.kinds._tensor_sets import TensorSet, TensorSlot, fresh_fields, parse_tensor_sets
+from pimerge.adapters.kind import AdapterHeader, Kind, Parts
+from pimerge.adapters.kinds._tensor_sets import fresh_fields, parse_tensor_sets
+from pimerge.adapters.tensor_sets import TensorSet, TensorSlot
 
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["INIT", "PEFT_TYPE", "fresh_fields", "key_of_parameter", "misfit", "parse"]
 
-PEFT_TYPE = "BITFIT"
-INIT: tuple[str, ...] = ()
 _KEY = re.compile(r"(?P<module>.+)\.(?P<slot>bitfit_bias)")
 
 
-def parse(
-    config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], *, convert: bool = False
-) -> tuple[dict[str, TensorSet], dict[str, str]]:
-    """Read the layout of an expert of biases; see :mod:`pimerge.adapters.kinds`.
+def parse(header: AdapterHeader) -> Parts:
+    """Read the layout of an expert of biases; see :mod:`pimerge.adapters.kind`.
 
-    >>> groups, _ = parse({}, {"base_model.model.q.bitfit_bias": (4,)})
+    >>> groups, _ = parse(AdapterHeader({}, {"base_model.model.q.bitfit_bias": (4,)}))
     >>> groups["q"].slots["bitfit_bias"].base
     'q.bias'
     """
@@ -31,7 +28,7 @@ def parse(
     def slot(module: str, name: str, key: str, shape: tuple[int, ...]) -> TensorSlot | str:
         return TensorSlot(key, shape, base=f"{module}.bias") if len(shape) == 1 else "expected one dimension"
 
-    return parse_tensor_sets(config, shapes, _KEY, "biases", slot, frozenset({"bitfit_bias"}))
+    return parse_tensor_sets(header, _KEY, "biases", slot, frozenset({"bitfit_bias"}))
 
 
 def key_of_parameter(name: str) -> str:
@@ -50,3 +47,17 @@ def misfit(group: TensorSet, model: nn.Module, config: Mapping[str, Any]) -> str
         return "the base's layer has no bias"
     found = group.slots["bitfit_bias"].shape
     return "" if tuple(bias.shape) == found else f"its bias is {found}, the base's {tuple(bias.shape)}"
+
+
+KIND = Kind(
+    name="bitfit",
+    summary="Biases in place of the base's own.",
+    formula="y = W x + b'",
+    paper="BitFit (arXiv 2106.10199)",
+    peft_type="BITFIT",
+    needs_import=True,
+    fresh_fields=fresh_fields,
+    misfit=misfit,
+    parse=parse,
+    key_of_parameter=key_of_parameter,
+)

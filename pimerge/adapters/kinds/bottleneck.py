@@ -9,16 +9,16 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from pimerge.adapters.kinds._keys import CommonFields
-from pimerge.adapters.kinds._tensor_sets import TensorSet, TensorSlot, parse_tensor_sets
+from pimerge.adapters.kind import AdapterHeader, Kind, Parts
+from pimerge.adapters.kinds._config_fields import CommonFields
 from pimerge.adapters.kinds._tensor_sets import fresh_fields as placed
+from pimerge.adapters.kinds._tensor_sets import parse_tensor_sets
+from pimerge.adapters.tensor_sets import TensorSet, TensorSlot
 from pimerge.core.errors import Problems
 
 if TYPE_CHECKING:
     from torch import nn
 
-PEFT_TYPE = "BOTTLENECK"
-INIT = ("down.weight",)
 _KEY = re.compile(r"(?P<module>.+)\.bottleneck_(?P<slot>(?:down|up)\.(?:weight|bias))")
 _SLOTS = frozenset({"down.weight", "down.bias", "up.weight", "up.bias"})
 
@@ -29,26 +29,24 @@ class _Fields(CommonFields):
     scale: float = 1.0
 
 
-def parse(
-    config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], *, convert: bool = False
-) -> tuple[dict[str, TensorSet], dict[str, str]]:
-    """Read the layout of an expert of bottleneck adapters; see :mod:`pimerge.adapters.kinds`.
+def parse(header: AdapterHeader) -> Parts:
+    """Read the layout of an expert of bottleneck adapters; see :mod:`pimerge.adapters.kind`.
 
     >>> shapes = {"down.weight": (2, 8), "down.bias": (2,), "up.weight": (8, 2), "up.bias": (8,)}
-    >>> groups, _ = parse({"bottleneck_dim": 2},
-    ...                   {f"base_model.model.o.bottleneck_{name}": shape for name, shape in shapes.items()})
+    >>> shapes = {f"base_model.model.o.bottleneck_{name}": shape for name, shape in shapes.items()}
+    >>> groups, _ = parse(AdapterHeader({"bottleneck_dim": 2}, shapes))
     >>> groups["o"].slots["up.weight"].neutral, groups["o"].slots["down.weight"].neutral
     (0.0, None)
     """
 
     def slot(module: str, name: str, key: str, shape: tuple[int, ...]) -> TensorSlot | str:
-        d, dimensions = config.get("bottleneck_dim", 64), 2 if name.endswith("weight") else 1
+        d, dimensions = header.config.get("bottleneck_dim", 64), 2 if name.endswith("weight") else 1
         side = {"down.weight": 0, "down.bias": 0, "up.weight": 1}.get(name)
         if len(shape) != dimensions or (side is not None and shape[side] != d):
             return f"adapter_config.json says bottleneck_dim {d}"
         return TensorSlot(key, shape, neutral=0.0 if name.startswith("up") else None)
 
-    groups, head = parse_tensor_sets(config, shapes, _KEY, "bottleneck adapters", slot, _SLOTS, fields=_Fields)
+    groups, head = parse_tensor_sets(header, _KEY, "bottleneck adapters", slot, _SLOTS, fields=_Fields)
     problems = Problems()
     for group in groups.values():
         widths = {group.slots["down.weight"].shape[1], group.slots["up.weight"].shape[0], *group.slots["up.bias"].shape}
@@ -95,3 +93,20 @@ def misfit(group: TensorSet, model: nn.Module, config: Mapping[str, Any]) -> str
 
     width, own = output_width(model.get_submodule(group.name), model), group.slots["up.weight"].shape[0]
     return "" if width == own else f"it adapts outputs of width {own}, the base's have {width}"
+
+
+KIND = Kind(
+    name="bottleneck",
+    summary="Bottleneck adapters behind layers.",
+    formula="y + s · U f(D y)",
+    paper="Adapters (arXiv 1902.00751)",
+    peft_type="BOTTLENECK",
+    init_slots=("down.weight",),
+    meaning_fields=("activation", "scale"),
+    needs_import=True,
+    fresh_fields=fresh_fields,
+    usual_places=usual_places,
+    misfit=misfit,
+    parse=parse,
+    key_of_parameter=key_of_parameter,
+)

@@ -13,15 +13,13 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from pimerge.adapters.kinds._keys import CommonFields
+from pimerge.adapters.kind import AdapterHeader, Kind, Parts
+from pimerge.adapters.kinds._config_fields import CommonFields
 from pimerge.adapters.kinds._relatives import (
-    Layers,
     Read,
-    Relative,
     checked_config,
     key_of_parameter,
     keys_by_module,
-    misfit,
     relative,
     usual_places,
 )
@@ -31,21 +29,7 @@ from pimerge.core.errors import PimergeError, Problems
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = [
-    "HAS_UPDATE",
-    "INIT",
-    "PEFT_TYPE",
-    "READS_BASE",
-    "fresh_fields",
-    "key_of_parameter",
-    "misfit",
-    "parse",
-    "usual_places",
-]
 
-PEFT_TYPE = "FOURIERFT"
-HAS_UPDATE = READS_BASE = True
-INIT: tuple[str, ...] = ()
 _HARMLESS = ("n_frequency", "n_frequency_pattern")  # the spectra tell how long they are
 
 
@@ -55,15 +39,9 @@ class _Fields(CommonFields):
     fan_in_fan_out: bool = False
 
 
-def parse(
-    config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], *, convert: bool = False, layers: Layers
-) -> tuple[dict[str, Relative], dict[str, str]]:
-    """Read the layout of a FourierFT expert; see :mod:`pimerge.adapters.kinds`.
-
-    >>> modules, _ = parse({}, {"base_model.model.q.fourierft_spectrum": (3,)}, layers=lambda names: {"q": (16, 8)})
-    >>> modules["q"].scaling, modules["q"].rank
-    (150.0, 6)
-    """
+def parse(header: AdapterHeader) -> Parts:
+    """Read the layout of an expert of this kind; see :mod:`pimerge.adapters.kind`."""
+    config, shapes, layers = header.config, header.shapes, header.layers
     problems = Problems()
     config = checked_config(_Fields, config, problems, _HARMLESS)
     keys, head = keys_by_module(config, shapes, {"fourierft_spectrum"}, "spectra of FourierFT", problems)
@@ -111,3 +89,19 @@ def _build(key: str, weight: tuple[int, ...], seed: int, read: Read) -> tuple[Te
     A = torch.cat([by_column.cos(), by_column.sin()], 1).T
     B = torch.cat([by_row.cos(), -by_row.sin()], 1) * spectrum.repeat(2) / (rows * columns)
     return A, B
+
+
+KIND = Kind(
+    name="fourierft",
+    summary="A few frequencies of ΔW's two-dimensional Fourier transform.",
+    formula="ΔW = s · Re F⁻¹(c)",
+    paper="FourierFT (arXiv 2405.03003)",
+    peft_type="FOURIERFT",
+    has_update=True,
+    reads_base=True,
+    meaning_fields=("random_loc_seed",),
+    fresh_fields=fresh_fields,
+    usual_places=usual_places,
+    parse=parse,
+    key_of_parameter=key_of_parameter,
+)

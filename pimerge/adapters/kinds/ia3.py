@@ -9,26 +9,27 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from pimerge.adapters.kinds._tensor_sets import TensorSet, TensorSlot, parse_tensor_sets
+from pimerge.adapters.kind import AdapterHeader, Kind, Parts
 from pimerge.adapters.kinds._tensor_sets import fresh_fields as placed
+from pimerge.adapters.kinds._tensor_sets import parse_tensor_sets
+from pimerge.adapters.tensor_sets import TensorSet, TensorSlot
 from pimerge.core.errors import PimergeError
 
 if TYPE_CHECKING:
     from torch import nn
 
-PEFT_TYPE = "IA3"
-INIT: tuple[str, ...] = ()
 _KEYS_AND_VALUES = ("k_proj", "v_proj", "key", "value", "k_lin", "v_lin", "qkv")
 _FEEDFORWARD = ("fc2", "lin2", "down_proj", "wo", "dense_4h_to_h", "mlp.c_proj")
 _KEY = re.compile(r"(?P<module>.+)\.(?P<slot>ia3_l)")
 
 
-def parse(
-    config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], *, convert: bool = False
-) -> tuple[dict[str, TensorSet], dict[str, str]]:
-    """Read the layout of an (IA)³ expert; see :mod:`pimerge.adapters.kinds`.
+_WHY_NO_UPDATE = "(IA)³ scales what a matrix W gives or takes, so that its ΔW = diag(l − 1)·W needs the base's weights"
 
-    >>> groups, _ = parse({}, {"base_model.model.k.ia3_l": (4, 1)})
+
+def parse(header: AdapterHeader) -> Parts:
+    """Read the layout of an (IA)³ expert; see :mod:`pimerge.adapters.kind`.
+
+    >>> groups, _ = parse(AdapterHeader({}, {"base_model.model.k.ia3_l": (4, 1)}))
     >>> groups["k"].slots["ia3_l"].neutral
     1.0
     """
@@ -40,14 +41,14 @@ def parse(
             else "expected a row or a column"
         )
 
-    feedforward, targets = config.get("feedforward_modules"), config.get("target_modules")
+    feedforward, targets = (header.config.get(field) for field in ("feedforward_modules", "target_modules"))
     if isinstance(feedforward, list) and isinstance(targets, list) and (stray := set(feedforward) - set(targets)):
         raise PimergeError(
             f"feedforward_modules has {', '.join(sorted(map(str, stray)))}, which target_modules has not: PEFT saves "
             "such a config where it chose the former itself, and does not load it",
             "leave in feedforward_modules of adapter_config.json only what target_modules has",
         )
-    return parse_tensor_sets(config, shapes, _KEY, "(IA)³ vectors", slot, frozenset({"ia3_l"}))
+    return parse_tensor_sets(header, _KEY, "(IA)³ vectors", slot, frozenset({"ia3_l"}))
 
 
 def fresh_fields(size: int | None, modules: Sequence[str] | None) -> dict[str, Any]:
@@ -94,3 +95,18 @@ def misfit(group: TensorSet, model: nn.Module, config: Mapping[str, Any]) -> str
     return (
         "" if length in weight.shape[:2] else f"it scales {length} numbers, the base's weight is {tuple(weight.shape)}"
     )
+
+
+KIND = Kind(
+    name="ia3",
+    summary="Vectors that scale the outputs or the inputs of layers.",
+    formula="y = l ⊙ W x, or W (l ⊙ x)",
+    paper="(IA)³ (arXiv 2205.05638)",
+    peft_type="IA3",
+    why_no_update=_WHY_NO_UPDATE,
+    fresh_fields=fresh_fields,
+    usual_places=usual_places,
+    misfit=misfit,
+    parse=parse,
+    key_of_parameter=key_of_parameter,
+)

@@ -6,24 +6,21 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from pimerge.adapters.kinds._tensor_sets import TensorSet, TensorSlot, fresh_fields, parse_tensor_sets
+from pimerge.adapters.kind import AdapterHeader, Kind, Parts
+from pimerge.adapters.kinds._tensor_sets import fresh_fields, parse_tensor_sets
+from pimerge.adapters.tensor_sets import TensorSet, TensorSlot
 
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["INIT", "PEFT_TYPE", "fresh_fields", "key_of_parameter", "misfit", "parse"]
 
-PEFT_TYPE = "LN_TUNING"
-INIT: tuple[str, ...] = ()
 _KEY = re.compile(r"(?P<module>.+)\.ln_tuning_layers\.(?P<slot>weight|bias)")
 
 
-def parse(
-    config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], *, convert: bool = False
-) -> tuple[dict[str, TensorSet], dict[str, str]]:
-    """Read the layout of an expert of trained LayerNorms; see :mod:`pimerge.adapters.kinds`.
+def parse(header: AdapterHeader) -> Parts:
+    """Read the layout of an expert of trained LayerNorms; see :mod:`pimerge.adapters.kind`.
 
-    >>> groups, _ = parse({}, {"base_model.model.norm.ln_tuning_layers.weight": (4,)})
+    >>> groups, _ = parse(AdapterHeader({}, {"base_model.model.norm.ln_tuning_layers.weight": (4,)}))
     >>> groups["norm"].slots["weight"].base
     'norm.weight'
     """
@@ -31,7 +28,7 @@ def parse(
     def slot(module: str, name: str, key: str, shape: tuple[int, ...]) -> TensorSlot | str:
         return TensorSlot(key, shape, base=f"{module}.{name}")
 
-    return parse_tensor_sets(config, shapes, _KEY, "LayerNorms", slot, frozenset({"weight"}))
+    return parse_tensor_sets(header, _KEY, "LayerNorms", slot, frozenset({"weight"}))
 
 
 def usual_places(model: nn.Module) -> dict[str, Any]:
@@ -58,3 +55,17 @@ def misfit(group: TensorSet, model: nn.Module, config: Mapping[str, Any]) -> str
     own = {name: tuple(value.shape) for name, value in model.get_submodule(group.name).named_parameters(recurse=False)}
     found = {name: slot.shape for name, slot in group.slots.items()}
     return "" if own == found else f"it holds {found}, the base's layer {own}"
+
+
+KIND = Kind(
+    name="ln-tuning",
+    summary="LayerNorms trained in place of the base's own.",
+    formula="y = γ' ⊙ norm(x) + β'",
+    paper="LN tuning (arXiv 2312.11420)",
+    peft_type="LN_TUNING",
+    fresh_fields=fresh_fields,
+    usual_places=usual_places,
+    misfit=misfit,
+    parse=parse,
+    key_of_parameter=key_of_parameter,
+)

@@ -14,58 +14,35 @@ from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from pimerge.adapters.kind import AdapterHeader, Kind, Parts
 from pimerge.adapters.kinds._relatives import (
     BASE_HINT,
     CONVOLUTION,
-    Layers,
     Read,
     Relative,
     fresh_fields,
     key_of_parameter,
-    misfit,
     parse_modules,
     relative,
     require_shapes,
     require_slots,
     usual_places,
 )
-from pimerge.adapters.kinds.lora import pattern_value
+from pimerge.adapters.lora_module import pattern_value
 from pimerge.core.errors import PimergeError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = [
-    "HAS_UPDATE",
-    "INIT",
-    "PEFT_TYPE",
-    "READS_BASE",
-    "fresh_fields",
-    "key_of_parameter",
-    "misfit",
-    "parse",
-    "usual_places",
-]
 
-PEFT_TYPE = "LOHA"
-HAS_UPDATE = READS_BASE = True
-INIT = ("hada_w1_a", "hada_w1_b", "hada_w2_a")
 _PAIRS = frozenset({"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"})
 _CORES = frozenset({"hada_t1", "hada_t2"})
 _HARMLESS = ("rank_dropout", "module_dropout", "use_effective_conv2d")
 
 
-def parse(
-    config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], *, convert: bool = False, layers: Layers
-) -> tuple[dict[str, Relative], dict[str, str]]:
-    """Read the layout of a LoHa expert; see :mod:`pimerge.adapters.kinds`.
-
-    >>> shapes = {"w1_a": (6, 2), "w1_b": (2, 8), "w2_a": (6, 2), "w2_b": (2, 8)}
-    >>> modules, _ = parse({"r": 2, "alpha": 4}, {f"base_model.model.q.hada_{name}": s for name, s in shapes.items()},
-    ...                    layers=lambda names: {"q": (6, 8)})
-    >>> modules["q"].scaling, modules["q"].rank
-    (2.0, 4)
-    """
+def parse(header: AdapterHeader) -> Parts:
+    """Read the layout of an expert of this kind; see :mod:`pimerge.adapters.kind`."""
+    config, shapes, layers = header.config, header.shapes, header.layers
     return parse_modules(config, shapes, layers, _PAIRS | _CORES, _HARMLESS, "LoHa", _module)
 
 
@@ -107,3 +84,19 @@ def _pair(slots: Mapping[str, str], number: int, read: Read) -> tuple[Tensor, Te
         return second, first
     core = read(slots[f"hada_t{number}"]).double()
     return torch.einsum("ijkl,jr->irkl", core, second).flatten(1), first.T
+
+
+KIND = Kind(
+    name="loha",
+    summary="Hadamard products of two low-rank updates.",
+    formula="ΔW = s · (B₁ A₁) ⊙ (B₂ A₂)",
+    paper="FedPara (arXiv 2108.06098)",
+    peft_type="LOHA",
+    has_update=True,
+    reads_base=True,
+    init_slots=("hada_w1_a", "hada_w1_b", "hada_w2_a"),
+    fresh_fields=fresh_fields,
+    usual_places=usual_places,
+    parse=parse,
+    key_of_parameter=key_of_parameter,
+)

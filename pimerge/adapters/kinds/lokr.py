@@ -14,41 +14,26 @@ from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from pimerge.adapters.kind import AdapterHeader, Kind, Parts
 from pimerge.adapters.kinds._relatives import (
     BASE_HINT,
     CONVOLUTION,
-    Layers,
     Read,
     Relative,
     fresh_fields,
     key_of_parameter,
-    misfit,
     parse_modules,
     relative,
     require_slots,
     usual_places,
 )
-from pimerge.adapters.kinds.lora import pattern_value
+from pimerge.adapters.lora_module import pattern_value
 from pimerge.core.errors import PimergeError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = [
-    "HAS_UPDATE",
-    "INIT",
-    "PEFT_TYPE",
-    "READS_BASE",
-    "fresh_fields",
-    "key_of_parameter",
-    "misfit",
-    "parse",
-    "usual_places",
-]
 
-PEFT_TYPE = "LOKR"
-HAS_UPDATE = READS_BASE = True
-INIT = ("lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
 _SLOTS = frozenset(f"lokr_{name}" for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2"))
 _HARMLESS = (
     "rank_dropout",
@@ -60,17 +45,9 @@ _HARMLESS = (
 )
 
 
-def parse(
-    config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], *, convert: bool = False, layers: Layers
-) -> tuple[dict[str, Relative], dict[str, str]]:
-    """Read the layout of a LoKr expert; see :mod:`pimerge.adapters.kinds`.
-
-    >>> shapes = {"w1": (2, 2), "w2_a": (8, 1), "w2_b": (1, 4)}
-    >>> modules, _ = parse({"r": 1, "alpha": 3}, {f"base_model.model.q.lokr_{name}": s for name, s in shapes.items()},
-    ...                    layers=lambda names: {"q": (16, 8)})
-    >>> modules["q"].scaling, modules["q"].rank
-    (3.0, 2)
-    """
+def parse(header: AdapterHeader) -> Parts:
+    """Read the layout of an expert of this kind; see :mod:`pimerge.adapters.kind`."""
+    config, shapes, layers = header.config, header.shapes, header.layers
     return parse_modules(config, shapes, layers, _SLOTS, _HARMLESS, "LoKr", _module)
 
 
@@ -151,3 +128,19 @@ def _build_whole(slots: Mapping[str, str], size: tuple[int, int], read: Read) ->
     A1, B1 = _pair(slots, 1, read)
     delta = torch.kron(B1 @ A1, read(slots["lokr_w2"]).double()).reshape(size)
     return delta, torch.eye(size[0], dtype=delta.dtype)
+
+
+KIND = Kind(
+    name="lokr",
+    summary="Kronecker products of two small matrices.",
+    formula="ΔW = s · W₁ ⊗ W₂",
+    paper="LyCORIS (arXiv 2309.14859)",
+    peft_type="LOKR",
+    has_update=True,
+    reads_base=True,
+    init_slots=("lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"),
+    fresh_fields=fresh_fields,
+    usual_places=usual_places,
+    parse=parse,
+    key_of_parameter=key_of_parameter,
+)

@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from pimerge.adapters.kind import AdapterHeader, Kind, Parts
 from pimerge.adapters.kinds._prompts import (
     KEY,
     fresh_fields,
@@ -19,27 +20,22 @@ from pimerge.adapters.kinds._prompts import (
     takes_text,
     text_field,
 )
-from pimerge.adapters.kinds._tensor_sets import TensorSet, TensorSlot
+from pimerge.adapters.tensor_sets import TensorSet, TensorSlot
 from pimerge.core.errors import PimergeError
 
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["INIT", "PEFT_TYPE", "fresh_fields", "key_of_parameter", "misfit", "parse", "usual_places"]
 
-PEFT_TYPE = "PREFIX_TUNING"
-INIT = ("prefix",)
+def parse(header: AdapterHeader) -> Parts:
+    """Read the layout of an expert of prefix tuning; see :mod:`pimerge.adapters.kind`.
 
-
-def parse(
-    config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], *, convert: bool = False
-) -> tuple[dict[str, TensorSet], dict[str, str]]:
-    """Read the layout of an expert of prefix tuning; see :mod:`pimerge.adapters.kinds`.
-
-    >>> groups, _ = parse({"num_virtual_tokens": 3, "token_dim": 8, "num_layers": 2}, {"prompt_embeddings": (3, 32)})
+    >>> groups, _ = parse(AdapterHeader(
+    ...     {"num_virtual_tokens": 3, "token_dim": 8, "num_layers": 2}, {"prompt_embeddings": (3, 32)}))
     >>> {name: group.slots["prefix"].columns for name, group in groups.items()}
     {'layers.0': (0, 16), 'layers.1': (16, 32)}
     """
+    config = header.config
     if config.get("prefix_projection"):
         raise PimergeError(
             "prefix_projection is on: the network that makes the prefix is not in the file, and prefixes that it made "
@@ -47,7 +43,7 @@ def parse(
             "train it with prefix_projection=False",
         )
     expected = {"tokens": "num_virtual_tokens", "keys and values": "num_layers 2 token_dim"}
-    (tokens, width), head = parse_prompt(config, shapes, "prefix", expected)
+    (tokens, width), head = parse_prompt(config, header.shapes, "prefix", expected)
     step = width // config["num_layers"]
     columns = [(layer * step, (layer + 1) * step) for layer in range(config["num_layers"])]
     slots = {f"layers.{layer}": TensorSlot(KEY, (tokens, step), columns=part) for layer, part in enumerate(columns)}
@@ -88,3 +84,19 @@ def _takes_past(model: nn.Module) -> bool:
     return any(
         "past_key_values" in inspect.signature(module.forward).parameters for module in (model, *model.children())
     )
+
+
+KIND = Kind(
+    name="prefix",
+    summary="Keys and values before those of the text, in every layer.",
+    formula="attention(q, [P_k; K], [P_v; V])",
+    paper="Prefix tuning (arXiv 2101.00190)",
+    peft_type="PREFIX_TUNING",
+    init_slots=("prefix",),
+    before_text=True,
+    fresh_fields=fresh_fields,
+    usual_places=usual_places,
+    misfit=misfit,
+    parse=parse,
+    key_of_parameter=key_of_parameter,
+)

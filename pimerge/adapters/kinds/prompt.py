@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from pimerge.adapters.kind import AdapterHeader, Kind, Parts
 from pimerge.adapters.kinds._prompts import (
     KEY,
     fresh_fields,
@@ -18,28 +19,22 @@ from pimerge.adapters.kinds._prompts import (
     takes_text,
     text_field,
 )
-from pimerge.adapters.kinds._tensor_sets import TensorSet, TensorSlot
+from pimerge.adapters.tensor_sets import TensorSet, TensorSlot
 
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["INIT", "PEFT_TYPE", "fresh_fields", "key_of_parameter", "misfit", "parse"]
 
-PEFT_TYPE = "PROMPT_TUNING"
-INIT = ("prompt",)
+def parse(header: AdapterHeader) -> Parts:
+    """Read the layout of an expert of prompt tuning; see :mod:`pimerge.adapters.kind`.
 
-
-def parse(
-    config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], *, convert: bool = False
-) -> tuple[dict[str, TensorSet], dict[str, str]]:
-    """Read the layout of an expert of prompt tuning; see :mod:`pimerge.adapters.kinds`.
-
-    >>> groups, _ = parse({"num_virtual_tokens": 3, "token_dim": 8, "num_layers": 2}, {"prompt_embeddings": (3, 8)})
+    >>> groups, _ = parse(AdapterHeader(
+    ...     {"num_virtual_tokens": 3, "token_dim": 8, "num_layers": 2}, {"prompt_embeddings": (3, 8)}))
     >>> list(groups)
     ['prompt']
     """
     expected = {"tokens": "num_virtual_tokens num_transformer_submodules", "width": "token_dim"}
-    shape, head = parse_prompt(config, shapes, "prompt", expected)
+    shape, head = parse_prompt(header.config, header.shapes, "prompt", expected)
     return {"prompt": TensorSet("prompt", {"prompt": TensorSlot(KEY, shape)})}, head
 
 
@@ -52,3 +47,20 @@ def misfit(group: TensorSet, model: nn.Module, config: Mapping[str, Any]) -> str
     width = text_field(model, "embedding_size", "hidden_size", "d_model")
     own = group.slots["prompt"].shape[1]
     return "" if width == own else f"its vectors have {own} numbers, the base's embeddings {width}"
+
+
+KIND = Kind(
+    name="prompt",
+    summary="Vectors in front of the embedded text.",
+    formula="model([P; E(text)])",
+    paper="Prompt tuning (arXiv 2104.08691)",
+    peft_type="PROMPT_TUNING",
+    init_slots=("prompt",),
+    meaning_fields=("num_transformer_submodules",),
+    before_text=True,
+    embeds_tokens=True,
+    fresh_fields=fresh_fields,
+    misfit=misfit,
+    parse=parse,
+    key_of_parameter=key_of_parameter,
+)

@@ -12,9 +12,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from pimerge.adapters.kinds._keys import CommonFields
+from pimerge.adapters.kind import AdapterHeader, Kind, Parts
+from pimerge.adapters.kinds._config_fields import CommonFields
 from pimerge.adapters.kinds._projections import (
     Projections,
     check_projections,
@@ -24,13 +25,10 @@ from pimerge.adapters.kinds._projections import (
     split_projections,
 )
 from pimerge.adapters.kinds._relatives import (
-    Layers,
     Read,
-    Relative,
     checked_config,
     key_of_parameter,
     keys_by_module,
-    misfit,
     relative,
     require_shapes,
     usual_places,
@@ -40,21 +38,7 @@ from pimerge.core.errors import Problems
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = [
-    "HAS_UPDATE",
-    "INIT",
-    "PEFT_TYPE",
-    "READS_BASE",
-    "fresh_fields",
-    "key_of_parameter",
-    "misfit",
-    "parse",
-    "usual_places",
-]
 
-PEFT_TYPE = "RANDLORA"
-HAS_UPDATE = READS_BASE = True
-INIT: tuple[str, ...] = ()
 _SLOTS = frozenset({"randlora_lambda", "randlora_gamma"})
 _HARMLESS = ("save_projection", "randlora_dropout")
 
@@ -68,16 +52,9 @@ class _Fields(CommonFields):
     fan_in_fan_out: bool = False
 
 
-def parse(
-    config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], *, convert: bool = False, layers: Layers
-) -> tuple[dict[str, Relative], dict[str, str]]:
-    """Read the layout of a RandLoRA expert; see :mod:`pimerge.adapters.kinds`.
-
-    >>> modules, _ = parse({"r": 4, "randlora_alpha": 8}, {"base_model.model.q.randlora_lambda": (4, 2),
-    ...                    "base_model.model.q.randlora_gamma": (2, 6)}, layers=lambda names: {"q": (6, 8)})
-    >>> modules["q"].scaling, modules["q"].rank
-    (2.0, 6)
-    """
+def parse(header: AdapterHeader) -> Parts:
+    """Read the layout of an expert of this kind; see :mod:`pimerge.adapters.kind`."""
+    config, shapes, layers = header.config, header.shapes, header.layers
     problems = Problems()
     config = checked_config(_Fields, config, problems, _HARMLESS)
     stored, rest = split_projections("randlora", shapes)
@@ -114,3 +91,19 @@ def _build(
     # PEFT counts the columns by base first, and the rows above by rank first
     outer = B[: max(weight), :bases].double().flatten(1)  # (the larger side × n·r)
     return (inner, outer) if weight[1] == small else (outer.T, inner.T)
+
+
+KIND = Kind(
+    name="randlora",
+    summary="Sums of scaled random low-rank updates that all layers share.",
+    formula="ΔW = s · Σ_n B_n diag(λ_n) A diag(γ_n)",
+    paper="RandLoRA (arXiv 2502.00987)",
+    peft_type="RANDLORA",
+    has_update=True,
+    reads_base=True,
+    meaning_fields=("projection_prng_key", "sparse", "very_sparse"),
+    fresh_fields=fresh_fields,
+    usual_places=usual_places,
+    parse=parse,
+    key_of_parameter=key_of_parameter,
+)

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from pimerge.adapters.kinds._keys import CommonFields
+from pimerge.adapters.kind import AdapterHeader, Kind, Parts
+from pimerge.adapters.kinds._config_fields import CommonFields
 from pimerge.adapters.kinds._projections import (
     Projections,
     check_projections,
@@ -22,13 +23,10 @@ from pimerge.adapters.kinds._projections import (
     split_projections,
 )
 from pimerge.adapters.kinds._relatives import (
-    Layers,
     Read,
-    Relative,
     checked_config,
     key_of_parameter,
     keys_by_module,
-    misfit,
     relative,
     require_shapes,
     usual_places,
@@ -38,21 +36,7 @@ from pimerge.core.errors import Problems
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = [
-    "HAS_UPDATE",
-    "INIT",
-    "PEFT_TYPE",
-    "READS_BASE",
-    "fresh_fields",
-    "key_of_parameter",
-    "misfit",
-    "parse",
-    "usual_places",
-]
 
-PEFT_TYPE = "VERA"
-HAS_UPDATE = READS_BASE = True
-INIT: tuple[str, ...] = ()
 _SLOTS = frozenset({"vera_lambda_b", "vera_lambda_d"})
 _HARMLESS = ("save_projection", "vera_dropout", "d_initial")
 
@@ -63,16 +47,9 @@ class _Fields(CommonFields):
     fan_in_fan_out: bool = False
 
 
-def parse(
-    config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], *, convert: bool = False, layers: Layers
-) -> tuple[dict[str, Relative], dict[str, str]]:
-    """Read the layout of a VeRA expert; see :mod:`pimerge.adapters.kinds`.
-
-    >>> shapes = {"base_model.model.q.vera_lambda_b": (6,), "base_model.model.q.vera_lambda_d": (2,)}
-    >>> modules, _ = parse({"r": 2}, shapes, layers=lambda names: {"q": (6, 8)})
-    >>> modules["q"].d_in, modules["q"].rank
-    (8, 2)
-    """
+def parse(header: AdapterHeader) -> Parts:
+    """Read the layout of an expert of this kind; see :mod:`pimerge.adapters.kind`."""
+    config, shapes, layers = header.config, header.shapes, header.layers
     problems = Problems()
     config = checked_config(_Fields, config, problems, _HARMLESS)
     stored, rest = split_projections("vera", shapes)
@@ -100,3 +77,19 @@ def _build(slots: Mapping[str, str], d_in: int, projections: Projections, read: 
     A, B = projections(read)
     d, b = (read(slots[f"vera_lambda_{letter}"]).double() for letter in "db")
     return d[:, None] * A[:, :d_in].double(), b[:, None] * B[: len(b)].double()
+
+
+KIND = Kind(
+    name="vera",
+    summary="Vectors that scale random projections which all layers share.",
+    formula="ΔW = diag(λ_b) B diag(λ_d) A",
+    paper="VeRA (arXiv 2310.11454)",
+    peft_type="VERA",
+    has_update=True,
+    reads_base=True,
+    meaning_fields=("projection_prng_key",),
+    fresh_fields=fresh_fields,
+    usual_places=usual_places,
+    parse=parse,
+    key_of_parameter=key_of_parameter,
+)

@@ -13,7 +13,7 @@ from pimerge.cli.merge.show import coefficients_of, manifest_of, method_summary,
 from pimerge.core.errors import PimergeError
 
 if TYPE_CHECKING:
-    from pimerge.adapters.kinds.lora import Factors
+    from pimerge.adapters.lora_module import Factors
     from pimerge.adapters.low_rank import Summary
     from pimerge.adapters.merge_into import MergeIntoPlan
     from pimerge.adapters.writer import Head

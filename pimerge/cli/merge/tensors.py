@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from pimerge.adapters.writer import Documents
     from pimerge.merging.tensor_merge import TensorMerge
 
-_IMPORT = {"bitfit", "bottleneck"}
-
 
 def run(request: Request, chosen: Chosen, method: Method, fisher: Callable[[Expert, str], Tensor] | None) -> None:
     """Merge experts of one kind into one of that kind."""
@@ -155,7 +153,7 @@ def _card(request: Request, merge: TensorMerge) -> str:
     first = merge.experts[0]
     base, _ = base_reference(first.base, request.output)
     known = "import pimerge.peft_methods  # pip install pimerge: PEFT has no such kind of its own\n" * (
-        first.kind in _IMPORT
+        first.strategy.needs_import
     )
     return card(
         base,

@@ -46,7 +46,7 @@ def _factors(expert: Expert, name: str) -> tuple[Array, Array]:
     """A (r × d_in) and s · Bᵀ (r × d_out); of a group its numbers (1 × n) and a 1."""
     if expert.modules:
         return expert.updates([name])[name]
-    from pimerge.adapters.kinds._tensor_sets import read_slot
+    from pimerge.adapters.tensor_sets import read_slot
 
     slots = expert.tensor_sets[name].slots.values()
     numbers = [read_slot(slot, expert.tensor).double().flatten().numpy() for slot in slots]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from pimerge.adapters.expert import Expert, open_expert
 from pimerge.adapters.kinds import lora
+from pimerge.adapters.lora_module import pattern_value, stored
 from pimerge.core.errors import PimergeError
 from tests.support.bases import layers, model_for
 from tests.support.experts import PREFIX, MakeExpert, layers_expert, raw_expert, set_config, set_tensors, updates_of
@@ -100,7 +101,7 @@ PATTERNS = st.dictionaries(
 @small
 @given(PATTERNS, PIECES)
 def test_patterns_match_as_in_peft(pattern: dict[str, int], name: str) -> None:
-    assert lora.pattern_value(pattern, name, 99) == pattern.get(get_pattern_key(pattern.keys(), name), 99)
+    assert pattern_value(pattern, name, 99) == pattern.get(get_pattern_key(pattern.keys(), name), 99)
 
 
 @pytest.mark.parametrize("targets", [["words"], ["conv"], ["proj", "other"]])
@@ -109,7 +110,7 @@ def test_stored_is_the_inverse_of_factors(targets: list[str], tmp_path: Path) ->
     expert = open_expert(folder)
     again: dict[str, Tensor] = {}
     for name, module in expert.modules.items():
-        again |= lora.stored(module, expert.factors(name))
+        again |= stored(module, expert.factors(name))
     saved = load_file(folder / "adapter_model.safetensors")
     assert again.keys() == saved.keys()
     assert all(torch.equal(again[key], saved[key]) for key in saved)

@@ -15,9 +15,9 @@ from torch import Tensor
 from pimerge.adapters.base_fit import check_fits
 from pimerge.adapters.compatibility import check_expert
 from pimerge.adapters.expert import Expert, open_expert
-from pimerge.adapters.kinds._tensor_sets import joined, read_slot
-from pimerge.adapters.kinds._unhandled import NO_RULE, why_unhandled
-from pimerge.core import plugins
+from pimerge.adapters.kind import KINDS as ALL_KINDS
+from pimerge.adapters.tensor_sets import joined, read_slot
+from pimerge.adapters.unhandled import NO_RULE, why_unhandled
 from pimerge.core.errors import PimergeError
 from pimerge.embedding.features import at_strengths, scales_of
 from pimerge.models.loading import LoadedBase, plugged_in, plugged_in_sum, set_head
@@ -52,7 +52,7 @@ def test_every_tensor_that_peft_writes_has_its_place_and_comes_back(
     for key, tensor in joined(expert.tensor_sets, parts).items():
         assert torch.equal(tensor, file[key])
     model = PeftModel.from_pretrained(model_for(bases[base]), tmp_path / "x")
-    key_of = plugins.load("pimerge.adapters.kinds", expert.kind).key_of_parameter
+    key_of = expert.strategy.key_of_parameter
     assert {key_of(name) for name, _ in model.named_parameters()} >= set(expert.keys)
 
 
@@ -228,7 +228,5 @@ def test_feedforward_layers_that_are_no_targets_are_refused_as_peft_does(
 
 @pytest.mark.parametrize("kind", sorted(kind.value for kind in PeftType))
 def test_every_kind_of_pefts_is_handled_or_has_a_reason_of_its_own(kind: str) -> None:
-    handled = {
-        plugins.load("pimerge.adapters.kinds", name).PEFT_TYPE for name in plugins.summaries("pimerge.adapters.kinds")
-    }
+    handled = {each.peft_type for each in ALL_KINDS}
     assert (kind in handled) != (why_unhandled(kind) not in ("", NO_RULE))

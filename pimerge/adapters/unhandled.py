@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-from pimerge.adapters.kinds._tensor_sets import TensorSet, TensorSlot
+from pimerge.adapters.kind import AdapterHeader, Parts
+from pimerge.adapters.tensor_sets import TensorSet, TensorSlot
 
 _ROTATES = "it multiplies the base's weights by an orthogonal matrix, and the sum of two such is none"
 _OF_THE_BASE = "its ΔW is made with the base's own weights, which are not read where experts are combined"
@@ -67,15 +65,13 @@ def why_unhandled(peft_type: str) -> str:
     return NO_RULE if peft_type in PeftType.__members__ else ""
 
 
-def parse(
-    config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
-) -> tuple[dict[str, TensorSet], dict[str, str]]:
+def parse(header: AdapterHeader) -> Parts:
     """Every tensor that is no head's, by the module that its name says."""
-    saved = config.get("modules_to_save")
+    saved = header.config.get("modules_to_save")
     heads = saved if isinstance(saved, list) else []
     found: dict[str, dict[str, TensorSlot]] = {}
     head = {}
-    for key, shape in sorted(shapes.items()):
+    for key, shape in sorted(header.shapes.items()):
         name = next((key.removeprefix(prefix) for prefix in _PREFIXES if key.startswith(prefix)), key)
         if any(f".{each}." in f".{name}" for each in heads):
             head[name] = key

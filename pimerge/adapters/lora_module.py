@@ -1,0 +1,191 @@
+"""Low-rank updates ΔW = s·B·A of a base's matrices, as LoRA stores them.
+
+Layout relied on by all that merge or compose: A is (r × d_in), B is (d_out × r), whatever the layer. A convolution's
+kernel is folded into d_in; an embedding's A is (r × vocabulary). ``fan_in_fan_out`` (GPT-2's Conv1D) concerns how the
+base stores its weight, not the factors.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pimerge.adapters.keys import PREFIX
+from pimerge.core.errors import PimergeError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+DORA, PISSA, OLORA = "DoRA", "PiSSA", "OLoRA"
+"""What an update is converted from with the base's weights."""
+
+
+@dataclass(frozen=True)
+class LoraModule:
+    """Where one module's update lies in the adapter file, and its scaling.
+
+    Attributes:
+        name: the module's full name in the base model.
+        A, B, bias: keys of the tensors; ``bias`` is None without ``lora_bias``.
+        scaling: s = alpha / r, or alpha / √r with rsLoRA.
+        layer: ``linear``, ``embedding`` or ``conv``.
+        shape_A, shape_B: shapes as stored.
+        magnitude: key of DoRA's magnitudes; None without.
+        conversions: what it has to be converted from with the base's weight: ``PiSSA``, ``OLoRA``, ``DoRA``.
+        base_copy: key of a copy of the base's weight, which PEFT saves beside an embedding's factors; None without.
+    """
+
+    name: str
+    A: str
+    B: str
+    bias: str | None
+    rank: int
+    alpha: float
+    scaling: float
+    layer: str
+    shape_A: tuple[int, ...]
+    shape_B: tuple[int, ...]
+    magnitude: str | None = None
+    conversions: tuple[str, ...] = ()
+    base_copy: str | None = None
+
+    @property
+    def full_rank(self) -> int:
+        """The most that ΔW's rank can be, after its conversion."""
+        if DORA in self.conversions:
+            return min(self.d_out, self.d_in)
+        return self.rank * 2 if self.conversions else self.rank
+
+    @property
+    def is_computed(self) -> bool:
+        """Whether its factors are computed from other tensors, so that they are nobody's to compare or train."""
+        return False
+
+    @property
+    def key_of_slot(self) -> Mapping[str, str]:
+        """Slot → key of each of its tensors."""
+        found = {"A": self.A, "B": self.B, "bias": self.bias}
+        return {slot: key for slot, key in found.items() if key}
+
+    @property
+    def form(self) -> tuple[object, ...]:
+        """What two modules must share to be compared number by number, beside their rank and bias."""
+        return ()
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Of its tensors that are combined."""
+        return tuple(self.key_of_slot.values())
+
+    @property
+    def numbers(self) -> int:
+        """How many its factors hold."""
+        return self.rank * (self.d_in + self.d_out)
+
+    @property
+    def d_in(self) -> int:
+        """Inputs of ΔW, a convolution's kernel included."""
+        return math.prod(self.shape_A[1:])
+
+    @property
+    def d_out(self) -> int:
+        """Outputs of ΔW."""
+        return self.shape_B[0]
+
+    def factors(self, read: Callable[[str], Tensor]) -> Factors:
+        """Its factors in the common layout; ``read`` gives the tensor of a key."""
+        A, B = read(self.A), read(self.B)
+        return Factors(
+            A.reshape(A.shape[0], -1),
+            B.reshape(B.shape[0], -1),
+            self.scaling,
+            read(self.bias) if self.bias else None,
+        )
+
+
+@dataclass(frozen=True)
+class Factors:
+    """One module's update ΔW = scaling · B A, and its bias update scaling · bias.
+
+    Attributes:
+        A: (r × d_in).
+        B: (d_out × r).
+        bias: (d_out) or None.
+    """
+
+    A: Tensor
+    B: Tensor
+    scaling: float
+    bias: Tensor | None = None
+
+
+def stored(module: LoraModule, merged: Factors) -> dict[str, Tensor]:
+    """The tensors of one module as PEFT stores them: the inverse of :meth:`LoraModule.factors` for scaling 1."""
+    rank = merged.A.shape[0]
+    tensors = {
+        module.A: merged.A.reshape(rank, *module.shape_A[1:]).contiguous(),
+        module.B: merged.B.reshape(merged.B.shape[0], rank, *module.shape_B[2:]).contiguous(),
+    }
+    if merged.bias is not None:
+        tensors[bias_key(module.name)] = merged.bias.contiguous()
+    return tensors
+
+
+def refuse_biased_embeddings(modules: Iterable[LoraModule], has_bias: bool) -> None:
+    """Refuse an expert of these modules with biases (``lora_bias``) if one is an embedding.
+
+    Raises:
+        PimergeError: naming the embedding.
+    """
+    embeddings = [module.name for module in modules if module.layer == "embedding"]
+    if has_bias and embeddings:
+        raise PimergeError(
+            f"an expert has biases (lora_bias), and '{embeddings[0]}' is an embedding: PEFT loads no expert with both",
+            "leave out the experts with lora_bias or those that adapt embeddings",
+        )
+
+
+def rank_fields(ranks: Mapping[str, int]) -> dict[str, Any]:
+    """What PEFT's config says of a LoRA of these modules and ranks, with scaling 1.
+
+    >>> rank_fields({"q": 2, "v": 4, "k": 2})
+    {'r': 2, 'lora_alpha': 2, 'rank_pattern': {'k': 2, 'q': 2, 'v': 4}, 'alpha_pattern': {'k': 2, 'q': 2, 'v': 4}, \
+'target_modules': ['k', 'q', 'v']}
+    """
+    usual = Counter(ranks.values()).most_common(1)[0][0] if ranks else 1
+    # PEFT takes the first key that a module's name ends with, so longer names go first and all are listed.
+    differ = len(set(ranks.values())) > 1
+    pattern = {name: ranks[name] for name in sorted(ranks, key=lambda n: (-len(n), n))} if differ else {}
+    return {
+        "r": usual,
+        "lora_alpha": usual,
+        "rank_pattern": pattern,
+        "alpha_pattern": pattern,
+        "target_modules": sorted(ranks),
+    }
+
+
+def bias_key(module: str) -> str:
+    """The key of a module's bias update (``lora_bias``).
+
+    >>> bias_key("q")
+    'base_model.model.q.lora_B.bias'
+    """
+    return f"{PREFIX}{module}.lora_B.bias"
+
+
+def pattern_value(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
+    """What ``rank_pattern`` or ``alpha_pattern`` says of a module: the first key that matches its end.
+
+    >>> pattern_value({"q_proj": 4}, "layers.0.q_proj", 8), pattern_value({"proj": 4}, "layers.0.q_proj", 8)
+    (4, 8)
+    """
+    for key, value in pattern.items():
+        if re.match(rf"(.*\.)?({key})$", module):
+            return value
+    return default
