@@ -161,7 +161,6 @@ class Family(Generic[S]):
 
 # Families that are not yet typed objects: to be removed with the last of them.
 _NOUNS = {
-    "pimerge.adapters.kinds": "kind",
     "pimerge.tasks.types": "task type",
     "pimerge.tasks.metrics": "metric",
     "pimerge.ranking.measures": "measure",
