@@ -2,7 +2,7 @@
 
     python examples/digits/picture.py RANKING_JSON [OUTPUT]
 
-The ranking is one by the target's examples, as ``pimerge rank --target X -k 2`` writes it.
+The ranking is by the target's examples, as ``pimerge rank --target X -k 2`` writes it.
 
 Needs ``pip install 'pimerge[plots]'``.
 """
@@ -39,7 +39,7 @@ def main() -> None:
     right.barh(range(1, len(rows)), gains[:, 0], color=colours, xerr=errors, error_kw={"linewidth": 0.8})
     right.set_ylim(len(rows) - 0.5, -0.5)
     right.set_yticks([])
-    right.text(0.5, 0, "the target: five labels a digit", va="center", fontsize=9)
+    right.text(0.5, 0, "the target: five labels per digit", va="center", fontsize=9)
     right.axvline(0, color="black", linewidth=0.8)
     right.set_title(f"expected gain for {ranking.target.name}, points; blue: selected", fontsize=10)
     for side in ("top", "right", "left"):

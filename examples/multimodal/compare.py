@@ -1,11 +1,11 @@
-"""Compare methods on a few-shot target of each modality at one budget: mean ± sd of the test accuracy over seeds.
+"""Compare methods at equal budget on a few-shot target of each modality: mean ± sd of the test accuracy over seeds.
 
     python examples/multimodal/compare.py RANKING... [--seeds 3]
 
-Each ranking is one of a target's few examples, as ``pimerge rank --target tasks/NAME`` writes it, in the folder of
-``experts`` and ``tasks``. The experts are LoRA. Each seed draws other examples to train on, another init and another
-order. Every method has the same number of passes over them in all; π-Tuning spends half of them on the target's own
-expert. Nothing was tuned on the targets: the learning rate is the one that the pool was trained with.
+Each ranking is one by a target's few examples, as ``pimerge rank --target tasks/NAME`` writes it, in the folder that
+holds ``experts`` and ``tasks``. The experts are LoRA. Each seed samples other training examples, another init and another
+order. Every method has the same total number of passes over them; π-Tuning spends half of them on the target's own
+expert. Nothing was tuned on the targets: the learning rate is that of the pool.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ COMPANIONS = 2
 METHODS = [
     "bare base",
     "fresh LoRA",
-    "best single expert as it is",
-    "best single expert trained on",
+    "best single expert, not trained",
+    "best single expert, trained further",
     "π-Tuning: own + 2 of its modality",
     "π-Tuning: own + 2 of other modalities",
     "π-Tuning: own + the 2 best of all",
@@ -69,7 +69,7 @@ def main() -> None:
     print_table(["method", *(read_ranking(path).target.name for path in arguments.rankings)], rows)
     for path in arguments.rankings:
         same, other, every = (", ".join(one.name for one in group) for group in companions(path))
-        print(f"{read_ranking(path).target.name}: of its modality {same}; of others {other}; of all {every}")
+        print(f"{read_ranking(path).target.name}: from its modality {same}; from others {other}; from all {every}")
 
 
 def prepare() -> None:
@@ -96,7 +96,7 @@ def companions(path: Path) -> tuple[list[Candidate], list[Candidate], list[Candi
 
 
 def accuracies(epochs: int, path: Path, seed: int) -> list[float]:
-    """Test accuracy of every method on one draw of a target's examples."""
+    """Test accuracy of every method on one sampling of a target's examples."""
     ranking = read_ranking(path)
     task = open_task(path.parent / ranking.target.path)
     groups = companions(path)

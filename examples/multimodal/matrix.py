@@ -1,8 +1,8 @@
-"""Print the cross-modal task graph: how close every expert of the store is to every other, by a measure of the store.
+"""Print the cross-modal task graph: the similarity of every pair of experts by a measure of the store.
 
     python examples/multimodal/matrix.py [--measure marginals] [--store embeddings.json]
 
-Names tell what an expert is: v (vision), vl (vision-language) or l (language) first, and -b last for a bottleneck.
+An expert's name begins with its modality, v (vision), vl (vision-language) or l (language), and ends in -b for a bottleneck.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from pimerge.ranking.selection import Wish
 
 MODALITIES = {"v": "vision", "vl": "vision-language", "l": "language"}
 LORA, BOTTLENECK = KINDS = ["LoRA", "bottleneck"]
-UNCENTRED = "fisher-raw"  # the paper's measure; around the pool's mean nothing is more central than the rest
+UNCENTRED = "fisher-raw"  # the paper's measure; a measure centred on the pool's mean shows no centrality
 Graph = dict[tuple[str, str], float]
 
 
 def main() -> None:
-    """Print the matrix and what it says of the modalities."""
+    """Print the matrix and what it shows about the modalities."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
     parser.add_argument("--measure", default="marginals")
     parser.add_argument("--store", type=Path, default=Path("embeddings.json"))
@@ -39,7 +39,7 @@ def main() -> None:
         print(f"{number:3} {row:{width}}" + "".join(cells))
     print("\nMean between different tasks, by modality:")
     print_table(["", *MODALITIES.values()], by_modality(names, graph))
-    print(f"\nMean to all other LoRA experts by '{UNCENTRED}', the most central first:")
+    print(f"\nMean to all other LoRA experts by '{UNCENTRED}', most central first:")
     print_table(["expert", "mean"], centrality(*task_graph(arguments.store, UNCENTRED)))
     twins = [name for name in names if sum(task_of(other) == task_of(name) for other in names) == len(KINDS)]
     found = [name for name in twins if task_of(nearest(names, graph, name)) == task_of(name)]
@@ -60,7 +60,7 @@ def task_graph(path: Path, measure: str) -> tuple[list[str], Graph]:
 
 
 def modality(name: str) -> str:
-    """What an expert is about: v, vl or l."""
+    """The modality of an expert: v, vl or l."""
     return name.partition("-")[0]
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The road across modalities: embed a pool of vision, language and vision-language experts of two kinds, print the task
+# The pipeline across modalities: embed a pool of vision, language and vision-language experts of two kinds, print the task
 # graph, rank for a few-shot target in each modality, and compare π-Tuning with its controls.
 # Writes into a new folder (or the one given), so it can run again and again.
 set -euo pipefail

@@ -1,8 +1,8 @@
-"""Print the scores that a recipe has written as the papers' tables have them: methods down, tasks across.
+"""Print the scores of a recipe in the form of the papers' tables: a row per method, a column per task.
 
     python examples/recipes/table.py TASK/scores.json ... > table.md
 
-A cell is the task's first metric times 100 (BLEU has that range already), mean ± sd over seeds where there are several.
+A cell is the task's first metric times 100 (BLEU already has that range), mean ± sd if there are several seeds.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def cell(values: list[float]) -> str:
 
 
 def print_row(cells: list[str]) -> None:
-    """A line of a Markdown table."""
+    """Print a row of a Markdown table."""
     print("|", " | ".join(cells), "|")
 
 

@@ -1,20 +1,20 @@
-# What the studies share; a run.sh sources this first. All of this can be set from outside:
+# What all studies share; each run.sh sources this first. These variables can be set from outside:
 #
 #   POOL     the experts: folders of experts or of pools, with spaces between
-#   TARGET   the task that they are for: its folder, or that of an expert of it
+#   TARGET   the target task: its folder, or that of an expert of it
 #   BASE     the base model, where it is not the experts' own
-#   SHOTS    examples of each class; SEEDS draws of them, EPOCHS passes over them in batches of BATCH
-#   RATES    METHOD=NUMBER, learning rates, with spaces between; the others are those of 'pimerge tune'
-#   RECIPE   options of 'pimerge tune --method scratch' that make an expert
+#   SHOTS    examples per class; SEEDS: samplings of them; EPOCHS: passes over them, in batches of BATCH
+#   RATES    learning rates as METHOD=NUMBER, with spaces between; other methods have the defaults of 'pimerge tune'
+#   RECIPE   options of 'pimerge tune --method scratch' that train an expert
 #
-# Without POOL and TARGET a study takes the digits. Results go to the folder that is given, else to a new one; a run that
-# was interrupted goes on when it is started again with that folder.
+# Without POOL and TARGET a study uses the digits. Results go to the given folder, otherwise to a new one. An interrupted run
+# resumes when it is started again with that folder.
 studies=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 digits=$(cd "$studies/../digits" && pwd)
 python=${PYTHON:-python}
 export OMP_NUM_THREADS=1  # the model is tiny: a second thread costs more than it gains
-# chosen on another target, all ten digits rotated, 5 of each: as in examples/digits/run.sh, for a pool with kin and
-# batches of 16; and for a pool without, and batches of 32
+# chosen on another target, all ten digits rotated, 5 of each: as in examples/digits/run.sh, for a pool with related experts
+# and batches of 16; and for a pool without them and batches of 32
 NEAR="head=2e-2 scratch=1e-2 random=1e-2 single=3e-3 uniform=1e-2 learned=3e-3 interpolated=3e-3"
 FAR="head=2e-2 scratch=2e-2 full=1e-3 uniform=2e-2 learned=2e-2"
 # the recipe of the experts in examples/digits
@@ -22,7 +22,7 @@ RECIPE=${RECIPE---modules q_proj,v_proj --fresh-rank 4 --fresh-alpha 8 --epochs 
 
 run() { printf '\n$ pimerge %s\n' "$*"; "$python" -m pimerge "$@" < /dev/null; }
 
-# absolute PATH ...: folders by their whole path, Hub ids as they are
+# absolute PATH ...: folders by their whole path, Hub ids unchanged
 absolute() {
   local path
   for path; do if [ -d "$path" ]; then (cd "$path" && pwd); else printf '%s\n' "$path"; fi; done | paste -sd ' '
@@ -31,7 +31,7 @@ absolute() {
 # cut_tasks NAME:LOOK:QUESTION:PARTS ...: tasks of the digits' scans (see examples/digits/cut.py)
 cut_tasks() { [ -d tasks ] || "$python" "$digits/cut.py" tasks "$@"; }
 
-# expert NAME TASK [OPTION ...]: train an expert of a task, unless it is there
+# expert NAME TASK [OPTION ...]: train an expert of a task, unless it exists
 expert() {
   local output=$1 task=$2
   shift 2

@@ -1,9 +1,9 @@
-"""Print comparisons side by side, as Markdown: methods down; comparisons, numbers of shots and test sets across.
+"""Print comparisons side by side as Markdown: a row per method; a column per comparison, number of shots and test set.
 
     python examples/studies/table.py [--against METHOD] [LABEL=]comparison.json ...
 
-A cell is the mean ± sd over the seeds, times 100, and the paired difference to a method with its 95 % interval. Where
-a comparison has not that method, the first that has it, at as many shots on the same test set, lends its runs.
+A cell is the mean ± sd over the seeds, times 100, and the paired difference to a method with its 95 % interval. If a
+comparison does not have that method, the runs of the first one that has it, with the same shots and test set, are used.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Scores = Mapping[int, float]
 
 
 class Column(NamedTuple):
-    """What stands over a column."""
+    """The heading of a column."""
 
     label: str
     shots: int | None
@@ -55,7 +55,7 @@ def main() -> None:
 
 
 def titles(columns: list[Column]) -> list[str]:
-    """What tells each column from the others.
+    """Column headings: only the parts in which the columns differ.
 
     >>> titles([Column("", 1, "test"), Column("", None, "test")])
     ['1 shot', 'all']
@@ -74,13 +74,13 @@ def titles(columns: list[Column]) -> list[str]:
 
 
 def reference(rival: Mapping[Column, Scores], column: Column) -> Scores | None:
-    """What a cell is compared with: the rival there, else in the first comparison that has it."""
+    """The scores that a cell is compared with: the rival's in that column, otherwise in the first comparison that has them."""
     near = (scores for other, scores in rival.items() if other[1:] == column[1:])
     return rival.get(column) or next(near, None)
 
 
 def cell(scores: Scores | None, against: Scores | None) -> str:
-    """Mean ± sd, and the difference to another with its interval.
+    """Mean ± sd, and the paired difference to other scores with its interval.
 
     >>> cell({0: 50.0, 1: 52.0}, {0: 49.0, 1: 50.0})
     '51.0 ± 1.4 (+1.5 [-4.9, +7.9])'
@@ -98,7 +98,7 @@ def cell(scores: Scores | None, against: Scores | None) -> str:
 
 
 def print_row(cells: list[str]) -> None:
-    """A line of a Markdown table."""
+    """Print a row of a Markdown table."""
     print("|", " | ".join(cells), "|")
 
 

@@ -182,8 +182,8 @@ def test_the_script_runs_to_its_table(tmp_path: Path) -> None:
     assert list(values) == [
         "bare base",
         "fresh LoRA",
-        "best single expert as it is",
-        "best single expert trained on",
+        "best single expert, not trained",
+        "best single expert, trained further",
         "π-Tuning: own + 2 of its modality",
         "π-Tuning: own + 2 of other modalities",
         "π-Tuning: own + the 2 best of all",

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Flan-T5-large on four sets of questions, each the target of the others' LoRA experts: arXiv 2402.15414, table 2.
+# Flan-T5-large on four question-answering data sets, each the target of the others' LoRA experts: arXiv 2402.15414, table 2.
 set -euo pipefail
 BASE=${BASE:-google/flan-t5-large}
 TASKS=${TASKS:-arc sciq commonsense-qa quail}
@@ -12,4 +12,4 @@ SEEDS=${SEEDS:-0 1 2}
 few="--holdout 0 --label-smoothing 0 --epochs ${FEW_EPOCHS:-20}"
 METHODS=${METHODS:-scratch --method scratch --lr 3e-4 $few
 learned --method learned --start equal $few}
-source "$(dirname "$0")/../road.sh"
+source "$(dirname "$0")/../pipeline.sh"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Florence-2 on expressions, questions and captions, each the target of the others' experts by π-Tuning: arXiv 2304.14381.
+# Florence-2 on referring expressions, questions and captions, each the target of the others' experts by π-Tuning: arXiv 2304.14381.
 set -euo pipefail
 BASE=${BASE:-florence-community/Florence-2-base}
 TASKS=${TASKS:-refcoco-plus refcocog vqa captions}
@@ -12,4 +12,4 @@ SHOTS=${SHOTS:-all}
 SEEDS=${SEEDS:-0}
 METHODS=${METHODS:-scratch --method scratch $form --epochs $((2 * EPOCHS)) --lr 1e-4
 pi-tuning --method interpolated --start equal --epochs $EPOCHS --lr 1e-4}
-source "$(dirname "$0")/../road.sh"
+source "$(dirname "$0")/../pipeline.sh"

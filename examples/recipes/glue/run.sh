@@ -12,4 +12,4 @@ SHOTS=${SHOTS:-all}
 SEEDS=${SEEDS:-0 1 2}
 METHODS=${METHODS:-scratch --method scratch $form --epochs $((2 * EPOCHS)) --lr 1e-4 --batch-size 32
 pi-tuning --method interpolated --start equal --epochs $EPOCHS --lr 1e-4 --batch-size 32}
-source "$(dirname "$0")/../road.sh"
+source "$(dirname "$0")/../pipeline.sh"

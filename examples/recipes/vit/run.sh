@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# ViT-B/32 (ImageNet-21k) on six sets of images, each the target of the others' LoRA experts: arXiv 2402.15414, tables 6, 7.
+# ViT-B/32 (ImageNet-21k) on six image data sets, each the target of the others' LoRA experts: arXiv 2402.15414, tables 6, 7.
 set -euo pipefail
 BASE=${BASE:-google/vit-base-patch32-224-in21k}
 TASKS=${TASKS:-cifar100 food101 flowers eurosat cars sun397}
@@ -14,4 +14,4 @@ METHODS=${METHODS:-head --method head $few
 scratch --method scratch --lr 1e-3 $few
 uniform --method uniform $few
 learned --method learned --start equal $few}
-source "$(dirname "$0")/../road.sh"
+source "$(dirname "$0")/../pipeline.sh"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# How many experts should π-Tuning take besides the target's own?
+# How many experts should π-Tuning use besides the target's own?
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../lib.sh"
 [ -n "$own" ] || POOL=$digits/experts TARGET=$digits/experts/X DRAW_FROM=draws

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Do experts help that saw the target's classes in another look? Upstream: rotated, outlined and noisy scans.
+# Do experts that saw the target's classes in another look help? Upstream: rotated, outlined and noisy scans.
 set -euo pipefail
 SHOTS=${SHOTS:-1,5} BATCH=${BATCH:-32}
 source "$(dirname "${BASH_SOURCE[0]}")/../lib.sh"

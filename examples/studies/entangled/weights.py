@@ -1,4 +1,4 @@
-"""Print what weight each expert has in tuned ones, beside the share of the target's classes that it saw, as Markdown.
+"""Print the weight of each expert in tuned ones, and the share of the target's classes that it saw, as Markdown.
 
     python examples/studies/entangled/weights.py TUNED-SEED ...
 
@@ -14,7 +14,7 @@ from pathlib import Path
 
 
 def main() -> None:
-    """Print the table, and how often the weights are right."""
+    """Print the table, and how often the largest weight is at the right expert."""
     found: dict[str, dict[str, list[tuple[float, float]]]] = {}
     right = []
     for folder in map(Path, sys.argv[1:]):
@@ -33,7 +33,7 @@ def main() -> None:
     for target, row in found.items():
         print(f"| {target} |", " | ".join(cell(row[name]) if name in row else "–" for name in names), "|")
     pairs = [pair for row in found.values() for values in row.values() for pair in values]
-    print(f"\nThe largest weight is with an expert that saw most of the classes in {sum(right)} of {len(right)} runs.")
+    print(f"\nThe largest weight belongs to an expert that saw most of the classes in {sum(right)} of {len(right)} runs.")
     all_weights, all_shares = zip(*pairs, strict=True)
     if len(set(all_weights)) > 1 and len(set(all_shares)) > 1:
         print(f"Correlation of weight and share of classes: {statistics.correlation(all_weights, all_shares):.2f}")

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Do experts help that saw the target's kind of image, but other classes? Upstream: inverted scans of 5 to 9.
+# Do experts that saw the target's kind of image, but other classes, help? Upstream: inverted scans of 5 to 9.
 set -euo pipefail
 SHOTS=${SHOTS:-1,5} BATCH=${BATCH:-32}
 source "$(dirname "${BASH_SOURCE[0]}")/../lib.sh"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One LoRA on the union of the upstream tasks, or an expert for each of them, composed? Upstream: inverted, rotated and
+# One LoRA on the union of the upstream tasks, or one expert for each of them, composed? Upstream: inverted, rotated and
 # outlined scans of 0 to 6; the target: inverted scans of all ten digits.
 #
 #   POOL    experts; UNION   the expert of the union of their tasks

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Which rank should the upstream experts have? Each is trained at rank 1, 2, 4 and 8, alpha twice the rank.
 #
-#   POOL    tasks, each of which gets an expert of every rank
+#   POOL    tasks; an expert of every rank is trained for each
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../lib.sh"
 [ -n "$own" ] ||

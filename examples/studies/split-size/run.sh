@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # How much data do the upstream experts need? Each is trained on a tenth, a third and all of its task's examples.
 #
-#   POOL    tasks, each of which gets an expert of every size
-#   SIZES   examples of each class; all
+#   POOL    tasks; an expert of every size is trained for each
+#   SIZES   examples per class; all
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../lib.sh"
 [ -n "$own" ] ||

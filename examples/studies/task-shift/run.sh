@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Do experts help that were asked another question? Upstream: parity and loops; the target: which digit, inverted.
+# Do experts that were asked another question help? Upstream: parity and loops; the target: which digit, inverted.
 set -euo pipefail
 SHOTS=${SHOTS:-1,5} BATCH=${BATCH:-32}
 source "$(dirname "${BASH_SOURCE[0]}")/../lib.sh"

@@ -1,8 +1,8 @@
-"""Print how the nearest and the farthest expert of a ranking answer as they are, as Markdown.
+"""Print the accuracy of a ranking's nearest and farthest experts without training, as Markdown.
 
     python examples/studies/zero-shot/nearest.py TARGET.scores.json ...
 
-``TARGET.ranking.json`` lies beside each, and the scores hold ``bare``, the bare base with another task's head.
+``TARGET.ranking.json`` is beside each, and the scores contain ``bare``, the bare base with another task's head.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def read(path: Path) -> Any:
 
 
 def shown(score: dict[str, float]) -> str:
-    """A share in per cent, with its interval.
+    """An accuracy in per cent, with its interval.
 
     >>> shown({"value": 0.5, "low": 0.4, "high": 0.6})
     '50.0 [40.0, 60.0]'

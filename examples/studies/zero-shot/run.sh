@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# How far does the nearest expert come as it is, head and all, without training? Five looks of the same five digits:
+# How well does the nearest expert do, with its head and without training? Five looks of the same five digits:
 # each is the target once, and the experts of the others are ranked for it.
 #
-#   POOL      tasks with the same classes: each gets an expert, and is the target once
-#   TARGET    the task among them that the bare base has its head from
+#   POOL      tasks with the same classes; an expert is trained for each, and each is the target once
+#   TARGET    the task among them that the head of the bare base is trained on
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../lib.sh"
 if [ -z "$own" ]; then

@@ -1,16 +1,16 @@
-# The road that every recipe goes; its run.sh sets these variables and sources this file.
+# The steps that all recipes share; a recipe's run.sh sets these variables and sources this file.
 #
 #   BASE      the base: a Hub id or a folder
-#   TASKS     the tasks: folders in the recipe's tasks/; each gets an expert of its own
-#   TARGETS   those of them that the others' experts are combined for
-#   EXPERT    options of 'pimerge tune' that make an expert of a task
+#   TASKS     the tasks: folders in the recipe's tasks/; an expert is trained for each
+#   TARGETS   the tasks that the other tasks' experts are combined for
+#   EXPERT    options of 'pimerge tune' that train an expert of a task
 #   RANK      options of 'pimerge rank'
-#   SHOTS     how many training examples of a target's class the methods see, several numbers, or all
-#   SEEDS     one run for each: another draw of the shots, another order
-#   METHODS   lines of a name and the options of 'pimerge tune'
+#   SHOTS     training examples per class of a target: one or several numbers, or all
+#   SEEDS     one run for each: another sampling of the shots, another order
+#   METHODS   one line for each: a name and the options of 'pimerge tune'
 #
-# All can be set from outside, and what a run.sh makes them from (EPOCHS, FEW_EPOCHS, FORM). Results go to the folder that
-# is given, else to work/ in the recipe's. A run that was interrupted goes on when it is started again.
+# All can be set from outside, and so can the variables that a run.sh builds them from (EPOCHS, FEW_EPOCHS, FORM). Results
+# go to the given folder, otherwise to the recipe's work/. An interrupted run resumes when it is started again.
 here=$(cd "$(dirname "$0")" && pwd)
 work=${1:-$here/work}
 python=${PYTHON:-python}
@@ -19,8 +19,8 @@ run() { printf '\n$ pimerge %s\n' "$*"; "$python" -m pimerge "$@" < /dev/null; }
 hub=${HF_ENDPOINT:-https://huggingface.co}
 if [ ! -d "$BASE" ] && [ "${HF_HUB_OFFLINE:-0}" = 0 ] &&
   ! "$python" -c "import sys, urllib.request; urllib.request.urlopen(sys.argv[1], timeout=20)" "$hub" 2> /dev/null; then
-  echo "error: $hub cannot be reached, and '$BASE' is no folder" >&2
-  echo "  → connect to the network, or set HF_HUB_OFFLINE=1 if model and data were downloaded before" >&2
+  echo "error: $hub cannot be reached, and '$BASE' is not a folder" >&2
+  echo "  → connect to the network, or set HF_HUB_OFFLINE=1 if model and data are already downloaded" >&2
   exit 3
 fi
 [ ! -d "$BASE" ] || BASE=$(cd "$BASE" && pwd)
@@ -28,7 +28,7 @@ mkdir -p "$work"
 ln -sfn "$here/tasks" "$work/tasks"
 cd "$work"
 for task in $TASKS; do
-  # the same --init-seed (0) for all, so that the experts can be compared number by number
+  # the same --init-seed (0) for all, so that the experts can be compared parameter by parameter
   [ -d "experts/$task" ] || run tune --method scratch --target "tasks/$task" --base "$BASE" $EXPERT --output "experts/$task"
 done
 run embed experts
