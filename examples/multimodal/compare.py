@@ -3,9 +3,9 @@
     python examples/multimodal/compare.py RANKING... [--seeds 3]
 
 Each ranking is one by a target's few examples, as ``pimerge rank --target tasks/NAME`` writes it, in the folder that
-holds ``experts`` and ``tasks``. The experts are LoRA. Each seed samples other training examples, another init and another
-order. Every method has the same total number of passes over them; π-Tuning spends half of them on the target's own
-expert. Nothing was tuned on the targets: the learning rate is that of the pool.
+holds ``experts`` and ``tasks``. The experts are LoRA. Each seed samples other training examples, another init and
+another order. Every method has the same total number of passes over them; π-Tuning spends half of them on the target's
+own expert. Nothing was tuned on the targets: the learning rate is that of the pool.
 """
 
 from __future__ import annotations

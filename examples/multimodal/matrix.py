@@ -2,7 +2,8 @@
 
     python examples/multimodal/matrix.py [--measure marginals] [--store embeddings.json]
 
-An expert's name begins with its modality, v (vision), vl (vision-language) or l (language), and ends in -b for a bottleneck.
+An expert's name begins with its modality, v (vision), vl (vision-language) or l (language), and ends in -b
+for a bottleneck.
 """
 
 from __future__ import annotations

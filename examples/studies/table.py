@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from pimerge.evaluation.paired_stats import paired
+from pimerge.evaluation.paired_stats import paired_difference
 
 Scores = Mapping[int, float]
 """Seed → score."""
@@ -74,7 +74,7 @@ def titles(columns: list[Column]) -> list[str]:
 
 
 def reference(rival: Mapping[Column, Scores], column: Column) -> Scores | None:
-    """The scores that a cell is compared with: the rival's in that column, otherwise in the first comparison that has them."""
+    """The scores that a cell is compared with: the rival's in that column, else in the first comparison with them."""
     near = (scores for other, scores in rival.items() if other[1:] == column[1:])
     return rival.get(column) or next(near, None)
 
@@ -92,7 +92,7 @@ def cell(scores: Scores | None, against: Scores | None) -> str:
     seeds = sorted(scores.keys() & against.keys()) if against else []
     if not against or not seeds:
         return text
-    found = paired([scores[seed] for seed in seeds], [against[seed] for seed in seeds])
+    found = paired_difference([scores[seed] for seed in seeds], [against[seed] for seed in seeds])
     interval = "" if found.low is None else f" [{found.low:+.1f}, {found.high:+.1f}]"
     return f"{text} ({found.mean:+.1f}{interval})"
 

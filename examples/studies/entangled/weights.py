@@ -33,7 +33,7 @@ def main() -> None:
     for target, row in found.items():
         print(f"| {target} |", " | ".join(cell(row[name]) if name in row else "–" for name in names), "|")
     pairs = [pair for row in found.values() for values in row.values() for pair in values]
-    print(f"\nThe largest weight belongs to an expert that saw most of the classes in {sum(right)} of {len(right)} runs.")
+    print(f"\nThe largest weight is at an expert that saw most of the classes in {sum(right)} of {len(right)} runs.")
     all_weights, all_shares = zip(*pairs, strict=True)
     if len(set(all_weights)) > 1 and len(set(all_shares)) > 1:
         print(f"Correlation of weight and share of classes: {statistics.correlation(all_weights, all_shares):.2f}")
