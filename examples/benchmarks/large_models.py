@@ -43,9 +43,9 @@ from pimerge.checkpoints.base import find_base
 from pimerge.cli.console import print_table
 from pimerge.core.libraries import quiet_libraries
 from pimerge.core.progress import Advance
-from pimerge.embedding.embed import Outcome, embed
+from pimerge.embedding.embed import EmbedOutcome, embed_expert
 from pimerge.embedding.store import Store
-from pimerge.embedding.store_schema import Settings
+from pimerge.embedding.store_schema import EmbedSettings
 from pimerge.models.loading import Bases, resolve_device, resolve_dtype
 from pimerge.tasks.task import open_task
 from pimerge.tuning.options import TrainingOptions
@@ -122,7 +122,7 @@ def measure(shape: str, folder: Path, arguments: argparse.Namespace) -> list[lis
             torch.cuda.reset_peak_memory_stats(device)
         watch = Stopwatch(device)
         done = run(watch)
-        if isinstance(done, Outcome) and done.fisher:
+        if isinstance(done, EmbedOutcome) and done.fisher:
             name = f"{name}, {done.fisher.route}"
         rate = watch.rate() * examples
         peak = (
@@ -150,12 +150,14 @@ def measure(shape: str, folder: Path, arguments: argparse.Namespace) -> list[lis
         arguments.batch_size,
         lambda watch: tune("learned", task, base, experts, None, folder / "tuned", options, track=watch, **where),
     )
-    store, settings = Store(folder / "embeddings.json"), Settings(max_examples=arguments.examples)
+    store, settings = Store(folder / "embeddings.json"), EmbedSettings(max_examples=arguments.examples)
     own, bases = check_expert(experts[0]), Bases(device, dtype)
     stage(
         "embed",
         1,
-        lambda watch: embed(experts[0], own, store, settings, bases, batch_tokens=arguments.batch_tokens, track=watch),
+        lambda watch: embed_expert(
+            experts[0], own, store, settings, bases, batch_tokens=arguments.batch_tokens, track=watch
+        ),
     )
     return rows
 

@@ -29,12 +29,12 @@ from torch import Tensor
 
 from pimerge.adapters.expert import CONFIG, WEIGHTS, open_expert
 from pimerge.core.files import json_text, sha256_file, write_file
-from pimerge.embedding.embed import sketches_of, updates_of
+from pimerge.embedding.embed import projections_of, updates_of
 from pimerge.embedding.random_projection import DIRECTIONS, from_texts
 from pimerge.embedding.store import SIDECARS, open_store
-from pimerge.embedding.store_schema import Document, Embedding, Settings, Sidecar
+from pimerge.embedding.store_schema import Embedding, EmbedSettings, Sidecar, StoreDocument
 from pimerge.ranking.measures import fisher
-from pimerge.ranking.nearest import SHORTLIST, by_sketch, compare
+from pimerge.ranking.nearest import SHORTLIST, by_projection, compare
 
 RANK, WIDTH = 8, 768
 TARGET = "e00000"
@@ -79,7 +79,7 @@ def build(folder: Path, arguments: argparse.Namespace) -> None:
     others = names[arguments.family : arguments.distinct]
     for number, name in enumerate(names[arguments.distinct :]):
         entries[name] = add_copy(folder, name, others[number % len(others)], entries)
-    write_file(folder / "embeddings.json", json_text(Document(experts=entries).model_dump()))
+    write_file(folder / "embeddings.json", json_text(StoreDocument(experts=entries).model_dump()))
     print(
         f"built {len(names)} experts of {2 * RANK * WIDTH * len(layers)} parameters in {len(layers)} layers, "
         f"{arguments.distinct} of them distinct, in {time.perf_counter() - start:.0f} s",
@@ -122,7 +122,7 @@ def add_expert(folder: Path, name: str, family: int, distance: int, layers: list
         kind=expert.kind,
         base=expert.base.identity,
         task={},
-        settings=Settings(),
+        settings=EmbedSettings(),
         examples=1,
         tokens=1,
         device="cpu",
@@ -130,7 +130,7 @@ def add_expert(folder: Path, name: str, family: int, distance: int, layers: list
         norm=1.0,
         trace=1.0,
         largest=1.0,
-        sketches=sketches_of(marginals),
+        sketches=projections_of(marginals),
         sidecars={part: Sidecar(file=file, sha256=sha256_file(folder / file)) for part, file in files.items()},
     )
 
@@ -190,7 +190,7 @@ def one_comparison(path: Path) -> None:
     start = time.perf_counter()
     store = open_store(path)
     opened = time.perf_counter()
-    by_sketch(store, TARGET, [name for name in store.experts if name != TARGET])
+    by_projection(store, TARGET, [name for name in store.experts if name != TARGET])
     listed = time.perf_counter()
     compare(store, TARGET, fisher)
     end = time.perf_counter()
@@ -218,7 +218,7 @@ def shortlist(path: Path, distinct: int) -> None:
     )
     centred = fisher.similarity(members, len(names), range(len(members))).scores().tolist()
     best = sorted(names, key=lambda name: -centred[names.index(name)])[:10]
-    found = by_sketch(store, TARGET, [name for name in store.experts if name != TARGET])[:SHORTLIST]
+    found = by_projection(store, TARGET, [name for name in store.experts if name != TARGET])[:SHORTLIST]
     print(f"recall of the exact best 10 in the shortlist of {len(found)}: {len(set(best) & set(found)) / 10:.0%}")
 
 

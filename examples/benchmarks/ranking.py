@@ -40,11 +40,10 @@ from pimerge.adapters.expert import Expert, open_expert
 from pimerge.checkpoints.base import Base, find_base
 from pimerge.core import plugins
 from pimerge.core.libraries import quiet_libraries
-from pimerge.embedding.embed import embed
-from pimerge.embedding.features import SCALES, Draw, Viewer
-from pimerge.embedding.sample import Sample
+from pimerge.embedding.embed import embed_expert
+from pimerge.embedding.features import STRENGTHS, FeatureReader, Sampling, TargetFeatures
 from pimerge.embedding.store import Store
-from pimerge.embedding.store_schema import Settings
+from pimerge.embedding.store_schema import EmbedSettings
 from pimerge.evaluation.evaluate import evaluate
 from pimerge.models.linear_probe import fit_probe
 from pimerge.models.loading import Bases, load_base
@@ -76,9 +75,9 @@ class Seen:
     """
 
     task: Task
-    viewers: dict[str, Viewer]
-    train: dict[tuple[str, float], Sample]
-    test: dict[tuple[str, float], Sample]
+    readers: dict[str, FeatureReader]
+    train: dict[tuple[str, float], TargetFeatures]
+    test: dict[tuple[str, float], TargetFeatures]
     seconds: float
     pool: dict[str, Expert]
     saw: float = 0.0
@@ -169,7 +168,7 @@ def embedded(experts: Mapping[str, Expert], work: Path, options: argparse.Namesp
     work.mkdir(parents=True, exist_ok=True)
     store, bases = Store(work / "embeddings.json"), Bases(CPU, torch.float32)
     for expert in experts.values():
-        embed(expert, check_expert(expert), store, Settings(max_examples=options.train), bases)
+        embed_expert(expert, check_expert(expert), store, EmbedSettings(max_examples=options.train), bases)
     return store
 
 
@@ -177,17 +176,19 @@ def look(name: str, task: Task, base: Base, experts: Mapping[str, Expert], optio
     """Forward every source at every scale over a target's examples; cached in the work folder."""
     loaded = load_base(base, task, CPU, torch.float32)
     start = time.perf_counter()
-    viewers, samples = {}, {}
+    readers, samples = {}, {}
     for role, limit in (("train", options.train), ("test", options.test)):
-        viewer = Viewer(loaded, base, task, Draw(role, None, limit, 0), Path(options.work) / "features")
-        own = {(source, s): one for source, e in without(experts, name).items() for s, one in viewer.samples(e).items()}
-        viewers[role], samples[role] = viewer, {BARE: viewer.base_sample(), **own}
+        reader = FeatureReader(loaded, base, task, Sampling(role, None, limit, 0), Path(options.work) / "features")
+        own = {
+            (source, s): one for source, e in without(experts, name).items() for s, one in reader.features(e).items()
+        }
+        readers[role], samples[role] = reader, {BARE: reader.base_features(), **own}
     print(f"# {name}: forwarded in {time.perf_counter() - start:.0f} s", flush=True)
     spent = time.perf_counter() - start
-    return Seen(task, viewers, samples["train"], samples["test"], spent, without(experts, name))
+    return Seen(task, readers, samples["train"], samples["test"], spent, without(experts, name))
 
 
-def subset(sample: Sample, indices: Sequence[int]) -> Sample:
+def subset(sample: TargetFeatures, indices: Sequence[int]) -> TargetFeatures:
     """A sample of some of the examples."""
     chosen = list(indices)
     logits = None if sample.logits is None else sample.logits[chosen]
@@ -202,7 +203,7 @@ def drawn(one: Seen, k: int, seed: int) -> list[int]:
     return draw_shots(labels, k, seed, one.task.labels)
 
 
-def answered(train: Sample, test: Sample) -> torch.Tensor:
+def answered(train: TargetFeatures, test: TargetFeatures) -> torch.Tensor:
     """Whether a head that is fitted on one sample answers each example of another rightly."""
     head = fit_probe(train.vectors, train.labels, train.classes, PENALTY)
     return (head.log_probabilities(test.vectors).argmax(1) == test.labels).double()
@@ -291,7 +292,7 @@ def foretold(one: Seen, k: int, source: str, scale: float) -> float:
 def calibration(one: Seen) -> dict[str, dict[float, float]]:
     """Source → scale → gain on a target's training examples, as ``rank --calibrate`` measures it."""
     accuracies = {key: held_out_accuracy(sample) for key, sample in one.train.items()}
-    return {s: {scale: accuracies[(s, scale)] - accuracies[BARE] for scale in SCALES} for s in one.pool}
+    return {s: {scale: accuracies[(s, scale)] - accuracies[BARE] for scale in STRENGTHS} for s in one.pool}
 
 
 def from_history(target: str, calibrated: Mapping, similarities: Mapping[str, float]) -> dict[str, float]:
@@ -418,7 +419,7 @@ def choices(k: int, seen: Mapping[str, Seen], trials: Mapping) -> dict[str, list
     """What ``rank`` would select by ``combined``: a source and its scale, gated or not, and means of k experts."""
     found: dict[str, list[float]] = {}
     for name, one in seen.items():
-        gains = truth(one, k, SCALES)
+        gains = truth(one, k, STRENGTHS)
         per: dict[str, list[float]] = {}
         closest = max(one.close, key=lambda source: one.close[source])
         helps = one.close[closest] > fisher.GATE
@@ -446,7 +447,7 @@ def choices(k: int, seen: Mapping[str, Seen], trials: Mapping) -> dict[str, list
 
 def first_passing(one: Seen, indices: Sequence[int], own: Mapping) -> tuple[str, float] | None:
     """What ``rank`` selects: of the sources at their best scales the first that is expected to help, if any is."""
-    best = {source: max(SCALES, key=lambda scale: own[(source, scale)]) for source in one.pool}
+    best = {source: max(STRENGTHS, key=lambda scale: own[(source, scale)]) for source in one.pool}
     ordered = sorted(best.items(), key=lambda key: (-own[key], key))
     return next((key for key in ordered if own[key] > LEAST_ERRORS * 100 * gain_error(one, indices, key)), None)
 
@@ -460,7 +461,7 @@ def gain_error(one: Seen, indices: Sequence[int], key: tuple[str, float]) -> flo
 
 def merged(per: dict[str, list[float]], one: Seen, k: int, own: Mapping[tuple[str, float], float]) -> None:
     """The true gain of the mean of the first 1, 2, … experts, and of the number that ``-k auto`` takes."""
-    best = {source: max(SCALES, key=lambda scale: own[(source, scale)]) for source in one.pool}
+    best = {source: max(STRENGTHS, key=lambda scale: own[(source, scale)]) for source in one.pool}
     order = sorted(best, key=lambda source: -own[(source, best[source])])[:MOST_MERGED]
     indices = drawn(one, k, 0)
     weights = torch.ones(1, len(indices), dtype=torch.float64)
@@ -468,10 +469,10 @@ def merged(per: dict[str, list[float]], one: Seen, k: int, own: Mapping[tuple[st
     expected, real = [], []
     for count in range(1, len(order) + 1):
         experts = [one.pool[source].with_strength(best[source]) for source in order[:count]]
-        train = subset(one.viewers["train"].sum_sample(experts), indices)
+        train = subset(one.readers["train"].mean_features(experts), indices)
         store = sum(foretold(one, k, source, best[source]) for source in order[:count]) / count
         expected.append(float(combined.scores(train, weights)) + store)
-        real.append(100 * float((answered(train, one.viewers["test"].sum_sample(experts)) - bare).mean()))
+        real.append(100 * float((answered(train, one.readers["test"].mean_features(experts)) - bare).mean()))
         per[f"mean of the first {count}"] = [real[-1]]
     per["mean of the first k, -k auto"] = [real[int(np.argmax(expected))]]
 
@@ -481,7 +482,7 @@ def fitted_weights(k: int, seen: Mapping[str, Seen], trials: Mapping) -> dict[st
     shipped = combined.part_of(subset(next(iter(seen.values())).train[BARE], drawn(next(iter(seen.values())), k, 0)))
     foretold, gains = [], []
     for name, one in seen.items():
-        true = truth(one, k, SCALES)
+        true = truth(one, k, STRENGTHS)
         for scores in trials[name]:
             foretold += [scores[shipped.name][key] - scores[shipped.name][BARE] for key in true]
             gains += [gain / 100 for gain in true.values()]

@@ -42,10 +42,9 @@ def embed(
     """
     from pimerge.adapters.compatibility import check_expert
     from pimerge.adapters.expert import open_expert
-    from pimerge.embedding.embed import LABEL_MODES
-    from pimerge.embedding.embed import embed as embed_expert
+    from pimerge.embedding.embed import LABEL_MODES, embed_expert
     from pimerge.embedding.store import Store
-    from pimerge.embedding.store_schema import Settings
+    from pimerge.embedding.store_schema import EmbedSettings
     from pimerge.models.loading import Bases, resolve_device, resolve_dtype
 
     if labels not in LABEL_MODES:
@@ -77,7 +76,7 @@ def embed(
     bases = Bases(resolved, resolve_dtype(dtype, resolved))
     # experts of one base and as many labels follow each other, so that it is loaded once
     ready.sort(key=lambda pair: (pair[0].base.identity, pair[1].file.type, len(pair[1].labels)))
-    settings = Settings(labels=labels, max_examples=examples, shots=shots, seed=seed)
+    settings = EmbedSettings(labels=labels, max_examples=examples, shots=shots, seed=seed)
     computed = []
     try:
         for number, (expert, task) in enumerate(ready, 1):

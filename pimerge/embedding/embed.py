@@ -17,10 +17,10 @@ from pimerge.core.files import sha256_file
 from pimerge.core.progress import Track, silent
 from pimerge.embedding.fisher import Fisher, diagonal_fisher
 from pimerge.embedding.input_grams import input_grams, linear_layers
-from pimerge.embedding.layer_moments import Marginals
-from pimerge.embedding.random_projection import sketch, to_text, update_embedding
-from pimerge.embedding.store import DIAGONAL, GRAMS, MARGINALS, Store
-from pimerge.embedding.store_schema import Settings
+from pimerge.embedding.layer_moments import SecondMoments
+from pimerge.embedding.random_projection import project, to_text, update_embedding
+from pimerge.embedding.store import DIAGONAL, GRAMS, SECOND_MOMENTS, Store
+from pimerge.embedding.store_schema import EmbedSettings
 from pimerge.embedding.store_view import GRADIENT, UPDATE
 from pimerge.models.loading import Bases, peft_prefix, plugged_in
 from pimerge.tasks.task import Task
@@ -33,7 +33,7 @@ LABEL_MODES = ("true", "sampled")
 
 
 @dataclass(frozen=True)
-class Outcome:
+class EmbedOutcome:
     """What became of one expert.
 
     Attributes:
@@ -48,18 +48,18 @@ class Outcome:
     truncated: int = 0
 
 
-def embed(
+def embed_expert(
     expert: Expert,
     task: Task,
     store: Store,
-    settings: Settings,
+    settings: EmbedSettings,
     bases: Bases,
     *,
     batch_tokens: int | None = None,
     grams: bool = False,
     force: bool = False,
     track: Track = silent,
-) -> Outcome:
+) -> EmbedOutcome:
     """Embed one expert by the diagonal Fisher information of its factors or groups on its own training split.
 
     The head serves the likelihood and is no part of the embedding.
@@ -87,7 +87,7 @@ def embed(
     # they serve merging in ΔW; and a merge by them must not fail as soon as somebody embeds the pool once more
     grams = bool(expert.modules) and (grams or store.has_grams(expert.name))
     if not force and store.is_current(expert.name, fields, grams):
-        return Outcome(expert.name, computed=False)
+        return EmbedOutcome(expert.name, computed=False)
     loaded = bases.load(expert.base, task)
     if not expert.head and not loaded.has_own_head:
         raise PimergeError(
@@ -120,18 +120,18 @@ def embed(
         # PEFT's wrapper, since the base's own layer may compute nothing that needs a gradient
         prefix = peft_prefix(model)
         watched = {name: model.get_submodule(prefix + name) for name in layers}
-        marginals = Marginals(watched, expert.virtual_tokens)
+        moments = SecondMoments(watched, expert.virtual_tokens)
         fisher = diagonal_fisher(
             model,
             factors_of(expert, model),
             batches,
-            lambda indices: marginals.of(make(indices)),
+            lambda indices: moments.of(make(indices)),
             task.type.nll,
             check=form not in bases.checked,
-            during=marginals.recording(),
+            during=moments.recording(),
             track=track,
         )
-        tensors |= {DIAGONAL: fisher.diagonal, MARGINALS: marginals.means() | updates_of(expert)}
+        tensors |= {DIAGONAL: fisher.diagonal, SECOND_MOMENTS: moments.means() | updates_of(expert)}
         if grams:
             tensors[GRAMS] = input_grams(layers, batches, make_plain, partial(task.type.nll, model), track=track)
     if fisher.route == "rules":
@@ -142,10 +142,13 @@ def embed(
         "tokens": sum(examples.lengths),
         "device": bases.device.type,
         "route": fisher.route,
-        "sketches": sketches_of(tensors[MARGINALS]),
+        "sketches": projections_of(tensors[SECOND_MOMENTS]),
     }
     store.add(expert.name, fields, tensors)
-    return Outcome(expert.name, True, fisher, examples.truncated)
+    return EmbedOutcome(expert.name, True, fisher, examples.truncated)
+
+
+embed = embed_expert
 
 
 def default_batch_tokens(device: torch.device, config: Any) -> int:
@@ -173,19 +176,19 @@ def factors_of(expert: Expert, model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def updates_of(expert: Expert) -> dict[str, Tensor]:
-    """What is kept of the expert's updates beside the marginals: ``update.MODULE`` → ΔW in random directions."""
+    """What is kept of the expert's updates beside the second moments: ``update.MODULE`` → ΔW in random directions."""
     return {f"{UPDATE}.{name}": update for name, update in update_embedding(expert).items()}
 
 
-def sketches_of(marginals: Mapping[str, Tensor]) -> dict[str, str]:
+def projections_of(moments: Mapping[str, Tensor]) -> dict[str, str]:
     """The two parts of the measure ``fisher``, small enough for the document: name → text."""
-    gradients = {key: value / value.norm().clamp(min=1e-30) for key, value in _parts(marginals, GRADIENT)}
-    parts = {"gradients": gradients, "update": dict(_parts(marginals, UPDATE))}
-    return {name: to_text(sketch(part)) for name, part in parts.items()}
+    gradients = {key: value / value.norm().clamp(min=1e-30) for key, value in _parts(moments, GRADIENT)}
+    parts = {"gradients": gradients, "update": dict(_parts(moments, UPDATE))}
+    return {name: to_text(project(part)) for name, part in parts.items()}
 
 
-def _parts(marginals: Mapping[str, Tensor], part: str) -> list[tuple[str, Tensor]]:
-    return [(key, value) for key, value in marginals.items() if key.startswith(f"{part}.")]
+def _parts(moments: Mapping[str, Tensor], part: str) -> list[tuple[str, Tensor]]:
+    return [(key, value) for key, value in moments.items() if key.startswith(f"{part}.")]
 
 
 def _on_device(examples: Examples, device: torch.device, indices: Sequence[int]) -> Batch:
@@ -198,7 +201,7 @@ def _batch_maker(
     examples: Examples,
     batches: Sequence[Sequence[int]],
     make_plain: Callable[[Sequence[int]], Batch],
-    settings: Settings,
+    settings: EmbedSettings,
 ) -> Callable[[Sequence[int]], Batch]:
     """Batches with true labels, or with labels drawn by the uniform number of each example."""
     if settings.labels != "sampled":

@@ -1,6 +1,6 @@
 """Candidates forwarded over the target's examples: the vectors that the task head reads, and its answers.
 
-Every candidate is an expert at a strength in :data:`SCALES`, W0 + scale · ΔW, or neutral + scale · (φ − neutral) for
+Every candidate is an expert at a strength in :data:`STRENGTHS`, W0 + scale · ΔW, or neutral + scale · (φ − neutral) for
 one without ΔW; where there is no neutral point, at full strength alone. One pass per strength gives the
 vectors and the answers of the candidate's own head; they are cached by the hashes of expert, base and data, so
 ranking again, or by another measure, forwards nothing.
@@ -28,7 +28,6 @@ from pimerge.core.errors import PimergeError
 from pimerge.core.files import sha256_bytes, sha256_file, write_file
 from pimerge.core.progress import Advance
 from pimerge.embedding.embed import default_batch_tokens
-from pimerge.embedding.sample import Sample
 from pimerge.models.loading import (
     LoadedBase,
     head_of_size,
@@ -44,7 +43,26 @@ from pimerge.tasks.types import Examples, bucket_by_length
 if TYPE_CHECKING:
     from torch import Tensor
 
-SCALES = (0.25, 0.5, 0.75, 1.0)
+STRENGTHS = (0.25, 0.5, 0.75, 1.0)
+
+
+@dataclass(frozen=True)
+class TargetFeatures:
+    """n examples of the target, seen through the base or through the base with one candidate expert.
+
+    Attributes:
+        vectors: (n × d) float64, what the task head reads of each example.
+        labels: (n) int64, the target's classes 0 … classes − 1.
+        classes: how many classes the target has; at least two of them are in ``labels``.
+        logits: (n × classes of the candidate's own head), what that head answers; None without a head.
+        losses: (n) −log p(y|x) of the target's labels by a head that knows them; None without one.
+    """
+
+    vectors: Tensor
+    labels: Tensor
+    classes: int
+    logits: Tensor | None = None
+    losses: Tensor | None = None
 
 
 def why_not(task: Task) -> str:
@@ -55,7 +73,7 @@ def why_not(task: Task) -> str:
 
 
 @dataclass(frozen=True)
-class Draw:
+class Sampling:
     """Which of the target's examples are looked at.
 
     Attributes:
@@ -71,7 +89,7 @@ class Draw:
     seed: int = 0
 
 
-class Viewer:
+class FeatureReader:
     """The target's examples, encoded once, and how each candidate sees them.
 
     Args:
@@ -92,7 +110,7 @@ class Viewer:
         loaded: LoadedBase,
         base: Base,
         task: Task,
-        draw: Draw,
+        draw: Sampling,
         cache: Path | None = None,
         advance: Advance = lambda count: None,
     ) -> None:
@@ -150,18 +168,18 @@ class Viewer:
             )
         return found
 
-    def base_sample(self) -> Sample:
+    def base_features(self) -> TargetFeatures:
         """What the bare base makes of the examples; the scale 0 of every expert."""
         return self._sample(self._cached("base", lambda: self._read(self.loaded.model)), "")
 
-    def samples(self, expert: Expert) -> dict[float, Sample]:
+    def features(self, expert: Expert) -> dict[float, TargetFeatures]:
         """Scale → what the base with the expert makes of the examples."""
         found = self._cached(_identity(expert), lambda: self._candidate(expert))
-        return {scale: self._sample(found, f"{scale}.") for scale in scales_of(expert)}
+        return {scale: self._sample(found, f"{scale}.") for scale in strengths_of(expert)}
 
     def with_losses(
-        self, expert: Expert, samples: Mapping[float, Sample], target: Expert | None
-    ) -> dict[float, Sample]:
+        self, expert: Expert, samples: Mapping[float, TargetFeatures], target: Expert | None
+    ) -> dict[float, TargetFeatures]:
         """The samples with losses: by the candidate's own head if it has the target's labels, else by the target's.
 
         Args:
@@ -173,12 +191,12 @@ class Viewer:
                 return dict(samples)
             key = f"{_identity(expert)} answered by {_identity(target)}"
             found = self._cached(key, lambda: self._candidate(expert, target))
-            samples = {scale: self._sample(found, f"{scale}.") for scale in scales_of(expert)}
+            samples = {scale: self._sample(found, f"{scale}.") for scale in strengths_of(expert)}
         if any(sample.logits is None for sample in samples.values()):  # answers that are generated have no likelihoods
             return dict(samples)
         return {scale: _lossy(sample) for scale, sample in samples.items()}
 
-    def sum_sample(self, experts: Sequence[Expert]) -> Sample:
+    def mean_features(self, experts: Sequence[Expert]) -> TargetFeatures:
         """What the base with the mean of several experts, each at its scale, makes of the examples."""
 
         def compute() -> dict[str, Tensor]:
@@ -187,9 +205,9 @@ class Viewer:
 
         return self._sample(self._cached("mean of " + " + ".join(map(_identity, experts)), compute), "")
 
-    def _sample(self, found: Mapping[str, Tensor], prefix: str) -> Sample:
+    def _sample(self, found: Mapping[str, Tensor], prefix: str) -> TargetFeatures:
         logits = found.get(f"{prefix}logits")
-        return Sample(
+        return TargetFeatures(
             found[f"{prefix}vectors"].double(),
             self.labels,
             len(self.task.labels),
@@ -216,7 +234,7 @@ class Viewer:
         with ExitStack() as stack:
             if own is not None:
                 stack.enter_context(head_of_size(self.loaded, self.base, self.task, len(own.labels)))
-            for scale, model in at_strengths(expert, self.loaded):
+            for scale, model in models_at_strengths(expert, self.loaded):
                 if own is not None:
                     set_head(model, answering.head_tensors())
                 found |= self._read(model, [expert], f"{scale}.", answers=answers)
@@ -299,15 +317,15 @@ def _identity(expert: Expert) -> str:
     return f"{expert.sha256} {sha256_file(expert.path / CONFIG)} {expert.strength}"
 
 
-def scales_of(expert: Expert) -> tuple[float, ...]:
+def strengths_of(expert: Expert) -> tuple[float, ...]:
     """The strengths at which an expert is tried."""
-    return SCALES if expert.has_strength else (1.0,)
+    return STRENGTHS if expert.has_strength else (1.0,)
 
 
-def at_strengths(expert: Expert, loaded: LoadedBase) -> Iterator[tuple[float, nn.Module]]:
+def models_at_strengths(expert: Expert, loaded: LoadedBase) -> Iterator[tuple[float, nn.Module]]:
     """PEFT's model of the base with an expert at each of its strengths, one after the other."""
     if expert.tensor_sets:
-        for scale in scales_of(expert):
+        for scale in strengths_of(expert):
             with plugged_in_sum([expert.with_strength(scale)], [1.0], loaded) as model:
                 yield scale, model
         return
@@ -317,17 +335,17 @@ def at_strengths(expert: Expert, loaded: LoadedBase) -> Iterator[tuple[float, nn
 
 
 def _strengths(model: nn.Module) -> Iterator[float]:
-    """Set PEFT's model to W0 + scale · ΔW for each of :data:`SCALES`; it ends at scale 1."""
+    """Set PEFT's model to W0 + scale · ΔW for each of :data:`STRENGTHS`; it ends at scale 1."""
     from peft.tuners.lora import LoraLayer
 
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
     full = [dict(layer.scaling) for layer in layers]
-    for scale in SCALES:
+    for scale in STRENGTHS:
         for layer, scaling in zip(layers, full, strict=True):
             layer.scaling.update({name: scale * value for name, value in scaling.items()})
         yield scale
 
 
-def _lossy(sample: Sample) -> Sample:
+def _lossy(sample: TargetFeatures) -> TargetFeatures:
     assert sample.logits is not None
     return replace(sample, losses=cross_entropy(sample.logits, sample.labels, reduction="none"))

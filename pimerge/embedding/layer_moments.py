@@ -1,4 +1,4 @@
-"""Marginals of the Fisher information of an adapted layer's weight W, by its outputs and by its inputs.
+"""Second moments of the Fisher information of an adapted layer's weight W, by its outputs and by its inputs.
 
     E[g_i²] = (1/T) Σ_m Σ_t g_mti²,   E[x_j²] = (1/T) Σ_m Σ_t x_mtj²       over all T tokens t of all examples m
     E[Qᵀg gᵀQ]                                      with Q 64 random directions, see
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from pimerge.tasks.types import Batch
 
 
-class Marginals:
+class SecondMoments:
     """Sums of squares of what enters layers and of the gradients that come back, over the batches of a block.
 
     Args:
@@ -39,11 +39,11 @@ class Marginals:
     >>> layer = nn.Linear(1, 1, bias=False)
     >>> nn.init.constant_(layer.weight, 3.0).item()
     3.0
-    >>> marginals = Marginals({"q": layer})
-    >>> batch = marginals.of({"x": torch.tensor([[1.0], [2.0]])})
-    >>> with marginals.recording():
+    >>> moments = SecondMoments({"q": layer})
+    >>> batch = moments.of({"x": torch.tensor([[1.0], [2.0]])})
+    >>> with moments.recording():
     ...     layer(batch["x"]).square().sum().backward()
-    >>> {name: value.tolist() for name, value in marginals.means().items()}  # (1 + 4)/2; g = 2y: (36 + 144)/2
+    >>> {name: value.tolist() for name, value in moments.means().items()}  # (1 + 4)/2; g = 2y: (36 + 144)/2
     {'gradient.q': [[90.0]], 'input.q': [2.5], 'output.q': [90.0]}
     """
 

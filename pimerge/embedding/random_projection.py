@@ -4,7 +4,7 @@ Two transforms of Johnson–Lindenstrauss type, whose draws follow from names, s
 compare:
 
 - :func:`projection` restricts a layer's outputs or inputs to 64 random directions (all of them up to 64);
-- :func:`sketch` adds every number of an embedding, with a random sign, to one random place in each of four blocks of
+- :func:`project` adds every number of an embedding, with a random sign, to one random place in each of four blocks of
   128 (sparse, Kane and Nelson, arXiv 1012.1577). The inner product of two sketches is that of the embeddings, in the
   mean over the draws; its standard deviation is at most √(2/512) ≈ 0.063 of ‖a‖‖b‖ (0.044 for orthogonal ones).
   Rounding to eight bits adds about 0.005.
@@ -65,12 +65,12 @@ def update_embedding(expert: Expert) -> dict[str, Tensor]:
     return found
 
 
-def sketch(embedding: Mapping[str, Tensor]) -> Tensor:
+def project(embedding: Mapping[str, Tensor]) -> Tensor:
     """(512) float64, from the parts of an embedding by their names.
 
     >>> import torch
     >>> a, b = torch.eye(2, dtype=torch.float64)
-    >>> round(float(sketch({"q": a}) @ sketch({"q": a})), 6)
+    >>> round(float(project({"q": a}) @ project({"q": a})), 6)
     1.0
     """
     import torch

@@ -1,7 +1,7 @@
 """The store of embeddings: ``embeddings.json`` and a sidecar of tensors for each expert.
 
 The sidecar ``embeddings/NAME.safetensors`` holds the full diagonal, one tensor per parameter, under the keys
-of the adapter's own file; ``embeddings/NAME.marginals.safetensors`` the marginals of each adapted layer
+of the adapter's own file; ``embeddings/NAME.marginals.safetensors`` the second moments of each adapted layer
 (:mod:`pimerge.embedding.layer_moments`) and its update in random directions
 (:mod:`pimerge.embedding.random_projection`);
 ``embeddings/NAME.grams.safetensors``, where it was asked for, the Gram matrix of each adapted layer's inputs, under
@@ -23,14 +23,14 @@ from pimerge.adapters.expert import CONFIG, Expert, open_expert
 from pimerge.checkpoints.safetensors_file import TensorFile, open_tensors
 from pimerge.core.errors import PimergeError, nearest
 from pimerge.core.files import disk_errors, json_text, read_json, relative_to, sha256_bytes, sha256_file, write_file
-from pimerge.embedding.store_schema import Document, Embedding, Gains, Sidecar, read_document
+from pimerge.embedding.store_schema import Embedding, MeasuredGains, Sidecar, StoreDocument, read_document
 from pimerge.embedding.store_view import StoreView
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 SIDECARS = "embeddings"
-DIAGONAL, MARGINALS, GRAMS = "diagonal", "marginals", "grams"
+DIAGONAL, SECOND_MOMENTS, GRAMS = "diagonal", "marginals", "grams"
 _TENSOR = re.compile(
     r"\.(?:lora|ia3|ln_tuning|bitfit|bottleneck|hada|lokr|vera|randlora|fourierft)_.*"
 )  # behind a module's name
@@ -124,13 +124,13 @@ class Store:
         found: dict[str, float] = json.loads(self.diagonal_file(name).metadata[TRACES])
         return found
 
-    def marginals_file(self, name: str) -> TensorFile:
-        """The marginals of one expert's layers.
+    def second_moments_file(self, name: str) -> TensorFile:
+        """The second moments of one expert's layers.
 
         Raises:
             PimergeError: if the sidecar is gone or is not the one that the document names.
         """
-        return self._checked(self.document.experts[name].sidecars[MARGINALS], "run 'pimerge embed' again")
+        return self._checked(self.document.experts[name].sidecars[SECOND_MOMENTS], "run 'pimerge embed' again")
 
     def member(self, name: str, expert: Expert, needs: str) -> StoreView:
         """An expert of the store with what a measure ``NEEDS``.
@@ -141,7 +141,7 @@ class Store:
         return StoreView(
             expert,
             self.diagonal_file(name) if needs == "fisher" else None,
-            self.marginals_file(name) if needs == "marginals" else None,
+            self.second_moments_file(name) if needs == "marginals" else None,
         )
 
     def grams(self, name: str) -> TensorFile:
@@ -174,7 +174,7 @@ class Store:
         entry = self.document.experts.get(name)
         if entry is None or any(getattr(entry, field) != value for field, value in expected.items()):
             return False
-        needed = [DIAGONAL, MARGINALS, *([GRAMS] if grams else [])]
+        needed = [DIAGONAL, SECOND_MOMENTS, *([GRAMS] if grams else [])]
         return all(part in entry.sidecars and self._is_whole(entry.sidecars[part]) for part in needed)
 
     def add(self, name: str, fields: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
@@ -224,7 +224,7 @@ class Store:
             for gains in document.gains.values():
                 gains.sources.pop(name, None)
 
-    def add_gains(self, target: str, gains: Gains) -> None:
+    def add_gains(self, target: str, gains: MeasuredGains) -> None:
         """Write what the experts are worth for a target."""
         with self._changing() as document:
             document.gains[target] = gains
@@ -278,7 +278,7 @@ class Store:
         return open_tensors(path)
 
     @contextmanager
-    def _changing(self) -> Iterator[Document]:
+    def _changing(self) -> Iterator[StoreDocument]:
         """Change the document under a lock, starting from what other processes have written meanwhile.
 
         Sidecars that it no longer names are removed.

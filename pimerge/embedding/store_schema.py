@@ -15,7 +15,7 @@ from pimerge.core.files import read_json
 SCHEMA = 4
 
 
-class Settings(BaseModel):
+class EmbedSettings(BaseModel):
     """What was asked for; an embedding made with other settings is computed anew."""
 
     model_config = ConfigDict(extra="forbid")
@@ -61,7 +61,7 @@ class Embedding(BaseModel):
     base: str
     task: dict[str, Any]
     estimator: str = "diagonal empirical Fisher, squared per example"
-    settings: Settings
+    settings: EmbedSettings
     examples: int
     tokens: int
     device: str
@@ -73,7 +73,7 @@ class Embedding(BaseModel):
     sidecars: dict[str, Sidecar]
 
 
-class Gains(BaseModel):
+class MeasuredGains(BaseModel):
     """What the store's experts were measured to be worth for one target (``pimerge rank --calibrate``).
 
     Attributes:
@@ -89,27 +89,27 @@ class Gains(BaseModel):
     sources: dict[str, tuple[str, dict[str, float]]]
 
 
-class Document(BaseModel):
+class StoreDocument(BaseModel):
     """The content of ``embeddings.json``."""
 
     model_config = ConfigDict(extra="forbid")
 
     schema_version: int = SCHEMA
     experts: dict[str, Embedding] = Field(default_factory=dict)
-    gains: dict[str, Gains] = Field(default_factory=dict)
+    gains: dict[str, MeasuredGains] = Field(default_factory=dict)
 
 
-def read_document(path: Path) -> Document:
+def read_document(path: Path) -> StoreDocument:
     """Read the document, experts in alphabetical order; an empty one if it is not there.
 
     Raises:
         PimergeError: if it does not fit.
     """
     if not path.exists():
-        return Document()
+        return StoreDocument()
     document = None
     with suppress(OSError, ValidationError):  # parsed at once, which takes a fraction; else see what is wrong
-        document = Document.model_validate_json(path.read_bytes())
+        document = StoreDocument.model_validate_json(path.read_bytes())
     if document is None or "schema_version" not in document.model_fields_set or document.schema_version != SCHEMA:
         content = read_json(path)
         found = content.get("schema_version") if isinstance(content, dict) else None
@@ -118,6 +118,6 @@ def read_document(path: Path) -> Document:
                 f"'{path}' has the schema version {found}, expected {SCHEMA}",
                 "it is no store, or another version's: remove it, or choose another --store",
             )
-        document = parse_document(Document, path, "remove the file and run 'pimerge embed' again")
+        document = parse_document(StoreDocument, path, "remove the file and run 'pimerge embed' again")
     document.experts = dict(sorted(document.experts.items()))
     return document

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 INPUT, OUTPUT, GRADIENT = "input", "output", "gradient"
-"""The parts of a layer's marginals, see :mod:`pimerge.embedding.layer_moments`."""
+"""The parts of a layer's second moments, see :mod:`pimerge.embedding.layer_moments`."""
 UPDATE = "update"
 """Beside them: its ΔW in random directions, see :func:`pimerge.embedding.random_projection.update_embedding`."""
 AT_ONCE = 8
@@ -36,7 +36,7 @@ class StoreView:
 
     expert: Expert
     diagonal: TensorFile | None = None
-    marginals: TensorFile | None = None
+    second_moments: TensorFile | None = None
 
     @property
     def parameters(self) -> list[str]:
@@ -49,14 +49,16 @@ class StoreView:
         return self.diagonal.arrays(keys)
 
     def layers(self, part: str) -> list[str]:
-        """The layers that have this part of the marginals, or an update."""
-        assert self.marginals is not None
-        return sorted(name.removeprefix(f"{part}.") for name in self.marginals.entries if name.startswith(f"{part}."))
+        """The layers that have this part of the second moments, or an update."""
+        assert self.second_moments is not None
+        return sorted(
+            name.removeprefix(f"{part}.") for name in self.second_moments.entries if name.startswith(f"{part}.")
+        )
 
-    def marginal(self, names: Iterable[str]) -> dict[str, NDArray[Any]]:
+    def moments(self, names: Iterable[str]) -> dict[str, NDArray[Any]]:
         """The tensors ``PART.LAYER`` of some names, where there are any."""
-        assert self.marginals is not None
-        return self.marginals.arrays(name for name in names if name in self.marginals.entries)
+        assert self.second_moments is not None
+        return self.second_moments.arrays(name for name in names if name in self.second_moments.entries)
 
 
 def by_name(

@@ -22,7 +22,7 @@ from pimerge.core.errors import Problems
 from pimerge.core.files import json_text, sha256_bytes, write_file
 from pimerge.core.progress import Track, silent
 from pimerge.core.version import __version__
-from pimerge.embedding.features import Draw, Viewer
+from pimerge.embedding.features import FeatureReader, Sampling
 from pimerge.evaluation.design import (
     SINGLE,
     ComparisonDesign,
@@ -36,7 +36,7 @@ from pimerge.evaluation.evaluate import TestSplit, read_test_split, score_model
 from pimerge.evaluation.paired_stats import conclusion, lines_of
 from pimerge.evaluation.schema import ComparisonDocument, ComparisonRun
 from pimerge.ranking.by_examples import rank_by_examples
-from pimerge.ranking.selection import BY_EXAMPLES, Wish
+from pimerge.ranking.selection import BY_EXAMPLES, SelectionRule
 from pimerge.tasks.task import Task
 from pimerge.tuning.cross_validation import choose
 from pimerge.tuning.method import TuneMethod, open_tune_method
@@ -237,12 +237,14 @@ class _ComparisonRunner:
 
     def _rank(self, shots: int | None, seed: int) -> Ranking:
         session, cached = self.session, self.folder / FEATURES
-        viewer = Viewer(session.loaded, session.base, session.task, Draw("train", shots, LIMIT, seed), cached)
-        measure = BY_EXAMPLES if viewer.holds_out else BY_ONE_EXAMPLE
+        reader = FeatureReader(
+            session.loaded, session.base, session.task, Sampling("train", shots, LIMIT, seed), cached
+        )
+        measure = BY_EXAMPLES if reader.holds_out else BY_ONE_EXAMPLE
         experts = {each.expert.name: each.expert for each in self.pool}
         target = Target(name=session.task.name, path=".", sha256=session.task.sha256(), expert=False)
         return rank_by_examples(
-            viewer, experts, {}, target, None, measure, Wish(len(experts), gate=False), self.folder / RANKINGS
+            reader, experts, {}, target, None, measure, SelectionRule(len(experts), gate=False), self.folder / RANKINGS
         )
 
     def _file(self, case: PlannedRun) -> Path:

@@ -12,21 +12,21 @@ from pimerge.core.errors import PimergeError
 from pimerge.core.files import relative_to
 from pimerge.embedding.store import Store
 from pimerge.ranking.measures.history import predicted
-from pimerge.ranking.nearest import Compared, compare
+from pimerge.ranking.nearest import StoreComparison, compare
 from pimerge.ranking.selection import (
     BY_STORE,
     LEAST_ERRORS_OF_HISTORY,
     Z95,
-    Judged,
-    Wish,
+    GainEstimate,
+    SelectionRule,
+    candidate_of,
     document,
-    judged_candidate,
     of_first_kind,
     widest_gap,
 )
 
 
-def rank_by_store(store: Store, target: str, measure: str, wish: Wish, folder: Path) -> Ranking:
+def rank_by_store(store: Store, target: str, measure: str, rule: SelectionRule, folder: Path) -> Ranking:
     """Rank the experts of a store by how close they are to one of them.
 
     Args:
@@ -54,9 +54,9 @@ def rank_by_store(store: Store, target: str, measure: str, wish: Wish, folder: P
     ]
     candidates.sort(key=lambda candidate: (-candidate.score, candidate.name))
     notes: list[str] = []
-    every = [candidate for candidate in candidates if candidate.helps or not wish.gate]
+    every = [candidate for candidate in candidates if candidate.helps or not rule.gate]
     helpful = of_first_kind(every, compared.experts, notes)
-    count = wish.k if wish.k is not None else widest_gap([candidate.score for candidate in helpful])
+    count = rule.k if rule.k is not None else widest_gap([candidate.score for candidate in helpful])
     if compared.shortlisted_from is not None:
         notes.append(
             f"the {len(candidates) + len(compared.excluded)} nearest of {compared.shortlisted_from} by their sketches "
@@ -85,7 +85,7 @@ def rank_by_history(
     experts: Mapping[str, Expert],
     excluded: Mapping[str, str],
     target: Target,
-    wish: Wish,
+    rule: SelectionRule,
     folder: Path,
 ) -> Ranking:
     """Rank experts by the gains that they had for the other targets of the store.
@@ -115,13 +115,13 @@ def rank_by_history(
             continue
         scale, gain, error = found
         error = min(error, 1.0)
-        judged = Judged(scale, gain, error, gain, error, least_errors=LEAST_ERRORS_OF_HISTORY)
-        candidates.append(judged_candidate(name, expert, judged, folder))
+        judged = GainEstimate(scale, gain, error, gain, error, least_errors=LEAST_ERRORS_OF_HISTORY)
+        candidates.append(candidate_of(name, expert, judged, folder))
     candidates.sort(key=lambda candidate: (-candidate.score, candidate.name))
-    every = [candidate for candidate in candidates if candidate.helps or not wish.gate]
+    every = [candidate for candidate in candidates if candidate.helps or not rule.gate]
     notes: list[str] = []
     helpful = of_first_kind(every, experts, notes)
-    count = wish.k if wish.k is not None else widest_gap([candidate.score for candidate in helpful])
+    count = rule.k if rule.k is not None else widest_gap([candidate.score for candidate in helpful])
     weighted = "weighted by their similarity to it" if similarities else "weighted alike, since it is not in the store"
     return document(
         target,
@@ -136,7 +136,7 @@ def rank_by_history(
     )
 
 
-def _scores(compared: Compared) -> tuple[list[float], list[float]]:
+def _scores(compared: StoreComparison) -> tuple[list[float], list[float]]:
     if compared.similarity is None:
         return [], []
     return compared.similarity.scores().tolist(), compared.similarity.errors().tolist()

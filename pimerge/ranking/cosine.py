@@ -71,7 +71,7 @@ class Similarity:
 
 
 @dataclass(frozen=True)
-class Products:
+class InnerProducts:
     """Inner products of the parts of one tensor: first the target's, then the n candidates'.
 
     Attributes:
@@ -89,7 +89,7 @@ class Products:
     @classmethod
     def around(
         cls, target: Array, norms: Array, total: Array, candidates: int, pool: Sequence[int], sampled: bool = False
-    ) -> Products:
+    ) -> InnerProducts:
         """From the inner products of all N embeddings with the target, themselves, and the sum of the pool.
 
         Args:
@@ -114,7 +114,7 @@ def has_mean(pool: Sequence[int]) -> bool:
     return len(pool) >= MIN_TO_CENTRE
 
 
-def from_products(products: Iterable[tuple[str, Products]], candidates: int) -> Similarity:
+def from_products(products: Iterable[tuple[str, InnerProducts]], candidates: int) -> Similarity:
     """The similarity of the target with the candidates around the pool's mean, by (tensor, inner products)."""
     names: list[str] = []
     crossed, own, norms = [np.zeros((0, candidates))], [np.zeros(0)], [np.zeros((0, candidates))]
@@ -138,16 +138,16 @@ def from_vectors(
         parts: (tensor, (N × numbers) the parts of the target, the candidates, and any others).
         candidates: how many of the N are candidates.
         pool: the embeddings whose mean is subtracted from all; of less than three, nothing is.
-        sampled: whether the pool is a sample of a much larger one, see :meth:`Products.around`.
+        sampled: whether the pool is a sample of a much larger one, see :meth:`InnerProducts.around`.
 
     >>> parts = np.array([[1.0, 0.0], [3.0, 4.0]])
     >>> from_vectors([("q", parts)], 1).scores().tolist()
     [0.6]
     """
 
-    def of_rows(rows: Array) -> Products:
+    def of_rows(rows: Array) -> InnerProducts:
         target, total = _inner(np.stack([rows[0], rows[list(pool)].sum(0)]), rows)
-        return Products.around(target, np.einsum("ij,ij->i", rows, rows), total, candidates, pool, sampled)
+        return InnerProducts.around(target, np.einsum("ij,ij->i", rows, rows), total, candidates, pool, sampled)
 
     return from_products(((name, of_rows(rows)) for name, rows in parts), candidates)
 
@@ -165,8 +165,8 @@ def from_grams(
     [0.5]
     """
 
-    def of_gram(gram: Array) -> Products:
-        return Products.around(gram[0], gram.diagonal(), gram[:, list(pool)].sum(1), candidates, pool, sampled)
+    def of_gram(gram: Array) -> InnerProducts:
+        return InnerProducts.around(gram[0], gram.diagonal(), gram[:, list(pool)].sum(1), candidates, pool, sampled)
 
     return from_products(((name, of_gram(gram)) for name, gram in grams), candidates)
 

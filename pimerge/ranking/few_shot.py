@@ -1,6 +1,6 @@
 """Candidates judged by the target's few labelled examples: scores, strengths, expected gains, and the gate.
 
-A candidate is an expert at one of the strengths of :data:`pimerge.embedding.features.SCALES`; of each expert the
+A candidate is an expert at one of the strengths of :data:`pimerge.embedding.features.STRENGTHS`; of each expert the
 strength
 with the highest score stands for it. Whatever the measure, each candidate's expected gain in accuracy over the bare
 base comes from the measure ``combined``, whose score it is, and the gate opens for a candidate whose gain is above
@@ -18,9 +18,9 @@ import torch
 
 from pimerge.adapters.expert import Expert
 from pimerge.core.errors import PimergeError
-from pimerge.embedding.features import Viewer
+from pimerge.embedding.features import FeatureReader
 from pimerge.ranking.measures import combined
-from pimerge.ranking.selection import Judged
+from pimerge.ranking.selection import GainEstimate
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,7 +29,7 @@ DRAWS = 50
 
 
 @dataclass(frozen=True)
-class Verdict:
+class PoolEstimate:
     """What the examples say about all candidates.
 
     Attributes:
@@ -39,23 +39,23 @@ class Verdict:
     """
 
     base_score: float | None
-    judged: dict[str, Judged]
+    judged: dict[str, GainEstimate]
     excluded: dict[str, str]
 
 
 def judge(
-    viewer: Viewer,
+    reader: FeatureReader,
     experts: Mapping[str, Expert],
     measure: ModuleType,
     target: Expert | None,
     prior: Mapping[str, float] | None = None,
     *,
     seed: int = 0,
-) -> Verdict:
+) -> PoolEstimate:
     """Judge experts by the target's examples.
 
     Args:
-        viewer: the target's examples.
+        reader: the target's examples.
         experts: name → expert.
         measure: one of ``measures/`` that needs examples.
         target: the target's own expert, if it has one, for the measure ``loss``.
@@ -65,7 +65,7 @@ def judge(
     Raises:
         PimergeError: if the measure cannot be had from these examples at all.
     """
-    base = viewer.base_sample()
+    base = reader.base_features()
     one = torch.ones(1, len(base.labels), dtype=torch.float64)
     weights = torch.cat([one, bootstrap(base.labels, DRAWS, seed)])
     base_gains = combined.scores(base, weights)
@@ -74,13 +74,13 @@ def judge(
         base_score = 0.0
     elif not measure.READS_ANSWERS:
         base_score = float(measure.scores(base, one))
-    judged: dict[str, Judged] = {}
+    judged: dict[str, GainEstimate] = {}
     excluded: dict[str, str] = {}
     for name, expert in experts.items():
         try:
-            samples = viewer.samples(expert)
+            samples = reader.features(expert)
             if measure.READS_ANSWERS:
-                samples = viewer.with_losses(expert, samples, target)
+                samples = reader.with_losses(expert, samples, target)
             foretold = {scale: scale * (prior or {}).get(name, 0.0) for scale in samples}
             found = {
                 scale: float(measure.scores(sample, one)) + (foretold[scale] if measure is combined else 0.0)
@@ -92,10 +92,10 @@ def judge(
         scale = max(found, key=lambda scale: (found[scale], -scale))
         gains = combined.scores(samples[scale], weights) - base_gains + foretold[scale]
         scores = gains if measure is combined else measure.scores(samples[scale], weights)
-        judged[name] = Judged(
+        judged[name] = GainEstimate(
             scale, *_with_error(scores), *_with_error(gains), tested=combined.part_of(base).name == "likelihood"
         )
-    return Verdict(base_score, judged, excluded)
+    return PoolEstimate(base_score, judged, excluded)
 
 
 def _with_error(values: Tensor) -> tuple[float, float]:
@@ -103,34 +103,34 @@ def _with_error(values: Tensor) -> tuple[float, float]:
     return float(values[0]), float(values[1:].std())
 
 
-def gains_by_part(viewer: Viewer, expert: Expert, prior: float = 0.0) -> dict[float, dict[str, float]]:
+def gains_by_strength(reader: FeatureReader, expert: Expert, prior: float = 0.0) -> dict[float, dict[str, float]]:
     """Scale → the parts of ``combined`` above the bare base's, and the expected gain that they make together.
 
     Args:
         prior: what the store foretells at full strength; its part ``store`` is the gain itself.
     """
-    base = viewer.base_sample()
+    base = reader.base_features()
     one = torch.ones(1, len(base.labels), dtype=torch.float64)
     part, found = combined.part_of(base), {}
-    for scale, sample in viewer.samples(expert).items():
+    for scale, sample in reader.features(expert).items():
         above = float(part.scores(sample, one) - part.scores(base, one))
         store = {"store": scale * prior} if prior else {}
         found[scale] = {part.name: above, **store, "expected gain": part.weight * above + scale * prior}
     return found
 
 
-def gains_of_means(viewer: Viewer, experts: Sequence[Expert], priors: Sequence[float]) -> list[float]:
+def gains_of_means(reader: FeatureReader, experts: Sequence[Expert], priors: Sequence[float]) -> list[float]:
     """Expected gain of the mean of the first 1, 2, … of some experts, each at its scale; without its own error.
 
     Args:
         priors: what the store foretells of each, at its scale.
     """
-    base = viewer.base_sample()
+    base = reader.base_features()
     one = torch.ones(1, len(base.labels), dtype=torch.float64)
     base_gain = combined.scores(base, one)
     found = []
     for count in range(1, 1 + len(experts)):
-        mean = viewer.sum_sample(experts[:count])
+        mean = reader.mean_features(experts[:count])
         found.append(float(combined.scores(mean, one) - base_gain) + sum(priors[:count]) / count)
     return found
 

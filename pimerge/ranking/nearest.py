@@ -29,7 +29,7 @@ MEAN_OF = 16
 
 
 @dataclass(frozen=True)
-class Compared:
+class StoreComparison:
     """The target against the experts that compare with it.
 
     Attributes:
@@ -45,7 +45,7 @@ class Compared:
     shortlisted_from: int | None
 
 
-def compare(store: Store, target: str, measure: ModuleType) -> Compared:
+def compare(store: Store, target: str, measure: ModuleType) -> StoreComparison:
     """Compare a target with the other experts of its store.
 
     Args:
@@ -65,14 +65,14 @@ def compare(store: Store, target: str, measure: ModuleType) -> Compared:
     names, others = _alike(store, target, measure)
     sampled: list[str] = []
     if len(names) > SHORTLIST:
-        ordered = by_sketch(store, target, names)
+        ordered = by_projection(store, target, names)
         names, sampled = ordered[:SHORTLIST], _spread(ordered)
     found, unlike = _comparable(store, target, own, names, measure)
     excluded = dict(sorted({**others, **unlike}.items()))
     experts = {name: member.expert for name, member in found.items()}
     shortlisted_from = len(ordered) if sampled else None
     if not found:
-        return Compared({}, None, excluded, shortlisted_from)
+        return StoreComparison({}, None, excluded, shortlisted_from)
     extra, _ = _comparable(store, target, own, sorted(set(sampled) - found.keys()), measure)
     members = {target: own, **found, **extra}
     pool = [place for place, name in enumerate(members) if name in sampled or not sampled]
@@ -81,7 +81,7 @@ def compare(store: Store, target: str, measure: ModuleType) -> Compared:
         raise PimergeError(
             f"the scores of the target '{target}' are not finite", "embed the pool again: pimerge embed --force"
         )
-    return Compared(experts, similarity, excluded, shortlisted_from)
+    return StoreComparison(experts, similarity, excluded, shortlisted_from)
 
 
 def _comparable(
@@ -104,7 +104,7 @@ def _comparable(
     return members, {name: each for name, each in found.items() if isinstance(each, str)}
 
 
-def by_sketch(store: Store, target: str, others: Sequence[str]) -> list[str]:
+def by_projection(store: Store, target: str, others: Sequence[str]) -> list[str]:
     """Names of the store in descending order of how near their sketches are to the target's, around the mean sketch.
 
     The error of an inner product of sketches is stated in :mod:`pimerge.embedding.random_projection`: an expert of the
@@ -124,7 +124,7 @@ def by_sketch(store: Store, target: str, others: Sequence[str]) -> list[str]:
 def _alike(store: Store, target: str, measure: ModuleType) -> tuple[list[str], dict[str, str]]:
     """Those that the measure can compare with the target, by the document alone; and why it cannot each of the others.
 
-    They have the target's base and its kind, unless the measure looks at the layers' marginals or at ΔW alone.
+    They have the target's base and its kind, unless the measure looks at the layers' second moments or at ΔW alone.
     """
     by_layers = measure.NEEDS == "marginals" and not measure.SAME_BASIS
     by_update = getattr(measure, "NEEDS_UPDATE", False) and not measure.SAME_BASIS

@@ -17,12 +17,12 @@ from pimerge.core.libraries import quiet_libraries
 from pimerge.core.progress import Track
 from pimerge.embedding.store import Store
 from pimerge.ranking.nearest import SHORTLIST
-from pimerge.ranking.target import Asked, Request, folder_for, names_on, open_all, pool_base
+from pimerge.ranking.target import RankRequest, RankTarget, folder_for, names_on, open_all, pool_base
 from pimerge.tasks.task import open_task
 
 
 @contextmanager
-def target_in_store(asked: Asked, store: Store, request: Request, track: Track) -> Iterator[Store]:
+def store_with_target(asked: RankTarget, store: Store, request: RankRequest, track: Track) -> Iterator[Store]:
     """A store that has the target: this one with its expert, or a temporary one on top with the pool's init.
 
     Raises:
@@ -46,7 +46,7 @@ def target_in_store(asked: Asked, store: Store, request: Request, track: Track) 
         yield overlay
 
 
-def trained(asked: Asked, store: Store, request: Request, track: Track) -> Asked:
+def trained(asked: RankTarget, store: Store, request: RankRequest, track: Track) -> RankTarget:
     """The target with an expert of its own in the store, trained on its examples from the pool's init.
 
     Raises:
@@ -65,12 +65,12 @@ def trained(asked: Asked, store: Store, request: Request, track: Track) -> Asked
         init = _init_of(start["pool"], store)
         request.note(f"{asked.name} has no expert: training one from {init} into '{output}'")
         train_expert(**start, output=output, force=request.force)
-    own = Asked(asked.name, open_expert(output, request.base), output, stored=True)
+    own = RankTarget(asked.name, open_expert(output, request.base), output, stored=True)
     _embed(own, store, request, track)
     return own
 
 
-def _start(asked: Asked, store: Store, request: Request, track: Track) -> dict[str, Any]:
+def _start(asked: RankTarget, store: Store, request: RankRequest, track: Track) -> dict[str, Any]:
     """What an expert for the target starts from, of the kind that most experts have, and how it is trained.
 
     Raises:
@@ -106,10 +106,10 @@ def _init_of(pool: Sequence[Expert], store: Store) -> str:
     return f"the init of the pool's most frequent kind, {pool[0].kind}" if several else "the pool's init"
 
 
-def _embed(asked: Asked, store: Store, request: Request, track: Track) -> None:
+def _embed(asked: RankTarget, store: Store, request: RankRequest, track: Track) -> None:
     """Embed the target's expert as the others were, but with no more examples than are to be looked at."""
     from pimerge.adapters.compatibility import check_expert
-    from pimerge.embedding.embed import embed
+    from pimerge.embedding.embed import embed_expert
     from pimerge.models.loading import Bases, resolve_device, resolve_dtype
 
     expert = asked.expert
@@ -119,10 +119,12 @@ def _embed(asked: Asked, store: Store, request: Request, track: Track) -> None:
     like = next(iter(store.experts.values())).settings
     settings = like.model_copy(update={"shots": request.shots, "seed": request.seed}) if request.shots else like
     device = resolve_device(request.device)
-    embed(expert, check_expert(expert), store, settings, Bases(device, resolve_dtype(like.dtype, device)), track=track)
+    embed_expert(
+        expert, check_expert(expert), store, settings, Bases(device, resolve_dtype(like.dtype, device)), track=track
+    )
 
 
-def _refuse_namesake(asked: Asked, store: Store) -> None:
+def _refuse_namesake(asked: RankTarget, store: Store) -> None:
     if asked.name in store.experts and store.folder_of(asked.name).resolve() != asked.folder.resolve():
         raise PimergeError(
             f"'{store.path}' has another expert of the name '{asked.name}': {store.folder_of(asked.name)}",

@@ -16,14 +16,14 @@ from pimerge.embedding.store import Store, open_store
 from pimerge.ranking.by_store import rank_by_history, rank_by_store
 from pimerge.ranking.nearest import compare
 from pimerge.ranking.selection import BY_STORE
-from pimerge.ranking.target import AUTO, Asked, Request, find_target, folder_for, pool_base, pool_of
+from pimerge.ranking.target import AUTO, RankRequest, RankTarget, find_target, folder_for, pool_base, pool_of
 
 STORED = ("fisher", "marginals", "experts")
 """What a measure of the store may need."""
 
 
 @dataclass(frozen=True)
-class Ranked:
+class RankingContext:
     """A ranking, and what it came from.
 
     Attributes:
@@ -31,14 +31,14 @@ class Ranked:
     """
 
     ranking: Ranking
-    asked: Asked
+    asked: RankTarget
     store: Store
     compared_in: Store | None
-    request: Request
+    request: RankRequest
 
 
 @contextmanager
-def ranked(target: str, request: Request, folder: Path, track: Track) -> Iterator[Ranked]:
+def ranked(target: str, request: RankRequest, folder: Path, track: Track) -> Iterator[RankingContext]:
     """Rank the experts of the store for a target.
 
     Without a measure given, a target with an expert is ranked by the store where its examples cannot be used, but not
@@ -62,18 +62,18 @@ def ranked(target: str, request: Request, folder: Path, track: Track) -> Iterato
         request = replace(request, measure=BY_STORE)
     found = _without_comparing(asked, store, request, folder, track)
     if isinstance(found, Ranking):
-        yield Ranked(found, asked, store, store if asked.stored else None, request)
+        yield RankingContext(found, asked, store, store if asked.stored else None, request)
         return
     measure = BY_STORE if request.measure == AUTO else request.measure
     with _target_in_store(asked, store, request, track) as where:
-        ranking = rank_by_store(where, asked.name, measure, request.wish, folder)
+        ranking = rank_by_store(where, asked.name, measure, request.rule, folder)
         notes = [f"{found}: ranked by '{measure}' from the store"] if found else []
         if asked.expert is None:
             head = ", with a head of its examples" if asked.task().type.TRAINS_HEAD else ""
             kind = where.experts[asked.name].kind
             notes.append(f"the target has no expert: its Fisher is that at the pool's init of the kind {kind}{head}")
         ranking = ranking.model_copy(update={"target": asked.named_from(folder)}).with_notes(*notes)
-        yield Ranked(ranking, asked, store, where, request)
+        yield RankingContext(ranking, asked, store, where, request)
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Explanation:
         return {"by_scale": self.scales, "measure": self.by, "by_tensor": self.tensors}
 
 
-def explain(found: Ranked, name: str) -> Explanation:
+def explain(found: RankingContext, name: str) -> Explanation:
     """What makes a candidate's score: by scale on the examples, and by tensor in the store."""
     measure = found.ranking.measure
     by = measure if plugins.load("pimerge.ranking.measures", measure).NEEDS in STORED else BY_STORE
@@ -107,12 +107,14 @@ def explain(found: Ranked, name: str) -> Explanation:
             tensors = dict(zip(compared.similarity.tensors, added, strict=True))
     if found.ranking.seen is None:
         return Explanation({}, by, tensors)
-    from pimerge.ranking.rank_by_examples import scales_of
+    from pimerge.ranking.rank_by_examples import strengths_of
 
-    return Explanation(scales_of(found.asked, found.store, name, found.request), by, tensors)
+    return Explanation(strengths_of(found.asked, found.store, name, found.request), by, tensors)
 
 
-def _without_comparing(asked: Asked, store: Store, request: Request, folder: Path, track: Track) -> Ranking | str:
+def _without_comparing(
+    asked: RankTarget, store: Store, request: RankRequest, folder: Path, track: Track
+) -> Ranking | str:
     """The ranking, unless the target's expert has to be compared with the others; then why, if it was not asked for."""
     if request.measure == AUTO:
         from pimerge.ranking.rank_by_examples import by_default
@@ -125,7 +127,7 @@ def _without_comparing(asked: Asked, store: Store, request: Request, folder: Pat
         return by_examples(asked, store, request.measure, request, folder, track)
     if needs == "history":
         experts, excluded = pool_of(store, asked, pool_base(store, asked, request.base))
-        return rank_by_history(store, experts, excluded, asked.named_from(folder), request.wish, folder)
+        return rank_by_history(store, experts, excluded, asked.named_from(folder), request.rule, folder)
     if needs == "experts" and asked.expert is None:
         raise PimergeError(
             f"the target '{asked.name}' has no expert, and '{request.measure}' compares experts",
@@ -135,12 +137,12 @@ def _without_comparing(asked: Asked, store: Store, request: Request, folder: Pat
 
 
 @contextmanager
-def _target_in_store(asked: Asked, store: Store, request: Request, track: Track) -> Iterator[Store]:
+def _target_in_store(asked: RankTarget, store: Store, request: RankRequest, track: Track) -> Iterator[Store]:
     """A store that has the target."""
     if asked.stored:
         yield store
         return
-    from pimerge.ranking.own_expert import target_in_store
+    from pimerge.ranking.own_expert import store_with_target
 
-    with target_in_store(asked, store, request, track) as where:
+    with store_with_target(asked, store, request, track) as where:
         yield where

@@ -11,23 +11,23 @@ from pimerge.core import plugins
 from pimerge.core.errors import PimergeError, Problems
 from pimerge.core.libraries import quiet_libraries
 from pimerge.core.progress import Track
-from pimerge.embedding.features import SCALES, Draw, Viewer, why_not
+from pimerge.embedding.features import STRENGTHS, FeatureReader, Sampling, why_not
 from pimerge.embedding.store import Store, open_store
 from pimerge.models.loading import load_base, resolve_device, resolve_dtype
 from pimerge.ranking.by_examples import rank_by_examples
 from pimerge.ranking.calibration import measure_gains
-from pimerge.ranking.few_shot import gains_by_part
+from pimerge.ranking.few_shot import gains_by_strength
 from pimerge.ranking.measures.combined import store_weight
-from pimerge.ranking.nearest import SHORTLIST, by_sketch, compare
-from pimerge.ranking.own_expert import target_in_store
+from pimerge.ranking.nearest import SHORTLIST, by_projection, compare
+from pimerge.ranking.own_expert import store_with_target
 from pimerge.ranking.selection import BY_EXAMPLES, BY_STORE
-from pimerge.ranking.target import Asked, Request, names_on, open_all, pool_base, pool_of
+from pimerge.ranking.target import RankRequest, RankTarget, names_on, open_all, pool_base, pool_of
 
 LEAST_WEIGHT = 0.01
 """Of the store's part in an expected gain: below that it is not worth the look."""
 
 
-def by_default(asked: Asked, store: Store, request: Request, folder: Path, track: Track) -> Ranking | str:
+def by_default(asked: RankTarget, store: Store, request: RankRequest, folder: Path, track: Track) -> Ranking | str:
     """Rank by the default measure of the examples; or why the store has to decide.
 
     Args:
@@ -39,17 +39,19 @@ def by_default(asked: Asked, store: Store, request: Request, folder: Path, track
     try:
         if reason := why_not(asked.task()):
             return reason
-        viewer = _viewer(asked, store, request)
-        if asked.expert is not None and not viewer.holds_out:
+        reader = _viewer(asked, store, request)
+        if asked.expert is not None and not reader.holds_out:
             return "one example of a class is too few to judge by"
-        return _ranked(viewer, asked, store, BY_EXAMPLES, request, folder, track)
+        return _ranked(reader, asked, store, BY_EXAMPLES, request, folder, track)
     except PimergeError as error:
         if asked.expert is None or request.shots is not None:
             raise
         return f"the target's examples cannot be used ({error.problems[0].message})"
 
 
-def by_examples(asked: Asked, store: Store, measure: str, request: Request, folder: Path, track: Track) -> Ranking:
+def by_examples(
+    asked: RankTarget, store: Store, measure: str, request: RankRequest, folder: Path, track: Track
+) -> Ranking:
     """Rank by a measure of the target's examples.
 
     Raises:
@@ -59,10 +61,16 @@ def by_examples(asked: Asked, store: Store, measure: str, request: Request, fold
 
 
 def _ranked(
-    viewer: Viewer, asked: Asked, store: Store, measure: str, request: Request, folder: Path, track: Track
+    reader: FeatureReader,
+    asked: RankTarget,
+    store: Store,
+    measure: str,
+    request: RankRequest,
+    folder: Path,
+    track: Track,
 ) -> Ranking:
     """Try the experts on the examples; of a large store, those whose sketches are nearest."""
-    names, others = names_on(store, asked, viewer.base)
+    names, others = names_on(store, asked, reader.base)
     notes = []
     if len(names) > SHORTLIST:
         with suppress(PimergeError):  # there is nothing that they could be compared by: all of them are tried
@@ -70,24 +78,24 @@ def _ranked(
             notes = [f"of {len(names)} experts, the {SHORTLIST} nearest by their sketches were tried on the examples"]
             names = nearest
     experts, broken = open_all(store, names)
-    prior = _foretold(asked, store, viewer)
+    prior = _foretold(asked, store, reader)
     if prior:
         notes.append("its expert in the store saw more examples: how close the others are to it there counts too")
-    with track("candidates", (1 + len(experts) * len(SCALES)) * len(viewer.labels), "examples") as advance:
-        viewer.advance = advance
+    with track("candidates", (1 + len(experts) * len(STRENGTHS)) * len(reader.labels), "examples") as advance:
+        reader.advance = advance
         excluded, own = others | broken, asked.expert
         ranking = rank_by_examples(
-            viewer, experts, excluded, asked.named_from(folder), own, measure, request.wish, folder, prior
+            reader, experts, excluded, asked.named_from(folder), own, measure, request.rule, folder, prior
         )
     return ranking.with_notes(*notes)
 
 
-def _foretold(asked: Asked, store: Store, viewer: Viewer) -> dict[str, float]:
+def _foretold(asked: RankTarget, store: Store, reader: FeatureReader) -> dict[str, float]:
     """Name → gain at full strength that the store foretells; empty where it has nothing to add to the examples."""
     if not asked.stored:
         return {}
-    classes = len(set(viewer.labels.tolist()))
-    weight = store_weight(len(viewer.labels) / classes, store.experts[asked.name].examples / classes)
+    classes = len(set(reader.labels.tolist()))
+    weight = store_weight(len(reader.labels) / classes, store.experts[asked.name].examples / classes)
     if weight < LEAST_WEIGHT:
         return {}
     compared = compare(store, asked.name, plugins.load("pimerge.ranking.measures", BY_STORE))
@@ -95,23 +103,23 @@ def _foretold(asked: Asked, store: Store, viewer: Viewer) -> dict[str, float]:
     return {name: weight * score for name, score in zip(compared.experts, scores, strict=True)}
 
 
-def scales_of(asked: Asked, store: Store, name: str, request: Request) -> dict[float, dict[str, float]]:
+def strengths_of(asked: RankTarget, store: Store, name: str, request: RankRequest) -> dict[float, dict[str, float]]:
     """Scale of a candidate → measure of the examples → what it gives above the bare base."""
-    viewer = _viewer(asked, store, request)
-    return gains_by_part(viewer, store.open(name), _foretold(asked, store, viewer).get(name, 0.0))
+    reader = _viewer(asked, store, request)
+    return gains_by_strength(reader, store.open(name), _foretold(asked, store, reader).get(name, 0.0))
 
 
-def _viewer(asked: Asked, store: Store, request: Request) -> Viewer:
+def _viewer(asked: RankTarget, store: Store, request: RankRequest) -> FeatureReader:
     """The target's training examples under its base; what is computed of them is kept beside the store."""
     quiet_libraries()
     task, base = asked.task(), pool_base(store, asked, request.base)
     device = resolve_device(request.device)
     loaded = load_base(base, task, device, resolve_dtype(request.dtype, device))
-    draw = Draw("train", request.shots, request.examples, request.seed)
-    return Viewer(loaded, base, task, draw, store.sidecars / "features")
+    draw = Sampling("train", request.shots, request.examples, request.seed)
+    return FeatureReader(loaded, base, task, draw, store.sidecars / "features")
 
 
-def calibrate_store(request: Request, track: Track) -> dict[str, dict[str, dict[float, float]]]:
+def calibrate_store(request: RankRequest, track: Track) -> dict[str, dict[str, dict[float, float]]]:
     """Measure the gain of every expert of the store for every other's task, and keep them in the store.
 
     A target whose task and sources are as they were measured is not measured again, but for ``--force``; one that
@@ -138,10 +146,10 @@ def calibrate_store(request: Request, track: Track) -> dict[str, dict[str, dict[
 
 
 def _calibrate(
-    name: str, store: Store, done: Mapping[str, Mapping[float, float]], request: Request, track: Track
+    name: str, store: Store, done: Mapping[str, Mapping[float, float]], request: RankRequest, track: Track
 ) -> None:
     """Measure the gains for one target, unless they are known."""
-    asked = Asked(name, store.open(name), store.folder_of(name), stored=True)
+    asked = RankTarget(name, store.open(name), store.folder_of(name), stored=True)
     if asked.task().sha256() != store.experts[name].task_sha256:
         raise PimergeError("its task has changed since it was embedded", "run 'pimerge embed' again")
     experts, _ = pool_of(store, asked, pool_base(store, asked, request.base))
@@ -149,15 +157,15 @@ def _calibrate(
         raise PimergeError("no other expert of the store has its base", "embed the whole pool into one store")
     if done.keys() == experts.keys():
         return
-    viewer = _viewer(asked, store, request)
-    with track("candidates", (1 + len(experts) * len(SCALES)) * len(viewer.labels), "examples") as advance:
-        viewer.advance = advance
-        store.add_gains(name, measure_gains(viewer, experts))
+    reader = _viewer(asked, store, request)
+    with track("candidates", (1 + len(experts) * len(STRENGTHS)) * len(reader.labels), "examples") as advance:
+        reader.advance = advance
+        store.add_gains(name, measure_gains(reader, experts))
 
 
-def _nearest(asked: Asked, store: Store, names: list[str], request: Request, track: Track) -> list[str]:
+def _nearest(asked: RankTarget, store: Store, names: list[str], request: RankRequest, track: Track) -> list[str]:
     """The experts whose sketches are nearest to the target's."""
     if asked.stored:
-        return by_sketch(store, asked.name, names)[:SHORTLIST]
-    with target_in_store(asked, store, request, track) as where:
-        return by_sketch(where, asked.name, names)[:SHORTLIST]
+        return by_projection(store, asked.name, names)[:SHORTLIST]
+    with store_with_target(asked, store, request, track) as where:
+        return by_projection(where, asked.name, names)[:SHORTLIST]

@@ -24,7 +24,7 @@ LEAST_GAIN = 1e-6
 
 
 @dataclass(frozen=True)
-class Wish:
+class SelectionRule:
     """What is asked for.
 
     Attributes:
@@ -37,7 +37,7 @@ class Wish:
 
 
 @dataclass(frozen=True)
-class Judged:
+class GainEstimate:
     """One expert as the target's examples judge it.
 
     Attributes:
@@ -68,7 +68,7 @@ class Judged:
         return self.tested and not self.helps and self.gain - Z95 * self.gain_error > LEAST_GAIN
 
 
-def judged_candidate(name: str, expert: Expert, found: Judged, folder: Path) -> Candidate:
+def candidate_of(name: str, expert: Expert, found: GainEstimate, folder: Path) -> Candidate:
     """A candidate as the ranking in a folder names it."""
     return Candidate(
         name=name,

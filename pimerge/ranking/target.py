@@ -13,7 +13,7 @@ from pimerge.core.errors import PimergeError, Problems
 from pimerge.core.files import relative_to
 from pimerge.core.progress import Note, unheard
 from pimerge.embedding.store import Store, unknown_target
-from pimerge.ranking.selection import Wish
+from pimerge.ranking.selection import SelectionRule
 from pimerge.tasks.task import TASK_FILE, Task, open_task
 
 AUTO = "auto"
@@ -21,7 +21,7 @@ TARGETS = "targets"
 
 
 @dataclass(frozen=True)
-class Request:
+class RankRequest:
     """The options of ``pimerge rank``, by their names there."""
 
     store: Path
@@ -40,13 +40,13 @@ class Request:
     warn: Note = unheard
 
     @property
-    def wish(self) -> Wish:
+    def rule(self) -> SelectionRule:
         """How many, and whether gated."""
-        return Wish(self.k, self.gate)
+        return SelectionRule(self.k, self.gate)
 
 
 @dataclass(frozen=True)
-class Asked:
+class RankTarget:
     """The target as it was found.
 
     Attributes:
@@ -76,7 +76,7 @@ class Asked:
         return Target(name=self.name, path=path, sha256=sha256, expert=self.expert is not None)
 
 
-def find_target(target: str, store: Store, base: str | None) -> Asked:
+def find_target(target: str, store: Store, base: str | None) -> RankTarget:
     """A target by its name in the store, an expert's folder or a task's.
 
     A task for which ``--train-target`` has trained an expert has that one, as long as the task is the same.
@@ -89,20 +89,20 @@ def find_target(target: str, store: Store, base: str | None) -> Asked:
     """
     known = store.find(target)
     if known is not None:
-        return Asked(known, store.open(known), store.folder_of(known), stored=True)
+        return RankTarget(known, store.open(known), store.folder_of(known), stored=True)
     path = Path(target)
     folder = path.parent if path.is_file() and path.name == TASK_FILE else path
     if not folder.is_dir():
         raise unknown_target(target, store)
     if (folder / CONFIG).is_file():
         expert = open_expert(folder, base)
-        return Asked(expert.name, expert, folder, stored=False)
+        return RankTarget(expert.name, expert, folder, stored=False)
     task = open_task(folder)
     trained = folder_for(store, task.name)
     known = store.find(str(trained))
     if known is not None and trained.is_dir() and store.experts[known].task_sha256 == task.sha256():
-        return Asked(known, store.open(known), trained, stored=True)
-    return Asked(task.name, None, folder, stored=False)
+        return RankTarget(known, store.open(known), trained, stored=True)
+    return RankTarget(task.name, None, folder, stored=False)
 
 
 def folder_for(store: Store, task: str) -> Path:
@@ -110,7 +110,7 @@ def folder_for(store: Store, task: str) -> Path:
     return store.path.parent / TARGETS / task
 
 
-def pool_base(store: Store, asked: Asked, reference: str | None) -> Base:
+def pool_base(store: Store, asked: RankTarget, reference: str | None) -> Base:
     """The base given, else the target expert's, else that of all experts of the store.
 
     Raises:
@@ -135,7 +135,7 @@ def pool_base(store: Store, asked: Asked, reference: str | None) -> Base:
     raise AssertionError("unreachable: a store has experts")
 
 
-def names_on(store: Store, asked: Asked, base: Base) -> tuple[list[str], dict[str, str]]:
+def names_on(store: Store, asked: RankTarget, base: Base) -> tuple[list[str], dict[str, str]]:
     """The names in the store on a base, the target left out, and why the others are not among them."""
     names, excluded = [], {}
     for name, entry in store.experts.items():
@@ -159,7 +159,7 @@ def open_all(store: Store, names: Sequence[str]) -> tuple[dict[str, Expert], dic
     return experts, excluded
 
 
-def pool_of(store: Store, asked: Asked, base: Base) -> tuple[dict[str, Expert], dict[str, str]]:
+def pool_of(store: Store, asked: RankTarget, base: Base) -> tuple[dict[str, Expert], dict[str, str]]:
     """The experts of the store on a base, the target left out, and why the others are not among them."""
     names, others = names_on(store, asked, base)
     experts, broken = open_all(store, names)

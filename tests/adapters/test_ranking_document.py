@@ -17,12 +17,12 @@ from pimerge.adapters.compatibility import check_expert
 from pimerge.adapters.expert import open_expert
 from pimerge.adapters.ranking_document import Ranking, open_ranked, read_ranking, write_ranking
 from pimerge.core.errors import PimergeError
-from pimerge.embedding.embed import embed
+from pimerge.embedding.embed import embed_expert
 from pimerge.embedding.store import Store
-from pimerge.embedding.store_schema import Settings
+from pimerge.embedding.store_schema import EmbedSettings
 from pimerge.models.loading import Bases
 from pimerge.ranking.by_store import rank_by_store
-from pimerge.ranking.selection import Wish
+from pimerge.ranking.selection import SelectionRule
 from tests.support.bases import model_for
 from tests.support.experts import MakeExpert, dense_deltas, edit_tensors
 from tests.support.numerics import change_basis
@@ -71,7 +71,7 @@ def template(
     store, bases = Store(folder / "embeddings.json"), Bases(torch.device("cpu"), torch.float32)
     for path in sorted(pool.iterdir()):
         expert = open_expert(path)
-        embed(expert, check_expert(expert), store, Settings(max_examples=8), bases)
+        embed_expert(expert, check_expert(expert), store, EmbedSettings(max_examples=8), bases)
     return folder
 
 
@@ -82,7 +82,7 @@ def folder(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def rank_in(folder: Path, target: str = "x", measure: str = "fisher", k: int = 2) -> Ranking:
-    return rank_by_store(Store(folder / "embeddings.json"), target, measure, Wish(k, gate=False), folder)
+    return rank_by_store(Store(folder / "embeddings.json"), target, measure, SelectionRule(k, gate=False), folder)
 
 
 def reasons_of(ranking: Ranking) -> dict[str, str]:
@@ -154,7 +154,9 @@ def test_equal_scores_are_in_alphabetical_order(folder: Path) -> None:
         shutil.copytree(folder / "pool" / "near", folder / "pool" / name)
         expert = open_expert(folder / "pool" / name)
         bases = Bases(torch.device("cpu"), torch.float32)
-        embed(expert, check_expert(expert), Store(folder / "embeddings.json"), Settings(max_examples=8), bases)
+        embed_expert(
+            expert, check_expert(expert), Store(folder / "embeddings.json"), EmbedSettings(max_examples=8), bases
+        )
     names = [candidate.name for candidate in rank_in(folder, measure="delta").candidates]
     start = names.index("a")
     assert names[start : start + 3] == ["a", "b", "near"]
@@ -174,7 +176,7 @@ def test_a_target_that_nothing_can_be_compared_with_has_an_empty_ranking(templat
 def test_other_label_modes_are_not_compared_by_fisher(folder: Path) -> None:
     expert = open_expert(folder / "pool" / "near")
     store, bases = Store(folder / "embeddings.json"), Bases(torch.device("cpu"), torch.float32)
-    embed(expert, check_expert(expert), store, Settings(max_examples=8, labels="sampled"), bases)
+    embed_expert(expert, check_expert(expert), store, EmbedSettings(max_examples=8, labels="sampled"), bases)
     assert reasons_of(rank_in(folder))["near"] == "its Fisher has sampled labels, the target's true"
     assert "near" not in reasons_of(rank_in(folder, measure="delta"))
 
@@ -215,7 +217,7 @@ def test_wrong_options_are_named(template: Path, arguments: dict[str, Any], expe
 
 
 def test_a_ranking_reads_back_and_its_paths_are_relative_to_it(folder: Path) -> None:
-    ranking = rank_by_store(Store(folder / "embeddings.json"), "x", "delta", Wish(2), folder / "deep")
+    ranking = rank_by_store(Store(folder / "embeddings.json"), "x", "delta", SelectionRule(2), folder / "deep")
     write_ranking(ranking, folder / "deep" / "ranking.json", force=False)
     again = read_ranking(folder / "deep" / "ranking.json")
     assert again == ranking

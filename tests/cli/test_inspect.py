@@ -14,8 +14,8 @@ from typer.testing import Result
 from pimerge.adapters.expert import CONFIG, open_expert
 from pimerge.core.errors import PimergeError
 from pimerge.core.files import sha256_file
-from pimerge.embedding.store import DIAGONAL, MARGINALS, Store
-from pimerge.embedding.store_schema import Settings
+from pimerge.embedding.store import DIAGONAL, SECOND_MOMENTS, Store
+from pimerge.embedding.store_schema import EmbedSettings
 from tests.support.cli import raise_from
 from tests.support.experts import MakeExpert, raw_expert, set_config, updates_of
 
@@ -115,7 +115,7 @@ def embedded(pool: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             "kind": expert.kind,
             "base": "b",
             "task": {},
-            "settings": Settings(),
+            "settings": EmbedSettings(),
             "examples": 7,
             "tokens": 11,
             "device": "cpu",
@@ -128,7 +128,7 @@ def embedded(pool: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             for place, module in enumerate(sorted(expert.modules.values(), key=lambda m: m.name), 1)
             for key in (module.A, module.B)
         }
-        store.add(name, fields, {DIAGONAL: diagonal, MARGINALS: {}})
+        store.add(name, fields, {DIAGONAL: diagonal, SECOND_MOMENTS: {}})
     return path
 
 

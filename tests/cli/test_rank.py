@@ -12,9 +12,9 @@ import torch
 
 from pimerge.adapters.compatibility import check_expert
 from pimerge.adapters.expert import open_expert
-from pimerge.embedding.embed import embed
+from pimerge.embedding.embed import embed_expert
 from pimerge.embedding.store import Store
-from pimerge.embedding.store_schema import Settings
+from pimerge.embedding.store_schema import EmbedSettings
 from pimerge.models.loading import Bases
 from tests.support.cli import Shell
 from tests.support.experts import MakeExpert, edit_tensors
@@ -41,7 +41,7 @@ def made(
     for seed, name in enumerate(NAMES):
         rank = 2 if name == "other-rank" else 4
         path = make_expert(folder / "experts" / name, vit_base, folder / "tasks" / "old", seed=seed, r=rank)
-        embed(open_expert(path), check_expert(open_expert(path)), store, Settings(max_examples=8), bases)
+        embed_expert(open_expert(path), check_expert(open_expert(path)), store, EmbedSettings(max_examples=8), bases)
     return folder
 
 
@@ -273,7 +273,7 @@ def test_a_candidate_that_is_gone_changed_or_not_finite_is_listed_and_the_others
     path = make_expert(folder / "experts" / "huge", vit_base, folder / "tasks" / "old", seed=1)
     bases = Bases(torch.device("cpu"), torch.float32)
     store = Store(folder / "embeddings.json")
-    embed(open_expert(path), check_expert(open_expert(path)), store, Settings(max_examples=8), bases)
+    embed_expert(open_expert(path), check_expert(open_expert(path)), store, EmbedSettings(max_examples=8), bases)
     edit_tensors(path, lambda tensors: [t.fill_(3e38) for key, t in tensors.items() if "lora_B" in key])
     store.document.experts["huge"].sha256 = open_expert(path).sha256
     (folder / "embeddings.json").write_text(store.document.model_dump_json())
@@ -311,7 +311,7 @@ def test_several_bases_ask_for_one_and_the_others_experts_are_not_comparable(
     path = make_expert(folder / "experts" / "stranger", vit_base, folder / "tasks" / "old", seed=1)
     store = Store(folder / "embeddings.json")
     bases = Bases(torch.device("cpu"), torch.float32)
-    embed(open_expert(path), check_expert(open_expert(path)), store, Settings(max_examples=8), bases)
+    embed_expert(open_expert(path), check_expert(open_expert(path)), store, EmbedSettings(max_examples=8), bases)
     write_json(path / "adapter_config.json", json.loads((path / "adapter_config.json").read_text()) | edit)
     entry = store.document.experts["stranger"]
     entry.base = open_expert(path).base.identity

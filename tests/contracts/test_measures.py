@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pimerge.adapters.expert import open_expert
 from pimerge.core import plugins
-from pimerge.embedding.sample import Sample
+from pimerge.embedding.features import TargetFeatures
 from pimerge.embedding.store_view import StoreView
 from pimerge.ranking.measures import combined, likelihood, probe
 from pimerge.ranking.measures.history import predicted
@@ -157,7 +157,9 @@ def test_a_pool_of_copies_is_finite(measure: ModuleType, pool: list[StoreView]) 
 
 
 def test_the_same_again_and_the_files_are_as_they_were(measure: ModuleType, pool: list[StoreView]) -> None:
-    files = [file.path for member in pool for file in (member.expert.file, member.diagonal, member.marginals) if file]
+    files = [
+        file.path for member in pool for file in (member.expert.file, member.diagonal, member.second_moments) if file
+    ]
     before = [path.read_bytes() for path in files]
     first = scores(measure, pool[0], pool[1:])
     assert scores(measure, pool[0], pool[1:]) == first
@@ -167,23 +169,25 @@ def test_the_same_again_and_the_files_are_as_they_were(measure: ModuleType, pool
 N, CLASSES = 60, 3
 
 
-def sample_of(signal: float, seed: int = 0) -> Sample:
+def sample_of(signal: float, seed: int = 0) -> TargetFeatures:
     """Three clusters, overlapping the more the weaker the signal; a head and losses to match."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(N) % CLASSES
     centres, noise = (torch.randn(n, 8, generator=generator, dtype=torch.float64) for n in (CLASSES, N))
     logits = torch.randn(N, 4, generator=generator) + signal * torch.eye(4)[labels]
     losses = -logits[:, :CLASSES].log_softmax(1)[torch.arange(N), labels]
-    return Sample(1 + noise + signal * centres[labels], labels, CLASSES, logits, losses)
+    return TargetFeatures(1 + noise + signal * centres[labels], labels, CLASSES, logits, losses)
 
 
-def rows_of(sample: Sample, rows: Tensor) -> Sample:
+def rows_of(sample: TargetFeatures, rows: Tensor) -> TargetFeatures:
     assert sample.logits is not None
     assert sample.losses is not None
-    return Sample(sample.vectors[rows], sample.labels[rows], sample.classes, sample.logits[rows], sample.losses[rows])
+    return TargetFeatures(
+        sample.vectors[rows], sample.labels[rows], sample.classes, sample.logits[rows], sample.losses[rows]
+    )
 
 
-def once(measure: ModuleType, sample: Sample) -> float:
+def once(measure: ModuleType, sample: TargetFeatures) -> float:
     return float(measure.scores(sample, torch.ones(1, len(sample.labels), dtype=torch.float64)))
 
 
@@ -215,7 +219,7 @@ def test_what_tells_the_labels_is_better_than_what_does_not(by_examples: ModuleT
         mixed = rows_of(informative, shuffled)
         assert mixed.logits is not None
         losses = -mixed.logits[:, :CLASSES].log_softmax(1)[torch.arange(N), informative.labels]
-        worse = Sample(mixed.vectors, informative.labels, CLASSES, mixed.logits, losses)
+        worse = TargetFeatures(mixed.vectors, informative.labels, CLASSES, mixed.logits, losses)
         assert once(by_examples, informative) > once(by_examples, worse)
 
 
@@ -248,7 +252,7 @@ def test_the_sample_is_left_as_it_was(by_examples: ModuleType) -> None:
 @pytest.mark.parametrize("value", [0.0, 0.1, 1e6])
 def test_constant_features_are_finite(by_examples: ModuleType, value: float) -> None:
     sample = sample_of(1.0)
-    constant = Sample(
+    constant = TargetFeatures(
         torch.full((N, 8), value, dtype=torch.float64), sample.labels, CLASSES, sample.logits, sample.losses
     )
     assert by_examples.scores(constant, draws_of().double()).isfinite().all()

@@ -18,10 +18,10 @@ from pimerge.adapters.compatibility import check_expert
 from pimerge.adapters.expert import open_expert
 from pimerge.core.errors import PimergeError
 from pimerge.embedding import embed as embedding
-from pimerge.embedding.embed import Outcome, embed
+from pimerge.embedding.embed import EmbedOutcome, embed_expert
 from pimerge.embedding.random_projection import from_texts
 from pimerge.embedding.store import Store
-from pimerge.embedding.store_schema import Settings
+from pimerge.embedding.store_schema import EmbedSettings
 from pimerge.models.loading import Bases
 from pimerge.tasks.task import open_task
 from tests.support.bases import model_for
@@ -30,17 +30,19 @@ from tests.support.numerics import relative_difference
 from tests.support.tasks import write_json
 
 LIMIT = 12
-Embed = Callable[..., Outcome]
+Embed = Callable[..., EmbedOutcome]
 
 
-def embed_into(store: Store, folder: Path, dtype: torch.dtype = torch.float32, **options: object) -> Outcome:
+def embed_into(store: Store, folder: Path, dtype: torch.dtype = torch.float32, **options: object) -> EmbedOutcome:
     """Embed one expert with the settings among the options."""
     tokens, force = options.pop("batch_tokens", None), options.pop("force", False)
     grams = options.pop("grams", False)
-    settings = Settings(**{"max_examples": LIMIT, **options})
+    settings = EmbedSettings(**{"max_examples": LIMIT, **options})
     expert = open_expert(folder)
     bases = Bases(torch.device("cpu"), dtype)
-    return embed(expert, check_expert(expert), store, settings, bases, batch_tokens=tokens, grams=grams, force=force)
+    return embed_expert(
+        expert, check_expert(expert), store, settings, bases, batch_tokens=tokens, grams=grams, force=force
+    )
 
 
 def own_fisher(folder: Path, base: Path, draw_seed: int | None = None) -> dict[str, Tensor]:
@@ -144,9 +146,9 @@ def test_an_expert_without_a_head_is_refused_whatever_was_embedded_before(
     other = open_expert(make_expert(tmp_path / "other", vit_base, parity_task, seed=1))
     bases = Bases(torch.device("cpu"), torch.float32)
     store = Store(tmp_path / "embeddings.json")
-    embed(other, check_expert(other), store, Settings(max_examples=LIMIT), bases)
+    embed_expert(other, check_expert(other), store, EmbedSettings(max_examples=LIMIT), bases)
     with pytest.raises(PimergeError, match="'headless' has no head"):
-        embed(headless, check_expert(headless), store, Settings(max_examples=LIMIT), bases)
+        embed_expert(headless, check_expert(headless), store, EmbedSettings(max_examples=LIMIT), bases)
     assert list(store.experts) == ["other"]
 
 
@@ -225,7 +227,7 @@ def test_a_sidecar_that_is_gone_or_altered_is_computed_again(expert: Path, tmp_p
 def test_the_sketches_are_near_the_cosines_of_the_two_parts_of_fisher(pool: Path, tmp_path: Path, name: str) -> None:
     store = Store(tmp_path / "embeddings.json")
     embed_into(store, pool / name)
-    file = store.marginals_file(name)
+    file = store.second_moments_file(name)
     gradients = {key: file.read(key).double() for key in file.entries if key.startswith("gradient.")}
     unit = {key: value / value.norm() for key, value in gradients.items()}
     deltas = dense_deltas(open_expert(pool / name))

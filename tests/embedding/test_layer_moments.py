@@ -1,4 +1,4 @@
-"""Marginals of the Fisher information against a loop over single examples and tokens, with autograd of its own."""
+"""Second moments of the Fisher information against a loop over single examples and tokens, with autograd of its own."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from pimerge.adapters.compatibility import check_expert
 from pimerge.adapters.expert import open_expert
 from pimerge.adapters.keys import PREFIX
 from pimerge.embedding import embed as embedding
-from pimerge.embedding.embed import embed
+from pimerge.embedding.embed import embed_expert
 from pimerge.embedding.input_grams import linear_layers
-from pimerge.embedding.layer_moments import Marginals
+from pimerge.embedding.layer_moments import SecondMoments
 from pimerge.embedding.random_projection import DIRECTIONS, projection
 from pimerge.embedding.store import Store
-from pimerge.embedding.store_schema import Settings
+from pimerge.embedding.store_schema import EmbedSettings
 from pimerge.models.loading import Bases
 from pimerge.tasks.task import open_task
 from pimerge.tasks.types import Examples
@@ -84,7 +84,7 @@ class Case:
     reference: dict[str, Tensor]
 
     def marginals(self, batches: Sequence[Sequence[int]]) -> dict[str, Tensor]:
-        found = Marginals({name: self.model.get_submodule(PREFIX + name) for name in self.layers})
+        found = SecondMoments({name: self.model.get_submodule(PREFIX + name) for name in self.layers})
         with found.recording():
             for indices in batches:
                 nll(self.model, found.of(self.examples.batch(indices))).sum().backward()
@@ -151,7 +151,7 @@ def test_the_cases_have_what_they_are_to_test(cases: dict[str, Case]) -> None:
 def test_wide_layers_are_seen_in_few_directions(make_case: MakeCase) -> None:
     layer = nn.Linear(3, 100)
     x = torch.randn(9, 3, generator=torch.Generator().manual_seed(0))
-    found = Marginals({"q": layer})
+    found = SecondMoments({"q": layer})
     with found.recording():
         layer(x).sin().sum().backward()
     rows = layer(x).detach().cos()
@@ -166,7 +166,7 @@ def test_hooks_are_gone_after_an_error_and_outputs_are_as_they_were(cases: dict[
     wrappers = {name: case.model.get_submodule(PREFIX + name) for name in case.layers}
     batch = case.examples.batch([0, 1])
     plain = nll(case.model, batch)
-    found = Marginals(wrappers)
+    found = SecondMoments(wrappers)
     with found.recording():
         assert torch.equal(nll(case.model, found.of(batch)), plain)
     with pytest.raises(RuntimeError), found.recording():  # noqa: PT012
@@ -177,7 +177,7 @@ def test_hooks_are_gone_after_an_error_and_outputs_are_as_they_were(cases: dict[
 
 def test_without_a_gradient_there_are_inputs_alone() -> None:
     layer = nn.Linear(2, 2)
-    found = Marginals({"q": layer})
+    found = SecondMoments({"q": layer})
     with found.recording(), torch.no_grad():
         layer(torch.ones(3, 2))
     assert {name: value.tolist() for name, value in found.means().items()} == {"input.q": [1, 1]}
@@ -191,8 +191,15 @@ def embedded(folder: Path, store: Path, **options: Any) -> dict[str, Tensor]:
     tokens, labels = options.get("batch_tokens"), options.get("labels", "true")
     expert, found = open_expert(folder), Store(store / "embeddings.json")
     bases = Bases(torch.device("cpu"), torch.float32)
-    embed(expert, check_expert(expert), found, Settings(max_examples=LIMIT, labels=labels), bases, batch_tokens=tokens)
-    file = found.marginals_file(expert.name)
+    embed_expert(
+        expert,
+        check_expert(expert),
+        found,
+        EmbedSettings(max_examples=LIMIT, labels=labels),
+        bases,
+        batch_tokens=tokens,
+    )
+    file = found.second_moments_file(expert.name)
     return {key: file.read(key) for key in file.entries if not key.startswith("update.")}
 
 
@@ -267,4 +274,4 @@ def test_a_layer_without_marginals_leaves_them_empty(
 ) -> None:
     folder = make_expert(tmp_path / "x", bert_base, text_task, target_modules=["word_embeddings"])
     assert embedded(folder, tmp_path) == {}
-    assert embedding.MARGINALS in Store(tmp_path / "embeddings.json").experts["x"].sidecars
+    assert embedding.SECOND_MOMENTS in Store(tmp_path / "embeddings.json").experts["x"].sidecars

@@ -18,8 +18,8 @@ from pimerge.embedding.random_projection import (
     SIZE,
     WIDTH,
     from_texts,
+    project,
     projection,
-    sketch,
     to_text,
     update_embedding,
 )
@@ -45,7 +45,7 @@ def test_inner_products_are_right_in_the_mean_and_as_wrong_as_stated(cosine: flo
     for trial in range(TRIALS):
         a, b = pair(cosine, kind, trial)
         # another name, other draws
-        errors.append(float(sketch({f"t{trial}": a}) @ sketch({f"t{trial}": b})) - cosine)
+        errors.append(float(project({f"t{trial}": a}) @ project({f"t{trial}": b})) - cosine)
     stated = (2 / SIZE) ** 0.5
     assert abs(np.mean(errors)) < 4 * stated / TRIALS**0.5
     assert np.sqrt(np.mean(np.square(errors))) < 1.2 * stated
@@ -56,7 +56,7 @@ def test_inner_products_are_right_in_the_mean_and_as_wrong_as_stated(cosine: flo
 def test_an_entry_goes_to_one_place_of_each_block() -> None:
     one = torch.zeros(50)
     one[17] = 3.0
-    found = sketch({"q": one}).view(BLOCKS, WIDTH)
+    found = project({"q": one}).view(BLOCKS, WIDTH)
     assert found.count_nonzero(1).tolist() == [1] * BLOCKS
     assert found.abs().sum(1).tolist() == pytest.approx([3 / BLOCKS**0.5] * BLOCKS)
 
@@ -65,15 +65,15 @@ def test_a_sketch_is_linear_and_adds_up_over_the_parts() -> None:
     generator = torch.Generator().manual_seed(0)
     a, b = ({n: torch.randn(4, 5, generator=generator, dtype=torch.float64) for n in "pq"} for _ in range(2))
     mixed = {name: 2 * a[name] - b[name] for name in a}
-    torch.testing.assert_close(sketch(mixed), 2 * sketch(a) - sketch(b))
-    torch.testing.assert_close(sketch(a), sketch({"p": a["p"]}) + sketch({"q": a["q"]}))
-    assert torch.equal(sketch(dict(reversed(a.items()))), sketch(a))
-    assert not torch.allclose(sketch({"p": a["p"]}), sketch({"q": a["p"]}))  # its name decides where it goes
+    torch.testing.assert_close(project(mixed), 2 * project(a) - project(b))
+    torch.testing.assert_close(project(a), project({"p": a["p"]}) + project({"q": a["q"]}))
+    assert torch.equal(project(dict(reversed(a.items()))), project(a))
+    assert not torch.allclose(project({"p": a["p"]}), project({"q": a["p"]}))  # its name decides where it goes
 
 
 def test_nothing_has_an_empty_sketch_that_reads_back() -> None:
-    assert not sketch({}).any()
-    assert not from_texts([to_text(sketch({}))]).any()
+    assert not project({}).any()
+    assert not from_texts([to_text(project({}))]).any()
 
 
 @pytest.mark.parametrize("scale", [1e-20, 1.0, 1e20])
@@ -92,7 +92,7 @@ def test_texts_read_back_to_within_half_a_level(scale: float) -> None:
 def test_reading_back_costs_as_much_as_is_said() -> None:
     errors = []
     for trial in range(TRIALS):
-        a, b = (sketch({f"t{trial}": vector}) for vector in pair(0.5, "many", trial))
+        a, b = (project({f"t{trial}": vector}) for vector in pair(0.5, "many", trial))
         back = from_texts([to_text(a), to_text(b)]).astype(np.float64)
         errors.append(float(back[0] @ back[1]) - float(a @ b))
     assert np.std(errors) < 0.005
@@ -109,14 +109,14 @@ def test_directions_are_orthonormal_and_all_of_them_if_there_are_few() -> None:
 
 def test_draws_follow_from_names_alone_in_any_process() -> None:
     code = (
-        "import torch; from pimerge.embedding.random_projection import projection, sketch; torch.manual_seed(5);"
-        "print(projection('q', 100)[3, 2].item(), sketch({'q': torch.arange(9.0)}).nonzero()[:, 0].tolist())"
+        "import torch; from pimerge.embedding.random_projection import projection, project; torch.manual_seed(5);"
+        "print(projection('q', 100)[3, 2].item(), project({'q': torch.arange(9.0)}).nonzero()[:, 0].tolist())"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split(
         " ", 1
     )
     assert float(found[0]) == pytest.approx(projection("q", 100)[3, 2].item(), rel=1e-5)
-    assert found[1].strip() == str(sketch({"q": torch.arange(9.0)}).nonzero()[:, 0].tolist())
+    assert found[1].strip() == str(project({"q": torch.arange(9.0)}).nonzero()[:, 0].tolist())
 
 
 def test_texts_are_read_without_torch() -> None:
@@ -124,7 +124,7 @@ def test_texts_are_read_without_torch() -> None:
         "import sys; from pimerge.embedding.random_projection import from_texts; from_texts(sys.argv[1:]);"
         "sys.exit('torch' in sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code, to_text(sketch({"q": torch.ones(3)}))], check=True)
+    subprocess.run([sys.executable, "-c", code, to_text(project({"q": torch.ones(3)}))], check=True)
 
 
 MODULES = 24

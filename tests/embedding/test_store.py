@@ -17,8 +17,8 @@ from torch import Tensor
 
 from pimerge.adapters.expert import open_expert
 from pimerge.core.errors import PimergeError
-from pimerge.embedding.store import DIAGONAL, GRAMS, MARGINALS, Store, open_store, unknown_target
-from pimerge.embedding.store_schema import SCHEMA, Gains, Settings
+from pimerge.embedding.store import DIAGONAL, GRAMS, SECOND_MOMENTS, Store, open_store, unknown_target
+from pimerge.embedding.store_schema import SCHEMA, EmbedSettings, MeasuredGains
 from tests.support.experts import MakeExpert
 from tests.support.tasks import write_json
 
@@ -29,7 +29,7 @@ def diagonal_of(number: int) -> dict[str, Tensor]:
     return {KEY.format(module): torch.full((4, 2), float(number + 1)) for module in ("q", "v")}
 
 
-def marginals_of(number: int) -> dict[str, Tensor]:
+def moments_of(number: int) -> dict[str, Tensor]:
     return {f"{part}.{module}": torch.full((4,), float(number + 3)) for module in "qv" for part in ("input", "output")}
 
 
@@ -39,7 +39,7 @@ def grams_of(number: int) -> dict[str, Tensor]:
 
 def tensors_of(number: int, *, grams: bool = False) -> dict[str, dict[str, Tensor]]:
     """What is stored of an expert."""
-    without = {DIAGONAL: diagonal_of(number), MARGINALS: marginals_of(number)}
+    without = {DIAGONAL: diagonal_of(number), SECOND_MOMENTS: moments_of(number)}
     return {**without, GRAMS: grams_of(number)} if grams else without
 
 
@@ -52,7 +52,7 @@ def fields_of(path: str, sha256: str = "0") -> dict[str, Any]:
         "kind": "lora",
         "base": "b",
         "task": {},
-        "settings": Settings(),
+        "settings": EmbedSettings(),
         "examples": 1,
         "tokens": 1,
         "device": "cpu",
@@ -73,9 +73,9 @@ def assert_whole(path: Path) -> int:
     store = Store(path)
     for name in store.experts:
         torch.testing.assert_close(store.diagonal(name), diagonal_of(int(name[1:])), rtol=0, atol=0)
-        file = store.marginals_file(name)
+        file = store.second_moments_file(name)
         marginals = {key: file.read(key) for key in file.entries}
-        torch.testing.assert_close(marginals, marginals_of(int(name[1:])), rtol=0, atol=0)
+        torch.testing.assert_close(marginals, moments_of(int(name[1:])), rtol=0, atol=0)
     return len(store.experts)
 
 
@@ -162,11 +162,11 @@ def test_a_document_that_is_no_store_is_refused_and_kept(tmp_path: Path, content
     assert path.read_text() == content
 
 
-@pytest.mark.parametrize("part", [DIAGONAL, MARGINALS])
+@pytest.mark.parametrize("part", [DIAGONAL, SECOND_MOMENTS])
 def test_a_sidecar_that_is_gone_or_altered_is_not_read(tmp_path: Path, part: str) -> None:
     fill(tmp_path / "embeddings.json", "n", 1)
     store = Store(tmp_path / "embeddings.json")
-    read = {DIAGONAL: store.diagonal, MARGINALS: store.marginals_file}[part]
+    read = {DIAGONAL: store.diagonal, SECOND_MOMENTS: store.second_moments_file}[part]
     sidecar = tmp_path / store.experts["n0"].sidecars[part].file
     content = sidecar.read_bytes()
     sidecar.write_bytes(content[:-4] + b"\0\0\0\0")
@@ -177,13 +177,13 @@ def test_a_sidecar_that_is_gone_or_altered_is_not_read(tmp_path: Path, part: str
         read("n0")
 
 
-@pytest.mark.parametrize("part", [DIAGONAL, MARGINALS])
+@pytest.mark.parametrize("part", [DIAGONAL, SECOND_MOMENTS])
 def test_an_entry_is_current_only_with_all_its_fields_and_its_sidecars(tmp_path: Path, part: str) -> None:
     fill(tmp_path / "embeddings.json", "n", 1)
     store = Store(tmp_path / "embeddings.json")
-    assert store.is_current("n0", {"sha256": "0", "settings": Settings()})
+    assert store.is_current("n0", {"sha256": "0", "settings": EmbedSettings()})
     assert not store.is_current("n0", {"sha256": "1"})
-    assert not store.is_current("n0", {"settings": Settings(seed=1)})
+    assert not store.is_current("n0", {"settings": EmbedSettings(seed=1)})
     assert not store.is_current("n1", {})
     (tmp_path / store.experts["n0"].sidecars[part].file).unlink()
     assert not store.is_current("n0", {})
@@ -195,12 +195,12 @@ def test_a_measure_gets_what_it_needs_and_no_more(filed: tuple[Store, Path]) -> 
     by_needs = {needs: store.member("x", expert, needs) for needs in ("fisher", "marginals", "experts")}
     assert [member.expert for member in by_needs.values()] == [expert] * 3
     assert [member.diagonal is not None for member in by_needs.values()] == [True, False, False]
-    assert [member.marginals is not None for member in by_needs.values()] == [False, True, False]
+    assert [member.second_moments is not None for member in by_needs.values()] == [False, True, False]
     key = KEY.format("q")
     assert by_needs["fisher"].fisher([key])[key].tolist() == diagonal_of(0)[key].tolist()
     assert by_needs["marginals"].layers("output") == ["q", "v"]
-    output = by_needs["marginals"].marginal(["output.v"])["output.v"]
-    assert output.tolist() == marginals_of(0)["output.v"].tolist()
+    output = by_needs["marginals"].moments(["output.v"])["output.v"]
+    assert output.tolist() == moments_of(0)["output.v"].tolist()
     factors = {key for key in expert.file.entries if ".lora_" in key}
     assert by_needs["experts"].parameters == sorted(factors)
 
@@ -348,7 +348,7 @@ def test_an_overlay_grows_and_leaves_the_store_as_it_was(filed: tuple[Store, Pat
     overlay = store.overlay(tmp_path / "deep" / "overlay")
     assert overlay.open("x").path.samefile(folder)
     assert overlay.find(str(folder)) == "x"
-    assert torch.equal(overlay.marginals_file("x").read("input.q"), marginals_of(0)["input.q"])
+    assert torch.equal(overlay.second_moments_file("x").read("input.q"), moments_of(0)["input.q"])
     overlay.add("y", fields_of("y"), tensors_of(1))
     assert list(Store(overlay.path).experts) == ["x", "y"]
     assert list(Store(store.path).experts) == list(store.experts) == ["x"]
@@ -367,7 +367,7 @@ def with_gains(tmp_path: Path) -> Store:
         store.add(f"n{number}", fields_of(f"n{number}", str(number)), tensors_of(number))
     for target in range(2):
         sources = {f"n{n}": (str(n), GAINS) for n in range(3) if n != target}
-        store.add_gains(f"n{target}", Gains(task_sha256="0", examples=5, sources=sources))
+        store.add_gains(f"n{target}", MeasuredGains(task_sha256="0", examples=5, sources=sources))
     return Store(store.path)
 
 

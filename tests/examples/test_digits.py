@@ -15,12 +15,12 @@ from sklearn.datasets import load_digits
 
 from pimerge.adapters.compatibility import check_expert
 from pimerge.adapters.expert import find_experts, open_expert
-from pimerge.embedding.embed import embed
+from pimerge.embedding.embed import embed_expert
 from pimerge.embedding.store import Store
-from pimerge.embedding.store_schema import Settings
+from pimerge.embedding.store_schema import EmbedSettings
 from pimerge.models.loading import Bases, resolve_device, resolve_dtype
 from pimerge.ranking.by_store import rank_by_store
-from pimerge.ranking.selection import Wish
+from pimerge.ranking.selection import SelectionRule
 
 DIGITS = Path(__file__).parents[2] / "examples" / "digits"
 RELATED = {
@@ -78,9 +78,9 @@ def test_related_experts_are_nearest(tmp_path: Path) -> None:
     bases, store = Bases(device, resolve_dtype("auto", device)), Store(tmp_path / "embeddings.json")
     for folder in find_experts(DIGITS / "experts"):
         expert = open_expert(folder)
-        embed(expert, check_expert(expert), store, Settings(), bases)
+        embed_expert(expert, check_expert(expert), store, EmbedSettings(), bases)
     for target, related in RELATED.items():
-        ranking = rank_by_store(store, target, "fisher", Wish(len(related), gate=False), tmp_path)
+        ranking = rank_by_store(store, target, "fisher", SelectionRule(len(related), gate=False), tmp_path)
         assert set(ranking.selected) == related
         assert not ranking.not_comparable
 

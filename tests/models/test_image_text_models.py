@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from pimerge.adapters.expert import Expert, open_expert
 from pimerge.checkpoints.base import find_base
 from pimerge.core.errors import PimergeError
-from pimerge.embedding.embed import embed
-from pimerge.embedding.features import Draw, Viewer
+from pimerge.embedding.embed import embed_expert
+from pimerge.embedding.features import FeatureReader, Sampling
 from pimerge.embedding.fisher import diagonal_fisher
 from pimerge.embedding.input_grams import linear_layers
 from pimerge.embedding.store import Store
-from pimerge.embedding.store_schema import Settings
+from pimerge.embedding.store_schema import EmbedSettings
 from pimerge.models.loading import Bases, load_base
 from pimerge.tasks.task import Task, open_task
 from tests.support.bases import IMAGE_TEXT_MODELS, model_for
@@ -127,22 +127,22 @@ def test_vectors_and_answers_are_those_of_transformers(case: Case) -> None:
         return
     identity = find_base(str(case.base), None, case.base)
     loaded = load_base(identity, case.task, CPU, torch.float32)
-    viewer = Viewer(loaded, identity, case.task, Draw(limit=COUNT))
+    reader = FeatureReader(loaded, identity, case.task, Sampling(limit=COUNT))
     dense = model_for(case.base)
     with torch.no_grad():
         for name, delta in dense_deltas(case.expert).items():
             dense.get_submodule(name).weight += 0.5 * delta
-    sample = viewer.samples(case.expert)[0.5]
+    sample = reader.features(case.expert)[0.5]
     assert sample.logits is not None
     for index in range(COUNT):
-        batch = viewer.examples.batch([index])
+        batch = reader.examples.batch([index])
         inputs = {name: value for name, value in batch.items() if name != "labels"}
         with torch.no_grad():
             states = dense.model(**inputs).last_hidden_state[0]
         first = int((batch["labels"][0] > 2).nonzero()[0, 0])  # 2 begins a text
         assert relative_difference(sample.vectors[index], states[first]) < 1e-4
         for label in (0, 1):
-            batch = viewer.examples.collate([viewer.examples.labelled(index, label)])
+            batch = reader.examples.collate([reader.examples.labelled(index, label)])
             with torch.no_grad():
                 assert float(sample.logits[index, label]) == pytest.approx(-float(plain_nll(dense, batch)), rel=1e-4)
 
@@ -170,8 +170,8 @@ def test_images_of_several_sizes_are_embedded_one_by_one(
         gradients = torch.autograd.grad(plain_nll(model, examples.batch([index])), list(parameters.values()))
         expected += sum(float(gradient.square().sum()) for gradient in gradients) / 6
     store = Store(tmp_path / "embeddings.json")
-    settings = Settings(labels="true", max_examples=6, shots=None, seed=0)
-    outcome = embed(case.expert, case.task, store, settings, Bases(CPU, torch.float32), batch_tokens=1000)
+    settings = EmbedSettings(labels="true", max_examples=6, shots=None, seed=0)
+    outcome = embed_expert(case.expert, case.task, store, settings, Bases(CPU, torch.float32), batch_tokens=1000)
     assert outcome.fisher is not None
     found = sum(float(value.sum()) for value in outcome.fisher.diagonal.values())
     assert found == pytest.approx(expected, rel=1e-3)

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from pimerge.adapters.expert import Expert, open_expert
 from pimerge.checkpoints.base import find_base
 from pimerge.core.errors import PimergeError
-from pimerge.embedding.embed import embed
-from pimerge.embedding.features import Draw, Viewer
+from pimerge.embedding.embed import embed_expert
+from pimerge.embedding.features import FeatureReader, Sampling
 from pimerge.embedding.fisher import diagonal_fisher
 from pimerge.embedding.input_grams import linear_layers
 from pimerge.embedding.store import Store
-from pimerge.embedding.store_schema import Settings
+from pimerge.embedding.store_schema import EmbedSettings
 from pimerge.models.loading import Bases, load_base, plugged_in
 from pimerge.tasks.task import Task, open_task
 from tests.support.bases import LANGUAGE_MODELS, model_for
@@ -112,8 +112,8 @@ def test_an_embedding_does_not_depend_on_the_batches_and_knows_sampled_labels(ca
     diagonals = {}
     for labels, tokens in (("true", 1), ("true", 1000), ("sampled", 1), ("sampled", 1000)):
         store = Store(tmp_path / f"{labels}-{tokens}.json")
-        settings = Settings(labels=labels, max_examples=COUNT, shots=None, seed=0)
-        outcome = embed(case.expert, case.task, store, settings, Bases(CPU, torch.float32), batch_tokens=tokens)
+        settings = EmbedSettings(labels=labels, max_examples=COUNT, shots=None, seed=0)
+        outcome = embed_expert(case.expert, case.task, store, settings, Bases(CPU, torch.float32), batch_tokens=tokens)
         assert outcome.fisher is not None
         assert outcome.fisher.route == "rules"
         diagonals[labels, tokens] = torch.cat([v.flatten() for _, v in sorted(outcome.fisher.diagonal.items())])
@@ -138,27 +138,27 @@ def test_vectors_and_answers_are_those_of_transformers(case: Case) -> None:
     identity = find_base(str(case.base), None, case.base)
     loaded = load_base(identity, case.task, CPU, torch.float32)
     assert (loaded.head, loaded.has_own_head) == ((), True)
-    viewer = Viewer(loaded, identity, case.task, Draw(limit=COUNT))
+    reader = FeatureReader(loaded, identity, case.task, Sampling(limit=COUNT))
     dense = model_for(case.base)
     with torch.no_grad():
         for name, delta in dense_deltas(case.expert).items():
             layer = dense.get_submodule(name)
             layer.weight += 0.5 * (delta.T if type(layer).__name__ == "Conv1D" else delta)
-    sample = viewer.samples(case.expert)[0.5]
+    sample = reader.features(case.expert)[0.5]
     for index in range(COUNT):
-        expected = state_before_the_answer(case, dense, viewer.examples.batch([index]))
+        expected = state_before_the_answer(case, dense, reader.examples.batch([index]))
         assert relative_difference(sample.vectors[index], expected) < 1e-4
         likelihoods = []
         for label in (0, 1):
-            batch = viewer.examples.collate([viewer.examples.labelled(index, label)])
+            batch = reader.examples.collate([reader.examples.labelled(index, label)])
             with torch.no_grad():
                 likelihoods.append(-float(plain_nll(dense, batch)))
         assert sample.logits is not None
         assert sample.logits[index].tolist() == pytest.approx(likelihoods, rel=1e-4)
-    bare = viewer.base_sample()
+    bare = reader.base_features()
     assert bare.logits is None
     assert relative_difference(bare.vectors, sample.vectors) > 1e-4
-    losses = viewer.with_losses(case.expert, {0.5: sample}, None)[0.5].losses
+    losses = reader.with_losses(case.expert, {0.5: sample}, None)[0.5].losses
     picked = sample.logits.log_softmax(1)[torch.arange(COUNT), sample.labels]
     torch.testing.assert_close(losses, -picked)
 

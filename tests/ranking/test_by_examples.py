@@ -11,10 +11,10 @@ import pytest
 
 from pimerge.adapters.ranking_document import Ranking, Seen, Target
 from pimerge.core import plugins
-from pimerge.embedding.sample import Sample
+from pimerge.embedding.features import TargetFeatures
 from pimerge.ranking import by_examples
-from pimerge.ranking.few_shot import Verdict
-from pimerge.ranking.selection import BY_EXAMPLES, Judged, Wish
+from pimerge.ranking.few_shot import PoolEstimate
+from pimerge.ranking.selection import BY_EXAMPLES, GainEstimate, SelectionRule
 from tests.support.samples import BASE, plain, sample_of
 
 TARGET = Target(name="new", path="tasks/new", sha256="0", expert=False)
@@ -42,7 +42,7 @@ class Named:
 
 
 class Viewed:
-    """A viewer that has seen everything: name → signal in the features by scale; the means by their number."""
+    """A reader that has seen everything: name → signal in the features by scale; the means by their number."""
 
     labels = BASE.labels
 
@@ -50,14 +50,14 @@ class Viewed:
         self.signals, self.means = signals, means
         self.summed: list[list[tuple[str, float]]] = []
 
-    def base_sample(self) -> Sample:
+    def base_features(self) -> TargetFeatures:
         return BASE
 
-    def samples(self, expert: Named) -> dict[float, Sample]:
+    def features(self, expert: Named) -> dict[float, TargetFeatures]:
         signal = self.signals[expert.name]
         return {0.5: sample_of(signal), 1.0: sample_of(0.1)}
 
-    def sum_sample(self, experts: Sequence[Named]) -> Sample:
+    def mean_features(self, experts: Sequence[Named]) -> TargetFeatures:
         self.summed.append([(expert.name, expert.strength) for expert in experts])
         return sample_of(self.means[len(experts) - 1])
 
@@ -68,15 +68,15 @@ class Viewed:
         return Seen(examples=30, per_class={"x": 10, "y": 10, "z": 10}, shots=None, limit=None, seed=0)
 
 
-def ranked(wish: Wish, measure: str = BY_EXAMPLES, means: Sequence[float] = (), **signals: float) -> Ranking:
-    viewer: Any = Viewed(signals, means)
+def ranked(rule: SelectionRule, measure: str = BY_EXAMPLES, means: Sequence[float] = (), **signals: float) -> Ranking:
+    reader: Any = Viewed(signals, means)
     experts: Any = {name: Named(name) for name in signals}
     gone = {"gone": "its folder is gone"}
-    return by_examples.rank_by_examples(viewer, experts, gone, TARGET, None, measure, wish, Path())
+    return by_examples.rank_by_examples(reader, experts, gone, TARGET, None, measure, rule, Path())
 
 
 def test_the_best_that_are_expected_to_help_are_selected_at_their_scale() -> None:
-    ranking = ranked(Wish(2), weak=0.0, strong=2.0, good=1.2, fair=0.9)
+    ranking = ranked(SelectionRule(2), weak=0.0, strong=2.0, good=1.2, fair=0.9)
     assert [candidate.name for candidate in ranking.candidates] == ["strong", "good", "fair", "weak"]
     assert ranking.selected == ["strong", "good"]
     assert [candidate.helps for candidate in ranking.candidates] == [True, True, True, False]
@@ -91,7 +91,7 @@ def test_the_best_that_are_expected_to_help_are_selected_at_their_scale() -> Non
 
 
 def test_the_score_of_combined_is_the_gain_and_of_another_measure_its_own() -> None:
-    combined, logme = ranked(Wish(1), good=1.2), ranked(Wish(1), "logme", good=1.2)
+    combined, logme = ranked(SelectionRule(1), good=1.2), ranked(SelectionRule(1), "logme", good=1.2)
     (first,), (second,) = combined.candidates, logme.candidates
     assert combined.base_score == 0
     assert (first.score, first.low, first.high) == (first.gain, first.gain_low, first.gain_high)
@@ -104,30 +104,36 @@ def test_the_score_of_combined_is_the_gain_and_of_another_measure_its_own() -> N
 
 
 def test_if_none_helps_none_is_selected_unless_the_gate_is_off() -> None:
-    shut, off = ranked(Wish(1), a=0.0, b=0.0), ranked(Wish(1, gate=False), a=0.0, b=0.0)
+    shut, off = ranked(SelectionRule(1), a=0.0, b=0.0), ranked(SelectionRule(1, gate=False), a=0.0, b=0.0)
     assert (shut.selected, off.selected) == ([], ["a"])  # equal scores: by name
     assert shut.why.startswith("no expert is expected to help, of 2 experts")
     assert [candidate.helps for candidate in off.candidates] == [False, False]
-    nobody = ranked(Wish(1))
+    nobody = ranked(SelectionRule(1))
     assert (nobody.candidates, nobody.selected) == ([], [])
     assert nobody.why == "no expert of the store can be compared with new"
 
 
 def test_a_gain_that_stands_out_but_not_by_three_errors_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    judged = {"slight": Judged(1.0, 0.025, 0.01, 0.025, 0.01), "sure": Judged(1.0, 0.02, 0.005, 0.02, 0.005)}
-    monkeypatch.setattr(by_examples, "judge", lambda *_, **__: Verdict(0.0, judged, {}))
-    both, one, ungated = (ranked(wish, slight=0.0, sure=0.0) for wish in (Wish(2), Wish(1), Wish(2, gate=False)))
+    judged = {
+        "slight": GainEstimate(1.0, 0.025, 0.01, 0.025, 0.01),
+        "sure": GainEstimate(1.0, 0.02, 0.005, 0.02, 0.005),
+    }
+    monkeypatch.setattr(by_examples, "judge", lambda *_, **__: PoolEstimate(0.0, judged, {}))
+    both, one, ungated = (
+        ranked(rule, slight=0.0, sure=0.0)
+        for rule in (SelectionRule(2), SelectionRule(1), SelectionRule(2, gate=False))
+    )
     assert (both.selected, one.selected, ungated.selected) == (["sure"], ["sure"], ["slight", "sure"])
     said = [sum("not selected: slight:" in note for note in ranking.notes) for ranking in (both, one, ungated)]
     assert said == [1, 0, 0]
 
 
 def test_auto_takes_the_first_so_many_whose_mean_gains_most() -> None:
-    viewer: Any = Viewed({"a": 2.0, "b": 1.5, "c": 1.2, "d": 0.0}, means=[1.0, 2.0, 0.5])
-    experts: Any = {name: Named(name) for name in viewer.signals}
-    ranking = by_examples.rank_by_examples(viewer, experts, {}, TARGET, None, BY_EXAMPLES, Wish(None), Path())
-    assert viewer.summed == [[(name, 0.5) for name in "abc"[:count]] for count in (1, 2, 3)]
+    reader: Any = Viewed({"a": 2.0, "b": 1.5, "c": 1.2, "d": 0.0}, means=[1.0, 2.0, 0.5])
+    experts: Any = {name: Named(name) for name in reader.signals}
+    ranking = by_examples.rank_by_examples(reader, experts, {}, TARGET, None, BY_EXAMPLES, SelectionRule(None), Path())
+    assert reader.summed == [[(name, 0.5) for name in "abc"[:count]] for count in (1, 2, 3)]
     assert ranking.selected == ["a", "b"]
     assert ranking.k == 2
     assert sum("expected gain of the mean of the first" in note for note in ranking.notes) == 3
-    assert ranked(Wish(None), d=0.0).selected == []
+    assert ranked(SelectionRule(None), d=0.0).selected == []

@@ -12,8 +12,7 @@ from sklearn.linear_model import LogisticRegression
 from pimerge.adapters.expert import open_expert
 from pimerge.checkpoints.base import find_base
 from pimerge.core.errors import PimergeError
-from pimerge.embedding.features import SCALES, Draw, Viewer
-from pimerge.embedding.sample import Sample
+from pimerge.embedding.features import STRENGTHS, FeatureReader, Sampling, TargetFeatures
 from pimerge.models.linear_probe import PENALTIES, _stratified_folds
 from pimerge.models.loading import load_base
 from pimerge.ranking.calibration import held_out_accuracy, measure_gains
@@ -23,7 +22,7 @@ from tests.support.references import dense_model, features
 from tests.support.samples import sample_of
 
 
-def accuracy_by_hand(sample: Sample) -> float:
+def accuracy_by_hand(sample: TargetFeatures) -> float:
     """Scikit-learn's logistic regression, fold by fold; the penalty with the highest held-out likelihood."""
     fold = _stratified_folds(sample.labels, 5, seed=0).numpy()
     x, labels = sample.vectors.numpy(), sample.labels.numpy()
@@ -61,22 +60,22 @@ def test_every_expert_is_measured_at_every_scale_over_the_base(
     vit_base: Path, parity_task: Path, make_expert: MakeExpert, tmp_path: Path
 ) -> None:
     task, base = open_task(parity_task), find_base(str(vit_base), None, vit_base)
-    viewer = Viewer(load_base(base, task, torch.device("cpu"), torch.float32), base, task, Draw(limit=30))
-    labels = viewer.labels
+    reader = FeatureReader(load_base(base, task, torch.device("cpu"), torch.float32), base, task, Sampling(limit=30))
+    labels = reader.labels
     experts = {
         name: open_expert(make_expert(tmp_path / name, vit_base, parity_task, seed=seed, lora_alpha=100))
         for seed, name in enumerate(("a", "b"))
     }
-    found = measure_gains(viewer, experts)
+    found = measure_gains(reader, experts)
     assert (found.task_sha256, found.examples) == (task.sha256(), 30)
-    bare = accuracy_by_hand(Sample(features(dense_model(vit_base, [], []), "vit", viewer).double(), labels, 2))
+    bare = accuracy_by_hand(TargetFeatures(features(dense_model(vit_base, [], []), "vit", reader).double(), labels, 2))
     for name, expert in experts.items():
         sha256, by_scale = found.sources[name]
         assert sha256 == expert.sha256
         expected = {}
-        for scale in SCALES:
-            vectors = features(dense_model(vit_base, [expert], [scale]), "vit", viewer)
-            expected[str(scale)] = accuracy_by_hand(Sample(vectors.double(), labels, 2)) - bare
+        for scale in STRENGTHS:
+            vectors = features(dense_model(vit_base, [expert], [scale]), "vit", reader)
+            expected[str(scale)] = accuracy_by_hand(TargetFeatures(vectors.double(), labels, 2)) - bare
         assert by_scale == pytest.approx(expected, abs=1e-12)
     assert len({gain for _, by_scale in found.sources.values() for gain in by_scale.values()}) > 1
 

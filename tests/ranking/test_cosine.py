@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from pimerge.ranking.cosine import Products, Similarity, balanced, from_grams, from_vectors, unit
+from pimerge.ranking.cosine import InnerProducts, Similarity, balanced, from_grams, from_vectors, unit
 
 Vector = NDArray[np.float64]
 WIDTHS = {"a": 7, "b": 3, "c": 12}
@@ -135,14 +135,14 @@ def test_of_a_sampled_pool_the_squared_norm_of_the_mean_is_without_bias(
     generator = np.random.default_rng(0)
     everything = 0.3 + generator.standard_normal((5000, 12))
     expected = float(np.square(everything.mean(0)).sum())
-    found: list[Products] = []
-    around = Products.around
+    found: list[InnerProducts] = []
+    around = InnerProducts.around
 
-    def watched(*args: Any) -> Products:
+    def watched(*args: Any) -> InnerProducts:
         found.append(around(*args))
         return found[-1]
 
-    monkeypatch.setattr(Products, "around", watched)
+    monkeypatch.setattr(InnerProducts, "around", watched)
     wholes: dict[bool, list[float]] = {True: [], False: []}
     for _ in range(2000):
         rows = everything[generator.choice(5000, 8, replace=False)]

@@ -16,13 +16,13 @@ from torch import Tensor
 from pimerge.adapters.expert import CONFIG, open_expert
 from pimerge.core.errors import PimergeError
 from pimerge.core.files import sha256_file
-from pimerge.embedding.embed import sketches_of, updates_of
-from pimerge.embedding.random_projection import from_texts, sketch, to_text, update_embedding
-from pimerge.embedding.store import DIAGONAL, MARGINALS, Store
-from pimerge.embedding.store_schema import Settings
+from pimerge.embedding.embed import projections_of, updates_of
+from pimerge.embedding.random_projection import from_texts, project, to_text, update_embedding
+from pimerge.embedding.store import DIAGONAL, SECOND_MOMENTS, Store
+from pimerge.embedding.store_schema import EmbedSettings
 from pimerge.ranking import nearest
 from pimerge.ranking.measures import delta, fisher, fisher_factors, marginals, parameters
-from pimerge.ranking.nearest import Compared, by_sketch, compare
+from pimerge.ranking.nearest import StoreComparison, by_projection, compare
 from tests.support.experts import raw_expert, set_config
 from tests.support.numerics import normal
 from tests.support.tasks import write_json
@@ -64,14 +64,14 @@ def add(store: Store, name: str, seed: int, *, labels: str = "true", rank: int =
         "kind": expert.kind,
         "base": expert.base.identity,
         "task": {},
-        "settings": Settings(labels=labels),
+        "settings": EmbedSettings(labels=labels),
         "examples": 1,
         "tokens": 1,
         "device": "cpu",
         "route": "rules",
-        "sketches": sketches_of(marginal),
+        "sketches": projections_of(marginal),
     }
-    store.add(name, fields, {DIAGONAL: diagonal, MARGINALS: marginal})
+    store.add(name, fields, {DIAGONAL: diagonal, SECOND_MOMENTS: marginal})
 
 
 @pytest.fixture(scope="module")
@@ -91,12 +91,12 @@ def store(template: Path, tmp_path: Path) -> Store:
     return Store(tmp_path / "embeddings.json")
 
 
-def scores(compared: Compared) -> dict[str, float]:
+def scores(compared: StoreComparison) -> dict[str, float]:
     assert compared.similarity is not None
     return dict(zip(compared.experts, compared.similarity.scores().tolist(), strict=True))
 
 
-def first(compared: Compared, count: int) -> list[str]:
+def first(compared: StoreComparison, count: int) -> list[str]:
     found = scores(compared)
     return sorted(found, key=lambda name: -found[name])[:count]
 
@@ -140,7 +140,7 @@ def test_the_mean_of_a_large_store_is_that_of_a_sample_from_near_to_far(
     monkeypatch.setattr(nearest, "MEAN_OF", 6)
     compared = compare(store, TARGET, delta)
     names = [TARGET, *compared.experts]
-    ordered = by_sketch(store, TARGET, NAMES[1:])
+    ordered = by_projection(store, TARGET, NAMES[1:])
     sample = [ordered[index] for index in (1, 4, 7, 11, 14, 17)]  # the middles of six equal parts of nineteen
     assert set(sample) - set(names)  # some of them are read for the mean alone
     vectors = {name: vector(store, name) for name in {*names, *sample}}
@@ -173,25 +173,25 @@ def test_the_nearest_by_sketch_are_those_of_the_sketches_centred_cosines(templat
         for name, row in zip(NAMES[1:], rows[1:], strict=True):
             expected[name] += rows[0] @ row / np.linalg.norm(rows[0]) / np.linalg.norm(row)
     ordered = sorted(expected, key=lambda name: -expected[name])
-    assert by_sketch(store, TARGET, NAMES[1:]) == ordered
+    assert by_projection(store, TARGET, NAMES[1:]) == ordered
 
 
 def test_sketches_are_those_of_the_two_parts_of_fisher(template: Path) -> None:
     store = Store(template / "embeddings.json")
     member = store.member(TARGET, store.open(TARGET), "marginals")
     unit = {}
-    for name, seen in member.marginal(f"gradient.{layer}" for layer in member.layers("gradient")).items():
+    for name, seen in member.moments(f"gradient.{layer}" for layer in member.layers("gradient")).items():
         unit[name] = torch.from_numpy(seen / np.linalg.norm(seen))
     found = store.experts[TARGET].sketches
     updates = {f"update.{name}": update for name, update in update_embedding(member.expert).items()}
-    assert found == {"gradients": to_text(sketch(unit)), "update": to_text(sketch(updates))}
+    assert found == {"gradients": to_text(project(unit)), "update": to_text(project(updates))}
 
 
 def test_an_empty_sketch_is_near_nobody(store: Store) -> None:
     nothing = to_text(torch.zeros(512))
     for name in NAMES:
         store.experts[name].sketches = {"update": nothing}
-    assert by_sketch(store, TARGET, NAMES[1:]) == NAMES[1:]
+    assert by_projection(store, TARGET, NAMES[1:]) == NAMES[1:]
 
 
 def reembed(store: Store, name: str, **options: object) -> None:
@@ -247,7 +247,7 @@ def test_a_sidecar_of_the_target_that_was_altered_is_an_error(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shortlist: int
 ) -> None:
     monkeypatch.setattr(nearest, "SHORTLIST", shortlist)
-    path = tmp_path / store.experts[TARGET].sidecars[MARGINALS].file
+    path = tmp_path / store.experts[TARGET].sidecars[SECOND_MOMENTS].file
     path.write_bytes(path.read_bytes()[:-1] + b"!")
     with pytest.raises(PimergeError, match="has changed"):
         compare(store, TARGET, fisher)
@@ -258,9 +258,9 @@ def test_a_large_store_notices_what_was_altered(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str
 ) -> None:
     monkeypatch.setattr(nearest, "SHORTLIST", 8)
-    near = by_sketch(store, TARGET, NAMES[1:])[0]
+    near = by_projection(store, TARGET, NAMES[1:])[0]
     adapter = tmp_path / "pool" / near / "adapter_model.safetensors"
-    path = adapter if part == "adapter" else tmp_path / store.experts[near].sidecars[MARGINALS].file
+    path = adapter if part == "adapter" else tmp_path / store.experts[near].sidecars[SECOND_MOMENTS].file
     path.write_bytes(path.read_bytes()[:-1] + b"!")
     reason = "has changed since it was embedded" if part == "adapter" else f"{near}.marginals.safetensors' has changed"
     assert reason in compare(store, TARGET, fisher).excluded[near]
@@ -269,7 +269,7 @@ def test_a_large_store_notices_what_was_altered(
 def test_a_target_alone_has_nobody_to_compare_with(store: Store) -> None:
     for name in NAMES[1:]:
         store.drop(name)
-    assert compare(store, TARGET, fisher) == Compared({}, None, {}, None)
+    assert compare(store, TARGET, fisher) == StoreComparison({}, None, {}, None)
 
 
 def order_of(names: Sequence[str]) -> list[int]:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from pimerge.adapters.expert import CONFIG, Expert, open_expert
 from pimerge.core.files import sha256_file
-from pimerge.embedding.store import DIAGONAL, MARGINALS, Store
-from pimerge.embedding.store_schema import Settings
+from pimerge.embedding.store import DIAGONAL, SECOND_MOMENTS, Store
+from pimerge.embedding.store_schema import EmbedSettings
 from pimerge.reporting.inspection import Finding, fisher_statistics, inspect
 from tests.support.experts import PREFIX, MakeExpert, raw_expert, set_config, set_tensors, updates_of
 from tests.support.numerics import normal
@@ -96,14 +96,14 @@ def embedded(expert: Expert, store: Store, diagonal: dict[str, Tensor]) -> None:
         "kind": expert.kind,
         "base": "b",
         "task": {},
-        "settings": Settings(labels="sampled"),
+        "settings": EmbedSettings(labels="sampled"),
         "examples": 7,
         "tokens": 11,
         "device": "cpu",
         "route": "rules",
         "sketches": {},
     }
-    store.add(expert.name, fields, {DIAGONAL: diagonal, MARGINALS: {}})
+    store.add(expert.name, fields, {DIAGONAL: diagonal, SECOND_MOMENTS: {}})
 
 
 @pytest.fixture

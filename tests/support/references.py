@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from pimerge.adapters.expert import Expert
-from pimerge.embedding.features import Viewer
+from pimerge.embedding.features import FeatureReader
 from pimerge.embedding.input_grams import input_grams
-from pimerge.embedding.layer_moments import Marginals
+from pimerge.embedding.layer_moments import SecondMoments
 from pimerge.models.loading import load_base
 from pimerge.reporting.figures._study import Study
 from pimerge.tasks.types import Batch, Examples
@@ -28,16 +28,16 @@ def what_enters(
     batches: Sequence[Sequence[int]],
 ) -> dict[str, Tensor]:
     """The marginals and Gram matrices of some layers of PEFT's model, over batches."""
-    marginals = Marginals({name: model.get_submodule("base_model.model." + name) for name in layers})
-    with marginals.recording():
+    moments = SecondMoments({name: model.get_submodule("base_model.model." + name) for name in layers})
+    with moments.recording():
         for indices in batches:
-            nll(model, marginals.of(examples.batch(indices))).sum().backward()
-    return marginals.means() | input_grams(layers, batches, examples.batch, lambda batch: nll(model, batch))
+            nll(model, moments.of(examples.batch(indices))).sum().backward()
+    return moments.means() | input_grams(layers, batches, examples.batch, lambda batch: nll(model, batch))
 
 
-def one_by_one(viewer: Viewer) -> list[dict[str, Tensor]]:
+def one_by_one(reader: FeatureReader) -> list[dict[str, Tensor]]:
     """Every example as a batch of its own, without padding."""
-    batches = [viewer.examples.batch([index]) for index in range(len(viewer.examples))]
+    batches = [reader.examples.batch([index]) for index in range(len(reader.examples))]
     return [{name: value for name, value in batch.items() if name != "labels"} for batch in batches]
 
 
@@ -63,8 +63,8 @@ def dense_model(base: Path, experts: Sequence[Expert], weights: Sequence[float])
     return model
 
 
-def features(model: nn.Module, kind: str, viewer: Viewer) -> Tensor:
-    return torch.stack([read_by_hand(model, kind, batch) for batch in one_by_one(viewer)])
+def features(model: nn.Module, kind: str, reader: FeatureReader) -> Tensor:
+    return torch.stack([read_by_hand(model, kind, batch) for batch in one_by_one(reader)])
 
 
 def nll(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:

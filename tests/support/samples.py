@@ -13,8 +13,8 @@ from torch import Tensor
 from pimerge.adapters.expert import Expert
 from pimerge.checkpoints.safetensors_file import open_tensors
 from pimerge.embedding.embed import updates_of
+from pimerge.embedding.features import TargetFeatures
 from pimerge.embedding.random_projection import DIRECTIONS
-from pimerge.embedding.sample import Sample
 from pimerge.embedding.store_view import StoreView
 
 
@@ -49,15 +49,15 @@ def stored(folder: Path, expert: Expert, seed: int, scale: float = 1.0) -> Store
 LABELS = torch.arange(30) % 3
 
 
-def sample_of(signal: float, labels: Tensor = LABELS, seed: int = 0, d: int = 6) -> Sample:
+def sample_of(signal: float, labels: Tensor = LABELS, seed: int = 0, d: int = 6) -> TargetFeatures:
     """Clusters that lie the farther apart, the stronger the signal."""
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(len(labels), d, generator=generator, dtype=torch.float64)
     centres = torch.randn(int(labels.max()) + 1, d, generator=generator, dtype=torch.float64)
-    return Sample(noise + signal * centres[labels], labels, len(centres))
+    return TargetFeatures(noise + signal * centres[labels], labels, len(centres))
 
 
-def plain(measure: Any, sample: Sample) -> float:
+def plain(measure: Any, sample: TargetFeatures) -> float:
     return float(measure.scores(sample, torch.ones(1, len(sample.labels), dtype=torch.float64)))
 
 

@@ -12,12 +12,12 @@ from pimerge.adapters.compatibility import check_expert, differing_form, init_co
 from pimerge.adapters.expert import Expert, open_expert
 from pimerge.checkpoints.base import Base, find_base
 from pimerge.core.errors import PimergeError
-from pimerge.embedding.embed import embed
+from pimerge.embedding.embed import embed_expert
 from pimerge.embedding.store import Store
-from pimerge.embedding.store_schema import Settings
+from pimerge.embedding.store_schema import EmbedSettings
 from pimerge.models.loading import Bases, load_base, plugged_in, set_head
 from pimerge.ranking.by_store import rank_by_store
-from pimerge.ranking.selection import Wish
+from pimerge.ranking.selection import SelectionRule
 from pimerge.tasks.task import Task, open_task
 from pimerge.tuning.options import TrainingOptions
 from pimerge.tuning.target_expert import initial_expert, train_expert
@@ -89,10 +89,10 @@ def test_its_fisher_of_B_compares_with_the_pools_and_that_of_A_is_zero(
     bases = Bases(CPU, torch.float32)
     with initial_expert(pool, task, base, BRIEFLY) as expert:
         for member in (*pool, expert):
-            embed(member, check_expert(member), store, Settings(max_examples=8), bases)
+            embed_expert(member, check_expert(member), store, EmbedSettings(max_examples=8), bases)
         diagonal = store.diagonal(expert.name)
         assert all(bool(value.any()) == ("lora_B" in key) for key, value in diagonal.items())
-        ranking = rank_by_store(store, expert.name, "fisher-factors", Wish(3, gate=False), tmp_path)
+        ranking = rank_by_store(store, expert.name, "fisher-factors", SelectionRule(3, gate=False), tmp_path)
         assert len(ranking.selected) == 3
 
 
@@ -150,9 +150,9 @@ def test_a_trained_one_compares_with_the_pool_factor_by_factor(
     store = Store(tmp_path / "embeddings.json")
     bases = Bases(CPU, torch.float32)
     for member in (*pool, expert):
-        embed(member, check_expert(member), store, Settings(max_examples=8), bases)
+        embed_expert(member, check_expert(member), store, EmbedSettings(max_examples=8), bases)
     for measure in ("parameters", "fisher-factors"):
-        ranking = rank_by_store(store, "new", measure, Wish(), tmp_path)
+        ranking = rank_by_store(store, "new", measure, SelectionRule(), tmp_path)
         assert ranking.not_comparable == []
         assert {candidate.name for candidate in ranking.candidates} == {"a", "b", "c"}
     with pytest.raises(PimergeError, match="is there already"):

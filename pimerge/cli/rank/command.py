@@ -69,9 +69,9 @@ def rank(
         return
     from pimerge.cli.rank.state_dicts import ranked_state_dicts
     from pimerge.ranking.rank import ranked
-    from pimerge.ranking.target import Request
+    from pimerge.ranking.target import RankRequest
 
-    request = Request(
+    request = RankRequest(
         store,
         measure,
         _count(k),

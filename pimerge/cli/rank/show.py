@@ -11,7 +11,7 @@ from pimerge.core.errors import PimergeError, nearest
 
 if TYPE_CHECKING:
     from pimerge.adapters.ranking_document import Candidate, Ranking
-    from pimerge.ranking.rank import Ranked
+    from pimerge.ranking.rank import RankingContext
 
 NEEDS = {
     "fisher": "the store; experts of one rank and init",
@@ -106,7 +106,7 @@ def print_gains(gains: Mapping[str, Mapping[str, Mapping[float, float]]], store:
     print_table(["target \\ source, points at its best scale", *sources], rows, right=sources)
 
 
-def print_explanation(ranked: Ranked, name: str, json: bool) -> None:
+def print_explanation(ranked: RankingContext, name: str, json: bool) -> None:
     """Why a candidate has its score: by tensor for a measure of the store, by measure and scale for examples.
 
     Raises:

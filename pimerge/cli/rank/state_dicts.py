@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pimerge.core.errors import Problems
-from pimerge.ranking.target import AUTO, Request
+from pimerge.ranking.target import AUTO, RankRequest
 
 if TYPE_CHECKING:
     from pimerge.adapters.ranking_document import Ranking
 
 
-def ranked_state_dicts(target: str, request: Request, folder: Path) -> Ranking | None:
+def ranked_state_dicts(target: str, request: RankRequest, folder: Path) -> Ranking | None:
     """The ranking, if the target or ``--store`` says that plain state dicts are meant; else None.
 
     Args:

@@ -22,7 +22,7 @@ from pimerge.ranking.measures import label_cka, likelihood
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from pimerge.embedding.sample import Sample
+    from pimerge.embedding.features import TargetFeatures
 
 NEEDS = "examples"
 READS_ANSWERS = False
@@ -31,26 +31,26 @@ CKA_WEIGHT = 0.1
 STORE_WEIGHT = 1.3
 
 
-def scores(sample: Sample, weights: Tensor) -> Tensor:
+def scores(features: TargetFeatures, weights: Tensor) -> Tensor:
     """The weighted part; its difference to the base's is the expected gain, 0.01 being a point of accuracy.
 
     Args:
-        sample: needs vectors (n × d) and labels.
+        features: needs vectors (n × d) and labels.
         weights: (draws × n) float64, how often each example counts.
 
     Returns:
         (draws) float64.
 
     >>> import torch
-    >>> from pimerge.embedding.sample import Sample
+    >>> from pimerge.embedding.features import TargetFeatures
     >>> x = torch.tensor([[1.0, 0.1], [0.9, 0.0], [0.1, 1.0], [0.0, 0.9]], dtype=torch.float64)
     >>> ones = torch.ones(1, 4, dtype=torch.float64)
-    >>> good, bad = (scores(Sample(x, torch.tensor(y), 2), ones) for y in ([0, 0, 1, 1], [0, 1, 0, 1]))
+    >>> good, bad = (scores(TargetFeatures(x, torch.tensor(y), 2), ones) for y in ([0, 0, 1, 1], [0, 1, 0, 1]))
     >>> bool(good > bad)
     True
     """
-    part = part_of(sample)
-    return part.weight * part.scores(sample, weights)
+    part = part_of(features)
+    return part.weight * part.scores(features, weights)
 
 
 class Part(NamedTuple):
@@ -58,12 +58,12 @@ class Part(NamedTuple):
 
     name: str
     weight: float
-    scores: Callable[[Sample, Tensor], Tensor]
+    scores: Callable[[TargetFeatures, Tensor], Tensor]
 
 
-def part_of(sample: Sample) -> Part:
+def part_of(features: TargetFeatures) -> Part:
     """The part that these examples allow: to hold some out takes two of a class."""
-    if sample.labels.bincount().max() < 2:
+    if features.labels.bincount().max() < 2:
         return Part("label-cka", CKA_WEIGHT, label_cka.scores)
     return Part("likelihood", LIKELIHOOD_WEIGHT, likelihood.scores)
 

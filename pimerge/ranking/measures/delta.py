@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pimerge.embedding.store_view import StoreView, by_name
-from pimerge.ranking.cosine import Products, Similarity, from_products
+from pimerge.ranking.cosine import InnerProducts, Similarity, from_products
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -31,10 +31,10 @@ def similarity(members: Sequence[StoreView], candidates: int, pool: Sequence[int
     """The cosines of ΔW_target − Δ̄ and ΔW_n − Δ̄ over all modules, with Δ̄ the mean of the ``pool``."""
     modules = sorted({name for member in members for name in member.expert.modules})
 
-    def by_module() -> Iterator[tuple[str, Products]]:
+    def by_module() -> Iterator[tuple[str, InnerProducts]]:
         for module, updates in by_name(members, modules, _updates):
             target, norms, total = _products(updates, len(members), pool)
-            yield module, Products.around(target, norms, total, candidates, pool, sampled)
+            yield module, InnerProducts.around(target, norms, total, candidates, pool, sampled)
 
     return from_products(by_module(), candidates)
 

@@ -39,7 +39,7 @@ def similarity(members: Sequence[StoreView], candidates: int, pool: Sequence[int
     none, have the first cosine alone.
     """
     parts = {"gradients": unit_parts(members, GRADIENT)}
-    target = members[0].marginal(f"{UPDATE}.{layer}" for layer in members[0].layers(UPDATE))
+    target = members[0].moments(f"{UPDATE}.{layer}" for layer in members[0].layers(UPDATE))
     compared = members[: candidates + 1]
     if all(member.expert.modules for member in compared) and any(update.any() for update in target.values()):
         parts["update"] = parts_of(members, UPDATE)

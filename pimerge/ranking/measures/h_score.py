@@ -20,7 +20,7 @@ from pimerge.models.linear_probe import in_row_space, standardised
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from pimerge.embedding.sample import Sample
+    from pimerge.embedding.features import TargetFeatures
 
 NEEDS = "examples"
 READS_ANSWERS = False
@@ -29,25 +29,25 @@ _LEAST_SHRINKAGE = 1e-9
 _ROUNDING = 1e-12
 
 
-def scores(sample: Sample, weights: Tensor) -> Tensor:
+def scores(features: TargetFeatures, weights: Tensor) -> Tensor:
     """H, in [0, classes − 1], one for each row of weights; 0 if the features do not differ.
 
     Args:
-        sample: needs vectors (n × d) and labels.
+        features: needs vectors (n × d) and labels.
         weights: (draws × n) float64, how often each example counts.
 
     Returns:
         (draws) float64.
 
-    >>> from pimerge.embedding.sample import Sample
+    >>> from pimerge.embedding.features import TargetFeatures
     >>> x = torch.tensor([[1.0], [1.5], [5.0], [5.5]], dtype=torch.float64)
     >>> ones = torch.ones(1, 4, dtype=torch.float64)
-    >>> [round(float(scores(Sample(x, torch.tensor(y), 2), ones)), 2) for y in ([0, 0, 1, 1], [0, 1, 0, 1])]
+    >>> [round(float(scores(TargetFeatures(x, torch.tensor(y), 2), ones)), 2) for y in ([0, 0, 1, 1], [0, 1, 0, 1])]
     [0.98, 0.02]
     """
-    vectors = in_row_space(sample.vectors)
-    targets = one_hot(sample.labels, sample.classes).double()
-    d = sample.vectors.shape[1]
+    vectors = in_row_space(features.vectors)
+    targets = one_hot(features.labels, features.classes).double()
+    d = features.vectors.shape[1]
     return torch.stack([_score(vectors, targets, draw, d) for draw in weights])
 
 

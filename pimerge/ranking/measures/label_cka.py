@@ -16,30 +16,30 @@ from pimerge.models.linear_probe import in_row_space, standardised
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from pimerge.embedding.sample import Sample
+    from pimerge.embedding.features import TargetFeatures
 
 NEEDS = "examples"
 READS_ANSWERS = False
 
 
-def scores(sample: Sample, weights: Tensor) -> Tensor:
+def scores(features: TargetFeatures, weights: Tensor) -> Tensor:
     """The CKA, in [0, 1], one for each row of weights; 0 if features or labels do not differ.
 
     Args:
-        sample: needs vectors (n × d) and labels.
+        features: needs vectors (n × d) and labels.
         weights: (draws × n) float64, how often each example counts.
 
     Returns:
         (draws) float64.
 
-    >>> from pimerge.embedding.sample import Sample
+    >>> from pimerge.embedding.features import TargetFeatures
     >>> x = torch.tensor([[1.0], [1.0], [5.0], [5.0]], dtype=torch.float64)
     >>> ones = torch.ones(1, 4, dtype=torch.float64)
-    >>> [round(float(scores(Sample(x, torch.tensor(y), 2), ones)), 2) for y in ([0, 0, 1, 1], [0, 1, 0, 1])]
+    >>> [round(float(scores(TargetFeatures(x, torch.tensor(y), 2), ones)), 2) for y in ([0, 0, 1, 1], [0, 1, 0, 1])]
     [1.0, 0.0]
     """
-    vectors = in_row_space(sample.vectors)
-    targets = one_hot(sample.labels, sample.classes).double()
+    vectors = in_row_space(features.vectors)
+    targets = one_hot(features.labels, features.classes).double()
     return torch.stack([_score(vectors, targets, draw) for draw in weights])
 
 

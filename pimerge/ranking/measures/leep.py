@@ -16,17 +16,17 @@ from pimerge.core.errors import PimergeError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from pimerge.embedding.sample import Sample
+    from pimerge.embedding.features import TargetFeatures
 
 NEEDS = "examples"
 READS_ANSWERS = True
 
 
-def scores(sample: Sample, weights: Tensor) -> Tensor:
+def scores(features: TargetFeatures, weights: Tensor) -> Tensor:
     """The mean log-likelihood of the labels, in nats, one for each row of weights.
 
     Args:
-        sample: needs labels, and logits (n × the head's classes).
+        features: needs labels, and logits (n × the head's classes).
         weights: (draws × n) float64, how often each example counts.
 
     Returns:
@@ -35,20 +35,20 @@ def scores(sample: Sample, weights: Tensor) -> Tensor:
     Raises:
         PimergeError: if the expert has no head.
 
-    >>> from pimerge.embedding.sample import Sample
+    >>> from pimerge.embedding.features import TargetFeatures
     >>> logits = torch.tensor([[5.0, 0.0], [5.0, 0.0], [0.0, 5.0], [0.0, 5.0]])
     >>> ones = torch.ones(1, 4, dtype=torch.float64)
-    >>> samples = [Sample(logits, torch.tensor(y), 2, logits) for y in ([0, 0, 1, 1], [0, 1, 0, 1])]
-    >>> [round(float(scores(sample, ones)), 2) for sample in samples]
+    >>> samples = [TargetFeatures(logits, torch.tensor(y), 2, logits) for y in ([0, 0, 1, 1], [0, 1, 0, 1])]
+    >>> [round(float(scores(features, ones)), 2) for features in samples]
     [-0.01, -0.69]
     """
-    if sample.logits is None:
+    if features.logits is None:
         raise PimergeError(
             "the expert gives no probabilities of classes, so leep has no answers of it to look at",
             "train it with its head saved (modules_to_save), score by likelihood, or take a measure of features: logme",
         )
-    answers = sample.logits.double().softmax(1)
-    targets = one_hot(sample.labels, sample.classes).double()
+    answers = features.logits.double().softmax(1)
+    targets = one_hot(features.labels, features.classes).double()
     return torch.stack([_score(answers, targets, draw) for draw in weights])
 
 

@@ -14,17 +14,17 @@ from pimerge.ranking.measures.probe import mean_of_held_out
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from pimerge.embedding.sample import Sample
+    from pimerge.embedding.features import TargetFeatures
 
 NEEDS = "examples"
 READS_ANSWERS = False
 
 
-def scores(sample: Sample, weights: Tensor) -> Tensor:
+def scores(features: TargetFeatures, weights: Tensor) -> Tensor:
     """The weighted mean of the examples' probabilities, one for each row of weights.
 
     Args:
-        sample: needs vectors (n × d) and labels.
+        features: needs vectors (n × d) and labels.
         weights: (draws × n) float64, how often each example counts; see :func:`pimerge.ranking.measures.probe.scores`.
 
     Returns:
@@ -34,10 +34,10 @@ def scores(sample: Sample, weights: Tensor) -> Tensor:
         PimergeError: if every class has one example.
 
     >>> import torch
-    >>> from pimerge.embedding.sample import Sample
+    >>> from pimerge.embedding.features import TargetFeatures
     >>> x = torch.tensor([[-1.0], [1.0], [-0.9], [0.9]], dtype=torch.float64)
     >>> ones = torch.ones(1, 4, dtype=torch.float64)
-    >>> [round(float(scores(Sample(x, torch.tensor(y), 2), ones)), 1) for y in ([0, 1, 0, 1], [0, 0, 1, 1])]
+    >>> [round(float(scores(TargetFeatures(x, torch.tensor(y), 2), ones)), 1) for y in ([0, 1, 0, 1], [0, 0, 1, 1])]
     [0.9, 0.3]
     """
-    return mean_of_held_out(held_out_probability(sample.vectors, sample.labels, sample.classes), weights)
+    return mean_of_held_out(held_out_probability(features.vectors, features.labels, features.classes), weights)

@@ -25,7 +25,7 @@ from pimerge.models.linear_probe import in_row_space
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from pimerge.embedding.sample import Sample
+    from pimerge.embedding.features import TargetFeatures
 
 NEEDS = "examples"
 READS_ANSWERS = False
@@ -38,27 +38,27 @@ _POINTS = 61
 _REFINEMENTS = 3  # each narrows the grid thirtyfold; the evidence is flat to second order at its maximum
 
 
-def scores(sample: Sample, weights: Tensor) -> Tensor:
+def scores(features: TargetFeatures, weights: Tensor) -> Tensor:
     """The evidence in nats per example, one score for each row of weights.
 
     A class without an example is left out. The features' scale does not matter, α takes it up.
 
     Args:
-        sample: needs vectors (n × d) and labels.
+        features: needs vectors (n × d) and labels.
         weights: (draws × n) float64, how often each example counts.
 
     Returns:
         (draws) float64.
 
-    >>> from pimerge.embedding.sample import Sample
+    >>> from pimerge.embedding.features import TargetFeatures
     >>> x = torch.tensor([[1.0, 0.1], [0.9, 0.0], [0.1, 1.0], [0.0, 0.9]], dtype=torch.float64)
     >>> ones = torch.ones(1, 4, dtype=torch.float64)
-    >>> [round(float(scores(Sample(x, torch.tensor(y), 2), ones)), 2) for y in ([0, 0, 1, 1], [0, 1, 0, 1])]
+    >>> [round(float(scores(TargetFeatures(x, torch.tensor(y), 2), ones)), 2) for y in ([0, 0, 1, 1], [0, 1, 0, 1])]
     [-0.09, -1.06]
     """
-    size = sample.vectors.square().sum(1).mean().sqrt()
-    vectors = in_row_space(sample.vectors / torch.where(size > 0, size, 1.0))
-    targets = one_hot(sample.labels, sample.classes).double()
+    size = features.vectors.square().sum(1).mean().sqrt()
+    vectors = in_row_space(features.vectors / torch.where(size > 0, size, 1.0))
+    targets = one_hot(features.labels, features.classes).double()
     return torch.stack([_score(vectors, targets, draw) for draw in weights])
 
 

@@ -9,17 +9,17 @@ from pimerge.core.errors import PimergeError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from pimerge.embedding.sample import Sample
+    from pimerge.embedding.features import TargetFeatures
 
 NEEDS = "examples"
 READS_ANSWERS = True
 
 
-def scores(sample: Sample, weights: Tensor) -> Tensor:
+def scores(features: TargetFeatures, weights: Tensor) -> Tensor:
     """Minus the weighted mean of the losses, one score for each row of weights.
 
     Args:
-        sample: needs losses (n).
+        features: needs losses (n).
         weights: (draws × n) float64, how often each example counts.
 
     Returns:
@@ -29,14 +29,14 @@ def scores(sample: Sample, weights: Tensor) -> Tensor:
         PimergeError: if no head knows the target's labels.
 
     >>> import torch
-    >>> from pimerge.embedding.sample import Sample
-    >>> sample = Sample(torch.zeros(2, 1), torch.tensor([0, 1]), 2, losses=torch.tensor([1.0, 3.0]))
-    >>> scores(sample, torch.tensor([[1.0, 1.0], [2.0, 0.0]], dtype=torch.float64))
+    >>> from pimerge.embedding.features import TargetFeatures
+    >>> features = TargetFeatures(torch.zeros(2, 1), torch.tensor([0, 1]), 2, losses=torch.tensor([1.0, 3.0]))
+    >>> scores(features, torch.tensor([[1.0, 1.0], [2.0, 0.0]], dtype=torch.float64))
     tensor([-2., -1.], dtype=torch.float64)
     """
-    if sample.losses is None:
+    if features.losses is None:
         raise PimergeError(
             "no head knows the target's labels, so there is no loss of them",
             "take --measure probe, which fits a head to the examples",
         )
-    return -(weights @ sample.losses.double()) / weights.sum(1)
+    return -(weights @ features.losses.double()) / weights.sum(1)

@@ -30,12 +30,12 @@ def similarity(members: Sequence[StoreView], candidates: int, pool: Sequence[int
 
 
 def unit_parts(members: Sequence[StoreView], part: str) -> Iterator[tuple[str, NDArray[np.float64]]]:
-    """For each layer, (N × numbers) one part of the marginals at unit norm; 0 for a member without that layer."""
+    """For each layer, (N × numbers) one part of the second moments at unit norm; 0 for a member without that layer."""
     return ((layer, unit(rows)) for layer, rows in parts_of(members, part))
 
 
 def parts_of(members: Sequence[StoreView], part: str) -> Iterator[tuple[str, NDArray[np.float64]]]:
-    """For each layer, (N × numbers) one part of the marginals; 0 for a member without that layer."""
+    """For each layer, (N × numbers) one part of the second moments; 0 for a member without that layer."""
     layers = sorted({layer for member in members for layer in member.layers(part)})
-    found = rows_by_name(members, [f"{part}.{layer}" for layer in layers], StoreView.marginal)
+    found = rows_by_name(members, [f"{part}.{layer}" for layer in layers], StoreView.moments)
     return ((layer, rows) for layer, (_, rows) in zip(layers, found, strict=True))

@@ -13,13 +13,13 @@ from pimerge.models.linear_probe import held_out_log_likelihood
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from pimerge.embedding.sample import Sample
+    from pimerge.embedding.features import TargetFeatures
 
 NEEDS = "examples"
 READS_ANSWERS = False
 
 
-def scores(sample: Sample, weights: Tensor) -> Tensor:
+def scores(features: TargetFeatures, weights: Tensor) -> Tensor:
     """The weighted mean of the examples' held-out log-likelihoods, one for each row of weights.
 
     The probes are fitted once, on the examples as they are: in a fit on repeated examples the same one would
@@ -27,7 +27,7 @@ def scores(sample: Sample, weights: Tensor) -> Tensor:
     none but such gets the mean of all others, of which it says nothing.
 
     Args:
-        sample: needs vectors (n × d) and labels.
+        features: needs vectors (n × d) and labels.
         weights: (draws × n) float64, how often each example counts.
 
     Returns:
@@ -37,13 +37,13 @@ def scores(sample: Sample, weights: Tensor) -> Tensor:
         PimergeError: if every class has one example.
 
     >>> import torch
-    >>> from pimerge.embedding.sample import Sample
+    >>> from pimerge.embedding.features import TargetFeatures
     >>> x = torch.tensor([[-1.0], [1.0], [-0.9], [0.9]], dtype=torch.float64)
     >>> ones = torch.ones(1, 4, dtype=torch.float64)
-    >>> [round(float(scores(Sample(x, torch.tensor(y), 2), ones)), 1) for y in ([0, 1, 0, 1], [0, 0, 1, 1])]
+    >>> [round(float(scores(TargetFeatures(x, torch.tensor(y), 2), ones)), 1) for y in ([0, 1, 0, 1], [0, 0, 1, 1])]
     [-0.0, -1.3]
     """
-    return mean_of_held_out(held_out_log_likelihood(sample.vectors, sample.labels, sample.classes), weights)
+    return mean_of_held_out(held_out_log_likelihood(features.vectors, features.labels, features.classes), weights)
 
 
 def mean_of_held_out(found: Tensor, weights: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from pimerge.adapters.expert import WEIGHTS, open_expert
 from pimerge.core.errors import PimergeError
-from pimerge.embedding.features import SCALES, at_strengths
+from pimerge.embedding.features import STRENGTHS, models_at_strengths
 from pimerge.embedding.store import Store
 from pimerge.models.loading import plugged_in, plugged_in_sum, set_head
 from pimerge.tasks.task import open_task
@@ -156,12 +156,12 @@ def test_plugged_in_at_any_strength_it_answers_as_in_peft(
     full = logits_of(PeftModel.from_pretrained(model_for(bert_base), folder).eval(), batch)
     with plugged_in(expert, loaded) as model:
         assert torch.equal(logits_of(model, batch), full)
-    for scale, model in at_strengths(expert, loaded):
+    for scale, model in models_at_strengths(expert, loaded):
         reference = model_for(bert_base)
         for name, delta in dense_deltas(expert).items():
             reference.get_submodule(name).weight.data += scale * delta.float()
         torch.testing.assert_close(logits_of(model, batch), logits_of(reference, batch))
-        if scale == max(SCALES):
+        if scale == max(STRENGTHS):
             torch.testing.assert_close(logits_of(model, batch), full)
     with plugged_in_sum([expert.with_strength(0.0)], [1.0], loaded) as model:
         torch.testing.assert_close(logits_of(model, batch), before)

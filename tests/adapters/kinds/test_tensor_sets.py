@@ -19,7 +19,7 @@ from pimerge.adapters.kind import KINDS as ALL_KINDS
 from pimerge.adapters.tensor_sets import joined, read_slot
 from pimerge.adapters.unhandled import NO_RULE, why_unhandled
 from pimerge.core.errors import PimergeError
-from pimerge.embedding.features import at_strengths, scales_of
+from pimerge.embedding.features import models_at_strengths, strengths_of
 from pimerge.models.loading import LoadedBase, plugged_in, plugged_in_sum, set_head
 from tests.support.bases import inputs, loaded_base, model_for
 from tests.support.experts import KINDS, PROMPTS, MakeExpert, edit_tensors
@@ -77,14 +77,14 @@ def test_strengths_lie_on_the_line_from_what_changes_nothing(
     expert = open_expert(make_expert(tmp_path / "x", bases[base], kind=kind, head=False))
     loaded, batch = loaded_base(bases[base]), inputs(base)
     if kind in PROMPTS:
-        assert scales_of(expert) == (1.0,)
+        assert strengths_of(expert) == (1.0,)
         with pytest.raises(PimergeError, match="one strength"):
             expert.with_strength(0.5)
         return
     before = logits_of(loaded.model, batch)
     with plugged_in_sum([expert.with_strength(0.0)], [1.0], loaded) as model:
         torch.testing.assert_close(logits_of(model, batch), before)
-    found = {scale: logits_of(model, batch) for scale, model in at_strengths(expert, loaded)}
+    found = {scale: logits_of(model, batch) for scale, model in models_at_strengths(expert, loaded)}
     assert list(found) == [0.25, 0.5, 0.75, 1.0]
     edit_tensors(tmp_path / "x", lambda tensors: halve(tensors, loaded, expert))
     reference = PeftModel.from_pretrained(model_for(bases[base]), tmp_path / "x").eval()

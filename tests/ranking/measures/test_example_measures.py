@@ -16,7 +16,7 @@ from sklearn.covariance import ledoit_wolf_shrinkage
 from torch import Tensor
 
 from pimerge.core.errors import PimergeError
-from pimerge.embedding.sample import Sample
+from pimerge.embedding.features import TargetFeatures
 from pimerge.models.linear_probe import held_out_log_likelihood, held_out_probability
 from pimerge.ranking.measures import h_score, label_cka, leep, likelihood, logme, loss, probe
 from tests.support.numerics import small
@@ -29,7 +29,7 @@ EVERY = [*FEATURES, *HELD_OUT, leep, loss]
 SHAPES = [(40, 6, 3), (20, 50, 4), (12, 12, 2)]
 
 
-def sample_of(n: int, d: int, classes: int, seed: int = 0, signal: float = 0.7) -> Sample:
+def sample_of(n: int, d: int, classes: int, seed: int = 0, signal: float = 0.7) -> TargetFeatures:
     """Overlapping clusters off the origin; the head has five classes of its own."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(classes, (n,), generator=generator)
@@ -37,20 +37,22 @@ def sample_of(n: int, d: int, classes: int, seed: int = 0, signal: float = 0.7) 
     noise, centres = (torch.randn(k, d, generator=generator, dtype=torch.float64) for k in (n, classes))
     logits = torch.randn(n, 5, generator=generator) + 2 * torch.eye(5)[labels % 5]
     losses = torch.rand(n, generator=generator)
-    return Sample(1 + noise + signal * centres[labels], labels, classes, logits, losses)
+    return TargetFeatures(1 + noise + signal * centres[labels], labels, classes, logits, losses)
 
 
-def take(sample: Sample, rows: Tensor) -> Sample:
+def take(sample: TargetFeatures, rows: Tensor) -> TargetFeatures:
     assert sample.logits is not None
     assert sample.losses is not None
-    return Sample(sample.vectors[rows], sample.labels[rows], sample.classes, sample.logits[rows], sample.losses[rows])
+    return TargetFeatures(
+        sample.vectors[rows], sample.labels[rows], sample.classes, sample.logits[rows], sample.losses[rows]
+    )
 
 
-def with_vectors(sample: Sample, vectors: Tensor) -> Sample:
-    return Sample(vectors, sample.labels, sample.classes, sample.logits, sample.losses)
+def with_vectors(sample: TargetFeatures, vectors: Tensor) -> TargetFeatures:
+    return TargetFeatures(vectors, sample.labels, sample.classes, sample.logits, sample.losses)
 
 
-def plain(measure: ModuleType, sample: Sample) -> float:
+def plain(measure: ModuleType, sample: TargetFeatures) -> float:
     return float(measure.scores(sample, torch.ones(1, len(sample.labels), dtype=torch.float64)))
 
 
@@ -59,7 +61,7 @@ def draws_of(n: int, count: int = 4) -> Tensor:
     return torch.stack([torch.randint(n, (n,), generator=generator).bincount(minlength=n) for _ in range(count)])
 
 
-def arrays(sample: Sample) -> tuple[Array, NDArray[np.int64]]:
+def arrays(sample: TargetFeatures) -> tuple[Array, NDArray[np.int64]]:
     return sample.vectors.numpy(), sample.labels.numpy()
 
 
@@ -179,7 +181,7 @@ def test_loss_is_minus_the_mean() -> None:
 def test_a_probe_is_the_mean_of_what_is_held_out(measure: ModuleType) -> None:
     sample = take(sample_of(20, 5, 2), torch.arange(19))
     sample.labels[3] = 2
-    sample = Sample(sample.vectors, sample.labels, 3)
+    sample = TargetFeatures(sample.vectors, sample.labels, 3)
     held_out = HELD_OUT[measure](sample.vectors, sample.labels, 3)
     assert held_out.isnan().tolist() == [i == 3 for i in range(19)]
     assert plain(measure, sample) == pytest.approx(float(held_out.nanmean()), abs=1e-12)
@@ -190,7 +192,7 @@ def test_a_probe_is_the_mean_of_what_is_held_out(measure: ModuleType) -> None:
 
 @pytest.mark.parametrize("measure", HELD_OUT)
 def test_a_draw_that_a_probe_can_say_nothing_of_has_the_mean_of_all(measure: ModuleType) -> None:
-    sample = Sample(sample_of(5, 3, 2).vectors, torch.tensor([0, 1, 1, 1, 2]), 3)
+    sample = TargetFeatures(sample_of(5, 3, 2).vectors, torch.tensor([0, 1, 1, 1, 2]), 3)
     only = torch.tensor([[2.0, 0, 0, 0, 3]], dtype=torch.float64)
     assert float(measure.scores(sample, only)) == pytest.approx(plain(measure, sample), abs=1e-12)
 
@@ -255,7 +257,7 @@ def test_every_score_is_finite(
     kinds = {"one each": torch.arange(n), "two classes": torch.arange(n) % 2, "rare": (torch.arange(n) == 0).long()}
     labels = kinds[labelling]
     logits = scale * torch.randn(n, 3, generator=generator)
-    sample = Sample(scale * (left @ right + offset), labels, n, logits, logits.abs().sum(1))
+    sample = TargetFeatures(scale * (left @ right + offset), labels, n, logits, logits.abs().sum(1))
     one, alone = torch.ones(1, n, dtype=torch.long), torch.eye(n, dtype=torch.long)[:1] * n
     draws = torch.cat([one, draws_of(n), alone]).double()
     for measure in EVERY:
@@ -274,13 +276,13 @@ def test_every_score_is_finite(
 @pytest.mark.parametrize("measure", FEATURES)
 def test_features_that_are_the_labels_are_finite(measure: ModuleType) -> None:
     labels = torch.arange(12) % 3
-    sample = Sample(torch.eye(3, dtype=torch.float64)[labels], labels, 3)
+    sample = TargetFeatures(torch.eye(3, dtype=torch.float64)[labels], labels, 3)
     assert math.isfinite(plain(measure, sample))
 
 
 @pytest.mark.parametrize("measure", [leep, loss])
 def test_what_needs_a_head_says_so(measure: ModuleType) -> None:
-    sample = Sample(torch.zeros(3, 2, dtype=torch.float64), torch.tensor([0, 1, 1]), 2)
+    sample = TargetFeatures(torch.zeros(3, 2, dtype=torch.float64), torch.tensor([0, 1, 1]), 2)
     with pytest.raises(PimergeError, match="head") as caught:
         plain(measure, sample)
     assert caught.value.problems[0].hint

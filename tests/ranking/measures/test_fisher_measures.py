@@ -45,7 +45,7 @@ def kept_deltas(expert: Expert) -> dict[str, Tensor]:
 
 
 def read(member: StoreView, part: str, beginning: str = "", ending: str = "") -> dict[str, Tensor]:
-    file = {"diagonal": member.diagonal, "marginals": member.marginals}[part]
+    file = {"diagonal": member.diagonal, "marginals": member.second_moments}[part]
     assert file is not None
     return {key: file.read(key) for key in file.entries if key.startswith(beginning) and key.endswith(ending)}
 
@@ -202,7 +202,7 @@ def test_experts_of_embedding_layers_alone_have_their_updates(
         folder = make_expert(tmp_path / name, bert_base, text_task, seed=seed, target_modules=["word_embeddings"])
         expert = open_expert(folder)
         save_file(updates_of(expert), tmp_path / f"{name}.safetensors")
-        members.append(StoreView(expert, marginals=open_tensors(tmp_path / f"{name}.safetensors")))
+        members.append(StoreView(expert, second_moments=open_tensors(tmp_path / f"{name}.safetensors")))
     expected = cosines([all_of(update_embedding(member.expert)) for member in members], 2, range(3))
     assert fisher.similarity(members, 2, range(3)).scores().tolist() == pytest.approx(expected, abs=1e-9)
     assert marginals.similarity(members, 2, range(3)).scores().tolist() == [0, 0]

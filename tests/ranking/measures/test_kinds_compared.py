@@ -40,7 +40,7 @@ def test_by_layers_all_kinds_compare_and_by_tensors_one_kind_does(pool: Path, cl
     store = Store(pool / "embeddings.json")
     layers = {f"bert.encoder.layer.{n}.attention.self.{part}" for n in (0, 1) for part in ("query", "value")}
     for name in store.experts:
-        file = store.marginals_file(name)
+        file = store.second_moments_file(name)
         seen = {key.partition(".")[2] for key in file.entries if key.startswith("output.")}
         assert seen == layers, name  # every layer, also where nothing trains before it
         assert all(bool(file.read(f"gradient.{layer}").any()) for layer in layers)
@@ -94,10 +94,12 @@ def test_by_examples_every_kind_is_tried(pool: Path, cli: Run) -> None:
 
 
 def test_padding_and_virtual_tokens_leave_marginals_as_they_are(pool: Path, cli: Run) -> None:
-    before = {name: Store(pool / "embeddings.json").marginals_file(name) for name in ("prompt0", "prefix0", "ia30")}
+    before = {
+        name: Store(pool / "embeddings.json").second_moments_file(name) for name in ("prompt0", "prefix0", "ia30")
+    }
     found = {name: {key: file.read(key) for key in file.entries} for name, file in before.items()}
     assert cli("embed", "--force", "--batch-tokens", "1").exit_code == 0
     for name, tensors in found.items():
-        again = Store(pool / "embeddings.json").marginals_file(name)
+        again = Store(pool / "embeddings.json").second_moments_file(name)
         for key, tensor in tensors.items():
             assert relative_difference(again.read(key), tensor) < 1e-4, (name, key)

@@ -8,8 +8,8 @@ from scipy.cluster.hierarchy import linkage
 
 from pimerge.adapters.expert import open_expert
 from pimerge.core.errors import PimergeError
-from pimerge.embedding.store import DIAGONAL, MARGINALS, Store
-from pimerge.embedding.store_schema import Settings
+from pimerge.embedding.store import DIAGONAL, SECOND_MOMENTS, Store
+from pimerge.embedding.store_schema import EmbedSettings
 from pimerge.ranking.measures import delta
 from pimerge.ranking.nearest import compare
 from pimerge.reporting.figures import Options, graph
@@ -39,7 +39,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
             "kind": "lora",
             "base": "b",
             "task": {"type": "text-classification"},
-            "settings": Settings(),
+            "settings": EmbedSettings(),
             "examples": 1,
             "tokens": 1,
             "device": "cpu",
@@ -51,7 +51,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
 
         fields["config_sha256"] = sha256_file(expert.path / CONFIG)
         tensors = {key: expert.tensor(key).square() for key in expert.file.entries}
-        store.add(name, fields, {DIAGONAL: tensors, MARGINALS: {}})
+        store.add(name, fields, {DIAGONAL: tensors, SECOND_MOMENTS: {}})
     return store
 
 
