@@ -1,74 +1,174 @@
-"""The folder as a registry."""
+"""A folder as a registry, on a family made for the test."""
 
 from __future__ import annotations
 
-import ast
-import subprocess
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-import pimerge
-from pimerge.core import plugins
 from pimerge.core.errors import PimergeError
+from pimerge.core.plugins import Family, Option, Strategy
 
-PACKAGES = (
-    "pimerge.ranking.measures",
-    "pimerge.merging.methods",
-    "pimerge.tuning.methods",
-    "pimerge.tasks.types",
-    "pimerge.tasks.metrics",
-    "pimerge.reporting.figures",
+SHARE = Option("share", float, "Share that is kept.", lambda x: 0 < x <= 1, "above 0 and at most 1")
+TOP_K = Option("top_k", int, "Entries that are kept.", lambda x: x > 0, "a positive integer")
+
+
+class Side(StrEnum):
+    """Choices of an option."""
+
+    LEFT = "left"
+    RIGHT = "right"
+    BOTH = "both"
+
+
+SIDE = Option("side", Side, "Where to start.", lambda side: side != "both")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape(Strategy):
+    """A strategy with a field of its own."""
+
+    corners: int
+
+
+FILES = {
+    "square": "SHAPE = Shape(name='square', summary='Four sides.', corners=4, options={SHARE: 0.5, TOP_K: 3})",
+    "long_circle": "SHAPE = Shape(name='long-circle', summary='No corners.', corners=0, options={SHARE: 0.25})",
+    "_shared": "raise AssertionError('a file with an underscore is not a strategy')",
+    "misnamed": "SHAPE = Shape(name='other', summary='Wrong.', corners=1)",
+    "untyped": "SHAPE = 'a text'",
+}
+
+
+@pytest.fixture
+def family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Family[Shape]]:
+    """The two good files of ``FILES``, and one that begins with an underscore."""
+    package = ModuleType("shapes_of_a_test")
+    package.__path__ = [str(tmp_path)]
+    monkeypatch.setitem(sys.modules, package.__name__, package)
+    for name in ("square", "long_circle", "_shared"):
+        write(tmp_path, name)
+    yield Family(package.__name__, "shape", "SHAPE", Shape)
+    for name in [name for name in sys.modules if name.startswith(f"{package.__name__}.")]:
+        del sys.modules[name]
+
+
+def write(folder: Path, name: str, text: str = "") -> None:
+    """Write one of ``FILES``, or a file with that text."""
+    head = f"from {__name__} import SHARE, TOP_K, Shape\n"
+    (folder / f"{name}.py").write_text(head + (text or FILES[name]))
+
+
+def test_a_folder_lists_its_strategies_without_importing_them(family: Family[Shape]) -> None:
+    assert family.names() == ["long-circle", "square"]
+    assert not [name for name in sys.modules if name.startswith(f"{family.package}.")]
+
+
+def test_adding_a_file_adds_a_strategy(family: Family[Shape], tmp_path: Path) -> None:
+    (tmp_path / "line.py").write_text(
+        f"from {__name__} import Shape\nSHAPE = Shape(name='line', summary='', corners=2)"
+    )
+    assert [(shape.name, shape.corners) for shape in family] == [("line", 2), ("long-circle", 0), ("square", 4)]
+
+
+def test_a_second_folder_on_the_path_extends_a_family(
+    family: Family[Shape], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("more")
+    write(folder, "dot", "SHAPE = Shape(name='dot', summary='', corners=1)")
+    sys.modules[family.package].__path__.append(str(folder))
+    assert family.names() == ["dot", "long-circle", "square"]
+    assert family.load("dot").corners == 1
+
+
+@pytest.mark.parametrize("name", ["long-circle", "long_circle"])
+def test_underscores_of_a_name_count_as_hyphens(family: Family[Shape], name: str) -> None:
+    assert family.load(name).name == "long-circle"
+
+
+@pytest.mark.parametrize(("name", "meant"), [("sqaure", "square"), ("Square", "square"), ("long-cirle", "long-circle")])
+def test_an_unknown_name_suggests_the_nearest(family: Family[Shape], name: str, meant: str) -> None:
+    with pytest.raises(PimergeError, match=f"there is no shape '{name}'\n.*'{meant}'"):
+        family.load(name)
+
+
+@pytest.mark.parametrize("name", ["", "__init__", "_shared", "../square", "os"])
+def test_only_names_of_the_folder_are_imported(family: Family[Shape], name: str) -> None:
+    with pytest.raises(PimergeError, match="there is no shape"):
+        family.load(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("misnamed", "the file of 'misnamed' defines 'other'"), ("untyped", "SHAPE is a str")]
 )
+def test_a_file_without_the_object_of_its_name_is_a_bug(
+    family: Family[Shape], tmp_path: Path, name: str, message: str
+) -> None:
+    write(tmp_path, name)
+    with pytest.raises(AssertionError, match=message):
+        family.load(name)
 
 
-@pytest.mark.parametrize("package", PACKAGES)
-def test_each_file_is_a_strategy_with_a_summary(package: str) -> None:
-    folder = Path(pimerge.__file__).parents[1].joinpath(*package.split("."))
-    files = sorted(file for file in folder.glob("*.py") if not file.name.startswith("_"))
-    found = plugins.summaries(package)
-    assert list(found) == [file.stem.replace("_", "-") for file in files]
-    for file, summary in zip(files, found.values(), strict=True):
-        docstring = ast.get_docstring(ast.parse(file.read_text()))
-        assert docstring
-        assert summary == docstring.splitlines()[0] != ""
+def test_options_know_who_has_them(family: Family[Shape]) -> None:
+    assert family.options() == {SHARE: {"long-circle": 0.25, "square": 0.5}, TOP_K: {"square": 3}}
+    assert family.load("square").defaults == {"share": 0.5, "top_k": 3}
 
 
-@pytest.mark.parametrize("package", PACKAGES)
-def test_each_strategy_loads_by_its_name(package: str) -> None:
-    for name in plugins.summaries(package):
-        assert plugins.load(package, name).__name__ == f"{package}.{name.replace('-', '_')}"
+def test_options_that_were_not_given_are_left_out(family: Family[Shape]) -> None:
+    square = family.load("square")
+    assert family.given_options(square, {"share": None, "top_k": 2, "corners": None}) == {"top_k": 2}
 
 
-@pytest.mark.parametrize("name", ["unifrom", "Uniform"])
-def test_an_unknown_name_suggests_the_nearest(name: str) -> None:
-    with pytest.raises(PimergeError, match=f"there is no merge method '{name}'\n.*'uniform'"):
-        plugins.load("pimerge.merging.methods", name)
+def test_all_problems_of_options_are_reported_at_once(family: Family[Shape]) -> None:
+    circle = family.load("long-circle")
+    with pytest.raises(PimergeError) as refused:
+        family.given_options(circle, {"share": 2.0, "top_k": 3, "colour_map": "red"})
+    text = str(refused.value)
+    assert "--share must be above 0 and at most 1; got 2.0" in text
+    assert "'long-circle' has no option --top-k" in text
+    assert "it is for square" in text
+    assert "'long-circle' has no option --colour-map" in text
+    assert "leave it out" in text
 
 
-@pytest.mark.parametrize("name", ["", "__init__", "../errors", "os"])
-def test_what_is_no_strategy_is_not_imported(name: str) -> None:
-    with pytest.raises(PimergeError, match="there is no measure"):
-        plugins.load("pimerge.ranking.measures", name)
+@given(st.floats())
+def test_a_number_is_accepted_exactly_in_its_range(value: float) -> None:
+    assert (SHARE.problem(value) == "") == (0 < value <= 1)
 
 
-def test_listing_and_help_import_neither_torch_nor_transformers() -> None:
-    code = (
-        "import sys\nfrom pimerge.core import plugins\nimport pimerge.cli.app\n"
-        f"for package in {PACKAGES!r}: plugins.summaries(package)\n"
-        "print(sorted({'torch', 'transformers', 'peft', 'datasets'} & set(sys.modules)))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+@given(st.integers())
+def test_an_integer_is_accepted_exactly_in_its_range(value: int) -> None:
+    problem = TOP_K.problem(value)
+    assert problem == ("" if value > 0 else f"--top-k must be a positive integer; got {value}")
 
 
-def test_the_help_of_a_command_imports_nothing_slow() -> None:
-    code = (
-        "import sys\nfrom pimerge.cli.app import main\nsys.argv = ['pimerge', 'tune', '--help']\n"
-        "try: main()\nexcept SystemExit: pass\n"
-        "print(sorted({'torch', 'transformers', 'peft', 'datasets', 'pydantic', 'numpy'} & set(sys.modules)))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "--method" in done.stdout
-    assert done.stdout.splitlines()[-1] == "[]"
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_an_option_without_a_range_takes_finite_numbers_alone(value: float) -> None:
+    anything = Option("anything", float, "Any number.")
+    assert anything.problem(1e300) == ""
+    assert anything.problem(value) == f"--anything must be a finite number; got {value}"
+
+
+@given(st.one_of(st.sampled_from(list(Side)), st.text()))
+def test_a_choice_is_one_of_the_accepted_members(value: str) -> None:
+    assert SIDE.choices == ["left", "right"]
+    assert (SIDE.problem(value) == "") == (value in ("left", "right"))
+
+
+@pytest.mark.parametrize(
+    ("option", "flag"),
+    [
+        (TOP_K, "--top-k"),
+        (Option("k", int, ""), "-k"),
+        (Option("held_out", float, "", typed="held_out_share"), "--held-out-share"),
+    ],
+)
+def test_the_flag_of_an_option(option: Option, flag: str) -> None:
+    assert option.flag == flag

@@ -22,7 +22,7 @@ import pytest
 from scipy.stats import ttest_rel
 
 from pimerge.adapters.expert import Expert
-from pimerge.evaluation.design import Design, Ranked
+from pimerge.evaluation.design import ComparisonDesign, RankedExpert
 from pimerge.evaluation.schema import ComparisonDocument, Run
 from pimerge.tasks.task import Task
 from tests.support.tasks import write_json
@@ -32,7 +32,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 STUDIES, DIGITS = EXAMPLES / "studies", EXAMPLES / "digits"
 LITTLE = {"SHOTS": "1", "EPOCHS": "1", "BATCH": "64", "RECIPE": "--modules q_proj --fresh-rank 1 --shots 2 --epochs 1"}
 Study = Callable[..., tuple[str, list[list[str]]]]
-Compared = list[tuple[Task, list[Expert], Design, list[str]]]
+Compared = list[tuple[Task, list[Expert], ComparisonDesign, list[str]]]
 
 
 @pytest.fixture
@@ -69,8 +69,8 @@ def compared(monkeypatch: pytest.MonkeyPatch) -> Compared:
     def compare(
         task: Task,
         base: object,
-        pool: list[Ranked],
-        design: Design,
+        pool: list[RankedExpert],
+        design: ComparisonDesign,
         folder: Path,
         **more: Any,
     ) -> ComparisonDocument:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -95,3 +96,14 @@ def raise_from(result: Result) -> None:
     """Raise what a command raised."""
     assert result.exception is not None, result.output
     raise result.exception
+
+
+SLOW = {"torch", "transformers", "peft", "datasets"}
+"""What takes seconds to import."""
+
+
+def printed(code: str) -> str:
+    """What a fresh interpreter prints when it runs some code."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
