@@ -22,9 +22,10 @@ from pimerge.adapters.expert import find_experts, open_expert
 from pimerge.core.libraries import quiet_libraries
 from pimerge.embedding.embed import default_batch_tokens, factors_of
 from pimerge.embedding.fisher import diagonal_fisher, fisher_by_loop
-from pimerge.models.loading import Bases, plugged_in, resolve_device, resolve_dtype
+from pimerge.models.injection import injected
+from pimerge.models.loading import Bases, resolve_device, resolve_dtype
+from pimerge.tasks.examples import Batch, bucket_by_length
 from pimerge.tasks.task import open_task
-from pimerge.tasks.types import Batch, bucket_by_length
 
 
 def main() -> None:
@@ -63,7 +64,7 @@ def measure(path: Path, bases: Bases, arguments: argparse.Namespace, check: bool
     def make_batch(ids: Sequence[int]) -> Batch:
         return {name: value.to(device) for name, value in examples.batch(ids).items()}
 
-    with plugged_in(expert, loaded) as model:
+    with injected(expert, loaded) as model:
         parameters = factors_of(expert, model)
 
         def ordinary() -> None:

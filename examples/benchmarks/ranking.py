@@ -52,7 +52,7 @@ from pimerge.ranking.few_shot import DRAWS, bootstrap
 from pimerge.ranking.measures import combined, fisher, history
 from pimerge.ranking.nearest import compare
 from pimerge.ranking.selection import LEAST_ERRORS
-from pimerge.tasks.sampling import draw_shots
+from pimerge.tasks.sampling import sample_shots
 from pimerge.tasks.task import Task, open_task
 from pimerge.tuning.options import TrainingOptions
 from pimerge.tuning.tune import tune
@@ -200,7 +200,7 @@ def drawn(one: Seen, k: int, seed: int) -> list[int]:
     labels = one.train[BARE].labels.tolist()
     if min(labels.count(index) for index in range(len(one.task.labels))) < k:
         return []
-    return draw_shots(labels, k, seed, one.task.labels)
+    return sample_shots(labels, k, seed, one.task.labels)
 
 
 def answered(train: TargetFeatures, test: TargetFeatures) -> torch.Tensor:

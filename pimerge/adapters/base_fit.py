@@ -11,7 +11,7 @@ from pimerge.adapters.expert import Expert
 from pimerge.adapters.tensor_sets import TensorSet
 from pimerge.core.errors import PimergeError, Problems
 from pimerge.tasks.task import Task
-from pimerge.tasks.types import for_base
+from pimerge.tasks.task_type import for_base
 
 
 def check_fits(expert: Expert, base_model: nn.Module, *, head: bool = True) -> None:

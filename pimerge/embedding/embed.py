@@ -22,9 +22,10 @@ from pimerge.embedding.random_projection import project, to_text, update_embeddi
 from pimerge.embedding.store import DIAGONAL, GRAMS, SECOND_MOMENTS, Store
 from pimerge.embedding.store_schema import EmbedSettings
 from pimerge.embedding.store_view import GRADIENT, UPDATE
-from pimerge.models.loading import Bases, peft_prefix, plugged_in
+from pimerge.models.injection import injected, peft_prefix
+from pimerge.models.loading import Bases
+from pimerge.tasks.examples import Batch, Examples, bucket_by_length, on_device
 from pimerge.tasks.task import Task
-from pimerge.tasks.types import Batch, Examples, bucket_by_length, on_device
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -113,7 +114,7 @@ def embed_expert(
     )
     make_plain = partial(_on_device, examples, bases.device)
     tensors: dict[str, dict[str, Tensor]] = {}
-    with plugged_in(expert, loaded) as model:
+    with injected(expert, loaded) as model:
         # those of LoRA for kinds without ΔW, so that all kinds compare there
         layers = linear_layers(model, expert.modules or lora_targets(loaded.model))
         make = _batch_maker(model, task, examples, batches, make_plain, settings)

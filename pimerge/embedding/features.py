@@ -28,17 +28,11 @@ from pimerge.core.errors import PimergeError
 from pimerge.core.files import sha256_bytes, sha256_file, write_file
 from pimerge.core.progress import Advance
 from pimerge.embedding.embed import default_batch_tokens
-from pimerge.models.loading import (
-    LoadedBase,
-    head_of_size,
-    in_head,
-    most_virtual_tokens,
-    peft_prefix,
-    plugged_in_sum,
-    set_head,
-)
+from pimerge.models.heads import head_of_size, set_head
+from pimerge.models.injection import injected_sum, peft_prefix
+from pimerge.models.loaded_base import LoadedBase, in_head, most_virtual_tokens
+from pimerge.tasks.examples import Examples, bucket_by_length
 from pimerge.tasks.task import Task
-from pimerge.tasks.types import Examples, bucket_by_length
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -200,7 +194,7 @@ class FeatureReader:
         """What the base with the mean of several experts, each at its scale, makes of the examples."""
 
         def compute() -> dict[str, Tensor]:
-            with plugged_in_sum(experts, [1 / len(experts)] * len(experts), self.loaded) as model:
+            with injected_sum(experts, [1 / len(experts)] * len(experts), self.loaded) as model:
                 return self._read(model, experts)
 
         return self._sample(self._cached("mean of " + " + ".join(map(_identity, experts)), compute), "")
@@ -326,10 +320,10 @@ def models_at_strengths(expert: Expert, loaded: LoadedBase) -> Iterator[tuple[fl
     """PEFT's model of the base with an expert at each of its strengths, one after the other."""
     if expert.tensor_sets:
         for scale in strengths_of(expert):
-            with plugged_in_sum([expert.with_strength(scale)], [1.0], loaded) as model:
+            with injected_sum([expert.with_strength(scale)], [1.0], loaded) as model:
                 yield scale, model
         return
-    with plugged_in_sum([expert], [1.0], loaded) as model:
+    with injected_sum([expert], [1.0], loaded) as model:
         for scale in _strengths(model):
             yield scale, model
 

@@ -23,7 +23,7 @@ from pimerge.embedding.fisher_rules import covered, squaring
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from pimerge.tasks.types import Batch
+    from pimerge.tasks.examples import Batch
 
 NegativeLogLikelihood = Callable[[nn.Module, "Batch"], "Tensor"]
 

@@ -19,12 +19,12 @@ import torch
 from torch import nn
 
 from pimerge.core.progress import Track, silent
-from pimerge.models.loading import peft_prefix
+from pimerge.models.injection import peft_prefix
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from pimerge.tasks.types import Batch
+    from pimerge.tasks.examples import Batch
 
 # As transformers names them, in T5 and in BART and its kin.
 _CROSS_ATTENTION = {"EncDecAttention", "encoder_attn", "crossattention", "cross_attn"}

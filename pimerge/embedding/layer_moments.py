@@ -26,7 +26,7 @@ from pimerge.embedding.store_view import GRADIENT, INPUT, OUTPUT
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from pimerge.tasks.types import Batch
+    from pimerge.tasks.examples import Batch
 
 
 class SecondMoments:

@@ -16,20 +16,15 @@ from pimerge.adapters.writer import task_of
 from pimerge.checkpoints.base import Base
 from pimerge.core.errors import PimergeError, Problems
 from pimerge.core.progress import Advance, Track, silent
-from pimerge.models.loading import (
-    LoadedBase,
-    in_head,
-    load_base,
-    most_virtual_tokens,
-    plugged_in,
-    resolve_device,
-    resolve_dtype,
-    set_head,
-)
-from pimerge.tasks.metrics import Answers, Interval, measure
+from pimerge.models.heads import set_head
+from pimerge.models.injection import injected
+from pimerge.models.loaded_base import LoadedBase, in_head, most_virtual_tokens
+from pimerge.models.loading import load_base, resolve_device, resolve_dtype
+from pimerge.tasks.examples import Examples, Scored, bucket_by_length
+from pimerge.tasks.intervals import Interval, bootstrap_interval
+from pimerge.tasks.metric import Answers
 from pimerge.tasks.row_errors import some
 from pimerge.tasks.task import Task
-from pimerge.tasks.types import Examples, Scored, bucket_by_length
 from pimerge.tuning.ensemble import Ensemble, ensemble_in_base
 
 if TYPE_CHECKING:
@@ -177,7 +172,7 @@ def evaluate(
             set_head(loaded.model, head)
             run(BASE, loaded.model, whose)
         for row in experts:
-            with ensemble_in_base(row, loaded) if isinstance(row, Ensemble) else plugged_in(row, loaded) as model:
+            with ensemble_in_base(row, loaded) if isinstance(row, Ensemble) else injected(row, loaded) as model:
                 run(row.name, model, f"{len(row.experts)} experts together" if isinstance(row, Ensemble) else "")
     return scores
 
@@ -286,8 +281,12 @@ def _score(name: str, found: Scored, split: TestSplit, note: str) -> Score:
     answers = Answers(found.chosen, split.labels, len(task.labels), found.texts, examples.references)
     # the words of a sentence go wrong together, so that no share of them has Wilson's interval
     accuracy = (
-        measure("accuracy", answers) if task.of_words else Interval(right / total, *wilson_interval(right, total))
+        bootstrap_interval("accuracy", answers)
+        if task.of_words
+        else Interval(right / total, *wilson_interval(right, total))
     )
-    metrics = {metric: accuracy if metric == "accuracy" else measure(metric, answers) for metric in task.metrics}
+    metrics = {
+        metric: accuracy if metric == "accuracy" else bootstrap_interval(metric, answers) for metric in task.metrics
+    }
     share, low, high = accuracy.value, accuracy.low, accuracy.high
     return Score(name, share, low, high, mean, mean - half, mean + half, total, note, metrics)

@@ -8,10 +8,10 @@ from typing import Any
 
 from pimerge.core.errors import Problems, nearest
 from pimerge.tasks.data import NOT_EMPTY, TaskData
+from pimerge.tasks.examples import Rows
 from pimerge.tasks.image_paths import holds_paths, with_images
 from pimerge.tasks.labels import class_indices, word_classes
 from pimerge.tasks.row_errors import RowProblems
-from pimerge.tasks.types import Rows
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from pimerge.core.errors import PimergeError, Problems
 
 
-def draw_shots(labels: Sequence[int], shots: int, seed: int, names: Sequence[str]) -> list[int]:
+def sample_shots(labels: Sequence[int], shots: int, seed: int, names: Sequence[str]) -> list[int]:
     """Draw ``shots`` examples of each class, by a seed; the indices come back in the order of the data.
 
     Args:
@@ -18,7 +18,7 @@ def draw_shots(labels: Sequence[int], shots: int, seed: int, names: Sequence[str
     Raises:
         PimergeError: naming each class with fewer examples.
 
-    >>> draw_shots([0, 1, 0, 1, 0], 1, seed=0, names=["even", "odd"])
+    >>> sample_shots([0, 1, 0, 1, 0], 1, seed=0, names=["even", "odd"])
     [1, 4]
     """
     problems = Problems()
@@ -36,7 +36,7 @@ def draw_shots(labels: Sequence[int], shots: int, seed: int, names: Sequence[str
     return sorted(chosen)
 
 
-def draw_holding(held: Sequence[set[int]], shots: int, seed: int, names: Sequence[str]) -> list[int]:
+def sample_sentences(held: Sequence[set[int]], shots: int, seed: int, names: Sequence[str]) -> list[int]:
     """Draw sentences by a seed until ``shots`` of them hold each class that some sentence holds.
 
     One after the other, each sentence is taken that holds a class of which there are not enough yet.
@@ -48,7 +48,7 @@ def draw_holding(held: Sequence[set[int]], shots: int, seed: int, names: Sequenc
     Raises:
         PimergeError: naming each class that fewer sentences hold.
 
-    >>> draw_holding([{0}, {0, 1}, {0}, {1}], 1, seed=0, names=["O", "NAME"])
+    >>> sample_sentences([{0}, {0, 1}, {0}, {1}], 1, seed=0, names=["O", "NAME"])
     [0, 1]
     """
     if shots < 1:
@@ -77,3 +77,39 @@ def permutation(length: int, seed: int) -> list[int]:
 
     order: list[int] = torch.randperm(length, generator=torch.Generator().manual_seed(seed)).tolist()
     return order
+
+
+def split_holdout(labels: Sequence[int], share: float, seed: int) -> tuple[list[int], list[int]]:
+    """Indices to train on and to hold out, the same share of each class, at least one to train on.
+
+    >>> split_holdout([0, 0, 0, 0, 1, 1, 1, 1], 0.25, seed=0)
+    ([1, 2, 3, 5, 6, 7], [0, 4])
+    """
+    counts = ((members, min(round(share * len(members)), len(members) - 1)) for members in _classes(labels, seed))
+    return _apart(labels, {index for members, count in counts for index in members[:count]})
+
+
+def split_fold(labels: Sequence[int], fold: int, folds: int, seed: int) -> tuple[list[int], list[int]]:
+    """Indices to train on and to hold out: one of several folds, with as many of each class as can be.
+
+    The only example of a class is always trained on.
+
+    >>> split_fold([0, 0, 0, 1, 1, 1], 0, 3, seed=0)
+    ([0, 1, 3, 4], [2, 5])
+    """
+    repeated = (members for members in _classes(labels, seed) if len(members) > 1)
+    return _apart(labels, {index for members in repeated for index in members[fold::folds]})
+
+
+def _classes(labels: Sequence[int], seed: int) -> Iterator[list[int]]:
+    """The indices of each class, in a random order."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    for label in sorted(set(labels)):
+        members = [index for index, value in enumerate(labels) if value == label]
+        yield [members[place] for place in torch.randperm(len(members), generator=generator).tolist()]
+
+
+def _apart(labels: Sequence[int], held_out: set[int]) -> tuple[list[int], list[int]]:
+    return [index for index in range(len(labels)) if index not in held_out], sorted(held_out)

@@ -16,6 +16,7 @@ from pimerge.core.errors import PimergeError, Problem, nearest
 from pimerge.core.files import sha256_bytes
 from pimerge.tasks.checks import check_fields, require_type
 from pimerge.tasks.data import NamedData, RowsInMemory, TaskData
+from pimerge.tasks.examples import Examples, Rows
 from pimerge.tasks.image_paths import content_hash, holds_paths, resolved, with_images
 from pimerge.tasks.inference import (
     SplitRows,
@@ -27,9 +28,8 @@ from pimerge.tasks.inference import (
 )
 from pimerge.tasks.reading import SplitReader
 from pimerge.tasks.row_errors import RowProblems, RowsError
-from pimerge.tasks.sampling import draw_holding, draw_shots, permutation
+from pimerge.tasks.sampling import permutation, sample_sentences, sample_shots
 from pimerge.tasks.schema import COMMON, UNLABELLED, TaskFile
-from pimerge.tasks.types import Examples, Rows
 
 if TYPE_CHECKING:
     import datasets
@@ -249,9 +249,9 @@ class Task:
         rows = self._rows(role)
         chosen = list(range(len(rows.labels)))
         if shots is not None and self.of_words:
-            chosen = draw_holding([set(classes) for classes in rows.words], shots, seed, self.labels)
+            chosen = sample_sentences([set(classes) for classes in rows.words], shots, seed, self.labels)
         elif shots is not None:
-            chosen = draw_shots(rows.labels, shots, seed, self.labels)
+            chosen = sample_shots(rows.labels, shots, seed, self.labels)
         if limit is not None and limit < len(chosen):
             chosen = sorted(chosen[i] for i in permutation(len(chosen), seed)[:limit])
         return rows if len(chosen) == len(rows.labels) else rows.select(chosen)

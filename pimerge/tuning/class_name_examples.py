@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from pimerge.core.errors import PimergeError
 from pimerge.models.linear_probe import PENALTY, fit_probe
-from pimerge.tasks.types import Examples, Rows
+from pimerge.tasks.examples import Examples, Rows
 from pimerge.tuning.probe_head import class_layer, read_vectors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-    from pimerge.models.loading import LoadedBase
+    from pimerge.models.loaded_base import LoadedBase
     from pimerge.tasks.task import Task
     from pimerge.tuning.methods import MixturePlan
 

@@ -15,7 +15,7 @@ from pimerge.adapters.kinds.lora import parse
 from pimerge.adapters.low_rank import DEFAULT_ENERGY, MergedModule, Truncation, relative_error, weighted_sum
 from pimerge.checkpoints.architecture import inside, lora_targets
 from pimerge.core.errors import PimergeError, Problems
-from pimerge.models.loading import LoadedBase, in_head
+from pimerge.models.loaded_base import LoadedBase, in_head
 from pimerge.tuning.fresh_expert import fresh_expert
 from pimerge.tuning.lora_layers import LoraComponent
 from pimerge.tuning.methods import MixturePlan

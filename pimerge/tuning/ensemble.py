@@ -19,7 +19,9 @@ from pimerge.adapters.expert import Expert, open_expert
 from pimerge.checkpoints.base import Base
 from pimerge.core.documents import parse_document
 from pimerge.core.errors import PimergeError, Problems
-from pimerge.models.loading import LoadedBase, as_before, as_they_were, set_head
+from pimerge.models.heads import set_head
+from pimerge.models.injection import modules_restored, tensors_restored
+from pimerge.models.loaded_base import LoadedBase
 from pimerge.tuning.lora_layers import LoraComponent, Switch, mix_lora
 from pimerge.tuning.tensor_layers import component_of, mix_tensors
 
@@ -140,7 +142,7 @@ def ensemble_in_base(ensemble: Ensemble, loaded: LoadedBase) -> Iterator[nn.Modu
         PimergeError: if an expert does not fit the base.
     """
     experts = ensemble.experts
-    with as_they_were(loaded.head_parameters()), as_before(loaded.model):
+    with tensors_restored(loaded.head_parameters()), modules_restored(loaded.model):
         switch = Switch(sorted({part for expert in experts for part in expert.parts}), len(experts))
         model = loaded.model
         if experts[0].tensor_sets:

@@ -15,9 +15,10 @@ from pimerge.adapters.kinds._relatives import as_tensor_sets
 from pimerge.checkpoints.architecture import inside
 from pimerge.checkpoints.base import Base
 from pimerge.core.errors import PimergeError
-from pimerge.models.loading import LoadedBase, as_before
+from pimerge.models.injection import modules_restored
+from pimerge.models.loaded_base import LoadedBase
 from pimerge.tasks.task import Task
-from pimerge.tasks.types import for_base
+from pimerge.tasks.task_type import for_base
 
 if TYPE_CHECKING:
     pass
@@ -57,7 +58,7 @@ def fresh_expert(
     }
     with tempfile.TemporaryDirectory() as folder:
         try:
-            with as_before(loaded.model):
+            with modules_restored(loaded.model):
                 get_peft_model(loaded.model, config_class(**fields)).save_pretrained(
                     folder, save_embedding_layers=False
                 )

@@ -18,8 +18,9 @@ from pimerge.adapters.writer import Coefficients, Documents, Head, Layout, write
 from pimerge.core.errors import PimergeError
 from pimerge.core.files import relative_to
 from pimerge.core.manifest import Manifest
-from pimerge.models.loading import set_head
-from pimerge.tasks.types import Examples, for_base
+from pimerge.models.heads import set_head
+from pimerge.tasks.examples import Examples
+from pimerge.tasks.task_type import for_base
 from pimerge.tuning.components import (
     chosen_experts,
     form_of,

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from pimerge.models.linear_probe import PENALTY, Probe, fit_probe
-from pimerge.models.loading import LoadedBase, in_head
+from pimerge.models.loaded_base import LoadedBase, in_head
+from pimerge.tasks.examples import Examples, bucket_by_length
 from pimerge.tasks.task import Task
-from pimerge.tasks.types import Examples, bucket_by_length
 from pimerge.tuning.tensor_layers import ByLength
 
 _TOKENS_AT_ONCE = 4096

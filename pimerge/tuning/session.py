@@ -20,18 +20,13 @@ from pimerge.adapters.expert import Expert
 from pimerge.checkpoints.base import Base
 from pimerge.core.manifest import Manifest
 from pimerge.core.progress import Track, silent
-from pimerge.models.loading import (
-    LoadedBase,
-    as_before,
-    as_they_were,
-    draw_head,
-    load_base,
-    resolve_device,
-    resolve_dtype,
-)
-from pimerge.tasks.holding_out import split_fold, split_holdout
+from pimerge.models.heads import initialise_head
+from pimerge.models.injection import modules_restored, tensors_restored
+from pimerge.models.loaded_base import LoadedBase
+from pimerge.models.loading import load_base, resolve_device, resolve_dtype
+from pimerge.tasks.examples import Examples
+from pimerge.tasks.sampling import split_fold, split_holdout
 from pimerge.tasks.task import Task
-from pimerge.tasks.types import Examples
 from pimerge.tuning.class_name_examples import class_names
 from pimerge.tuning.options import TrainingOptions
 from pimerge.tuning.trainer import TrainingOutcome
@@ -61,11 +56,11 @@ class TuningSession:
         model = self.loaded.model
         changing = [*self.loaded.head_parameters(), *model.buffers()]  # training counts in some buffers
         try:
-            with as_they_were(changing), as_before(model), ExitStack() as undo:
+            with tensors_restored(changing), modules_restored(model), ExitStack() as undo:
                 # what trains is in float32, and the Trainer casts for itself alone
                 if self.precision == torch.bfloat16:
                     model.forward = torch.autocast(self.device.type, self.precision)(model.forward)
-                draw_head(self.loaded, seed)
+                initialise_head(self.loaded, seed)
                 yield undo
         finally:
             model.eval()

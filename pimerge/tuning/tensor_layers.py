@@ -18,7 +18,8 @@ from pimerge.adapters.additive_tensors import sum_of
 from pimerge.adapters.base_fit import check_fits
 from pimerge.adapters.expert import Expert
 from pimerge.adapters.tensor_sets import TensorSet
-from pimerge.models.loading import LoadedBase, as_before, with_adapter
+from pimerge.models.injection import fresh_adapter_like, modules_restored
+from pimerge.models.loaded_base import LoadedBase
 from pimerge.tuning.lora_layers import Mixture
 
 if TYPE_CHECKING:
@@ -131,8 +132,8 @@ def fresh_component(like: Expert, loaded: LoadedBase, seed: int, name: str = "fr
     """
     check_fits(like, loaded.model, head=False)
     torch.manual_seed(seed)
-    with as_before(loaded.model):
-        parameters = _parameters(like, with_adapter(like, loaded.model))
+    with modules_restored(loaded.model):
+        parameters = _parameters(like, fresh_adapter_like(like, loaded.model))
         return TensorComponent(
             name, {key: parameter.detach().double().cpu() for key, (_, parameter) in parameters.items()}
         )
@@ -147,7 +148,7 @@ def mix_tensors(
         form: an expert whose form all of them have.
         trained: whether their tensors train.
     """
-    model = with_adapter(form, loaded.model)
+    model = fresh_adapter_like(form, loaded.model)
     for name in loaded.head:  # the base's own head is trained, not a copy
         wrapper = loaded.model.get_submodule(name)
         loaded.model.set_submodule(name, getattr(wrapper, "original_module", wrapper))

@@ -26,8 +26,8 @@ from torch.nn.functional import cross_entropy
 from pimerge.core.errors import PimergeError
 from pimerge.core.files import disk_errors
 from pimerge.core.progress import Track, silent
-from pimerge.models.loading import LoadedBase
-from pimerge.tasks.types import IGNORED, Examples, bucket_by_length, on_device
+from pimerge.models.loaded_base import LoadedBase
+from pimerge.tasks.examples import IGNORED, Examples, bucket_by_length, on_device
 from pimerge.tuning.ema import EmaModel
 from pimerge.tuning.lora_layers import Mixture
 from pimerge.tuning.options import TrainingOptions

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pimerge.core.progress import Advance
 from pimerge.embedding.fisher import Fisher, diagonal_fisher
-from pimerge.tasks.types import Examples, bucket_by_length
+from pimerge.tasks.examples import Examples, bucket_by_length
 from tests.support.experts import PeftCase
 from tests.support.numerics import relative_difference
 

@@ -12,8 +12,8 @@ from peft import PeftModel
 from pimerge.adapters.expert import open_expert
 from pimerge.embedding.embed import factors_of
 from pimerge.embedding.fisher import diagonal_fisher
+from pimerge.tasks.examples import bucket_by_length
 from pimerge.tasks.task import open_task
-from pimerge.tasks.types import bucket_by_length
 from tests.support.bases import LANGUAGE_MODELS, model_for
 from tests.support.experts import KINDS, PROMPTS, MakeExpert
 from tests.support.references import nll

@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from pimerge.embedding.input_grams import input_grams, linear_layers
-from pimerge.tasks.types import Examples
+from pimerge.tasks.examples import Examples
 from tests.support.bases import layers
 from tests.support.experts import PeftCase
 from tests.support.numerics import relative_difference

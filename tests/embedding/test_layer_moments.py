@@ -26,8 +26,8 @@ from pimerge.embedding.random_projection import DIRECTIONS, projection
 from pimerge.embedding.store import Store
 from pimerge.embedding.store_schema import EmbedSettings
 from pimerge.models.loading import Bases
+from pimerge.tasks.examples import Examples
 from pimerge.tasks.task import open_task
-from pimerge.tasks.types import Examples
 from tests.support.bases import model_for
 from tests.support.experts import MakeExpert, PeftCase, edit_tensors
 from tests.support.numerics import change_basis, relative_difference, small

@@ -18,8 +18,9 @@ from pimerge.adapters.expert import Expert, open_expert
 from pimerge.checkpoints.base import find_base
 from pimerge.core.errors import PimergeError
 from pimerge.evaluation.evaluate import BASE, Score, evaluate, wilson_interval
-from pimerge.models.loading import set_head
-from pimerge.tasks.metrics import Answers, Interval, measure
+from pimerge.models.heads import set_head
+from pimerge.tasks.intervals import Interval, bootstrap_interval
+from pimerge.tasks.metric import Answers
 from pimerge.tasks.task import open_task
 from tests.support.bases import model_for
 from tests.support.experts import MakeExpert
@@ -224,7 +225,7 @@ def test_answers_in_text_are_scored_by_the_tasks_metrics(
     assert list(own.metrics) == metrics
     expected = Answers([None] * len(texts), [0] * len(texts), 0, texts, examples.references)
     for metric, interval in own.metrics.items():
-        assert interval == measure(metric, expected)
+        assert interval == bootstrap_interval(metric, expected)
     cut = [row for row, answer in enumerate(answers) if any(answer.cut)]
     told = f"{own.name}: {len(cut)} answers were cut at max_new_tokens, in rows {', '.join(map(str, cut[:5]))}"
     assert any(note.startswith(told) for note in notes) == bool(cut)

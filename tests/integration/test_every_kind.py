@@ -11,7 +11,8 @@ from peft import PeftModel
 
 from pimerge.adapters.expert import open_expert
 from pimerge.checkpoints.base import find_base
-from pimerge.models.loading import load_base, plugged_in
+from pimerge.models.injection import injected
+from pimerge.models.loading import load_base
 from pimerge.tasks.task import open_task
 from pimerge.tasks.types._generation import generate
 from pimerge.tasks.types._text_examples import TextExamples
@@ -77,7 +78,7 @@ def test_what_is_written_in_a_batch_is_what_peft_writes_to_each_prompt_alone(
     examples, _ = task.examples("test", loaded.processor, loaded.config)
     assert isinstance(examples, TextExamples)
     assert examples.writing is not None
-    with plugged_in(expert, loaded) as model:
+    with injected(expert, loaded) as model:
         words, _ = generate(model, examples.writing, range(count))
     plain = PeftModel.from_pretrained(model_for(language_base(name)), tmp_path / "x").eval()
     for index, found in enumerate(words):

@@ -21,7 +21,8 @@ from pimerge.embedding.fisher import diagonal_fisher
 from pimerge.embedding.input_grams import linear_layers
 from pimerge.embedding.store import Store
 from pimerge.embedding.store_schema import EmbedSettings
-from pimerge.models.loading import Bases, load_base, plugged_in
+from pimerge.models.injection import injected
+from pimerge.models.loading import Bases, load_base
 from pimerge.tasks.task import Task, open_task
 from tests.support.bases import LANGUAGE_MODELS, model_for
 from tests.support.experts import MakeExpert, dense_deltas
@@ -166,7 +167,7 @@ def test_vectors_and_answers_are_those_of_transformers(case: Case) -> None:
 def test_pefts_own_forward_is_the_experts(case: Case) -> None:
     identity = find_base(str(case.base), None, case.base)
     loaded = load_base(identity, case.task, CPU, torch.float32)
-    with plugged_in(case.expert, loaded) as model:
+    with injected(case.expert, loaded) as model:
         examples = case.examples(model)
         found = case.task.type.nll(model, examples.batch([0, 1]))
     expected = case.model(torch.float32)

@@ -14,18 +14,10 @@ from pimerge.adapters.base_fit import check_fits, check_fits_on_disk
 from pimerge.adapters.expert import open_expert
 from pimerge.checkpoints.base import find_base
 from pimerge.core.errors import PimergeError
-from pimerge.models.loading import (
-    Bases,
-    LoadedBase,
-    draw_head,
-    head_of_size,
-    load_base,
-    plugged_in,
-    plugged_in_sum,
-    resolve_device,
-    resolve_dtype,
-    set_head,
-)
+from pimerge.models.heads import head_of_size, initialise_head, set_head
+from pimerge.models.injection import injected, injected_sum
+from pimerge.models.loaded_base import LoadedBase
+from pimerge.models.loading import Bases, load_base, resolve_device, resolve_dtype
 from pimerge.tasks.task import open_task
 from tests.support.bases import model_for, save_tokenizer
 from tests.support.experts import MakeExpert, dense_deltas
@@ -105,7 +97,7 @@ def test_plugging_in_is_pefts_model_and_taking_out_leaves_the_base_as_it_was(
     for seed in (1, 2):
         folder = make_expert(tmp_path / str(seed), vit_base, parity_task, seed=seed)
         expected = PeftModel.from_pretrained(model_for(vit_base), folder).eval()
-        with plugged_in(open_expert(folder), loaded) as model:
+        with injected(open_expert(folder), loaded) as model:
             assert torch.equal(logits_of(model, pixels()), logits_of(expected, pixels()))
         after = loaded.model.state_dict()
         assert after.keys() == before.keys()
@@ -119,7 +111,7 @@ def test_an_expert_comes_out_even_after_an_error(
     loaded = load(vit_base, parity_task)
     expected = logits_of(loaded.model, pixels())
     expert = open_expert(make_expert(tmp_path / "a", vit_base))
-    with pytest.raises(KeyboardInterrupt), plugged_in(expert, loaded):
+    with pytest.raises(KeyboardInterrupt), injected(expert, loaded):
         raise KeyboardInterrupt
     assert torch.equal(logits_of(loaded.model, pixels()), expected)
 
@@ -142,7 +134,7 @@ def test_a_sum_of_one_is_pefts_model_under_the_bases_own_head(
     folder = make_expert(tmp_path / "a", vit_base, parity_task, use_rslora=True)
     expected = PeftModel.from_pretrained(model_for(vit_base), folder).eval()
     set_head(expected, loaded.head_tensors())
-    with plugged_in_sum([open_expert(folder)], [1.0], loaded) as model:
+    with injected_sum([open_expert(folder)], [1.0], loaded) as model:
         assert torch.equal(logits_of(model, pixels()), logits_of(expected, pixels()))
 
 
@@ -171,10 +163,10 @@ def test_a_sum_of_several_is_the_dense_sum_and_the_base_comes_back(
     expected = logits_of(dense, batch)
     assert relative_difference(logits_of(loaded.model, batch), expected) > 1e-2
     for _ in range(2):  # PEFT notes its adapters in the base: none of the first time may be left
-        with plugged_in_sum(experts, weights, loaded) as model:
+        with injected_sum(experts, weights, loaded) as model:
             assert relative_difference(logits_of(model, batch), expected) < 1e-5
         require_same(loaded, before)
-    with pytest.raises(KeyboardInterrupt), plugged_in_sum(experts[:2], [1.0, 1.0], loaded):
+    with pytest.raises(KeyboardInterrupt), injected_sum(experts[:2], [1.0, 1.0], loaded):
         raise KeyboardInterrupt
     require_same(loaded, before)
 
@@ -189,7 +181,7 @@ def test_every_expert_of_a_sum_is_checked_against_the_base(
     )
     with (
         pytest.raises(PimergeError, match="the base has no module 'bert"),
-        plugged_in_sum([fits, stranger], [1, 1], loaded),
+        injected_sum([fits, stranger], [1, 1], loaded),
     ):
         pass
 
@@ -321,7 +313,7 @@ def test_a_head_that_is_drawn_again_is_that_of_a_base_loaded_by_this_seed(
     for tensor in first.head_parameters():
         if base != "own":
             tensor.data.fill_(5.0)
-    draw_head(first, 7)
+    initialise_head(first, 7)
     for name, value in expected.model.state_dict().items():
         assert torch.equal(first.model.state_dict()[name], value), name
     assert bool(first.drawn) != (base == "own")

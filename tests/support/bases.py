@@ -22,7 +22,7 @@ from transformers import (
     ViTModel,
 )
 
-from pimerge.models.loading import LoadedBase
+from pimerge.models.loaded_base import LoadedBase
 
 WORDS = "the a cat dog bird sits runs flies on under mat tree fast slow and or red blue".split()  # noqa: SIM905
 

@@ -30,8 +30,8 @@ from torch import Tensor
 
 from pimerge.adapters.expert import Expert
 from pimerge.peft_methods import BitFitConfig, BottleneckConfig
+from pimerge.tasks.examples import Batch, Examples
 from pimerge.tasks.task import open_task
-from pimerge.tasks.types import Batch, Examples
 from tests.support.bases import LANGUAGE_MODELS, layers, model_for
 from tests.support.numerics import normal
 from tests.support.tasks import write_json

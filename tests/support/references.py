@@ -15,7 +15,7 @@ from pimerge.embedding.input_grams import input_grams
 from pimerge.embedding.layer_moments import SecondMoments
 from pimerge.models.loading import load_base
 from pimerge.reporting.figures._study import Study
-from pimerge.tasks.types import Batch, Examples
+from pimerge.tasks.examples import Batch, Examples
 from tests.support.bases import model_for
 from tests.support.experts import dense_deltas
 

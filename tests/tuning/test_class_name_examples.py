@@ -13,8 +13,8 @@ import pytest
 from pimerge.checkpoints.base import find_base
 from pimerge.core.errors import PimergeError
 from pimerge.evaluation.design import usual_controls
+from pimerge.tasks.examples import Examples
 from pimerge.tasks.task import Task, open_task
-from pimerge.tasks.types import Examples
 from pimerge.tuning.class_name_examples import class_names, class_texts, names_predict
 from pimerge.tuning.method import decided
 from pimerge.tuning.methods import MixturePlan

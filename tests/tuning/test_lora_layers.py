@@ -21,7 +21,7 @@ from pimerge.adapters.kind import AdapterHeader
 from pimerge.adapters.kinds.lora import parse
 from pimerge.adapters.lora_module import Factors
 from pimerge.core.errors import PimergeError
-from pimerge.models.loading import set_head
+from pimerge.models.heads import set_head
 from pimerge.tuning.lora_layers import (
     GRANULARITIES,
     PLANS,

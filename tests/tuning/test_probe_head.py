@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from pimerge.checkpoints.base import find_base
 from pimerge.models.linear_probe import fit_probe
-from pimerge.models.loading import LoadedBase, load_base
+from pimerge.models.loaded_base import LoadedBase
+from pimerge.models.loading import load_base
+from pimerge.tasks.examples import Examples
 from pimerge.tasks.task import Task, open_task
-from pimerge.tasks.types import Examples
 from pimerge.tuning.probe_head import fit_head, put_probe
 
 CPU = torch.device("cpu")

@@ -15,7 +15,9 @@ from pimerge.core.errors import PimergeError
 from pimerge.embedding.embed import embed_expert
 from pimerge.embedding.store import Store
 from pimerge.embedding.store_schema import EmbedSettings
-from pimerge.models.loading import Bases, load_base, plugged_in, set_head
+from pimerge.models.heads import set_head
+from pimerge.models.injection import injected
+from pimerge.models.loading import Bases, load_base
 from pimerge.ranking.by_store import rank_by_store
 from pimerge.ranking.selection import SelectionRule
 from pimerge.tasks.task import Task, open_task
@@ -73,7 +75,7 @@ def test_at_the_init_A_is_the_pools_mean_B_is_zero_and_the_head_answers(
             inner = {name: value for name, value in batch.items() if name != "labels"}
             pooled = loaded.model.bert(**inner).pooler_output
         head = expert.head_tensors()
-        with plugged_in(expert, loaded) as model:
+        with injected(expert, loaded) as model:
             answers = logits_of(model, batch)
         assert relative_difference(answers, pooled @ head["classifier.weight"].T + head["classifier.bias"]) < 1e-5
         assert answers.shape == (8, 2)
@@ -132,7 +134,7 @@ def test_of_a_kind_without_updates_it_starts_where_that_changes_nothing_or_at_th
         else:
             set_head(loaded.model, expert.head_tensors())
             before = logits_of(loaded.model, batch)
-            with plugged_in(expert, loaded) as model:
+            with injected(expert, loaded) as model:
                 torch.testing.assert_close(logits_of(model, batch), before)
         assert init_cosine(expert, open_expert(folders[0]))[0] >= init_cosine(expert, open_expert(folders[0]))[1]
     train_expert([open_expert(folder) for folder in folders], task, base, tmp_path / "new", BRIEFLY)

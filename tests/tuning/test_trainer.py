@@ -13,7 +13,7 @@ from peft import PeftModel
 from pimerge.adapters.expert import open_expert
 from pimerge.checkpoints.base import find_base
 from pimerge.models.loading import load_base
-from pimerge.tasks.holding_out import split_holdout
+from pimerge.tasks.sampling import split_holdout
 from pimerge.tasks.task import open_task
 from pimerge.tuning.options import TrainingOptions
 from pimerge.tuning.trainer import mean_loss

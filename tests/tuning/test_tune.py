@@ -20,7 +20,7 @@ from pimerge.adapters.compatibility import init_cosine
 from pimerge.adapters.expert import Expert, open_expert
 from pimerge.adapters.writer import Coefficients
 from pimerge.core.errors import PimergeError
-from pimerge.models.loading import LoadedBase
+from pimerge.models.loaded_base import LoadedBase
 from pimerge.tasks.task import Task, open_task
 from pimerge.tuning import mixed_expert, trainer
 from pimerge.tuning.lora_layers import Mixture

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pimerge.checkpoints.base import Base
     from pimerge.core.progress import Advance
     from pimerge.evaluation.evaluate import TestSplit
-    from pimerge.models.loading import LoadedBase
+    from pimerge.models.loaded_base import LoadedBase
     from pimerge.tasks.task import Task
 
 BASE = "(base)"
@@ -104,7 +104,8 @@ def examined(study: Study, options: Options, *, padded: bool = True) -> Examined
         PimergeError: if the target's expert has no head where one is needed, or the base or the data has a problem.
     """
     from pimerge.evaluation.evaluate import read_test_split
-    from pimerge.models.loading import load_base, resolve_device, resolve_dtype, set_head
+    from pimerge.models.heads import set_head
+    from pimerge.models.loading import load_base, resolve_device, resolve_dtype
 
     target, trains_head = study.target, study.task.type.TRAINS_HEAD
     if trains_head and not target.head:
@@ -130,16 +131,16 @@ def at_weights(experts: Sequence[Expert], rows: Sequence[Sequence[float]], loade
 
     Experts without ΔW are summed number by number, as ``merge`` does.
     """
-    from pimerge.models.loading import plugged_in_sum
+    from pimerge.models.injection import injected_sum
 
     if experts[0].tensor_sets:
         for weights in rows:
-            with plugged_in_sum(experts, weights, loaded) as model:
+            with injected_sum(experts, weights, loaded) as model:
                 yield model
         return
     from peft.tuners.lora import LoraLayer
 
-    with plugged_in_sum(experts, [1.0] * len(experts), loaded) as model:
+    with injected_sum(experts, [1.0] * len(experts), loaded) as model:
         names = list(model.peft_config)  # type: ignore[arg-type]
         layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
         full = [dict(layer.scaling) for layer in layers]

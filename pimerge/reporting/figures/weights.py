@@ -67,7 +67,7 @@ def collect(source: tuple[Study, Coefficients], options: Options) -> Data:
     Raises:
         PimergeError: if the base or the data has a problem.
     """
-    from pimerge.models.loading import plugged_in_sum
+    from pimerge.models.injection import injected_sum
 
     study, coefficients = source
     places = {module: _place(module) for module in coefficients.weights}
@@ -79,7 +79,7 @@ def collect(source: tuple[Study, Coefficients], options: Options) -> Data:
     everyone = [study.target, *study.experts]
     with options.track("features", len(everyone) * len(found.split.labels), "examples") as advance:
         for expert in everyone:
-            with plugged_in_sum([expert], [1.0], found.loaded) as model:
+            with injected_sum([expert], [1.0], found.loaded) as model:
                 features.append(_features(model, layers, found, advance))
     own, others = features[0], features[1:]
     return Data(
@@ -168,7 +168,7 @@ def _natural(name: str) -> list[tuple[int, str]]:
 
 def _features(model: nn.Module, layers: Sequence[str], found: Examined, advance: Any) -> dict[str, Tensor]:
     """Layer → (examples × d) its outputs, meaned over tokens, in the order of the examples."""
-    from pimerge.models.loading import peft_prefix
+    from pimerge.models.injection import peft_prefix
 
     task, examples = found.split.task, found.split.examples
     named, prefix = dict(model.named_modules()), peft_prefix(model)

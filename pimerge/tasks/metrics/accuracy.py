@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from pimerge.tasks.metrics import by_word
+from pimerge.tasks.metric import by_word
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from pimerge.tasks.metrics import Answers
+    from pimerge.tasks.metric import Answers
 
 NEEDS = "classes"
 FORMAT = ".1%"

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from pimerge.tasks.metrics import require
+from pimerge.tasks.metric import require_library
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from pimerge.tasks.metrics import Answers
+    from pimerge.tasks.metric import Answers
 
 NEEDS = "texts"
 FORMAT = ".1f"
@@ -20,7 +20,7 @@ _ORDERS = 4
 
 def statistics(answers: Answers) -> Tensor:
     """Of each example: matching n-grams and all of them, n from 1 to 4, and the lengths of answer and reference."""
-    bleu = require("sacrebleu").BLEU(effective_order=True)  # of one sentence; the counts are those of the corpus
+    bleu = require_library("sacrebleu").BLEU(effective_order=True)  # of a sentence; its counts are those of the corpus
     rows = []
     for text, references in zip(answers.texts, answers.references, strict=True):
         found = bleu.sentence_score(text, list(references))
@@ -30,7 +30,7 @@ def statistics(answers: Answers) -> Tensor:
 
 def value(sums: Tensor, n: int) -> Tensor:
     """BLEU of each draw from its counts, (draws)."""
-    compute = require("sacrebleu").BLEU.compute_bleu
+    compute = require_library("sacrebleu").BLEU.compute_bleu
     found = []
     for row in sums.long().tolist():
         matching, whole, (answered, reference) = row[:_ORDERS], row[_ORDERS:-2], row[-2:]

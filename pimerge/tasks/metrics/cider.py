@@ -9,13 +9,13 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from pimerge.tasks.metrics import require
+from pimerge.tasks.metric import require_library
 from pimerge.tasks.metrics._mean import column, value
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from pimerge.tasks.metrics import Answers
+    from pimerge.tasks.metric import Answers
 
 __all__ = ["FORMAT", "NEEDS", "statistics", "value"]
 
@@ -25,7 +25,7 @@ FORMAT = ".2f"
 
 def statistics(answers: Answers) -> Tensor:
     """CIDEr of each answer."""
-    cider = require("pycocoevalcap.cider.cider").Cider()
+    cider = require_library("pycocoevalcap.cider.cider").Cider()
     references = {index: [_words(text) for text in texts] for index, texts in enumerate(answers.references)}
     texts = {index: [_words(text)] for index, text in enumerate(answers.texts)}
     _, found = cider.compute_score(references, texts)

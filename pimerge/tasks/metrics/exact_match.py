@@ -9,7 +9,7 @@ from pimerge.tasks.metrics._mean import best, value
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from pimerge.tasks.metrics import Answers
+    from pimerge.tasks.metric import Answers
 
 __all__ = ["FORMAT", "NEEDS", "statistics", "value"]
 

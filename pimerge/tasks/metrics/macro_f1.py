@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from pimerge.tasks.metrics import by_word, require
+from pimerge.tasks.metric import by_word, require_library
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from pimerge.tasks.metrics import Answers
+    from pimerge.tasks.metric import Answers
 
 NEEDS = "classes"
 FORMAT = ".1%"
@@ -21,7 +21,7 @@ _NOTHING = -1
 
 def statistics(answers: Answers) -> Tensor:
     """True positives, and all that are answered or right, of each class: (n × 2·classes)."""
-    counts = require("torchmetrics.functional.classification").multiclass_stat_scores
+    counts = require_library("torchmetrics.functional.classification").multiclass_stat_scores
     none = answers.classes  # an answer that is no class is wrong for its own, and speaks for no other
     chosen = [torch.tensor([none if one is None else one for one in row]) for row in by_word(answers.chosen)]
     found = counts(

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pimerge.tasks.metrics import require
+from pimerge.tasks.metric import require_library
 from pimerge.tasks.metrics._mean import best, value
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from pimerge.tasks.metrics import Answers
+    from pimerge.tasks.metric import Answers
 
 __all__ = ["FORMAT", "NEEDS", "statistics", "value"]
 
@@ -20,5 +20,5 @@ FORMAT = ".1%"
 
 def statistics(answers: Answers) -> Tensor:
     """ROUGE-L of each answer, without stemming."""
-    scorer = require("rouge_score.rouge_scorer").RougeScorer(["rougeL"], use_stemmer=False)
+    scorer = require_library("rouge_score.rouge_scorer").RougeScorer(["rougeL"], use_stemmer=False)
     return best(answers, lambda text, reference: float(scorer.score(reference, text)["rougeL"].fmeasure))

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pimerge.tasks.metrics import require
+from pimerge.tasks.metric import require_library
 from pimerge.tasks.metrics._mean import column, value
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from pimerge.tasks.metrics import Answers
+    from pimerge.tasks.metric import Answers
 
 __all__ = ["FORMAT", "NEEDS", "statistics", "value"]
 
@@ -20,7 +20,7 @@ FORMAT = ".1%"
 
 def statistics(answers: Answers) -> Tensor:
     """F1 of each answer (arXiv 1606.05250): lower case, without punctuation and articles."""
-    squad = require("torchmetrics.functional.text").squad
+    squad = require_library("torchmetrics.functional.text").squad
 
     def f1(text: str, references: list[str]) -> float:
         target = {"answers": {"answer_start": [0] * len(references), "text": references}, "id": "0"}

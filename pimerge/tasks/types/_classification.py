@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn.functional import cross_entropy
 
-from pimerge.tasks.metrics import check as check_metrics
-from pimerge.tasks.types import Scored, on_device
+from pimerge.tasks.examples import Scored, on_device
+from pimerge.tasks.metric import check_metrics
 from pimerge.tasks.types._reading import catching, read_position, text_config
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from pimerge.tasks.examples import Batch, Examples
     from pimerge.tasks.schema import TaskFile
-    from pimerge.tasks.types import Batch, Examples
 
 TRAINS_HEAD = True
 FIELDS = frozenset({"metrics"})

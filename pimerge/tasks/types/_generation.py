@@ -14,8 +14,8 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from pimerge.core.errors import PimergeError
+from pimerge.tasks.examples import IGNORED, Batch, Examples, Scored, on_device
 from pimerge.tasks.row_errors import RowProblems
-from pimerge.tasks.types import IGNORED, Batch, Examples, Scored, on_device
 from pimerge.tasks.types._classification import drawn
 from pimerge.tasks.types._likelihood import ask, begins_behind_prompts, likelihoods, logits, nll
 from pimerge.tasks.types._reading import catching, text_config
@@ -25,8 +25,8 @@ from pimerge.tasks.types._text_examples import Prompts, TextExamples, Tokens, Wr
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from pimerge.tasks.examples import Rows
     from pimerge.tasks.schema import TaskFile
-    from pimerge.tasks.types import Rows
 
 TRAINS_HEAD = False
 COLUMNS = {"label": False}

@@ -10,7 +10,7 @@ from pimerge.core.errors import PimergeError
 from pimerge.tasks.row_errors import RowProblems
 
 if TYPE_CHECKING:
-    from pimerge.tasks.types import Batch, Rows
+    from pimerge.tasks.examples import Batch, Rows
 
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 _KEPT_BYTES = 256 * 2**20

@@ -15,7 +15,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
-from pimerge.tasks.types import IGNORED, Batch, on_device
+from pimerge.tasks.examples import IGNORED, Batch, on_device
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

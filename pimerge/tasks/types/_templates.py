@@ -14,14 +14,14 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from pimerge.core.errors import PimergeError, Problems, nearest
-from pimerge.tasks.metrics import check as check_metrics
+from pimerge.tasks.metric import check_metrics
 from pimerge.tasks.row_errors import RowProblems
 
 if TYPE_CHECKING:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+    from pimerge.tasks.examples import Rows
     from pimerge.tasks.schema import TaskFile
-    from pimerge.tasks.types import Rows
 
 LABEL = "label"
 _ONE_EXPRESSION = re.compile(r"\s*\{\{-?((?:(?!\}\}|\{\{).)+?)-?\}\}\s*", re.DOTALL)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from pimerge.tasks.types import Batch, Examples
+from pimerge.tasks.examples import Batch, Examples
 from pimerge.tasks.types._templates import Text
 
 

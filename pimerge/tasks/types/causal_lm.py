@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pimerge.core.errors import PimergeError
-from pimerge.tasks.types import IGNORED, Batch, Examples, Rows
+from pimerge.tasks.examples import IGNORED, Batch, Examples, Rows
 from pimerge.tasks.types import _generation as generation
 from pimerge.tasks.types._generation import COLUMNS, TRAINS_HEAD, draw, read, score
 from pimerge.tasks.types._likelihood import nll

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pimerge.core.errors import PimergeError
-from pimerge.tasks.types import Batch, Examples, Rows
+from pimerge.tasks.examples import Batch, Examples, Rows
 from pimerge.tasks.types._classification import FIELDS, TRAINS_HEAD, check, draw, nll, read, score
 from pimerge.tasks.types._images import decoder, have_heads, mode_of, remembered, tell_broken
 

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pimerge.core.errors import PimergeError
+from pimerge.tasks.examples import Batch, Examples, Rows
 from pimerge.tasks.row_errors import RowProblems
-from pimerge.tasks.types import Batch, Examples, Rows, causal_lm, seq2seq
 from pimerge.tasks.types import _generation as generation
+from pimerge.tasks.types import causal_lm, seq2seq
 from pimerge.tasks.types._generation import TRAINS_HEAD, draw, read, score
 from pimerge.tasks.types._images import decoder, mode_of, remembered
 from pimerge.tasks.types._likelihood import nll

@@ -9,9 +9,10 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pimerge.core.errors import PimergeError, Problems
-from pimerge.tasks.metrics import check as check_metrics
+from pimerge.tasks.examples import Examples, Rows
+from pimerge.tasks.metric import check_metrics
 from pimerge.tasks.row_errors import RowProblems
-from pimerge.tasks.types import Examples, Rows, causal_lm, seq2seq
+from pimerge.tasks.types import causal_lm, seq2seq
 from pimerge.tasks.types._generation import TRAINS_HEAD, draw, read, score
 from pimerge.tasks.types._likelihood import nll
 from pimerge.tasks.types._templates import Template, Text, reader, require_columns

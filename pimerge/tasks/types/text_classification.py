@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pimerge.core.errors import PimergeError
+from pimerge.tasks.examples import Batch, Examples, Rows
 from pimerge.tasks.row_errors import RowProblems
-from pimerge.tasks.types import Batch, Examples, Rows
 from pimerge.tasks.types._classification import FIELDS, TRAINS_HEAD, check, draw, nll, read, score
 from pimerge.tasks.types._tokenizer import load_processor, longest_input
 

@@ -13,8 +13,8 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
 from pimerge.core.errors import PimergeError
+from pimerge.tasks.examples import IGNORED, Batch, Examples, Rows, Scored, on_device
 from pimerge.tasks.row_errors import RowProblems
-from pimerge.tasks.types import IGNORED, Batch, Examples, Rows, Scored, on_device
 from pimerge.tasks.types._classification import FIELDS, TRAINS_HEAD, check, drawn
 from pimerge.tasks.types._likelihood import logits, nll
 from pimerge.tasks.types._tokenizer import load_processor as load_tokenizer

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from pimerge.tasks.types import Batch, Examples
+    from pimerge.tasks.examples import Batch, Examples
     from pimerge.tuning.session import TuneRequest, TuneResult
 
 PLAN = MixturePlan(experts=True, target=True, train_weights=True, train_experts=True, ranked_start=True)
@@ -82,7 +82,7 @@ def _soft(teacher: nn.Module, examples: Examples, label_share: float, device: to
     import torch
     from torch.nn.functional import one_hot
 
-    from pimerge.tasks.types import IGNORED, bucket_by_length, on_device
+    from pimerge.tasks.examples import IGNORED, bucket_by_length, on_device
 
     found: list[Tensor] = [torch.empty(0)] * len(examples)
     for indices in bucket_by_length(examples.lengths, 4096):
@@ -102,7 +102,7 @@ def _taught(examples: Examples, shares: Sequence[Tensor]) -> Examples:
     """The examples with shares of the classes in place of labels."""
     import torch
 
-    from pimerge.tasks.types import IGNORED, Examples
+    from pimerge.tasks.examples import IGNORED, Examples
 
     def get(index: int) -> Batch:
         return {**examples.get(index), "shares": shares[index]}

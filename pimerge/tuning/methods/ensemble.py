@@ -18,7 +18,7 @@ from pimerge.tuning.methods import MixturePlan
 
 if TYPE_CHECKING:
     from pimerge.core.manifest import Manifest
-    from pimerge.tasks.types import Examples
+    from pimerge.tasks.examples import Examples
     from pimerge.tuning.ensemble import EnsembleModel
     from pimerge.tuning.mixed_expert import MixedExpert
     from pimerge.tuning.session import TuneRequest, TuneResult
@@ -124,7 +124,7 @@ def train_heads(
         PimergeError: if the task has no classes with a head.
     """
     from pimerge.core.errors import PimergeError
-    from pimerge.models.loading import set_head
+    from pimerge.models.heads import set_head
     from pimerge.tuning.ensemble import EnsembleModel
     from pimerge.tuning.lora_layers import Switch
     from pimerge.tuning.mixed_expert import mix_experts

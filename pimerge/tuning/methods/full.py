@@ -21,7 +21,7 @@ def fit(request: TuneRequest) -> TuneResult:
     """Train the base; it comes back as it was with the request's ``undo``."""
     import torch
 
-    from pimerge.models.loading import as_they_were
+    from pimerge.models.injection import tensors_restored
     from pimerge.tuning.lora_layers import Mixture
     from pimerge.tuning.session import TuneResult
     from pimerge.tuning.trainer import train
@@ -29,7 +29,7 @@ def fit(request: TuneRequest) -> TuneResult:
     loaded = request.session.loaded
     kept, held_out = request.examples()
     dtypes = {name: parameter.dtype for name, parameter in loaded.model.named_parameters()}
-    request.undo.enter_context(as_they_were(loaded.model.parameters()))
+    request.undo.enter_context(tensors_restored(loaded.model.parameters()))
     for parameter in loaded.model.parameters():
         parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
         parameter.requires_grad_(True)

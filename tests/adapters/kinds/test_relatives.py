@@ -26,7 +26,8 @@ from pimerge.adapters.expert import WEIGHTS, open_expert
 from pimerge.core.errors import PimergeError
 from pimerge.embedding.features import STRENGTHS, models_at_strengths
 from pimerge.embedding.store import Store
-from pimerge.models.loading import plugged_in, plugged_in_sum, set_head
+from pimerge.models.heads import set_head
+from pimerge.models.injection import injected, injected_sum
 from pimerge.tasks.task import open_task
 from tests.support.bases import inputs, loaded_base, model_for
 from tests.support.experts import RELATIVES, MakeExpert, dense_deltas, edit_tensors, set_config
@@ -154,7 +155,7 @@ def test_plugged_in_at_any_strength_it_answers_as_in_peft(
     expert, loaded, batch = open_expert(folder), loaded_base(bert_base), inputs("bert")
     before = logits_of(loaded.model, batch)
     full = logits_of(PeftModel.from_pretrained(model_for(bert_base), folder).eval(), batch)
-    with plugged_in(expert, loaded) as model:
+    with injected(expert, loaded) as model:
         assert torch.equal(logits_of(model, batch), full)
     for scale, model in models_at_strengths(expert, loaded):
         reference = model_for(bert_base)
@@ -163,7 +164,7 @@ def test_plugged_in_at_any_strength_it_answers_as_in_peft(
         torch.testing.assert_close(logits_of(model, batch), logits_of(reference, batch))
         if scale == max(STRENGTHS):
             torch.testing.assert_close(logits_of(model, batch), full)
-    with plugged_in_sum([expert.with_strength(0.0)], [1.0], loaded) as model:
+    with injected_sum([expert.with_strength(0.0)], [1.0], loaded) as model:
         torch.testing.assert_close(logits_of(model, batch), before)
     assert torch.equal(logits_of(loaded.model, batch), before)
 
@@ -193,9 +194,7 @@ def test_all_kinds_with_an_update_are_summed(
     found = PeftModel.from_pretrained(model_for(bert_base), tmp_path / "out").eval()
     torch.testing.assert_close(logits_of(found, batch), expected)
     loaded = loaded_base(bert_base)
-    with plugged_in_sum(
-        [open_expert(folder) for folder in folders], [1 / len(folders)] * len(folders), loaded
-    ) as model:
+    with injected_sum([open_expert(folder) for folder in folders], [1 / len(folders)] * len(folders), loaded) as model:
         set_head(model, open_expert(folders[0]).head_tensors())
         torch.testing.assert_close(logits_of(model, batch), expected)
     other = make_expert(tmp_path / "ia3", bert_base, text_task, kind="ia3")

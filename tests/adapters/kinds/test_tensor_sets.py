@@ -20,7 +20,9 @@ from pimerge.adapters.tensor_sets import joined, read_slot
 from pimerge.adapters.unhandled import NO_RULE, why_unhandled
 from pimerge.core.errors import PimergeError
 from pimerge.embedding.features import models_at_strengths, strengths_of
-from pimerge.models.loading import LoadedBase, plugged_in, plugged_in_sum, set_head
+from pimerge.models.heads import set_head
+from pimerge.models.injection import injected, injected_sum
+from pimerge.models.loaded_base import LoadedBase
 from tests.support.bases import inputs, loaded_base, model_for
 from tests.support.experts import KINDS, PROMPTS, MakeExpert, edit_tensors
 from tests.support.numerics import logits_of
@@ -64,7 +66,7 @@ def test_plugged_in_it_answers_as_in_peft_and_the_base_is_as_before(
     loaded, batch = loaded_base(bases[base]), inputs(base)
     before = logits_of(loaded.model, batch)
     expected = logits_of(PeftModel.from_pretrained(model_for(bases[base]), tmp_path / "x").eval(), batch)
-    with plugged_in(expert, loaded) as model:
+    with injected(expert, loaded) as model:
         assert torch.equal(logits_of(model, batch), expected)
     assert torch.equal(logits_of(loaded.model, batch), before)
     assert not torch.allclose(before, expected)
@@ -82,7 +84,7 @@ def test_strengths_lie_on_the_line_from_what_changes_nothing(
             expert.with_strength(0.5)
         return
     before = logits_of(loaded.model, batch)
-    with plugged_in_sum([expert.with_strength(0.0)], [1.0], loaded) as model:
+    with injected_sum([expert.with_strength(0.0)], [1.0], loaded) as model:
         torch.testing.assert_close(logits_of(model, batch), before)
     found = {scale: logits_of(model, batch) for scale, model in models_at_strengths(expert, loaded)}
     assert list(found) == [0.25, 0.5, 0.75, 1.0]
@@ -110,7 +112,7 @@ def test_a_mean_is_that_of_the_tensors(
 ) -> None:
     folders = [make_expert(tmp_path / str(seed), bases[base], kind=kind, seed=seed, head=False) for seed in range(3)]
     loaded, batch = loaded_base(bases[base]), inputs(base)
-    with plugged_in_sum([open_expert(folder) for folder in folders], [1 / 3] * 3, loaded) as model:
+    with injected_sum([open_expert(folder) for folder in folders], [1 / 3] * 3, loaded) as model:
         set_head(model, open_expert(folders[0]).head_tensors())  # a prompt has one in any case
         found = logits_of(model, batch)
     files = [load_file(folder / "adapter_model.safetensors") for folder in folders]

@@ -11,7 +11,7 @@ from pimerge.adapters.expert import open_expert
 from pimerge.adapters.ranking_document import Candidate, NotComparable, Ranking, Target
 from pimerge.core.files import json_text
 from pimerge.evaluation.evaluate import Score
-from pimerge.tasks.metrics import Interval
+from pimerge.tasks.intervals import Interval
 from tests.support.documents import EVIL, SCORES, comparison
 from tests.support.experts import MakeExpert
 from tests.support.tasks import write_json

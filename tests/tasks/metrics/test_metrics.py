@@ -14,7 +14,8 @@ from torchmetrics.functional.text import squad
 
 from pimerge.core import plugins
 from pimerge.core.errors import PimergeError
-from pimerge.tasks.metrics import Answers, measure
+from pimerge.tasks.intervals import bootstrap_interval
+from pimerge.tasks.metric import Answers
 
 TEXTS = ["the cat sat on the mat", "a dog runs", "", "birds fly over the red tree today", "Paris"]
 REFERENCES = [
@@ -37,7 +38,7 @@ OWN_ANSWERS = {"box-accuracy": BOX_ANSWERS}
 
 
 def value_of(name: str, answers: Answers = TEXT_ANSWERS) -> float:
-    return measure(name, answers).value
+    return bootstrap_interval(name, answers).value
 
 
 def test_accuracy_and_macro_f1_are_scikit_learns() -> None:
@@ -91,15 +92,15 @@ def test_a_box_is_right_that_overlaps_by_more_than_half() -> None:
     turned = Answers([None] * 3, [0] * 3, 0, ["40 50 0 10", "no box", "1 2 3"], [["a 0 10 40 50"]] * 3)
     assert value_of("box-accuracy", turned) == 1 / 3
     with pytest.raises(PimergeError, match="the right answer 'b' holds no box"):
-        measure("box-accuracy", Answers([None], [0], 0, ["1 2 3 4"], [["b"]]))
+        bootstrap_interval("box-accuracy", Answers([None], [0], 0, ["1 2 3 4"], [["b"]]))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_interval_is_of_resampled_examples_and_seeded(name: str) -> None:
     usual = CLASS_ANSWERS if plugins.load("pimerge.tasks.metrics", name).NEEDS == "classes" else TEXT_ANSWERS
     answers = OWN_ANSWERS.get(name, usual)
-    found = measure(name, answers)
-    assert found == measure(name, answers)
+    found = bootstrap_interval(name, answers)
+    assert found == bootstrap_interval(name, answers)
     assert found.low <= found.value <= found.high
     assert found.low < found.high or name == "exact-match"
 
@@ -107,7 +108,7 @@ def test_the_interval_is_of_resampled_examples_and_seeded(name: str) -> None:
 def test_the_interval_of_a_mean_is_about_that_of_the_normal_distribution() -> None:
     hits = (torch.rand(400, generator=torch.Generator().manual_seed(0)) < 0.3).tolist()
     answers = Answers([None] * 400, [0] * 400, 0, ["yes" if hit else "no" for hit in hits], [["yes"]] * 400)
-    found = measure("exact-match", answers)
+    found = bootstrap_interval("exact-match", answers)
     share = sum(hits) / 400
     half = 1.96 * (share * (1 - share) / 400) ** 0.5
     assert (found.value, found.low, found.high) == pytest.approx((share, share - half, share + half), abs=0.006)
@@ -131,4 +132,4 @@ def test_a_library_that_is_not_there_is_named_with_the_command(
     nothing: Any = None
     monkeypatch.setitem(sys.modules, library, nothing)
     with pytest.raises(PimergeError, match=rf"(?s)'{library}'.*pip install 'pimerge\[metrics\]'"):
-        measure(name, CLASS_ANSWERS if name == "macro-f1" else TEXT_ANSWERS)
+        bootstrap_interval(name, CLASS_ANSWERS if name == "macro-f1" else TEXT_ANSWERS)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pimerge.core import plugins
-from pimerge.tasks.types import Examples, bucket_by_length
+from pimerge.tasks.examples import Examples, bucket_by_length
 
 LOGITS = torch.tensor([[2.0, -1.0, 0.5], [0.0, 0.0, 3.0], [-2.0, 1.0, 1.5], [40.0, -40.0, 0.0]])
 TYPES = ["image-classification", "text-classification"]

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from pimerge.core.errors import PimergeError
+from pimerge.tasks.examples import Examples
 from pimerge.tasks.task import open_task
-from pimerge.tasks.types import Examples
 from tests.support.bases import END, LANGUAGE_MODELS, model_for
 from tests.support.tasks import write_text_task
 

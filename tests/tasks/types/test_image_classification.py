@@ -11,8 +11,8 @@ from datasets import Dataset, Features, Image
 from transformers import AutoConfig, AutoImageProcessor
 
 from pimerge.core.errors import PimergeError
+from pimerge.tasks.examples import Examples, Rows
 from pimerge.tasks.schema import TaskFile
-from pimerge.tasks.types import Examples, Rows
 from pimerge.tasks.types import image_classification as images
 
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from pimerge.core.errors import PimergeError
+from pimerge.tasks.examples import Rows
 from pimerge.tasks.schema import TaskFile
 from pimerge.tasks.task import open_task
-from pimerge.tasks.types import Rows
 from pimerge.tasks.types._templates import Template, Text, fill_in
 from tests.support.tasks import write_json, write_text_task
 

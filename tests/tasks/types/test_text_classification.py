@@ -8,8 +8,8 @@ import pytest
 from transformers import AutoConfig, AutoTokenizer, T5Config
 
 from pimerge.core.errors import PimergeError
+from pimerge.tasks.examples import Examples, Rows
 from pimerge.tasks.schema import TaskFile
-from pimerge.tasks.types import Examples, Rows
 from pimerge.tasks.types import text_classification as texts
 
 FILE = TaskFile(type="text-classification", data="rows.jsonl", labels=["a", "b"])

@@ -14,8 +14,9 @@ from sklearn.metrics import f1_score
 from transformers import AutoModelForTokenClassification, AutoTokenizer
 
 from pimerge.core.errors import PimergeError
-from pimerge.tasks.metrics import Answers, measure
-from pimerge.tasks.sampling import draw_holding
+from pimerge.tasks.intervals import bootstrap_interval
+from pimerge.tasks.metric import Answers
+from pimerge.tasks.sampling import sample_sentences
 from pimerge.tasks.task import open_task
 from pimerge.tasks.types import token_classification as words
 from tests.support.bases import WORDS
@@ -126,20 +127,20 @@ def test_metrics_are_over_words_and_their_intervals_over_sentences() -> None:
     chosen, labels = [[0, 1, 1], [2], [0, 0]], [[0, 1, 2], [2], [1, 0]]
     answers = Answers(chosen, labels, 3)
     flat, truth = ([c for row in rows for c in row] for rows in (chosen, labels))
-    assert measure("accuracy", answers).value == pytest.approx(4 / 6)
-    assert measure("macro-f1", answers).value == pytest.approx(f1_score(truth, flat, average="macro"))
+    assert bootstrap_interval("accuracy", answers).value == pytest.approx(4 / 6)
+    assert bootstrap_interval("macro-f1", answers).value == pytest.approx(f1_score(truth, flat, average="macro"))
     once = Answers([[0] * 50, [1] * 50], [[0] * 50, [0] * 50], 2)
-    assert (measure("accuracy", once).low, measure("accuracy", once).high) == (0, 1)
+    assert (bootstrap_interval("accuracy", once).low, bootstrap_interval("accuracy", once).high) == (0, 1)
 
 
 def test_shots_are_sentences_that_hold_each_class() -> None:
     held = [{0}, {0, 1}, {0}, {0, 2}, {0, 1}, {0, 2}, {0, 1}]
     for seed in range(5):
-        chosen = draw_holding(held, 2, seed, ["a", "b", "c", "never"])
+        chosen = sample_sentences(held, 2, seed, ["a", "b", "c", "never"])
         assert all(sum(label in held[index] for index in chosen) >= 2 for label in (0, 1, 2))
-        assert chosen == sorted(chosen) == draw_holding(held, 2, seed, ["a", "b", "c", "never"])
+        assert chosen == sorted(chosen) == sample_sentences(held, 2, seed, ["a", "b", "c", "never"])
     with pytest.raises(PimergeError, match="2 sentences hold the class 'c', 3 were asked for"):
-        draw_holding(held, 3, 0, ["a", "b", "c"])
+        sample_sentences(held, 3, 0, ["a", "b", "c"])
 
 
 def test_labels_may_be_numbers_of_names_in_another_order(bert_base: Path, tmp_path: Path) -> None:

@@ -20,8 +20,8 @@ from torch.nn.functional import one_hot
 
 from pimerge.adapters.expert import open_expert
 from pimerge.core.errors import PimergeError
+from pimerge.tasks.examples import IGNORED
 from pimerge.tasks.task import open_task
-from pimerge.tasks.types import IGNORED
 from pimerge.tuning.ensemble import ENSEMBLE_FILE, open_ensemble
 from pimerge.tuning.method import open_tune_method
 from pimerge.tuning.methods.distill import _soft, _taught
@@ -165,7 +165,7 @@ def test_the_student_learns_the_mean_of_the_probabilities_and_the_labels(tried: 
 
 
 def test_words_are_taught_one_by_one() -> None:
-    from pimerge.tasks.types import Examples
+    from pimerge.tasks.examples import Examples
 
     rows = [torch.tensor([IGNORED, 1, 0]), torch.tensor([IGNORED, 1])]
     examples = Examples(

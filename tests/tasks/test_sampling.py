@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pimerge.tasks.holding_out import split_fold, split_holdout
+from pimerge.tasks.sampling import split_fold, split_holdout
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.25, 0.5, 0.9])

@@ -1,0 +1,82 @@
+"""Heads of a base model: their size, their values and their initial values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from pimerge.adapters.base_fit import skeleton
+from pimerge.checkpoints.base import Base
+from pimerge.core.errors import Problems
+from pimerge.models.injection import peft_prefix
+from pimerge.models.loaded_base import LoadedBase
+from pimerge.tasks.task import Task
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@contextmanager
+def head_of_size(loaded: LoadedBase, base: Base, task: Task, labels: int) -> Iterator[None]:
+    """The base with a head of zeros for so many labels; afterwards it has its own again.
+
+    Args:
+        task: of the type that the base was loaded for.
+    """
+    bare = skeleton(base.source, base.revision, task.type.AUTO_MODEL, labels)
+    parameter = next(loaded.model.parameters())
+    before = {name: loaded.model.get_submodule(name) for name in loaded.head}
+    try:
+        for name in loaded.head:
+            empty = deepcopy(bare.get_submodule(name)).to_empty(device=parameter.device).to(parameter.dtype)
+            empty.requires_grad_(False)
+            for tensor in (*empty.parameters(), *empty.buffers()):
+                tensor.zero_()
+            loaded.model.set_submodule(name, empty.eval())
+        yield
+    finally:
+        for name, module in before.items():
+            loaded.model.set_submodule(name, module)
+
+
+def set_head(model: nn.Module, head: Mapping[str, Tensor]) -> None:
+    """Copy a head into a model, PEFT's or plain.
+
+    Raises:
+        PimergeError: if a tensor has no place in the model, or another shape.
+    """
+    places = {}
+    prefix = peft_prefix(model)
+    for name, parameter in model.named_parameters():
+        plain = name.removeprefix(prefix)
+        if ".original_module." not in name:
+            places[plain.replace(".modules_to_save.default.", ".")] = parameter
+    problems = Problems()
+    for name, value in head.items():
+        if name not in places:
+            problems.add(f"the base model has no '{name}' for the head")
+        elif places[name].shape != value.shape:
+            problems.add(f"the head's '{name}' is {tuple(value.shape)}, the model's {tuple(places[name].shape)}")
+    problems.raise_any("the head does not fit the model")
+    with torch.no_grad():
+        for name, value in head.items():
+            places[name].copy_(value)
+
+
+def initialise_head(loaded: LoadedBase, seed: int) -> None:
+    """Draw anew what the checkpoint has no values for, as :func:`load_base` draws it by this seed."""
+    model: Any = loaded.model
+    for key in loaded.drawn:
+        marked = [model.get_parameter_or_buffer(key)]
+        while key:
+            key = key.rpartition(".")[0]
+            marked.append(model.get_submodule(key))  # some models draw their head where they hold it
+        for each in marked:
+            vars(each).pop("_is_hf_initialized", None)  # transformers draws what has no mark
+    torch.manual_seed(seed)
+    model.initialize_weights()

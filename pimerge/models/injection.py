@@ -1,0 +1,161 @@
+"""Put experts into a base model with PEFT, and take them out again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from pimerge.adapters.additive_tensors import sum_of
+from pimerge.adapters.base_fit import check_fits
+from pimerge.adapters.compatibility import require_alike
+from pimerge.adapters.expert import Expert
+from pimerge.adapters.keys import PREFIX, PROMPT_PREFIX
+from pimerge.adapters.lora_module import Factors, rank_fields, stored
+from pimerge.models.loaded_base import LoadedBase
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+    from torch import Tensor
+
+
+@contextmanager
+def injected(expert: Expert, loaded: LoadedBase) -> Iterator[nn.Module]:
+    """PEFT's model of a base with an expert and its head, in eval mode; afterwards the base is as it was.
+
+    Raises:
+        PimergeError: if a module or a shape does not fit the base.
+    """
+    from peft import PeftModel
+
+    from pimerge import peft_methods  # noqa: F401  PEFT has to know every kind
+
+    check_fits(expert, loaded.model)
+    with modules_restored(loaded.model):
+        yield PeftModel.from_pretrained(loaded.model, str(expert.path)).eval()
+
+
+def peft_prefix(model: nn.Module) -> str:
+    """What PEFT's model puts before the names of the base's modules; nothing for a plain model."""
+    from peft import PeftModel
+
+    if not isinstance(model, PeftModel):
+        return ""
+    return PROMPT_PREFIX if model.active_peft_config.is_prompt_learning else PREFIX
+
+
+@contextmanager
+def injected_sum(experts: Sequence[Expert], weights: Sequence[float], loaded: LoadedBase) -> Iterator[nn.Module]:
+    """PEFT's model of W0 + Σ w_n ΔW_n under the base's own head, in eval mode; afterwards the base is as it was.
+
+    Experts without ΔW are summed number by number, see :mod:`pimerge.adapters.additive_tensors`.
+
+    Args:
+        experts: each at its own scale.
+        weights: one for each.
+
+    Raises:
+        PimergeError: if a module or a shape does not fit the base, or the experts do not fit each other.
+    """
+    from peft import PeftModel, set_peft_model_state_dict
+    from peft.tuners.lora import LoraLayer
+
+    for expert in experts:
+        check_fits(expert, loaded.model, head=False)
+    require_alike(experts)
+    if experts[0].tensor_sets:
+        tensors = sum_of(experts, weights, loaded.model.get_parameter)
+        with modules_restored(loaded.model):
+            adapted = fresh_adapter_like(experts[0], loaded.model)
+            key_of = experts[0].strategy.key_of_parameter
+            with torch.no_grad():
+                for name, parameter in adapted.named_parameters():
+                    if key_of(name) in tensors:
+                        parameter.copy_(tensors[key_of(name)])
+            yield adapted
+        return
+    with modules_restored(loaded.model):
+        model: Any = None
+        names = [f"expert{index}" for index in range(len(experts))]
+        strength = {}
+        for name, expert, weight in zip(names, experts, weights, strict=True):
+            config, tensors, scale = _as_lora(expert)
+            strength[name] = weight * scale
+            config.modules_to_save = config.task_type = None  # a task type brings modules to save of its own
+            config.inference_mode = True
+            if model is None:
+                model = PeftModel(loaded.model, config, adapter_name=name)
+            else:
+                model.add_adapter(name, config)
+            set_peft_model_state_dict(model, tensors, adapter_name=name)
+        model.base_model.set_adapter(names)
+        for layer in model.modules():
+            if isinstance(layer, LoraLayer):
+                layer.scaling.update({name: strength[name] * value for name, value in layer.scaling.items()})
+        yield model.eval()
+
+
+def _as_lora(expert: Expert) -> tuple[PeftConfig, dict[str, Tensor], float]:
+    """PEFT's config and tensors of an expert's update as a LoRA, and the strength that is not in them."""
+    from peft import LoraConfig, PeftConfig
+
+    if not expert.is_computed:
+        keys = expert.file.entries.keys() - set(expert.head.values())
+        tensors = {key: expert.tensor(key) for key in sorted(keys)}
+        return PeftConfig.from_pretrained(str(expert.path)), tensors, expert.strength
+    ranks = {name: module.rank for name, module in expert.modules.items()}
+    config = LoraConfig(**rank_fields(ranks), fan_in_fan_out=bool(expert.config.get("fan_in_fan_out")))
+    tensors = {}
+    for name, module in expert.modules.items():
+        factors = expert.factors(name)
+        plain = Factors(factors.A.float(), (factors.scaling * factors.B).float(), 1.0)
+        tensors |= stored(module, plain)
+    return config, tensors, 1.0
+
+
+def fresh_adapter_like(expert: Expert, base_model: nn.Module) -> nn.Module:
+    """PEFT's model of a base with a fresh adapter of the form of an expert, in eval mode, under the base's own head."""
+    from peft import PeftConfig, PeftModel, get_peft_model
+
+    from pimerge import peft_methods  # noqa: F401  PEFT has to know every kind
+
+    config = PeftConfig.from_pretrained(str(expert.path))
+    config.inference_mode = True
+    model: nn.Module
+    if config.is_prompt_learning:  # what its task type does is what puts the prompt in
+        model = get_peft_model(base_model, config)
+    else:
+        config.modules_to_save = config.task_type = None  # a task type brings modules to save of its own
+        model = PeftModel(base_model, config)
+    return model.eval()
+
+
+@contextmanager
+def modules_restored(base_model: nn.Module) -> Iterator[None]:
+    """Take out whatever PEFT put into a base during the block."""
+    before, attributes = dict(base_model.named_modules()), set(vars(base_model))
+    try:
+        yield
+    finally:
+        for name in vars(base_model).keys() - attributes:  # PEFT notes its adapters there, and takes them up again
+            delattr(base_model, name)
+        for name, module in before.items():  # PEFT's unload would leave an expert's head in place of the base's
+            if base_model.get_submodule(name) is not module:
+                base_model.set_submodule(name, module)
+        base_model.requires_grad_(False)
+
+
+@contextmanager
+def tensors_restored(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Give parameters and buffers their values and dtypes back after the block, frozen and without gradients."""
+    before = [(tensor, tensor.detach().clone()) for tensor in tensors]
+    try:
+        yield
+    finally:
+        for tensor, value in before:
+            tensor.requires_grad_(False)
+            tensor.grad = None
+            tensor.data = value

@@ -1,0 +1,82 @@
+"""A base model in memory, for one task."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import copy
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from pimerge.adapters.expert import Expert
+from pimerge.checkpoints.architecture import hidden_size
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LoadedBase:
+    """A frozen base model for one task.
+
+    Attributes:
+        model: in eval mode, nothing in it requires a gradient.
+        processor: tokenizer or image processor.
+        head: names of the modules that a task trains besides its expert: those outside the backbone, and
+            any other that the checkpoint has no weights for; none where the base answers in text.
+        has_own_head: whether the checkpoint holds a head for just these labels, or answers in text.
+        drawn: names of the head's parameters that the checkpoint has no values for: they were drawn by the seed.
+    """
+
+    model: nn.Module
+    processor: Any
+    head: tuple[str, ...]
+    has_own_head: bool
+    drawn: frozenset[str] = frozenset()
+
+    @property
+    def config(self) -> Any:
+        """The model's config, of transformers."""
+        return self.model.config
+
+    @property
+    def width(self) -> int | None:
+        """Numbers that a layer hands to the next, the hidden size; None where the config has no such."""
+        return hidden_size(self.model)
+
+    def config_for(self, experts: Sequence[Expert]) -> Any:
+        """The config with room for what the experts put before a text."""
+        taken = max((expert.positions for expert in experts), default=0)
+        positions = getattr(self.config, "max_position_embeddings", None)
+        if not taken or positions is None:
+            return self.config
+        found = copy(self.config)
+        found.max_position_embeddings = positions - taken
+        return found
+
+    def head_parameters(self) -> list[nn.Parameter]:
+        """What a task trains besides its expert."""
+        return [parameter for name, parameter in self.model.named_parameters() if in_head(name, self.head)]
+
+    def head_tensors(self) -> dict[str, Tensor]:
+        """The head's parameters and buffers by their names in the base model."""
+        state = self.model.state_dict()
+        return {name: value for name, value in state.items() if in_head(name, self.head)}
+
+
+def most_virtual_tokens(experts: Sequence[Expert]) -> int:
+    """How many vectors some expert puts before a text; a batch of such must not be padded.
+
+    A causal model looks for the last token that is no padding among the tokens, which it does not see behind vectors.
+    """
+    return max((expert.virtual_tokens for expert in experts), default=0)
+
+
+def in_head(name: str, head: tuple[str, ...]) -> bool:
+    """Whether a parameter belongs to one of the head's modules.
+
+    >>> in_head("classifier.weight", ("classifier",)), in_head("vit.layers.0.weight", ("classifier",))
+    (True, False)
+    """
+    return any(name.startswith(module + ".") for module in head)
