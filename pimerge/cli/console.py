@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from pimerge.cli.options import flag
+from pimerge.core.plugins import Family
 from pimerge.core.progress import Advance, Track, silent
 
 _WIDE = 10_000  # where no terminal sets a width, nothing is cut
@@ -65,18 +65,35 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], right: Se
     stdout().print(table)
 
 
-def print_methods(summaries: Mapping[str, str], defaults: Mapping[str, Mapping[str, Any]], as_json: bool) -> None:
-    """List a folder's methods with their options.
+def print_family(family: Family[Any], as_json: bool) -> None:
+    """List the strategies of a family with their formulas, sources and options."""
+    document = [
+        {
+            "name": strategy.name,
+            "summary": strategy.summary,
+            "formula": strategy.formula,
+            "paper": strategy.paper,
+            "options": strategy.defaults,
+        }
+        for strategy in family
+    ]
+    if as_json:
+        print_json(document)
+        return
+    rows = []
+    for strategy in family:
+        defaults = [f"{option.flag} {value}" for option, value in strategy.options.items()]
+        rows.append([strategy.name, strategy.summary, strategy.formula, strategy.paper, " ".join(defaults)])
+    print_table(["method", "what it does", "formula", "source", "options"], rows)
 
-    Args:
-        summaries: name → first line of its docstring.
-        defaults: name → option → the value that it has where it is not given.
-    """
+
+def print_methods(summaries: Mapping[str, str], defaults: Mapping[str, Mapping[str, Any]], as_json: bool) -> None:
+    """List a folder's methods with their options; :func:`print_family` does it for strategies that are objects."""
     if as_json:
         print_json([{"name": n, "summary": s, "options": dict(defaults[n])} for n, s in summaries.items()])
         return
     rows = [
-        [name, summary, " ".join(f"{flag(option)} {value}" for option, value in defaults[name].items())]
+        [name, summary, " ".join(f"--{option.replace('_', '-')} {value}" for option, value in defaults[name].items())]
         for name, summary in summaries.items()
     ]
     print_table(["method", "what it does", "options"], rows)

@@ -25,15 +25,6 @@ def names(package: str) -> str:
     return ", ".join(plugins.summaries(package))
 
 
-def flag(option: str) -> str:
-    """How an option of a strategy is typed.
-
-    >>> flag("inner_method")
-    '--inner'
-    """
-    return "--" + option.removesuffix("_method").replace("_", "-")
-
-
 def with_options_of(family: Family[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command one option for each option that strategies of a family have.
 
@@ -105,6 +96,8 @@ def _option(same: list[Option], defaults: dict[str, Any]) -> Any:
     )
 
 
+Settings = dict[str, Any] | None
+"""Options of the chosen strategy, by name; see :func:`with_options_of`."""
 Experts = Annotated[
     list[str] | None,
     typer.Argument(help="Experts: folders or Hub ids (org/name@revision). Default: those that the ranking selected."),

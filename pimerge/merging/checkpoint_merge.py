@@ -20,7 +20,7 @@ from pimerge.checkpoints.writer import flat_pieces, write_like
 from pimerge.core.errors import Problems
 from pimerge.core.progress import Track, silent
 from pimerge.merging.checkpoint_plan import MergePlan
-from pimerge.merging.method import Method
+from pimerge.merging.method import OpenedMethod, Space
 
 Weights = Mapping[str, Sequence[float]] | Sequence[float]
 
@@ -62,7 +62,7 @@ class _Finite:
 def merge_checkpoints(
     plan: MergePlan,
     weights: Weights,
-    method: Method,
+    method: OpenedMethod,
     output: Path,
     *,
     dtype: torch.dtype | None = None,
@@ -87,7 +87,7 @@ def merge_checkpoints(
         if key not in plan.merged:
             return None
         given = torch.tensor(list(weights[key] if isinstance(weights, Mapping) else weights), dtype=torch.float64)
-        if method.space == "linear":
+        if method.space is Space.LINEAR:
             return _linear(plan, key, given, method, finite)
         return iter([_whole(plan, key, given, method, finite)])
 
@@ -102,7 +102,7 @@ def merge_checkpoints(
     return MergedCheckpoint(len(plan.merged), kept, plan.dropped, size)
 
 
-def _linear(plan: MergePlan, key: str, weights: Tensor, method: Method, finite: _Finite) -> Iterator[Tensor]:
+def _linear(plan: MergePlan, key: str, weights: Tensor, method: OpenedMethod, finite: _Finite) -> Iterator[Tensor]:
     """(1 − Σc_n) W0 + Σ c_n W_n, piece by piece; a piece that is the same in all is the base's as it is."""
 
     def gram() -> Tensor:
@@ -138,7 +138,7 @@ def _pieces(plan: MergePlan, key: str) -> Iterator[tuple[Tensor, list[Tensor]]]:
         yield base, experts
 
 
-def _whole(plan: MergePlan, key: str, weights: Tensor, method: Method, finite: _Finite) -> Tensor:
+def _whole(plan: MergePlan, key: str, weights: Tensor, method: OpenedMethod, finite: _Finite) -> Tensor:
     """The merged tensor of a method that looks at all of it: deltas, or with Fishers the parameters."""
     kind = torch.float64 if plan.base.entry(key).dtype == "F64" else torch.float32
     base = plan.base.read(key).to(kind)
@@ -149,7 +149,7 @@ def _whole(plan: MergePlan, key: str, weights: Tensor, method: Method, finite: _
     if all(torch.equal(base, row) for row in stacked):
         return base.view(-1)
     _check(plan, key, [base, *stacked], finite)
-    if method.space == "factors":
+    if method.space is Space.FACTORS:
         fishers = [file.read(name).to(kind) for file, name in zip(plan.fishers, names, strict=False)]
         given = {"fishers": torch.stack(fishers)} if fishers else {}
         merged: Tensor = method.merge(stacked, weights.to(kind), draws=(), limit=0, **given)

@@ -12,11 +12,9 @@ import torch
 from pimerge.checkpoints.checkpoint import Checkpoint, require_weights
 from pimerge.checkpoints.key_mapping import Names, align, names_of
 from pimerge.checkpoints.safetensors_file import FLOATS, TensorFile, open_tensors
-from pimerge.core import plugins
 from pimerge.core.errors import PimergeError, Problems
-from pimerge.merging.method import PACKAGE, Method
+from pimerge.merging.method import METHODS, OpenedMethod
 
-SPACES = ("linear", "elementwise", "factors")
 HEAD_POLICIES = ("target", "average", "none")
 
 
@@ -52,7 +50,7 @@ class _Sorted:
 def plan_merge(
     base: Checkpoint,
     experts: Sequence[Checkpoint],
-    method: Method,
+    method: OpenedMethod,
     *,
     fishers: Sequence[Path] | None = None,
     head: str = "none",
@@ -98,11 +96,10 @@ def plan_merge(
     return MergePlan(base, tuple(experts), merged, heads, tuple(dropped), files, config)
 
 
-def _check_method(method: Method) -> None:
-    if method.space in SPACES:
+def _check_method(method: OpenedMethod) -> None:
+    if method.space.takes_any_tensor:
         return
-    names = plugins.summaries(PACKAGE)
-    possible = [name for name in names if plugins.load(PACKAGE, name).SPACE in SPACES]
+    possible = [other.name for other in METHODS if other.space.takes_any_tensor]
     raise PimergeError(
         f"'{method.name}' works on low-rank updates or their inputs, full checkpoints have neither",
         f"those that merge full checkpoints: {', '.join(possible)}",
@@ -219,7 +216,7 @@ def _check_average(experts: Sequence[Checkpoint], heads: Sequence[Mapping[str, s
 
 
 def _fishers(
-    method: Method,
+    method: OpenedMethod,
     paths: Sequence[Path] | None,
     experts: Sequence[Checkpoint],
     merged: Mapping[str, list[str]],

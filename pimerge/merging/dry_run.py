@@ -9,6 +9,7 @@ from pimerge.adapters.expert import Expert
 from pimerge.adapters.low_rank import EVERYTHING
 from pimerge.adapters.writer import Head
 from pimerge.merging.merge import Merge
+from pimerge.merging.method import Space
 
 _FLOAT64 = 8
 
@@ -82,7 +83,7 @@ def _handled(merge: Merge) -> list[str]:
         if conversions:
             kinds = ", ".join(sorted(conversions))
             found.append(f"'{expert.name}' is {kinds}: converted to ΔW with the base's weights")
-    if merge.has_bias and merge.method.space != "linear":
+    if merge.has_bias and merge.method.space is not Space.LINEAR:
         found.append("bias updates are summed with the weights")
     return found
 
@@ -127,7 +128,7 @@ def _rank(merge: Merge, name: str) -> int:
     """The most that the result's rank can be."""
     layout = merge.layout(name)
     limit = min(layout.d_out, layout.d_in)
-    by_factor = merge.method.space == "factors" or merge.space == "factors"
+    by_factor = merge.method.space is Space.FACTORS or merge.space == "factors"
     most = layout.rank if by_factor else limit if merge.space == "delta" else min(limit, _stacked(merge, name))
     return min(most, merge.truncation.rank or most)
 
@@ -138,14 +139,14 @@ def _memory(merge: Merge, name: str) -> int:
     stacked = _stacked(merge, name)
     inputs = stacked * _width(merge, name) * 4
     result = _rank(merge, name) * _width(merge, name) * merge.dtype.itemsize
-    if (merge.method.space == "linear" and merge.truncation == EVERYTHING) or merge.space == "factors":
+    if (merge.method.space is Space.LINEAR and merge.truncation == EVERYTHING) or merge.space == "factors":
         return inputs + result
     basis = 2 * stacked * _width(merge, name) * _FLOAT64
     if merge.space == "delta":
         return inputs + (3 * count * 4 + 4 * _FLOAT64) * layout.d_out * layout.d_in
-    if merge.method.space == "inputs":
+    if merge.method.space is Space.INPUTS:
         return inputs + basis + (count + 3) * layout.d_in**2 * _FLOAT64
     rows, columns = min(stacked, layout.d_out), min(stacked, layout.d_in)
-    if merge.method.space == "rows":
+    if merge.method.space is Space.ROWS:
         return inputs + basis + 4 * count * rows * layout.d_in * _FLOAT64
     return inputs + basis + 3 * count * rows * columns * _FLOAT64

@@ -28,7 +28,7 @@ from pimerge.adapters.low_rank import (
 )
 from pimerge.checkpoints.safetensors_file import is_finite, torch_dtype
 from pimerge.core.errors import PimergeError, Problems
-from pimerge.merging.method import Method
+from pimerge.merging.method import OpenedMethod, Space
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,7 +51,7 @@ class Merge:
 
     experts: Sequence[Expert]
     weights: Mapping[str, Sequence[float]]
-    method: Method
+    method: OpenedMethod
     space: str
     truncation: Truncation
     dtype: torch.dtype
@@ -88,7 +88,7 @@ class Merge:
             PimergeError: for NaN or Inf in an expert, and if the result is too large for its dtype.
         """
         is_light = "factors" in (self.space, self.method.space) or (
-            self.method.space == "linear" and self.truncation == EVERYTHING
+            self.method.space is Space.LINEAR and self.truncation == EVERYTHING
         )
         with _one_thread() if is_light else nullcontext():
             return self._module(name)
@@ -117,7 +117,7 @@ class Merge:
         return part
 
     def _coefficients(self, parts: Sequence[Factors], weights: Tensor) -> Tensor | None:
-        if self.method.space != "linear":
+        if self.method.space is not Space.LINEAR:
             return None
         return self.method.coefficients(weights, lambda: inner_products(parts))
 
@@ -128,22 +128,22 @@ class Merge:
         if coefficients is not None:
             return weighted_sum(parts, coefficients.tolist(), self.truncation, self.dtype)
         match self.method.space:
-            case "inputs":
+            case Space.INPUTS:
                 turned = self._transformed(name, parts, weights)
                 return weighted_sum(turned, [1.0] * len(turned), self.truncation, self.dtype)
-            case "factors":
+            case Space.FACTORS:
                 return self._by_factor(name, parts, weights, limit)
-            case "rows":
+            case Space.ROWS:
                 return self._by_rows(parts, weights, limit)
-            case "elementwise" if self.space == "factors":
+            case Space.ELEMENTWISE if self.space == "factors":
                 return self._by_factor(name, parts, weights, limit)
-            case "elementwise" if self.space == "delta":
+            case Space.ELEMENTWISE if self.space == "delta":
                 deltas = torch.stack([part.scaling * part.B.to(self._wide) @ part.A.to(self._wide) for part in parts])
                 return truncated_dense(self._apply(name, deltas, weights, limit), self.truncation)
-            case "elementwise":
+            case Space.ELEMENTWISE:
                 cores = to_cores(parts).canonical()
                 merged = self._apply(name, cores.stacked(self._wide), weights, limit)
-            case "reference":
+            case Space.REFERENCE:
                 cores = to_cores(parts).reference()
                 merged = self._apply(name, cores.stacked(), weights, limit)
             case _:
@@ -173,7 +173,7 @@ class Merge:
         }
         merged = {}
         for letter, stack in stacks.items():
-            if self.method.space == "factors":
+            if self.method.space is Space.FACTORS:
                 fishers = self._fishers(name, letter, parts)
                 merged[letter] = self.method.merge(stack, weights.to(self._wide), fishers=fishers)
             else:
@@ -205,11 +205,8 @@ class Merge:
         if not present:
             return [Factors(part.A, part.B * w, part.scaling) for part, w in zip(parts, weights.tolist(), strict=True)]
         mean = sum(present, torch.zeros(())) / len(present)
-        rows = self.method.function(
-            [part.A.to(F64) for part in parts],
-            weights,
-            grams=[mean if gram is None else gram for gram in known],
-            **self.method.options,
+        rows = self.method.transformed(
+            [part.A.to(F64) for part in parts], weights, [mean if gram is None else gram for gram in known]
         )
         return [Factors(row, part.B, part.scaling) for row, part in zip(rows, parts, strict=True)]
 
@@ -228,7 +225,7 @@ def _one_thread() -> Iterator[None]:
 def prepare(
     experts: Sequence[Expert],
     weights: Mapping[str, Sequence[float]] | Sequence[float],
-    method: Method,
+    method: OpenedMethod,
     *,
     truncation: Truncation = EVERYTHING,
     space: str = "core",
@@ -258,7 +255,7 @@ def prepare(
     """
     if space not in SPACES:
         raise PimergeError(f"--space is '{space}'", f"expected {', '.join(SPACES)}")
-    if space != "core" and method.space != "elementwise":
+    if space != "core" and method.space is not Space.ELEMENTWISE:
         raise PimergeError(f"--space is for elementwise methods, and '{method.name}' is not", "leave it out")
     require_alike(experts)
     found = sorted({name for expert in experts for name in expert.modules})
@@ -269,7 +266,7 @@ def prepare(
         )
     by_module = _weights_by_module(found, weights, len(experts))
     kept, totals, joined = _joined(experts, {name: by_module[name] for name in names})
-    if method.space == "factors" or space == "factors":
+    if method.space is Space.FACTORS or space == "factors":
         require_shared_form(kept)
     return Merge(kept, totals, method, space, truncation, dtype or _widest(experts), joined, fisher, gram, read)
 

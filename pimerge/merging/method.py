@@ -1,79 +1,146 @@
-"""A merge method with its options, as the stages use it."""
+"""The family of merge methods, and one of them with the options and the seed of a merge."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import ModuleType
+from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
-from pimerge.core import plugins
+from pimerge.core.plugins import Family, Strategy
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-PACKAGE = "pimerge.merging.methods"
-_FUNCTIONS = {"linear": "coefficients", "inputs": "transformed"}  # of the other spaces: merge
 
+class Space(StrEnum):
+    """What a merge method works on.
 
-@dataclass(frozen=True)
-class Method:
-    """One file of ``merge_methods/`` with its options; see :func:`open_method`.
-
-    Attributes:
-        options: those that were given; the file's own defaults serve for the others.
-        seed: decides every draw.
+    - ``LINEAR``: a weighted sum. The method has ``coefficients`` in place of ``merge``, so that the sum is taken on
+      the factors: nothing is lost, no ΔW is formed.
+    - ``SPECTRAL``: small cores UᵀΔW_nV in any orthonormal bases that the experts share, (experts, R, R') → (R, R').
+      The method commutes with every rotation of rows and columns, so the cores are as good as ΔW.
+    - ``ROWS``: UᵀΔW_n, (experts, R, d_in) → (R, d_in). The method commutes with every rotation of the rows.
+    - ``REFERENCE``: cores in the bases of Core Space, the singular vectors of the stacked factors.
+    - ``ELEMENTWISE``: single entries, so the basis matters. The user chooses the cores in the basis of the experts'
+      own singular vectors, the dense ΔW, or the factors.
+    - ``FACTORS``: the parameters themselves, (experts, *shape) → (*shape). The experts share an init.
+    - ``INPUTS``: the rows of the experts' factors A, each with the Gram matrix of the layer's inputs. The method has
+      ``transformed`` in place of ``merge``.
     """
 
-    name: str
-    file: ModuleType
-    options: Mapping[str, Any] = field(default_factory=dict)
-    seed: int = 0
+    LINEAR = "linear"
+    SPECTRAL = "spectral"
+    ROWS = "rows"
+    REFERENCE = "reference"
+    ELEMENTWISE = "elementwise"
+    FACTORS = "factors"
+    INPUTS = "inputs"
 
     @property
-    def space(self) -> str:
-        """What its ``merge`` works on."""
-        space: str = self.file.SPACE
-        return space
+    def takes_any_tensor(self) -> bool:
+        """Whether the method merges tensors of any shape, such as those of full checkpoints; else it needs ΔW."""
+        return self in (Space.LINEAR, Space.ELEMENTWISE, Space.FACTORS)
 
-    @property
-    def needs(self) -> tuple[str, ...]:
-        """What it is given besides the updates and the weights."""
-        return getattr(self.file, "NEEDS", ())
 
-    @property
-    def breaks(self) -> Mapping[str, str]:
-        """The laws that it does not keep by definition, and why."""
-        return getattr(self.file, "BREAKS", {})
+@dataclass(frozen=True, kw_only=True)
+class MergeMethod(Strategy):
+    """A way to merge the updates of several experts into one.
+
+    Attributes:
+        formula: the merged update as a formula, for listings.
+        paper: where it comes from.
+        space: what it works on, which decides which one of the three functions it has.
+        weights: (number of experts, weights given or None) → the weight of each expert.
+        coefficients: (weights, *, needs, options) → the coefficient of each update, (experts) → (experts).
+        transformed: (rows of A per expert, weights, *, needs, options) → transformed rows, whose products with the B_n
+            sum to the merged update.
+        merge: (tensors, weights, *, needs, options) → the merged tensor, (experts, *shape), (experts) → (*shape).
+        needs: what the function takes by keyword besides its options: ``inner`` (⟨ΔW_i, ΔW_j⟩, experts × experts),
+            ``limit`` (min(d_out, d_in)), ``generators`` (one per expert, seeded), ``fishers`` or ``grams``.
+        breaks: laws of merging that it does not keep by definition → why. The laws: ``identity`` (one expert at
+            weight 1 comes back), ``copies`` (N equal experts with weights of sum 1 give that expert), ``order`` (of
+            the experts does not matter), ``gauge`` (factors (BR, R⁻¹A) give the same merge).
+        joins_target: the target's own expert joins those that the ranking selected.
+        weights_by_score: weights that are not given follow the scores of the ranking.
+        averages: it averages the numbers themselves, so that the base cancels where the weights sum to 1.
+        check: refuses options that do not fit each other; the range of a single one is the option's own.
+    """
+
+    formula: str
+    paper: str
+    space: Space
+    weights: Callable[[int, Sequence[float] | None], list[float]]
+    coefficients: Callable[..., Tensor] | None = None
+    transformed: Callable[..., list[Tensor]] | None = None
+    merge: Callable[..., Tensor] | None = None
+    needs: tuple[str, ...] = ()
+    breaks: Mapping[str, str] = field(default_factory=dict)
+    joins_target: bool = False
+    weights_by_score: bool = False
+    averages: bool = False
+    check: Callable[[Mapping[str, Any]], None] = lambda options: None
 
     @property
     def function(self) -> Callable[..., Any]:
-        """``coefficients``, ``transformed`` or ``merge``."""
-        function: Callable[..., Any] = getattr(self.file, _FUNCTIONS.get(self.space, "merge"))
+        """The one function that it has."""
+        function = self.coefficients or self.transformed or self.merge
+        assert function is not None
         return function
 
+
+METHODS = Family("pimerge.merging.methods", "merge method", "METHOD", MergeMethod)
+
+
+@dataclass(frozen=True)
+class OpenedMethod:
+    """A merge method with the options and the seed of a merge; see :func:`open_method`.
+
+    Attributes:
+        options: name → value, of every option that the method has.
+        seed: decides every random draw.
+    """
+
+    strategy: MergeMethod
+    options: Mapping[str, Any]
+    seed: int = 0
+
     @property
-    def resolved(self) -> dict[str, Any]:
-        """Every option with the value that it has."""
-        return {**_defaults(self.file), **self.options}
+    def name(self) -> str:
+        """As the user types it."""
+        return self.strategy.name
+
+    @property
+    def space(self) -> Space:
+        """What it works on."""
+        return self.strategy.space
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """What it takes besides the updates and the weights."""
+        return self.strategy.needs
 
     def weights(self, count: int, given: Sequence[float] | None) -> list[float]:
         """The weight of each expert."""
-        weights: list[float] = self.file.weights(count, given)
-        return weights
+        return self.strategy.weights(count, given)
 
     def coefficients(self, weights: Tensor, inner: Callable[[], Tensor]) -> Tensor:
-        """The coefficient of each update, for a linear method; ``inner`` gives ⟨ΔW_i, ΔW_j⟩ if it is needed."""
+        """The coefficient of each update, of a linear method; ``inner`` gives ⟨ΔW_i, ΔW_j⟩ where it is needed."""
         needed = {"inner": inner()} if "inner" in self.needs else {}
-        found: Tensor = self.function(weights, **needed, **self.options)
+        found: Tensor = self.strategy.function(weights, **needed, **self.options)
+        return found
+
+    def transformed(self, rows: Sequence[Tensor], weights: Tensor, grams: Sequence[Tensor]) -> list[Tensor]:
+        """The transformed rows of A, of a method that works on the layer's inputs."""
+        found: list[Tensor] = self.strategy.function(rows, weights, grams=grams, **self.options)
         return found
 
     def merge(
         self, deltas: Tensor, weights: Tensor, *, draws: Sequence[str] = (), limit: int = 0, **given: Tensor
     ) -> Tensor:
-        """The merged update, for a method that is not linear: (experts, *shape), (experts) → (*shape).
+        """The merged tensor, of a method of another space: (experts, *shape), (experts) → (*shape).
 
         Args:
             draws: a text for each expert that decides its random draws together with the seed.
@@ -85,23 +152,8 @@ class Method:
             needed["generators"] = [self._generator(text) for text in draws]
         if "limit" in self.needs:
             needed["limit"] = limit
-        merged: Tensor = self.function(deltas, weights, **needed, **self.options)
+        merged: Tensor = self.strategy.function(deltas, weights, **needed, **self.options)
         return merged
-
-    def try_options(self) -> None:
-        """Merge one zero, so that an option out of range is refused before any expert is read."""
-        import torch
-
-        zero, one = torch.zeros(1, 1, 1), torch.ones(1)
-        match self.space:
-            case "linear":
-                self.coefficients(one, lambda: torch.ones(1, 1))
-            case "inputs":
-                self.function([zero[0]], one, grams=[torch.ones(1, 1)], **self.options)
-            case "factors":
-                self.merge(zero, one, fishers=torch.ones(1, 1, 1))
-            case _:
-                self.merge(zero, one, draws=[""], limit=1)
 
     def _generator(self, text: str) -> torch.Generator:
         import torch
@@ -110,24 +162,16 @@ class Method:
         return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
-def open_method(name: str, options: Mapping[str, Any] | None = None, seed: int = 0) -> Method:
-    """A merge method by name, with options.
+def open_method(name: str, options: Mapping[str, Any] | None = None, seed: int = 0) -> OpenedMethod:
+    """A merge method by name, with its options checked; all that is wrong with them is said at once.
 
     Args:
         options: name → value; None for one that was not given.
 
-    Raises:
-        PimergeError: if there is no such method, it does not take an option, or not such a value.
-
-    >>> open_method("ties", {"density": 0.5, "gamma": None}).resolved["density"]
-    0.5
+    >>> open_method("ties", {"density": 0.5, "gamma": None}).options
+    {'density': 0.5, 'scale': 1.0}
     """
-    file = plugins.load(PACKAGE, name)
-    given = plugins.given_options(PACKAGE, name, options, _defaults)
-    method = Method(name, file, given, seed)
-    method.try_options()
-    return method
-
-
-def _defaults(file: ModuleType) -> dict[str, Any]:
-    return plugins.keyword_defaults(getattr(file, _FUNCTIONS.get(file.SPACE, "merge")))
+    strategy = METHODS.load(name)
+    chosen = {**strategy.defaults, **METHODS.given_options(strategy, options or {})}
+    strategy.check(chosen)
+    return OpenedMethod(strategy, chosen, seed)

@@ -11,7 +11,7 @@ from pimerge.adapters.low_rank import EVERYTHING, Truncation, to_cores
 from pimerge.core.errors import Problems
 from pimerge.core.progress import Track, silent
 from pimerge.merging.merge import Merge
-from pimerge.merging.method import open_method
+from pimerge.merging.method import Space, open_method
 
 # What one rounding to the dtype, and none before it, may change.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
@@ -39,8 +39,8 @@ def verify(merge: Merge, *, track: Track = silent) -> Verified:
     Raises:
         PimergeError: with each module that does not come back.
     """
-    method = open_method("interpolated") if "identity" in merge.method.breaks else merge.method
-    side_by_side = merge.method.space == "linear" and merge.truncation == EVERYTHING
+    method = open_method("interpolated") if "identity" in merge.method.strategy.breaks else merge.method
+    side_by_side = merge.method.space is Space.LINEAR and merge.truncation == EVERYTHING
     path = replace(
         merge, method=method, truncation=EVERYTHING if side_by_side else Truncation(energy=1.0), space="core"
     )

@@ -24,12 +24,10 @@ from pimerge.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from pimerge.checkpoints.key_mapping import Names, match, names_of
 from pimerge.checkpoints.safetensors_file import is_finite, torch_dtype
 from pimerge.core.errors import PimergeError
-from pimerge.merging.method import Method
+from pimerge.merging.method import OpenedMethod, Space
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-SPACES = ("linear", "elementwise", "factors")
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,7 @@ class TensorMerge:
 
     experts: Sequence[Expert]
     weights: Mapping[str, Sequence[float]]
-    method: Method
+    method: OpenedMethod
     dtype: torch.dtype | None
     base: BaseTensor
     fisher: Callable[[Expert, str], Tensor] | None
@@ -89,7 +87,7 @@ class TensorMerge:
 
     def _linear(self, name: str, group: TensorSet, parts: Mapping[str, Sequence[Tensor]]) -> list[float] | None:
         """The coefficients of a linear method; inner products are those of φ_n − φ0 over the whole group."""
-        if self.method.space != "linear":
+        if self.method.space is not Space.LINEAR:
             return None
 
         def inner() -> Tensor:
@@ -113,7 +111,7 @@ class TensorMerge:
         if not any(weights):
             return self._zero(group, slot)
         tensor = torch.tensor(weights, dtype=F64)
-        if self.method.space == "factors":
+        if self.method.space is Space.FACTORS:
             return self.method.merge(torch.stack(list(parts)), tensor, fishers=self._fishers(group, slot))
         zero = self._zero(group, slot)
         deltas = torch.stack([part - zero for part in parts])
@@ -139,7 +137,7 @@ class TensorMerge:
 def prepare_tensors(
     experts: Sequence[Expert],
     weights: Mapping[str, Sequence[float]],
-    method: Method,
+    method: OpenedMethod,
     *,
     dtype: torch.dtype | None = None,
     selected: Callable[[str], bool] = lambda name: True,
@@ -160,8 +158,8 @@ def prepare_tensors(
     require_alike(experts)
     require_finite(experts)
     first = experts[0]
-    if method.space not in SPACES:
-        what = "a layer's inputs" if method.space == "inputs" else "the singular vectors of ΔW"
+    if not method.space.takes_any_tensor:
+        what = "a layer's inputs" if method.space is Space.INPUTS else "the singular vectors of ΔW"
         raise PimergeError(
             f"'{method.name}' works on {what}, and experts of kind {first.kind} have no ΔW",
             "take a linear method such as uniform or interpolated, fisher, or an elementwise one such as ties",

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from pimerge.core.errors import PimergeError, Problems, nearest
 
 if TYPE_CHECKING:
-    from pimerge.merging.method import Method
+    from pimerge.merging.method import OpenedMethod
 
 EVERYWHERE = "*"
 
@@ -152,7 +152,7 @@ def by_module(
     return weights
 
 
-def starting_weights(method: Method, count: int, given: list[float] | None, has_rules: bool) -> list[float] | None:
+def starting_weights(method: OpenedMethod, count: int, given: list[float] | None, has_rules: bool) -> list[float] | None:
     """The weights where no rule decides; None for a method that needs weights, if all come from rules.
 
     Raises:

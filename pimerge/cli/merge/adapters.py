@@ -168,7 +168,7 @@ def _card(request: Request, merge: Merge, summaries: Sequence[Summary]) -> str:
         sources_of(merge),
         merge.method.name,
         method_summary(merge.method.name),
-        {**merge.method.resolved, "space": merge.space, "seed": merge.method.seed},
+        {**merge.method.options, "space": merge.space, "seed": merge.method.seed},
         f"rank {'/'.join(map(str, ranks))} of {len(summaries)} modules; "
         + (f"{error:.2%} of ‖ΔW‖ is lost." if error else "nothing is lost."),
         f"""

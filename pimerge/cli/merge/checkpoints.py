@@ -203,7 +203,7 @@ def _write(request: Request, plan: MergePlan, weights: dict[str, list[float]]) -
             command="merge",
             options={
                 "method": request.method,
-                **method.resolved,
+                **method.options,
                 "weights": list(rows[0]) if len(rows) == 1 else weights,
                 "base": plan.base.name if request.base else None,
                 "base_sha256": plan.base.sha256 if request.base else None,
@@ -241,7 +241,7 @@ def _card(request: Request, plan: MergePlan, weights: dict[str, list[float]]) ->
         ],
         request.method,
         method_summary(request.method),
-        {**request.open_method().resolved, "seed": request.seed},
+        {**request.open_method().options, "seed": request.seed},
         "nothing is truncated.",
         _FILE_LOADING.format(plan.base.name) if plan.base.is_file else _FOLDER_LOADING,
         adapter=False,

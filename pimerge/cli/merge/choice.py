@@ -110,7 +110,7 @@ def _from_options(request: Request) -> tuple[list[Expert], list[str], list[float
         )
     references = request.experts or [str(expert.path) for expert in experts]
     given = parse_numbers(request.weights, "--weights") if request.weights is not None else None
-    joins_target = getattr(request.open_method().file, "JOINS_TARGET", False)
+    joins_target = request.open_method().strategy.joins_target
     if request.alpha is not None and not joins_target:
         raise PimergeError(
             f"--alpha is the target's share in 'interpolated' and 'fisher', not in '{request.method}'", "leave it out"

@@ -8,17 +8,18 @@ from typing import Annotated
 import typer
 
 from pimerge.cli import options
-from pimerge.cli.console import print_methods
+from pimerge.cli.console import print_family
 from pimerge.cli.merge.request import Request, is_checkpoint, with_ranked_state_dicts
 
-METHODS = "pimerge.merging.methods"
+from pimerge.merging.method import METHODS
 
 
+@options.with_options_of(METHODS)
 def merge(
     experts: options.Experts = None,
     method: Annotated[
         str | None,
-        typer.Option(help=f"How to merge; --methods says more: {options.names(METHODS)}. Default: uniform."),
+        typer.Option(help=f"How to merge; --methods says more: {', '.join(METHODS.names())}. Default: uniform."),
     ] = None,
     methods: Annotated[
         bool, typer.Option("--methods", help="List the methods, each with its formula and source.")
@@ -43,35 +44,7 @@ def merge(
             help="Weights from a file: tuned/coefficients.json, or JSON of expert → weight or {glob: weight}."
         ),
     ] = None,
-    scale: Annotated[
-        float | None, typer.Option(help="Factor of the result, for methods that have one (--methods). Default: 1.")
-    ] = None,
-    density: Annotated[
-        float | None,
-        typer.Option(
-            help="Share of entries kept, for ties, knots, core-space (default 0.2), magnitude, dare-linear, dare-ties, "
-            "della (0.5), breadcrumbs (0.9)."
-        ),
-    ] = None,
-    gamma: Annotated[
-        float | None, typer.Option(help="Share of largest entries dropped, for breadcrumbs. Default: 0.01.")
-    ] = None,
-    epsilon: Annotated[
-        float | None, typer.Option(help="How far the share kept varies with the magnitude, for della. Default: 0.1.")
-    ] = None,
-    common: Annotated[
-        float | None, typer.Option(help="Share of directions that are common, for iso-cts. Default: 0.8.")
-    ] = None,
-    floor: Annotated[float | None, typer.Option(help="Least Fisher information, for fisher. Default: 1e-6.")] = None,
-    offdiagonal: Annotated[
-        float | None, typer.Option(help="Factor of the Gram matrices off the diagonal, for regmean. Default: 0.9.")
-    ] = None,
-    inner: Annotated[
-        str | None,
-        typer.Option(
-            help="The method inside: linear or ties for knots; also tsv and iso-c for core-space. Default: ties."
-        ),
-    ] = None,
+    settings: options.Settings = None,
     space: Annotated[
         str,
         typer.Option(
@@ -125,21 +98,12 @@ def merge(
     elementwise methods and 'fisher'.
     """
     if methods:
-        _list_methods(json)
+        print_family(METHODS, json)
         return
     request = Request(
         experts=experts,
         method=method or ("interpolated" if coefficients else "uniform"),
-        options={
-            "scale": scale,
-            "density": density,
-            "gamma": gamma,
-            "epsilon": epsilon,
-            "common": common,
-            "floor": floor,
-            "offdiagonal": offdiagonal,
-            "inner_method": inner,
-        },
+        options=settings or {},
         weights=weights,
         rules=weight or [],
         alpha=alpha,
@@ -174,12 +138,3 @@ def merge(
         from pimerge.cli.merge import adapters
 
         adapters.run(request)
-
-
-def _list_methods(json: bool) -> None:
-    from pimerge.core import plugins
-    from pimerge.merging.method import open_method
-
-    summaries = plugins.summaries(METHODS)
-    defaults = {name: open_method(name).resolved for name in summaries}
-    print_methods(summaries, defaults, json)

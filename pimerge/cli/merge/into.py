@@ -160,7 +160,7 @@ def _card(request: Request, merge: Merge, checkpoint: Checkpoint) -> str:
         sources_of(merge),
         merge.method.name,
         method_summary(merge.method.name),
-        {**merge.method.resolved, "space": merge.space, "seed": merge.method.seed, "rank": request.rank},
+        {**merge.method.options, "space": merge.space, "seed": merge.method.seed, "rank": request.rank},
         "the update is part of the full weights.",
         loading,
         adapter=False,

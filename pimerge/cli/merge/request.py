@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
 
     from pimerge.adapters.low_rank import Truncation
-    from pimerge.merging.method import Method
+    from pimerge.merging.method import OpenedMethod
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Request:
     json: bool
     quiet: bool
 
-    def open_method(self) -> Method:
+    def open_method(self) -> OpenedMethod:
         """The method with its options."""
         from pimerge.merging.method import open_method
 
@@ -117,7 +117,7 @@ def with_ranked_state_dicts(request: Request) -> Request:
     chosen, target = ranking.chosen(), ranking.target
     if not chosen or not all(candidate.path.endswith(".safetensors") for candidate in chosen):
         return request
-    joined = getattr(request.open_method().file, "JOINS_TARGET", False)
+    joined = request.open_method().strategy.joins_target
     members = [target, *chosen] if joined else chosen
     problems = Problems()
     for member in members:

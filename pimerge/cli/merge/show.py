@@ -35,7 +35,7 @@ def print_plan(request: Request, merge: Merge, plan: Plan) -> None:
     document = {
         "output": str(request.output),
         "method": merge.method.name,
-        "options": merge.method.resolved,
+        "options": merge.method.options,
         "experts": experts,
         **asdict(plan),
         "dtype": str(merge.dtype).removeprefix("torch."),
@@ -100,7 +100,7 @@ def manifest_of(request: Request, merge: Merge, summaries: Sequence[Summary], de
         results["verified"] = deviation
     options = {
         "method": request.method,
-        **merge.method.resolved,
+        **merge.method.options,
         "weights": flat_weights(merge) or {name: list(values) for name, values in merge.weights.items()},
         "scales": [expert.strength for expert in merge.experts],
         "space": request.space,
@@ -161,6 +161,7 @@ def sources_of(merge: Weighted) -> list[Source]:
 
 def method_summary(method: str) -> str:
     """One line on a method, for the model card."""
-    from pimerge.core import plugins
+    from pimerge.merging.method import METHODS
 
-    return plugins.summaries("pimerge.merging.methods")[method]
+    strategy = METHODS.load(method)
+    return f"{strategy.summary} {strategy.formula} ({strategy.paper})."

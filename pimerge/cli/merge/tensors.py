@@ -17,7 +17,7 @@ from pimerge.cli.merge.show import (
     weight_text,
 )
 from pimerge.core.errors import Problems
-from pimerge.merging.method import Method
+from pimerge.merging.method import OpenedMethod
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from pimerge.merging.tensor_merge import TensorMerge
 
 
-def run(request: Request, chosen: Chosen, method: Method, fisher: Callable[[Expert, str], Tensor] | None) -> None:
+def run(request: Request, chosen: Chosen, method: OpenedMethod, fisher: Callable[[Expert, str], Tensor] | None) -> None:
     """Merge experts of one kind into one of that kind."""
     from pimerge.adapters.writer import choose_head, write_tensor_sets
     from pimerge.merging.tensor_merge import prepare_tensors
@@ -95,7 +95,7 @@ def _print_plan(request: Request, merge: TensorMerge) -> None:
     document = {
         "output": str(request.output),
         "method": merge.method.name,
-        "options": merge.method.resolved,
+        "options": merge.method.options,
         "kind": merge.experts[0].kind,
         "experts": experts,
         "modules": len(merge.tensor_sets),
@@ -124,7 +124,7 @@ def _documents(request: Request, merge: TensorMerge) -> Documents:
     weights = {name: list(values) for name, values in (merge.coefficients or merge.weights).items()}
     options: dict[str, Any] = {
         "method": request.method,
-        **merge.method.resolved,
+        **merge.method.options,
         "weights": flat_weights(merge) or {name: list(values) for name, values in merge.weights.items()},
         "scales": [expert.strength for expert in merge.experts],
         "seed": request.seed,
@@ -160,7 +160,7 @@ def _card(request: Request, merge: TensorMerge) -> str:
         sources_of(merge),
         merge.method.name,
         method_summary(merge.method.name),
-        {**merge.method.resolved, "seed": merge.method.seed},
+        {**merge.method.options, "seed": merge.method.seed},
         f"none; {first.parameters} numbers of kind {first.kind} were combined one by one.",
         f"""
 {known}from peft import PeftModel

@@ -7,11 +7,10 @@ faster than torch.bernoulli. What is kept is divided by threshold/65536, so that
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Generator, Tensor
-
-from pimerge.merging.methods._checks import check_share
+if TYPE_CHECKING:
+    from torch import Generator, Tensor
 
 WORDS = 1 << 16
 BREAKS = {
@@ -27,13 +26,12 @@ def drop(deltas: Tensor, density: float, generators: Sequence[Generator]) -> Ten
         generators: one per expert, on the CPU, so that an expert's draws depend neither on the others nor on
             the device.
 
-    Raises:
-        PimergeError: unless 0 < density ≤ 1.
-
-    >>> drop(torch.ones(1, 6), 0.5, [Generator().manual_seed(0)]).unique()
+    >>> import torch
+    >>> drop(torch.ones(1, 6), 0.5, [torch.Generator().manual_seed(0)]).unique()
     tensor([0., 2.])
     """
-    check_share("--density", density)
+    import torch
+
     chance = torch.tensor([density], dtype=torch.float64, device=deltas.device)
     return torch.stack([keep(delta, chance, g) for delta, g in zip(deltas, generators, strict=True)])
 
@@ -51,5 +49,7 @@ def keep(delta: Tensor, chance: Tensor, generator: Generator) -> Tensor:
 
 def _words(like: Tensor, generator: Generator) -> Tensor:
     """Uniform int16 of the shape of ``like``, four from each draw of 64 bits."""
+    import torch
+
     draws = torch.empty(-(-like.numel() // 4), dtype=torch.int64).random_(-(1 << 63), None, generator=generator)
     return draws.view(torch.int16)[: like.numel()].view(like.shape).to(like.device)

@@ -1,10 +1,14 @@
-"""The weights of the experts, shared by the methods."""
+"""The weights of the experts and the weighted sum, shared by the methods."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from pimerge.core.errors import PimergeError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def mean(count: int, given: Sequence[float] | None) -> list[float]:
@@ -25,13 +29,10 @@ def ones(count: int, given: Sequence[float] | None) -> list[float]:
     return [1.0] * count if given is None else list(given)
 
 
-def shares(count: int, given: Sequence[float] | None) -> list[float]:
-    """The weights as given, or 1/N each, where only their ratios count.
+def ratios(count: int, given: Sequence[float] | None) -> list[float]:
+    """The weights as given, or 1/N each, where only their ratios count; negative ones, or all 0, are refused.
 
-    Raises:
-        PimergeError: if one is negative, or all are 0.
-
-    >>> shares(2, [3, 1])
+    >>> ratios(2, [3, 1])
     [3, 1]
     """
     weights = mean(count, given)
@@ -41,3 +42,16 @@ def shares(count: int, given: Sequence[float] | None) -> list[float]:
             "expected none below 0, and at least one above: only their ratios count here",
         )
     return weights
+
+
+def weighted_sum(deltas: Tensor, weights: Tensor) -> Tensor:
+    """Σ w_n ΔW_n in the dtype of the updates: (experts, *shape), (experts) → (*shape).
+
+    >>> import torch
+    >>> weighted_sum(torch.tensor([[1.0, 2.0], [3.0, -6.0]]), torch.tensor([2.0, -0.5]))
+    tensor([0.5000, 7.0000])
+    """
+    import torch
+
+    total: Tensor = torch.tensordot(weights.to(deltas), deltas, dims=1)
+    return total

@@ -8,22 +8,15 @@ are 1/N by default, also for ``tsv`` and ``iso-c``, where the papers have 1: sca
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING
 
-from pimerge.core.errors import PimergeError, nearest
+from pimerge.merging.method import MergeMethod, Space
 from pimerge.merging.methods import _trim, iso_c, ties, tsv
-from pimerge.merging.methods._linear import weighted_sum
-from pimerge.merging.methods._weights import mean as weights
+from pimerge.merging.methods._options import DENSITY, INNER, SCALE, InnerMethod, options_of
+from pimerge.merging.methods._weights import mean, weighted_sum
 
-__all__ = ["BREAKS", "NEEDS", "SPACE", "merge", "weights"]
-
-SPACE = "reference"
-NEEDS = ("limit",)
-BREAKS = {
-    **_trim.BREAKS,
-    "gauge": "an inner method that looks at entries sees the bases, which depend on how ΔW is split into B and A",
-}
-INNER = ("ties", "linear", "tsv", "iso-c")
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def merge(
@@ -31,7 +24,7 @@ def merge(
     weights: Tensor,
     *,
     limit: int,
-    inner_method: str = "ties",
+    inner_method: InnerMethod = InnerMethod.TIES,
     density: float = 0.2,
     scale: float = 1.0,
 ) -> Tensor:
@@ -40,22 +33,34 @@ def merge(
     Args:
         limit: min(d_out, d_in), for ``tsv``.
 
-    Raises:
-        PimergeError: for an unknown inner method, or unless 0 < density ≤ 1.
-
     >>> import torch
     >>> merge(torch.tensor([[[1.0, -3.0]], [[2.0, 0.5]]]), torch.tensor([0.5, 0.5]), limit=2, density=0.5)
     tensor([[ 2., -3.]])
     """
     match inner_method:
-        case "ties":
+        case InnerMethod.TIES:
             merged = ties.merge(deltas, weights, density=density)
-        case "linear":
+        case InnerMethod.LINEAR:
             merged = weighted_sum(deltas, weights)
-        case "tsv":
+        case InnerMethod.TSV:
             merged = tsv.merge(deltas, weights, limit=limit)
-        case "iso-c":
+        case InnerMethod.ISO_C:
             merged = iso_c.merge(deltas, weights)
-        case _:
-            raise PimergeError(f"--inner is '{inner_method}'", nearest(inner_method, INNER))
     return scale * merged
+
+
+METHOD = MergeMethod(
+    name="core-space",
+    summary="Another method on the cores in the bases that the experts' factors share.",
+    formula="ΔW = scale · U_B merge(U_BᵀΔW_nV_A) V_Aᵀ",
+    paper="Core Space, arXiv 2509.17786",
+    space=Space.REFERENCE,
+    needs=("limit",),
+    breaks={
+        **_trim.BREAKS,
+        "gauge": "an inner method that looks at entries sees the bases, which depend on how ΔW is split into B and A",
+    },
+    weights=mean,
+    merge=merge,
+    options=options_of(merge, INNER, DENSITY, SCALE),
+)

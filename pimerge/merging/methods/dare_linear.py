@@ -8,17 +8,15 @@ have, a multiple of 1/65536.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from torch import Generator, Tensor
-
+from pimerge.merging.method import MergeMethod, Space
 from pimerge.merging.methods._drop import BREAKS, drop
-from pimerge.merging.methods._linear import weighted_sum
-from pimerge.merging.methods._weights import mean as weights
+from pimerge.merging.methods._options import DENSITY, SCALE, options_of
+from pimerge.merging.methods._weights import mean, weighted_sum
 
-__all__ = ["BREAKS", "NEEDS", "SPACE", "merge", "weights"]
-
-SPACE = "elementwise"
-NEEDS = ("generators",)
+if TYPE_CHECKING:
+    from torch import Generator, Tensor
 
 
 def merge(
@@ -29,11 +27,22 @@ def merge(
     Args:
         generators: one per expert, on the CPU.
 
-    Raises:
-        PimergeError: unless 0 < density ≤ 1.
-
     >>> import torch
-    >>> merge(torch.ones(1, 8), torch.ones(1), generators=[Generator().manual_seed(0)], density=0.25).unique()
+    >>> merge(torch.ones(1, 8), torch.ones(1), generators=[torch.Generator().manual_seed(0)], density=0.25).unique()
     tensor([0., 4.])
     """
     return scale * weighted_sum(drop(deltas, density, generators), weights)
+
+
+METHOD = MergeMethod(
+    name="dare-linear",
+    summary="The weighted sum after entries of each update are dropped at random.",
+    formula="ΔW = scale · Σ w_n m_n ⊙ ΔW_n / density, with random masks m_n",
+    paper="DARE, arXiv 2311.03099, section 3",
+    space=Space.ELEMENTWISE,
+    needs=("generators",),
+    breaks=BREAKS,
+    weights=mean,
+    merge=merge,
+    options=options_of(merge, DENSITY, SCALE),
+)

@@ -7,17 +7,16 @@ The drop and rescale of ``dare-linear``, then the second and third step of ``tie
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from torch import Generator, Tensor
-
+from pimerge.merging.method import MergeMethod, Space
 from pimerge.merging.methods._drop import BREAKS, drop
-from pimerge.merging.methods._elect import elected_mean
-from pimerge.merging.methods._weights import mean as weights
+from pimerge.merging.methods._options import DENSITY, SCALE, options_of
+from pimerge.merging.methods._trim import elected_mean
+from pimerge.merging.methods._weights import mean
 
-__all__ = ["BREAKS", "NEEDS", "SPACE", "merge", "weights"]
-
-SPACE = "elementwise"
-NEEDS = ("generators",)
+if TYPE_CHECKING:
+    from torch import Generator, Tensor
 
 
 def merge(
@@ -28,12 +27,23 @@ def merge(
     Args:
         generators: one per expert, on the CPU.
 
-    Raises:
-        PimergeError: unless 0 < density ≤ 1.
-
     >>> import torch
-    >>> generators = [Generator().manual_seed(seed) for seed in (0, 1)]
+    >>> generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
     >>> merge(torch.tensor([[4.0, -1.0], [2.0, 3.0]]), torch.ones(2), generators=generators, density=1.0)
     tensor([3., 3.])
     """
     return scale * elected_mean(drop(deltas, density, generators), weights)
+
+
+METHOD = MergeMethod(
+    name="dare-ties",
+    summary="Random dropping, then sign election and the mean of what agrees.",
+    formula="ΔW = scale · elected_mean(m_n ⊙ ΔW_n / density), with random masks m_n",
+    paper="DARE, arXiv 2311.03099, with TIES, arXiv 2306.01708",
+    space=Space.ELEMENTWISE,
+    needs=("generators",),
+    breaks=BREAKS,
+    weights=mean,
+    merge=merge,
+    options=options_of(merge, DENSITY, SCALE),
+)

@@ -10,21 +10,27 @@ reach both. A tensor of one dimension is one row. At density 1 all is kept, what
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
-from torch import Generator, Tensor
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from pimerge.core.errors import PimergeError
-from pimerge.merging.methods._checks import check_share
+from pimerge.core.plugins import Option
+from pimerge.merging.method import MergeMethod, Space
 from pimerge.merging.methods._drop import BREAKS, keep
-from pimerge.merging.methods._elect import elected_mean
-from pimerge.merging.methods._weights import mean as weights
+from pimerge.merging.methods._options import DENSITY, SCALE, options_of
+from pimerge.merging.methods._trim import elected_mean
+from pimerge.merging.methods._weights import mean
 
-__all__ = ["BREAKS", "NEEDS", "SPACE", "merge", "weights"]
+if TYPE_CHECKING:
+    from torch import Generator, Tensor
 
-SPACE = "elementwise"
-NEEDS = ("generators",)
+EPSILON = Option(
+    "epsilon",
+    float,
+    "How far the share of entries kept varies with their magnitude.",
+    lambda epsilon: epsilon >= 0,
+    "at least 0",
+)
 
 
 def merge(
@@ -41,32 +47,49 @@ def merge(
     Args:
         generators: one per expert, on the CPU.
 
-    Raises:
-        PimergeError: unless 0 < density ≤ 1, and density ± epsilon lies in (0, 1] for a density below 1.
-
-    >>> generators = [Generator().manual_seed(0)]
+    >>> import torch
+    >>> generators = [torch.Generator().manual_seed(0)]
     >>> merge(torch.tensor([[1.0, -3.0]]), torch.ones(1), generators=generators, density=1.0)
     tensor([ 1., -3.])
     """
-    check_share("--density", density)
-    if density == 1:
-        epsilon = 0.0
-    if not (epsilon >= 0 and density - epsilon > 0 and density + epsilon <= 1):
-        raise PimergeError(
-            f"--epsilon is {epsilon:g} at --density {density:g}", "expected 0 < density ± epsilon ≤ 1, epsilon from 0"
-        )
+    import torch
+
     kept = [
-        keep(delta, _chances(delta, density, epsilon), generator)
+        keep(delta, _chances(delta, density, epsilon if density < 1 else 0.0), generator)
         for delta, generator in zip(deltas, generators, strict=True)
     ]
     return scale * elected_mean(torch.stack(kept), weights)
 
 
+def check(options: Mapping[str, Any]) -> None:
+    """Refuse probabilities outside of (0, 1]."""
+    density, epsilon = options["density"], options["epsilon"]
+    if density < 1 and not (density - epsilon > 0 and density + epsilon <= 1):
+        raise PimergeError(f"--epsilon is {epsilon:g} at --density {density:g}", "expected 0 < density ± epsilon ≤ 1")
+
+
 def _chances(delta: Tensor, density: float, epsilon: float) -> Tensor:
     """Each entry's probability of staying, rising with its rank in the row: (*shape) → (*shape)."""
+    import torch
+
     order = delta.abs().argsort(dim=-1, stable=True)
     steps = torch.linspace(-epsilon, epsilon, delta.shape[-1], dtype=torch.float64, device=delta.device)
     if len(steps) == 1:
         steps.zero_()
     chances = torch.empty_like(delta, dtype=torch.float64)
     return chances.scatter_(-1, order, (density + steps).expand_as(chances))
+
+
+METHOD = MergeMethod(
+    name="della",
+    summary="Random dropping that spares large entries, then sign election and the mean of what agrees.",
+    formula="ΔW = scale · elected_mean(m_n ⊙ ΔW_n / p_n), with p_n rising with the magnitude",
+    paper="DELLA, arXiv 2406.11617, section 3",
+    space=Space.ELEMENTWISE,
+    needs=("generators",),
+    breaks=BREAKS,
+    weights=mean,
+    check=check,
+    merge=merge,
+    options=options_of(merge, DENSITY, EPSILON, SCALE),
+)

@@ -6,19 +6,17 @@ touch at the weighted mean. The λ_n are the weights, of which only the ratios c
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
-from pimerge.core.errors import PimergeError
-from pimerge.merging.methods._linear import weighted_sum
-from pimerge.merging.methods._weights import shares as weights
+from pimerge.core.plugins import Option
+from pimerge.merging.method import MergeMethod, Space
+from pimerge.merging.methods._options import options_of
+from pimerge.merging.methods._weights import ratios, weighted_sum
 
-__all__ = ["BREAKS", "NEEDS", "SPACE", "merge", "weights"]
+if TYPE_CHECKING:
+    from torch import Tensor
 
-SPACE = "factors"
-JOINS_TARGET = True
-NEEDS = ("fishers",)
-BREAKS = {"gauge": "the Fisher is that of single entries of A and B, whatever basis they are in"}
+FLOOR = Option("floor", float, "Least Fisher information.", lambda floor: floor >= 0, "at least 0")
 
 
 def merge(deltas: Tensor, weights: Tensor, *, fishers: Tensor, floor: float = 1e-6) -> Tensor:
@@ -28,16 +26,30 @@ def merge(deltas: Tensor, weights: Tensor, *, fishers: Tensor, floor: float = 1e
         deltas: the parameters themselves.
         fishers: their diagonal Fisher, (experts, *shape).
 
-    Raises:
-        PimergeError: if the floor is below 0.
-
+    >>> import torch
     >>> parameters, fishers = torch.tensor([[4.0, 4.0], [0.0, 0.0]]), torch.tensor([[3.0, 0.0], [1.0, 0.0]])
     >>> merge(parameters, torch.tensor([0.5, 0.5]), fishers=fishers)
     tensor([3., 2.])
     """
-    if floor < 0:
-        raise PimergeError(f"--floor is {floor:g}", "expected 0 or more")
+    import torch
+
     shares = weights.to(deltas) / weights.to(deltas).sum()
     raised = fishers.to(deltas).clamp(min=floor)
     total = weighted_sum(raised, shares)
     return torch.where(total > 0, weighted_sum(raised * deltas, shares) / total, weighted_sum(deltas, shares))
+
+
+METHOD = MergeMethod(
+    name="fisher",
+    summary="The mean of the parameters, each weighted by its Fisher information.",
+    formula="θ = Σ w_n F_n θ_n / Σ w_n F_n",
+    paper="Fisher merging, arXiv 2111.09832, eq. 4",
+    space=Space.FACTORS,
+    needs=("fishers",),
+    breaks={"gauge": "the Fisher is that of single entries of A and B, whatever basis they are in"},
+    joins_target=True,
+    averages=True,
+    weights=ratios,
+    merge=merge,
+    options=options_of(merge, FLOOR),
+)

@@ -6,19 +6,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from pimerge.core.errors import PimergeError
+from pimerge.merging.method import MergeMethod, Space
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-SPACE = "linear"
-JOINS_TARGET = True
-
 
 def weights(count: int, given: Sequence[float] | None) -> list[float]:
     """The weights as given; they need not sum to 1.
-
-    Raises:
-        PimergeError: if none are given.
 
     >>> weights(2, [0.7, 0.3])
     [0.7, 0.3]
@@ -33,3 +28,17 @@ def weights(count: int, given: Sequence[float] | None) -> list[float]:
 def coefficients(weights: Tensor) -> Tensor:
     """The weights: (experts) → (experts)."""
     return weights
+
+
+METHOD = MergeMethod(
+    name="interpolated",
+    summary="A weighted sum of the updates.",
+    formula="ΔW = Σ w_n ΔW_n",
+    paper="π-Tuning, arXiv 2304.14381, eq. 4",
+    space=Space.LINEAR,
+    joins_target=True,
+    weights_by_score=True,
+    averages=True,
+    weights=weights,
+    coefficients=coefficients,
+)

@@ -7,19 +7,15 @@ so both the mean and UVᵀ are over the directions that the sum really has.
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING
 
-from pimerge.merging.methods._linear import weighted_sum
+from pimerge.merging.method import MergeMethod, Space
+from pimerge.merging.methods._options import SCALE, options_of
 from pimerge.merging.methods._spectrum import STORED, svd
-from pimerge.merging.methods._weights import ones as weights
+from pimerge.merging.methods._weights import ones, weighted_sum
 
-__all__ = ["BREAKS", "SPACE", "merge", "weights"]
-
-SPACE = "spectral"
-BREAKS = {
-    "identity": "the singular values become equal",
-    "copies": "the singular values become equal",
-}
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def merge(deltas: Tensor, weights: Tensor, *, scale: float = 1.0) -> Tensor:
@@ -32,3 +28,19 @@ def merge(deltas: Tensor, weights: Tensor, *, scale: float = 1.0) -> Tensor:
     """
     U, S, Vh = svd(weighted_sum(deltas, weights), null=STORED)
     return (scale * S.mean() * U) @ Vh
+
+
+METHOD = MergeMethod(
+    name="iso-c",
+    summary="The sum of the updates with all singular values made equal.",
+    formula="ΔW = scale · σ̄ UVᵀ, with Σ w_n ΔW_n = U diag(σ) Vᵀ",
+    paper="Iso-C, arXiv 2502.04959, section 4.1",
+    space=Space.SPECTRAL,
+    breaks={
+        "identity": "the singular values become equal",
+        "copies": "the singular values become equal",
+    },
+    weights=ones,
+    merge=merge,
+    options=options_of(merge, SCALE),
+)

@@ -11,33 +11,30 @@ null directions, which are arbitrary, are left out.
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
-from pimerge.merging.methods._checks import check_share
+from pimerge.core.plugins import Option
+from pimerge.merging.method import MergeMethod, Space
+from pimerge.merging.methods._options import SCALE, SHARE, is_share, options_of
 from pimerge.merging.methods._spectrum import STORED, svd, whiten
-from pimerge.merging.methods._weights import ones as weights
+from pimerge.merging.methods._weights import ones
 
-__all__ = ["BREAKS", "SPACE", "merge", "weights"]
+if TYPE_CHECKING:
+    from torch import Tensor
 
-SPACE = "spectral"
-BREAKS = {
-    "identity": "the singular values become equal",
-    "copies": "the singular values become equal",
-}
+COMMON = Option("common", float, "Share of directions that are common.", is_share, SHARE)
 
 
 def merge(deltas: Tensor, weights: Tensor, *, common: float = 0.8, scale: float = 1.0) -> Tensor:
     """Join the directions and flatten the spectrum: (experts, R, R'), (experts) → (R, R').
 
-    Raises:
-        PimergeError: unless 0 < common ≤ 1.
-
+    >>> import torch
     >>> merge(torch.tensor([[[3.0, 0.0], [0.0, 1.0]]]), torch.ones(1), common=0.5)
     tensor([[2., 0.],
             [0., 2.]])
     """
-    check_share("--common", common)
+    import torch
+
     parts = weights.to(deltas)[:, None, None] * deltas
     U, S, Vh = svd(parts.sum(0), null=STORED)
     k = round(common * len(S))
@@ -51,3 +48,19 @@ def merge(deltas: Tensor, weights: Tensor, *, common: float = 0.8, scale: float 
     right = whiten(torch.cat([vh for _, _, vh in triples]).mT)
     mean = torch.cat([s for _, s, _ in triples]).mean()
     return (scale * mean * left) @ right.mT
+
+
+METHOD = MergeMethod(
+    name="iso-cts",
+    summary="Common and task-specific directions, all at one singular value.",
+    formula="ΔW = scale · σ̄ Σ u vᵀ over common and task-specific directions u, v",
+    paper="Iso-CTS, arXiv 2502.04959, section 4.2",
+    space=Space.SPECTRAL,
+    breaks={
+        "identity": "the singular values become equal",
+        "copies": "the singular values become equal",
+    },
+    weights=ones,
+    merge=merge,
+    options=options_of(merge, COMMON, SCALE),
+)

@@ -6,25 +6,35 @@ was trimmed.
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING
 
-from pimerge.merging.methods._linear import weighted_sum
+from pimerge.merging.method import MergeMethod, Space
+from pimerge.merging.methods._options import DENSITY, SCALE, options_of
 from pimerge.merging.methods._trim import BREAKS, trim
-from pimerge.merging.methods._weights import mean as weights
+from pimerge.merging.methods._weights import mean, weighted_sum
 
-__all__ = ["BREAKS", "SPACE", "merge", "weights"]
-
-SPACE = "elementwise"
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def merge(deltas: Tensor, weights: Tensor, *, density: float = 0.5, scale: float = 1.0) -> Tensor:
     """Trim and add: (experts, *shape), (experts) → (*shape).
-
-    Raises:
-        PimergeError: unless 0 < density ≤ 1.
 
     >>> import torch
     >>> merge(torch.tensor([[1.0, -3.0], [2.0, 0.5]]), torch.tensor([0.5, 0.5]))
     tensor([ 1.0000, -1.5000])
     """
     return scale * weighted_sum(trim(deltas, density), weights)
+
+
+METHOD = MergeMethod(
+    name="magnitude",
+    summary="The weighted sum of the largest entries of each update.",
+    formula="ΔW = scale · Σ w_n t_n, t_n = the largest entries of ΔW_n",
+    paper="magnitude pruning, arXiv 1506.02626",
+    space=Space.ELEMENTWISE,
+    breaks=BREAKS,
+    weights=mean,
+    merge=merge,
+    options=options_of(merge, DENSITY, SCALE),
+)

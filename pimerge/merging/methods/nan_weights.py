@@ -2,29 +2,44 @@
 
 The coefficients of a module sum to ``scale``, so that no expert counts for more because it was trained longer
 or at a larger rate. The paper has no w_n; here they multiply the inverse norms before the coefficients are
-normalised, so only their ratios count. An expert that leaves a module as it is gets 0 there.
+normalised, so only their ratios count. An expert that does not change a module gets 0 there.
 """
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
-from pimerge.merging.methods._weights import shares as weights
+from pimerge.merging.method import MergeMethod, Space
+from pimerge.merging.methods._options import SCALE, options_of
+from pimerge.merging.methods._weights import ratios
 
-__all__ = ["NEEDS", "SPACE", "coefficients", "weights"]
-
-SPACE = "linear"
-NEEDS = ("inner",)
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def coefficients(weights: Tensor, *, inner: Tensor, scale: float = 1.0) -> Tensor:
     """λ (w_n/‖ΔW_n‖) / Σ (w_m/‖ΔW_m‖): (experts) → (experts), with ⟨ΔW_i, ΔW_j⟩ (experts, experts).
 
+    >>> import torch
     >>> coefficients(torch.tensor([0.5, 0.5]), inner=torch.tensor([[1.0, 0.0], [0.0, 9.0]]))
     tensor([0.7500, 0.2500])
     """
+    import torch
+
     norms = inner.diagonal().sqrt()
     norms = torch.where(norms > 0, norms, torch.inf)  # an inverse norm of 0
     shares = weights * (norms.min() / norms).nan_to_num(0.0)  # relative to the largest, so that none overflows
     return scale * shares / shares.sum().clamp(min=torch.finfo(shares.dtype).tiny)
+
+
+METHOD = MergeMethod(
+    name="nan-weights",
+    summary="A weighted mean of the updates by inverse norm.",
+    formula="ΔW = scale · Σ α_n ΔW_n, α_n ∝ w_n/‖ΔW_n‖",
+    paper="NAN, arXiv 2505.16148",
+    space=Space.LINEAR,
+    needs=("inner",),
+    weights=ratios,
+    coefficients=coefficients,
+    options=options_of(coefficients, SCALE),
+)

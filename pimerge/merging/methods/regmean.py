@@ -9,17 +9,24 @@ one expert comes back as it is, and an input that the data never use gets the we
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from pimerge.core.errors import PimergeError
-from pimerge.merging.methods._weights import shares as weights
+from pimerge.core.plugins import Option
+from pimerge.merging.method import MergeMethod, Space
+from pimerge.merging.methods._options import options_of
+from pimerge.merging.methods._weights import ratios
 
-__all__ = ["NEEDS", "SPACE", "transformed", "weights"]
+if TYPE_CHECKING:
+    from torch import Tensor
 
-SPACE = "inputs"
-NEEDS = ("grams",)
+OFFDIAGONAL = Option(
+    "offdiagonal",
+    float,
+    "Factor of the input Grams off the diagonal.",
+    lambda factor: 0 <= factor <= 1,
+    "at least 0 and at most 1",
+)
 RIDGE = 1e-6
 
 
@@ -32,16 +39,14 @@ def transformed(
         rows: per expert (r_n, d_in): its factor A, or ΔW itself.
         grams: per expert (d_in, d_in).
 
-    Raises:
-        PimergeError: unless 0 ≤ offdiagonal ≤ 1, or if the grams are no Gram matrices.
-
+    >>> import torch
     >>> rows = [torch.tensor([[4.0, 4.0]]), torch.tensor([[0.0, 0.0]])]
     >>> grams = [torch.diag(torch.tensor([3.0, 0.0])), torch.diag(torch.tensor([1.0, 0.0]))]
     >>> transformed(rows, torch.tensor([0.5, 0.5]), grams=grams)[0].round(decimals=3)
     tensor([[3., 2.]])
     """
-    if not 0 <= offdiagonal <= 1:
-        raise PimergeError(f"--offdiagonal is {offdiagonal:g}", "expected a share from 0 to 1")
+    import torch
+
     shares = (weights / weights.sum()).tolist()
     softened = [_softened(gram.double(), offdiagonal) for gram in grams]
     mean = sum((share * gram for share, gram in zip(shares, softened, strict=True)), torch.zeros_like(softened[0]))
@@ -60,4 +65,19 @@ def transformed(
 
 
 def _softened(gram: Tensor, offdiagonal: float) -> Tensor:
+    import torch
+
     return offdiagonal * gram + (1 - offdiagonal) * torch.diag(gram.diagonal())
+
+
+METHOD = MergeMethod(
+    name="regmean",
+    summary="The update whose outputs are nearest to the experts' outputs.",
+    formula="ΔW = [Σ w_n ΔW_n G_n][Σ w_n G_n]⁻¹, with the input Grams G_n",
+    paper="RegMean, arXiv 2212.09849, section 4",
+    space=Space.INPUTS,
+    needs=("grams",),
+    weights=ratios,
+    transformed=transformed,
+    options=options_of(transformed, OFFDIAGONAL),
+)

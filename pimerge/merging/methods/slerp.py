@@ -8,22 +8,19 @@ arc: an update that is zero, and opposite updates (within 0.0014 of π), which e
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from pimerge.core.errors import PimergeError
+from pimerge.merging.method import MergeMethod, Space
 
-SPACE = "linear"
-NEEDS = ("inner",)
+if TYPE_CHECKING:
+    from torch import Tensor
+
 OPPOSITE = -1 + 1e-6
 
 
 def weights(count: int, given: Sequence[float] | None) -> list[float]:
     """(1−t, t), halfway if none are given; (1) for two experts that are one and the same.
-
-    Raises:
-        PimergeError: for more than two experts, or weights whose sum is not 1.
 
     >>> weights(2, None)
     [0.5, 0.5]
@@ -39,9 +36,12 @@ def weights(count: int, given: Sequence[float] | None) -> list[float]:
 def coefficients(weights: Tensor, *, inner: Tensor) -> Tensor:
     """sin(w_n Ω)/sin Ω: (experts) → (experts), with ⟨ΔW_i, ΔW_j⟩ (experts, experts).
 
+    >>> import torch
     >>> coefficients(torch.tensor([0.5, 0.5]), inner=torch.eye(2))
     tensor([0.7071, 0.7071])
     """
+    import torch
+
     norms = inner.diagonal().sqrt()
     cosine = (inner[0, -1] / norms[0] / norms[-1]).clamp(-1, 1)
     if not cosine > OPPOSITE:  # also where a zero update makes it NaN
@@ -49,3 +49,15 @@ def coefficients(weights: Tensor, *, inner: Tensor) -> Tensor:
     angle = cosine.acos() / torch.pi
     # sin(wΩ)/sin Ω through sinc, which has no pole where Ω is 0
     return weights * torch.sinc(weights * angle) / torch.sinc(angle)
+
+
+METHOD = MergeMethod(
+    name="slerp",
+    summary="The arc between two updates.",
+    formula="ΔW = (sin((1−t)Ω)·ΔW_1 + sin(tΩ)·ΔW_2)/sin Ω, with the angle Ω between the updates",
+    paper="Shoemake 1985, section 3.3",
+    space=Space.LINEAR,
+    needs=("inner",),
+    weights=weights,
+    coefficients=coefficients,
+)

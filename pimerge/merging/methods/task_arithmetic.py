@@ -6,13 +6,14 @@ negative weight takes an expert's task away, the paper's negation.
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING
 
-from pimerge.merging.methods._weights import ones as weights
+from pimerge.merging.method import MergeMethod, Space
+from pimerge.merging.methods._options import SCALE, options_of
+from pimerge.merging.methods._weights import ones
 
-__all__ = ["SPACE", "coefficients", "weights"]
-
-SPACE = "linear"
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def coefficients(weights: Tensor, *, scale: float = 1.0) -> Tensor:
@@ -23,3 +24,15 @@ def coefficients(weights: Tensor, *, scale: float = 1.0) -> Tensor:
     tensor([ 2., -1.])
     """
     return scale * weights
+
+
+METHOD = MergeMethod(
+    name="task-arithmetic",
+    summary="The scaled sum of the updates.",
+    formula="ΔW = scale · Σ w_n ΔW_n",
+    paper="task arithmetic, arXiv 2212.04089, section 2",
+    space=Space.LINEAR,
+    weights=ones,
+    coefficients=coefficients,
+    options=options_of(coefficients, SCALE),
+)

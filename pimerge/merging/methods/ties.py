@@ -11,22 +11,19 @@ as the trimmed expert. A negative weight stands for the negated expert.
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING
 
-from pimerge.merging.methods._elect import elected_mean
-from pimerge.merging.methods._trim import BREAKS, trim
-from pimerge.merging.methods._weights import mean as weights
+from pimerge.merging.method import MergeMethod, Space
+from pimerge.merging.methods._options import DENSITY, SCALE, options_of
+from pimerge.merging.methods._trim import BREAKS, elected_mean, trim
+from pimerge.merging.methods._weights import mean
 
-__all__ = ["BREAKS", "SPACE", "merge", "weights"]
-
-SPACE = "elementwise"
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def merge(deltas: Tensor, weights: Tensor, *, density: float = 0.2, scale: float = 1.0) -> Tensor:
     """Trim, elect and average: (experts, *shape), (experts) → (*shape).
-
-    Raises:
-        PimergeError: unless 0 < density ≤ 1.
 
     >>> import torch
     >>> deltas = torch.tensor([[4.0, 1.0, -3.0, 0.5], [2.0, -5.0, 0.1, 0.2]])
@@ -34,3 +31,16 @@ def merge(deltas: Tensor, weights: Tensor, *, density: float = 0.2, scale: float
     tensor([ 3., -5., -3.,  0.])
     """
     return scale * elected_mean(trim(deltas, density), weights)
+
+
+METHOD = MergeMethod(
+    name="ties",
+    summary="Trim each update, elect signs, and average what agrees.",
+    formula="ΔW = scale · elected_mean(t_n), t_n = the largest entries of ΔW_n",
+    paper="TIES, arXiv 2306.01708, section 3",
+    space=Space.ELEMENTWISE,
+    breaks=BREAKS,
+    weights=mean,
+    merge=merge,
+    options=options_of(merge, DENSITY, SCALE),
+)

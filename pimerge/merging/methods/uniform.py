@@ -6,18 +6,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from pimerge.core.errors import PimergeError
+from pimerge.merging.method import MergeMethod, Space
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-SPACE = "linear"
-
 
 def weights(count: int, given: Sequence[float] | None) -> list[float]:
     """1/N for each expert.
-
-    Raises:
-        PimergeError: if weights are given.
 
     >>> weights(4, None)
     [0.25, 0.25, 0.25, 0.25]
@@ -30,3 +26,15 @@ def weights(count: int, given: Sequence[float] | None) -> list[float]:
 def coefficients(weights: Tensor) -> Tensor:
     """The weights: (experts) → (experts)."""
     return weights
+
+
+METHOD = MergeMethod(
+    name="uniform",
+    summary="The mean of the updates.",
+    formula="ΔW = (1/N) Σ ΔW_n",
+    paper="arXiv 2402.15414, section 3.1",
+    space=Space.LINEAR,
+    averages=True,
+    weights=weights,
+    coefficients=coefficients,
+)

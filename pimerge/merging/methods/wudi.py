@@ -9,16 +9,14 @@ only their ratios count.
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
-from pimerge.merging.methods._linear import weighted_sum
+from pimerge.merging.method import MergeMethod, Space
 from pimerge.merging.methods._spectrum import STORED, svd
-from pimerge.merging.methods._weights import shares as weights
+from pimerge.merging.methods._weights import ratios, weighted_sum
 
-__all__ = ["SPACE", "merge", "weights"]
-
-SPACE = "spectral"
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def merge(deltas: Tensor, weights: Tensor) -> Tensor:
@@ -26,11 +24,14 @@ def merge(deltas: Tensor, weights: Tensor) -> Tensor:
 
     With X_n = √w_n ΔW_n/‖ΔW_n‖ stacked to X and the start τ, it is τ + [(ΔW_n − τ)X_nᵀ]_n (Xᵀ)⁺.
 
+    >>> import torch
     >>> deltas = torch.tensor([[[2.0, 0.0], [0.0, 0.0]], [[0.0, 0.0], [0.0, 3.0]]])
     >>> merge(deltas, torch.ones(2))
     tensor([[2., 0.],
             [0., 3.]])
     """
+    import torch
+
     weights = weights.to(deltas)
     norms = torch.linalg.vector_norm(deltas, dim=(1, 2))
     factors = torch.where(norms > 0, weights.sqrt() / norms, 0)
@@ -39,3 +40,14 @@ def merge(deltas: Tensor, weights: Tensor) -> Tensor:
     missing = ((deltas - start) @ X.mT).transpose(0, 1).flatten(1)  # (R, experts · R)
     P, S, Qh = svd(X.flatten(0, 1), null=STORED)
     return start + (missing @ P / S) @ Qh
+
+
+METHOD = MergeMethod(
+    name="wudi",
+    summary="The update that disturbs each expert least.",
+    formula="ΔW = argmin Σ w_n ‖(ΔW − ΔW_n)ΔW_nᵀ‖²/‖ΔW_n‖²",
+    paper="WUDI, arXiv 2503.08099",
+    space=Space.SPECTRAL,
+    weights=ratios,
+    merge=merge,
+)
