@@ -19,9 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pimerge.adapters.expert import Expert, open_expert
-from pimerge.core import plugins
 from pimerge.merging.merge import Merge, prepare
-from pimerge.merging.method import open_method
+from pimerge.merging.method import METHODS, open_method
 
 MODULE = "q"
 
@@ -35,7 +34,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="errors-") as folder:
         experts = [make(Path(folder) / str(seed), seed, arguments) for seed in range(arguments.experts)]
-        for name in plugins.summaries("pimerge.merging.methods"):
+        for name in METHODS.names():
             method = open_method(name)
             chosen = experts[:2] if name == "slerp" else experts
             given = [1 / len(chosen)] * len(chosen) if name == "interpolated" else None

@@ -152,7 +152,9 @@ def by_module(
     return weights
 
 
-def starting_weights(method: OpenedMethod, count: int, given: list[float] | None, has_rules: bool) -> list[float] | None:
+def starting_weights(
+    method: OpenedMethod, count: int, given: list[float] | None, has_rules: bool
+) -> list[float] | None:
     """The weights where no rule decides; None for a method that needs weights, if all come from rules.
 
     Raises:

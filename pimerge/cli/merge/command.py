@@ -10,7 +10,6 @@ import typer
 from pimerge.cli import options
 from pimerge.cli.console import print_family
 from pimerge.cli.merge.request import Request, is_checkpoint, with_ranked_state_dicts
-
 from pimerge.merging.method import METHODS
 
 
