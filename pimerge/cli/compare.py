@@ -11,7 +11,6 @@ from pimerge.cli import options
 from pimerge.cli.console import note, print_json, print_line, print_table, tracker
 from pimerge.core.errors import PimergeError
 from pimerge.core.libraries import quiet_libraries
-from pimerge.tasks.metric import METRICS
 
 if TYPE_CHECKING:
     from pimerge.adapters.expert import Expert
@@ -173,16 +172,16 @@ def _names(controls: str | None, methods: str) -> tuple[list[str], list[str]]:
     Raises:
         PimergeError: if there is no such control or method.
     """
-    from pimerge.core import plugins
     from pimerge.core.errors import Problems, nearest
     from pimerge.evaluation import design
+    from pimerge.tuning.method import METHODS
 
     problems = Problems()
     chosen = [] if controls is None or controls == "none" else _listed(controls)
     for name in chosen:
         if name not in design.CONTROLS:
             problems.add(f"there is no control '{name}'", f"expected {', '.join(design.CONTROLS)}, or none")
-    known = [*plugins.summaries("pimerge.tuning.methods"), design.SINGLE]
+    known = [*METHODS.names(), design.SINGLE]
     tried = [name.replace("_", "-") for name in _listed(methods)]
     for name in tried:
         if name not in known:
@@ -219,9 +218,10 @@ def _pool(
 
 def _tables(document: ComparisonDocument) -> list[tuple[str, list[list[str]]]]:
     """A title and rows for each number of shots and test set, best first."""
+    from pimerge.core import plugins
     from pimerge.evaluation.design import shots_text
 
-    style = METRICS.load(document.metric).format
+    style = plugins.load("pimerge.tasks.metrics", document.metric).FORMAT
     groups: dict[tuple[int | None, str], list[ComparisonLine]] = {}
     for line in document.lines:
         groups.setdefault((line.shots, line.test), []).append(line)

@@ -4,27 +4,28 @@ from __future__ import annotations
 
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from pimerge.adapters.kind import KINDS
 from pimerge.adapters.selected import base_of, from_pool, select
 from pimerge.cli import options
-from pimerge.cli.console import note, print_json, print_methods, print_table, tracker, warn
+from pimerge.cli.console import note, print_family, print_json, print_table, tracker, warn
 from pimerge.cli.inputs import parse_rank
 from pimerge.core.errors import PimergeError
 from pimerge.core.libraries import quiet_libraries
+from pimerge.tuning.method import METHODS, open_tune_method
 
-METHODS = "pimerge.tuning.methods"
 INSTEAD, INSTEAD_WITH_NAMES = "scratch", "named"
 """The methods where the ranking expects no expert to help: of one that takes no class names, and of one that does."""
 
 
+@options.with_options_of(METHODS)
 def tune(
     experts: options.Experts = None,
     method: Annotated[
-        str, typer.Option(help=f"How to combine and train; --methods says more: {options.names(METHODS)}.")
+        str, typer.Option(help=f"How to combine and train; --methods says more: {', '.join(METHODS.names())}.")
     ] = "guided",
     methods: Annotated[
         bool, typer.Option("--methods", help="List the methods, each with its formula and source.")
@@ -86,25 +87,7 @@ def tune(
         str | None,
         typer.Option(help="Modules of a fresh expert, with commas. Default: the pool's, or PEFT's choice."),
     ] = None,
-    uniform: Annotated[
-        bool | None, typer.Option("--uniform", help="One scale per layer, for scalearn.", show_default=False)
-    ] = None,
-    shared: Annotated[
-        bool | None, typer.Option("--shared", help="The same scales in all layers, for scalearn.", show_default=False)
-    ] = None,
-    evaluations: Annotated[
-        int | None, typer.Option(help="Sets of weights that are tried, for gradient-free. Default: 40.")
-    ] = None,
-    runs: Annotated[int | None, typer.Option(help="Runs that are mixed, for soup. Default: 3.")] = None,
-    teacher: Annotated[
-        str | None, typer.Option(help="Whose votes count, for distill: mean (all alike) or similarity. Default: mean.")
-    ] = None,
-    label_share: Annotated[
-        float | None, typer.Option(help="Share of the labels beside the teacher's, for distill. Default: 0.5.")
-    ] = None,
-    unlabelled: Annotated[
-        int | None, typer.Option(help="Most inputs without a label, for distill. Default: 500.")
-    ] = None,
+    settings: dict[str, Any] = {},  # noqa: B006  one option for each that the methods have
     init_seed: Annotated[int, typer.Option(help="Init of a fresh expert; experts of one pool share it.")] = 0,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
@@ -119,22 +102,12 @@ def tune(
     A run that was interrupted goes on where it was when the same command is given again.
     """
     if methods:
-        _list_methods(json)
+        print_family(METHODS, json)
         return
-    from pimerge.tuning.method import open_tune_method
     from pimerge.tuning.options import TrainingOptions
     from pimerge.tuning.tune import STARTS
     from pimerge.tuning.tune import tune as tune_experts
 
-    settings = {
-        "uniform": uniform,
-        "shared": shared,
-        "evaluations": evaluations,
-        "runs": runs,
-        "teacher": teacher,
-        "label_share": label_share,
-        "unlabelled": unlabelled,
-    }
     plan = open_tune_method(method, settings).plan
     if start not in STARTS:
         raise PimergeError(f"--start is '{start}'", f"expected {' or '.join(STARTS)}")
@@ -224,15 +197,6 @@ def tune(
         ]
     print_table(["", ""], rows)
     note(f"→ {output}; next: pimerge eval {output}", quiet)
-
-
-def _list_methods(json: bool) -> None:
-    from pimerge.core import plugins
-    from pimerge.tuning.method import open_tune_method
-
-    summaries = plugins.summaries(METHODS)
-    defaults = {name: open_tune_method(name).resolved for name in summaries}
-    print_methods(summaries, defaults, json)
 
 
 def _loss(value: float | None) -> str:

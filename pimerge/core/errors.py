@@ -1,9 +1,4 @@
-"""The one exception that users see as a message.
-
-Every public function of pimerge raises :class:`PimergeError` where its input is at fault: a file that does not exist or
-does not fit, options that contradict each other, experts of different bases, a full disk. Docstrings do not repeat it.
-Any other exception is a bug.
-"""
+"""The one exception that users see as a message."""
 
 from __future__ import annotations
 
@@ -15,16 +10,16 @@ from difflib import get_close_matches
 
 @dataclass(frozen=True)
 class Problem:
-    """One problem of an input: what was found and expected, and what to do about it."""
+    """One thing that is wrong with an input: what was found and expected, and what to do about it."""
 
     message: str
     hint: str = ""
 
 
 class PimergeError(Exception):
-    """An error that the user can fix; a command exits with status 3 and prints no traceback.
+    """An error that the user can mend; it ends the command with status 3 and no traceback.
 
-    It carries every problem of the input, not only the first one.
+    It carries every problem of the input, not only the first.
 
     >>> raise PimergeError("found no experts in './experts'", "name the folder that holds them")
     Traceback (most recent call last):
@@ -44,7 +39,7 @@ class PimergeError(Exception):
 
 
 class Problems:
-    """Collect the problems of one input and report them all at once.
+    """Collects the problems of one input, so that they are reported in one pass.
 
     >>> problems = Problems()
     >>> problems.add("rank is 0, expected at least 1")
@@ -61,16 +56,16 @@ class Problems:
         self.found: list[Problem] = []
 
     def add(self, message: str, hint: str = "") -> None:
-        """Add one problem."""
+        """Note one problem."""
         self.found.append(Problem(message, hint))
 
     def extend(self, problems: Sequence[Problem], prefix: str = "") -> None:
-        """Add several problems, each under the same prefix."""
+        """Note several problems, each under the same prefix."""
         self.found += [Problem(prefix + problem.message, problem.hint) for problem in problems]
 
     @contextmanager
     def collected(self, prefix: str = "") -> Iterator[None]:
-        """Collect the problems of a PimergeError that the block raises, and continue after the block."""
+        """Turn a PimergeError of the block into noted problems and go on."""
         try:
             yield
         except PimergeError as error:
@@ -85,7 +80,7 @@ class Problems:
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
-    """Suggest the known name closest to a misspelt one, or list all of them.
+    """A hint that names the known name nearest to a misspelt one, or lists them.
 
     >>> nearest("partiy", ["parity", "loop"])
     "did you mean 'parity'?"

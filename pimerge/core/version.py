@@ -1,3 +1,3 @@
-"""The version of pimerge, recorded in every manifest."""
+"""The version of pimerge, which the manifests of its outputs record."""
 
 __version__ = "0.1.0"

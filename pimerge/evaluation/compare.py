@@ -39,6 +39,7 @@ from pimerge.ranking.by_examples import rank_by_examples
 from pimerge.ranking.selection import BY_EXAMPLES, SelectionRule
 from pimerge.tasks.task import Task
 from pimerge.tuning.cross_validation import choose
+from pimerge.tuning.fit import fit
 from pimerge.tuning.method import TuneMethod, open_tune_method
 from pimerge.tuning.session import TuneRequest, TuningSession, open_session
 
@@ -198,7 +199,7 @@ class _ComparisonRunner:
             if self.design.select == "cv":
                 request = replace(request, options=choose(method, request))
             with self.session.restored(case.seed) as undo:
-                result = method.fit(replace(request, undo=undo))
+                result = fit(method, replace(request, undo=undo))
                 seconds = time.monotonic() - started
                 results = {name: score_model(case.method, result.model, test) for name, test in self.tests.items()}
         problems.raise_any("a run failed; those before it are kept")
@@ -253,7 +254,7 @@ class _ComparisonRunner:
         as_they_come = [(each.expert.strength, each.score, each.gain) for each in self.pool]
         choice = [
             asdict(case),
-            method.resolved,
+            method.defaults,
             asdict(design.options),
             design.select,
             design.lrs.get(case.method),

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pimerge.tasks.metric import METRICS, Answers
+from pimerge.core import plugins
+from pimerge.tasks.metric import Answers
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 DRAWS = 1000
 _AT_ONCE = 2**24
@@ -22,18 +27,20 @@ class Interval:
 
 
 def bootstrap_interval(name: str, answers: Answers, seed: int = 0) -> Interval:
-    """A metric with the 95 % percentile interval of a bootstrap over the examples (Efron, 1979).
+    """A metric with the percentile interval of a bootstrap over the examples (Efron, 1979).
 
     Args:
-        name: of the metric.
-        answers: to the test split.
+        name: one of the folder's listing.
         seed: of the bootstrap.
+
+    Raises:
+        PimergeError: if there is none of that name, or its library is not installed.
 
     >>> bootstrap_interval("exact-match", Answers([None] * 4, [0] * 4, 0, list("abbb"), list("abbc"))).value
     0.75
     """
-    metric = METRICS.load(name)
-    statistics = metric.statistics(answers)
+    metric: Any = plugins.load("pimerge.tasks.metrics", name)
+    statistics: Tensor = metric.statistics(answers)
     n = len(statistics)
     generator = torch.Generator().manual_seed(seed)
     at_once = max(1, _AT_ONCE // n)

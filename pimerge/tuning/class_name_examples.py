@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from pimerge.models.loaded_base import LoadedBase
     from pimerge.tasks.task import Task
-    from pimerge.tuning.methods import MixturePlan
+    from pimerge.tuning.plan import MixturePlan
 
 MOST = 500
 """Examples that the names are tried on."""

@@ -1,9 +1,9 @@
-"""The components of a sum of experts: the chosen ones, the target's own, and fresh ones."""
+"""The components of a mixture: the chosen experts, the target's own, and fresh ones."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -15,31 +15,29 @@ from pimerge.adapters.kinds.lora import parse
 from pimerge.adapters.low_rank import DEFAULT_ENERGY, MergedModule, Truncation, relative_error, weighted_sum
 from pimerge.checkpoints.architecture import inside, lora_targets
 from pimerge.core.errors import PimergeError, Problems
+from pimerge.core.progress import Note
 from pimerge.models.loaded_base import LoadedBase, in_head
 from pimerge.tuning.fresh_expert import fresh_expert
 from pimerge.tuning.lora_layers import LoraComponent
-from pimerge.tuning.methods import MixturePlan
+from pimerge.tuning.method import TuneMethod
+from pimerge.tuning.plan import MixturePlan
 from pimerge.tuning.session import TuneRequest
 from pimerge.tuning.tensor_layers import TensorComponent, component_of, fresh_component
 
 TEMPERATURE = 0.1
-"""Of the softmax of expected gains, with one labelled example; it falls as the standard error of a gain does."""
+"""Temperature of the softmax of expected gains with one labelled example; it falls with the gains' standard error."""
 NO_EXPERT = "the target has no expert of its own: a fresh one takes its place"
 
 
-def chosen_experts(plan: MixturePlan, method: str, experts: Sequence[Expert], target: Expert | None) -> list[Expert]:
-    """The experts in the sum, the target's own first; checked to fit each other.
-
-    Raises:
-        PimergeError: if there are none and the method needs some, or they do not go together.
-    """
-    if not plan.experts:
+def chosen_experts(method: TuneMethod, experts: Sequence[Expert], target: Expert | None) -> list[Expert]:
+    """The experts in the mixture, the target's own first, checked to be compatible with each other."""
+    if not method.plan.experts:
         return []
     if not experts:
         raise PimergeError(
-            f"'{method}' needs experts to compose", "run 'pimerge rank --target NAME' first, or name the experts"
+            f"'{method.name}' needs experts to combine", "run 'pimerge rank --target NAME' first, or name the experts"
         )
-    if plan.target and target is not None:
+    if method.plan.target and target is not None:
         experts = [target, *(expert for expert in experts if expert.path.resolve() != target.path.resolve())]
     require_alike(experts)
     require_finite(experts)
@@ -47,18 +45,14 @@ def chosen_experts(plan: MixturePlan, method: str, experts: Sequence[Expert], ta
 
 
 def require_heads_alone(experts: Sequence[Expert], loaded: LoadedBase) -> None:
-    """Check that experts have nothing but updates and heads, since nothing else is summed or trained.
-
-    Raises:
-        PimergeError: with each that has.
-    """
+    """Refuse experts that have more than updates and a head, since nothing else is summed or trained."""
     problems = Problems()
     for expert in {expert.path: expert for expert in experts}.values():
         stray = sorted({name.rpartition(".")[0] for name in expert.head if not in_head(name, loaded.head)})
         if stray:
             problems.add(
-                f"'{expert.name}' has trained {', '.join(stray)} of the base (modules_to_save), which is no head and "
-                "would be lost",
+                f"'{expert.name}' has trained {', '.join(stray)} of the base (modules_to_save), which is not a head "
+                "and would be lost",
                 "leave it out, or merge instead: pimerge merge keeps what the target saved",
             )
     problems.raise_any("these experts are more than updates and heads")
@@ -67,26 +61,26 @@ def require_heads_alone(experts: Sequence[Expert], loaded: LoadedBase) -> None:
 def start_logits(
     plan: MixturePlan, count: int, request: TuneRequest, chosen: Sequence[Expert], examples: int
 ) -> list[float]:
-    """Logits whose softmax the weights start from: the scores, and 1/N for a component that has none.
+    """Logits whose softmax the weights start from: the scores, and 1/N for a component without one.
 
     Args:
-        count: how many components the sum has.
-        examples: labelled ones that the ranking's gains rest on.
+        count: how many components the mixture has.
+        examples: how many labelled ones the ranking's gains rest on.
     """
     ranked = _known(request.scores, request, chosen)
     if plan.start_by_gain and (gains := _known(request.gains, request, chosen)):
         ranked = gain_logits(gains, examples)
-    own = count - len(chosen) + (1 if plan.target and len(chosen) == count else 0)  # target's or fresh: no score
+    own = count - len(chosen) + (1 if plan.target and len(chosen) == count else 0)  # the target's or a fresh one
     if not plan.ranked_start or not ranked or len(ranked) < count - own:
         return [0.0] * count
-    # log-mean-exp of the others' scores: a softmax share of exactly 1/N
+    # log-mean-exp of the others' scores: a softmax weight of exactly 1/N
     highest = max(ranked)
     middle = highest + math.log(sum(math.exp(score - highest) for score in ranked) / len(ranked))
     return [middle] * own + ranked
 
 
 def gain_logits(gains: Sequence[float], examples: int) -> list[float]:
-    """Expected gains over the temperature of so many labelled examples: the fewer, the less gains are to be trusted.
+    """Expected gains over the temperature 0.1 / √examples: the fewer labelled examples, the less reliable the gains.
 
     >>> gain_logits([0.04, 0.0], examples=25)
     [2.0, 0.0]
@@ -95,7 +89,7 @@ def gain_logits(gains: Sequence[float], examples: int) -> list[float]:
 
 
 def _known(values: Sequence[float | None] | None, request: TuneRequest, chosen: Sequence[Expert]) -> list[float]:
-    """Of what the ranking says of its experts, what it says of the chosen ones."""
+    """Select the values of the chosen experts from those of all the request's experts."""
     by_path = dict(zip((expert.path.resolve() for expert in request.experts), values or [], strict=False))
     found = [by_path.get(expert.path.resolve()) for expert in chosen]
     return [value for value in found if value is not None]
@@ -103,7 +97,7 @@ def _known(values: Sequence[float | None] | None, request: TuneRequest, chosen: 
 
 @contextmanager
 def form_of(plan: MixturePlan, request: TuneRequest, chosen: Sequence[Expert]) -> Iterator[Expert | None]:
-    """An expert whose form the sum has, if it is of a kind without ΔW; None for LoRA."""
+    """An expert whose form the mixture has, if it is of a kind without ΔW; None for LoRA."""
     options, session = request.options, request.session
     kind = options.fresh_kind
     if kind is None:
@@ -133,8 +127,8 @@ def _known_form(plan: MixturePlan, request: TuneRequest, chosen: Sequence[Expert
 
 def tensor_components(
     plan: MixturePlan, request: TuneRequest, form: Expert, chosen: Sequence[Expert]
-) -> tuple[list[TensorComponent], bool]:
-    """As :func:`lora_components`, for experts without ΔW."""
+) -> list[TensorComponent]:
+    """The components of a mixture of experts without ΔW, a fresh one first."""
     loaded, seed = request.session.loaded, request.options.init_seed
     found = [component_of(expert, loaded) for expert in chosen]
     if plan.random_experts:
@@ -143,18 +137,12 @@ def tensor_components(
             fresh_component(form, loaded, seed + number, f"random {number}")
             for number in range(1, len(found) - len(own) + 1)
         ]
-    if not plan.fresh and not (plan.target and request.target is None):
-        return found, False
-    if plan.target:
-        request.note(NO_EXPERT)
-    return [fresh_component(form, loaded, seed), *found], True
+    return [fresh_component(form, loaded, seed), *found] if _needs_fresh(plan, request) else found
 
 
-def lora_components(
-    plan: MixturePlan, request: TuneRequest, chosen: Sequence[Expert]
-) -> tuple[list[LoraComponent], bool]:
-    """The components of a sum of updates, and whether one of them is fresh."""
-    options, loaded, like = request.options, request.session.loaded, request.like
+def lora_components(plan: MixturePlan, request: TuneRequest, chosen: Sequence[Expert]) -> list[LoraComponent]:
+    """The components of a mixture of updates ΔW, a fresh one first."""
+    options, loaded = request.options, request.session.loaded
     found = [_component(expert, options.rank, request.note) for expert in chosen]
     if plan.random_experts:
         own = found[: plan.target and request.target is not None]
@@ -162,32 +150,38 @@ def lora_components(
             _random_like(component, loaded, options.init_seed + number, f"random {number}")
             for number, component in enumerate(found[len(own) :], 1)
         ]
-    if not plan.fresh and not (plan.target and request.target is None):
-        return found, False
+    return [_fresh_for(plan, request), *found] if _needs_fresh(plan, request) else found
+
+
+def _needs_fresh(plan: MixturePlan, request: TuneRequest) -> bool:
+    if plan.target and request.target is None:
+        request.note(NO_EXPERT)
+        return True
+    return plan.fresh
+
+
+def _fresh_for(plan: MixturePlan, request: TuneRequest) -> LoraComponent:
+    """A fresh LoRA of the size that the options ask for, else that of the expert it shall be like."""
+    options, loaded, like = request.options, request.session.loaded, request.like
     places = tuple(sorted(like.modules)) if like and like.modules else lora_targets(loaded.model)
-    modules = options.fresh_modules or places
     like = like if like and like.strategy.stores_factors else None  # others have no rank
     rank = options.fresh_rank or (max(like.ranks) if like else 8)
     alpha = options.fresh_alpha
     if alpha is None:
         alpha = max((module.alpha for module in like.modules.values()), default=float(rank)) if like else float(rank)
         alpha = alpha * rank / max(like.ranks) if like else alpha
-    fresh = fresh_lora(loaded, rank if plan.train_experts else 1, alpha, modules, options.init_seed)
-    if plan.target:
-        request.note(NO_EXPERT)
-    return [fresh, *found], True
+    return fresh_lora(
+        loaded, rank if plan.train_experts else 1, alpha, options.fresh_modules or places, options.init_seed
+    )
 
 
 def fresh_lora(
     loaded: LoadedBase, rank: int, alpha: float, modules: Sequence[str] | None, seed: int, name: str = "fresh"
 ) -> LoraComponent:
-    """A fresh LoRA expert with PEFT's own init (A Kaiming-uniform, B zero); the base comes back as it was.
+    """Make a fresh LoRA expert with PEFT's own init (A Kaiming-uniform, B zero); the base is unchanged afterwards.
 
     Args:
         modules: names or name endings; None for those that PEFT adapts in this architecture.
-
-    Raises:
-        PimergeError: if PEFT finds no such modules.
     """
     from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 
@@ -216,17 +210,17 @@ def fresh_lora(
 
 
 def _random_like(component: LoraComponent, loaded: LoadedBase, seed: int, name: str) -> LoraComponent:
-    """A fresh LoRA in the places of another, of its highest rank."""
+    """A fresh LoRA on the modules of another, of its highest rank."""
     rank = max(module.rank for module in component.modules.values())
     alpha = rank * max(factors.scaling for factors in component.factors.values())
     return fresh_lora(loaded, rank, alpha, sorted(component.modules), seed, name)
 
 
-def _component(expert: Expert, rank: int | None, note: Callable[[str], None]) -> LoraComponent:
-    """An expert of the sum; one of another kind than LoRA becomes a LoRA.
+def _component(expert: Expert, rank: int | None, note: Note) -> LoraComponent:
+    """An expert as a component; an expert of another kind than LoRA becomes a LoRA.
 
     Args:
-        rank: that it then has at most; None for what keeps most of ΔW.
+        rank: the highest that it then has; None for one that keeps most of ΔW.
     """
     if not expert.is_computed:
         return LoraComponent(expert.name, expert.modules, {name: expert.factors(name) for name in expert.modules})
@@ -237,7 +231,7 @@ def _component(expert: Expert, rank: int | None, note: Callable[[str], None]) ->
         factors[name] = found.factors
         summaries.append(MergedModule(module, found.factors, found.energy, found.lost).summary)
     note(
-        f"'{expert.name}' is of kind {expert.kind}: it goes in as a LoRA of rank {max(s.rank for s in summaries)}, "
+        f"'{expert.name}' is of kind {expert.kind}: it becomes a LoRA of rank {max(s.rank for s in summaries)}, "
         f"without {relative_error(summaries):.1%} of its ‖ΔW‖ (--rank N for another rank)"
     )
     return LoraComponent(expert.name, expert.modules, factors)

@@ -1,8 +1,7 @@
-"""Learning rate and epochs of a tune method, chosen on folds of the few examples.
+"""Choose learning rate and epochs of a tune method by cross-validation on the few examples.
 
-Every method has the same budget: :data:`FACTORS` of its usual learning rate, each tried on the same folds for all
-epochs. What is then trained on all examples has the learning rate, and stops after the epoch, of the lowest held-out
-loss.
+Every method has the same budget: :data:`FACTORS` times its default learning rate, each tried on the same folds for all
+epochs. The training on all examples takes the learning rate, and ends after the epoch, of the lowest held-out loss.
 """
 
 from __future__ import annotations
@@ -11,10 +10,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from pimerge.core.progress import unheard
+from pimerge.tuning.fit import fit
+from pimerge.tuning.loss import held_out_loss
 from pimerge.tuning.method import TuneMethod
 from pimerge.tuning.options import TrainingOptions
 from pimerge.tuning.session import TuneRequest
-from pimerge.tuning.trainer import LOWER, Diverged, held_out_loss
+from pimerge.tuning.trainer import LOWER, Diverged
 
 FACTORS = (0.3, 1.0, 3.0)
 FOLDS = 3
@@ -22,25 +24,22 @@ FOLDS = 3
 
 @dataclass(frozen=True)
 class Tried:
-    """A learning rate, and the mean held-out loss after each epoch (one alone for methods of several trainings)."""
+    """A learning rate, and the mean held-out loss after each epoch; a single one for methods of several trainings."""
 
     lr: float
     losses: tuple[float, ...]
 
     @property
     def best(self) -> tuple[float, int]:
-        """The lowest loss, and after how many epochs it was."""
+        """The lowest loss, and the number of epochs after which it occurred."""
         least = min(self.losses)
         return least, self.losses.index(least) + 1
 
 
 def choose(method: TuneMethod, request: TuneRequest) -> TrainingOptions:
-    """The request's options with the learning rate and the epochs that do best on what is held out.
+    """The request's options with the learning rate and the epochs that have the lowest held-out loss.
 
-    With one example of each class nothing can be held out, and the options stay as they are.
-
-    Raises:
-        PimergeError: as the method's ``fit``.
+    With one example of each class nothing can be held out, and the options stay unchanged.
     """
     session, options = request.session, request.options
     _, labels = session.task.examples(
@@ -48,7 +47,7 @@ def choose(method: TuneMethod, request: TuneRequest) -> TrainingOptions:
     )
     folds = min(FOLDS, max(labels.count(label) for label in set(labels)))
     if folds < 2:
-        request.note("one example of each class: nothing can be held out, so the usual learning rate is taken")
+        request.note("one example of each class: nothing can be held out, so the default learning rate is taken")
         return replace(options, holdout=0.0)
     usual = options.lr or method.plan.usual_lr(session.loaded.width)
     tried = []
@@ -75,8 +74,8 @@ def _curve(method: TuneMethod, request: TuneRequest, lr: float, fold: int, folds
     """The held-out loss of a fold after each epoch, or at the end."""
     part = request.with_options(f"lr-{lr:g}-fold-{fold}", lr=lr, holdout=0.0, patience=10**6)
     with request.session.restored(request.options.seed) as undo:
-        part = replace(part, fold=(fold, folds), undo=undo, note=lambda message: None)
-        result = method.fit(part)
+        part = replace(part, fold=(fold, folds), undo=undo, note=unheard)
+        result = fit(method, part)
         losses = result.outcome.held_out_losses
         if not losses:
             _, held_out = part.examples()

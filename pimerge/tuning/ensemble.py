@@ -22,7 +22,8 @@ from pimerge.core.errors import PimergeError, Problems
 from pimerge.models.heads import set_head
 from pimerge.models.injection import modules_restored, tensors_restored
 from pimerge.models.loaded_base import LoadedBase
-from pimerge.tuning.lora_layers import LoraComponent, Switch, mix_lora
+from pimerge.tuning.lora_layers import LoraComponent, mix_lora
+from pimerge.tuning.mixture import Switch
 from pimerge.tuning.tensor_layers import component_of, mix_tensors
 
 if TYPE_CHECKING:

@@ -1,20 +1,15 @@
-"""Several experts inside one model, as one weighted update per layer.
+"""Several LoRA experts inside one model, as one weighted update per layer.
 
 A layer computes y = x (W0 + Σ_n w_n s_n B_n A_n)ᵀ + b. The experts' factors are stacked, A (R × d_in) and
 B (d_out × R) with R = Σ r_n, and row r of A is scaled by w_n s_n of its expert: so N experts are one LoRA of
-rank R, never N projections. Of three exact ways to compute it the one with the fewest operations is taken:
+rank R, never N projections.
 
-- ``stack``: y = x W0ᵀ + ((x Aᵀ) ⊙ scale) Bᵀ. Cheap for few tokens or small R.
-- ``materialise``: y = x (W0 + (B ⊙ scale) A)ᵀ, with the gradient of the scale from x Aᵀ and g B.
-- ``materialise-dense``: the same, with it from gᵀ x. Cheap for many tokens and large R.
-
-Embeddings and convolutions are stacked always, as PEFT runs them: A looks up or convolves, B mixes what comes out.
+Linear layers take the cheapest exact way to compute it (:mod:`pimerge.tuning.mixed_linear`). Embeddings and
+convolutions are always stacked, as PEFT runs them: A looks up or convolves, B mixes what comes out.
 """
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -26,12 +21,11 @@ from torch.nn.functional import conv1d, conv2d, conv3d, embedding, linear
 from pimerge.adapters.base_fit import delta_shape
 from pimerge.adapters.lora_module import Factors, LoraModule, refuse_biased_embeddings
 from pimerge.core.errors import PimergeError, Problems
+from pimerge.tuning.mixed_linear import mixed_linear
+from pimerge.tuning.mixture import Mixture
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-GRANULARITIES = ("matrix", "layer", "role", "global")
-PLANS = ("stack", "materialise", "materialise-dense")
 
 
 @dataclass(frozen=True)
@@ -41,94 +35,6 @@ class LoraComponent:
     name: str
     modules: Mapping[str, LoraModule]
     factors: Mapping[str, Factors]
-
-
-class Mixture(nn.Module):
-    """Weights of N experts, one vector per group of modules: the softmax of what trains.
-
-    Args:
-        modules: names of all modules that the experts adapt.
-        start: N numbers whose softmax the weights start from.
-        granularity: ``matrix`` (a vector per module), ``layer`` (shared within a layer), ``role`` (shared by what has
-            one name in all layers) or ``global``.
-        trained: whether the weights train.
-    """
-
-    sums_to_one = True
-
-    def __init__(self, modules: Sequence[str], start: Sequence[float], granularity: str, trained: bool) -> None:
-        super().__init__()
-        self.group_of = group_modules(modules, granularity)
-        groups = max(self.group_of.values(), default=0) + 1
-        self.logits = nn.Parameter(self._start(torch.tensor(list(start)).float()).repeat(groups, 1), trained)
-
-    def _start(self, logits: Tensor) -> Tensor:
-        return logits
-
-    def forward(self, module: str) -> Tensor:
-        """The weights (N) of one module, or of each of its outputs (N × d_out)."""
-        return self.logits[self.group_of[module]].softmax(0)
-
-    def weights(self) -> dict[str, list[float]]:
-        """Module → weights; the mean where each output has its own."""
-        with torch.no_grad():
-            found = {module: self(module) for module in sorted(self.group_of)}
-        return {
-            module: each.flatten(1).mean(1).tolist() if each.dim() > 1 else each.tolist()
-            for module, each in found.items()
-        }
-
-
-class FreeMixture(Mixture):
-    """The weights themselves train, and need not sum to one."""
-
-    sums_to_one = False
-
-    def _start(self, logits: Tensor) -> Tensor:
-        return logits.softmax(0)
-
-    def forward(self, module: str) -> Tensor:
-        """The weights (N) of one module."""
-        return self.logits[self.group_of[module]]
-
-
-class ChannelMixture(FreeMixture):
-    """Weights of every output: ΔW = Σ_n diag(ω_n) s_n B_n A_n.
-
-    Args:
-        widths: d_out of each module.
-    """
-
-    def __init__(self, widths: Mapping[str, int], start: Sequence[float], granularity: str, trained: bool) -> None:
-        super().__init__(list(widths), start, granularity, trained)
-        self.widths = dict(widths)
-        widest = max(self.widths.values(), default=0)
-        self.logits = nn.Parameter(self.logits.detach()[..., None].repeat(1, 1, widest), trained)
-
-    def forward(self, module: str) -> Tensor:
-        """The weights (N × d_out) of one module."""
-        return super().forward(module)[:, : self.widths[module]]
-
-
-class Switch(Mixture):
-    """One expert at a time, at full weight, or none: nothing trains."""
-
-    sums_to_one = False
-
-    def __init__(self, modules: Sequence[str], count: int) -> None:
-        super().__init__(modules, [0.0] * count, "global", trained=False)
-        self.choose(None)
-
-    def choose(self, expert: int | None) -> None:
-        """Let one answer; None for the bare base."""
-        with torch.no_grad():
-            self.logits.zero_()
-            if expert is not None:
-                self.logits[:, expert] = 1.0
-
-    def forward(self, module: str) -> Tensor:
-        """The weights (N) of one module: a one, or none, and zeros."""
-        return self.logits[self.group_of[module]]
 
 
 class MixedLinear(nn.Module):
@@ -322,127 +228,3 @@ def _mixed_type(layer: nn.Module | None) -> type[MixedLinear]:
     raise PimergeError(
         f"is a {type(layer).__name__}", "tuning composes Linear, Conv1D, Embedding and convolution layers"
     )
-
-
-def group_modules(modules: Sequence[str], granularity: str) -> dict[str, int]:
-    """Module → number of the group whose weights it shares.
-
-    >>> group_modules(["enc.0.q", "enc.0.v", "enc.1.q"], "layer")
-    {'enc.0.q': 0, 'enc.0.v': 0, 'enc.1.q': 1}
-
-    Raises:
-        PimergeError: for a granularity that is not known.
-    """
-    if granularity not in GRANULARITIES:
-        raise PimergeError(f"--granularity is '{granularity}'", f"expected {', '.join(GRANULARITIES)}")
-    numbers: dict[str, int] = {}
-    groups = {}
-    for module in sorted(modules):
-        layer = re.match(r"(.*?\.\d+)(?:\.|$)", module)
-        key = {
-            "matrix": module,
-            "layer": layer[1] if layer else module,
-            "role": re.sub(r"\.\d+(?=\.|$)", "", module),
-            "global": "",
-        }[granularity]
-        groups[module] = numbers.setdefault(key, len(numbers))
-    return groups
-
-
-def mixed_linear(
-    x: Tensor,
-    scale: Tensor,
-    A: Tensor,
-    B: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    plan: str | None = None,
-) -> Tensor:
-    """x (W0 + (B ⊙ scale) A)ᵀ + b, exactly, by the cheapest plan; W0 and b are frozen.
-
-    Args:
-        x: (…, d_in).
-        scale: (R), weight times scaling of each row of A.
-        A: (R × d_in).
-        B: (d_out × R).
-        weight: (d_out × d_in).
-        bias: (d_out) or None.
-        plan: one of ``PLANS``; None for the cheapest.
-
-    >>> x, A, B, W = torch.ones(1, 3), torch.ones(2, 3), torch.ones(4, 2), torch.zeros(4, 3)
-    >>> mixed_linear(x, torch.tensor([1.0, 0.5]), A, B, W, None).tolist()
-    [[4.5, 4.5, 4.5, 4.5]]
-    """
-    output: Tensor = _MixedLinear.apply(x, scale, A, B, weight, bias, plan)  # type: ignore[no-untyped-call]
-    return output
-
-
-def cheapest_plan(tokens: int, d_in: int, d_out: int, R: int, factors_train: bool) -> str:
-    """The plan with the fewest multiplications in a forward and a backward.
-
-    >>> cheapest_plan(64, 768, 768, 16, False), cheapest_plan(4096, 384, 384, 1024, False)
-    ('stack', 'materialise-dense')
-    """
-    through = tokens * R * (d_in + d_out)  # all tokens through both factors
-    product = R * d_in * d_out  # B A, or dW onto a factor
-    costs = {
-        "stack": through * (3 if factors_train else 2),
-        "materialise": product + through * (2 if factors_train else 1),
-        "materialise-dense": product * (3 if factors_train else 2) + tokens * d_in * d_out,
-    }
-    return min(PLANS, key=lambda plan: costs[plan])
-
-
-class _MixedLinear(torch.autograd.Function):
-    """The three plans of :func:`mixed_linear`; G is the gradient of y, H = x Aᵀ, D = G B, S = diag(scale)."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, scale: Tensor, A: Tensor, B: Tensor, weight: Tensor, bias: Tensor | None, plan: str | None
-    ) -> Tensor:
-        tokens, (R, d_in), d_out = math.prod(x.shape[:-1]), A.shape, len(B)
-        factors_train = any(ctx.needs_input_grad[2:4])
-        ctx.plan = plan or cheapest_plan(tokens, d_in, d_out, R, factors_train)
-        if ctx.plan == "stack":
-            H = x.reshape(-1, d_in) @ A.T
-            ctx.save_for_backward(x if factors_train else None, scale, A, B, weight, H)
-            y = linear(x, weight, bias)
-            return y + ((H * scale) @ B.T).view(y.shape)
-        delta = (B * scale) @ A
-        merged = weight + delta
-        ctx.save_for_backward(x, scale, A, B, merged, None)
-        if x.dtype in (torch.bfloat16, torch.float16):  # W0 + ΔW in 16 bits would round most of ΔW away
-            return linear(x, weight, bias) + linear(x, delta)
-        return linear(x, merged, bias)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, scale, A, B, weight, H = ctx.saved_tensors  # weight is W0 for stack, else W0 + ΔW
-        G = gradients[0].reshape(-1, len(B))
-        needs_x, needs_scale = ctx.needs_input_grad[:2]
-        needs_factors = any(ctx.needs_input_grad[2:4])
-        flat = None if x is None else x.reshape(-1, A.shape[1])
-        grad_scale = grad_A = grad_B = None
-        grad_x = G @ weight if needs_x else None
-        if ctx.plan == "materialise-dense":
-            if needs_scale or needs_factors:
-                assert flat is not None
-                dW = G.T @ flat  # (d_out × d_in)
-                BtdW = B.T @ dW
-                grad_scale = (BtdW * A).sum(1)
-                if needs_factors:
-                    grad_A, grad_B = scale[:, None] * BtdW, (dW @ A.T) * scale
-        else:
-            if H is None and (needs_scale or needs_factors):
-                assert flat is not None
-                H = flat @ A.T
-            D = G @ B
-            grad_scale = (H * D).sum(0) if needs_scale else None
-            if needs_factors:
-                assert flat is not None
-                grad_A, grad_B = (D * scale).T @ flat, G.T @ (H * scale)
-            if ctx.plan == "stack" and grad_x is not None:
-                grad_x = grad_x.addmm(D * scale, A)
-        if grad_x is not None:
-            grad_x = grad_x.view(*gradients[0].shape[:-1], A.shape[1])
-        return grad_x, grad_scale, grad_A, grad_B, None, None, None

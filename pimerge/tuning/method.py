@@ -1,100 +1,60 @@
-"""A tune method with its options, as the stages use it."""
+"""The family of tune methods: each file of ``tuning/methods/`` ends in one :class:`TuneMethod`, its ``METHOD``."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pimerge.core import plugins
-from pimerge.tuning.class_name_examples import class_names, may_take_names, names_predict
-from pimerge.tuning.methods import MixturePlan
-from pimerge.tuning.mixed_expert import train_mixture
-from pimerge.tuning.session import TuneRequest, TuneResult
+from pimerge.core.plugins import Family, Strategy
+from pimerge.tuning.plan import MixturePlan
 
-PACKAGE = "pimerge.tuning.methods"
+if TYPE_CHECKING:
+    from pimerge.tuning.session import TuneResult
 
 
-@dataclass(frozen=True)
-class TuneMethod:
-    """One file of ``tune_methods/`` with its options; see :func:`open_tune_method`.
+@dataclass(frozen=True, kw_only=True)
+class TuneMethod(Strategy):
+    """A way to combine experts by training on the target's examples.
 
     Attributes:
-        options: those that were given; the file's own defaults serve for the others.
+        formula: what the result computes, for listings.
+        paper: where the method comes from; empty if it has no paper.
+        plan: what is mixed and what trains.
+        fit: (request, own options by keyword) → the result, which is still in the base's model; None for methods that
+            mix, train once and collapse, as :func:`pimerge.tuning.mix.train_mixture` does.
+        without_experts: name of the method that replaces this one when the ranking selects no expert.
+        without_names: name of the method that replaces this one, in turn, where the target's classes have no names
+            that are texts; empty for methods that need none.
     """
 
-    name: str
-    file: ModuleType
-    options: Mapping[str, Any]
+    formula: str
+    paper: str = ""
+    plan: MixturePlan
+    fit: Callable[..., TuneResult] | None = None
+    without_experts: str = "scratch"
+    without_names: str = ""
 
-    @property
-    def plan(self) -> MixturePlan:
-        """What it composes."""
-        plan: MixturePlan = self.file.PLAN
-        return plan
+    def with_options(self, values: Mapping[str, Any] | None = None) -> TuneMethod:
+        """The method with the given values in place of its defaults; wrong ones are refused all at once.
 
-    @property
-    def resolved(self) -> dict[str, Any]:
-        """Every option of its own with the value that it has."""
-        return {**_defaults(self.file), **self.options}
-
-    @property
-    def is_one_training(self) -> bool:
-        """Whether it trains once, all epochs in a row."""
-        return not hasattr(self.file, "fit")
-
-    def fit(self, request: TuneRequest) -> TuneResult:
-        """Leave the tuned result in the request's base.
-
-        Raises:
-            PimergeError: if the experts, the task, an option or the disk has a problem.
+        Args:
+            values: name of an option → value; None for an option that was not given.
         """
-        request = decided(request, self.plan)
-        result: TuneResult = (
-            train_mixture(request, self.plan, self.name)
-            if self.is_one_training
-            else self.file.fit(request, **self.options)
-        )
-        return replace(result, settings={**result.settings, "class_names": request.options.class_names})
+        given = METHODS.given_options(self, values or {})
+        return replace(self, options={option: given.get(option.name, old) for option, old in self.options.items()})
+
+
+METHODS = Family("pimerge.tuning.methods", "tune method", "METHOD", TuneMethod)
 
 
 def open_tune_method(name: str, options: Mapping[str, Any] | None = None) -> TuneMethod:
-    """A tune method by name, with options of its own.
+    """Look up a tune method and set its own options.
 
     Args:
-        options: name → value; None for one that was not given.
+        options: name → value; None for an option that was not given.
 
-    Raises:
-        PimergeError: if there is no such method, or it does not take an option.
-
-    >>> open_tune_method("scalearn", {"uniform": True, "shared": None}).resolved
+    >>> open_tune_method("scalearn", {"uniform": True, "shared": None}).defaults
     {'uniform': True, 'shared': False}
     """
-    file = plugins.load(PACKAGE, name)
-    given = plugins.given_options(PACKAGE, name, options, _defaults)
-    return TuneMethod(name.replace("_", "-"), file, given)
-
-
-def _defaults(file: ModuleType) -> dict[str, Any]:
-    return plugins.keyword_defaults(file.fit) if hasattr(file, "fit") else {}
-
-
-def decided(request: TuneRequest, plan: MixturePlan) -> TuneRequest:
-    """The request with ``class_names`` of its options decided: where they are left open, by whether the names foretell.
-
-    The base must be bare.
-
-    Raises:
-        PimergeError: if names are asked for and are no texts.
-    """
-    session, taken = request.session, request.options.class_names
-    if taken is None:
-        silently = replace(request, note=lambda message: None, options=replace(request.options, class_names=False))
-        taken = may_take_names(session.task, plan) and names_predict(
-            session.loaded, session.task, silently.examples()[0]
-        )
-    if taken:
-        count = len(class_names(session.task, session.loaded.processor, session.loaded.config))
-        request.note(f"the names of the {count} classes are learned from, as one more example of each")
-    return replace(request, options=replace(request.options, class_names=taken))
+    return METHODS.load(name).with_options(options)

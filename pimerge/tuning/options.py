@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
 
 from pimerge.core.errors import Problems
-from pimerge.tuning.lora_layers import GRANULARITIES
+from pimerge.tuning.plan import Granularity
 
-DECAYS = ("zero", "start")
-_HIGHEST_RATE = 1e6
-"""AdamW moves every number by about the rate at each step: no training is left above, and float32 overflows."""
+
+class DecayTowards(StrEnum):
+    """Where weight decay pulls parameters."""
+
+    ZERO = "zero"
+    START = "start"
+    """The start of the training (L2-SP, arXiv 1802.01483)."""
 
 
 @dataclass(frozen=True)
@@ -18,23 +25,33 @@ class TrainingOptions:
     """How to train.
 
     Attributes:
-        epochs: most passes over the training examples; early stopping may end it before. ``stop_after``: where it ends
-            in any case, with the learning rate on its way through all epochs; None for the end.
-        lr: learning rate of factors and head; None for the method's own. ``weights_lr``: of the mixture's logits.
-        holdout: share of the training examples kept for early stopping, the same of each class; 0 for none, None for
-            the method's own.
-        patience: epochs without a better held-out loss before it stops.
-        shots: examples drawn of each class; None for all.
-        weight_decay: of factors and head; ``decay_towards``: ``zero``, or the ``start`` (L2-SP, arXiv 1802.01483).
-        ema: decay of a moving average of what trains, which is what is scored and kept; None for none.
-        sam: radius of sharpness-aware minimisation, at two passes a step; None for none.
-        class_names: whether the names of the classes are examples, too; None for the method's own, which takes them
-            where they foretell the examples.
-        rank: of the exported expert; None keeps every direction.
-        fresh_kind: of a fresh expert; None for the pool's, else LoRA.
-        fresh_rank, fresh_alpha, fresh_modules: of a fresh expert; None for the pool's, else r = alpha = 8 on
-            the modules that PEFT adapts in this architecture. Of a bottleneck, prefix or prompt, the rank is its size.
-        init_seed: of a fresh expert, so that several tasks share one init; ``seed`` decides all else.
+        epochs: the most passes over the training examples; early stopping may end the training before.
+        stop_after: the epoch after which the training ends in any case, on the learning rate's schedule for all
+            epochs; None for the last.
+        lr: learning rate of factors and head; None for the method's own.
+        weights_lr: learning rate of the experts' weights.
+        batch_size: examples per step.
+        seed: decides every random draw but that of a fresh expert's init.
+        holdout: share of the training examples kept for early stopping, the same of each class; None for the method's
+            own.
+        patience: epochs without a lower held-out loss before the training ends.
+        shots: training examples of each class; None for all.
+        label_smoothing: share of the target that is spread over all classes.
+        warmup: share of the steps over which the learning rate rises.
+        weight_decay: of factors and head.
+        max_grad_norm: gradients are clipped to this norm.
+        decay_towards: a :class:`DecayTowards`.
+        ema: decay of a moving average of what trains, which is scored and kept; None for none.
+        sam: radius of sharpness-aware minimisation, which takes two passes per step; None for none.
+        granularity: which modules share weights, a :class:`pimerge.tuning.plan.Granularity`.
+        class_names: whether the names of the classes are examples as well; None for the method's own choice, which is
+            to use them where they predict the examples.
+        rank: highest rank of the result; None keeps every direction.
+        fresh_kind: kind of a fresh expert; None for the pool's, else LoRA.
+        fresh_rank: rank of a fresh LoRA, or size of a bottleneck, prefix or prompt; None for the pool's, else 8.
+        fresh_alpha: alpha of a fresh LoRA; None for the pool's, else its rank.
+        fresh_modules: modules of a fresh expert; None for the pool's, else those that PEFT adapts in the architecture.
+        init_seed: decides the init of a fresh expert, so that several tasks can share one.
     """
 
     epochs: float = 30
@@ -50,10 +67,10 @@ class TrainingOptions:
     warmup: float = 0.06
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
-    decay_towards: str = "zero"
+    decay_towards: str = DecayTowards.ZERO
     ema: float | None = None
     sam: float | None = None
-    granularity: str = "matrix"
+    granularity: str = Granularity.MATRIX
     class_names: bool | None = None
     rank: int | None = None
     fresh_kind: str | None = None
@@ -63,30 +80,25 @@ class TrainingOptions:
     init_seed: int = 0
 
 
-def check_options(options: TrainingOptions) -> None:
-    """Check the numbers.
+_POSITIVE = ("epochs", "batch_size", "patience", "max_grad_norm", "fresh_alpha", "sam")
+_RANGES: Sequence[tuple[Sequence[str], Callable[[Any], bool], str]] = [
+    (_POSITIVE, lambda value: 0 < value < math.inf, "a positive number"),
+    # AdamW moves every number by about the rate at each step: above, no training is left, and float32 overflows
+    (("lr", "weights_lr"), lambda value: 0 < value <= 1e6, "above 0 and at most 1e+06"),
+    (("holdout", "label_smoothing", "warmup", "ema"), lambda value: 0 <= value < 1, "at least 0 and below 1"),
+    (("rank", "fresh_rank", "shots"), lambda value: value >= 1, "at least 1"),
+    (("weight_decay",), lambda value: value >= 0, "at least 0"),
+    (("decay_towards",), list(DecayTowards).__contains__, f"one of {', '.join(DecayTowards)}"),
+    (("granularity",), list(Granularity).__contains__, f"one of {', '.join(Granularity)}"),
+]
 
-    Raises:
-        PimergeError: with each that does not fit.
-    """
+
+def check_options(options: TrainingOptions) -> None:
+    """Refuse options that are out of range, all of them at once."""
     problems = Problems()
-    positive = ("epochs", "lr", "weights_lr", "batch_size", "patience", "max_grad_norm", "fresh_alpha", "sam")
-    for field in positive:
-        value = getattr(options, field)
-        if value is not None and not 0 < value < math.inf:
-            problems.add(f"--{field.replace('_', '-')} is {value}, expected a number above 0")
-        elif value is not None and field in ("lr", "weights_lr") and value > _HIGHEST_RATE:
-            problems.add(f"--{field.replace('_', '-')} is {value}, expected at most {_HIGHEST_RATE:g}")
-    for field in ("holdout", "label_smoothing", "warmup", "ema"):
-        if getattr(options, field) is not None and not 0 <= getattr(options, field) < 1:
-            problems.add(f"--{field.replace('_', '-')} is {getattr(options, field)}, expected 0 or more and below 1")
-    for field in ("rank", "fresh_rank", "shots"):
-        if getattr(options, field) is not None and getattr(options, field) < 1:
-            problems.add(f"--{field.replace('_', '-')} is {getattr(options, field)}, expected at least 1")
-    if not options.weight_decay >= 0:
-        problems.add(f"--weight-decay is {options.weight_decay}, expected 0 or more")
-    if options.decay_towards not in DECAYS:
-        problems.add(f"--decay-towards is '{options.decay_towards}'", f"expected {' or '.join(DECAYS)}")
-    if options.granularity not in GRANULARITIES:
-        problems.add(f"--granularity is '{options.granularity}'", f"expected {', '.join(GRANULARITIES)}")
-    problems.raise_any("the options do not fit")
+    for names, accepts, expected in _RANGES:
+        for name in names:
+            value = getattr(options, name)
+            if value is not None and not accepts(value):
+                problems.add(f"--{name.replace('_', '-')} must be {expected}; got {value}")
+    problems.raise_any("the training options are out of range")

@@ -1,25 +1,27 @@
-"""A base in memory, for one task, on which tune methods are tried one after the other.
+"""A base in memory, for one task, on which tune methods run one after the other.
 
-A method is given a :class:`TuneRequest` and leaves a :class:`TuneResult` in the base's model; afterwards the base is
-as it was.
+A method takes a :class:`TuneRequest` and leaves a :class:`TuneResult` in the base's model; after the run the base is
+restored.
 """
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from pimerge.adapters.expert import Expert
+from pimerge.adapters.expert import CONFIG, TASK, Expert
 from pimerge.checkpoints.base import Base
-from pimerge.core.manifest import Manifest
-from pimerge.core.progress import Track, silent
+from pimerge.core.errors import PimergeError
+from pimerge.core.files import hashes_of, json_text, write_into
+from pimerge.core.manifest import MANIFEST_FILE, Manifest
+from pimerge.core.progress import Note, Track, silent, unheard
 from pimerge.models.heads import initialise_head
 from pimerge.models.injection import modules_restored, tensors_restored
 from pimerge.models.loaded_base import LoadedBase
@@ -28,8 +30,13 @@ from pimerge.tasks.examples import Examples
 from pimerge.tasks.sampling import split_fold, split_holdout
 from pimerge.tasks.task import Task
 from pimerge.tuning.class_name_examples import class_names
+from pimerge.tuning.mixture import Mixture
 from pimerge.tuning.options import TrainingOptions
-from pimerge.tuning.trainer import TrainingOutcome
+from pimerge.tuning.trainer import TrainingOutcome, TrainingRun, train
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -67,11 +74,7 @@ class TuningSession:
 
 
 def open_session(task: Task, base: Base, device: str = "auto", dtype: str = "auto", seed: int = 0) -> TuningSession:
-    """Load a base for a task.
-
-    Raises:
-        PimergeError: if the device, the dtype or the base cannot be had.
-    """
+    """Load a base for a task."""
     resolved = resolve_device(device)
     precision = resolve_dtype(dtype, resolved)
     session = TuningSession(task, base, load_base(base, task, resolved, precision, seed), resolved, precision)
@@ -82,18 +85,18 @@ def open_session(task: Task, base: Base, device: str = "auto", dtype: str = "aut
 
 @dataclass(frozen=True)
 class TuneRequest:
-    """What a tune method is given.
+    """What a tune method takes.
 
     Attributes:
         experts: the chosen ones, each at its strength, best first.
         target: the target's own expert, if it has one.
-        like: whose rank, alpha and modules a fresh expert has; None for the usual ones.
-        scores: of the experts in the ranking, or None.
+        like: whose rank, alpha and modules a fresh expert takes; None for the default ones.
+        scores: the ranking's score of each expert, if known.
         run: folder of the checkpoints.
-        gains: what the ranking expects of each expert over the bare base, or None.
-        fold: which of how many folds is held out, in place of a share; None for the share.
-        undo: what is done before the base is used again.
-        note: told what the user should know, a sentence at a time.
+        gains: the gain over the bare base that the ranking expects of each expert, if known.
+        fold: (index, count) of the fold that is held out in place of a share; None for the share.
+        undo: what is undone before the base is used again.
+        note: receives what the user should know, a sentence at a time.
     """
 
     session: TuningSession
@@ -105,16 +108,35 @@ class TuneRequest:
     run: Path
     gains: Sequence[float | None] | None = None
     track: Track = silent
-    note: Callable[[str], None] = lambda message: None
+    note: Note = unheard
     fold: tuple[int, int] | None = None
     undo: ExitStack = field(default_factory=ExitStack)
 
     def with_options(self, part: str, **changes: Any) -> TuneRequest:
-        """The same with other options, for a part of a method; its checkpoints lie in a folder of that name."""
+        """The request with other options, for a part of a method; its checkpoints lie in a folder of that name."""
         return replace(self, options=replace(self.options, **changes), run=self.run / part)
 
+    def train(
+        self, model: nn.Module, mixture: Mixture, examples: Examples, held_out: Examples | None
+    ) -> TrainingOutcome:
+        """Train the head and whatever requires gradients in a model of the session; see :func:`trainer.train`."""
+        return train(
+            TrainingRun(
+                loaded=self.session.loaded,
+                model=model,
+                mixture=mixture,
+                examples=examples,
+                held_out=held_out,
+                folder=self.run,
+                options=self.options,
+                precision=self.session.precision,
+                track=self.track,
+                note=self.note,
+            )
+        )
+
     def examples(self, form: Expert | None = None) -> tuple[Examples, Examples | None]:
-        """What is trained on, and what is held out; names of classes are among the former, if the options say so.
+        """The examples to train on, with the names of classes if the options say so, and those that are held out.
 
         Args:
             form: an expert that takes room before the text.
@@ -140,20 +162,23 @@ class TuneRequest:
 
 @dataclass(frozen=True)
 class TuneResult:
-    """What a tune method made; it is in the base's model until the session is restored.
+    """What a tune method made. Until the session is restored it is in the base's model.
 
     Attributes:
         model: the module that answers.
         outcome: how the training went.
-        experts: their names, those that no folder holds first.
-        weights: module → weight of each of them.
-        scales: strength of each of them, before its weight.
-        examples: how many were trained on; ``held_out``: how many were not.
-        rank: of the update; 0 for kinds without ΔW.
-        truncation: relative error of cutting it to that rank.
-        deployed_parameters: numbers that the result adds to the base.
+        experts: their names; fresh ones, which no folder holds, come first.
+        weights: module → weight of each expert.
+        scales: strength of each expert, before its weight.
+        examples: how many were trained on.
+        held_out: how many were held out.
+        rank: the highest rank of an update; 0 for kinds without ΔW.
+        truncation: relative error of cutting the update to that rank.
+        deployed_parameters: how many numbers the result adds to the base.
         settings: what the method came to use, for the manifest.
-        write: puts it into a folder, whole or not at all, with this manifest; the last says whether to replace one.
+        write: (folder, manifest, whether to replace what is there) writes the result, completely or not at all.
+        method: name of the method.
+        output: folder that it was written to.
     """
 
     model: nn.Module
@@ -168,3 +193,45 @@ class TuneResult:
     deployed_parameters: int
     settings: dict[str, Any]
     write: Callable[[Path, Manifest, bool], None]
+    method: str = ""
+    output: Path = Path()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The document that ``pimerge tune --json`` prints."""
+        return {
+            "output": str(self.output),
+            "method": self.method,
+            "experts": self.experts,
+            "scales": self.scales,
+            "rank": self.rank,
+            "truncation": self.truncation,
+            "epochs": self.outcome.epochs,
+            "train_loss": self.outcome.train_loss,
+            "held_out_loss": self.outcome.held_out_loss,
+            "examples": self.examples,
+            "trained_parameters": self.outcome.trained_parameters,
+            "deployed_parameters": self.deployed_parameters,
+            "weights": self.weights,
+        }
+
+    def load(self, base_model: PreTrainedModel) -> PeftModel:
+        """Put the tuned expert into a base model with PEFT."""
+        from peft import PeftModel
+
+        from pimerge import peft_methods  # noqa: F401  PEFT has to know every kind
+
+        if not (self.output / CONFIG).is_file():
+            raise PimergeError(
+                f"'{self.output}' of the method '{self.method}' is not one adapter",
+                "score it with 'pimerge eval', or take another method",
+            )
+        return PeftModel.from_pretrained(base_model, str(self.output))
+
+
+def write_with_manifest(
+    folder: Path, contents: Mapping[str, bytes | str], task: Mapping[str, Any], manifest: Manifest
+) -> None:
+    """Finish an output folder: contents, ``task.json`` and a manifest with the hashes of all its files."""
+    write_into(folder, {**contents, TASK: json_text(task)})
+    manifest = manifest.model_copy(update={"outputs": hashes_of(folder)})
+    write_into(folder, {MANIFEST_FILE: json_text(manifest.model_dump())})

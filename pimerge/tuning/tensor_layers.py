@@ -20,7 +20,7 @@ from pimerge.adapters.expert import Expert
 from pimerge.adapters.tensor_sets import TensorSet
 from pimerge.models.injection import fresh_adapter_like, modules_restored
 from pimerge.models.loaded_base import LoadedBase
-from pimerge.tuning.lora_layers import Mixture
+from pimerge.tuning.mixture import Mixture
 
 if TYPE_CHECKING:
     from torch import Tensor

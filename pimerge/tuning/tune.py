@@ -23,6 +23,7 @@ from pimerge.core.progress import Track, silent
 from pimerge.tasks.task import Task
 from pimerge.tuning.components import chosen_experts
 from pimerge.tuning.cross_validation import choose
+from pimerge.tuning.fit import fit
 from pimerge.tuning.method import TuneMethod, open_tune_method
 from pimerge.tuning.options import TrainingOptions, check_options
 from pimerge.tuning.session import TuneRequest, TuneResult, TuningSession, open_session
@@ -84,7 +85,7 @@ def tune(
         raise PimergeError(f"--select is '{select}'", f"expected {' or '.join(SELECTIONS)}")
     _check_kind(opened, options)
     options = replace(options, holdout=plan.holdout if options.holdout is None else options.holdout)
-    chosen = chosen_experts(plan, method, experts, target)
+    chosen = chosen_experts(opened, experts, target)
     like = target or like or next(iter(chosen), None)
     like_sha256 = like.sha256 if like else None
     run = _run_folder(opened, task, base, chosen, output, options, scores, gains, device, dtype, like_sha256, select)
@@ -95,7 +96,7 @@ def tune(
         request = replace(request, options=choose(opened, request))
     with session.restored(options.seed) as undo:
         request = replace(request, undo=undo)
-        result = opened.fit(request)
+        result = fit(opened, request)
         if result.outcome.writes:
             result.write(output, manifest_of(opened, request, result, chosen, instead_of), force)
             shutil.rmtree(run, ignore_errors=True)
@@ -118,7 +119,7 @@ def manifest_of(
             **({"instead_of": instead_of} if instead_of else {}),
             "target": session.task.name,
             **asdict(request.options),
-            **method.resolved,
+            **method.defaults,
             **result.settings,
             "dtype": str(session.precision),
         },
@@ -163,6 +164,6 @@ def _run_folder(method: TuneMethod, task: Task, base: Base, chosen: Sequence[Exp
     """Where checkpoints lie: beside the output, a folder for each choice of inputs and options."""
     options = [asdict(part) if isinstance(part, TrainingOptions) else part for part in rest]
     inputs = [(expert.sha256, expert.strength) for expert in chosen]
-    choice = [method.name, method.resolved, task.sha256(), base.identity, inputs, options]
+    choice = [method.name, method.defaults, task.sha256(), base.identity, inputs, options]
     digest = sha256_bytes(json.dumps(choice, sort_keys=True, default=str).encode())[:12]
     return output.resolve().with_name(f".{output.name}.training-{digest}")

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from pimerge import peft_methods  # noqa: F401  PEFT has to know every kind
 from pimerge.adapters.expert import Expert, open_expert
-from pimerge.core import plugins
 from pimerge.core.errors import PimergeError
 from pimerge.core.files import sha256_file
 from pimerge.core.manifest import Manifest
@@ -27,7 +26,8 @@ from pimerge.evaluation.evaluate import Score, evaluate, evaluate_checkpoint
 from pimerge.tasks.task import open_task
 from pimerge.tuning.components import chosen_experts
 from pimerge.tuning.ensemble import ENSEMBLE_FILE, Ensemble, EnsembleDocument, open_ensemble
-from pimerge.tuning.method import TuneMethod, open_tune_method
+from pimerge.tuning.fit import fit
+from pimerge.tuning.method import METHODS, TuneMethod, open_tune_method
 from pimerge.tuning.options import TrainingOptions
 from pimerge.tuning.session import TuneRequest, TuneResult, TuningSession, open_session
 from pimerge.tuning.tune import manifest_of, tune
@@ -36,7 +36,7 @@ from tests.support.experts import MakeExpert, dense_deltas
 from tests.support.numerics import logits_of, relative_difference
 from tests.support.tasks import write_image_task
 
-METHODS = sorted(plugins.summaries("pimerge.tuning.methods"))
+NAMES = METHODS.names()
 OPTIONS = TrainingOptions(epochs=6, shots=12, lr=1e-2, batch_size=8, holdout=0.2)
 Inputs = Mapping[str, Tensor]
 
@@ -96,11 +96,11 @@ def pixels(count: int = 8) -> dict[str, Tensor]:
 
 
 def write(pool: Pool, method: TuneMethod, request: TuneRequest, result: TuneResult, output: Path) -> None:
-    chosen = chosen_experts(method.plan, method.name, request.experts, request.target)
+    chosen = chosen_experts(method, request.experts, request.target)
     result.write(output, manifest_of(method, request, result, chosen), False)
 
 
-@pytest.fixture(scope="module", params=METHODS)
+@pytest.fixture(scope="module", params=NAMES)
 def run(request: pytest.FixtureRequest, pool: Pool, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
     """One tuning by each method, on a base that the other methods were on before."""
     folder = tmp_path_factory.mktemp("out")
@@ -108,7 +108,7 @@ def run(request: pytest.FixtureRequest, pool: Pool, tmp_path_factory: pytest.Tem
     with pool.session.restored(OPTIONS.seed) as undo:
         request = pool.request(OPTIONS, folder / "run", undo=undo)
         before = loss_of(pool, pool.session.loaded.model)
-        result = method.fit(request)
+        result = fit(method, request)
         write(pool, method, request, result, output)
         yield Run(method, result, output, before)
 
@@ -239,7 +239,7 @@ def test_alone_on_its_base_it_has_the_same_bytes(run: Run, pool: Pool) -> None:
 
 def test_an_output_that_is_there_is_refused_and_kept(run: Run, pool: Pool) -> None:
     before = contents(run.output)
-    with pytest.raises(PimergeError, match="--force"):
+    with pytest.raises(PimergeError, match="is there already"):
         pool.tune(run.method.name, run.output)
     assert contents(run.output) == before
 
@@ -251,10 +251,10 @@ def test_there_is_a_weight_for_each_expert(run: Run) -> None:
             assert sum(weights) == pytest.approx(1)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_method_that_composes_needs_experts(name: str, pool: Pool, tmp_path: Path) -> None:
     if open_tune_method(name).plan.experts:
-        with pytest.raises(PimergeError, match=f"'{name}' needs experts to compose"):
+        with pytest.raises(PimergeError, match=f"'{name}' needs experts to combine"):
             tune(name, pool.session.task, pool.session.base, [], pool.target, tmp_path / "tuned", OPTIONS)
 
 
@@ -294,7 +294,7 @@ def state(model: nn.Module) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", NAMES)
 def test_for_every_kind_it_answers_as_what_was_trained_and_leaves_the_base_as_it_was(
     kind: Pool, name: str, tmp_path: Path
 ) -> None:
@@ -306,7 +306,7 @@ def test_for_every_kind_it_answers_as_what_was_trained_and_leaves_the_base_as_it
     with refused if kind.target.tensor_sets and method.plan.mixture == "channels" else nullcontext():
         with session.restored(1) as undo:
             request = kind.request(QUICK, tmp_path / "run", undo=undo, **given)
-            result = method.fit(request)
+            result = fit(method, request)
             write(kind, method, request, result, tmp_path / "tuned")
             expected = logits_of(result.model.eval(), kind.inputs).log_softmax(-1)
         found = answers(tmp_path / "tuned", Path(session.base.source), kind.inputs)

@@ -16,9 +16,9 @@ from pimerge.evaluation.design import usual_controls
 from pimerge.tasks.examples import Examples
 from pimerge.tasks.task import Task, open_task
 from pimerge.tuning.class_name_examples import class_names, class_texts, names_predict
-from pimerge.tuning.method import decided
-from pimerge.tuning.methods import MixturePlan
+from pimerge.tuning.fit import with_class_names_decided
 from pimerge.tuning.options import TrainingOptions
+from pimerge.tuning.plan import MixturePlan
 from pimerge.tuning.session import TuneRequest, TuningSession, open_session
 from pimerge.tuning.tune import tune
 from tests.support.tasks import write_json
@@ -96,7 +96,9 @@ def test_they_foretell_texts_that_are_like_them_and_not_those_of_another_class(
     assert names_predict(session.loaded, session.task, examples) is foretell
     notes: list[str] = []
     assert (
-        decided(request_of(session, tmp_path, notes=notes), MixturePlan(class_names=True)).options.class_names
+        with_class_names_decided(
+            request_of(session, tmp_path, notes=notes), MixturePlan(class_names=True)
+        ).options.class_names
         is foretell
     )
     assert len(notes) == foretell
@@ -106,13 +108,13 @@ def test_who_asks_for_them_or_not_is_obeyed(tmp_path: Path, bert_base: Path, vit
     rows = [{"text": "dog dog", "label": 0}, {"text": "cat cat", "label": 1}] * 4
     session = session_of(bert_base, task_of(tmp_path / "task", rows, ["cat", "dog"]))
     with_names, without = (request_of(session, tmp_path, replace(QUICK, class_names=wish)) for wish in (True, False))
-    assert decided(with_names, MixturePlan()).options.class_names is True
-    assert decided(without, MixturePlan(class_names=True)).options.class_names is False
-    assert decided(request_of(session, tmp_path), MixturePlan()).options.class_names is False
+    assert with_class_names_decided(with_names, MixturePlan()).options.class_names is True
+    assert with_class_names_decided(without, MixturePlan(class_names=True)).options.class_names is False
+    assert with_class_names_decided(request_of(session, tmp_path), MixturePlan()).options.class_names is False
     images = request_of(session_of(vit_base, open_task(parity_task)), tmp_path)
-    assert decided(images, MixturePlan(class_names=True)).options.class_names is False
+    assert with_class_names_decided(images, MixturePlan(class_names=True)).options.class_names is False
     with pytest.raises(PimergeError, match="have no names that are texts"):
-        decided(replace(images, options=replace(QUICK, class_names=True)), MixturePlan())
+        with_class_names_decided(replace(images, options=replace(QUICK, class_names=True)), MixturePlan())
 
 
 def test_they_are_never_held_out(tmp_path: Path, bert_base: Path, text_task: Path) -> None:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,10 +15,13 @@ from pimerge.adapters.expert import open_expert
 from pimerge.core.errors import PimergeError
 from pimerge.tasks.task import open_task
 from pimerge.tuning.cross_validation import FACTORS, FOLDS, choose
-from pimerge.tuning.method import open_tune_method
+from pimerge.tuning.fit import fit
+from pimerge.tuning.loss import held_out_loss
+from pimerge.tuning.method import TuneMethod, open_tune_method
 from pimerge.tuning.options import TrainingOptions
-from pimerge.tuning.session import TuneRequest, TuningSession, open_session
-from pimerge.tuning.trainer import Diverged, held_out_loss
+from pimerge.tuning.plan import MixturePlan
+from pimerge.tuning.session import TuneRequest, TuneResult, TuningSession, open_session
+from pimerge.tuning.trainer import Diverged, untrained
 from tests.support.experts import MakeExpert
 
 OPTIONS = TrainingOptions(epochs=3, shots=6, batch_size=8, lr=0.02, label_smoothing=0.0)
@@ -51,7 +53,7 @@ def test_the_lowest_mean_held_out_loss_is_taken(session: Any, tmp_path: Path) ->
             with session[0].restored(0) as undo:
                 run = tmp_path / f"{factor}-{fold}"
                 request = request_of(session, run, options, undo=undo, fold=(fold, FOLDS))
-                result = method.fit(request)
+                result = fit(method, request)
                 kept, held_out = request.examples()
                 assert held_out is not None
                 assert len(kept) + len(held_out) == 12
@@ -66,41 +68,58 @@ def test_the_lowest_mean_held_out_loss_is_taken(session: Any, tmp_path: Path) ->
     assert replace(found, lr=OPTIONS.lr, stop_after=None, holdout=OPTIONS.holdout) == OPTIONS
 
 
-class Fake:
-    """A method whose held-out losses by learning rate are known."""
+def method_of(fit: Callable[[TuneRequest], TuneResult]) -> TuneMethod:
+    """A method whose default learning rate is 1."""
+    return TuneMethod(name="fake", summary="", formula="", plan=MixturePlan(lr=1.0), fit=fit)
 
-    plan = SimpleNamespace(usual_lr=lambda width: 1.0)
 
-    def __init__(self, losses: dict[float, Sequence[float] | None]) -> None:
-        self.losses = losses
+def result_of(request: TuneRequest, losses: Sequence[float]) -> TuneResult:
+    """A result with these held-out losses, one after each epoch."""
+    return TuneResult(
+        model=request.session.loaded.model,
+        outcome=replace(untrained(), held_out_losses=tuple(losses)),
+        experts=[],
+        weights={},
+        scales=[],
+        examples=0,
+        held_out=0,
+        rank=0,
+        truncation=0.0,
+        deployed_parameters=0,
+        settings={},
+        write=lambda *_: None,
+    )
 
-    def fit(self, request: TuneRequest) -> Any:
+
+def fake(losses: dict[float, Sequence[float] | None]) -> TuneMethod:
+    """A method whose held-out losses by learning rate are known; None for one that diverges."""
+
+    def fit(request: TuneRequest) -> TuneResult:
         assert request.options.lr is not None
-        losses = self.losses[request.options.lr]
-        if losses is None:
+        found = losses[request.options.lr]
+        if found is None:
             raise Diverged("it diverged")
-        return SimpleNamespace(outcome=SimpleNamespace(held_out_losses=losses))
+        return result_of(request, found)
+
+    return method_of(fit)
 
 
 def test_of_several_trainings_the_results_loss_counts(session: Any, tmp_path: Path) -> None:
-    class Several(Fake):
-        def fit(self, request: TuneRequest) -> Any:
-            model, lr = request.session.loaded.model, request.options.lr
-            with torch.no_grad():  # the nearer 3 the learning rate, the nearer uniform the answers
-                for parameter in request.session.loaded.head_parameters():
-                    parameter.copy_(parameter * 1000 * abs(3.0 - (lr or 0.0)))
-            return SimpleNamespace(outcome=SimpleNamespace(held_out_losses=()), model=model)
+    def fit(request: TuneRequest) -> TuneResult:
+        with torch.no_grad():  # the nearer 3 the learning rate, the nearer uniform the answers
+            for parameter in request.session.loaded.head_parameters():
+                parameter.copy_(parameter * 1000 * abs(3.0 - (request.options.lr or 0.0)))
+        return result_of(request, [])
 
-    fake: Any = Several({})
-    found = choose(fake, request_of(session, tmp_path, replace(OPTIONS, lr=None)))
+    found = choose(method_of(fit), request_of(session, tmp_path, replace(OPTIONS, lr=None)))
     assert (found.lr, found.stop_after) == (3.0, None)
 
 
 def test_what_diverges_on_a_fold_is_not_taken(session: Any, tmp_path: Path) -> None:
     said: list[str] = []
     request = request_of(session, tmp_path, replace(OPTIONS, lr=None), note=said.append)
-    fake: Any = Fake({0.3: [0.9, 0.7, 0.8], 1.0: [0.8, math.nan, math.nan], 3.0: None})
-    found = choose(fake, request)
+    method = fake({0.3: [0.9, 0.7, 0.8], 1.0: [0.8, math.nan, math.nan], 3.0: None})
+    found = choose(method, request)
     assert (found.lr, found.stop_after) == (0.3, 2)
     assert said == [
         "on 3 folds: held-out loss 0.700 at --lr 0.3, held-out loss 0.800 at --lr 1, held-out loss inf at --lr 3; "
@@ -109,14 +128,14 @@ def test_what_diverges_on_a_fold_is_not_taken(session: Any, tmp_path: Path) -> N
 
 
 def test_where_all_diverge_it_says_so(session: Any, tmp_path: Path) -> None:
-    fake: Any = Fake({0.3: None, 1.0: [math.nan], 3.0: None})
+    method = fake({0.3: None, 1.0: [math.nan], 3.0: None})
     with pytest.raises(PimergeError, match=r"diverged at every learning rate from 0.3 on.*\n.*lower --lr"):
-        choose(fake, request_of(session, tmp_path, replace(OPTIONS, lr=None)))
+        choose(method, request_of(session, tmp_path, replace(OPTIONS, lr=None)))
 
 
 def test_of_one_example_a_class_nothing_is_chosen(session: Any, tmp_path: Path) -> None:
     said: list[str] = []
     options = replace(OPTIONS, shots=1)
-    fake: Any = Fake({})
-    assert choose(fake, request_of(session, tmp_path, options, note=said.append)) == replace(options, holdout=0.0)
+    method = fake({})
+    assert choose(method, request_of(session, tmp_path, options, note=said.append)) == replace(options, holdout=0.0)
     assert "nothing can be held out" in said[0]

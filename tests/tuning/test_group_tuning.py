@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from pimerge.adapters.expert import open_expert
 from pimerge.core.errors import PimergeError
-from pimerge.tuning.lora_layers import FreeMixture, Mixture
+from pimerge.tuning.mixture import FreeMixture, Mixture
 from pimerge.tuning.tensor_layers import MixedTensor, component_of, fresh_component, mix_tensors
 from tests.support.bases import inputs, loaded_base, model_for
 from tests.support.experts import KINDS, MakeExpert

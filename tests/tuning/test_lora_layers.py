@@ -22,21 +22,9 @@ from pimerge.adapters.kinds.lora import parse
 from pimerge.adapters.lora_module import Factors
 from pimerge.core.errors import PimergeError
 from pimerge.models.heads import set_head
-from pimerge.tuning.lora_layers import (
-    GRANULARITIES,
-    PLANS,
-    ChannelMixture,
-    FreeMixture,
-    LoraComponent,
-    MixedLinear,
-    Mixture,
-    Switch,
-    _mixed_type,
-    cheapest_plan,
-    group_modules,
-    mix_lora,
-    mixed_linear,
-)
+from pimerge.tuning.lora_layers import LoraComponent, MixedLinear, _mixed_type, mix_lora
+from pimerge.tuning.mixed_linear import PLANS, cheapest_plan, mixed_linear
+from pimerge.tuning.mixture import ChannelMixture, FreeMixture, Mixture, Switch, group_modules
 from tests.support.bases import model_for
 from tests.support.experts import MakeExpert, dense_deltas
 from tests.support.numerics import logits_of, relative_difference
@@ -511,11 +499,6 @@ def test_modules_share_weights_by_granularity(granularity: str, together: list[s
     found = [{name for name in NAMES if groups[name] == number} for number in set(groups.values())]
     assert sorted(map(sorted, found)) == sorted(map(sorted, together))
     assert group_modules(NAMES[::-1], granularity) == groups
-
-
-def test_an_unknown_granularity_lists_the_known() -> None:
-    with pytest.raises(PimergeError, match=", ".join(GRANULARITIES)):
-        group_modules(NAMES, "head")
 
 
 def test_weights_start_from_the_softmax_and_sum_to_one() -> None:

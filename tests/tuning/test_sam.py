@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from pimerge.tuning.lora_layers import Mixture
+from pimerge.tuning.mixture import Mixture
+from pimerge.tuning.optimizer import optimizer_of
 from pimerge.tuning.options import TrainingOptions
 from pimerge.tuning.sam import at_worst, sharpness_aware
-from pimerge.tuning.trainer import _optimizer
 
 
 def loss_of(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -68,7 +68,7 @@ def test_the_decay_towards_the_start_is_its_formula(trained: bool) -> None:
     both = nn.ModuleList([model, mixture])
     starts = [p.detach().clone() for p in (model.weight, model.bias, mixture.logits)]
     options = TrainingOptions(lr=0.1, weights_lr=0.2, weight_decay=0.5, decay_towards="start")
-    optimizer = _optimizer(both, mixture, options)
+    optimizer = optimizer_of(both, mixture, options)
     copies = [nn.Parameter(start.clone()) for start in starts]
     plain = torch.optim.AdamW(
         [{"params": copies[:2], "lr": 0.1, "weight_decay": 0.0}, {"params": copies[2:], "lr": 0.2, "weight_decay": 0.0}]

@@ -15,8 +15,8 @@ from pimerge.checkpoints.base import find_base
 from pimerge.models.loading import load_base
 from pimerge.tasks.sampling import split_holdout
 from pimerge.tasks.task import open_task
+from pimerge.tuning.loss import mean_loss
 from pimerge.tuning.options import TrainingOptions
-from pimerge.tuning.trainer import mean_loss
 from pimerge.tuning.tune import tune
 from tests.support.bases import LANGUAGE_MODELS, model_for
 from tests.support.experts import MakeExpert

@@ -16,7 +16,6 @@ from pimerge.core.files import read_json
 from pimerge.core.manifest import MANIFEST_FILE, Manifest
 from pimerge.core.version import __version__
 from pimerge.reporting.report.document import Cell, LongText, Picture, Report, Section, Table
-from pimerge.tasks.metric import METRICS
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -296,7 +295,7 @@ def _scores(found: Found) -> Section:
 
 def _scores_table(path: Path, content: Mapping[str, Any]) -> Table:
     metrics = list(content["scores"][0]["metrics"]) if content["scores"] else []
-    styles = [METRICS.load(name).format for name in metrics]
+    styles = [plugins.load("pimerge.tasks.metrics", name).FORMAT for name in metrics]
     rows = []
     for score in content["scores"]:
         row = [Cell(text=str(score["name"]))]
@@ -327,7 +326,7 @@ def _comparisons(found: Found) -> Section:
 
 
 def _comparison_table(path: Path, comparison: ComparisonDocument) -> Table:
-    style = METRICS.load(comparison.metric).format
+    style = plugins.load("pimerge.tasks.metrics", comparison.metric).FORMAT
     rows = [
         [
             Cell(text=line.method + (" (control)" if line.control else "")),

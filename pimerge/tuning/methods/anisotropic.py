@@ -1,11 +1,18 @@
-"""A free coefficient per matrix and expert trained, no softmax (aTLAS, arXiv 2407.02880).
+"""A free weight per matrix and expert is trained, without a softmax (aTLAS, arXiv 2407.02880).
 
     ΔW = Σ_n λ_n ΔW_n, one λ in R^N for each adapted matrix
 
-The paper starts from λ = 0; here it starts from the ranking's weights, as the softmax of ``learned`` does: of few
-examples a start that is known to help is worth keeping. Experts without ΔW are summed around what changes nothing.
+The paper starts from λ = 0; here λ starts from the ranking's weights, as the softmax of ``learned`` does: with few
+examples, a start that is known to help is worth keeping. Experts without ΔW are summed around their neutral point.
 """
 
-from pimerge.tuning.methods import MixturePlan
+from pimerge.tuning.method import TuneMethod
+from pimerge.tuning.plan import MixtureKind, MixturePlan
 
-PLAN = MixturePlan(experts=True, train_weights=True, ranked_start=True, mixture="free")
+METHOD = TuneMethod(
+    name="anisotropic",
+    summary="Train a free weight per matrix and expert; no softmax.",
+    formula="ΔW = Σ_n λ_n ΔW_n",
+    paper="aTLAS, arXiv 2407.02880",
+    plan=MixturePlan(experts=True, train_weights=True, ranked_start=True, mixture=MixtureKind.FREE),
+)

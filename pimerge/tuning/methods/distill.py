@@ -3,18 +3,21 @@
     loss = −Σ_c q_c log p_c, with q = (1 − λ) Σ_n w_n p_n(·|x) + λ [c is the label]
 
 The teacher is ``ensemble``, or with ``--teacher similarity`` its mean weighted by what the ranking expects of each
-expert, after DistillWeighted (arXiv 2304.12314). The student is the sum that ``interpolated`` trains. Half of the
-epochs go to the heads of the teacher. Where task.json has a split ``unlabelled``, its inputs are learned from, too,
-with q the teacher's alone; they make its passes longer.
+expert, after DistillWeighted (arXiv 2304.12314). The student is the mixture that ``interpolated`` trains. Half of the
+epochs go to the heads of the teacher. Where task.json has a split ``unlabelled``, the student also learns from its
+inputs, with q the teacher's alone; they make its passes longer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from enum import StrEnum
 from typing import TYPE_CHECKING
 
-from pimerge.tuning.methods import MixturePlan
+from pimerge.core.plugins import Option
+from pimerge.tuning.method import TuneMethod
+from pimerge.tuning.plan import MixturePlan
 
 if TYPE_CHECKING:
     import torch
@@ -23,45 +26,31 @@ if TYPE_CHECKING:
     from pimerge.tasks.examples import Batch, Examples
     from pimerge.tuning.session import TuneRequest, TuneResult
 
-PLAN = MixturePlan(experts=True, target=True, train_weights=True, train_experts=True, ranked_start=True)
-TEACHERS = ("mean", "similarity")
+
+class Teacher(StrEnum):
+    """How the votes of the ensemble are weighted."""
+
+    MEAN = "mean"
+    SIMILARITY = "similarity"
 
 
-def fit(request: TuneRequest, *, teacher: str = "mean", label_share: float = 0.5, unlabelled: int = 500) -> TuneResult:
-    """Train the teacher's heads, then the student.
+def fit(request: TuneRequest, *, teacher: str, label_share: float, unlabelled: int) -> TuneResult:
+    """Train the teacher's heads, then the student."""
+    from pimerge.tuning.methods._expert_heads import equal_weights, similarity_weights, train_heads
+    from pimerge.tuning.mix import mix_experts
 
-    Args:
-        teacher: ``mean`` or ``similarity``.
-        label_share: λ of examples with a label.
-        unlabelled: at most so many inputs without one.
-
-    Raises:
-        PimergeError: if an option does not fit, or the task has no classes with a head.
-    """
-    from pimerge.core.errors import Problems
-    from pimerge.tuning.methods.ensemble import equal_weights, similarity_weights, train_heads
-    from pimerge.tuning.mixed_expert import mix_experts
-
-    problems = Problems()
-    if teacher not in TEACHERS:
-        problems.add(f"--teacher is '{teacher}'", f"expected {' or '.join(TEACHERS)}")
-    if not 0 <= label_share <= 1:
-        problems.add(f"--label-share is {label_share}, expected 0 to 1")
-    if unlabelled < 0:
-        problems.add(f"--unlabelled is {unlabelled}, expected 0 or more")
-    problems.raise_any("the options do not fit")
-    weigh = equal_weights if teacher == "mean" else similarity_weights
-    half = request.options.epochs / 2
+    weigh = equal_weights if teacher == Teacher.MEAN else similarity_weights
+    half, device = request.options.epochs / 2, request.session.device
     with request.session.restored(request.options.seed):
-        _, together, heads, kept, held_out = train_heads(request.with_options("teacher", epochs=half), weigh, "distill")
-        shares = _soft(together, kept, label_share, request.session.device)
+        trained = train_heads(request.with_options("teacher", epochs=half), METHOD, weigh)
+        targets = _soft_targets(trained.model, trained.kept, label_share, device)
         more = _unlabelled(request, unlabelled)
         if more is not None:
-            shares += _soft(together, more, 0.0, request.session.device)
-    mixed, kept, held_out = mix_experts(request, PLAN, "distill")
-    taught = _taught(kept if more is None else kept.joined(more), shares)
+            targets += _soft_targets(trained.model, more, 0.0, device)
+    mixed, kept, held_out = mix_experts(request, METHOD)
+    taught = _with_targets(kept if more is None else kept.joined(more), targets)
     outcome = mixed.train(taught, held_out, part="student", epochs=request.options.epochs - half)
-    outcome = replace(outcome, epochs=heads.epochs + outcome.epochs, held_out_losses=())
+    outcome = replace(outcome, epochs=trained.outcome.epochs + outcome.epochs, held_out_losses=())
     return mixed.result(outcome, taught, held_out)
 
 
@@ -73,12 +62,12 @@ def _unlabelled(request: TuneRequest, limit: int) -> Examples | None:
         return None
     config = loaded.config_for(request.experts)
     examples, _ = task.examples(UNLABELLED, loaded.processor, config, seed=request.options.seed, limit=limit)
-    request.note(f"learning from {len(examples)} inputs without a label, too")
+    request.note(f"also learning from {len(examples)} inputs without a label")
     return examples
 
 
-def _soft(teacher: nn.Module, examples: Examples, label_share: float, device: torch.device) -> list[Tensor]:
-    """(classes) the shares of the classes that the student is to learn of each example, or of each of its targets."""
+def _soft_targets(teacher: nn.Module, examples: Examples, label_share: float, device: torch.device) -> list[Tensor]:
+    """(C) the distribution that the student learns for each example, or (targets, C) for each of its targets."""
     import torch
     from torch.nn.functional import one_hot
 
@@ -98,8 +87,8 @@ def _soft(teacher: nn.Module, examples: Examples, label_share: float, device: to
     return found
 
 
-def _taught(examples: Examples, shares: Sequence[Tensor]) -> Examples:
-    """The examples with shares of the classes in place of labels."""
+def _with_targets(examples: Examples, shares: Sequence[Tensor]) -> Examples:
+    """The examples with distributions over the classes in place of labels."""
     import torch
 
     from pimerge.tasks.examples import IGNORED, Examples
@@ -108,7 +97,7 @@ def _taught(examples: Examples, shares: Sequence[Tensor]) -> Examples:
         return {**examples.get(index), "shares": shares[index]}
 
     def collate(batch: Sequence[Batch]) -> Batch:
-        if "shares" not in batch[0]:  # those that are held out keep their labels
+        if "shares" not in batch[0]:  # held-out examples keep their labels
             return examples.collate(batch)
         plain = [{name: value for name, value in example.items() if name != "shares"} for example in batch]
         collated = examples.collate(plain)
@@ -118,3 +107,20 @@ def _taught(examples: Examples, shares: Sequence[Tensor]) -> Examples:
         return {**collated, "labels": taught}
 
     return Examples(examples.lengths, get, collate)
+
+
+METHOD = TuneMethod(
+    name="distill",
+    summary="Distil the ensemble of the chosen experts and the bare base into one expert.",
+    formula="loss = −Σ_c q_c log p_c, q = (1 − λ) Σ_n w_n p_n + λ [c is the label]",
+    paper="similarity weights: DistillWeighted, arXiv 2304.12314",
+    plan=MixturePlan(experts=True, target=True, train_weights=True, train_experts=True, ranked_start=True),
+    fit=fit,
+    options={
+        Option("teacher", Teacher, "Whose votes count: those of all alike, or weighted by the ranking."): "mean",
+        Option(
+            "label_share", float, "Weight λ of the labels beside the teacher.", lambda x: 0 <= x <= 1, "from 0 to 1"
+        ): 0.5,
+        Option("unlabelled", int, "Most inputs without a label to learn from.", lambda n: n >= 0, "at least 0"): 500,
+    },
+)

@@ -1,10 +1,10 @@
-"""One weight per expert found by an evolution strategy, by forwards alone (LoRAHub, arXiv 2307.13269).
+"""One weight per expert is found by an evolution strategy, without gradients (LoRAHub, arXiv 2307.13269).
 
     min over w in [−1.5, 1.5]^N of loss(W0 + Σ_n w_n ΔW_n) + 0.05 · Σ_n |w_n| / N
 
-by nevergrad's CMA-ES, from the ranking's weights. (The paper's NGOpt fails at some numbers of evaluations with the
-numpy of today.) A task's head is trained on the frozen sum before, with half of the epochs, and after the search with
-the other half; the search itself comes on top of the epochs, a forward over the training examples for each evaluation.
+by nevergrad's CMA-ES, from the ranking's weights. (The paper's NGOpt fails at some numbers of evaluations with current
+numpy versions.) A task's head is trained on the frozen sum before the search, with half of the epochs, and after it
+with the other half; the search comes on top of the epochs, one pass over the training examples for each evaluation.
 """
 
 from __future__ import annotations
@@ -12,40 +12,33 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from pimerge.tuning.methods import MixturePlan
+from pimerge.core.plugins import Option
+from pimerge.tuning.method import TuneMethod
+from pimerge.tuning.plan import Granularity, MixtureKind, MixturePlan
 
 if TYPE_CHECKING:
     from pimerge.tuning.session import TuneRequest, TuneResult
 
-PLAN = MixturePlan(experts=True, ranked_start=True, mixture="free", granularity="global")
 BOUND = 1.5
 L1 = 0.05
 
 
-def fit(request: TuneRequest, *, evaluations: int = 40) -> TuneResult:
-    """Search.
-
-    Args:
-        evaluations: how many sets of weights are tried, each on all training examples.
-
-    Raises:
-        PimergeError: if nevergrad is not there, or the number does not fit.
-    """
+def fit(request: TuneRequest, *, evaluations: int) -> TuneResult:
+    """Search, with the head trained before and after."""
     import torch
 
     from pimerge.core.errors import PimergeError
-    from pimerge.tuning.mixed_expert import mix_experts
-    from pimerge.tuning.trainer import held_out_loss, untrained
+    from pimerge.tuning.loss import held_out_loss
+    from pimerge.tuning.mix import mix_experts
+    from pimerge.tuning.trainer import untrained
 
-    if evaluations < 1:
-        raise PimergeError(f"--evaluations is {evaluations}", "expected at least 1")
     try:
         import nevergrad
     except ImportError as error:
         raise PimergeError(
             "'gradient-free' needs nevergrad, which is not installed", "pip install 'pimerge[gradient-free]'"
         ) from error
-    mixed, kept, held_out = mix_experts(request, PLAN, "gradient-free")
+    mixed, kept, held_out = mix_experts(request, METHOD)
     has_head = bool(request.session.loaded.head)
     half = request.options.epochs / 2
     first = mixed.train(kept, held_out, part="before", epochs=half) if has_head else None
@@ -81,3 +74,16 @@ def fit(request: TuneRequest, *, evaluations: int = 40) -> TuneResult:
         outcome = replace(second, epochs=first.epochs + second.epochs, held_out_losses=())
     outcome = replace(outcome, trained_parameters=outcome.trained_parameters + weights.shape[1])
     return mixed.result(outcome, kept, held_out)
+
+
+METHOD = TuneMethod(
+    name="gradient-free",
+    summary="Search one weight per expert by an evolution strategy, without gradients.",
+    formula="ΔW = Σ_n w_n ΔW_n, w in [−1.5, 1.5]^N minimises the loss + 0.05 · Σ_n |w_n| / N",
+    paper="LoRAHub, arXiv 2307.13269",
+    plan=MixturePlan(experts=True, ranked_start=True, mixture=MixtureKind.FREE, granularity=Granularity.GLOBAL),
+    fit=fit,
+    options={
+        Option("evaluations", int, "Sets of weights to try.", lambda count: count >= 1, "at least 1"): 40,
+    },
+)

@@ -1,20 +1,19 @@
 """The chosen experts weighted by expected gain, under a head from a probe; trained, and taken some of the way back.
 
-1. w_n ∝ exp(gain_n / τ), τ = 0.1 / √(number of labelled examples), with the gains of ``pimerge rank``; what has no gain
-   starts from the ranking's scores as in ``learned``. The fewer examples, the less gains are to be trusted, and the
-   nearer the weights are to equal.
-2. Where texts are classified and classes named by words, the names are examples, too:
-:mod:`pimerge.tuning.class_name_examples`.
+1. w_n ∝ exp(gain_n / τ), τ = 0.1 / √(number of labelled examples), with the gains of ``pimerge rank``; without gains
+   the weights start from the ranking's scores as in ``learned``. The fewer examples, the less reliable the gains, and
+   the closer the weights are to equal.
+2. Where texts are classified into classes named by words, the names are examples as well:
+   :mod:`pimerge.tuning.class_name_examples`.
 3. The head is the linear probe of the mixed features (:mod:`pimerge.tuning.probe_head`), and training starts from a
-tenth
-   of it: under the whole probe hardly any error is left for the features to learn from, under a random head the first
-   steps spoil them.
+   tenth of it: under the whole probe hardly any error is left from which the features could learn, and under a random
+   head the first steps spoil them.
 4. Weights, factors and head are trained, as in ``interpolated``.
-5. What comes out is three quarters of the way from the start, with the whole probe, to the end (as WiSE-FT, arXiv
-   2109.01903).
+5. The result is three quarters of the way from the start, with the whole probe, to the end (as in WiSE-FT,
+   arXiv 2109.01903).
 
-Where a base answers in text, or the head has no linear layer for the classes, 3 and 5 are left out. How it was found
-and what it gains: ``docs/tuning.md``.
+Where a base answers in text, or the head has no linear layer for the classes, steps 3 and 5 are left out. How the
+method was found, and what it gains: ``docs/tuning.md``.
 """
 
 from __future__ import annotations
@@ -22,43 +21,54 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from pimerge.tuning.methods import MixturePlan
+from pimerge.tuning.method import TuneMethod
+from pimerge.tuning.plan import MixturePlan
 
 if TYPE_CHECKING:
     from pimerge.tuning.session import TuneRequest, TuneResult
 
-PLAN = MixturePlan(
-    experts=True,
-    train_weights=True,
-    train_experts=True,
-    ranked_start=True,
-    start_by_gain=True,
-    class_names=True,
-    lr=5e-3,
-    holdout=0.0,
-)
-SHARE = 0.1
-"""Of the probe, that the head's training starts from."""
+PROBE_SHARE = 0.1
+"""Factor of the probe from which the head's training starts."""
 WAY = 0.75
-"""Of the way from the start to the end of the training."""
+"""How far the result lies on the way from the start to the end of the training."""
 
 
 def fit(request: TuneRequest) -> TuneResult:
-    """Compose, train, and go some of the way back."""
+    """Mix, train, and go some of the way back."""
     import torch
 
-    from pimerge.tuning.mixed_expert import between, mix_experts
+    from pimerge.tuning.mix import between, mix_experts
     from pimerge.tuning.probe_head import fit_head
 
     session = request.session
-    mixed, kept, held_out = mix_experts(request, PLAN, "guided")
+    mixed, kept, held_out = mix_experts(request, METHOD)
     layer = fit_head(session.loaded, mixed.model, session.task, kept)
     if layer is None:
         return mixed.result(mixed.train(kept, held_out), kept, held_out)
     start = mixed.trained_state()
     with torch.no_grad():
         for parameter in layer.parameters():
-            parameter.mul_(SHARE)
+            parameter.mul_(PROBE_SHARE)
     outcome = mixed.train(kept, held_out)
     mixed.load_trained_state(between(start, mixed.trained_state(), WAY))
-    return mixed.result(replace(outcome, held_out_losses=()), kept, held_out)  # those are of the end
+    return mixed.result(replace(outcome, held_out_losses=()), kept, held_out)  # the losses were those of the end
+
+
+METHOD = TuneMethod(
+    name="guided",
+    summary="Weight the chosen experts by expected gain, train, and go some of the way back.",
+    formula="θ = θ_0 + 0.75 (θ_T − θ_0), ΔW = Σ_n α_n ΔW_n, α_n starts ∝ exp(gain_n / τ)",
+    paper="docs/tuning.md; the way back as in WiSE-FT, arXiv 2109.01903",
+    plan=MixturePlan(
+        experts=True,
+        train_weights=True,
+        train_experts=True,
+        ranked_start=True,
+        start_by_gain=True,
+        class_names=True,
+        lr=5e-3,
+        holdout=0.0,
+    ),
+    fit=fit,
+    without_experts="named",
+)

@@ -1,5 +1,11 @@
-"""Only the task head trained on the bare base: the control without any expert."""
+"""Only the task head is trained, on the bare base: the control without any expert."""
 
-from pimerge.tuning.methods import MixturePlan
+from pimerge.tuning.method import TuneMethod
+from pimerge.tuning.plan import MixturePlan
 
-PLAN = MixturePlan(fresh=True)
+METHOD = TuneMethod(
+    name="head",
+    summary="Train the task head alone on the bare base: the control without any expert.",
+    formula="ΔW = 0",
+    plan=MixturePlan(fresh=True),
+)

@@ -1,9 +1,18 @@
 """π-Tuning: the target's expert and the chosen ones, weights and factors trained (arXiv 2304.14381, eq. 4 and 5).
 
-The sum is taken in ΔW space, φ̂ = α_t φ_t + Σ α_j φ_j with α a softmax, as the paper's code does for LoRA. The
-head starts from that of the target's expert.
+    ΔW = α_t ΔW_t + Σ_n α_n ΔW_n, with α = softmax(v)
+
+The sum is taken over the updates ΔW, as the paper's code does for LoRA. The head starts from that of the target's
+expert.
 """
 
-from pimerge.tuning.methods import MixturePlan
+from pimerge.tuning.method import TuneMethod
+from pimerge.tuning.plan import MixturePlan
 
-PLAN = MixturePlan(experts=True, target=True, train_weights=True, train_experts=True, ranked_start=True)
+METHOD = TuneMethod(
+    name="interpolated",
+    summary="Train the weights and factors of the target's expert and the chosen ones.",
+    formula="ΔW = α_t ΔW_t + Σ_n α_n ΔW_n, α = softmax(v)",
+    paper="π-Tuning, arXiv 2304.14381, equations 4 and 5",
+    plan=MixturePlan(experts=True, target=True, train_weights=True, train_experts=True, ranked_start=True),
+)

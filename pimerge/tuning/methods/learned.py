@@ -1,5 +1,15 @@
-"""Softmax weights per matrix trained, experts frozen: ΔW = Σ softmax(v)_n ΔW_n (arXiv 2402.15414, section 3.2)."""
+"""Softmax weights per matrix are trained, the experts stay frozen (arXiv 2402.15414, section 3.2).
 
-from pimerge.tuning.methods import MixturePlan
+ΔW = Σ_n softmax(v)_n ΔW_n, one v in R^N for each adapted matrix
+"""
 
-PLAN = MixturePlan(experts=True, train_weights=True, ranked_start=True)
+from pimerge.tuning.method import TuneMethod
+from pimerge.tuning.plan import MixturePlan
+
+METHOD = TuneMethod(
+    name="learned",
+    summary="Train softmax weights per matrix; the experts stay frozen.",
+    formula="ΔW = Σ_n softmax(v)_n ΔW_n",
+    paper="arXiv 2402.15414, section 3.2",
+    plan=MixturePlan(experts=True, train_weights=True, ranked_start=True),
+)

@@ -1,11 +1,16 @@
-"""``scratch`` that learns from the names of the classes, too: the control of ``guided`` where texts are classified.
+"""``scratch`` with the names of the classes as further examples: the control of ``guided`` where texts are classified.
 
-What names gain is no merit of the experts. Where they are no texts, or do not foretell the examples, this is
-``scratch``; see :mod:`pimerge.tuning.class_name_examples`.
+What the names gain is not to the experts' credit. Where the names are not texts, or do not predict the examples, this
+is ``scratch``; see :mod:`pimerge.tuning.class_name_examples`.
 """
 
-from dataclasses import replace
+from pimerge.tuning.method import TuneMethod
+from pimerge.tuning.plan import MixturePlan
 
-from pimerge.tuning.methods import scratch
-
-PLAN = replace(scratch.PLAN, class_names=True)
+METHOD = TuneMethod(
+    name="named",
+    summary="'scratch' that also learns from the names of the classes: the control of 'guided' for texts.",
+    formula="ΔW = s B A, B and A trained",
+    plan=MixturePlan(fresh=True, train_experts=True, lr=5e-3, class_names=True),
+    without_names="scratch",
+)

@@ -1,8 +1,15 @@
 """π-Tuning with fresh experts in place of the chosen ones: the control "without init" (arXiv 2304.14381, section 4).
 
-What it has in common with ``interpolated`` is the number of parameters; what it lacks is what the experts know.
+It trains as many parameters as ``interpolated`` does, without what the experts have learned.
 """
 
-from pimerge.tuning.methods import MixturePlan
+from pimerge.tuning.method import TuneMethod
+from pimerge.tuning.plan import MixturePlan
 
-PLAN = MixturePlan(experts=True, target=True, random_experts=True, train_weights=True, train_experts=True)
+METHOD = TuneMethod(
+    name="random",
+    summary="'interpolated' with fresh experts in place of the chosen ones: the control for the experts' knowledge.",
+    formula="ΔW = α_t ΔW_t + Σ_n α_n ΔW_n, α = softmax(v), ΔW_n fresh",
+    paper="π-Tuning, arXiv 2304.14381, section 4",
+    plan=MixturePlan(experts=True, target=True, random_experts=True, train_weights=True, train_experts=True),
+)

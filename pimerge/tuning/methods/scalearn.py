@@ -1,10 +1,10 @@
-"""Scales of every output of each expert trained, experts frozen (ScaLearn, arXiv 2310.01217).
+"""The scale of every output of each expert is trained, the experts stay frozen (ScaLearn, arXiv 2310.01217).
 
     ΔW = Σ_n diag(ω_n) ΔW_n, with ω_n in R^d_out for each matrix
 
-``--uniform`` has one number for all outputs and all matrices of a layer (the paper's ScaLearnUniform); ``--shared``
-the same scales in all layers (its ScaLearn++, and both together its ScaLearnUniform++). The paper scales the outputs of
-bottleneck adapters side by side; of updates ΔW the sum is one update again.
+``--uniform`` trains one number for all outputs and all matrices of a layer (the paper's ScaLearnUniform); ``--shared``
+uses the same scales in all layers (its ScaLearn++; both together are its ScaLearnUniform++). The paper scales the
+outputs of bottleneck adapters side by side; the sum of updates ΔW is one update again.
 """
 
 from __future__ import annotations
@@ -12,28 +12,43 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from pimerge.tuning.methods import MixturePlan
+from pimerge.core.plugins import Option
+from pimerge.tuning.method import TuneMethod
+from pimerge.tuning.plan import Granularity, MixtureKind, MixturePlan
 
 if TYPE_CHECKING:
     from pimerge.tuning.session import TuneRequest, TuneResult
 
-PLAN = MixturePlan(experts=True, train_weights=True, ranked_start=True, mixture="channels", granularity="matrix")
 
-
-def fit(request: TuneRequest, *, uniform: bool = False, shared: bool = False) -> TuneResult:
-    """Train the scales and the head.
-
-    Args:
-        uniform: one scale per layer and expert.
-        shared: the same scales in all layers.
-    """
-    from pimerge.tuning.mixed_expert import train_mixture
+def fit(request: TuneRequest, *, uniform: bool, shared: bool) -> TuneResult:
+    """Train the scales and the head."""
+    from pimerge.tuning.mix import train_mixture
 
     granularity = {
-        (False, False): "matrix",
-        (False, True): "role",
-        (True, False): "layer",
-        (True, True): "global",
+        (False, False): Granularity.MATRIX,
+        (False, True): Granularity.ROLE,
+        (True, False): Granularity.LAYER,
+        (True, True): Granularity.GLOBAL,
     }[uniform, shared]
-    plan = replace(PLAN, mixture="free" if uniform else "channels", granularity=granularity)
-    return train_mixture(request, plan, "scalearn")
+    mixture = MixtureKind.FREE if uniform else MixtureKind.CHANNELS
+    return train_mixture(request, replace(METHOD, plan=replace(METHOD.plan, mixture=mixture, granularity=granularity)))
+
+
+METHOD = TuneMethod(
+    name="scalearn",
+    summary="Train a scale for every output of each expert; the experts stay frozen.",
+    formula="ΔW = Σ_n diag(ω_n) ΔW_n",
+    paper="ScaLearn, arXiv 2310.01217",
+    plan=MixturePlan(
+        experts=True,
+        train_weights=True,
+        ranked_start=True,
+        mixture=MixtureKind.CHANNELS,
+        granularity=Granularity.MATRIX,
+    ),
+    fit=fit,
+    options={
+        Option("uniform", bool, "Train one scale per layer and expert."): False,
+        Option("shared", bool, "Use the same scales in all layers."): False,
+    },
+)

@@ -1,9 +1,15 @@
-"""A fresh LoRA trained on the target alone: the control, and how the experts of a pool are made.
+"""A fresh LoRA is trained on the target alone: the control, and how the experts of a pool are made.
 
-Experts made with the same base, rank, modules and ``--init-seed`` share one init, so they can be compared by
-their Fisher.
+Experts made with the same base, rank, modules and ``--init-seed`` share one init, so that their Fisher embeddings can
+be compared.
 """
 
-from pimerge.tuning.methods import MixturePlan
+from pimerge.tuning.method import TuneMethod
+from pimerge.tuning.plan import MixturePlan
 
-PLAN = MixturePlan(fresh=True, train_experts=True, lr=5e-3)
+METHOD = TuneMethod(
+    name="scratch",
+    summary="Train a fresh LoRA on the target alone: the control, and how a pool's experts are made.",
+    formula="ΔW = s B A, B and A trained",
+    plan=MixturePlan(fresh=True, train_experts=True, lr=5e-3),
+)

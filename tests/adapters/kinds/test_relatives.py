@@ -316,7 +316,7 @@ def test_they_are_tuned_as_a_lora_of_almost_all_their_energy(
     for output in ("out", "again"):
         result = cli(*arguments, "-o", output)
         assert result.exit_code == 0, result.exception
-    assert "'randlora' is of kind randlora: it goes in as a LoRA of rank" in result.stderr
+    assert "'randlora' is of kind randlora: it becomes a LoRA of rank" in result.stderr
     first, again = (Path(name, "adapter_model.safetensors").read_bytes() for name in ("out", "again"))
     assert first == again
     assert open_expert("out").kind == "lora"

@@ -11,6 +11,7 @@ from torch import Tensor
 from pimerge.adapters.expert import Expert, open_expert
 from pimerge.models.linear_probe import fit_probe
 from pimerge.tasks.task import open_task
+from pimerge.tuning.fit import fit
 from pimerge.tuning.method import open_tune_method
 from pimerge.tuning.methods import guided
 from pimerge.tuning.options import TrainingOptions
@@ -45,7 +46,7 @@ def tuned(
         request = TuneRequest(
             session, experts, None, experts[0], [0.9, 0.8], OPTIONS, folder / f"run-{way}", GAINS, undo=undo
         )
-        result = method.fit(request)
+        result = fit(method, request)
         result.write(folder / str(way), manifest_of(method, request, result, experts), False)
     return open_expert(folder / str(way))
 

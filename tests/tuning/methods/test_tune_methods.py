@@ -23,13 +23,15 @@ from pimerge.core.errors import PimergeError
 from pimerge.tasks.examples import IGNORED
 from pimerge.tasks.task import open_task
 from pimerge.tuning.ensemble import ENSEMBLE_FILE, open_ensemble
+from pimerge.tuning.fit import fit
+from pimerge.tuning.loss import held_out_loss, mean_loss
 from pimerge.tuning.method import open_tune_method
-from pimerge.tuning.methods.distill import _soft, _taught
-from pimerge.tuning.methods.ensemble import similarity_weights, train_heads
+from pimerge.tuning.methods import distill
+from pimerge.tuning.methods._expert_heads import similarity_weights, train_heads
 from pimerge.tuning.mixed_expert import MixedExpert
 from pimerge.tuning.options import TrainingOptions
 from pimerge.tuning.session import TuneRequest, open_session
-from pimerge.tuning.trainer import TrainingOutcome, held_out_loss, mean_loss
+from pimerge.tuning.trainer import TrainingOutcome
 from tests.support.bases import model_for
 from tests.support.experts import MakeExpert, dense_deltas
 from tests.support.numerics import logits_of, relative_difference
@@ -84,7 +86,7 @@ def test_an_ensemble_is_the_experts_as_they_were_each_under_a_head_of_its_own(tr
     method = open_tune_method("ensemble")
     scaled = [tried.a.with_strength(0.5), tried.b]
     with tried.session.restored(0) as undo:
-        result = method.fit(tried.request(tmp_path / "run", experts=scaled, undo=undo))
+        result = fit(method, tried.request(tmp_path / "run", experts=scaled, undo=undo))
         from pimerge.tuning.tune import manifest_of
 
         request = tried.request(tmp_path)
@@ -106,11 +108,11 @@ def test_an_ensemble_is_the_experts_as_they_were_each_under_a_head_of_its_own(tr
 def test_the_epochs_of_an_ensemble_are_divided_among_its_heads(tried: Tried, tmp_path: Path) -> None:
     options = replace(OPTIONS, epochs=6, holdout=0.0, batch_size=4)
     with tried.session.restored(0) as undo:
-        assert open_tune_method("ensemble").fit(tried.request(tmp_path, options, undo=undo)).outcome.epochs == 6
+        assert fit(open_tune_method("ensemble"), tried.request(tmp_path, options, undo=undo)).outcome.epochs == 6
     with tried.session.restored(0) as undo:
-        assert open_tune_method("soup").fit(tried.request(tmp_path / "s", options, undo=undo)).outcome.epochs == 6
+        assert fit(open_tune_method("soup"), tried.request(tmp_path / "s", options, undo=undo)).outcome.epochs == 6
     with tried.session.restored(0) as undo:
-        assert open_tune_method("distill").fit(tried.request(tmp_path / "d", options, undo=undo)).outcome.epochs == 6
+        assert fit(open_tune_method("distill"), tried.request(tmp_path / "d", options, undo=undo)).outcome.epochs == 6
 
 
 def test_an_ensemble_that_changed_is_refused(tried: Tried, tmp_path: Path) -> None:
@@ -135,15 +137,16 @@ def test_similar_experts_count_more(tried: Tried, tmp_path: Path) -> None:
     assert similarity_weights(tried.request(tmp_path, scores=[0.9, None], note=said.append), 25) == pytest.approx(
         [1 / 3] * 3
     )
-    assert "weighed equally" in said[0]
+    assert "weighted equally" in said[0]
 
 
 def test_the_student_learns_the_mean_of_the_probabilities_and_the_labels(tried: Tried, tmp_path: Path) -> None:
     with tried.session.restored(0):
-        _, together, _, kept, _ = train_heads(tried.request(tmp_path), lambda *_: [0.5, 0.3, 0.2], "distill")
+        trained = train_heads(tried.request(tmp_path), distill.METHOD, lambda *_: [0.5, 0.3, 0.2])
+        kept = trained.kept
         batch = kept.batch(range(len(kept)))
         expected = torch.zeros(len(kept), 2)
-        for (expert, head), weight in zip(together.heads, [0.5, 0.3, 0.2], strict=True):
+        for (expert, head), weight in zip(trained.model.heads, [0.5, 0.3, 0.2], strict=True):
             own = None if expert is None else (tried.a, tried.b)[expert]
             base = model_for(Path(tried.session.base.source))
             model = base if own is None else PeftModel.from_pretrained(base, own.path)
@@ -154,10 +157,10 @@ def test_the_student_learns_the_mean_of_the_probabilities_and_the_labels(tried: 
                 layer.bias.copy_(head["classifier.bias"])
             expected += weight * logits_of(model.eval(), batch).softmax(-1)
         for share in (0.0, 0.4, 1.0):
-            found = torch.cat(_soft(together, kept, share, CPU))
+            found = torch.cat(distill._soft_targets(trained.model, kept, share, CPU))
             mixed = (1 - share) * expected + share * one_hot(batch["labels"], 2)
             torch.testing.assert_close(found, mixed, atol=1e-5, rtol=1e-4)
-        taught = _taught(kept.joined(kept), [*found, *found])
+        taught = distill._with_targets(kept.joined(kept), [*found, *found])
         assert len(taught) == 2 * len(kept)
         again = taught.batch([len(kept), 1])
         torch.testing.assert_close(again["labels"], torch.stack([found[0], found[1]]))
@@ -176,7 +179,7 @@ def test_words_are_taught_one_by_one() -> None:
     shares = [torch.tensor([[0.1, 0.9], [0.8, 0.2]]), torch.tensor([[0.3, 0.7]])]
     none = [0.0, 0.0]
     expected = torch.tensor([[none, [0.3, 0.7], none], [none, [0.1, 0.9], [0.8, 0.2]]])
-    torch.testing.assert_close(_taught(examples, shares).batch([1, 0])["labels"], expected)
+    torch.testing.assert_close(distill._with_targets(examples, shares).batch([1, 0])["labels"], expected)
 
 
 @pytest.mark.parametrize("good", [0, 1])
@@ -188,10 +191,10 @@ def test_the_search_finds_the_better_of_two_experts(tried: Tried, tmp_path: Path
         layer = next(module for module in model.modules() if hasattr(module, "mixture"))
         return float((layer.mixture.logits[0] - wanted).square().sum())
 
-    monkeypatch.setattr("pimerge.tuning.trainer.held_out_loss", loss)
+    monkeypatch.setattr("pimerge.tuning.loss.held_out_loss", loss)
     method = open_tune_method("gradient-free", {"evaluations": 150})
     with tried.session.restored(0) as undo:
-        result = method.fit(tried.request(tmp_path, undo=undo))
+        result = fit(method, tried.request(tmp_path, undo=undo))
     for weights in result.weights.values():
         assert weights[good] > 0.75
         assert abs(weights[1 - good]) < 0.25
@@ -201,7 +204,7 @@ def test_the_search_finds_the_better_of_two_experts(tried: Tried, tmp_path: Path
 def test_the_search_needs_nevergrad(tried: Tried, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "nevergrad", None)
     with pytest.raises(PimergeError, match=r"needs nevergrad.*\n.*pimerge\[gradient-free\]"):
-        open_tune_method("gradient-free").fit(tried.request(tmp_path))
+        fit(open_tune_method("gradient-free"), tried.request(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -229,11 +232,11 @@ def test_the_soup_is_greedy(
         return TrainingOutcome(1, 0.5, None, (), 3, True)
 
     monkeypatch.setattr(MixedExpert, "train", train)
-    monkeypatch.setattr("pimerge.tuning.trainer.held_out_loss", lambda *_: abs(float(at[0].flatten()[0]) - 1.0))
+    monkeypatch.setattr("pimerge.tuning.loss.held_out_loss", lambda *_: abs(float(at[0].flatten()[0]) - 1.0))
     options = replace(OPTIONS, holdout=0.2 if points else 0.0)
     said: list[str] = []
     with tried.session.restored(0) as undo:
-        open_tune_method("soup").fit(tried.request(tmp_path, options, undo=undo, note=said.append))
+        fit(open_tune_method("soup"), tried.request(tmp_path, options, undo=undo, note=said.append))
         ends_of = points or [2.0, 4.0, 6.0]
         expected = sum(ends_of[number] for number in taken) / len(taken)
         for parameter in at:
@@ -246,8 +249,8 @@ def test_scales_are_shared_as_asked(tried: Tried, tmp_path: Path) -> None:
     for options, count in groups.items():
         method = open_tune_method("scalearn", dict.fromkeys(options, True))
         with tried.session.restored(0) as undo:
-            result = method.fit(
-                tried.request(tmp_path / "-".join(options), replace(OPTIONS, weights_lr=0.3), undo=undo)
+            result = fit(
+                method, tried.request(tmp_path / "-".join(options), replace(OPTIONS, weights_lr=0.3), undo=undo)
             )
         assert len({tuple(weights) for weights in result.weights.values()}) == count
         outputs = 1 if "uniform" in options else 16
@@ -258,7 +261,7 @@ def test_random_takes_the_targets_expert_and_fresh_ones(tried: Tried, tmp_path: 
     still = replace(OPTIONS, lr=1e-12, weights_lr=1e-12, weight_decay=0.0)
     method = open_tune_method("random")
     with tried.session.restored(0) as undo:
-        result = method.fit(tried.request(tmp_path, still, undo=undo))
+        result = fit(method, tried.request(tmp_path, still, undo=undo))
         assert result.experts == ["x", "random 1", "random 2"]
         found: Any = result.model
         own = dense_deltas(tried.x)
@@ -296,9 +299,9 @@ def test_inputs_without_labels_are_learned_from(
         session = open_session(open_task(tmp_path), a.base, "cpu")
         request = TuneRequest(session, [a], None, a, None, OPTIONS, tmp_path / other, note=said.append)
         with session.restored(0) as undo:
-            result = open_tune_method("distill", {"unlabelled": 30}).fit(replace(request, undo=undo))
+            result = fit(open_tune_method("distill", {"unlabelled": 30}), replace(request, undo=undo))
         kept, _ = request.examples()
         assert result.examples == len(kept) + 30
-        assert "learning from 30 inputs without a label, too" in said
+        assert "also learning from 30 inputs without a label" in said
         shares.append(result.outcome.train_loss)
     assert shares[0] == shares[1]
