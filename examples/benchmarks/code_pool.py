@@ -1,19 +1,19 @@
-"""A pool of a third nature, a causal language model on program text, from the standard library's own sources.
+"""Make a pool of tasks about program text, for a causal language model, from the standard library's sources.
 
     python examples/benchmarks/code_pool.py FOLDER
 
-Writes ``FOLDER/base`` and ``FOLDER/tasks/NAME``; an expert for each is then trained with
+Writes ``FOLDER/base`` and ``FOLDER/tasks/NAME``; this trains an expert for each:
 
     pimerge tune --method scratch --target FOLDER/tasks/NAME --base FOLDER/base --output FOLDER/experts/NAME \\
         --modules q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj --fresh-rank 8 --epochs 8 --batch-size 32
 
-Needs scikit-learn and a Python whose library has its ``test`` package; some minutes on one core. Every draw is
-seeded, so one version of Python gives the same tasks each time; another has other sources, and so other rows.
+Needs scikit-learn and a Python whose library has its ``test`` package; takes some minutes on one core. Every random
+choice is seeded, so one version of Python always gives the same tasks; another version has other sources and rows.
 
-The library's files are divided once, evenly over packages, tests and sizes, into three parts: ``pretrain`` trains the
-tokenizer and the base and nothing else; ``train`` trains the tasks; ``test`` tests them. A snippet of a test file that
-also stands in the training rows of any task is left out. At the end comes a table: for each task the accuracy of a
-logistic regression on the features that the bare base has at the last token, beside the share of the largest class.
+The library's files are divided once, evenly over packages, tests and sizes, into three parts: ``pretrain`` trains
+only the tokenizer and the base; ``train`` trains the tasks; ``test`` tests them. A snippet of a test file that is
+also in the training rows of any task is left out. At the end a table shows, for each task, the accuracy of a logistic
+regression on the bare base's features at the last token, and the share of the largest class.
 """
 
 from __future__ import annotations
@@ -55,11 +55,11 @@ from pimerge.core.libraries import quiet_libraries
 SEED = 0
 TOKENS, VOCABULARY = 128, 3000
 BATCH, STEPS = 16, 600
-# files of each five of similar size in one stratum; a stratum's last few get the first of these
+# files of each five of similar size in one stratum; the last few of a stratum get the first of these
 PARTS = ("train", "test", "pretrain", "train", "pretrain")
 ROWS = {"train": 1000, "test": 400}
 LONGEST = 320  # characters of a snippet; about 100 tokens
-# data and not programs, programs that are broken on purpose, and packages that later versions lack
+# data instead of programs, programs that are broken on purpose, and packages that later versions lack
 LEFT_OUT = re.compile(
     r"(site-packages|dist-packages|idlelib|lib2to3|distutils|encodings|pydoc_data|config-[^/]*|ensurepip)/|"
     r"_sysconfigdata|(^|/)(data|[a-z]*data|crashers|certdata)/|/bad|test/(test_lib2to3|test_distutils|tokenizedata)"
@@ -80,7 +80,7 @@ AREAS = {
     "archives": r"(zipfile|tarfile|gzip|bz2|lzma|shutil)\.py|zipfile/|test/test_(zipfile|tarfile|gzip|bz2|lzma|shutil)",
     "dates": r"(_py)?datetime|calendar|_strptime|zoneinfo/|test/(datetimetester|test_(calendar|strptime|zone))",
 }
-# what would name the area in its own text
+# words that give the area away
 TELLTALES = {
     "asyncio": r"async|await|loop|coro|future",
     "email": r"mail|smtp|imap|message|msg",
@@ -99,7 +99,7 @@ TELLTALES = {
 
 @dataclass(frozen=True)
 class Source:
-    """A file of the library: ``code`` holds the numbers of its lines (from 1) that are code and not prose."""
+    """A file of the library: ``code`` holds the numbers (from 1) of the lines that are code and not prose."""
 
     path: str
     area: str
@@ -140,7 +140,7 @@ def main() -> None:
 
 
 def read_library(folder: Path) -> dict[str, list[Source]]:
-    """The files of each part: of every five of similar size in one area, two train, two pretrain and one tests."""
+    """The files of each part: of every five of similar size in an area, two train, two pretrain and one tests."""
     strata: dict[tuple[str, bool], list[tuple[int, Source]]] = defaultdict(list)
     for path in sorted(folder.rglob("*.py")):
         name = path.relative_to(folder).as_posix()
@@ -162,7 +162,7 @@ def read_library(folder: Path) -> dict[str, list[Source]]:
 
 
 def read_source(name: str, path: Path) -> Source | None:
-    """One file taken apart; None for what is not plain ASCII Python or nearly empty."""
+    """Parse one file; None if it is not plain ASCII Python or is nearly empty."""
     try:
         text = path.read_text(encoding="ascii")
         nodes = tuple(ast.walk(ast.parse(text)))
@@ -192,12 +192,12 @@ def read_source(name: str, path: Path) -> Source | None:
 
 
 def is_text(node: ast.AST) -> bool:
-    """Is it a constant of text?"""
+    """Is it a string constant?"""
     return isinstance(node, ast.Constant) and isinstance(node.value, str)
 
 
 def join_comments(tokens: Iterable[tokenize.TokenInfo]) -> Iterator[str]:
-    """The comments that have a line of their own, up to three neighbouring ones as one text."""
+    """The comments on lines of their own, up to three consecutive ones as one text."""
     block: list[str] = []
     last = 0
     for token in tokens:
@@ -213,7 +213,7 @@ def join_comments(tokens: Iterable[tokenize.TokenInfo]) -> Iterator[str]:
 
 
 def windows(source: Source, size: int) -> Iterator[list[int]]:
-    """Numbers of ``size`` lines of code that follow each other; no line comes twice."""
+    """Numbers of ``size`` consecutive lines of code; no line is used twice."""
     run: list[int] = []
     for number in range(1, len(source.lines) + 1):
         run = [*run, number] if number in source.code else []
@@ -223,7 +223,7 @@ def windows(source: Source, size: int) -> Iterator[list[int]]:
 
 
 def snippet(source: Source, numbers: Iterable[int]) -> str:
-    """The lines without the indentation that all of them have."""
+    """The lines without their common indentation."""
     return textwrap.dedent("\n".join(source.lines[number - 1].rstrip() for number in numbers)).strip()
 
 
@@ -231,7 +231,7 @@ def snippet(source: Source, numbers: Iterable[int]) -> str:
 
 
 def package(*areas: str) -> tuple[list[str], Recipe]:
-    """Which part of the library are these lines from? Lines that say a word of the answer are left out."""
+    """Which part of the library are these lines from? Lines that contain a word of the answer are left out."""
     telling = re.compile("|".join(TELLTALES[area] for area in areas), re.IGNORECASE)
 
     def rows(source: Source, draw: random.Random) -> Iterator[Row]:
@@ -299,7 +299,7 @@ def indentation(source: Source, draw: random.Random) -> Iterator[Row]:
 
 
 def returns(source: Source, draw: random.Random) -> Iterator[Row]:
-    """Does the function that begins so return something? No return is among the lines shown."""
+    """Does the function that begins like this return something? The lines shown contain no return."""
     for node in source.nodes:
         if not isinstance(node, ast.FunctionDef) or node.name.startswith(("test", "setUp", "tearDown", "__init__")):
             continue
@@ -311,7 +311,7 @@ def returns(source: Source, draw: random.Random) -> Iterator[Row]:
 
 
 def next_word(source: Source, draw: random.Random) -> Iterator[Row]:
-    """With which keyword does the line after these begin?"""
+    """Which keyword does the line after these begin with?"""
     for numbers in windows(source, 4):
         word = re.match(r"\w*", source.line(numbers[3]))
         if word and word[0] in NEXT:
@@ -319,7 +319,7 @@ def next_word(source: Source, draw: random.Random) -> Iterator[Row]:
 
 
 def name_form(source: Source, draw: random.Random) -> Iterator[Row]:
-    """How is the name written that stood at the question mark?"""
+    """In which style is the name at the question mark written?"""
     for number in sorted(source.code):
         line = re.sub(r"\"[^\"]*\"|'[^']*'", '""', source.line(number))
         found = [(name, form) for name in re.findall(r"\b[A-Za-z]\w+", line) if (form := form_of(name))]
@@ -355,7 +355,7 @@ def tested_comment(source: Source, draw: random.Random) -> Iterator[Row]:
 
 
 def arguments(source: Source, draw: random.Random) -> Iterator[Row]:
-    """How many arguments has the call?"""
+    """How many arguments does the call have?"""
     for node in source.nodes:
         if isinstance(node, ast.Call) and node.lineno == node.end_lineno and node.lineno in source.code:
             text = source.lines[node.lineno - 1][node.col_offset : node.end_col_offset]
@@ -365,7 +365,7 @@ def arguments(source: Source, draw: random.Random) -> Iterator[Row]:
 
 
 def parameters(source: Source, draw: random.Random) -> Iterator[Row]:
-    """How many parameters has the function?"""
+    """How many parameters does the function have?"""
     for node in source.nodes:
         if isinstance(node, ast.FunctionDef):
             text, given = source.line(node.lineno), node.args
@@ -389,7 +389,7 @@ def value(source: Source, draw: random.Random) -> Iterator[Row]:
 
 
 def length(source: Source, draw: random.Random) -> Iterator[Row]:
-    """How long is the line, its indentation left out?"""
+    """How long is the line, without its indentation?"""
     for number in sorted(source.code):
         size = len(source.line(number))
         if 10 <= size < 70:
@@ -397,7 +397,7 @@ def length(source: Source, draw: random.Random) -> Iterator[Row]:
 
 
 def swapped_lines(source: Source, draw: random.Random) -> Iterator[Row]:
-    """Have these four lines changed places in pairs?"""
+    """Have these four lines been swapped in pairs?"""
     for numbers in windows(source, 4):
         lines = snippet(source, numbers).split("\n")
         corrupt = draw.random() < 0.5
@@ -417,7 +417,7 @@ def replaced_word(source: Source, draw: random.Random) -> Iterator[Row]:
 
 
 def replaced(texts: Sequence[str], token: str, draw: random.Random) -> Iterator[Row]:
-    """Half of the texts whole, the others with a third of their tokens drawn anew from all of the file's."""
+    """Half of the texts unchanged, the others with a third of their tokens replaced by random ones of the file."""
     stock = [found for text in texts for found in re.findall(token, text)]
     for text in texts:
         places = list(re.finditer(token, text))
@@ -436,7 +436,7 @@ def replaced(texts: Sequence[str], token: str, draw: random.Random) -> Iterator[
 
 
 def swapped_words(source: Source, draw: random.Random) -> Iterator[Row]:
-    """Have the words of the comment changed places in pairs?"""
+    """Have the words of the comment been swapped in pairs?"""
     for comment in source.comments:
         words = comment.split()
         corrupt = draw.random() < 0.5
@@ -521,7 +521,7 @@ def write_tasks(folder: Path, parts: Mapping[str, Sequence[Source]]) -> None:
 
 
 def draw_rows(name: str, split: str, sources: Sequence[Source], seen: frozenset[str]) -> list[Row]:
-    """A split's rows: as many of each class, spread over the files, none twice, in random order.
+    """A split's rows: equally many of each class, spread over the files, without repetition, in random order.
 
     The largest class has at most one and a half times as many rows as the smallest.
     """

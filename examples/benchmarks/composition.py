@@ -1,10 +1,10 @@
-"""What a training step over N composed experts costs beside a step of one LoRA.
+"""Cost of a training step over a mixture of N experts, relative to a step of one LoRA.
 
     python examples/benchmarks/composition.py BASE [--modules query,value] [--tokens 1024] [--length 64]
 
-One LoRA of rank 16 whose factors train (as ``tune --method scratch``) against N experts of rank 16 of which
-only the weights train (as ``tune --method learned``), on the same model and batch, in turn, in one process; a
-step is forward, backward and AdamW. Printed: the median over the repeats of the ratio.
+Compares one LoRA of rank 16 whose factors are trained (as ``tune --method scratch``) with N experts of rank 16 of
+which only the weights are trained (as ``tune --method learned``), on the same model and batch, alternately, in one
+process. A step is forward, backward and AdamW. Prints the median of the ratio over the repeats.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def main() -> None:
 
 
 class Step:
-    """A training step of a composition of random experts inside a copy of the base."""
+    """A training step of a mixture of random experts in a copy of the base."""
 
     def __init__(
         self,

@@ -1,11 +1,11 @@
-"""What the Fisher embedding costs beside an ordinary forward and backward, and beside a loop over examples.
+"""Cost of the Fisher embedding relative to an ordinary forward and backward pass, and to a loop over examples.
 
     python examples/benchmarks/fisher.py POOL [--examples 256] [--repeats 5] [--loop 32]
 
-All three run over the same batches of the same experts, in turn, in one process. The ordinary pass is what a
-training step does without its optimizer: gradients of the factors alone, the base frozen. The loop takes the
-first ``--loop`` examples one at a time; its ratio is per example. Printed: medians over the repeats of the
-ratios, and the peak memory of the process.
+All three run over the same batches of the same experts, alternately, in one process. The ordinary pass is a training
+step without its optimizer: gradients of the factors only, with the base frozen. The loop processes the first
+``--loop`` examples one at a time; its ratio is per example. Prints medians of the ratios over the repeats, and the
+peak memory of the process.
 """
 
 from __future__ import annotations

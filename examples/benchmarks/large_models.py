@@ -2,12 +2,12 @@
 
     python examples/benchmarks/large_models.py [--shape flan-t5-large 7b] [--examples 512] [--length 256] [--answer 16]
 
-A model is made from its config, filled with random numbers and saved into a temporary folder (14 GB for the 7B shape in
-bfloat16), so that it goes through everything that a downloaded one does. A task of so many prompts of ``--length``
-tokens, with answers of ``--answer``, is tuned, a fresh LoRA (``scratch``) and the weights of three (``learned``),
-and embedded: by ``rules``, or by a ``loop`` over single examples, where the rules do not pass their check. The rate is
-that between the first and the last report of progress: it counts neither loading nor warming up. Peak memory is the
-GPU's, or without one the most that the process ever held.
+A model is made from its config, filled with random numbers and saved into a temporary folder (14 GB for the 7B shape
+in bfloat16), so that it is treated like a downloaded one. On a task with ``--examples`` prompts of ``--length``
+tokens and answers of ``--answer`` tokens, a fresh LoRA is tuned (``scratch``), then the weights of three LoRAs
+(``learned``), and the LoRA is embedded: by ``rules``, or, if the rules fail their check, by a ``loop`` over single
+examples. The rate is measured between the first and the last report of progress, without loading and warm-up. Peak
+memory is that of the GPU, or without one that of the process.
 """
 
 from __future__ import annotations
@@ -94,8 +94,8 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=512)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--answer", type=int, default=16)
-    parser.add_argument("--batch-size", type=int, default=16, help="of tuning")
-    parser.add_argument("--batch-tokens", type=int, default=None, help="of embedding")
+    parser.add_argument("--batch-size", type=int, default=16, help="batch size of tuning")
+    parser.add_argument("--batch-tokens", type=int, default=None, help="tokens per batch of embedding")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
     arguments = parser.parse_args()
@@ -163,7 +163,7 @@ def measure(shape: str, folder: Path, arguments: argparse.Namespace) -> list[lis
 
 
 class Stopwatch:
-    """A progress report that keeps the time of each step.
+    """A progress tracker that records the time of each step.
 
     Args:
         device: waited for before the time is taken.
@@ -186,14 +186,14 @@ class Stopwatch:
         yield advance
 
     def rate(self) -> float:
-        """Steps per second, from the end of the first."""
+        """Steps per second, counted from the end of the first."""
         if len(self.marks) < 2:
             raise SystemExit("one batch holds all examples: pass more --examples, or smaller batches")
         return sum(steps for _, steps in self.marks[1:]) / (self.marks[-1][0] - self.marks[0][0])
 
 
 def save_base(shape: str, folder: Path, device: torch.device, dtype: torch.dtype, length: int) -> int:
-    """A model of random weights and a tokenizer of words; how many parameters it has."""
+    """Save a model of random weights and a tokenizer of words; return its number of parameters."""
     _, kind, config, _ = SHAPES[shape]
     with torch.device("meta"):
         model = kind(config).to(dtype)
@@ -230,7 +230,7 @@ def save_task(kind: str, folder: Path, arguments: argparse.Namespace) -> Path:
 
 
 def text(count: int) -> str:
-    """So many words."""
+    """A text of a number of words."""
     return " ".join(random.choices(WORDS, k=count))
 
 

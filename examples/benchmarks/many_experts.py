@@ -1,15 +1,15 @@
-"""What ``pimerge rank`` costs in a store of very many experts, and what its shortlist misses.
+"""Cost of ``pimerge rank`` in a store of very many experts, and what its shortlist misses.
 
     python examples/benchmarks/many_experts.py [--experts 10000] [--parameters 1000000] [--folder FOLDER]
 
-It builds a store of synthetic LoRA experts in families (rank 8 on layers of 768 × 768), by the functions that
-``embed`` uses. Of each family there are ``--family`` experts with numbers of their own, from near twins of the
-family's core to distant relatives. To spare the disk, the experts beyond ``--distinct`` are copies, by hard links, of
-experts of other families than the target's: every entry's sketch and hash is that of the files that it names.
+It builds a store of synthetic LoRA experts in families (rank 8 on layers of 768 × 768), with the functions that
+``embed`` uses. Each family has ``--family`` experts with numbers of their own, from near twins of the family's core
+to distant relatives. To save disk space, the experts beyond ``--distinct`` are copies, by hard links, of experts of
+other families than the target's; the random projection and the hash of every entry are those of its files.
 
-Printed: seconds and peak memory of the whole command, size of the document, the parts of one comparison, the error
-of the sketches' cosines, and how many of the exact best 10 are on the shortlist. With a ``--folder`` the store stays
-there and is used again.
+Prints seconds and peak memory of the whole command, size of the document, the parts of one comparison, the error of
+the cosines of random projections, and how many of the exact best 10 are on the shortlist. With ``--folder`` the store
+is kept there and used again.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ TARGET = "e00000"
 WITH_PEAK = """
 import atexit, re, runpy, sys
 from pathlib import Path
-peak = re.compile("VmHWM:\\s*(\\d+)")  # not what wait4 says, which counts the pages of the process that started it
+peak = re.compile("VmHWM:\\s*(\\d+)")  # not the figure of wait4, which counts the pages of the parent process
 atexit.register(lambda: print(peak.search(Path("/proc/self/status").read_text())[1], file=sys.stderr))
 runpy.run_module("pimerge", run_name="__main__")
 """
 
 
 def main() -> None:
-    """Build the store if need be, and print what was measured."""
+    """Build the store if it does not exist, and print the measurements."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
     parser.add_argument("--experts", type=int, default=10_000)
     parser.add_argument("--parameters", type=int, default=1_000_000)
@@ -88,7 +88,7 @@ def build(folder: Path, arguments: argparse.Namespace) -> None:
 
 
 def add_expert(folder: Path, name: str, family: int, distance: int, layers: list[str]) -> Embedding:
-    """One expert: the core of its family, and the more noise the larger its distance."""
+    """Add one expert: the core of its family, plus noise in proportion to its distance."""
     core, own = torch.Generator().manual_seed(family), torch.Generator().manual_seed(1000 + family * 1000 + distance)
     init = torch.Generator().manual_seed(999_999)
     noise = 0.2 + 0.1 * distance
@@ -136,7 +136,7 @@ def add_expert(folder: Path, name: str, family: int, distance: int, layers: list
 
 
 def add_copy(folder: Path, name: str, like: str, entries: dict[str, Embedding]) -> Embedding:
-    """The same files once more, by hard links."""
+    """Add an expert whose files are hard links to those of another."""
     experts, entry = folder / "experts" / name, entries[like]
     experts.mkdir()
     for file in (WEIGHTS, CONFIG):
@@ -155,22 +155,22 @@ def normal(generator: torch.Generator, *shape: int) -> Tensor:
 
 
 def mixed(core: torch.Generator, own: torch.Generator, noise: float, *shape: int) -> Tensor:
-    """What a family shares, with an expert's own numbers."""
+    """The core of a family, mixed with an expert's own numbers."""
     return normal(core, *shape) + noise * normal(own, *shape)
 
 
 def document(path: Path) -> None:
-    """Print its size, and what of it the sketches take."""
+    """Print the size of the document, and the part of the random projections in it."""
     entries = open_store(path).experts
     sketches = sum(len(text) for entry in entries.values() for text in entry.sketches.values())
     print(
         f"document: {path.stat().st_size / 1e6:.1f} MB for {len(entries)} experts, "
-        f"sketches {sketches / len(entries):.0f} bytes an expert"
+        f"random projections {sketches / len(entries):.0f} bytes per expert"
     )
 
 
 def whole_command(path: Path) -> None:
-    """Print what the command takes as it is typed: with every file to be hashed, then with the hashes remembered."""
+    """Print the cost of the whole command: with every file to be hashed, then with remembered hashes."""
     with tempfile.TemporaryDirectory() as cache:
         for name in ("first", "again", "again"):
             command = [sys.executable, "-c", WITH_PEAK, "rank", "--target", TARGET, "--measure", "fisher"]
@@ -186,7 +186,7 @@ def whole_command(path: Path) -> None:
 
 
 def one_comparison(path: Path) -> None:
-    """Print the seconds of the parts, torch being there."""
+    """Print the seconds of the parts of one comparison, after torch is imported."""
     start = time.perf_counter()
     store = open_store(path)
     opened = time.perf_counter()
@@ -201,11 +201,11 @@ def one_comparison(path: Path) -> None:
 
 
 def shortlist(path: Path, distinct: int) -> None:
-    """Print the error of the sketches, and what the shortlist has of the exact best 10."""
+    """Print the error of the random projections, and how many of the exact best 10 the shortlist contains."""
     store = open_store(path)
     names = [name for name in list(store.experts)[:distinct] if name != TARGET]
     members = [store.member(name, store.open(name), "marginals") for name in (TARGET, *names)]
-    exact = fisher.similarity(members, len(names), []).scores()  # around no mean
+    exact = fisher.similarity(members, len(names), []).scores()  # without centring
     estimated = np.zeros(len(names))
     for part in ("gradients", "update"):
         rows = from_texts([store.experts[name].sketches[part] for name in (TARGET, *names)]).astype(np.float64)
@@ -213,7 +213,7 @@ def shortlist(path: Path, distinct: int) -> None:
         estimated += unit[1:] @ unit[0] / 2
     error = estimated - exact
     print(
-        f"sketches against exact cosines, {len(names)} pairs: standard error {np.sqrt(np.mean(error**2)):.4f}, "
+        f"projected and exact cosines, {len(names)} pairs: standard error {np.sqrt(np.mean(error**2)):.4f}, "
         f"mean {error.mean():+.4f}, largest {np.abs(error).max():.4f}"
     )
     centred = fisher.similarity(members, len(names), range(len(members))).scores().tolist()

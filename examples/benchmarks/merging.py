@@ -1,10 +1,10 @@
-"""What a merge costs beside PEFT's ``add_weighted_adapter`` and beside reading and writing the bytes alone.
+"""Cost of a merge, relative to PEFT's ``add_weighted_adapter`` and to reading and writing the bytes alone.
 
     python examples/benchmarks/merging.py [--adapters 32] [--layers 32] [--width 4096] [--rank 16]
 
-Random adapters in bfloat16 on q and v of every layer lie as files in a temporary folder (0.5 GB by default).
+Random adapters in bfloat16 on q and v of every layer are saved in a temporary folder (0.5 GB by default).
 Each job runs in a process of its own, from files to file: pimerge opens the adapters, merges and writes; PEFT
-loads them into a model, merges and saves. A job's time leaves out its imports, and its memory is the peak
+loads them into a model, merges and saves. A job's time does not include its imports, and its memory is the peak
 above what the process held before. PEFT's base takes no memory here (its weights are one number, expanded).
 PEFT's ``svd`` is dense, about half a minute and 6 GB for one module of the default width, so it and pimerge's
 truncation to the adapters' rank are compared on ``--svd-modules`` of them.
@@ -23,13 +23,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 NAMES = ("q_proj", "v_proj")
-# job → the job of PEFT that it is compared with; the same mathematics only where it says so
+# job → the job of PEFT that it is compared with; the mathematics is the same only where the comment says so
 PEERS = {
     "uniform": "cat",  # the same ΔW
     "uniform --rank 16": "svd",  # the same ΔW
-    "ties --space factors": "ties",  # the same idea; PEFT divides by a count where weights belong
-    "dare-linear --space factors": "dare_linear",  # the same, other draws
-    "ties": "ties",  # ΔW's own cores against factors apart
+    "ties --space factors": "ties",  # the same idea; PEFT divides by a count instead of using the weights
+    "dare-linear --space factors": "dare_linear",  # the same, with other random numbers
+    "ties": "ties",  # the cores of ΔW against separate factors
     "dare-linear": "dare_linear",
     "tsv": "",
     "knots": "",
@@ -37,14 +37,14 @@ PEERS = {
 
 
 def main() -> None:
-    """Print a line per job, with its ratio to the peer measured right after it."""
+    """Print a line per job, with its ratio to the comparable job measured right after it."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
     parser.add_argument("--adapters", type=int, default=32)
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--width", type=int, default=4096)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--svd-modules", type=int, default=1)
-    parser.add_argument("--only", default="", help="jobs, with commas between")
+    parser.add_argument("--only", default="", help="only these jobs, separated by commas")
     parser.add_argument("--job", default="", help=argparse.SUPPRESS)
     parser.add_argument("--folder", default="", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -91,7 +91,7 @@ def module_names(layers: int) -> list[str]:
 
 
 def compare(folder: Path, arguments: argparse.Namespace) -> None:
-    """Run every job and its peer, one after the other, after the files are in the page cache."""
+    """Run every job and its comparable job, one after the other, once the files are in the page cache."""
     chosen = [name for name in arguments.only.split(",") if name] or list(PEERS)
     floor = measure("floor", folder, arguments)
     print(f"{'job':30} {'seconds':>8} {'MB':>7}   beside", flush=True)

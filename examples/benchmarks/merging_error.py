@@ -1,10 +1,10 @@
-"""How far every merge method is from the same method on dense float64 matrices.
+"""Difference between every merge method and the same method on dense float64 matrices.
 
     python examples/benchmarks/merging_error.py [--experts 4] [--width 256] [--rank 8]
 
-Random experts in float32 on one module. Spectral methods take the dense ΔW itself in the reference; elementwise
-ones take it in the singular vectors of the dense updates. Printed: ‖ΔW − reference‖ / ‖reference‖, with the
-result kept in float32 and with all its directions.
+Random experts in float32 on one module. In the reference, spectral methods use the dense ΔW itself; elementwise
+methods use it in the basis of the singular vectors of the dense updates. Prints ‖ΔW − reference‖ / ‖reference‖, with
+the result in float32 and at full rank.
 """
 
 from __future__ import annotations
@@ -19,9 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pimerge.adapters.expert import Expert, open_expert
-from pimerge.core import plugins
 from pimerge.merging.merge import Merge, prepare
-from pimerge.merging.method import open_method
+from pimerge.merging.method import METHODS, open_method
 
 MODULE = "q"
 
@@ -35,7 +34,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="errors-") as folder:
         experts = [make(Path(folder) / str(seed), seed, arguments) for seed in range(arguments.experts)]
-        for name in plugins.summaries("pimerge.merging.methods"):
+        for name in METHODS.names():
             method = open_method(name)
             chosen = experts[:2] if name == "slerp" else experts
             given = [1 / len(chosen)] * len(chosen) if name == "interpolated" else None
@@ -61,12 +60,12 @@ def make(folder: Path, seed: int, arguments: argparse.Namespace) -> Expert:
 
 
 def fisher(expert: Expert, key: str) -> Tensor:
-    """A made-up Fisher: the squares of another expert's numbers would do as well."""
+    """A synthetic Fisher diagonal; its values have no meaning."""
     return expert.tensor(key).roll(1, -1).square()
 
 
 def gram(expert: Expert, name: str) -> Tensor:
-    """A made-up Gram matrix."""
+    """A synthetic Gram matrix."""
     A = expert.factors(name).A
     return A.T @ A + torch.eye(A.shape[1])
 
@@ -101,7 +100,7 @@ def dense(merge: Merge) -> Tensor:
 
 
 def by_factor(merge: Merge, scaled: list[tuple[Tensor, Tensor]], weights: Tensor) -> Tensor:
-    """Every parameter of A and of B by its Fisher."""
+    """Merge every parameter of A and of B, weighted by its Fisher information."""
     merged = []
     for place, letter in ((0, "B"), (1, "A")):
         values = torch.stack([pair[place] for pair in scaled])

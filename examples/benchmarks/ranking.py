@@ -1,25 +1,25 @@
-"""How well each measure of ``pimerge rank`` foretells which expert helps, on a folder of tasks and a base model.
+"""How well each measure of ``pimerge rank`` predicts which expert helps, on a folder of tasks and a base model.
 
     python examples/benchmarks/ranking.py TASKS BASE WORK [--modules q_proj,v_proj] [--epochs 8] [--tuned 3]
 
-TASKS holds a folder with a ``task.json`` for each task; everything is made in WORK, and a second run goes on where
-the first one was. Needs ``pip install scikit-learn`` (for SciPy). What it does:
+TASKS holds a folder with a ``task.json`` for each task. All files are written to WORK, and a second run resumes the
+first. Needs ``pip install scikit-learn`` (for SciPy). It:
 
-1. trains an expert of every task (``tune --method scratch``, one init), or takes those of ``--experts`` and leaves out
-   the tasks without one; embeds all;
-2. measures the true gain of each source for each target: the expert is plugged in at each scale, a new linear head
-   is fitted on K examples a class (seeded draws), and its accuracy on the test split is compared with that of the
-   bare base and a head fitted on the same examples;
-3. scores every source by every measure, which sees nothing but the store or those K examples;
+1. trains an expert of every task (``tune --method scratch``, one init), or uses those of ``--experts`` and leaves out
+   the tasks without one, and embeds all of them;
+2. measures the true gain of each source for each target: the expert is put into the base at each strength, a new linear
+   head is trained on K examples per class (seeded samplings), and its accuracy on the test split is compared with that
+   of the bare base and a head trained on the same examples;
+3. scores every source by every measure, which sees only the store or those K examples;
 4. prints, for each K: Spearman's ρ of scores and gains (mean over targets ± its standard error), NDCG@3, regret in
    points of the first and of the better of the first two choices against the best source, the mean gain of the first
-   choice, the share of targets where it hurts, and seconds for a target; then what ``rank`` would select: with the
-   scales, with the gate, and the mean of k experts;
-5. with ``--tuned N``, compares π-Tuning with the best and the worst source with a fresh LoRA on N targets.
+   choice, the share of targets where it hurts, and seconds per target; then what ``rank`` would select: with the
+   strengths, with the threshold, and the mean of k experts;
+5. with ``--tuned N``, compares π-Tuning with the best and with the worst source to a fresh LoRA, on N targets.
 
-The split-half reliability of the gains bounds what any measure can reach. Nothing is chosen on the numbers that are
-reported but what is said: the weights of ``combined``, which were fitted on pools of the README (the least-squares
-weight of this pool is printed beside).
+The split-half reliability of the gains limits what any measure can reach. Nothing was chosen on the reported numbers
+except the weights of ``combined``, which were chosen on the pools of the README (the least-squares weight of this
+pool is printed beside them).
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ CPU = torch.device("cpu")
 
 @dataclass
 class Seen:
-    """One target as its sources see it.
+    """The features of one target under each source.
 
     Attributes:
         train, test: (source, scale) → sample; ``("", 0.0)`` is the bare base.
@@ -91,7 +91,7 @@ HELD_OUT = ("probe", "likelihood")
 
 
 def main() -> None:
-    """Do all of it."""
+    """Train, measure and print everything."""
     options = arguments()
     quiet_libraries()
     torch.set_num_threads(options.threads)
@@ -127,16 +127,18 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("tasks")
     parser.add_argument("base")
     parser.add_argument("work")
-    parser.add_argument("--experts", help="a folder of trained experts, one init, named as their tasks")
-    parser.add_argument("--modules", help="of the LoRA, with commas; default: PEFT's choice")
+    parser.add_argument("--experts", help="folder of experts trained from one init, named like their tasks")
+    parser.add_argument("--modules", help="modules of the LoRA, separated by commas; default: PEFT's choice")
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--epochs", type=float, default=8)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--shots", default="1,5,16")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--train", type=int, default=400, help="most training examples that shots are drawn from")
-    parser.add_argument("--test", type=int, default=300, help="most test examples")
-    parser.add_argument("--tuned", type=int, default=0, help="so many targets for π-Tuning")
+    parser.add_argument(
+        "--train", type=int, default=400, help="maximum number of training examples to sample shots from"
+    )
+    parser.add_argument("--test", type=int, default=300, help="maximum number of test examples")
+    parser.add_argument("--tuned", type=int, default=0, help="number of targets for π-Tuning")
     parser.add_argument("--threads", type=int, default=1)
     return parser.parse_args()
 
@@ -147,7 +149,7 @@ def without(experts: Mapping[str, Expert], target: str) -> dict[str, Expert]:
 
 
 def pool(tasks: Mapping[str, Task], base: Base, options: argparse.Namespace) -> dict[str, Expert]:
-    """Name → expert of each task; trained from one init where they are not there."""
+    """Name → expert of each task; missing ones are trained from one init."""
     folder = Path(options.experts or Path(options.work) / "experts")
     training = TrainingOptions(
         epochs=options.epochs,
@@ -173,7 +175,7 @@ def embedded(experts: Mapping[str, Expert], work: Path, options: argparse.Namesp
 
 
 def look(name: str, task: Task, base: Base, experts: Mapping[str, Expert], options: argparse.Namespace) -> Seen:
-    """Forward every source at every scale over a target's examples; cached in the work folder."""
+    """Run a target's examples through every source at every strength; cached in the work folder."""
     loaded = load_base(base, task, CPU, torch.float32)
     start = time.perf_counter()
     readers, samples = {}, {}
@@ -204,13 +206,13 @@ def drawn(one: Seen, k: int, seed: int) -> list[int]:
 
 
 def answered(train: TargetFeatures, test: TargetFeatures) -> torch.Tensor:
-    """Whether a head that is fitted on one sample answers each example of another rightly."""
+    """Whether a head trained on one sample classifies each example of another correctly."""
     head = fit_probe(train.vectors, train.labels, train.classes, PENALTY)
     return (head.log_probabilities(test.vectors).argmax(1) == test.labels).double()
 
 
 def measure_truth(one: Seen, shots: Sequence[int], seeds: int) -> None:
-    """Fit a head for each candidate and the bare base, for each K and seed, and note what it answers rightly."""
+    """Train a head for each candidate and the bare base, for each K and seed, and record its correct answers."""
     for k in shots:
         for seed in range(seeds):
             indices = drawn(one, k, seed)
@@ -221,7 +223,7 @@ def measure_truth(one: Seen, shots: Sequence[int], seeds: int) -> None:
 def truth(
     one: Seen, k: int, scales: Sequence[float] = (1.0,), half: int | None = None
 ) -> dict[tuple[str, float], float]:
-    """(source, scale) → gain in points, the mean over seeds.
+    """(source, strength) → gain in points, mean over seeds.
 
     Args:
         half: 0 or 1 for the even or odd seeds and test examples alone.
@@ -253,10 +255,10 @@ def by_store(store: Store, names: Sequence[str]) -> tuple[dict, dict[str, float]
 
 
 def by_examples(one: Seen, k: int, seed: int, seconds: dict[str, float]) -> dict[str, dict[tuple[str, float], float]]:
-    """Measure → (source, scale) → score on K examples a class.
+    """Measure → (source, strength) → score on K examples per class.
 
     The part of ``combined`` is computed for the bare base and at every scale, the other measures at scale 1.
-    ``combined`` itself is in points above the bare base's, with what the store foretells, since the targets have
+    ``combined`` itself is in points above the bare base's, with what the store predicts, since the targets have
     experts; :data:`ALONE` is without.
     """
     indices = drawn(one, k, seed)
@@ -274,29 +276,29 @@ def by_examples(one: Seen, k: int, seed: int, seconds: dict[str, float]) -> dict
             for key, sample in samples.items()
             if measure == part.name or (key[1] == 1.0 and (sample.logits is not None or not strategy.READS_ANSWERS))
         }
-        share = len(one.pool) / len(scores[measure])  # of a target's candidates at one scale
+        share = len(one.pool) / len(scores[measure])  # of a target's candidates at one strength
         seconds[measure] = seconds.get(measure, 0.0) + share * (time.perf_counter() - start)
     scores[ALONE] = {
         key: 100 * part.weight * (scores[part.name][key] - scores[part.name][BARE]) for key in samples if key != BARE
     }
-    scores["combined"] = {key: gain + 100 * foretold(one, k, *key) for key, gain in scores[ALONE].items()}
+    scores["combined"] = {key: gain + 100 * predicted(one, k, *key) for key, gain in scores[ALONE].items()}
     seconds["combined"] = seconds[ALONE] = seconds[part.name]
     return scores
 
 
-def foretold(one: Seen, k: int, source: str, scale: float) -> float:
-    """The gain that the store foretells, 0.01 being a point."""
+def predicted(one: Seen, k: int, source: str, scale: float) -> float:
+    """The gain that the store predicts; 0.01 is a point."""
     return combined.store_weight(k, one.saw) * scale * one.close.get(source, 0.0)
 
 
 def calibration(one: Seen) -> dict[str, dict[float, float]]:
-    """Source → scale → gain on a target's training examples, as ``rank --calibrate`` measures it."""
+    """Source → strength → gain on a target's training examples, as ``rank --calibrate`` measures it."""
     accuracies = {key: held_out_accuracy(sample) for key, sample in one.train.items()}
     return {s: {scale: accuracies[(s, scale)] - accuracies[BARE] for scale in STRENGTHS} for s in one.pool}
 
 
 def from_history(target: str, calibrated: Mapping, similarities: Mapping[str, float]) -> dict[str, float]:
-    """Source → gain foretold from the gains for the other targets."""
+    """Source → gain predicted from the gains for the other targets."""
     others = {name: sources for name, sources in calibrated.items() if name != target}
     found = {source: history.predicted(others, similarities, source) for source in others if source != target}
     return {source: 100 * prediction[1] for source, prediction in found.items() if prediction}
@@ -304,7 +306,7 @@ def from_history(target: str, calibrated: Mapping, similarities: Mapping[str, fl
 
 @dataclass
 class Row:
-    """What is printed of one measure, a value a target."""
+    """The printed results of one measure, one value per target."""
 
     rho: list[float] = field(default_factory=list)
     ndcg: list[float] = field(default_factory=list)
@@ -343,7 +345,7 @@ def half_reliability(seen: Mapping[str, Seen], k: int) -> float:
 
 
 def plus_minus(values: Sequence[float], digits: int = 2) -> str:
-    """Mean ± its standard error over targets."""
+    """Mean ± standard error over targets."""
     error = np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else float("nan")
     return f"{np.mean(values):.{digits}f} ± {error:.{digits}f}"
 
@@ -400,7 +402,7 @@ def report(
 
 
 def halves(rows: Mapping[str, Row], names: Sequence[str]) -> None:
-    """The measure with the highest ρ on one half of the targets, and its ρ on the other half; and the reverse."""
+    """The measure with the highest ρ on one half of the targets and its ρ on the other half, both ways."""
     kinds = {"the store": ("fisher", "marginals", "experts"), "examples": ("examples",)}
     for kind, needs in kinds.items():
         known = rows.keys() - {ALONE}
@@ -416,14 +418,14 @@ def halves(rows: Mapping[str, Row], names: Sequence[str]) -> None:
 
 
 def choices(k: int, seen: Mapping[str, Seen], trials: Mapping) -> dict[str, list[float]]:
-    """What ``rank`` would select by ``combined``: a source and its scale, gated or not, and means of k experts."""
+    """What ``rank`` would select by ``combined``: a source and its strength, and means of several."""
     found: dict[str, list[float]] = {}
     for name, one in seen.items():
         gains = truth(one, k, STRENGTHS)
         per: dict[str, list[float]] = {}
         closest = max(one.close, key=lambda source: one.close[source])
         helps = one.close[closest] > fisher.GATE
-        per["first choice by the store, gated"] = [gains[closest, 1.0] if helps else 0.0]
+        per["first choice by the store, above the threshold"] = [gains[closest, 1.0] if helps else 0.0]
         for seed, scores in enumerate(trials[name]):
             own = scores["combined"]
             best = max(own, key=lambda key: own[key])
@@ -432,7 +434,7 @@ def choices(k: int, seen: Mapping[str, Seen], trials: Mapping) -> dict[str, list
                 gains[max((key for key in own if key[1] == 1.0), key=lambda key: own[key])]
             )
             per.setdefault("first choice at its scale", []).append(gains[best])
-            per.setdefault("first that passes the gate", []).append(gains[passing] if passing else 0.0)
+            per.setdefault("first above the threshold", []).append(gains[passing] if passing else 0.0)
             per.setdefault("share of answers 'none', counted 0", []).append(float(passing is None))
             if seed == 0:
                 merged(per, one, k, own)
@@ -446,21 +448,21 @@ def choices(k: int, seen: Mapping[str, Seen], trials: Mapping) -> dict[str, list
 
 
 def first_passing(one: Seen, indices: Sequence[int], own: Mapping) -> tuple[str, float] | None:
-    """What ``rank`` selects: of the sources at their best scales the first that is expected to help, if any is."""
+    """What ``rank`` selects: the first source, at its best strength, that is above the threshold, if any is."""
     best = {source: max(STRENGTHS, key=lambda scale: own[(source, scale)]) for source in one.pool}
     ordered = sorted(best.items(), key=lambda key: (-own[key], key))
     return next((key for key in ordered if own[key] > LEAST_ERRORS * 100 * gain_error(one, indices, key)), None)
 
 
 def gain_error(one: Seen, indices: Sequence[int], key: tuple[str, float]) -> float:
-    """The standard error of a candidate's expected gain over draws of the examples, as ``rank`` has it."""
+    """The standard error of a candidate's expected gain over resampled examples, as in ``rank``."""
     own, bare = subset(one.train[key], indices), subset(one.train[BARE], indices)
     draws = bootstrap(own.labels, DRAWS, 0)
     return float((combined.scores(own, draws) - combined.scores(bare, draws)).std())
 
 
 def merged(per: dict[str, list[float]], one: Seen, k: int, own: Mapping[tuple[str, float], float]) -> None:
-    """The true gain of the mean of the first 1, 2, … experts, and of the number that ``-k auto`` takes."""
+    """The true gain of the mean of the first 1, 2, … experts, and of the number that ``-k auto`` selects."""
     best = {source: max(STRENGTHS, key=lambda scale: own[(source, scale)]) for source in one.pool}
     order = sorted(best, key=lambda source: -own[(source, best[source])])[:MOST_MERGED]
     indices = drawn(one, k, 0)
@@ -470,7 +472,7 @@ def merged(per: dict[str, list[float]], one: Seen, k: int, own: Mapping[tuple[st
     for count in range(1, len(order) + 1):
         experts = [one.pool[source].with_strength(best[source]) for source in order[:count]]
         train = subset(one.readers["train"].mean_features(experts), indices)
-        store = sum(foretold(one, k, source, best[source]) for source in order[:count]) / count
+        store = sum(predicted(one, k, source, best[source]) for source in order[:count]) / count
         expected.append(float(combined.scores(train, weights)) + store)
         real.append(100 * float((answered(train, one.readers["test"].mean_features(experts)) - bare).mean()))
         per[f"mean of the first {count}"] = [real[-1]]
@@ -478,7 +480,7 @@ def merged(per: dict[str, list[float]], one: Seen, k: int, own: Mapping[tuple[st
 
 
 def fitted_weights(k: int, seen: Mapping[str, Seen], trials: Mapping) -> dict[str, float]:
-    """Least-squares weight of the part of ``combined`` on this pool, and R² of it and of the shipped one."""
+    """Least-squares weight of the part of ``combined`` on this pool, and its R² and that of the shipped weight."""
     shipped = combined.part_of(subset(next(iter(seen.values())).train[BARE], drawn(next(iter(seen.values())), k, 0)))
     foretold, gains = [], []
     for name, one in seen.items():
@@ -489,7 +491,7 @@ def fitted_weights(k: int, seen: Mapping[str, Seen], trials: Mapping) -> dict[st
     x, y = np.array(foretold), np.array(gains)
     fit = float(x @ y / (x @ x))
     explained = [1 - float(((y - weight * x) ** 2).sum() / (y**2).sum()) for weight in (fit, shipped.weight)]
-    print(f"  weight of {shipped.name} fitted here: {fit:.2f}, shipped {shipped.weight}; ", end="")
+    print(f"  weight of {shipped.name} by least squares here: {fit:.2f}, shipped {shipped.weight}; ", end="")
     print(f"R² {explained[0]:.2f}, {explained[1]:.2f}")
     return {shipped.name: fit, "R2": explained[0], "R2 shipped": explained[1]}
 
@@ -497,7 +499,7 @@ def fitted_weights(k: int, seen: Mapping[str, Seen], trials: Mapping) -> dict[st
 def tuned(
     seen: Mapping[str, Seen], experts: Mapping[str, Expert], base: Base, k: int, options: argparse.Namespace
 ) -> dict[str, dict[str, float]]:
-    """Test accuracy of π-Tuning with the truly best and worst source against a fresh LoRA, K examples a class."""
+    """Test accuracy of π-Tuning with the truly best and worst source and of a fresh LoRA, K examples per class."""
     found: dict[str, dict[str, float]] = {}
     training = TrainingOptions(
         shots=k, epochs=30, fresh_rank=options.rank, fresh_modules=tuple(next(iter(experts.values())).modules)

@@ -1,13 +1,13 @@
-"""Which way of tuning is best with few labels, over the targets of a pool: how the default of ``tune`` was found.
+"""Which tune method is best with few labels, over the targets of a pool: how the default of ``tune`` was chosen.
 
     python examples/benchmarks/tuning.py EXPERTS WORK [--targets a,b] [--shots 5,20] [--methods guided,learned]
 
-EXPERTS is a folder of experts with a ``task.json`` each. Every target in turn is a new task: ``pimerge compare`` runs
-methods and controls on draws of its examples, with all other experts as the pool, ranked on each draw. Runs lie in
-WORK, and a second call makes what is new alone. It prints, for each number of shots: the mean over targets, the paired
-difference to the best control (that with the highest mean over the targets) ± its standard error over targets, the
-lowest difference of a target to its own best control, and the share of the distance between a fresh LoRA and the
-target's own expert, which had all of its data.
+EXPERTS is a folder of experts with a ``task.json`` each. Each target in turn is treated as a new task: ``pimerge
+compare`` runs methods and controls on samplings of its examples, with all other experts as the pool, ranked on each
+sampling. Runs are kept in WORK, and a second call only runs what is new. For each number of shots it prints the mean
+over targets, the paired difference to the best control (the one with the highest mean over the targets) ± its
+standard error over targets, the lowest difference of a target to its own best control, and the closed share of the
+distance between a fresh LoRA and the target's own expert, which was trained on all of its data.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
     parser.add_argument("experts", type=Path)
     parser.add_argument("work", type=Path)
-    parser.add_argument("--targets", help="with commas; default: all")
+    parser.add_argument("--targets", help="separated by commas; default: all")
     parser.add_argument("--shots", default="5,20")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--methods", default="guided,learned,interpolated,ensemble")
@@ -76,7 +76,7 @@ def run(experts: Path, name: str, work: Path, design: ComparisonDesign) -> dict[
 
 
 def accuracy_of_own(path: Path) -> float:
-    """Of the target's own expert, trained on all of its data."""
+    """Accuracy of the target's own expert, trained on all of its data."""
     expert = open_expert(path)
     rows = evaluate([expert], open_task(path), expert.base, None)
     return next(row.accuracy for row in rows if row.name != BASE)
@@ -89,7 +89,7 @@ def table(
     scores: dict[tuple[int | None, str, str], float],
     own: dict[str, float],
 ) -> None:
-    """Print one number of shots."""
+    """Print the table of one number of shots."""
     points = {method: [100 * scores[shots, method, name] for name in names] for method in methods}
     controls = [method for method in methods if method in CONTROLS]
     best = max(controls, key=lambda method: statistics.fmean(points[method]))

@@ -1,13 +1,13 @@
-"""Cut tasks from the scans in this folder: a look and a question, of chosen parts of ``data/digits.parquet``.
+"""Cut tasks from the scans in this folder: a look and a question, on chosen parts of ``data/digits.parquet``.
 
     python examples/digits/cut.py FOLDER NAME:LOOK:QUESTION:PARTS ...
 
-    LOOK      plain, inverted, rotated, outlined or noisy; of several, inverted+rotated, every scan has each
+    LOOK      plain, inverted, rotated, outlined or noisy; with several, such as inverted+rotated, every scan has each
     QUESTION  parity, loop, or which of these digits, such as 0-4
-    PARTS     what it is trained on: train, few or draws; or several, such as few+draws
+    PARTS     training parts: train, few or draws, or several, such as few+draws
 
-``FOLDER/NAME`` gets ``task.json``, ``train.parquet`` and ``test.parquet``, which is of the part ``test`` always.
-make.py says what the parts are, and cuts the tasks of the pool by the same functions.
+``FOLDER/NAME`` gets ``task.json``, ``train.parquet`` and ``test.parquet``, which is always the part ``test``. make.py
+explains the parts, and cuts the tasks of the pool with the same functions.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Transform = Callable[[PILImage.Image, int], PILImage.Image]
 
 
 def plain(image: PILImage.Image, number: int) -> PILImage.Image:
-    """The scan as it is: white strokes on black."""
+    """The unchanged scan: white strokes on black."""
     return image
 
 
@@ -56,7 +56,7 @@ def outlined(image: PILImage.Image, number: int) -> PILImage.Image:
 
 
 def noisy(image: PILImage.Image, number: int) -> PILImage.Image:
-    """Gaussian noise of a quarter of the range, drawn by the scan's number."""
+    """Gaussian noise of a quarter of the range, seeded by the scan's number."""
     noise = np.random.default_rng(number).normal(0, 64, (8, 8))
     return PILImage.fromarray((np.asarray(image) + noise).clip(0, 255).astype(np.uint8))
 
@@ -117,7 +117,7 @@ def write_rows(
     numbers: Sequence[int],
     parts: Sequence[str] | None = None,
 ) -> None:
-    """A parquet file with an Image feature; ``number`` is the scan's in load_digits, ``part`` its part."""
+    """A parquet file with an Image feature; ``number`` is its index in load_digits, ``part`` its part."""
     features = Features({"image": Image(), "label": Value("int64"), "number": Value("int64")})
     rows = {
         "image": [{"bytes": png(image), "path": None} for image in images],
@@ -149,7 +149,7 @@ def write_task(
     parts: Sequence[str],
     splits: Mapping[str, Sequence[str]],
 ) -> None:
-    """``task.json`` and a parquet file for each split, of the parts that ``splits`` names; ``test`` is always there."""
+    """Write ``task.json`` and a parquet file per split, from the parts in ``splits``; ``test`` is always written."""
     labels, answer = question
     for split, used in {**splits, "test": ["test"]}.items():
         chosen = [i for i, digit in enumerate(digits) if parts[i] in used and int(digit) in answer]

@@ -2,12 +2,12 @@
 
     python -m examples.digits.make [FOLDER]
 
-Needs ``pip install scikit-learn``. Every draw is seeded; it takes some minutes on two cores.
+Needs ``pip install scikit-learn``. Every random choice is seeded; it takes some minutes on two cores.
 
-The 1,797 scans are divided once, by a seed and evenly over the digits, into five parts: ``pretrain`` trains the
-base and nothing else; ``train`` trains the experts; ``few`` holds the target's five labels of each digit, and
-``draws`` further ones, of which ``pimerge compare`` draws, and which the task without an expert has; ``test`` tests
-every task. So no task sees an image that the base was trained on, and no test image trains any task.
+The 1,797 scans are divided once, by a seed and evenly over the digits, into five parts: ``pretrain`` trains only the
+base; ``train`` trains the experts; ``few`` contains the target's five labels per digit; ``draws`` contains further
+ones, which ``pimerge compare`` samples and which the task without an expert uses; ``test`` tests every task. So no
+task sees an image that the base was trained on, and no test image trains any task.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from pimerge.tuning.options import TrainingOptions
 from pimerge.tuning.tune import tune
 
 SEED = 0
-# scans of each digit; the rest of its 174 to 183 is the test part
+# scans per digit; the rest of its 174 to 183 is the test part
 PARTS = {"pretrain": 60, "train": 65, "few": 5, "draws": 15}
 LORA = {"fresh_rank": 4, "fresh_alpha": 8.0, "fresh_modules": ("q_proj", "v_proj"), "batch_size": 32}
 
@@ -73,7 +73,7 @@ NEW = ("new", inverted, PARITY)  # a task without an expert
 def main() -> None:
     """Build all of it."""
     quiet_libraries()
-    torch.set_num_threads(1)  # faster than two for a model this small, and the same numbers on any machine
+    torch.set_num_threads(1)  # faster than two threads for a model this small, and the same numbers on any machine
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent
     for name in ("data", "tasks", "base", "experts"):
         shutil.rmtree(folder / name, ignore_errors=True)
@@ -100,7 +100,7 @@ def read_scans() -> tuple[list[PILImage.Image], np.ndarray]:
 
 
 def divide(digits: np.ndarray) -> list[str]:
-    """The part of each scan: a seeded draw with as many of every digit."""
+    """The part of each scan: a seeded split with equally many scans of every digit."""
     parts = ["test"] * len(digits)
     order = np.random.default_rng(SEED).permutation(len(digits))
     for digit in range(10):
@@ -112,7 +112,7 @@ def divide(digits: np.ndarray) -> list[str]:
 
 
 def pretrain_base(folder: Path, images: Sequence[PILImage.Image], digits: np.ndarray, parts: Sequence[str]) -> None:
-    """Train a tiny ViT to name the digits of the ``pretrain`` part, and save it without its head."""
+    """Train a tiny ViT to classify the digits of the ``pretrain`` part, and save it without its head."""
     torch.manual_seed(SEED)
     processor = ViTImageProcessorPil(size={"height": 16, "width": 16}, resample=PILImage.Resampling.BICUBIC)
     config = ViTConfig(
@@ -141,7 +141,9 @@ def pretrain_base(folder: Path, images: Sequence[PILImage.Image], digits: np.nda
             loss.backward()
             optimizer.step()
             schedule.step()
-    model.vit.config.num_labels = 2  # transformers' default: the head stays behind, so no labels are its own
+    model.vit.config.num_labels = (
+        2  # transformers' default labels: the head is not saved, so the base has no labels of its own
+    )
     model.vit.save_pretrained(folder)
     processor.save_pretrained(folder)
 
@@ -157,7 +159,7 @@ def jittered(pixels: Tensor) -> Tensor:
         torch.stack([angle.sin() * scale, angle.cos() * scale, shift[1]], 1),
     ]
     grid = torch.nn.functional.affine_grid(torch.stack(rows, 1), list(pixels.shape), align_corners=False)
-    # outside the image is black, which is −1 after the processor
+    # the area outside the image is black, which is −1 after the processor
     return torch.nn.functional.grid_sample(pixels + 1, grid, align_corners=False) - 1
 
 

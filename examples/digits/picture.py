@@ -52,7 +52,7 @@ def main() -> None:
 
 
 def strip(expert: Path) -> Any:
-    """Some of the scans that an expert was trained on, side by side on grey, 10 pixels high."""
+    """Some scans that an expert was trained on, side by side on grey, 10 pixels high."""
     rows, _ = open_task(expert).rows("train")
     canvas = np.full((10, 10 * SCANS), 160, dtype=np.uint8)
     for place in range(SCANS):

@@ -4,8 +4,8 @@
 
 Each ranking is one by a target's few examples, as ``pimerge rank --target tasks/NAME`` writes it, in the folder that
 holds ``experts`` and ``tasks``. The experts are LoRA. Each seed samples other training examples, another init and
-another order. Every method has the same total number of passes over them; π-Tuning spends half of them on the target's
-own expert. Nothing was tuned on the targets: the learning rate is that of the pool.
+another order. Every method has the same total number of passes over them; π-Tuning spends half of them on the
+target's own expert. Nothing was tuned on the targets: the learning rate is that of the pool.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def spread(values: list[float]) -> str:
 
 
 def companions(path: Path) -> tuple[list[Candidate], list[Candidate], list[Candidate]]:
-    """The first LoRA experts of a ranking: of the target's modality, of the others, of all."""
+    """The first LoRA experts of a ranking: from the target's modality, from the others, from all."""
     ranking = read_ranking(path)
     pool = [one for one in ranking.candidates if kind_of(one.name) == LORA]
     same = [one for one in pool if modality(one.name) == modality(ranking.target.name)]

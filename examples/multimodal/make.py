@@ -2,13 +2,13 @@
 
     python -m examples.multimodal.make [FOLDER]
 
-in a clone of the repository; needs ``pip install scikit-learn``. Every draw is seeded; it takes about ten minutes on
-one core, a third of them for the base.
+in a clone of the repository; needs ``pip install scikit-learn``. Every random choice is seeded; it takes about ten
+minutes on one core, a third of them for the base.
 
-The scans are divided as those of ``examples/digits``: ``pretrain`` trains the base alone; ``train`` the pool; ``few``
-and ``draws`` the few-shot targets; ``test`` tests every task. The base is a Florence-2 of 0.3 million parameters,
-taught to caption scans ("a scan of a three") and to fill gaps in sentences: numbers in order, and the pool's questions
-and answers, never side by side. So it can name a digit and count, and no answer to any question.
+The scans are divided as in ``examples/digits``: ``pretrain`` trains only the base; ``train`` the pool; ``few`` and
+``draws`` the few-shot targets; ``test`` tests every task. The base is a Florence-2 of 0.3 million parameters, trained
+to caption scans ("a scan of a three") and to fill gaps in sentences: numbers in order, and the pool's questions and
+answers, never side by side. So it can recognise a digit and count, but knows the answer to no question.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ LOOPS = {0: "one", 6: "one", 8: "two", 9: "one"}
 
 STEPS, BATCH = 700, 48
 WIDTH, POSITIONS = 64, 96
-PIECES = 17  # what the vision tower makes of an image of 16 × 16: 4 × 4 places and their mean
+PIECES = 17  # the vision tower turns an image of 16 × 16 into 4 × 4 positions and their mean
 CAPTION, OCR = "<CAPTION>", "<OCR>"  # Florence-2's own prompts
 WRITTEN_OUT = {CAPTION: "What does the image describe?", OCR: "What is the text in the image?"}  # by its processor
 
@@ -73,7 +73,7 @@ Parts = Mapping[str, Sequence[Row]]  # split → rows
 
 @dataclass(frozen=True)
 class Spec:
-    """A task: which data it has, and what it asks.
+    """A task: its data and its question.
 
     Attributes:
         files: of the splits ``train`` and ``test``.
@@ -108,7 +108,7 @@ class Spec:
         }
 
 
-# files with some of the digits: which, and of which splits
+# files with some of the digits: which digits, and from which splits
 SOME = {
     "inverted": (DIGITS[:7], ("train", "test")),
     "pair": (["three", "eight"], ("train", "test")),
@@ -121,7 +121,7 @@ SUM = ("sum.train.jsonl", "sum.test.jsonl")
 PARITY = ("parity.train.jsonl", "parity.test.jsonl")
 MORE = ("more.train.jsonl", "more.test.jsonl")
 EVEN = "Is this digit even?"
-# v: an image, and always the same question; l: text alone; vl: both count
+# v: an image with a fixed question; l: text only; vl: both matter
 POOL: dict[str, Spec] = {
     "v-digit": Spec(SCANS, OCR, "digit", DIGITS),
     "v-inverted": Spec(INVERTED, OCR, "digit", DIGITS[:7], "inverted"),
@@ -134,11 +134,11 @@ POOL: dict[str, Spec] = {
     "vl-fits": Spec(SCANS, "Does the caption fit? {{ claim }}", "fits", YES_NO),
     "vl-loops": Spec(SCANS, "How many loops?", "loops", ["none", "one", "two"]),
 }
-TWINS = ("v-digit", "l-parity", "vl-even", "vl-caption")  # have a bottleneck, too
+TWINS = ("v-digit", "l-parity", "vl-even", "vl-caption")  # also have a bottleneck
 DRAWS = ("scans.draws.parquet", "scans.test.parquet")
 UNSEEN = ("unseen.draws.parquet", "unseen.test.parquet")
 NUMBERS = ("parity.draws.jsonl", "parity.test.jsonl")
-# tasks without an expert, of which a few examples are drawn
+# tasks without an expert, from which a few examples are sampled
 TARGETS: dict[str, Spec] = {
     "v-inverted-unseen": Spec(UNSEEN, OCR, "digit", DIGITS[7:], "inverted"),
     "l-odd-or-even": Spec(NUMBERS, "Is {{ number }} odd or even?", "odd", ["odd", "even"], None),
@@ -149,7 +149,7 @@ TARGETS: dict[str, Spec] = {
 def main() -> None:
     """Build all of it."""
     quiet_libraries()
-    torch.set_num_threads(1)  # faster than two for a model this small, and the same numbers on any machine
+    torch.set_num_threads(1)  # faster than two threads for a model this small, and the same numbers on any machine
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent
     for name in ("data", "tasks", "base", "experts"):
         shutil.rmtree(folder / name, ignore_errors=True)
@@ -167,7 +167,7 @@ def main() -> None:
 
 
 def modality(name: str) -> str:
-    """What a task is about, by its name's beginning."""
+    """The modality of a task, from the beginning of its name."""
     return {"v": "vision", "l": "language", "vl": "vision-language"}[name.partition("-")[0]]
 
 
@@ -184,7 +184,7 @@ def in_words(number: int) -> str:
 
 
 def scan_rows() -> dict[str, list[Row]]:
-    """Part of the scans → its scans, with all that the tasks ask about each."""
+    """Part of the scans → its scans, with the answers to all questions about each."""
     images, digits = read_scans()
     pixels = np.stack([np.asarray(image) for image in images]).astype(float)
     ink, places = pixels.sum((1, 2)), np.arange(8)
@@ -211,7 +211,7 @@ def scan_rows() -> dict[str, list[Row]]:
 
 
 def scan_of(digit: str) -> str:
-    """The caption that the base is taught."""
+    """The caption that the base is trained on."""
     return f"a scan of {'an' if digit == 'eight' else 'a'} {digit}"
 
 
@@ -276,7 +276,7 @@ def write_json(path: Path, document: Any) -> None:
 
 
 def asked_and_answered(data: Parts) -> list[list[str]]:
-    """The questions and the answers of every task's training data, each by itself."""
+    """The questions and the answers of every task's training data, separately."""
     found = []
     for spec in (POOL | TARGETS).values():
         rows, question = data[spec.files[0]], Template(spec.prompt)
@@ -302,7 +302,7 @@ def with_gap(sentence: str, random: np.random.Generator) -> str:
 
 
 def tokenizer_of(sentences: Sequence[str]) -> PreTrainedTokenizerFast:
-    """A tokenizer as BART has one, with the words of some sentences whole."""
+    """A tokenizer like BART's, in which the words of some sentences are single tokens."""
     special = ["<s>", "<pad>", "</s>", "<unk>"]
     tokenizer = Tokenizer(BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
@@ -340,7 +340,7 @@ def processor_of(tokenizer: PreTrainedTokenizerFast) -> Florence2Processor:
 
 
 def fresh_base(tokenizer: PreTrainedTokenizerFast) -> Florence2ForConditionalGeneration:
-    """A Florence-2: two stages of vision, and a BART of two layers a side."""
+    """A Florence-2 with two vision stages and a BART of two layers on each side."""
     sides = {"layers": 2, "attention_heads": 4, "ffn_dim": 2 * WIDTH}
     tokens = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2}
     text = {
@@ -409,7 +409,7 @@ def pretrain(folder: Path, scans: Sequence[Row], texts: Sequence[Sequence[str]],
 
 
 def answers_of(tokenizer: PreTrainedTokenizerFast, sentences: Sequence[str]) -> Tensor:
-    """What the model is to write, in tokens; −100 where a sentence is over."""
+    """The tokens that the model should write; −100 after the end of a sentence."""
     found = tokenizer(sentences, padding=True, return_tensors="pt")
     labels: Tensor = found["input_ids"].masked_fill(found["attention_mask"] == 0, -100)
     return labels

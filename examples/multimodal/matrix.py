@@ -48,7 +48,7 @@ def main() -> None:
 
 
 def task_graph(path: Path, measure: str) -> tuple[list[str], Graph]:
-    """The experts, one modality after the other, and the similarity of each pair."""
+    """The experts, grouped by modality, and the similarity of each pair."""
     store = open_store(path)
     order = list(MODALITIES)
     names = sorted(store.experts, key=lambda name: (order.index(modality(name)), name))

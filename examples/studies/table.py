@@ -3,7 +3,8 @@
     python examples/studies/table.py [--against METHOD] [LABEL=]comparison.json ...
 
 A cell is the mean ± sd over the seeds, times 100, and the paired difference to a method with its 95 % interval. If a
-comparison does not have that method, the runs of the first one that has it, with the same shots and test set, are used.
+comparison does not have that method, the runs of the first one that has it, with the same shots and test set, are
+used.
 """
 
 from __future__ import annotations

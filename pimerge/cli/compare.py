@@ -11,6 +11,7 @@ from pimerge.cli import options
 from pimerge.cli.console import note, print_json, print_line, print_table, tracker
 from pimerge.core.errors import PimergeError
 from pimerge.core.libraries import quiet_libraries
+from pimerge.tasks.metric import METRICS
 
 if TYPE_CHECKING:
     from pimerge.adapters.expert import Expert
@@ -218,10 +219,9 @@ def _pool(
 
 def _tables(document: ComparisonDocument) -> list[tuple[str, list[list[str]]]]:
     """A title and rows for each number of shots and test set, best first."""
-    from pimerge.core import plugins
     from pimerge.evaluation.design import shots_text
 
-    style = plugins.load("pimerge.tasks.metrics", document.metric).FORMAT
+    style = METRICS.load(document.metric).format
     groups: dict[tuple[int | None, str], list[ComparisonLine]] = {}
     for line in document.lines:
         groups.setdefault((line.shots, line.test), []).append(line)

@@ -14,6 +14,7 @@ from pimerge.cli.console import note, print_json, print_table, tracker
 from pimerge.cli.merge.request import is_checkpoint
 from pimerge.core.errors import PimergeError
 from pimerge.core.libraries import quiet_libraries
+from pimerge.tasks.metric import METRICS
 
 if TYPE_CHECKING:
     from pimerge.adapters.expert import Expert
@@ -41,7 +42,6 @@ def evaluate(
     What 'tune --method ensemble' and '--method full' wrote is scored, too.
     """
     from pimerge.core.files import json_text, require_absent, write_file
-    from pimerge.core.plugins import load
     from pimerge.evaluation.evaluate import evaluate as score
     from pimerge.evaluation.evaluate import evaluate_checkpoint
     from pimerge.tasks.task import open_task
@@ -84,7 +84,7 @@ def evaluate(
     if json:
         print_json(document)
         return
-    shown = [(name, load("pimerge.tasks.metrics", name).FORMAT) for name in task.metrics]
+    shown = [(name, METRICS.load(name).format) for name in task.metrics]
     print_table(
         [
             "expert",

@@ -25,6 +25,15 @@ def names(package: str) -> str:
     return ", ".join(plugins.summaries(package))
 
 
+def flag(option: str) -> str:
+    """How an option is typed that a strategy names.
+
+    >>> flag("label_share")
+    '--label-share'
+    """
+    return "--" + option.replace("_", "-")
+
+
 def with_options_of(family: Family[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command one option for each option that strategies of a family have.
 

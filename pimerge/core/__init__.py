@@ -1,1 +1,1 @@
-"""Errors, files, manifests, progress and the registry of strategies: what every other folder uses."""
+"""Errors, files, manifests, progress and the registry of strategies: used by all other folders."""

@@ -1,4 +1,4 @@
-"""Read JSON documents that have to fit a pydantic model."""
+"""Read JSON documents into pydantic models."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ Document = TypeVar("Document", bound=BaseModel)
 
 
 def parse_document(model: type[Document], path: Path, hint: str = "") -> Document:
-    """Read a JSON file into a model; all fields that do not fit are reported at once."""
+    """Read a JSON file into a model; all invalid fields are reported at once."""
     return validated(model, read_json(path, hint), f"'{path}'", hint)
 
 
 def validated(model: type[Document], content: Any, where: str, hint: str = "") -> Document:
-    """Check the content of a document against a model; all fields that do not fit are reported at once.
+    """Validate a document's content against a model; all invalid fields are reported at once.
 
     Args:
-        where: the document, in words.
-        hint: what to do about a field that does not fit.
+        where: what the document is called in messages.
+        hint: what the user can do about an invalid field.
     """
     try:
         return model.model_validate(content)

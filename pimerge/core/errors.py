@@ -1,4 +1,9 @@
-"""The one exception that users see as a message."""
+"""The one exception that users see as a message.
+
+Every public function of pimerge raises :class:`PimergeError` where its input is at fault: a file that does not exist or
+does not fit, options that contradict each other, experts of different bases, a full disk. Docstrings do not repeat it.
+Any other exception is a bug.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +15,16 @@ from difflib import get_close_matches
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong with an input: what was found and expected, and what to do about it."""
+    """One problem of an input: what was found and expected, and what to do about it."""
 
     message: str
     hint: str = ""
 
 
 class PimergeError(Exception):
-    """An error that the user can mend; it ends the command with status 3 and no traceback.
+    """An error that the user can fix; a command exits with status 3 and prints no traceback.
 
-    It carries every problem of the input, not only the first.
+    It carries every problem of the input, not only the first one.
 
     >>> raise PimergeError("found no experts in './experts'", "name the folder that holds them")
     Traceback (most recent call last):
@@ -39,7 +44,7 @@ class PimergeError(Exception):
 
 
 class Problems:
-    """Collects the problems of one input, so that they are reported in one pass.
+    """Collect the problems of one input and report them all at once.
 
     >>> problems = Problems()
     >>> problems.add("rank is 0, expected at least 1")
@@ -56,16 +61,16 @@ class Problems:
         self.found: list[Problem] = []
 
     def add(self, message: str, hint: str = "") -> None:
-        """Note one problem."""
+        """Add one problem."""
         self.found.append(Problem(message, hint))
 
     def extend(self, problems: Sequence[Problem], prefix: str = "") -> None:
-        """Note several problems, each under the same prefix."""
+        """Add several problems, each under the same prefix."""
         self.found += [Problem(prefix + problem.message, problem.hint) for problem in problems]
 
     @contextmanager
     def collected(self, prefix: str = "") -> Iterator[None]:
-        """Turn a PimergeError of the block into noted problems and go on."""
+        """Collect the problems of a PimergeError that the block raises, and continue after the block."""
         try:
             yield
         except PimergeError as error:
@@ -80,7 +85,7 @@ class Problems:
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
-    """A hint that names the known name nearest to a misspelt one, or lists them.
+    """Suggest the known name closest to a misspelt one, or list all of them.
 
     >>> nearest("partiy", ["parity", "loop"])
     "did you mean 'parity'?"

@@ -1,7 +1,7 @@
-"""Files and folders that appear whole or not at all.
+"""Read, hash and write files; files and folders appear complete or not at all.
 
-Everything is written beside its destination and renamed: a kill or a full disk leaves the destination as
-it was. What a killed process left beside it is swept away by the next write to the same place.
+Everything is written beside its destination and then renamed, so a killed process or a full disk leaves the destination
+unchanged. The next write to the same destination removes what a killed process left beside it.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _DISK_ERRORS = {
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Report what the disk refuses while writing ``path`` as a PimergeError; other errors are bugs."""
+    """Turn an error of the disk while writing ``path`` into a PimergeError; other errors are bugs."""
     try:
         yield
     except OSError as error:
@@ -49,40 +49,28 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 def require_absent(path: Path, force: bool) -> None:
-    """Refuse to overwrite ``path`` unless ``force``, and always if it is the working folder or holds it.
-
-    Raises:
-        PimergeError: if something is there that is not to be replaced.
-    """
+    """Refuse to overwrite ``path`` without ``force``, and always if it is or contains the working folder."""
     with disk_errors(path):
         there = path.exists() or path.is_symlink()
     if there and Path.cwd().is_relative_to(path.resolve()):
-        raise PimergeError(f"'{path}' is the working folder or holds it", "choose another --output")
+        raise PimergeError(f"'{path}' is or contains the working folder", "choose another --output")
     if there and not force:
-        raise PimergeError(f"'{path}' is there already", "pass --force to replace it, or choose another --output")
+        raise PimergeError(f"'{path}' already exists", "pass --force to replace it, or choose another --output")
 
 
 def require_same_or_absent(path: Path, text: str, force: bool) -> None:
-    """As :func:`require_absent`; the same text again is no overwriting.
-
-    Raises:
-        PimergeError: if another content is there and ``force`` is off.
-    """
+    """Refuse to overwrite ``path`` without ``force``, unless it already holds exactly this text."""
     if not (path.is_file() and path.read_bytes() == text.encode()):
         require_absent(path, force)
 
 
 def sha256_bytes(data: bytes) -> str:
-    """SHA-256 of bytes, in hexadecimal."""
+    """SHA-256 of some bytes, in hexadecimal."""
     return hashlib.sha256(data).hexdigest()
 
 
 def sha256_file(path: Path) -> str:
-    """SHA-256 of a file's content, in hexadecimal, read in pieces; see :mod:`pimerge.core.hash_cache`.
-
-    Raises:
-        PimergeError: if the file cannot be read.
-    """
+    """SHA-256 of a file's content, in hexadecimal; :mod:`pimerge.core.hash_cache` remembers those of large files."""
     try:
         with path.open("rb") as file:
             return sha256_of(file)
@@ -91,12 +79,8 @@ def sha256_file(path: Path) -> str:
 
 
 def sha256_files(paths: Sequence[Path]) -> list[str]:
-    """SHA-256 of several files, on every core.
-
-    Raises:
-        PimergeError: if a file cannot be read.
-    """
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing releases the interpreter's lock
+    """SHA-256 of several files, hashed in parallel."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing releases the GIL
         return list(pool.map(sha256_file, paths))
 
 
@@ -107,7 +91,7 @@ def hashes_of(folder: Path) -> dict[str, str]:
 
 
 def json_text(document: Any) -> str:
-    """A JSON document as text, the same for the same content.
+    """Format a JSON document; the same content gives the same text.
 
     >>> print(json_text({"a": [1, 2]}), end="")
     {
@@ -124,33 +108,30 @@ def read_json(path: Path, hint: str = "") -> Any:
     """Read a JSON document.
 
     Args:
-        hint: what to do about one that is none.
-
-    Raises:
-        PimergeError: if the file is not there, cannot be read, or is not JSON.
+        hint: what the user can do if the file is not JSON.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise PimergeError(f"'{path}' is not there") from None
+        raise PimergeError(f"'{path}' does not exist") from None
     except json.JSONDecodeError as error:
-        found = f"'{path}' is not JSON: {error.msg} at line {error.lineno}, column {error.colno}"
+        found = f"cannot read '{path}': not valid JSON ({error.msg}, line {error.lineno}, column {error.colno})"
         raise PimergeError(found, hint) from error
-    except (OSError, ValueError, RecursionError) as error:  # no UTF-8, a number of too many digits, too deep
+    except (
+        OSError,
+        ValueError,
+        RecursionError,
+    ) as error:  # not UTF-8, too many digits, too deep
         raise PimergeError(f"cannot read '{path}': {error}") from error
 
 
 def relative_to(path: Path, folder: Path) -> str:
-    """``path`` as seen from ``folder``, with forward slashes, so that both can move together."""
+    """The path from ``folder`` to ``path``, with forward slashes; it stays right when both move together."""
     return Path(os.path.relpath(path.resolve(), folder.resolve())).as_posix()
 
 
 def write_file(path: Path, content: bytes | str) -> None:
-    """Write a file whole or not at all.
-
-    Raises:
-        PimergeError: if the disk refuses it (full, read-only, not permitted).
-    """
+    """Write a file completely or not at all."""
     data = content.encode() if isinstance(content, str) else content
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -164,11 +145,7 @@ def write_file(path: Path, content: bytes | str) -> None:
 
 
 def write_files(contents: Mapping[Path, bytes]) -> None:
-    """Write several files, all of them or none.
-
-    Raises:
-        PimergeError: if the disk refuses one of them.
-    """
+    """Write several files: all of them or none."""
     partials: dict[Path, Path] = {}
     try:
         for path, data in contents.items():
@@ -188,32 +165,25 @@ def write_files(contents: Mapping[Path, bytes]) -> None:
 
 
 def write_folder(path: Path, contents: Mapping[str, bytes | str], *, force: bool) -> None:
-    """Write a folder of files whole or not at all.
+    """Write a folder of files completely or not at all.
 
     Args:
         contents: file name in the folder → content.
-        force: replace what is there; the old folder stays until the new one is complete.
-
-    Raises:
-        PimergeError: if ``path`` is there and ``force`` is off, or the disk refuses it.
+        force: replace an existing folder; it stays until the new one is complete.
     """
     with new_folder(path, force=force) as partial:
         write_into(partial, contents)
 
 
 def write_into(folder: Path, contents: Mapping[str, bytes | str]) -> None:
-    """Write files into a folder that :func:`new_folder` gave."""
+    """Write files into a folder that :func:`new_folder` yielded."""
     for name, content in contents.items():
         _write_synced(folder / name, content.encode() if isinstance(content, str) else content)
 
 
 @contextmanager
 def new_folder(path: Path, *, force: bool) -> Iterator[Path]:
-    """A folder to write into that takes its place at ``path`` when the block ends, and vanishes if it fails.
-
-    Raises:
-        PimergeError: as :func:`write_folder`.
-    """
+    """Yield a folder to write into; it moves to ``path`` when the block ends and is removed if the block fails."""
     require_absent(path, force)
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -243,15 +213,18 @@ def _write_synced(path: Path, data: bytes) -> None:
 
 
 def _beside(path: Path, word: str) -> Path:
-    """A name beside ``path`` for this process's work."""
+    """A name beside ``path`` that only this process uses."""
     return path.with_name(f".{path.name}.{word}-{os.getpid()}")
 
 
 def _sweep(path: Path) -> None:
-    """Remove what dead processes left beside ``path``; also under this one's id, which containers use again."""
+    """Remove what dead processes left beside ``path``.
+
+    Leftovers under this process's own id are removed as well: containers reuse ids.
+    """
     name = glob.escape(path.name)
     leftovers = list(path.parent.glob(f".{name}.partial-*"))
-    if path.exists():  # else a replaced folder's old content is all there is: never remove that
+    if path.exists():  # otherwise the old content of a replaced folder is all that is left: never remove it
         leftovers += path.parent.glob(f".{name}.old-*")
     for leftover in leftovers:
         pid = leftover.name.rpartition("-")[2]

@@ -1,9 +1,9 @@
-"""SHA-256 of large files, remembered from one command to the next.
+"""SHA-256 of large files, remembered between commands.
 
-A file is taken to hold what it held if its size, its inode and the times of its last write and last change are as they
-were, as in git's index: the system sets the time of the last change at every write, and no program can set it back.
-What changed within the last two seconds is not remembered, since a file system that counts coarsely could give the
-next write the same time. Where nothing can be kept, files are hashed anew.
+A file counts as unchanged if its size, its inode and the times of its last write (mtime) and last change (ctime) are
+unchanged, as in git's index: the system sets ctime at every write, and programs cannot set it back. Files that changed
+within the last two seconds are not remembered, since a file system with coarse timestamps could give the next write the
+same time. Where the cache cannot be written, files are hashed every time.
 """
 
 from __future__ import annotations
@@ -18,17 +18,13 @@ from pathlib import Path
 from threading import Lock
 
 LEAST_BYTES = 2**20
-"""Smaller files are hashed sooner than looked up."""
+"""Hashing a smaller file is faster than looking it up."""
 UNSETTLED_SECONDS = 2.0
 _lock = Lock()  # one connection serves all threads
 
 
 def sha256_of(file: BufferedReader) -> str:
-    """SHA-256 of an open file's content, in hexadecimal.
-
-    Raises:
-        OSError: if the file cannot be read.
-    """
+    """SHA-256 of an open file's content, in hexadecimal; an OSError of the file is not caught."""
     key, state = _state_of(file)
     if key is not None and (known := _ask("SELECT sha256 FROM hashes WHERE file = ? AND state = ?", key, state)):
         return known
@@ -45,7 +41,7 @@ def cache_path() -> Path:
 
 
 def _state_of(file: BufferedReader) -> tuple[str | None, str]:
-    """Which file it is, None for a small one, and what changes when its content does."""
+    """The key of a file (None for a small one) and a text that changes whenever its content changes."""
     found = os.fstat(file.fileno())
     key = f"{found.st_dev}:{found.st_ino}" if found.st_size >= LEAST_BYTES else None
     return key, f"{found.st_size}:{found.st_mtime_ns}:{found.st_ctime_ns}"
@@ -57,7 +53,7 @@ def _is_settled(file: BufferedReader) -> bool:
 
 
 def _ask(statement: str, *values: str) -> str | None:
-    """The first value of the first row; None if there is none, or the cache is of no use."""
+    """The first value of the first row; None if there is no row or the cache fails."""
     try:
         with _lock:
             row = _connection(cache_path(), os.getpid()).execute(statement, values).fetchone()
@@ -68,7 +64,7 @@ def _ask(statement: str, *values: str) -> str | None:
 
 @cache
 def _connection(path: Path, process: int) -> sqlite3.Connection:
-    """The cache; one in memory where the disk has none and takes none, or something else has its place."""
+    """Open the cache; one in memory if the file cannot be created or is not a database."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         return _opened(str(path))
@@ -78,6 +74,6 @@ def _connection(path: Path, process: int) -> sqlite3.Connection:
 
 def _opened(database: str) -> sqlite3.Connection:
     connection = sqlite3.connect(database, timeout=1, isolation_level=None, check_same_thread=False)
-    connection.execute("PRAGMA synchronous = OFF")  # what a power cut takes is hashed again
+    connection.execute("PRAGMA synchronous = OFF")  # hashes lost in a power cut are computed again
     connection.execute("CREATE TABLE IF NOT EXISTS hashes (file TEXT PRIMARY KEY, state TEXT, sha256 TEXT)")
     return connection

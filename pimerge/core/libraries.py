@@ -1,4 +1,4 @@
-"""Keep the libraries quiet while pimerge tells its own progress."""
+"""Keep the libraries quiet while pimerge shows its own progress."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import warnings
 
 
 def quiet_libraries() -> None:
-    """Keep the libraries' own bars, reports and warnings off the screen; their errors still come."""
+    """Turn off the libraries' progress bars, reports and warnings; errors are still shown."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.simplefilter("ignore")

@@ -1,4 +1,4 @@
-"""``pimerge.json``: how an output came about."""
+"""``pimerge.json``: a record of how an output was made."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _LIBRARIES = ("torch", "transformers", "peft", "datasets", "safetensors")
 
 
 class Input(BaseModel):
-    """An expert that went in."""
+    """An expert that the output was made from."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -28,10 +28,10 @@ class Manifest(BaseModel):
     """The content of ``pimerge.json``.
 
     Attributes:
-        command: the stage that wrote the folder.
-        options: every option with the value that it came to have.
+        command: the command that wrote the folder.
+        options: every option with the value that was used.
         inputs: the experts, in order.
-        outputs: file name → SHA-256 of what was written beside it.
+        outputs: file name → SHA-256, for the files beside the manifest.
         results: what the stage measured, such as truncation errors and losses.
     """
 
@@ -47,7 +47,7 @@ class Manifest(BaseModel):
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of what decides the numbers."""
+    """Versions of Python, of pimerge and of the libraries that the numbers depend on."""
     return {
         "pimerge": __version__,
         "python": platform.python_version(),
@@ -56,17 +56,17 @@ def library_versions() -> dict[str, str]:
 
 
 class Hashed(Protocol):
-    """An expert or a checkpoint, as far as the manifest knows it."""
+    """What the manifest records of an expert or a checkpoint."""
 
     @property
     def name(self) -> str:
-        """What it is called."""
+        """The name that messages use."""
 
     @property
     def sha256(self) -> str:
-        """Of its tensors."""
+        """The hash of its tensors."""
 
 
 def inputs_of(experts: Sequence[Hashed]) -> list[Input]:
-    """The manifest's record of what went in."""
+    """The manifest's record of the experts that an output was made from."""
     return [Input(name=expert.name, sha256=expert.sha256) for expert in experts]

@@ -1,4 +1,4 @@
-"""How a stage reports progress and remarks without knowing who shows them."""
+"""How library functions report progress and remarks without knowing how they are shown."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import TypeAlias
 
 Advance: TypeAlias = Callable[..., None]
-"""``advance(steps=1, note="")`` reports that many more steps as done; the note is shown beside the bar."""
+"""``advance(steps=1, note="")`` reports further steps as done; the note is shown beside the bar."""
 
 Track: TypeAlias = Callable[[str, int, str], AbstractContextManager[Advance]]
 """``track(description, total, unit)`` opens a progress report and yields its ``advance``."""
 
 
 Note: TypeAlias = Callable[[str], None]
-"""``note(message)`` tells the user one sentence that is worth knowing and is not a result."""
+"""``note(message)`` tells the user something that is worth knowing but is not a result."""
 
 
 def unheard(message: str) -> None:
-    """Drop a remark: the default ``note`` of every stage."""
+    """Ignore a remark: the default ``note`` of library functions."""
 
 
 @contextmanager
 def silent(description: str, total: int, unit: str) -> Iterator[Advance]:
-    """Report nothing: the default ``track`` of every stage.
+    """Report nothing: the default ``track`` of library functions.
 
     >>> with silent("Fisher", 2, "examples") as advance:
     ...     advance(2)

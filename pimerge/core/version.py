@@ -1,3 +1,3 @@
-"""The version of pimerge, which the manifests of its outputs record."""
+"""The version of pimerge, recorded in every manifest."""
 
 __version__ = "0.1.0"

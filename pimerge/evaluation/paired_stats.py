@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pimerge.evaluation.schema import ComparisonLine, ComparisonRun
+from pimerge.tasks.metric import METRICS
 
 LEVEL = 0.95
 
@@ -134,9 +135,8 @@ def _is_of(run: ComparisonRun, line: ComparisonLine) -> bool:
 
 
 def _shown(value: float, metric: str) -> str:
-    from pimerge.core import plugins
 
-    return format(value, plugins.load("pimerge.tasks.metrics", metric).FORMAT)
+    return format(value, METRICS.load(metric).format)
 
 
 def _gain(result: PairedDifference, metric: str) -> str:

@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pimerge.core import plugins
-from pimerge.tasks.metric import Answers
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from pimerge.tasks.metric import METRICS, Answers
 
 DRAWS = 1000
 _AT_ONCE = 2**24
@@ -27,20 +22,18 @@ class Interval:
 
 
 def bootstrap_interval(name: str, answers: Answers, seed: int = 0) -> Interval:
-    """A metric with the percentile interval of a bootstrap over the examples (Efron, 1979).
+    """A metric with the 95 % percentile interval of a bootstrap over the examples (Efron, 1979).
 
     Args:
-        name: one of the folder's listing.
+        name: of the metric.
+        answers: to the test split.
         seed: of the bootstrap.
-
-    Raises:
-        PimergeError: if there is none of that name, or its library is not installed.
 
     >>> bootstrap_interval("exact-match", Answers([None] * 4, [0] * 4, 0, list("abbb"), list("abbc"))).value
     0.75
     """
-    metric: Any = plugins.load("pimerge.tasks.metrics", name)
-    statistics: Tensor = metric.statistics(answers)
+    metric = METRICS.load(name)
+    statistics = metric.statistics(answers)
     n = len(statistics)
     generator = torch.Generator().manual_seed(seed)
     at_once = max(1, _AT_ONCE // n)

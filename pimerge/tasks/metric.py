@@ -1,28 +1,23 @@
-"""Metrics of answers, one file each: how good a model's answers to a test split are.
+"""Metrics of a model's answers to a test split: the family, and what its files share.
 
-A metric has
-
-- ``NEEDS``: ``classes`` (of a task with labels) or ``texts`` (of a type that answers in text), and ``FORMAT``, in
-  which it is shown;
-- ``statistics(answers)``: numbers (n × m) of the examples, in float64, which add up over them;
-- ``value(sums, n)``: their sums over n examples, (draws × m), → the metric of each draw, (draws).
-
-So the metric of a bootstrap sample is had from sums alone. Libraries are imported when a metric is used.
+A metric is the value of sums over the examples, so the metric of a bootstrap sample follows from sums alone.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from pimerge.core import plugins
 from pimerge.core.errors import PimergeError, Problems, nearest
+from pimerge.core.plugins import Family, Strategy
 
 if TYPE_CHECKING:
     from types import ModuleType
+
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -30,9 +25,11 @@ class Answers:
     """What a model answered to n examples, and what was right.
 
     Attributes:
-        chosen: the class of each answer, None for none of them, or the classes of its words; ``labels`` the right ones.
-        classes: how many the task has; 0 where answers are free.
-        texts: each answer in words; ``references`` every right one.
+        chosen: the class of each answer, or the classes of its words; None where it is not a class.
+        labels: the right classes.
+        classes: how many classes the task has; 0 where answers are free text.
+        texts: each answer in words.
+        references: every right answer to each example, in words.
     """
 
     chosen: Sequence[int | Sequence[int] | None]
@@ -40,6 +37,26 @@ class Answers:
     classes: int
     texts: Sequence[str] = ()
     references: Sequence[Sequence[str]] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric(Strategy):
+    """A metric of answers.
+
+    Attributes:
+        needs: ``classes``, for tasks with labels, or ``texts``, for types that answer in text.
+        format: in which the metric is shown, such as ``.1%``.
+        statistics: answers → numbers of each example that add up over examples, (n × m) float64.
+        value: sums of these over n examples, (draws × m), and n → the metric of each draw, (draws).
+    """
+
+    needs: Literal["classes", "texts"]
+    format: str
+    statistics: Callable[[Answers], Tensor]
+    value: Callable[[Tensor, int], Tensor]
+
+
+METRICS = Family("pimerge.tasks.metrics", "metric", "METRIC", Metric)
 
 
 def by_word(values: Sequence[Any]) -> list[list[Any]]:
@@ -52,11 +69,7 @@ def by_word(values: Sequence[Any]) -> list[list[Any]]:
 
 
 def require_library(name: str) -> ModuleType:
-    """A library that metrics need and pimerge does not.
-
-    Raises:
-        PimergeError: if it is not there.
-    """
+    """Import a library that some metrics need and pimerge does not install; a missing one is an error that says so."""
     try:
         return import_module(name)
     except ImportError as error:
@@ -67,23 +80,20 @@ def require_library(name: str) -> ModuleType:
 
 
 def check_metrics(names: Sequence[str], had: Sequence[str]) -> None:
-    """Check the names of metrics.
+    """Check the names of a task's metrics; all problems are raised at once.
 
     Args:
-        had: what there is for them to look at, ``classes`` and ``texts``.
-
-    Raises:
-        PimergeError: with each that is unknown, named twice, or needs something else.
+        had: what the task's answers offer, of ``classes`` and ``texts``.
     """
-    problems, known = Problems(), list(plugins.summaries("pimerge.tasks.metrics"))
-    fit = [name for name in known if plugins.load("pimerge.tasks.metrics", name).NEEDS in had]
+    problems, known = Problems(), METRICS.names()
+    fit = [metric.name for metric in METRICS if metric.needs in had]
     for name, count in Counter(names).items():
         if name not in known:
             problems.add(f"metrics: there is no metric '{name}'", nearest(name, known))
         elif name not in fit:
-            needs = plugins.load("pimerge.tasks.metrics", name).NEEDS
+            needs = METRICS.load(name).needs
             what = "has no labels" if needs == "classes" else "is not answered in text"
             problems.add(f"metrics: '{name}' is about {needs}, and the task {what}", f"it can have {', '.join(fit)}")
         elif count > 1:
-            problems.add(f"metrics: '{name}' is there twice", "name it once")
+            problems.add(f"metrics: '{name}' is named twice", "name it once")
     problems.raise_any("the metrics do not fit")

@@ -243,7 +243,7 @@ def test_the_same_ranking_may_be_written_again_and_another_needs_force(folder: P
     content = path.read_bytes()
     write_ranking(rank_in(folder), path, force=False)
     assert path.read_bytes() == content
-    with pytest.raises(PimergeError, match="is there already"):
+    with pytest.raises(PimergeError, match="--force"):
         write_ranking(rank_in(folder, k=1), path, force=False)
     assert path.read_bytes() == content
     write_ranking(rank_in(folder, k=1), path, force=True)

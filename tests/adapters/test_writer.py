@@ -360,6 +360,6 @@ def test_a_hub_base_keeps_its_name_and_revision(tmp_path: Path) -> None:
 def test_an_output_that_is_there_stays(pair: list[Expert], tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("precious")
-    with pytest.raises(PimergeError, match="is there already"):
+    with pytest.raises(PimergeError, match="--force"):
         export(tmp_path / "out", pair, [0.5, 0.5])
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["mine"]

@@ -133,7 +133,7 @@ def test_a_larger_one_runs_what_is_new_alone(compare: Any, monkeypatch: pytest.M
     first = scores()
     refused = compare(*QUICK, "--methods", "learned,uniform", "--controls", "head")
     assert refused.code == 3
-    assert "comparison.json' is there already" in refused.err
+    assert "--force" in refused.err
     assert scores() == first
     assert not list(Path("comparison.runs").glob("uniform-*")), "it was refused before anything ran"
     made = {path: path.stat().st_mtime_ns for path in Path("comparison.runs").glob("*.json")}

@@ -65,7 +65,7 @@ def test_the_result_can_be_written_too(folder: Path, shell: Shell) -> None:
     assert json.loads((folder / "scores.json").read_text()) == result.document
     refused = shell("eval", "tuned", "--target", "x", "-o", "scores.json")
     assert refused.code == 3
-    assert "is there already" in refused.err
+    assert "--force" in refused.err
     assert shell("eval", "tuned", "--target", "x", "-o", "scores.json", "--force").code == 0
 
 

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from pimerge.adapters.expert import Expert, open_expert
 from pimerge.adapters.ranking_document import Candidate, Ranking, Target, write_ranking
-from pimerge.core import plugins
 from pimerge.core.errors import PimergeError
+from pimerge.merging.method import METHODS
 from pimerge.tasks.task import open_task
 from tests.support.bases import model_for
 from tests.support.cli import NAMES, Cli, raise_from
@@ -235,10 +235,10 @@ TWO = ("experts/x", "experts/y")
         ((*TWO, "--target", "experts/z", "-o", "experts/z", "--force"), "'experts/z' is the expert 'z'"),
         ((*TWO, "-o", ".", "--force"), "working folder"),
         ((*TWO, "-o", "..", "--force"), "working folder"),
-        ((*TWO, "-o", "experts"), "'experts' is there already\n.*--force"),
+        ((*TWO, "-o", "experts"), "--force"),
         ((*TWO, "-o", "n" * 300), "name is too long"),
         ((*TWO, "--head", "none", "-o", "experts/x/task.json/out"), "a part of the path is a file"),
-        ((*TWO, "--coefficients", "gone.json"), r"'gone\.json' is not there"),
+        ((*TWO, "--coefficients", "gone.json"), "gone.json"),
         ((*TWO, "--coefficients", "experts/x/task.json"), "or the coefficients.json of a merge"),
         ((*TWO, "--coefficients", "c.json", "--weights", "1,2"), "--coefficients excludes"),
     ],
@@ -287,14 +287,14 @@ def test_help_names_every_method_and_methods_says_what_they_do(cli: Cli) -> None
     words = " ".join(result.stdout.replace("│", " ").split())
     assert "Combine experts into one without training" in words
     listing = cli("merge", "--methods").stdout
-    for name, summary in plugins.summaries("pimerge.merging.methods").items():
-        assert re.search(rf"\b{name}\b", words)
-        assert summary in listing
+    for method in METHODS:
+        assert re.search(rf"\b{method.name}\b", words)
+        assert {method.summary, method.formula, method.paper} <= set(re.split(r"  +|\n", listing))
 
 
 def test_methods_lists_them_with_their_options(cli: Cli) -> None:
     table, listed = cli("merge", "--methods"), json.loads(cli("merge", "--methods", "--json").stdout)
-    assert [method["name"] for method in listed] == list(plugins.summaries("pimerge.merging.methods"))
+    assert [method["name"] for method in listed] == METHODS.names()
     found = {method["name"]: method for method in listed}
     assert found["ties"]["options"] == {"density": 0.2, "scale": 1.0}
     assert found["uniform"]["options"] == {}

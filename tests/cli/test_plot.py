@@ -100,7 +100,7 @@ def test_nothing_is_overwritten_and_nothing_half_written(folder: Path, shell: Sh
     (folder / "path.svg").write_text("mine")
     refused = shell("plot", "path", "--step", "1", "--limit", "10")
     assert refused.code == 3
-    assert "'path.svg' is there already" in refused.err
+    assert "--force" in refused.err
     assert written(folder) == ["path.svg"]
     (folder / "path.svg").unlink()
     (folder / "path.json").mkdir()
@@ -131,7 +131,7 @@ def test_nothing_is_overwritten_and_nothing_half_written(folder: Path, shell: Sh
         (["path", "x"], "name others"),
         (["path", "--measure", "delta"], "--measure means nothing to 'pimerge plot path'"),
         (["graph", "--step", "1", "--path", "p"], "--step means nothing"),
-        (["path", "--data", "nothing.json"], "'nothing.json' is not there"),
+        (["path", "--data", "nothing.json"], "nothing.json"),
         (["path", "--data", "ranking.json"], "is no data of a plot, not of 'path'"),
         (["path", "--data", "ranking.json", "--step", "1"], "--step means nothing"),
         (["path", "--output", "x/adapter_config.json/p", "--step", "1", "--limit", "2"], "choose another --output"),

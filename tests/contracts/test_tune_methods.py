@@ -239,7 +239,7 @@ def test_alone_on_its_base_it_has_the_same_bytes(run: Run, pool: Pool) -> None:
 
 def test_an_output_that_is_there_is_refused_and_kept(run: Run, pool: Pool) -> None:
     before = contents(run.output)
-    with pytest.raises(PimergeError, match="is there already"):
+    with pytest.raises(PimergeError, match="--force"):
         pool.tune(run.method.name, run.output)
     assert contents(run.output) == before
 

@@ -30,7 +30,7 @@ def contents_of(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def old(tmp_path: Path) -> Path:
-    """A folder that is there already."""
+    """An existing folder."""
     files.write_folder(tmp_path / "out", {"a": "old", "b": b"\x00old"}, force=False)
     return tmp_path / "out"
 
@@ -47,7 +47,7 @@ def test_missing_parents_are_made(tmp_path: Path) -> None:
 
 
 def test_what_is_there_is_replaced_only_by_force(old: Path) -> None:
-    with pytest.raises(PimergeError, match=r"is there already\n.*--force"):
+    with pytest.raises(PimergeError, match=r"already exists\n.*--force"):
         files.write_folder(old, {"c": "new"}, force=False)
     assert contents_of(old) == {"a": b"old", "b": b"\x00old"}
     files.write_folder(old, {"c": "new"}, force=True)
@@ -59,7 +59,7 @@ def test_a_file_and_a_broken_link_count_as_there(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("old")
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     for name in ("file", "link"):
-        with pytest.raises(PimergeError, match="is there already"):
+        with pytest.raises(PimergeError, match="already exists"):
             files.write_folder(tmp_path / name, {"a": "new"}, force=False)
         files.write_folder(tmp_path / name, {"a": "new"}, force=True)
         assert contents_of(tmp_path / name) == {"a": b"new"}
@@ -277,8 +277,8 @@ def test_nan_is_never_written_as_json() -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b'{"a": 1,}', "is not JSON: .* at line 1, column"),
-        (b"", "is not JSON"),
+        (b'{"a": 1,}', r"cannot read .*not valid JSON \(.*, line 1, column"),
+        (b"", "not valid JSON"),
         (b"\xff\xfe", "cannot read"),
         (b"\xef\xbb\xbf{}", "BOM"),
         (b"1" * 5000, "cannot read"),
@@ -292,7 +292,7 @@ def test_what_is_no_json_is_named(content: bytes, message: str, tmp_path: Path) 
 
 
 def test_a_missing_json_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(PimergeError, match=r"f\.json' is not there"):
+    with pytest.raises(PimergeError, match=r"f\.json' does not exist"):
         files.read_json(tmp_path / "f.json")
 
 

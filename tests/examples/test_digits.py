@@ -1,4 +1,4 @@
-"""The embedded example: its data is what it says, and its script runs to the table."""
+"""The digits example: its data matches its description, and its script runs and prints its table."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ RELATED = {
 
 
 def numbers(task: str, split: str) -> set[int]:
-    """Which scans a split holds."""
+    """The numbers of the scans in a split."""
     return set(pq.read_table(DIGITS / "tasks" / task / f"{split}.parquet")["number"].to_pylist())
 
 
@@ -85,7 +85,7 @@ def test_related_experts_are_nearest(tmp_path: Path) -> None:
         assert not ranking.not_comparable
 
 
-def test_the_script_runs_to_its_table(tmp_path: Path) -> None:
+def test_the_script_prints_its_table(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHON": sys.executable, "SEEDS": "1"}
     command = ["bash", str(DIGITS / "run.sh"), str(tmp_path / "work")]
     result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)

@@ -1,4 +1,4 @@
-"""The benchmark of large models: its shapes are the real ones, and it runs to its table on tiny ones."""
+"""The benchmark of large models: its shapes match the real models, and it prints its table for tiny ones."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_its_shapes_have_as_many_parameters_as_the_real_models(shape: str, param
     assert {name.rpartition(".")[2] for name, _ in made.named_modules()} > set(modules)
 
 
-def test_it_runs_to_its_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_prints_its_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--shape", "tiny", "tiny-causal", "--device", "cpu", *SMALL])
     runpy.run_path(str(SCRIPT), run_name="__main__")
     rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]

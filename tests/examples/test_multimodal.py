@@ -1,4 +1,4 @@
-"""The multimodal example: its data and pool are what it says, its pieces work, and its script runs to the table."""
+"""The multimodal example: its data and pool match their description, its parts work, and its script prints its table."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ def data(scans: dict[str, list[make.Row]]) -> dict[str, list[make.Row]]:
 
 
 def numbers(rows: Any) -> set[int]:
-    """Which scans are in some rows."""
+    """The numbers of the scans in some rows."""
     return {row["number"] for row in rows}
 
 
-def test_what_is_said_of_a_scan_is_so(scans: dict[str, list[make.Row]]) -> None:
+def test_answers_about_scans_are_right(scans: dict[str, list[make.Row]]) -> None:
     digits = load_digits()
     rows = [row for part in scans.values() for row in part]
     assert numbers(rows) == set(range(1797))
@@ -70,9 +70,7 @@ def test_numbers_in_words_are_right(data: dict[str, list[make.Row]]) -> None:
         assert (value[row["number"]] % 2 == 0) == (row["even"] == "yes") == (row["odd"] == "even")
 
 
-def test_no_task_is_tested_on_what_anything_was_trained_on(
-    scans: dict[str, list[make.Row]], data: dict[str, list[make.Row]]
-) -> None:
+def test_no_test_image_was_used_for_training(scans: dict[str, list[make.Row]], data: dict[str, list[make.Row]]) -> None:
     for name, rows in data.items():
         split = name.split(".")[-2]
         if name.endswith(".parquet"):
@@ -84,7 +82,7 @@ def test_no_task_is_tested_on_what_anything_was_trained_on(
             assert not set(asked) & {tuple(row.items()) for other in others for row in data[other]}
 
 
-def test_what_is_committed_is_what_the_pieces_make(data: dict[str, list[make.Row]], tmp_path: Path) -> None:
+def test_the_committed_data_is_what_make_writes(data: dict[str, list[make.Row]], tmp_path: Path) -> None:
     assert {file.name for file in (MULTIMODAL / "data").iterdir()} == set(data)
     for name, rows in data.items():
         make.write_rows(tmp_path / name, rows)
@@ -100,7 +98,7 @@ def test_what_is_committed_is_what_the_pieces_make(data: dict[str, list[make.Row
         assert task.labels == list(spec.labels)
 
 
-def test_the_pool_is_whole_and_of_two_kinds() -> None:
+def test_the_pool_is_complete_and_has_two_kinds() -> None:
     experts = [open_expert(folder) for folder in find_experts(MULTIMODAL / "experts")]
     assert {expert.name for expert in experts} == set(make.POOL) | {f"{task}-b" for task in make.TWINS}
     assert {expert.kind for expert in experts} == {"lora", "bottleneck"}
@@ -119,7 +117,7 @@ def test_everything_committed_is_below_4_mb() -> None:
     assert sum(file.stat().st_size for file in files if file.exists()) < 4 * 10**6
 
 
-def test_the_base_names_digits_and_cannot_answer_yet(scans: dict[str, list[make.Row]]) -> None:
+def test_the_base_recognises_digits_and_cannot_answer_questions(scans: dict[str, list[make.Row]]) -> None:
     processor = AutoProcessor.from_pretrained(MULTIMODAL / "base")
     model = AutoModelForImageTextToText.from_pretrained(MULTIMODAL / "base").eval()
     rows = scans["test"][:60]
@@ -153,7 +151,7 @@ def test_a_few_steps_of_pretraining_make_a_base(tmp_path: Path, scans: dict[str,
     assert model.get_image_features(shown).pooler_output.shape == (1, make.PIECES, make.WIDTH)
 
 
-def test_a_gap_hides_words_and_counting_counts() -> None:
+def test_gaps_hide_words_and_numbers_are_in_order() -> None:
     random = np.random.default_rng(0)
     value = {make.in_words(number): number for number in range(1000)}
     for _ in range(50):
@@ -168,7 +166,7 @@ def test_a_gap_hides_words_and_counting_counts() -> None:
         assert 2 <= len((before + after).split()) <= 4
 
 
-def test_the_script_runs_to_its_table(tmp_path: Path) -> None:
+def test_the_script_prints_its_table(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHON": sys.executable}
     environment |= {"SEEDS": "1", "EXAMPLES": "8", "TARGETS": "l-odd-or-even", "EPOCHS": "2"}
     command = ["bash", str(MULTIMODAL / "run.sh"), str(tmp_path / "work")]

@@ -1,4 +1,4 @@
-"""Every command of the README and of ``docs/`` runs, in its order, in a folder that looks as the README says."""
+"""Every command of the README and of ``docs/`` runs, in its order, in a folder like the one that the README describes."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def blocks(language: str) -> list[str]:
 
 
 def commands() -> list[str]:
-    """The lines of the bash blocks, but for the two that set up, then the commands of the tables."""
+    """The lines of the bash blocks, except the two that set up, then the commands in the tables."""
     lines = [part for block in blocks("bash") for line in block.splitlines() for part in line.split(" && ")]
     lines = [line for line in lines if line and not any(word in line for word in (SETUP, ".venv/bin/"))]
     return lines + [line for line in re.findall(r"^\| `(pimerge [^`]+)`", README, re.MULTILINE) if line not in lines]
@@ -80,7 +80,7 @@ def test_the_first_two_commands_set_up_a_virtual_environment_with_the_constraint
     assert "-m pytest" in tests
 
 
-def test_the_tasks_that_it_shows_are_some(tmp_path: Path) -> None:
+def test_the_tasks_that_it_shows_are_valid(tmp_path: Path) -> None:
     path = tmp_path / "task.json"
     found = []
     for shown in blocks("json"):
@@ -97,7 +97,7 @@ def test_it_lists_every_strategy() -> None:
         assert [name for name in names if f"`{name}`" not in DOCUMENTS] == []
 
 
-def test_it_links_to_what_is_there() -> None:
+def test_its_links_lead_to_existing_files() -> None:
     for page in [*PAGES, *(ROOT / "examples").rglob("*.md")]:
         for place in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text(encoding="utf-8")):
             assert (page.parent / place).exists(), f"{page}: {place}"

@@ -1,4 +1,4 @@
-"""The recipes' own scripts and tasks on stand-ins: tiny models of the same form, data of the same columns."""
+"""The recipes' own scripts and tasks on stand-ins: tiny models of the same architecture, data with the same columns."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def words(count: int) -> str:
 
 
 def lettered(count: int, **types: Any) -> tuple[dict[str, Any], Rows]:
-    """Questions with choices and their letters, as ARC and CommonsenseQA have them."""
+    """Questions with choices and their letters, as in ARC and CommonsenseQA."""
     features = {"id": TEXT, "question": TEXT, **types, "choices": Nested({"text": TEXT, "label": TEXT})}
     letters = list("ABCDE"[:count])
     rows = [
@@ -98,13 +98,13 @@ def images(classes: Sequence[str], size: int = 48, image: str = "image", label: 
     rows = []
     for index in range(ROWS):
         noise = PILImage.effect_noise((size, size), 20 + 40 * (index % len(classes)))
-        mode = "L" if index == 1 else "RGB"  # real sets hold a grey image now and then
+        mode = "L" if index == 1 else "RGB"  # real data sets contain a grey image now and then
         rows.append({image: noise.convert(mode), label: index % len(classes), **dict.fromkeys(more, 0)})
     return features, rows
 
 
 def expressions() -> tuple[dict[str, Any], Rows]:
-    """What RefCOCO asks, with boxes as COCO has them: left, top, width, height in pixels."""
+    """Referring expressions as in RefCOCO, with boxes as in COCO: left, top, width, height in pixels."""
     numbers = {"segmentation": Nested(Value("float32")), "bbox": Nested(Value("float32"))}
     features = {"question_id": TEXT, "image": Image(), "question": TEXT, "answer": Nested(TEXT), **numbers}
     rows = [
@@ -124,7 +124,7 @@ def expressions() -> tuple[dict[str, Any], Rows]:
 
 
 def with_texts(*names: str) -> tuple[dict[str, Any], Rows]:
-    """Images, and texts about them."""
+    """Images with texts about them."""
     rows = [
         {"image": PILImage.effect_noise((60, 40), 50).convert("RGB"), **{name: words(2) for name in names}}
         for _ in range(ROWS)
@@ -190,7 +190,7 @@ DATA: dict[str, tuple[str, str | None, list[str], Callable[[], tuple[dict[str, A
 
 
 def write_data(task: Path) -> None:
-    """A folder beside a task that is built like its data set on the Hub, under the same name."""
+    """Write a folder with the layout and the name of a task's data set on the Hub."""
     name, subset, splits, make = DATA[task.name]
     features, rows = make()
     repository = task / name
@@ -227,7 +227,7 @@ def vit(folder: Path) -> Path:
 
 
 def florence(folder: Path) -> Path:
-    """A Florence-2 with the tokens for places that the real one has."""
+    """A Florence-2 with the position tokens of the real one."""
     save_florence2(folder, 128, 1000)
     return folder
 
@@ -256,13 +256,13 @@ METHODS = {
 
 @pytest.fixture
 def short() -> Iterator[Path]:
-    """A folder with a path that a socket takes."""
+    """A folder whose path is short enough for a socket."""
     with tempfile.TemporaryDirectory() as folder:
         yield Path(folder)
 
 
 @pytest.mark.parametrize("recipe", BASES)
-def test_the_script_runs_to_its_table(recipe: str, tmp_path: Path, short: Path) -> None:
+def test_the_script_prints_its_table(recipe: str, tmp_path: Path, short: Path) -> None:
     random.seed(0)
     shutil.copytree(RECIPES, tmp_path / "recipes")
     folder = tmp_path / "recipes" / recipe
@@ -302,7 +302,7 @@ def examples_of(recipe: str, name: str, folder: Path) -> tuple[Any, Any, list[di
     return examples, processor, list(task.rows("train")[0])
 
 
-def test_questions_show_their_options_in_an_order_that_does_not_tell(tmp_path: Path) -> None:
+def test_the_order_of_the_choices_does_not_reveal_the_answer(tmp_path: Path) -> None:
     examples, _, rows = examples_of("flan-t5", "sciq", tmp_path)
     for text, row in zip(examples.texts, rows, strict=True):
         options = sorted([row["correct_answer"], *(row[f"distractor{place}"] for place in (1, 2, 3))])
@@ -327,7 +327,7 @@ def test_questions_show_their_options_in_an_order_that_does_not_tell(tmp_path: P
         ("rte", "rte sentence1: {sentence1} sentence2: {sentence2}"),
     ],
 )
-def test_t5_is_asked_as_it_was_pretrained_and_answers_by_the_names_of_the_data(
+def test_t5_gets_the_prompts_of_its_pretraining_and_answers_with_the_class_names(
     name: str, prompt: str, tmp_path: Path
 ) -> None:
     examples, _, rows = examples_of("glue", name, tmp_path)
@@ -336,7 +336,7 @@ def test_t5_is_asked_as_it_was_pretrained_and_answers_by_the_names_of_the_data(
     assert [text.answers[text.right] for text in examples.texts] == [classes[row["label"]] for row in rows]
 
 
-def test_boxes_are_written_in_the_models_own_tokens_and_read_again(tmp_path: Path) -> None:
+def test_boxes_are_written_in_the_models_own_tokens_and_read_back(tmp_path: Path) -> None:
     examples, processor, rows = examples_of("florence", "refcocog", tmp_path)
     # left, top, right and bottom in thousandths of 80 × 40 pixels, the last ones at the border
     ends = ["<loc_6><loc_31><loc_256><loc_106>", *["<loc_100><loc_250><loc_999><loc_999>"] * (ROWS - 1)]
@@ -348,7 +348,7 @@ def test_boxes_are_written_in_the_models_own_tokens_and_read_again(tmp_path: Pat
         assert box_of(examples.writing.decode(tokens)) == box_of(end)
 
 
-def test_every_recipe_says_what_the_paper_reports_and_what_it_costs() -> None:
+def test_every_recipe_states_the_papers_results_and_its_cost() -> None:
     for recipe in BASES:
         text = (RECIPES / recipe / "README.md").read_text()
         for part in ("## What the paper reports", "## The same", "## Different", "## Cost (estimated)"):

@@ -1,7 +1,6 @@
-"""The papers' studies: two run whole, on a small part of their data; of the others what they ask for, and their tables.
+"""The papers' studies: two run completely on part of their data; for the others, their calls and tables are checked.
 
-What they ask ``pimerge compare`` and ``pimerge tune`` for goes through the commands; the trainings behind these are
-made up.
+Their calls go through the commands ``pimerge compare`` and ``pimerge tune``, whose training is replaced by a fake.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ Compared = list[tuple[Task, list[Expert], ComparisonDesign, list[str]]]
 
 @pytest.fixture
 def study(tmp_path: Path) -> Study:
-    """Run a study by name with these variables; all that it printed, and the rows of its table."""
+    """Run a study with these variables; return its output and the rows of its table."""
 
     def run(name: str, **variables: str) -> tuple[str, list[list[str]]]:
         with tempfile.TemporaryDirectory(prefix="s") as folder:  # short, for the socket
@@ -52,18 +51,18 @@ def study(tmp_path: Path) -> Study:
 
 
 def _lasting(thing: Any) -> Any:
-    """The same by its whole path: the script works in another folder."""
+    """The same with absolute paths, since the script works in another folder."""
     return replace(thing, path=thing.path.resolve())
 
 
 def score(method: str, shots: int | None, seed: int, k: int, test: str) -> float:
-    """A made-up score that differs in all of these."""
+    """A fake score that depends on all arguments."""
     return (10 * len(method) + (shots or 30) + 3 * seed**2 * k + len(test)) / 200
 
 
 @pytest.fixture
 def compared(monkeypatch: pytest.MonkeyPatch) -> Compared:
-    """What was to be compared, in order; the scores are made up."""
+    """The requested comparisons, in order; the scores are fake."""
     found: Compared = []
 
     def compare(
@@ -105,7 +104,7 @@ def compared(monkeypatch: pytest.MonkeyPatch) -> Compared:
 
 @pytest.fixture
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Path, Task, int | None, int | None]]:
-    """Output, task, shots and rank of the experts that were to be trained; they are copies of a committed one."""
+    """Output, task, shots and rank of the requested experts, which are copies of a committed one."""
     found = []
 
     def tune(
@@ -161,24 +160,24 @@ def test_a_study_compares_on_the_digits(
 
 
 def expected(values: Sequence[float], rival: Sequence[float] | None) -> str:
-    """A cell, by SciPy."""
+    """The expected text of a cell, by SciPy."""
     text = f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
     if rival is None:
         return text
     difference = statistics.mean(values) - statistics.mean(rival)
-    if statistics.stdev(values) == 0:  # the rival's is 0 always, and SciPy has no interval for this
+    if statistics.stdev(values) == 0:  # the rival's difference is always 0, and SciPy gives no interval for this
         return f"{text} ({difference:+.1f} [{difference:+.1f}, {difference:+.1f}])"
     interval = ttest_rel(values, rival).confidence_interval()
     return f"{text} ({difference:+.1f} [{interval.low:+.1f}, {interval.high:+.1f}])"
 
 
 def numbers(task: Task, split: str) -> set[int]:
-    """Which scans a split holds."""
+    """The numbers of the scans in a split."""
     return set(pq.read_table(task.path.parent / task.file.data[split])["number"].to_pylist())
 
 
 def numbers_of(expert: Expert) -> set[int]:
-    """Which scans an expert was trained on."""
+    """The numbers of the scans that an expert was trained on."""
     document = json.loads((expert.path / "task.json").read_text())
     return set(pq.read_table(expert.path / document["data"]["train"])["number"].to_pylist())
 
@@ -239,7 +238,7 @@ def test_a_pool_without_a_target_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "work").exists()
 
 
-def test_entangled_runs_whole(study: Study, tmp_path: Path) -> None:
+def test_entangled_runs(study: Study, tmp_path: Path) -> None:
     pool = f"{DIGITS}/experts/digits-0-4 {DIGITS}/experts/inverted-3-9"
     target = f"{DIGITS}/tasks/digits-0-4 {DIGITS}/tasks/inverted-0-6"
     printed, (titles, *rows) = study("entangled", **{**LITTLE, "EPOCHS": "3"}, POOL=pool, TARGET=target, SEEDS="2")
@@ -257,7 +256,7 @@ def test_entangled_runs_whole(study: Study, tmp_path: Path) -> None:
     assert "of 4 runs" in printed
 
 
-def test_zero_shot_runs_whole(study: Study, tmp_path: Path) -> None:
+def test_zero_shot_runs(study: Study, tmp_path: Path) -> None:
     tasks = tmp_path / "tasks"
     assert answer(str(tmp_path), [str(DIGITS / "cut.py"), "tasks", "a:plain:0-1:few", "b:noisy:0-1:few"])[0] == 0
     pool = f"{tasks}/a {tasks}/b"
@@ -272,7 +271,7 @@ def test_zero_shot_runs_whole(study: Study, tmp_path: Path) -> None:
         assert row[6].startswith(values["bare"])
 
 
-def test_cut_gives_what_is_committed(tmp_path: Path) -> None:
+def test_cut_writes_what_is_committed(tmp_path: Path) -> None:
     arguments = ["tasks", "noisy-parity:noisy:parity:train", "inverted-3-9:inverted:3-9:train"]
     assert answer(str(tmp_path), [str(DIGITS / "cut.py"), *arguments])[0] == 0
     for task in ("noisy-parity", "inverted-3-9"):
@@ -284,14 +283,14 @@ def test_cut_gives_what_is_committed(tmp_path: Path) -> None:
         ).read_bytes()
 
 
-def test_cut_puts_looks_and_parts_together(tmp_path: Path) -> None:
+def test_cut_combines_looks_and_parts(tmp_path: Path) -> None:
     assert answer(str(tmp_path), [str(DIGITS / "cut.py"), ".", "both:inverted+rotated:loop:few+draws"])[0] == 0
     table = pq.read_table(tmp_path / "both" / "train.parquet")
     assert len(table) == 2 * 10 * 20
     assert len(set(table["number"].to_pylist())) == 200
 
 
-def test_cut_names_all_that_it_does_not_understand(tmp_path: Path) -> None:
+def test_cut_reports_everything_that_it_does_not_understand(tmp_path: Path) -> None:
     code, _, err = answer(str(tmp_path), [str(DIGITS / "cut.py"), "tasks", "a:blurred:0-4:few", "b:plain:parity:rest"])
     assert code == 1
     assert "a:blurred:0-4:few, b:plain:parity:rest: expected NAME:LOOK:QUESTION:PARTS" in err

@@ -11,15 +11,14 @@ import torch
 from pimerge.adapters.expert import Expert, open_expert
 from pimerge.adapters.low_rank import Truncation
 from pimerge.adapters.writer import NO_HEAD, Head
-from pimerge.core import plugins
 from pimerge.merging.dry_run import Plan, plan_of
 from pimerge.merging.merge import Merge, prepare
-from pimerge.merging.method import open_method
+from pimerge.merging.method import METHODS, open_method
 from tests.support.experts import PREFIX, raw_expert, set_config, set_tensors, updates_of
 from tests.support.numerics import normal
 
 SHAPES = {"q": (7, 2, 5), "v": (6, 3, 9)}
-NAMES = [name for name in plugins.summaries("pimerge.merging.methods") if name not in ("fisher", "regmean", "slerp")]
+NAMES = [name for name in METHODS.names() if name not in ("fisher", "regmean", "slerp")]
 
 
 def make(folder: Path, seed: int = 0, shapes: dict[str, tuple[int, int, int]] = SHAPES, **config: Any) -> Expert:

@@ -17,9 +17,8 @@ from torch import Tensor
 from pimerge.adapters.expert import Expert, open_expert
 from pimerge.adapters.low_rank import MergedModule
 from pimerge.core.errors import PimergeError
-from pimerge.core.plugins import summaries
 from pimerge.merging.merge import prepare
-from pimerge.merging.method import open_method
+from pimerge.merging.method import METHODS, open_method
 from pimerge.merging.methods import interpolated, uniform
 from tests.support.experts import PREFIX, Updates, dense_deltas, raw_expert, set_config, set_tensors, updates_of
 from tests.support.merge_references import REFERENCES
@@ -310,7 +309,7 @@ def canonical(deltas: Tensor) -> tuple[Tensor, Tensor]:
 
 
 RANDOM = ("dare-linear", "dare-ties", "della")
-EVERYWHERE = [n for n in summaries("pimerge.merging.methods") if n not in (*RANDOM, "slerp", "fisher", "regmean")]
+EVERYWHERE = [n for n in METHODS.names() if n not in (*RANDOM, "slerp", "fisher", "regmean")]
 TWO_THIRDS = [0.5, 0.3, 0.2]
 
 
@@ -347,7 +346,7 @@ def test_the_space_delta_is_the_dense_reference(method: str, tmp_path: Path) -> 
         assert relative_difference(found[name], REFERENCES[method](stacked(experts, name), TWO_THIRDS)) <= 1e-5
 
 
-@pytest.mark.parametrize("method", [n for n in summaries("pimerge.merging.methods") if n not in ("fisher", "regmean")])
+@pytest.mark.parametrize("method", [n for n in METHODS.names() if n not in ("fisher", "regmean")])
 def test_neither_order_nor_factoring_changes_a_merge(method: str, tmp_path: Path) -> None:
     chosen = open_method(method)
     count = 2 if method == "slerp" else 3

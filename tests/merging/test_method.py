@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import re
+from typing import Any
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
 from pimerge.cli.app import app
-from pimerge.cli.options import flag
-from pimerge.core import plugins
 from pimerge.core.errors import PimergeError
-from pimerge.merging.method import Method, open_method
+from pimerge.merging.method import METHODS, OpenedMethod, open_method
 
-NAMES = list(plugins.summaries("pimerge.merging.methods"))
+NAMES = METHODS.names()
 F64 = torch.float64
 
 
@@ -27,32 +27,50 @@ def flags() -> set[str]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_option_of_a_method_has_a_flag(name: str, flags: set[str]) -> None:
-    assert {flag(option) for option in open_method(name).resolved} <= flags
-
-
-def test_flags_are_named_as_their_options() -> None:
-    assert (flag("inner_method"), flag("off_diagonal")) == ("--inner", "--off-diagonal")
+    assert {option.flag for option in METHODS.load(name).options} <= flags
 
 
 def test_options_that_are_none_leave_the_defaults() -> None:
     method = open_method("breadcrumbs", {"density": None, "gamma": 0.2, "common": None})
-    assert method.resolved == {"density": 0.9, "gamma": 0.2, "scale": 1.0}
-    assert method.options == {"gamma": 0.2}
+    assert method.options == {"density": 0.9, "gamma": 0.2, "scale": 1.0}
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_option_can_be_given_and_is_resolved(name: str) -> None:
-    defaults = open_method(name).resolved
-    assert open_method(name, defaults).resolved == defaults
+    defaults = open_method(name).options
+    assert open_method(name, defaults).options == defaults
     changed = {option: value if isinstance(value, str) else value / 2 for option, value in defaults.items()}
-    assert open_method(name, changed).resolved == changed
+    assert open_method(name, changed).options == changed
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        *(("ties", {"density": x}, f"--density must be above 0 and at most 1; got {x}") for x in (0.0, 1.5, -0.1)),
+        ("ties", {"density": math.nan}, "--density must be a finite number; got nan"),
+        *(("breadcrumbs", {"gamma": x}, f"--gamma must be at least 0 and below 1; got {x}") for x in (-0.1, 1.0)),
+        ("iso-cts", {"common": 1.1}, "--common must be above 0"),
+        ("fisher", {"floor": -1.0}, "--floor must be at least 0; got -1.0"),
+        ("regmean", {"offdiagonal": 1.5}, "--offdiagonal must be at least 0 and at most 1"),
+        ("knots", {"inner_method": "tsv"}, "--inner must be one of ties, linear; got 'tsv'"),
+        ("core-space", {"inner_method": "iso"}, "--inner must be one of ties, linear, tsv, iso-c; got 'iso'"),
+        ("della", {"epsilon": -0.1}, "--epsilon must be at least 0"),
+        ("della", {"density": 0.1}, r"--epsilon is 0\.1 at --density 0\.1\n.*0 < density ± epsilon ≤ 1"),
+        ("della", {"density": 0.95, "epsilon": 0.2}, r"--epsilon is 0\.2 at --density 0\.95"),
+    ],
+)
+def test_an_option_out_of_range_is_refused_when_the_method_is_opened(
+    name: str, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(PimergeError, match=message):
+        open_method(name, options)
 
 
 def test_an_unknown_option_names_the_methods_that_take_it() -> None:
     with pytest.raises(PimergeError) as caught:
         open_method("uniform", {"density": 0.5, "gamma": 0.1, "nonsense_option": 1})
     said = {problem.message.partition(" has no ")[2]: problem.hint for problem in caught.value.problems}
-    takers = [name for name in NAMES if "density" in open_method(name).resolved]
+    takers = [name for name in NAMES if "density" in open_method(name).options]
     assert {"ties", "magnitude", "dare-linear", "della", "breadcrumbs", "knots", "core-space"} <= set(takers)
     assert said == {
         "option --density": f"it is for {', '.join(takers)}",
@@ -66,7 +84,7 @@ def test_an_unknown_method_is_answered_with_the_nearest() -> None:
         open_method("tis")
 
 
-def drawn(method: Method, *draws: str) -> torch.Tensor:
+def drawn(method: OpenedMethod, *draws: str) -> torch.Tensor:
     """What dare-linear keeps of updates of ones, expert by expert."""
     count = len(draws)
     kept = [

@@ -13,16 +13,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from pimerge.adapters.expert import open_expert
-from pimerge.core import plugins
 from pimerge.core.errors import PimergeError
-from pimerge.merging.method import open_method
-from pimerge.merging.tensor_merge import SPACES, prepare_tensors
+from pimerge.merging.method import METHODS, open_method
+from pimerge.merging.tensor_merge import prepare_tensors
 from tests.support.bases import inputs, model_for
 from tests.support.experts import KINDS, MakeExpert, edit_tensors
 from tests.support.numerics import logits_of
 
 Run = Callable[..., Any]
-METHODS = list(plugins.summaries("pimerge.merging.methods"))
 
 
 def merged(folders: list[Path], method: str, weights: list[float], **options: Any) -> dict[str, Tensor]:
@@ -87,13 +85,13 @@ def test_one_expert_and_copies_of_it_come_back_bit_for_bit(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", METHODS.names())
 def test_every_method_keeps_its_laws_or_is_refused_by_name(
     pool: Callable[[str], list[Path]], kind: str, method: str
 ) -> None:
     folders = pool(kind)
     opened = open_method(method)
-    if opened.space not in SPACES:
+    if not opened.space.takes_any_tensor:
         with pytest.raises(PimergeError, match=f"'{method}' works on .* have no ΔW"):
             merged(folders, method, [1 / 3] * 3)
         return
@@ -106,11 +104,11 @@ def test_every_method_keeps_its_laws_or_is_refused_by_name(
     for key, tensor in found.items():
         assert torch.equal(tensor, again[key])
         assert tensor.isfinite().all()
-    if "order" not in opened.breaks:
+    if "order" not in opened.strategy.breaks:
         turned = merged(folders[:count][::-1], method, list(weights)[::-1])
         for key, tensor in found.items():
             torch.testing.assert_close(turned[key], tensor, rtol=1e-4, atol=1e-6)
-    if "copies" not in opened.breaks and method != "slerp":
+    if "copies" not in opened.strategy.breaks and method != "slerp":
         same = merged(
             [folders[0]] * count,
             method,

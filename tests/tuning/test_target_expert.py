@@ -157,5 +157,5 @@ def test_a_trained_one_compares_with_the_pool_factor_by_factor(
         ranking = rank_by_store(store, "new", measure, SelectionRule(), tmp_path)
         assert ranking.not_comparable == []
         assert {candidate.name for candidate in ranking.candidates} == {"a", "b", "c"}
-    with pytest.raises(PimergeError, match="is there already"):
+    with pytest.raises(PimergeError, match="--force"):
         train_expert(pool, task, base, tmp_path / "targets" / "new", BRIEFLY)

@@ -10,7 +10,7 @@ if [ -z "$own" ]; then
   POOL="$digits/experts/parity $digits/experts/loop $digits/experts/digits-0-4 $digits/experts/digits-5-9"
   TARGET=tasks/target ALSO="tasks/noisy tasks/outlined tasks/rotated"
 fi
-: "${ALSO:?ALSO is not set: tasks with the classes of TARGET, on whose test splits its results are scored, too}"
+: "${ALSO:?ALSO is not set: tasks with the classes of TARGET, on whose test splits the results are also scored}"
 
 compare distribution-shift learned head,scratch,full,uniform --experts "${EXPERTS:-3}" \
   $(printf -- '--also-test %s ' $ALSO)

@@ -13,7 +13,7 @@ for rank in ${RANKS:-1 2 4 8}; do
     expert "experts-$rank/$(basename "$task")" "$task" --fresh-rank "$rank" --fresh-alpha $((2 * rank))
   done
   POOL=experts-$rank
-  compare "rank-$rank" learned scratch,uniform ${DRAW_FROM:+--draw-from "$DRAW_FROM"}  # a fresh LoRA has that rank, too
+  compare "rank-$rank" learned scratch,uniform ${DRAW_FROM:+--draw-from "$DRAW_FROM"}  # a fresh LoRA has the same rank
   documents+=("rank $rank=rank-$rank.json")
 done
 table scratch "${documents[@]}"

@@ -37,5 +37,5 @@ def options_of(function: Callable[..., Any], *options: Option) -> dict[Option, A
     >>> [(option.flag, default) for option, default in options_of(merge, DENSITY).items()]
     [('--density', 0.2)]
     """
-    defaults = function.__kwdefaults__
+    defaults: dict[str, Any] = function.__kwdefaults__ or {}
     return {option: defaults[option.name] for option in options}

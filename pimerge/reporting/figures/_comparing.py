@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from pimerge.core import plugins
 from pimerge.core.errors import PimergeError
 from pimerge.reporting.figures._canvas import look, percent
+from pimerge.tasks.metric import METRICS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,7 +26,7 @@ def methods(comparison: ComparisonDocument) -> dict[str, bool]:
 
 def in_percent(comparison: ComparisonDocument) -> bool:
     """Whether the scores are shares."""
-    style: str = plugins.load("pimerge.tasks.metrics", comparison.metric).FORMAT
+    style: str = METRICS.load(comparison.metric).format
     return style.endswith("%")
 
 

@@ -16,6 +16,7 @@ from pimerge.core.files import read_json
 from pimerge.core.manifest import MANIFEST_FILE, Manifest
 from pimerge.core.version import __version__
 from pimerge.reporting.report.document import Cell, LongText, Picture, Report, Section, Table
+from pimerge.tasks.metric import METRICS
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -295,7 +296,7 @@ def _scores(found: Found) -> Section:
 
 def _scores_table(path: Path, content: Mapping[str, Any]) -> Table:
     metrics = list(content["scores"][0]["metrics"]) if content["scores"] else []
-    styles = [plugins.load("pimerge.tasks.metrics", name).FORMAT for name in metrics]
+    styles = [METRICS.load(name).format for name in metrics]
     rows = []
     for score in content["scores"]:
         row = [Cell(text=str(score["name"]))]
@@ -326,7 +327,7 @@ def _comparisons(found: Found) -> Section:
 
 
 def _comparison_table(path: Path, comparison: ComparisonDocument) -> Table:
-    style = plugins.load("pimerge.tasks.metrics", comparison.metric).FORMAT
+    style = METRICS.load(comparison.metric).format
     rows = [
         [
             Cell(text=line.method + (" (control)" if line.control else "")),

@@ -1,11 +1,9 @@
-"""What metrics share that are means over the examples."""
+"""Steps of metrics that are means over the examples."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
-
-import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,10 +18,12 @@ def value(sums: Tensor, n: int) -> Tensor:
 
 def column(values: Sequence[float]) -> Tensor:
     """One number of each example, (n × 1)."""
+    import torch
+
     return torch.tensor(values, dtype=torch.float64)[:, None]
 
 
 def best(answers: Answers, score: Callable[[str, str], float]) -> Tensor:
-    """Of each example, the score of its answer against the reference that it is nearest to, (n × 1)."""
+    """The best score of each example's answer against one of its references, (n × 1)."""
     pairs = zip(answers.texts, answers.references, strict=True)
     return column([max(score(text, reference) for reference in references) for text, references in pairs])

@@ -10,26 +10,18 @@ import re
 from typing import TYPE_CHECKING, TypeAlias
 
 from pimerge.core.errors import PimergeError
+from pimerge.tasks.metric import Answers, Metric
 from pimerge.tasks.metrics._mean import best, value
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from pimerge.tasks.metric import Answers
 
-__all__ = ["FORMAT", "NEEDS", "statistics", "value"]
-
-NEEDS = "texts"
-FORMAT = ".1%"
 Box: TypeAlias = tuple[int, int, int, int]
 
 
 def statistics(answers: Answers) -> Tensor:
-    """1 for an answer whose box has an intersection over union above 0.5 with a reference's, else 0.
-
-    Raises:
-        PimergeError: if a reference has no box.
-    """
+    """1 for an answer whose box has an intersection over union above 0.5 with a reference's, else 0."""
     return best(answers, _hits)
 
 
@@ -58,7 +50,7 @@ def box_of(text: str) -> Box | None:
 
 
 def intersection_over_union(first: Box, second: Box) -> float:
-    """Of two boxes; 0 for two without an area.
+    """Intersection over union of two boxes; 0 for two without an area.
 
     >>> intersection_over_union((0, 0, 2, 2), (1, 0, 3, 2)) == 1 / 3
     True
@@ -68,3 +60,13 @@ def intersection_over_union(first: Box, second: Box) -> float:
     shared = max(width, 0) * max(height, 0)
     whole = sum((box[2] - box[0]) * (box[3] - box[1]) for box in (first, second)) - shared
     return shared / whole if whole else 0.0
+
+
+METRIC = Metric(
+    name="box-accuracy",
+    summary="Share of the answers whose box overlaps a reference's by more than half: Acc@0.5 of RefCOCO.",
+    needs="texts",
+    format=".1%",
+    statistics=statistics,
+    value=value,
+)

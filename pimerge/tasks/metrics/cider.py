@@ -1,7 +1,7 @@
 """CIDEr (arXiv 1411.5726), by pycocoevalcap, from 0 to 10: n-grams that answer and references share.
 
-Rare ones count more; how rare an n-gram is, the references of the test split tell. Words are lower-case runs of
-letters and digits.
+Rare n-grams count more; their frequencies are those in the references of the test split. Words are lower-case runs
+of letters and digits.
 """
 
 from __future__ import annotations
@@ -9,18 +9,11 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from pimerge.tasks.metric import require_library
+from pimerge.tasks.metric import Answers, Metric, require_library
 from pimerge.tasks.metrics._mean import column, value
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from pimerge.tasks.metric import Answers
-
-__all__ = ["FORMAT", "NEEDS", "statistics", "value"]
-
-NEEDS = "texts"
-FORMAT = ".2f"
 
 
 def statistics(answers: Answers) -> Tensor:
@@ -34,3 +27,13 @@ def statistics(answers: Answers) -> Tensor:
 
 def _words(text: str) -> str:
     return " ".join(re.findall(r"\w+", text.lower()))
+
+
+METRIC = Metric(
+    name="cider",
+    summary="CIDEr (arXiv 1411.5726), by pycocoevalcap, from 0 to 10: n-grams that answer and references share.",
+    needs="texts",
+    format=".2f",
+    statistics=statistics,
+    value=value,
+)

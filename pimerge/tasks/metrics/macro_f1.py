@@ -1,28 +1,25 @@
-"""Mean over the classes of F1, by torchmetrics; a class that is neither right nor answered anywhere does not count."""
+"""Mean over the classes of F1, by torchmetrics; a class that never occurs does not count."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
-from torch.nn.utils.rnn import pad_sequence
-
-from pimerge.tasks.metric import by_word, require_library
+from pimerge.tasks.metric import Answers, Metric, by_word, require_library
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from pimerge.tasks.metric import Answers
 
-NEEDS = "classes"
-FORMAT = ".1%"
 _NOTHING = -1
 
 
 def statistics(answers: Answers) -> Tensor:
     """True positives, and all that are answered or right, of each class: (n × 2·classes)."""
+    import torch
+    from torch.nn.utils.rnn import pad_sequence
+
     counts = require_library("torchmetrics.functional.classification").multiclass_stat_scores
-    none = answers.classes  # an answer that is no class is wrong for its own, and speaks for no other
+    none = answers.classes  # an answer that is not a class is wrong, and counts for no other class
     chosen = [torch.tensor([none if one is None else one for one in row]) for row in by_word(answers.chosen)]
     found = counts(
         pad_sequence(chosen, True, none),
@@ -41,3 +38,13 @@ def value(sums: Tensor, n: int) -> Tensor:
     right, whole = sums.chunk(2, 1)
     occurs = whole > 0
     return (2 * right / whole.where(occurs, 1.0)).sum(1) / occurs.sum(1)
+
+
+METRIC = Metric(
+    name="macro-f1",
+    summary="Mean over the classes of F1, by torchmetrics; a class that never occurs does not count.",
+    needs="classes",
+    format=".1%",
+    statistics=statistics,
+    value=value,
+)

@@ -4,18 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pimerge.tasks.metric import require_library
+from pimerge.tasks.metric import Answers, Metric, require_library
 from pimerge.tasks.metrics._mean import column, value
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from pimerge.tasks.metric import Answers
-
-__all__ = ["FORMAT", "NEEDS", "statistics", "value"]
-
-NEEDS = "texts"
-FORMAT = ".1%"
 
 
 def statistics(answers: Answers) -> Tensor:
@@ -28,3 +21,13 @@ def statistics(answers: Answers) -> Tensor:
 
     pairs = zip(answers.texts, answers.references, strict=True)
     return column([f1(text, list(references)) for text, references in pairs])
+
+
+METRIC = Metric(
+    name="token-f1",
+    summary="F1 of the words that answer and reference share, as SQuAD counts them; the best reference counts.",
+    needs="texts",
+    format=".1%",
+    statistics=statistics,
+    value=value,
+)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pimerge.core.errors import PimergeError
 from pimerge.merging.methods import breadcrumbs
 from tests.support.merge_cases import Case, cases, close, weights_of
 from tests.support.merge_references import REFERENCES
@@ -32,12 +30,6 @@ def test_equal_entries_leave_exactly_the_density() -> None:
 
 def test_a_single_entry_stays() -> None:
     assert breadcrumbs.merge(torch.ones(1, 1, 1), torch.ones(1), density=0.1, gamma=0.99).tolist() == [[1.0]]
-
-
-@pytest.mark.parametrize("gamma", [-0.1, 1.0])
-def test_gamma_is_a_share_below_one(gamma: float) -> None:
-    with pytest.raises(PimergeError, match=r"--gamma is .*\n.*from 0 to below 1"):
-        breadcrumbs.merge(torch.ones(1, 2), torch.ones(1), gamma=gamma)
 
 
 @small

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pimerge.core.errors import PimergeError
 from pimerge.merging.methods import core_space
 from tests.support.merge_cases import close, low_rank, weights_of
 from tests.support.merge_references import REFERENCES, reference_bases
@@ -18,8 +17,3 @@ def test_it_is_the_reference_on_the_dense_updates(inner_method: str) -> None:
     merged = core_space.merge(U.mT @ case.deltas @ V, weights, limit=9, inner_method=inner_method, scale=0.5)
     options = {"factors": case.factors, "inner_method": inner_method, "scale": 0.5}
     close(U @ merged @ V.mT, REFERENCES["core-space"](case.deltas, weights, **options))
-
-
-def test_an_unknown_inner_method_suggests_the_nearest() -> None:
-    with pytest.raises(PimergeError, match=r"--inner is 'iso'\n.*did you mean 'iso-c'"):
-        core_space.merge(torch.ones(1, 2, 2), torch.ones(1), limit=2, inner_method="iso")

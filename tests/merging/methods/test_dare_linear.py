@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pimerge.core.errors import PimergeError
 from pimerge.merging.methods import dare_linear
 from tests.support.merge_cases import close, kept_masks, low_rank, seeded, weights_of
 from tests.support.merge_references import REFERENCES
@@ -38,8 +37,3 @@ def test_the_dtype_does_not_change_the_draws() -> None:
     assert torch.equal(
         single, dare_linear.merge(torch.ones(1, 50).double(), torch.ones(1), generators=seeded(1)).float()
     )
-
-
-def test_a_density_is_a_share() -> None:
-    with pytest.raises(PimergeError, match="--density is 0"):
-        dare_linear.merge(torch.ones(1, 2), torch.ones(1), generators=seeded(1), density=0)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pimerge.core.errors import PimergeError
 from pimerge.merging.methods import della
 from tests.support.merge_cases import close, low_rank, seeded, weights_of
 from tests.support.merge_references import REFERENCES
@@ -35,9 +34,3 @@ def test_one_dimension_is_one_row() -> None:
     vector = normal(1, 9)
     found = della.merge(vector, torch.ones(1), generators=seeded(1))
     assert torch.equal(found, della.merge(vector[:, None], torch.ones(1), generators=seeded(1))[0])
-
-
-@pytest.mark.parametrize(("density", "epsilon"), [(0.1, 0.1), (0.95, 0.1), (0.5, -0.1)])
-def test_the_probabilities_are_shares(density: float, epsilon: float) -> None:
-    with pytest.raises(PimergeError, match=rf"--epsilon is {epsilon} at --density {density}\n.*0 < density ± epsilon"):
-        della.merge(torch.ones(1, 2), torch.ones(1), generators=seeded(1), density=density, epsilon=epsilon)

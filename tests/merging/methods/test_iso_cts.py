@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pimerge.core.errors import PimergeError
 from pimerge.merging.methods import iso_c, iso_cts
 from tests.support.merge_cases import F64, Case, cases, close, low_rank, weights_of
 from tests.support.merge_references import REFERENCES
@@ -25,11 +23,6 @@ def test_an_expert_that_the_sum_hides_has_a_direction_of_its_own() -> None:
     deltas[1, 2, 2] = 0.1
     found = iso_cts.merge(deltas, torch.ones(2, dtype=F64), common=0.4)  # one common, one of each
     close(found, (8.0 + 7.0 + 0.1) / 3 * torch.eye(3, dtype=F64))
-
-
-def test_common_is_a_share() -> None:
-    with pytest.raises(PimergeError, match=r"--common is 1\.1"):
-        iso_cts.merge(torch.ones(1, 2, 2), torch.ones(1), common=1.1)
 
 
 @small

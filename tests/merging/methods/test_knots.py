@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given
 
-from pimerge.core.errors import PimergeError
 from pimerge.merging.methods import knots
 from tests.support.merge_cases import Case, cases, close, low_rank, weights_of
 from tests.support.merge_references import REFERENCES
@@ -17,11 +16,6 @@ def test_linear_is_the_weighted_sum() -> None:
     case, weights = low_rank(), weights_of(3)
     found = knots.merge(case.deltas, weights, inner_method="linear", scale=2.0)
     close(found, 2 * torch.tensordot(weights, case.deltas, dims=1), relative=1e-13)
-
-
-def test_an_unknown_inner_method_suggests_the_nearest() -> None:
-    with pytest.raises(PimergeError, match=r"--inner is 'tie'\n.*did you mean 'ties'"):
-        knots.merge(torch.ones(1, 2, 2), torch.ones(1), inner_method="tie")
 
 
 @pytest.mark.parametrize("density", [0.2, 0.6])

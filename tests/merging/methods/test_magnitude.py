@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from peft.utils import merge_utils
 
-from pimerge.core.errors import PimergeError
 from pimerge.merging.methods import magnitude
 from tests.support.merge_cases import Case, cases, close, weights_of
 from tests.support.merge_references import REFERENCES
@@ -18,11 +16,6 @@ from tests.support.numerics import normal, small
 def test_the_numbers_by_hand() -> None:
     deltas = torch.tensor([[1.0, -3.0, 2.0, 0.0], [4.0, 4.0, 4.0, 4.0]])
     assert magnitude.merge(deltas, torch.tensor([1.0, 0.5]), scale=2.0).tolist() == [4.0, -2.0, 4.0, 0.0]
-
-
-def test_a_density_is_a_share() -> None:
-    with pytest.raises(PimergeError, match="--density is 2"):
-        magnitude.merge(torch.ones(1, 2), torch.ones(1), density=2)
 
 
 def test_it_is_that_of_peft() -> None:

@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given
 
-from pimerge.core.errors import PimergeError
 from pimerge.merging.methods import nan_weights
 from tests.support.merge_cases import F64, Case, cases, close, weights_of
 from tests.support.merge_references import REFERENCES
@@ -36,11 +35,6 @@ def test_all_updates_may_be_zero() -> None:
 def test_the_unit_of_the_updates_does_not_matter(scale: float) -> None:
     found = nan_weights.coefficients(torch.ones(2, dtype=F64), inner=inner_of(scale, 3 * scale))
     torch.testing.assert_close(found, torch.tensor([0.75, 0.25], dtype=F64))
-
-
-def test_negative_weights_are_refused() -> None:
-    with pytest.raises(PimergeError, match=r"the weights are 0.5, -1\n.*none below 0"):
-        nan_weights.weights(2, [0.5, -1.0])
 
 
 @small

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pimerge.merging.methods._spectrum import SKETCH, svd
+from pimerge.merging.methods._spectrum import PROJECTION, svd
 from tests.support.numerics import normal
 
 F64 = torch.float64
 
 
-@pytest.mark.parametrize("rank", [1, 16, SKETCH - 1, SKETCH + 1, 100])
+@pytest.mark.parametrize("rank", [1, 16, PROJECTION - 1, PROJECTION + 1, 100])
 def test_a_large_matrix_of_any_rank_has_the_singular_triples_of_the_dense_one(rank: int) -> None:
     decay = torch.logspace(0, -5, rank, dtype=F64)
     matrix = (normal(300, rank, seed=1).to(F64) * decay) @ normal(rank, 280, seed=2).to(F64)

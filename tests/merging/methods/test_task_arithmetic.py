@@ -8,8 +8,8 @@ from pimerge.merging.methods import task_arithmetic
 
 
 def test_each_expert_counts_fully_by_default() -> None:
-    assert task_arithmetic.weights(2, None) == [1.0, 1.0]
-    assert task_arithmetic.weights(2, [0.5, -1.0]) == [0.5, -1.0]
+    assert task_arithmetic.METHOD.weights(2, None) == [1.0, 1.0]
+    assert task_arithmetic.METHOD.weights(2, [0.5, -1.0]) == [0.5, -1.0]
 
 
 def test_the_coefficients_are_the_scaled_weights() -> None:

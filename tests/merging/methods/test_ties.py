@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from peft.utils import merge_utils
 
-from pimerge.core.errors import PimergeError
 from pimerge.merging.methods import _trim, ties
 from tests.support.merge_cases import F64, Case, cases, close, weights_of
 from tests.support.merge_references import REFERENCES
@@ -39,12 +37,6 @@ def test_a_negative_weight_stands_for_the_negated_expert() -> None:
     negated = deltas * torch.tensor([1.0, -1.0])[:, None, None]
     found = ties.merge(deltas, torch.tensor([0.7, -0.3], dtype=F64))
     assert torch.equal(found, ties.merge(negated, torch.tensor([0.7, 0.3], dtype=F64)))
-
-
-@pytest.mark.parametrize("density", [0.0, 1.5, -0.1, float("nan")])
-def test_a_density_is_a_share(density: float) -> None:
-    with pytest.raises(PimergeError, match=r"--density is .*\n.*expected a share above 0, up to 1"):
-        ties.merge(torch.ones(1, 2), torch.ones(1), density=density)
 
 
 def test_at_equal_weights_of_one_it_is_that_of_peft() -> None:

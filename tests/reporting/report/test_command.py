@@ -27,7 +27,7 @@ def test_one_file_of_the_folder(folder: Path, shell: Shell) -> None:
     assert (folder / "report.html").read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
     refused = shell("report")
     assert (refused.code, refused.out) == (3, "")
-    assert "is there already" in refused.err
+    assert "--force" in refused.err
     again = shell("report", ".", "--force", "--quiet")
     assert (again.code, again.out, again.err) == (0, "", "")
     assert shell("report", "--output", "pages/one.html").code == 0

@@ -12,10 +12,9 @@ from sacrebleu import corpus_bleu
 from sklearn.metrics import f1_score
 from torchmetrics.functional.text import squad
 
-from pimerge.core import plugins
 from pimerge.core.errors import PimergeError
 from pimerge.tasks.intervals import bootstrap_interval
-from pimerge.tasks.metric import Answers
+from pimerge.tasks.metric import METRICS, Answers
 
 TEXTS = ["the cat sat on the mat", "a dog runs", "", "birds fly over the red tree today", "Paris"]
 REFERENCES = [
@@ -29,7 +28,7 @@ TEXT_ANSWERS = Answers([None] * 5, [0] * 5, 0, TEXTS, REFERENCES)
 CHOSEN = [0, 1, 1, 2, None, 0, 2, 2]
 LABELS = [0, 1, 0, 2, 2, 0, 1, 2]
 CLASS_ANSWERS = Answers(CHOSEN, LABELS, 4)
-NAMES = sorted(plugins.summaries("pimerge.tasks.metrics"))
+NAMES = METRICS.names()
 
 
 BOXES = [f"the cat<loc_{x}><loc_10><loc_{x + 40}><loc_50>" for x in (0, 10, 20, 30, 200)]
@@ -97,7 +96,7 @@ def test_a_box_is_right_that_overlaps_by_more_than_half() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_interval_is_of_resampled_examples_and_seeded(name: str) -> None:
-    usual = CLASS_ANSWERS if plugins.load("pimerge.tasks.metrics", name).NEEDS == "classes" else TEXT_ANSWERS
+    usual = CLASS_ANSWERS if METRICS.load(name).needs == "classes" else TEXT_ANSWERS
     answers = OWN_ANSWERS.get(name, usual)
     found = bootstrap_interval(name, answers)
     assert found == bootstrap_interval(name, answers)

@@ -1,10 +1,10 @@
-"""What folding an adapter into a full checkpoint costs, for two sizes, and beside mergekit.
+"""Cost of merging an adapter into a full checkpoint, at two sizes, also relative to mergekit.
 
-    python examples/benchmarks/folding.py [--layers 2,8] [--mergekit PATH/TO/mergekit-yaml]
+    python examples/benchmarks/merge_into.py [--layers 2,8] [--mergekit PATH/TO/mergekit-yaml]
 
 A random Llama in bfloat16, in shards, and a LoRA of rank 16 on q and v. Each job is a process of its own, from
-files to files; its time is that of the whole command, imports included, and its memory is the peak of the whole
-process, for pimerge above that of its imports alone.
+files to files. Its time is that of the whole command, including imports. Its memory is the peak of the whole process,
+for pimerge above that of its imports alone.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
     parser.add_argument("--layers", default="2,8")
     parser.add_argument("--width", type=int, default=2048)
-    parser.add_argument("--mergekit", default="", help="the program mergekit-yaml, of its own environment")
+    parser.add_argument("--mergekit", default="", help="path of mergekit-yaml in its own environment")
     arguments = parser.parse_args()
     for layers in map(int, arguments.layers.split(",")):
-        with tempfile.TemporaryDirectory(prefix="folding-") as name:
+        with tempfile.TemporaryDirectory(prefix="merge-into-") as name:
             folder = Path(name)
             size = make(folder, layers, arguments.width)
             command = [sys.executable, "-m", "pimerge", "merge", "adapter", "--into", "base", "--head", "none", "-q"]
@@ -41,7 +41,7 @@ def main() -> None:
                 ],
                 folder,
             )
-            own = run([*command, "-o", "folded"], folder)
+            own = run([*command, "-o", "merged"], folder)
             line = f"{layers} layers, {size / 1e9:.2f} GB: pimerge {own[0]:.1f} s, "
             line += f"{own[1] - nothing[1]:.0f} MB above imports"
             if arguments.mergekit:
@@ -97,17 +97,17 @@ def run(command: list[str], folder: Path) -> tuple[float, float]:
 
 
 def difference(folder: Path) -> float:
-    """The largest difference of two folded checkpoints."""
+    """The largest difference of two merged checkpoints."""
     from safetensors.torch import load_file
 
     found = {}
-    for name in ("folded", "theirs"):
+    for name in ("merged", "theirs"):
         tensors = {}
         for file in sorted((folder / name).glob("*.safetensors")):
             tensors |= load_file(file)
         found[name] = tensors
     return max(
-        float((found["folded"][key].float() - found["theirs"][key].float()).abs().max()) for key in found["theirs"]
+        float((found["merged"][key].float() - found["theirs"][key].float()).abs().max()) for key in found["theirs"]
     )
 
 
