@@ -1,4 +1,4 @@
-"""The multimodal example: its data and pool match their description, its parts work, and its script prints its table."""
+"""The multimodal example: its data and pool match their description, its parts work, and its script prints a table."""
 
 from __future__ import annotations
 

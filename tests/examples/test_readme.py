@@ -1,4 +1,4 @@
-"""Every command of the README and of ``docs/`` runs, in its order, in a folder like the one that the README describes."""
+"""Every command of the README and of ``docs/`` runs, in its order, in a folder as the README describes it."""
 
 from __future__ import annotations
 
