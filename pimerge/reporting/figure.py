@@ -79,8 +79,9 @@ class Figure(Strategy, Generic[Source, Data]):
     draw: Callable[[Data], Drawing]
 
     def compute(self, source: Source, inputs: FigureInputs | None = None, **given: Any) -> Data:
-        """Compute the data from opened inputs; options that are not given have the figure's defaults."""
-        return self.collect(source, inputs or FigureInputs(), **{**self.defaults, **given})
+        """Compute the data from opened inputs; options that are not given, or None, have the figure's defaults."""
+        options = {**self.defaults, **FIGURES.given_options(self, given)}
+        return self.collect(source, inputs or FigureInputs(), **options)
 
     def document(self, data: Data) -> dict[str, Any]:
         """The JSON document of the data; it names the figure."""

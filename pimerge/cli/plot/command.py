@@ -2,105 +2,94 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from pimerge.cli import options
 from pimerge.cli.console import note, print_json, print_table, tracker
 from pimerge.core.errors import PimergeError, Problems
-from pimerge.reporting.figures import Options
+from pimerge.reporting.figure import FIGURES, Figure, FigureInputs
 
 SUFFIXES = (".png", ".svg", ".json")
-EVERYWHERE = {"name", "figures", "data", "output", "force", "json", "quiet"}
 
 
+@options.with_options_of(FIGURES)
 def plot(
     context: typer.Context,
-    name: Annotated[str | None, typer.Argument(help=options.listing("figures"), show_default=False)] = None,
+    settings: dict[str, Any],
+    name: Annotated[
+        str | None, typer.Argument(help=f"The plot: {', '.join(FIGURES.names())}.", show_default=False)
+    ] = None,
     experts: Annotated[
         list[str] | None,
         typer.Argument(
             help="Experts: names in the store or the ranking, or folders. Default: all.", show_default=False
         ),
     ] = None,
-    figures: Annotated[bool, typer.Option("--figures", help="List the plots.")] = False,
+    figures: Annotated[bool, typer.Option("--figures", help="List the plots and what each shows.")] = False,
     data: Annotated[
-        Path | None, typer.Option(help="Draw this data, which the same plot has written, and compute nothing.")
+        Path | None, typer.Option(help="Draw this data, which the same plot wrote, and compute nothing.")
     ] = None,
     target: options.TargetReference = None,
-    measure: Annotated[str, typer.Option(help="graph: a measure of the store.")] = Options.measure,
-    step: Annotated[float, typer.Option(help="path: from one α to the next.")] = Options.step,
-    grid: Annotated[int, typer.Option(help="landscape: points of a side.")] = Options.grid,
-    coefficients: Annotated[
-        list[Path] | None, typer.Option(help="landscape: a merge's or a tuning's weights, to be shown too; repeatable.")
-    ] = None,
-    tuned: Annotated[Path, typer.Option(help="weights: what 'pimerge tune' has written.")] = Path("tuned"),
-    k: Annotated[int | None, typer.Option("-k", help="shots, shift: how many experts were at hand.")] = None,
-    shots: Annotated[str | None, typer.Option(help="experts, shift: examples of each class, or all.")] = None,
-    limit: Annotated[int, typer.Option(min=1, help="Most test examples of the target to look at.")] = Options.limit,
-    seed: options.Seed = 0,
-    store: options.StorePath = Path("embeddings.json"),
-    ranking: options.RankingPath = Path("ranking.json"),
-    path: Annotated[Path, typer.Option("--path", help="gain: the data of the plot 'path'.")] = Path("path.json"),
-    comparison: Annotated[Path, typer.Option(help="shots, experts, shift: what 'pimerge compare' has written.")] = Path(
-        "comparison.json"
-    ),
+    store: options.StorePath = FigureInputs.store,
+    ranking: options.RankingPath = FigureInputs.ranking,
+    path: Annotated[Path, typer.Option("--path", help="The data that 'pimerge plot path' wrote.")] = FigureInputs.path,
+    comparison: Annotated[Path, typer.Option(help="What 'pimerge compare' wrote.")] = FigureInputs.comparison,
+    tuned: Annotated[Path, typer.Option(help="The folder that 'pimerge tune' wrote.")] = FigureInputs.tuned,
     base: options.BaseReference = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="Writes OUTPUT.png, OUTPUT.svg, OUTPUT.json. Default: the plot's name."),
+        typer.Option("--output", "-o", help="Write OUTPUT.png, OUTPUT.svg, OUTPUT.json. Default: the plot's name."),
     ] = None,
     force: options.Force = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Draw what the other commands have found: a picture as PNG and SVG, and its data as JSON."""
-    from pimerge.core import plugins
-
+    """Draw what the other commands found: a picture as PNG and SVG, and its data as JSON."""
     if figures:
         _print_figures(json)
         return
     if name is None:
         raise PimergeError(
-            "no plot was named", f"name one of {options.names('pimerge.reporting.figures')}: pimerge plot --figures"
+            "no plot was named", f"name one of {', '.join(FIGURES.names())}; 'pimerge plot --figures' explains them"
         )
-    from pimerge.cli.plot.sources import Sources, options_of, read_data, source_of
     from pimerge.core.files import json_text, require_absent, write_files
+    from pimerge.core.libraries import quiet_libraries
     from pimerge.reporting.figures._canvas import pictures, require_libraries
 
-    figure = plugins.load("pimerge.reporting.figures", name)
-    _refuse_others(context, name, set() if data else options_of(figure))
+    figure = FIGURES.load(name)
+    inputs = FigureInputs(
+        experts=tuple(experts or ()),
+        target=target,
+        store=store,
+        ranking=ranking,
+        path=path,
+        comparison=comparison,
+        tuned=tuned,
+        base=base,
+        device=device,
+        dtype=dtype,
+        track=tracker(quiet),
+        note=lambda message: note(message, quiet),
+    )
+    _refuse_unread_inputs(context, figure if data is None else replace(figure, inputs=()))
+    given = FIGURES.given_options(figure if data is None else replace(figure, options={}), settings)
     require_libraries()
-    files = {suffix: _beside(output or Path(name), suffix) for suffix in SUFFIXES}
+    files = {suffix: _beside(output or Path(figure.name), suffix) for suffix in SUFFIXES}
     for file in files.values():
         if file != data:  # the data that is drawn may lie where it would be written
             require_absent(file, force)
     if data is not None:
-        found = read_data(figure, name, data)
+        found = figure.read(data)
     else:
-        asked = Options(
-            experts=tuple(experts or ()),
-            measure=measure,
-            step=step,
-            grid=grid,
-            coefficients=tuple(coefficients or ()),
-            k=k,
-            shots=shots,
-            limit=limit,
-            seed=seed,
-            device=device,
-            dtype=dtype,
-            track=tracker(quiet),
-            note=lambda message: note(message, quiet),
-        )
-        found = figure.collect(
-            source_of(figure, Sources(store, ranking, path, comparison, tuned, target, base), asked.experts), asked
-        )
-    document = found.model_dump()
+        quiet_libraries()
+        found = figure.compute(figure.open(inputs), inputs, **given)
+    document = figure.document(found)
     drawn = {**pictures(lambda: figure.draw(found)), ".json": json_text(document).encode()}
     write_files({files[suffix]: content for suffix, content in drawn.items()})
     if json:
@@ -114,22 +103,20 @@ def _beside(output: Path, suffix: str) -> Path:
     return output.with_name(stem + suffix)
 
 
-def _refuse_others(context: typer.Context, name: str, known: set[str]) -> None:
-    """Refuse options that were given and mean nothing to the plot."""
-    sources = {key: context.get_parameter_source(key) for key in context.params}
-    given = {key for key, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+def _refuse_unread_inputs(context: typer.Context, figure: Figure[Any, Any]) -> None:
+    """Refuse inputs that were given and that the figure does not read."""
+    sources = {name: context.get_parameter_source(name) for name in vars(FigureInputs()) if name in context.params}
+    given = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
     problems = Problems()
-    for key in sorted(given - known - EVERYWHERE):
-        option = "an expert" if key == "experts" else options.flag(key)
-        problems.add(f"{option} means nothing to 'pimerge plot {name}'", "leave it out")
-    problems.raise_any(f"some options mean nothing to 'pimerge plot {name}'")
+    for name in sorted(given - set(figure.inputs)):
+        what = "experts" if name == "experts" else options.flag(name)
+        problems.add(f"'pimerge plot {figure.name}' does not read {what}", "leave it out")
+    problems.raise_any(f"some options do not fit 'pimerge plot {figure.name}'")
 
 
 def _print_figures(json: bool) -> None:
-    from pimerge.core import plugins
-
-    found = plugins.summaries("pimerge.reporting.figures")
+    found = {figure.name: figure.summary for figure in FIGURES}
     if json:
         print_json(found)
-        return
-    print_table(["plot", "what it shows"], [[name, summary] for name, summary in found.items()])
+    else:
+        print_table(["plot", "what it shows"], list(found.items()))

@@ -13,7 +13,7 @@ from pimerge.core.errors import PimergeError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure as Drawing
 
 # Okabe and Ito (2008), without the yellow, which is too faint on white
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
@@ -38,11 +38,7 @@ _STYLE: Any = {
 
 
 def require_libraries() -> None:
-    """Check that what draws is installed.
-
-    Raises:
-        PimergeError: naming what is missing, and the command that installs it.
-    """
+    """Check that the libraries that draw are installed."""
     missing = [name for name in LIBRARIES if find_spec(name) is None]
     if missing:
         raise PimergeError(
@@ -62,7 +58,7 @@ def style() -> Iterator[None]:
         yield
 
 
-def pictures(draw: Callable[[], Figure]) -> dict[str, bytes]:
+def pictures(draw: Callable[[], Drawing]) -> dict[str, bytes]:
     """Suffix → content of the picture's files: the same bytes for the same figure."""
     found = {}
     with style():
@@ -78,7 +74,7 @@ def pictures(draw: Callable[[], Figure]) -> dict[str, bytes]:
     return found
 
 
-def new_figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Drawing:
     """An empty figure, in inches; it belongs to no window and no global state."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -104,7 +100,7 @@ def title(axes: Axes, text: str, width: int = 60) -> None:
     axes.set_title("\n".join(textwrap.wrap(text, width)))
 
 
-def subtitle(figure: Figure, text: str) -> None:
+def subtitle(figure: Drawing, text: str) -> None:
     """What the whole figure is about, above all axes, in as many lines as it takes beside a legend on the right."""
     width = int(12 * (figure.get_figwidth() - 2.2))
     figure.suptitle("\n".join(textwrap.wrap(text, width)), x=0.01, ha="left", fontsize=9, color="0.3")

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pimerge.core.errors import PimergeError
+from pimerge.core.plugins import Option
+from pimerge.reporting.figure import FigureInputs
 from pimerge.reporting.figures._canvas import look, percent
 from pimerge.tasks.metric import METRICS
 
@@ -16,7 +18,20 @@ if TYPE_CHECKING:
 
 TEST = "test"
 ALL = "all"
+INPUTS = ("comparison",)
+K = Option("k", int, "How many experts of the ranking the methods had. Default: the most.")
+SHOTS = Option("shots", str, "Training examples per class, a number or all. The default depends on the plot.")
 Row = TypeVar("Row", bound="ComparisonLine | ComparisonRun")
+
+
+def open_comparison(inputs: FigureInputs) -> ComparisonDocument:
+    """Read what ``pimerge compare`` wrote; it must have finished runs."""
+    from pimerge.evaluation.schema import read_comparison
+
+    found = read_comparison(inputs.comparison)
+    if not found.lines:
+        raise PimergeError(f"'{inputs.comparison}' has no finished runs", "run the same 'pimerge compare' again")
+    return found
 
 
 def methods(comparison: ComparisonDocument) -> dict[str, bool]:
@@ -45,11 +60,7 @@ def shots_option(shots: int | None) -> str:
 
 
 def chosen_k(comparison: ComparisonDocument, k: int | None) -> int:
-    """The number of experts that was asked for, by default the largest.
-
-    Raises:
-        PimergeError: if the comparison does not have it.
-    """
+    """The number of experts that was asked for, by default the largest."""
     known = sorted({line.k for line in comparison.lines})
     if k is None:
         return known[-1]
@@ -62,11 +73,7 @@ def chosen_k(comparison: ComparisonDocument, k: int | None) -> int:
 
 
 def chosen_shots(comparison: ComparisonDocument, shots: str | None, default: int | None) -> int | None:
-    """The number of shots that was asked for, or the default.
-
-    Raises:
-        PimergeError: if the comparison does not have it.
-    """
+    """The number of shots that was asked for, or the default."""
     if shots is None:
         return default
     known = [shots_option(each) for each in by_shots({line.shots for line in comparison.lines})]

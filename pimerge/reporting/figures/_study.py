@@ -5,17 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pydantic import BaseModel, ConfigDict, FiniteFloat
-
-from pimerge.core.errors import PimergeError
-from pimerge.reporting.figures import Options
+from pimerge.core.errors import PimergeError, Problems
+from pimerge.core.plugins import Option
+from pimerge.reporting.figure import FigureData, FigureInputs
 
 if TYPE_CHECKING:
     from torch import nn
 
     from pimerge.adapters.expert import Expert
+    from pimerge.adapters.ranking_document import Candidate
     from pimerge.checkpoints.base import Base
     from pimerge.core.progress import Advance
     from pimerge.evaluation.evaluate import TestSplit
@@ -23,6 +24,11 @@ if TYPE_CHECKING:
     from pimerge.tasks.task import Task
 
 BASE = "(base)"
+INPUTS = ("experts", "target", "ranking", "base", "device", "dtype")
+LIMIT = Option("limit", int, "Most test examples of the target.", lambda limit: limit >= 1, "at least 1")
+SEED = Option("seed", int, "Seed of the sampling of test examples.")
+SAMPLING = {LIMIT: 500, SEED: 0}
+"""Options of figures that score test examples, with their defaults."""
 
 
 @dataclass(frozen=True)
@@ -42,15 +48,80 @@ class Study:
     left_out: dict[str, str] = field(default_factory=dict)
 
 
-class Shown(BaseModel):
-    """Whose test examples a plot is about.
+def open_study(inputs: FigureInputs) -> Study:
+    """Open the target with its expert, and the experts that are named, else all that the ranking has."""
+    from pimerge.adapters.compatibility import require_alike
+    from pimerge.adapters.selected import base_of
+    from pimerge.tasks.task import open_task
+
+    target, folder = _open_target(inputs)
+    others = _open_others(inputs, target)
+    left_out = {}
+    for expert in others:
+        try:
+            require_alike([target, expert])
+        except PimergeError as error:
+            left_out[expert.name] = error.problems[0].message
+    kept = [expert for expert in others if expert.name not in left_out]
+    if not kept or (inputs.experts and left_out):
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in left_out.items()) or "there is none"
+        raise PimergeError(f"'{target.name}' cannot be summed with the other experts ({reasons})", "name others")
+    return Study(target, open_task(folder), base_of([], target, inputs.base), kept, left_out)
+
+
+def _open_target(inputs: FigureInputs) -> tuple[Expert, Path]:
+    """The target's own expert, and the folder of its task."""
+    from pimerge.adapters.selected import select
+
+    if inputs.target is None and not inputs.ranking.is_file():
+        raise PimergeError(
+            f"the target is not known: there is no ranking '{inputs.ranking}'",
+            "run 'pimerge rank --target NAME' first, or pass --target FOLDER and name the experts",
+        )
+    chosen = select(None, inputs.ranking, inputs.target, inputs.base, needed=False)
+    if chosen.target is None:
+        raise PimergeError(
+            f"the target '{chosen.task_folder}' has no expert of its own, where a path would start",
+            "train one: pimerge rank --train-target --measure fisher --force "
+            f"--target {chosen.task_folder}, or pimerge tune --method scratch --target {chosen.task_folder}",
+        )
+    assert chosen.task_folder is not None
+    return chosen.target, chosen.task_folder
+
+
+def _open_others(inputs: FigureInputs, target: Expert) -> list[Expert]:
+    """The other experts at full strength, whatever strength the ranking advises."""
+    from pimerge.adapters.ranking_document import Reference, open_ranked, read_ranking
+    from pimerge.adapters.selected import open_all
+
+    names = inputs.experts
+    candidates: dict[str, Candidate] = {}
+    if not names or inputs.ranking.is_file():
+        candidates = {candidate.name: candidate for candidate in read_ranking(inputs.ranking).candidates}
+    found: list[Expert] = []
+    problems = Problems()
+    for name in names or candidates:
+        with problems.collected():
+            if name == target.name:
+                continue
+            if name in candidates and not (names and Path(name).is_dir()):
+                known = candidates[name]
+                plain = Reference(name=known.name, path=known.path, sha256=known.sha256)
+                found.append(open_ranked(plain, inputs.ranking, inputs.base))
+            else:
+                found += open_all([name], inputs.base)
+    problems.raise_any("some experts cannot be opened")
+    return [expert for expert in found if expert.sha256 != target.sha256]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShownExamples(FigureData):
+    """Whose test examples a figure shows.
 
     Attributes:
-        head: whose answers: the name of the target's expert, or ``(base)`` where the base answers in text.
-        examples: of the test split, drawn by the seed.
+        head: the name of the target's expert, whose head answers, or ``(base)`` where the base answers in text.
+        examples: number of examples of the test split, sampled by the seed.
     """
-
-    model_config = ConfigDict(extra="forbid")
 
     target: str
     head: str
@@ -58,51 +129,44 @@ class Shown(BaseModel):
     seed: int
 
     def sentence(self) -> str:
-        """For a title."""
+        """The examples in words, for a title."""
         head = "" if self.head == BASE else f", the head of {self.head}"
         return f"{self.examples} test examples of {self.target}{head}"
 
 
-class Point(BaseModel):
+@dataclass(frozen=True, kw_only=True)
+class AnswerScore(FigureData):
     """Share of right answers, and mean −log p(y|x) in nats."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    accuracy: FiniteFloat
-    loss: FiniteFloat
+    accuracy: float
+    loss: float
 
 
 @dataclass(frozen=True)
-class Examined:
+class LoadedStudy:
     """The base under the head of the target's expert, and the target's test examples."""
 
     study: Study
     loaded: LoadedBase
     split: TestSplit
-    shown: Shown
+    shown: ShownExamples
 
-    def scores(self, experts: Sequence[Expert], rows: Sequence[Sequence[float]], advance: Advance) -> Iterator[Point]:
-        """What the base with Σ w_n ΔW_n answers, for each row of weights w (one for each expert).
-
-        Raises:
-            PimergeError: if a loss is not finite.
-        """
+    def scores(
+        self, experts: Sequence[Expert], rows: Sequence[Sequence[float]], advance: Advance
+    ) -> Iterator[AnswerScore]:
+        """Score the base with Σ w_n ΔW_n for each row of weights w, one weight for each expert."""
         for model in at_weights(experts, rows, self.loaded):
             found = self.split.answers(model, lambda count: None)
             loss = float(found.losses.mean())
             if not math.isfinite(loss):
                 names = ", ".join(expert.name for expert in experts)
                 raise PimergeError(f"the loss of a sum of {names} is not finite", "pass --dtype float32")
-            yield Point(accuracy=sum(found.right) / len(found.right), loss=loss)
+            yield AnswerScore(accuracy=sum(found.right) / len(found.right), loss=loss)
             advance()
 
 
-def examined(study: Study, options: Options, *, padded: bool = True) -> Examined:
-    """Load the base once, and encode the target's test examples.
-
-    Raises:
-        PimergeError: if the target's expert has no head where one is needed, or the base or the data has a problem.
-    """
+def load_study(study: Study, inputs: FigureInputs, limit: int, seed: int, *, padded: bool = True) -> LoadedStudy:
+    """Load the base once, and encode at most ``limit`` of the target's test examples."""
     from pimerge.evaluation.evaluate import read_test_split
     from pimerge.models.heads import set_head
     from pimerge.models.loading import load_base, resolve_device, resolve_dtype
@@ -113,21 +177,19 @@ def examined(study: Study, options: Options, *, padded: bool = True) -> Examined
             f"'{target.name}', the target's expert, has no head to answer with",
             f"tune one: pimerge tune --method scratch --target {target.path} --output NAME",
         )
-    device = resolve_device(options.device)
-    loaded = load_base(study.base, study.task, device, resolve_dtype(options.dtype, device))
+    device = resolve_device(inputs.device)
+    loaded = load_base(study.base, study.task, device, resolve_dtype(inputs.dtype, device))
     if trains_head:
         set_head(loaded.model, target.head_tensors())
     experts = [target, *study.experts]
-    split = read_test_split(
-        study.task, loaded, experts, limit=options.limit, seed=options.seed, padded=padded, note=options.note
-    )
+    split = read_test_split(study.task, loaded, experts, limit=limit, seed=seed, padded=padded, note=inputs.note)
     head = target.name if trains_head else BASE
-    shown = Shown(target=study.task.name, head=head, examples=len(split.labels), seed=options.seed)
-    return Examined(study, loaded, split, shown)
+    shown = ShownExamples(target=study.task.name, head=head, examples=len(split.labels), seed=seed)
+    return LoadedStudy(study, loaded, split, shown)
 
 
 def at_weights(experts: Sequence[Expert], rows: Sequence[Sequence[float]], loaded: LoadedBase) -> Iterator[nn.Module]:
-    """The base with Σ w_n ΔW_n under its own head, for each row of weights, one after the other.
+    """Yield the base with Σ w_n ΔW_n under its own head, for each row of weights, one after the other.
 
     Experts without ΔW are summed number by number, as ``merge`` does.
     """

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
-
-from pydantic import BaseModel, ConfigDict, FiniteFloat
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from pimerge.core.errors import PimergeError
-from pimerge.reporting.figures import Options
+from pimerge.reporting.figure import Figure, FigureData, FigureInputs
 from pimerge.reporting.figures._canvas import new_figure, short_names, subtitle
 from pimerge.reporting.figures._comparing import (
+    INPUTS,
+    SHOTS,
     TEST,
     by_shots,
     chosen_shots,
@@ -23,73 +24,64 @@ from pimerge.reporting.figures._comparing import (
     in_percent,
     looks,
     methods,
+    open_comparison,
     scores_axis,
     shots_option,
 )
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure as Drawing
 
     from pimerge.evaluation.schema import ComparisonDocument, ComparisonLine
 
-NEEDS = "comparison"
-OPTIONS = ("shots",)
 
-
-class Series(BaseModel):
+@dataclass(frozen=True, kw_only=True)
+class ExpertsSeries(FigureData):
     """A method: mean and standard deviation at each number of experts; one number of them is a level line."""
-
-    model_config = ConfigDict(extra="forbid")
 
     method: str
     control: bool
     k: list[int]
-    mean: list[FiniteFloat]
-    sd: list[FiniteFloat]
+    mean: list[float]
+    sd: list[float]
 
 
-class Data(BaseModel):
+@dataclass(frozen=True, kw_only=True)
+class ExpertsData(FigureData):
     """What the plot shows."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    figure: Literal["experts"] = "experts"
     target: str
     metric: str
     percent: bool
     shots: int | None
     seeds: int
-    series: list[Series]
+    series: list[ExpertsSeries]
 
 
-def collect(comparison: ComparisonDocument, options: Options) -> Data:
-    """Take the lines of one number of shots: by default the least of those with the most numbers of experts.
-
-    Raises:
-        PimergeError: if all runs have one number of experts.
-    """
+def collect(comparison: ComparisonDocument, inputs: FigureInputs, *, shots: str | None) -> ExpertsData:
+    """Take the lines of one number of shots: by default the least of those with the most numbers of experts."""
     lines = [line for line in comparison.lines if line.test == TEST]
     shots_known = by_shots({line.shots for line in lines})
     most = max(shots_known, key=lambda each: max(_numbers(lines, each).values()), default=None)
-    shots = chosen_shots(comparison, options.shots, most)
-    if max(_numbers(lines, shots).values(), default=0) < 2:
+    number = chosen_shots(comparison, shots, most)
+    if max(_numbers(lines, number).values(), default=0) < 2:
         raise PimergeError(
-            f"every method has one number of experts at {shots_option(shots)} shots in the comparison",
+            f"every method has one number of experts at {shots_option(number)} shots in the comparison",
             "run 'pimerge compare --experts 1,2,4 …'",
         )
     series = []
     for method, control in methods(comparison).items():
-        own = {line.k: line for line in lines if line.method == method and line.shots == shots}
+        own = {line.k: line for line in lines if line.method == method and line.shots == number}
         if own:
             k = sorted(own)
             mean, sd = [own[each].mean for each in k], [own[each].sd for each in k]
-            series.append(Series(method=method, control=control, k=k, mean=mean, sd=sd))
-    return Data(
+            series.append(ExpertsSeries(method=method, control=control, k=k, mean=mean, sd=sd))
+    return ExpertsData(
         target=comparison.target,
         metric=comparison.metric,
         percent=in_percent(comparison),
-        shots=shots,
-        seeds=max(line.seeds for line in lines if line.shots == shots),
+        shots=number,
+        seeds=max(line.seeds for line in lines if line.shots == number),
         series=series,
     )
 
@@ -99,7 +91,7 @@ def _numbers(lines: Sequence[ComparisonLine], shots: int | None) -> Counter[str]
     return Counter(line.method for line in lines if line.shots == shots)
 
 
-def draw(data: Data) -> Figure:
+def draw(data: ExpertsData) -> Drawing:
     """One axis; the numbers of experts stand at equal distances."""
     figure = new_figure(7.0, 4.4)
     axes = figure.subplots()
@@ -119,3 +111,15 @@ def draw(data: Data) -> Figure:
     shots = "all training examples" if data.shots is None else f"{data.shots} training examples of each class"
     subtitle(figure, f"{data.target}, {shots}; mean ± sd over up to {data.seeds} seeds")
     return figure
+
+
+FIGURE = Figure(
+    name="experts",
+    summary="Score over the number of experts at hand, a line per method (π-Tuning, fig. 5).",
+    options={SHOTS: None},
+    data=ExpertsData,
+    inputs=INPUTS,
+    open=open_comparison,
+    collect=collect,
+    draw=draw,
+)

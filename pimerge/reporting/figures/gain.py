@@ -8,46 +8,41 @@ of its own, which the plot says; the loss tells small gains better.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Literal
-
-from pydantic import BaseModel, ConfigDict, FiniteFloat
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from pimerge.core.errors import PimergeError
-from pimerge.reporting.figures import Options
+from pimerge.reporting.figure import Figure, FigureData, FigureInputs
 from pimerge.reporting.figures._canvas import COLOURS, new_figure, short_names, subtitle, title
-from pimerge.reporting.figures._labels import place_labels
-from pimerge.reporting.figures.path import Data as Paths
+from pimerge.reporting.figures.path import FIGURE as PATHS
+from pimerge.reporting.figures.path import PathData
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure as Drawing
 
     from pimerge.adapters.ranking_document import Ranking
 
-NEEDS = "path"
-OPTIONS = ()
 LEAST = 3
 
 
-class Point(BaseModel):
+@dataclass(frozen=True, kw_only=True)
+class GainPoint(FigureData):
     """An expert: its score in the ranking, its gains in accuracy and in loss, and the α of each."""
 
-    model_config = ConfigDict(extra="forbid")
-
     expert: str
-    score: FiniteFloat
-    accuracy: FiniteFloat
-    accuracy_alpha: FiniteFloat
-    loss: FiniteFloat
-    loss_alpha: FiniteFloat
+    score: float
+    accuracy: float
+    accuracy_alpha: float
+    loss: float
+    loss_alpha: float
 
 
-class Correlation(BaseModel):
+@dataclass(frozen=True, kw_only=True)
+class Correlation(FigureData):
     """Of the scores with a gain; None for fewer than three points, or where one side is constant."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    pearson: FiniteFloat | None
-    spearman: FiniteFloat | None
+    pearson: float | None
+    spearman: float | None
 
     def sentence(self) -> str:
         """For a title."""
@@ -56,27 +51,30 @@ class Correlation(BaseModel):
         return f"Pearson {self.pearson:.2f}, Spearman {self.spearman:.2f}"
 
 
-class Data(BaseModel):
+@dataclass(frozen=True, kw_only=True)
+class GainData(FigureData):
     """What the plot shows; ``error`` is one standard error of the accuracy at α = 0."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    figure: Literal["gain"] = "gain"
     target: str
     measure: str
     examples: int
-    error: FiniteFloat
-    points: list[Point]
+    error: float
+    points: list[GainPoint]
     accuracy: Correlation
     loss: Correlation
 
 
-def collect(source: tuple[Ranking, Paths], options: Options) -> Data:
-    """Join a ranking with the paths, by the experts' tensors.
+def open_paths(inputs: FigureInputs) -> tuple[Ranking, PathData]:
+    """Read the ranking, and the paths that the figure of paths wrote."""
+    from pimerge.adapters.ranking_document import read_ranking
 
-    Raises:
-        PimergeError: if the paths are those of another target, or the two have no expert in common.
-    """
+    if not inputs.path.is_file():
+        raise PimergeError(f"there is no '{inputs.path}'", f"run 'pimerge plot {PATHS.name}' first, which writes it")
+    return read_ranking(inputs.ranking), PATHS.read(inputs.path)
+
+
+def collect(source: tuple[Ranking, PathData], inputs: FigureInputs) -> GainData:
+    """Join a ranking with the paths, by the experts' tensors."""
     ranking, paths = source
     if ranking.target.sha256 != paths.target_sha256:
         same = " as it is now" if paths.shown.target == ranking.target.name else ""
@@ -86,7 +84,7 @@ def collect(source: tuple[Ranking, Paths], options: Options) -> Data:
         )
     scores = {candidate.sha256: candidate.score for candidate in ranking.candidates}
     points = [
-        Point(
+        GainPoint(
             expert=path.expert,
             score=scores[path.sha256],
             accuracy=path.gain(),
@@ -102,7 +100,7 @@ def collect(source: tuple[Ranking, Paths], options: Options) -> Data:
             "the ranking has none of the experts that the paths lead to", "run 'pimerge plot path --force' again"
         )
     start = paths.paths[0].points[0].accuracy
-    return Data(
+    return GainData(
         target=ranking.target.name,
         measure=ranking.measure,
         examples=paths.shown.examples,
@@ -113,8 +111,10 @@ def collect(source: tuple[Ranking, Paths], options: Options) -> Data:
     )
 
 
-def draw(data: Data) -> Figure:
+def draw(data: GainData) -> Drawing:
     """A point for each expert, with its name: gain in accuracy on the left, in loss on the right."""
+    from pimerge.reporting.figures._labels import place_labels
+
     figure = new_figure(11.5, 5.0)
     panels = figure.subplots(1, 2)
     scores = [point.score for point in data.points]
@@ -146,3 +146,14 @@ def _correlation(scores: list[float], gains: list[float]) -> Correlation:
     return Correlation(
         pearson=float(pearsonr(scores, gains).statistic), spearman=float(spearmanr(scores, gains).statistic)
     )
+
+
+FIGURE = Figure(
+    name="gain",
+    summary="Scores of the ranking against what the other experts gave on the way (π-Tuning, fig. 3b).",
+    data=GainData,
+    inputs=("ranking", "path"),
+    open=open_paths,
+    collect=collect,
+    draw=draw,
+)

@@ -9,46 +9,40 @@ can show it (Kamada and Kawai, 1989).
 from __future__ import annotations
 
 from copy import copy
-from typing import TYPE_CHECKING, Any, Literal
-
-import numpy as np
-from pydantic import BaseModel, ConfigDict, FiniteFloat
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from pimerge.core import plugins
 from pimerge.core.errors import PimergeError, Problems, nearest
-from pimerge.reporting.figures import Options
+from pimerge.core.plugins import Option
+from pimerge.reporting.figure import Figure, FigureData, FigureInputs
 from pimerge.reporting.figures._canvas import COLOURS, GREY, MARKERS, new_figure, short_names, title
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-    from numpy.typing import NDArray
+    from matplotlib.figure import Figure as Drawing
 
     from pimerge.embedding.store import Store
 
-    Array = NDArray[np.float64]
-
-NEEDS = "store"
-OPTIONS = ("measure", "experts")
+MEASURE = Option("measure", str, "A measure that compares experts by the store.")
 MOST = 60
-LEAST_GAP = 0.7  # between two of n experts, of a square of side 1, times √n
 OF_STORE = ("fisher", "marginals", "experts")
 
 
-class Node(BaseModel):
+@dataclass(frozen=True, kw_only=True)
+class GraphNode(FigureData):
     """An expert: its kind, the type of its task, the place of the most similar one, and where it is drawn."""
-
-    model_config = ConfigDict(extra="forbid")
 
     name: str
     kind: str
     task: str
     nearest: int | None
-    x: FiniteFloat
-    y: FiniteFloat
+    x: float
+    y: float
 
 
-class Data(BaseModel):
+@dataclass(frozen=True, kw_only=True)
+class GraphData(FigureData):
     """What the plot shows.
 
     Attributes:
@@ -57,39 +51,42 @@ class Data(BaseModel):
         merges: of the clustering, as scipy's ``linkage`` has them: two clusters, their distance, their size.
     """
 
-    model_config = ConfigDict(extra="forbid")
-
-    figure: Literal["graph"] = "graph"
     measure: str
-    experts: list[Node]
-    similarity: list[list[FiniteFloat | None]]
-    merges: list[tuple[int, int, FiniteFloat, int]]
+    experts: list[GraphNode]
+    similarity: list[list[float | None]]
+    merges: list[tuple[int, int, float, int]]
 
 
-def collect(store: Store, options: Options) -> Data:
-    """Compare all experts of a store, or those that are named.
+def open_embeddings(inputs: FigureInputs) -> Store:
+    """Open the store of embeddings."""
+    from pimerge.embedding.store import open_store
 
-    Raises:
-        PimergeError: if the measure is none of the store's, or the experts are fewer than two or too many.
-    """
-    measure = options.measure
+    return open_store(inputs.store)
+
+
+def collect(store: Store, inputs: FigureInputs, *, measure: str) -> GraphData:
+    """Compare all experts of a store, or those that are named."""
+    import numpy as np
+
+    from pimerge.reporting.figures._similarity import clustered, nearest_of, places_of, similarities
+
     of_store = [name for name in plugins.summaries("pimerge.ranking.measures") if _needs(name) in OF_STORE]
     if measure in plugins.summaries("pimerge.ranking.measures") and measure not in of_store:
         raise PimergeError(f"'{measure}' does not compare experts by the store alone", f"take {', '.join(of_store)}")
-    shown = _restricted(store, options.experts)
+    shown = _restricted(store, inputs.experts)
     names = list(shown.experts)
-    found = _similarities(shown, plugins.load("pimerge.ranking.measures", measure), options)
-    order, merges = _clustered(found)
+    found = similarities(shown, plugins.load("pimerge.ranking.measures", measure), inputs.track, inputs.note)
+    order, merges = clustered(found)
     found = found[np.ix_(order, order)]
-    places = _places(found)
-    return Data(
+    places = places_of(found)
+    return GraphData(
         measure=measure,
         experts=[
-            Node(
+            GraphNode(
                 name=names[index],
                 kind=shown.experts[names[index]].kind,
                 task=str(shown.experts[names[index]].task.get("type", "")),
-                nearest=_nearest(found[place], place),
+                nearest=nearest_of(found[place], place),
                 x=float(places[place][0]),
                 y=float(places[place][1]),
             )
@@ -100,7 +97,7 @@ def collect(store: Store, options: Options) -> Data:
     )
 
 
-def draw(data: Data) -> Figure:
+def draw(data: GraphData) -> Drawing:
     """The matrix with its dendrogram on the left, the graph on the right; numbers say which expert is which."""
     count = len(data.experts)
     side = max(3.4, 0.17 * count + 1.6)
@@ -139,91 +136,8 @@ def _restricted(store: Store, names: tuple[str, ...]) -> Store:
     return shown
 
 
-def _similarities(store: Store, measure: Any, options: Options) -> Array:
-    """(n × n) similarities, symmetric, NaN where the measure cannot compare two experts."""
-    from pimerge.ranking.nearest import compare
-
-    names = list(store.experts)
-    found: Array = np.full((len(names), len(names)), np.nan)
-    reasons: dict[str, str] = {}
-    with options.track("comparing", len(names), "experts") as advance:
-        for row, name in enumerate(names):
-            try:
-                compared = compare(store, name, measure)
-            except PimergeError as error:  # it has changed, or is of a kind that the measure does not know
-                reasons[name] = error.problems[0].message
-                advance()
-                continue
-            if compared.similarity is not None:
-                columns = [names.index(other) for other in compared.experts]
-                found[row, columns] = compared.similarity.scores()
-            advance()
-    for name, reason in reasons.items():
-        options.note(f"{name} is compared with nobody: {reason}")
-    with np.errstate(invalid="ignore"):
-        found = (found + found.T) / 2
-    if np.isnan(found).all():
-        raise PimergeError(
-            f"no two of the {len(names)} experts can be compared", next(iter(reasons.values()), "see pimerge inspect")
-        )
-    np.fill_diagonal(found, 1.0)
-    return found
-
-
-def _clustered(similarity: Array) -> tuple[list[int], list[tuple[int, int, float, int]]]:
-    """The order of the leaves, and the merges with the leaves numbered in that order."""
-    from scipy.cluster.hierarchy import leaves_list, linkage
-    from scipy.spatial.distance import squareform
-
-    merges = linkage(squareform(_distances(similarity), checks=False), "average", optimal_ordering=True)
-    order = [int(leaf) for leaf in leaves_list(merges)]
-    moved = {leaf: place for place, leaf in enumerate(order)}
-    found = [
-        (moved.get(int(one), int(one)), moved.get(int(other), int(other)), max(0.0, float(distance)), int(size))
-        for one, other, distance, size in merges
-    ]
-    return order, found
-
-
-def _distances(similarity: Array) -> Array:
-    """(n × n) 1 − similarity; two experts that cannot be compared are as far apart as any are."""
-    distances = 1 - similarity
-    filled: Array = np.where(np.isnan(distances), np.nanmax(distances), distances)
-    np.fill_diagonal(filled, 0.0)
-    return filled
-
-
-def _places(similarity: Array) -> Array:
-    """(n × 2) places in [0, 1]²: near each other where experts are similar, none over another."""
-    import networkx as nx
-
-    count = len(similarity)
-    distances = np.maximum(_distances(similarity), 0.05)
-    whole = nx.complete_graph(count)
-    lengths = {i: {j: float(distances[i, j]) for j in range(count)} for i in range(count)}
-    found = nx.kamada_kawai_layout(whole, dist=lengths)
-    places = np.array([found[index] for index in range(count)])
-    least = LEAST_GAP / np.sqrt(count)
-    for _ in range(200):  # push apart those that would cover each other
-        low, high = places.min(0), places.max(0)
-        places = (places - low) / np.maximum(high - low, 1e-9)
-        apart = places[:, None] - places[None]
-        lengths_now = np.sqrt((apart**2).sum(-1)) + np.eye(count)
-        short = np.maximum(0.0, least - lengths_now) * (1 - np.eye(count))
-        if not (short > 1e-3).any():
-            break
-        places = places + (apart / lengths_now[..., None] * short[..., None]).sum(1) / 2
-    rounded: Array = places.round(6)
-    return rounded
-
-
-def _nearest(row: Array, own: int) -> int | None:
-    others = np.array(row)
-    others[own] = np.nan
-    return None if np.isnan(others).all() else int(np.nanargmax(others))
-
-
-def _draw_tree(axes: Axes, data: Data) -> None:
+def _draw_tree(axes: Axes, data: GraphData) -> None:
+    import numpy as np
     from scipy.cluster.hierarchy import dendrogram
 
     count = len(data.experts)
@@ -235,7 +149,9 @@ def _draw_tree(axes: Axes, data: Data) -> None:
     axes.axis("off")
 
 
-def _draw_matrix(axes: Axes, data: Data) -> None:
+def _draw_matrix(axes: Axes, data: GraphData) -> None:
+    import numpy as np
+
     count = len(data.experts)
     values = np.array([[np.nan if v is None else v for v in row] for row in data.similarity], float)
     np.fill_diagonal(values, np.nan)
@@ -252,7 +168,7 @@ def _draw_matrix(axes: Axes, data: Data) -> None:
     title(axes, "Similarity, clustered")
 
 
-def _draw_graph(axes: Axes, data: Data) -> None:
+def _draw_graph(axes: Axes, data: GraphData) -> None:
     from matplotlib.patches import FancyArrowPatch
 
     nodes = data.experts
@@ -301,3 +217,16 @@ def _draw_graph(axes: Axes, data: Data) -> None:
     handles, labels = axes.get_legend_handles_labels()
     axes.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, -0.01), ncols=3, markerscale=0.5)
     title(axes, "Each expert's arrow leads to its nearest")
+
+
+FIGURE = Figure(
+    name="graph",
+    summary="Similarity of all experts of the store, clustered, and the graph of who is nearest to whom (π-Tuning, "
+    "fig. 1).",
+    options={MEASURE: "fisher"},
+    data=GraphData,
+    inputs=("store", "experts"),
+    open=open_embeddings,
+    collect=collect,
+    draw=draw,
+)

@@ -9,40 +9,39 @@ besides the weights do not show here.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-import numpy as np
-from pydantic import BaseModel, ConfigDict, FiniteFloat
-
 from pimerge.core.errors import PimergeError
-from pimerge.reporting.figures import Options
+from pimerge.core.plugins import Option
+from pimerge.reporting.figure import Figure, FigureData, FigureInputs
 from pimerge.reporting.figures._canvas import COLOURS, new_figure, shortened, subtitle, title
-from pimerge.reporting.figures._labels import place_labels
-from pimerge.reporting.figures._plane import Plane
-from pimerge.reporting.figures._study import Point, Shown, Study, examined
+from pimerge.reporting.figures._study import INPUTS, SAMPLING, AnswerScore, ShownExamples, Study, load_study, open_study
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
+    import numpy as np
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure as Drawing
     from numpy.typing import NDArray
 
     from pimerge.adapters.expert import Expert
+    from pimerge.reporting.figures._plane import Plane
 
     Array = NDArray[np.float64]
-    Mark = tuple[str, "Kind", Array, float]
+    Mark = tuple[str, "MarkKind", Array, float]
 
-NEEDS = "study"
-OPTIONS = ("experts", "grid", "limit", "seed", "coefficients")
+GRID = Option("grid", int, "Points per side.", lambda points: points >= 3, "at least 3")
+COEFFICIENTS = Option(
+    "coefficients", Path, "Also show the weights that a merge or a tuning wrote; repeatable.", repeated=True
+)
 MARGIN = 0.3
-LEAST_GRID = 3
+
+MarkKind = Literal["expert", "uniform", "coefficients"]
 
 
-Kind = Literal["expert", "uniform", "coefficients"]
-
-
-class Marked(BaseModel):
+@dataclass(frozen=True, kw_only=True)
+class MarkedPoint(FigureData):
     """A point with a name: its weights on the three experts, where it lies, and its distance from the plane.
 
     Attributes:
@@ -50,54 +49,50 @@ class Marked(BaseModel):
         score: of the point of the plane.
     """
 
-    model_config = ConfigDict(extra="forbid")
-
     name: str
-    kind: Kind
-    weights: list[FiniteFloat]
-    x: FiniteFloat
-    y: FiniteFloat
-    off: FiniteFloat
-    score: Point
+    kind: MarkKind
+    weights: list[float]
+    x: float
+    y: float
+    off: float
+    score: AnswerScore
 
 
-class Data(BaseModel):
+@dataclass(frozen=True, kw_only=True)
+class LandscapeData(FigureData):
     """What the plot shows; ``grid`` has a row of points for each of ``y``."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    figure: Literal["landscape"] = "landscape"
-    shown: Shown
+    shown: ShownExamples
     experts: list[str]
     sha256: list[str]
-    x: list[FiniteFloat]
-    y: list[FiniteFloat]
-    grid: list[list[Point]]
-    marked: list[Marked]
+    x: list[float]
+    y: list[float]
+    grid: list[list[AnswerScore]]
+    marked: list[MarkedPoint]
 
 
-def collect(study: Study, options: Options) -> Data:
-    """Score a grid of points: by default the plane of the target's expert and the two best others.
+def collect(
+    study: Study, inputs: FigureInputs, *, grid: int, coefficients: tuple[Path, ...], limit: int, seed: int
+) -> LandscapeData:
+    """Score a grid of points: by default the plane of the target's expert and the two best others."""
+    import numpy as np
 
-    Raises:
-        PimergeError: if there are not three experts with a plane, or the grid or the coefficients do not fit.
-    """
-    if options.grid < LEAST_GRID:
-        raise PimergeError(f"--grid is {options.grid}", f"expected at least {LEAST_GRID} points a side")
-    three = _three(study, options.experts)
+    from pimerge.reporting.figures._plane import Plane
+
+    three = _three(study, inputs.experts)
     plane = Plane.through(three)
-    marks = _marks(plane, three, options)
+    marks = _marks(plane, three, coefficients)
     corners = np.array([place for _, _, place, _ in marks])
     low, high = corners.min(0), corners.max(0)
     margin = MARGIN * (high - low).max()
-    x, y = (np.linspace(low[axis] - margin, high[axis] + margin, options.grid) for axis in (0, 1))
+    x, y = (np.linspace(low[axis] - margin, high[axis] + margin, grid) for axis in (0, 1))
     places = np.array([[across, up] for up in y for across in x])
     rows = plane.weights(np.concatenate([places, corners]))
-    found = examined(study, options)
-    with options.track("landscape", len(rows), "points") as advance:
+    found = load_study(study, inputs, limit, seed)
+    with inputs.track("landscape", len(rows), "points") as advance:
         points = list(found.scores(three, rows.tolist(), advance))
     count = len(x)
-    return Data(
+    return LandscapeData(
         shown=found.shown,
         experts=[expert.name for expert in three],
         sha256=[expert.sha256 for expert in three],
@@ -105,7 +100,7 @@ def collect(study: Study, options: Options) -> Data:
         y=y.tolist(),
         grid=[points[start : start + count] for start in range(0, len(places), count)],
         marked=[
-            Marked(name=name, kind=kind, weights=row, x=place[0], y=place[1], off=off, score=score)
+            MarkedPoint(name=name, kind=kind, weights=row, x=place[0], y=place[1], off=off, score=score)
             for (name, kind, place, off), row, score in zip(
                 marks, rows[len(places) :].tolist(), points[len(places) :], strict=True
             )
@@ -113,8 +108,12 @@ def collect(study: Study, options: Options) -> Data:
     )
 
 
-def draw(data: Data) -> Figure:
+def draw(data: LandscapeData) -> Drawing:
     """Contours of the loss on the left, of the accuracy on the right."""
+    import numpy as np
+
+    from pimerge.reporting.figures._labels import place_labels
+
     figure = new_figure(12.0, 5.2)
     panels = figure.subplots(1, 2)
     loss, accuracy = (
@@ -150,25 +149,21 @@ def _three(study: Study, named: tuple[str, ...]) -> list[Expert]:
     )
 
 
-def _marks(plane: Plane, three: list[Expert], options: Options) -> list[Mark]:
+def _marks(plane: Plane, three: list[Expert], coefficients: tuple[Path, ...]) -> list[Mark]:
     """Name, kind, coordinates and distance from the plane of the three experts, their mean, and the files."""
     found: list[Mark] = []
     for place, expert in enumerate(three):
         alone = [float(place == other) for other in range(3)]
         found.append((expert.name, "expert", *plane.place(dict.fromkeys(plane.products, alone))))
     found.append(("uniform of the three", "uniform", *plane.place(dict.fromkeys(plane.products, [1 / 3] * 3))))
-    for path in options.coefficients:
+    for path in coefficients:
         mark: Mark = (path.resolve().parent.name, "coefficients", *plane.place(_weights(path, three)))
         found += [mark]
     return found
 
 
 def _weights(path: Path, three: list[Expert]) -> dict[str, list[float]]:
-    """Module → weight of each of the three experts, at full strength, in a file of coefficients.
-
-    Raises:
-        PimergeError: if it weights other experts, or those of a kind without ΔW.
-    """
+    """Module → weight of each of the three experts, at full strength, in a file of coefficients."""
     from pimerge.adapters.writer import Coefficients
     from pimerge.core.documents import parse_document
 
@@ -177,7 +172,7 @@ def _weights(path: Path, three: list[Expert]) -> dict[str, list[float]]:
     others = [name for name, sha256 in zip(content.experts, content.sha256, strict=True) if sha256 not in known]
     if others:
         raise PimergeError(
-            f"'{path}' weights {', '.join(others)} too, which the plane does not go through",
+            f"'{path}' also weights {', '.join(others)}, which are not in the plane",
             "name its experts: pimerge plot landscape NAME NAME",
         )
     if not three[0].modules:
@@ -191,6 +186,7 @@ def _weights(path: Path, three: list[Expert]) -> dict[str, list[float]]:
 
 def _levels(values: Array) -> Array:
     """Where contours lie: evenly between the extremes of most points, so that one far corner does not take them all."""
+    import numpy as np
     from matplotlib.ticker import MaxNLocator
 
     low, high = np.quantile(values, [0.01, 0.97])
@@ -198,13 +194,25 @@ def _levels(values: Array) -> Array:
     return levels
 
 
-def _draw_marks(axes: Axes, data: Data) -> None:
+def _draw_marks(axes: Axes, data: LandscapeData) -> None:
     looks = {"expert": ("o", COLOURS[1]), "uniform": ("D", COLOURS[4]), "coefficients": ("^", COLOURS[3])}
     for mark in data.marked:
         marker, colour = looks[mark.kind]
         axes.plot(mark.x, mark.y, marker=marker, color=colour, markersize=8, markeredgecolor="white", linestyle="none")
 
 
-def _label(mark: Marked) -> str:
+def _label(mark: MarkedPoint) -> str:
     name = shortened(mark.name, 24)
     return f"{name} ({mark.off:.0%} off)" if mark.off else name
+
+
+FIGURE = Figure(
+    name="landscape",
+    summary="Loss and accuracy over the plane through three experts, the target's and two others (π-Tuning, fig. 3c).",
+    options={GRID: 15, COEFFICIENTS: (), **SAMPLING},
+    data=LandscapeData,
+    inputs=INPUTS,
+    open=open_study,
+    collect=collect,
+    draw=draw,
+)

@@ -10,32 +10,30 @@ for the target.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from pydantic import BaseModel, ConfigDict, FiniteFloat
-
-from pimerge.core.errors import PimergeError
-from pimerge.reporting.figures import Options
+from pimerge.core.plugins import Option
+from pimerge.reporting.figure import Figure, FigureData, FigureInputs
 from pimerge.reporting.figures._canvas import GREY, look, new_figure, percent, short_names, subtitle, title
-from pimerge.reporting.figures._study import Point, Shown, Study, examined
+from pimerge.reporting.figures._study import INPUTS, SAMPLING, AnswerScore, ShownExamples, Study, load_study, open_study
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure as Drawing
 
-NEEDS = "study"
-OPTIONS = ("experts", "step", "limit", "seed")
-LEAST_STEP = 0.001
+STEP = Option(
+    "step", float, "Distance from one α to the next.", lambda step: 0.001 <= step <= 1, "from 0.001 to 1, such as 0.05"
+)
 IN_COLOUR = 7
 
 
-class Path(BaseModel):
+@dataclass(frozen=True, kw_only=True)
+class ExpertPath(FigureData):
     """From the target's expert to another: what the base answers at each α."""
-
-    model_config = ConfigDict(extra="forbid")
 
     expert: str
     sha256: str
-    points: list[Point]
+    points: list[AnswerScore]
 
     def best(self) -> int:
         """Where accuracy is highest, first."""
@@ -54,37 +52,31 @@ class Path(BaseModel):
         return self.points[0].loss - self.points[self.least()].loss
 
 
-class Data(BaseModel):
+@dataclass(frozen=True, kw_only=True)
+class PathData(FigureData):
     """What the plot shows; ``left_out`` says which candidates cannot be combined with the target's expert, and why."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    figure: Literal["path"] = "path"
-    shown: Shown
+    shown: ShownExamples
     target_sha256: str
-    alphas: list[FiniteFloat]
-    paths: list[Path]
+    alphas: list[float]
+    paths: list[ExpertPath]
     left_out: dict[str, str]
 
 
-def collect(study: Study, options: Options) -> Data:
-    """Score every path.
-
-    Raises:
-        PimergeError: if the step is out of range, there is no expert to go to, or a score cannot be had.
-    """
-    alphas = steps(options.step)
+def collect(study: Study, inputs: FigureInputs, *, step: float, limit: int, seed: int) -> PathData:
+    """Score every path."""
+    alphas = steps(step)
     for name, reason in study.left_out.items():
-        options.note(f"{name} is left out: {reason}")
-    found = examined(study, options)
+        inputs.note(f"{name} is left out: {reason}")
+    found = load_study(study, inputs, limit, seed)
     paths = []
-    with options.track("paths", 1 + len(study.experts) * (len(alphas) - 1), "points") as advance:
+    with inputs.track("paths", 1 + len(study.experts) * (len(alphas) - 1), "points") as advance:
         start = list(found.scores([study.target], [[1.0]], advance))  # the same for all
         for expert in study.experts:
             rows = [[1 - alpha, alpha] for alpha in alphas[1:]]
             points = start + list(found.scores([study.target, expert], rows, advance))
-            paths.append(Path(expert=expert.name, sha256=expert.sha256, points=points))
-    return Data(
+            paths.append(ExpertPath(expert=expert.name, sha256=expert.sha256, points=points))
+    return PathData(
         shown=found.shown,
         target_sha256=study.target.sha256,
         alphas=alphas,
@@ -94,21 +86,16 @@ def collect(study: Study, options: Options) -> Data:
 
 
 def steps(step: float) -> list[float]:
-    """From 0 to 1.
-
-    Raises:
-        PimergeError: if the step does not lie between 0.001 and 1.
+    """Return every α from 0 to 1.
 
     >>> steps(0.4)
     [0.0, 0.4, 0.8, 1.0]
     """
-    if not LEAST_STEP <= step <= 1:
-        raise PimergeError(f"--step is {step}", f"expected a number from {LEAST_STEP} to 1, such as {Options.step}")
     count = math.ceil(1 / step - 1e-9)
     return [round(place * step, 6) for place in range(count)] + [1.0]
 
 
-def draw(data: Data) -> Figure:
+def draw(data: PathData) -> Drawing:
     """Accuracy on the left, loss on the right; the paths to the lowest losses in colour, the others grey."""
     figure = new_figure(10.5, 4.2)
     accuracy, loss = figure.subplots(1, 2)
@@ -138,3 +125,15 @@ def draw(data: Data) -> Figure:
     figure.legend(handles[::-1], labels[::-1], loc="outside right upper", title="lowest loss first", alignment="left")
     subtitle(figure, f"(1 − α)·ΔW of the target + α·ΔW of the other. {data.shown.sentence()}")
     return figure
+
+
+FIGURE = Figure(
+    name="path",
+    summary="Accuracy and loss from the target's expert to each other one, in a straight line (π-Tuning, fig. 3a).",
+    options={STEP: 0.05, **SAMPLING},
+    data=PathData,
+    inputs=INPUTS,
+    open=open_study,
+    collect=collect,
+    draw=draw,
+)

@@ -7,80 +7,80 @@ mean ± one standard deviation of that over seeds. A method further left stands 
 from __future__ import annotations
 
 import statistics
-from typing import TYPE_CHECKING, Any, Literal
-
-from pydantic import BaseModel, ConfigDict, FiniteFloat
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from pimerge.core.errors import PimergeError
-from pimerge.reporting.figures import Options
+from pimerge.reporting.figure import Figure, FigureData, FigureInputs
 from pimerge.reporting.figures._canvas import look, new_figure, short_names, subtitle
-from pimerge.reporting.figures._comparing import TEST, at_k, by_shots, chosen_k, chosen_shots, in_percent, methods
+from pimerge.reporting.figures._comparing import (
+    INPUTS,
+    SHOTS,
+    TEST,
+    K,
+    at_k,
+    by_shots,
+    chosen_k,
+    chosen_shots,
+    in_percent,
+    methods,
+    open_comparison,
+)
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure as Drawing
 
     from pimerge.evaluation.schema import ComparisonDocument
 
-NEEDS = "comparison"
-OPTIONS = ("k", "shots")
 
-
-class Drop(BaseModel):
+@dataclass(frozen=True, kw_only=True)
+class Drop(FigureData):
     """On one test set: the mean score, and the mean and standard deviation of what it is below the target's own."""
 
-    model_config = ConfigDict(extra="forbid")
-
     test: str
-    score: FiniteFloat
-    drop: FiniteFloat
-    sd: FiniteFloat
+    score: float
+    drop: float
+    sd: float
 
 
-class Method(BaseModel):
+@dataclass(frozen=True, kw_only=True)
+class MethodShift(FigureData):
     """A method's mean score on the target's test split, and its drops."""
-
-    model_config = ConfigDict(extra="forbid")
 
     method: str
     control: bool
-    score: FiniteFloat
+    score: float
     seeds: int
     drops: list[Drop]
 
 
-class Data(BaseModel):
+@dataclass(frozen=True, kw_only=True)
+class ShiftData(FigureData):
     """What the plot shows."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    figure: Literal["shift"] = "shift"
     target: str
     metric: str
     percent: bool
     shots: int | None
     k: int
     tests: list[str]
-    methods: list[Method]
+    methods: list[MethodShift]
 
 
-def collect(comparison: ComparisonDocument, options: Options) -> Data:
-    """Take the runs of one number of experts and of shots: by default the most.
-
-    Raises:
-        PimergeError: if the runs were scored on the target's test split alone.
-    """
+def collect(comparison: ComparisonDocument, inputs: FigureInputs, *, k: int | None, shots: str | None) -> ShiftData:
+    """Take the runs of one number of experts and of shots: by default the most."""
     tests = list(dict.fromkeys(test for run in comparison.runs for test in run.scores if test != TEST))
     if not tests:
         raise PimergeError(
             "the comparison has scores of the target's own test split alone",
             "run 'pimerge compare --also-test FOLDER …' with another test set of the same classes",
         )
-    k = chosen_k(comparison, options.k)
+    k = chosen_k(comparison, k)
     every = by_shots({run.shots for run in comparison.runs})
-    shots = chosen_shots(comparison, options.shots, every[-1])
+    number = chosen_shots(comparison, shots, every[-1])
     found = []
     for method, control in methods(comparison).items():
-        runs = [run for run in at_k(comparison.runs, method, k) if run.shots == shots and TEST in run.scores]
+        runs = [run for run in at_k(comparison.runs, method, k) if run.shots == number and TEST in run.scores]
         drops = []
         for test in tests:
             pairs = [(run.scores[TEST], run.scores[test]) for run in runs if test in run.scores]
@@ -96,21 +96,21 @@ def collect(comparison: ComparisonDocument, options: Options) -> Data:
                 )
         if drops:
             score = statistics.fmean(run.scores[TEST] for run in runs)
-            found.append(Method(method=method, control=control, score=score, seeds=len(runs), drops=drops))
+            found.append(MethodShift(method=method, control=control, score=score, seeds=len(runs), drops=drops))
     if not found:
         raise PimergeError("no run was scored on a test set besides the target's own", "pass another --shots or -k")
-    return Data(
+    return ShiftData(
         target=comparison.target,
         metric=comparison.metric,
         percent=in_percent(comparison),
-        shots=shots,
+        shots=number,
         k=k,
         tests=tests,
         methods=found,
     )
 
 
-def draw(data: Data) -> Figure:
+def draw(data: ShiftData) -> Drawing:
     """A row per method, a marker per test set."""
     figure = new_figure(8.0, 1.5 + (0.26 + 0.1 * len(data.tests)) * len(data.methods))
     axes = figure.subplots()
@@ -149,3 +149,15 @@ def draw(data: Data) -> Figure:
         figure, f"{data.target}, {shots}, k = {data.k} experts at hand; mean ± sd over seeds, score on its own test"
     )
     return figure
+
+
+FIGURE = Figure(
+    name="shift",
+    summary="How much each method loses on other test sets than the target's own (π-Tuning, fig. 4).",
+    options={K: None, SHOTS: None},
+    data=ShiftData,
+    inputs=INPUTS,
+    open=open_comparison,
+    collect=collect,
+    draw=draw,
+)

@@ -5,15 +5,16 @@ From ``comparison.json``; the deviation is over seeds, each with another draw of
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
-
-from pydantic import BaseModel, ConfigDict, FiniteFloat
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from pimerge.core.errors import PimergeError
-from pimerge.reporting.figures import Options
+from pimerge.reporting.figure import Figure, FigureData, FigureInputs
 from pimerge.reporting.figures._canvas import new_figure, short_names, subtitle
 from pimerge.reporting.figures._comparing import (
+    INPUTS,
     TEST,
+    K,
     at_k,
     by_shots,
     chosen_k,
@@ -21,52 +22,43 @@ from pimerge.reporting.figures._comparing import (
     in_percent,
     looks,
     methods,
+    open_comparison,
     scores_axis,
     shots_option,
 )
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure as Drawing
 
     from pimerge.evaluation.schema import ComparisonDocument
 
-NEEDS = "comparison"
-OPTIONS = ("k",)
 
-
-class Series(BaseModel):
+@dataclass(frozen=True, kw_only=True)
+class ShotsSeries(FigureData):
     """A method: mean and standard deviation at each number of shots that it was run with, None for all."""
-
-    model_config = ConfigDict(extra="forbid")
 
     method: str
     control: bool
     shots: list[int | None]
-    mean: list[FiniteFloat]
-    sd: list[FiniteFloat]
+    mean: list[float]
+    sd: list[float]
 
 
-class Data(BaseModel):
+@dataclass(frozen=True, kw_only=True)
+class ShotsData(FigureData):
     """What the plot shows; ``k`` experts of the ranking were at hand."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    figure: Literal["shots"] = "shots"
     target: str
     metric: str
     percent: bool
     k: int
     seeds: int
-    series: list[Series]
+    series: list[ShotsSeries]
 
 
-def collect(comparison: ComparisonDocument, options: Options) -> Data:
-    """Take the lines of one number of experts.
-
-    Raises:
-        PimergeError: if all runs have one number of shots.
-    """
-    k = chosen_k(comparison, options.k)
+def collect(comparison: ComparisonDocument, inputs: FigureInputs, *, k: int | None) -> ShotsData:
+    """Take the lines of one number of experts."""
+    k = chosen_k(comparison, k)
     lines = [line for line in comparison.lines if line.test == TEST]
     every = by_shots({line.shots for line in lines})
     if len(every) < 2:
@@ -81,8 +73,8 @@ def collect(comparison: ComparisonDocument, options: Options) -> Data:
         shots = by_shots(set(own))
         if shots:
             mean, sd = [own[each].mean for each in shots], [own[each].sd for each in shots]
-            series.append(Series(method=method, control=control, shots=shots, mean=mean, sd=sd))
-    return Data(
+            series.append(ShotsSeries(method=method, control=control, shots=shots, mean=mean, sd=sd))
+    return ShotsData(
         target=comparison.target,
         metric=comparison.metric,
         percent=in_percent(comparison),
@@ -92,7 +84,7 @@ def collect(comparison: ComparisonDocument, options: Options) -> Data:
     )
 
 
-def draw(data: Data) -> Figure:
+def draw(data: ShotsData) -> Drawing:
     """One axis; the numbers of shots stand at equal distances."""
     figure = new_figure(7.0, 4.4)
     axes = figure.subplots()
@@ -108,3 +100,16 @@ def draw(data: Data) -> Figure:
     figure.legend(axes.get_lines(), names, loc="outside right upper", title="open markers: controls", alignment="left")
     subtitle(figure, f"{data.target}, k = {data.k} experts at hand; mean ± sd over up to {data.seeds} seeds")
     return figure
+
+
+FIGURE = Figure(
+    name="shots",
+    summary="Score over the number of examples of each class, a line per method with a band of ± one standard "
+    "deviation.",
+    options={K: None},
+    data=ShotsData,
+    inputs=INPUTS,
+    open=open_comparison,
+    collect=collect,
+    draw=draw,
+)

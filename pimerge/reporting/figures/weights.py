@@ -13,29 +13,26 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
-from pydantic import BaseModel, ConfigDict, FiniteFloat
-
-from pimerge.reporting.figures import Options
+from pimerge.core.errors import PimergeError, Problems
+from pimerge.reporting.figure import Figure, FigureData, FigureInputs
 from pimerge.reporting.figures._canvas import new_figure, short_names, shortened, subtitle, title
-from pimerge.reporting.figures._study import Examined, Shown, Study, examined
+from pimerge.reporting.figures._study import SAMPLING, LoadedStudy, ShownExamples, Study, load_study
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure as Drawing
     from torch import Tensor, nn
 
     from pimerge.adapters.writer import Coefficients
 
-NEEDS = "tuned"
-OPTIONS = ("limit", "seed")
 _LAYER = re.compile(r"(.*?\.\d+)(?:\.(.*))?$")
 
 
-class Data(BaseModel):
+@dataclass(frozen=True, kw_only=True)
+class WeightsData(FigureData):
     """What the plot shows.
 
     Attributes:
@@ -45,27 +42,49 @@ class Data(BaseModel):
         cka: expert × layer, None where the layer's outputs could not be had.
     """
 
-    model_config = ConfigDict(extra="forbid")
-
-    figure: Literal["weights"] = "weights"
-    shown: Shown
+    shown: ShownExamples
     tuned: str
     method: str
     experts: list[str]
     layers: list[str]
     modules: list[str]
-    weights: list[list[list[FiniteFloat | None]]]
-    cka: list[list[FiniteFloat | None]]
+    weights: list[list[list[float | None]]]
+    cka: list[list[float | None]]
 
 
-def collect(source: tuple[Study, Coefficients], options: Options) -> Data:
+def open_tuned(inputs: FigureInputs) -> tuple[Study, Coefficients]:
+    """Open the tuned expert as the target, with the experts that it combines, and their weights."""
+    from pimerge.adapters.expert import open_expert
+    from pimerge.adapters.ranking_document import Reference, open_ranked
+    from pimerge.adapters.selected import base_of
+    from pimerge.adapters.writer import COEFFICIENTS_FILE, Coefficients
+    from pimerge.core.documents import parse_document
+    from pimerge.tasks.task import open_task
+
+    if not inputs.tuned.is_dir():
+        raise PimergeError(f"there is no '{inputs.tuned}'", "run 'pimerge tune' first")
+    tuned, file = open_expert(inputs.tuned, inputs.base), inputs.tuned / COEFFICIENTS_FILE
+    if not file.is_file():
+        raise PimergeError(
+            f"'{inputs.tuned}' has no {COEFFICIENTS_FILE}: it does not combine experts",
+            "run 'pimerge tune', or name another folder with --tuned",
+        )
+    content = parse_document(Coefficients, file)
+    problems, components = Problems(), []
+    for path, sha256, strength in zip(content.experts, content.sha256, content.scales, strict=True):
+        with problems.collected():
+            component = open_ranked(Reference(name=path, path=path, sha256=sha256), file, inputs.base)
+            components.append(component.with_strength(strength))
+    problems.raise_any(f"some experts of '{file}' cannot be opened")
+    return Study(tuned, open_task(tuned.path), base_of([], tuned, inputs.base), components), content
+
+
+def collect(source: tuple[Study, Coefficients], inputs: FigureInputs, *, limit: int, seed: int) -> WeightsData:
     """Read the weights, and forward the test examples through each expert and the tuned one.
 
     Args:
         source: the tuned expert as the target, those that it is made of as the experts; and the weights.
 
-    Raises:
-        PimergeError: if the base or the data has a problem.
     """
     from pimerge.models.injection import injected_sum
 
@@ -74,15 +93,15 @@ def collect(source: tuple[Study, Coefficients], options: Options) -> Data:
     layers = list(dict.fromkeys(sorted((layer for layer, _ in places.values()), key=_natural)))
     modules = sorted({module for _, module in places.values()})
     known = {places[module]: row for module, row in coefficients.weights.items()}
-    found = examined(study, options, padded=False)
+    found = load_study(study, inputs, limit, seed, padded=False)
     features = []
     everyone = [study.target, *study.experts]
-    with options.track("features", len(everyone) * len(found.split.labels), "examples") as advance:
+    with inputs.track("features", len(everyone) * len(found.split.labels), "examples") as advance:
         for expert in everyone:
             with injected_sum([expert], [1.0], found.loaded) as model:
                 features.append(_features(model, layers, found, advance))
     own, others = features[0], features[1:]
-    return Data(
+    return WeightsData(
         shown=found.shown,
         tuned=study.target.name,
         method=coefficients.method,
@@ -103,6 +122,7 @@ def collect(source: tuple[Study, Coefficients], options: Options) -> Data:
 def linear_cka(X: Tensor, Y: Tensor) -> float:
     """Linear CKA of features (n × d) and (n × e), in [0, 1]; 0 if one does not vary.
 
+    >>> import torch
     >>> X = torch.tensor([[0.0], [1.0], [2.0]])
     >>> linear_cka(X, 5 - 2 * X)
     1.0
@@ -112,8 +132,9 @@ def linear_cka(X: Tensor, Y: Tensor) -> float:
     return min(1.0, float((Y.T @ X).square().sum()) / norms) if norms > 0 else 0.0
 
 
-def draw(data: Data) -> Figure:
+def draw(data: WeightsData) -> Drawing:
     """A heat map of weights for each expert, and one of the CKA of all."""
+    import numpy as np
     from matplotlib.colors import Normalize
 
     count, layers = len(data.experts), len(data.layers)
@@ -142,6 +163,8 @@ def draw(data: Data) -> Figure:
 
 
 def _heat(axes: Axes, values: Any, columns: Sequence[str], scale: Any) -> Any:
+    import numpy as np
+
     image = axes.imshow(np.ma.masked_invalid(values), cmap="cividis", aspect="auto", norm=scale)
     axes.set_facecolor("0.85")
     axes.set_xticks(range(len(columns)), short_names(list(columns), 24), rotation=90, fontsize=7.5)
@@ -166,8 +189,10 @@ def _natural(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
-def _features(model: nn.Module, layers: Sequence[str], found: Examined, advance: Any) -> dict[str, Tensor]:
+def _features(model: nn.Module, layers: Sequence[str], found: LoadedStudy, advance: Any) -> dict[str, Tensor]:
     """Layer → (examples × d) its outputs, meaned over tokens, in the order of the examples."""
+    import torch
+
     from pimerge.models.injection import peft_prefix
 
     task, examples = found.split.task, found.split.examples
@@ -194,7 +219,9 @@ def _features(model: nn.Module, layers: Sequence[str], found: Examined, advance:
 
 @contextmanager
 def _outputs(modules: dict[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
-    """What some modules give out when they run first in the block."""
+    """Yield module → the output of its first run in the block."""
+    import torch
+
     seen: dict[str, Tensor] = {}
 
     def keep(name: str) -> Any:
@@ -209,3 +236,16 @@ def _outputs(modules: dict[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+FIGURE = Figure(
+    name="weights",
+    summary="Learned weights of every layer, beside how like the tuned model's features are the experts' (2402.15414, "
+    "figs. 7, 8).",
+    options=SAMPLING,
+    data=WeightsData,
+    inputs=("tuned", "base", "device", "dtype"),
+    open=open_tuned,
+    collect=collect,
+    draw=draw,
+)
