@@ -122,18 +122,19 @@ def test_nothing_is_overwritten_and_nothing_half_written(folder: Path, shell: Sh
         (["graph"], "pimerge embed ./experts"),
         (["gain"], "run 'pimerge plot path' first"),
         (["weights"], "run 'pimerge tune' first"),
-        (["weights", "--tuned", "x"], "composed of no experts"),
+        (["weights", "--tuned", "x"], "does not combine experts"),
         (["shots"], "run 'pimerge compare --target NAME' first"),
         (["landscape", "y"], "there are 2 with the target's"),
         (["path", "--ranking", "no.json"], "run 'pimerge rank --target NAME' first"),
         (["path", "nobody"], "nobody"),
         (["path", "w"], "its kind is bitfit|bitfit"),
         (["path", "x"], "name others"),
-        (["path", "--measure", "delta"], "--measure means nothing to 'pimerge plot path'"),
-        (["graph", "--step", "1", "--path", "p"], "--step means nothing"),
+        (["path", "--measure", "delta"], "'path' has no option --measure"),
+        (["shots", "--store", "s"], "'pimerge plot shots' does not read --store"),
+        (["graph", "--step", "1", "--path", "p"], "does not read --path"),
         (["path", "--data", "nothing.json"], "nothing.json"),
-        (["path", "--data", "ranking.json"], "is no data of a plot, not of 'path'"),
-        (["path", "--data", "ranking.json", "--step", "1"], "--step means nothing"),
+        (["path", "--data", "ranking.json"], "does not hold the data of a plot; expected that of 'path'"),
+        (["path", "--data", "ranking.json", "--step", "1"], "has no option --step"),
         (["path", "--output", "x/adapter_config.json/p", "--step", "1", "--limit", "2"], "choose another --output"),
     ],
 )
@@ -153,7 +154,7 @@ def test_a_target_without_an_expert_is_told_how_to_get_one(folder: Path, shell: 
 
 def test_the_data_of_another_plot_or_a_broken_one_is_refused(folder: Path, shell: Shell) -> None:
     write_json(folder / "other.json", {"figure": "gain"})
-    assert "the data of the plot 'gain', not of 'path'" in shell("plot", "path", "--data", "other.json").err
+    assert "holds the data of the plot 'gain'" in shell("plot", "path", "--data", "other.json").err
     write_json(folder / "other.json", {"figure": "path", "alphas": "many"})
     result = shell("plot", "path", "--data", "other.json")
     assert result.code == 3

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from itertools import combinations
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from matplotlib.axis import Tick
 from matplotlib.text import Text
 
+from pimerge.core.files import json_text
+from pimerge.reporting.figure import Figure
 from pimerge.reporting.figures._canvas import style
 
 LONG = "an-expert-with-a-really-long-name-that-nobody-would-type-twice"
@@ -39,12 +43,15 @@ def overlaps(figure: Any) -> list[tuple[str, str]]:
     return found
 
 
-def assert_good(figure: Any, data: Any, contains: list[str] | None = None) -> None:
-    """A figure's module and its data: no overlaps, the names are there, and the data can be read again."""
+def assert_good(figure: Figure[Any, Any], data: Any, contains: list[str] | None = None) -> None:
+    """A figure and its data: no overlaps, the names are there, and the data can be read again."""
     with style():
         drawn = figure.draw(data)
         covered = overlaps(drawn)
         assert not covered, covered
         texts = [text.get_text() for text in drawn.findobj(Text)]
         assert all(any(name in text for text in texts) for name in contains or [])
-    assert type(data).model_validate_json(data.model_dump_json()) == data
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "data.json"
+        file.write_text(json_text(figure.document(data)))
+        assert figure.read(file) == data

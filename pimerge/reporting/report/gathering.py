@@ -15,6 +15,7 @@ from pimerge.core.errors import PimergeError
 from pimerge.core.files import read_json
 from pimerge.core.manifest import MANIFEST_FILE, Manifest
 from pimerge.core.version import __version__
+from pimerge.reporting.figure import FIGURES
 from pimerge.reporting.report.document import Cell, LongText, Picture, Report, Section, Table
 from pimerge.tasks.metric import METRICS
 
@@ -354,7 +355,7 @@ def _comparison_table(path: Path, comparison: ComparisonDocument) -> Table:
 
 def _plots(folder: Path, found: Found) -> Section:
     section = Section(name="plots", title="Plots")
-    summaries = plugins.summaries("pimerge.reporting.figures")
+    summaries = {figure.name: figure.summary for figure in FIGURES}
     drawn = set()
     for path, content in found.plots:
         figure = str(content["figure"])

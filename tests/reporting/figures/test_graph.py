@@ -12,7 +12,9 @@ from pimerge.embedding.store import DIAGONAL, SECOND_MOMENTS, Store
 from pimerge.embedding.store_schema import EmbedSettings
 from pimerge.ranking.measures import delta
 from pimerge.ranking.nearest import compare
-from pimerge.reporting.figures import Options, graph
+from pimerge.reporting.figure import FigureInputs
+from pimerge.reporting.figures import graph
+from pimerge.reporting.figures._similarity import clustered, nearest_of, places_of
 from tests.support import looks
 from tests.support.experts import raw_expert
 from tests.support.numerics import normal
@@ -55,13 +57,13 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     return store
 
 
-def found_in(data: graph.Data, one: str, other: str) -> float | None:
+def found_in(data: graph.GraphData, one: str, other: str) -> float | None:
     names = [node.name for node in data.experts]
     return data.similarity[names.index(one)][names.index(other)]
 
 
 def test_similarities_are_those_of_the_measure(store: Store) -> None:
-    data = graph.collect(store, Options(measure="delta"))
+    data = graph.FIGURE.compute(store, measure="delta")
     for name in NAMES:
         compared = compare(store, name, delta)
         assert compared.similarity is not None
@@ -70,7 +72,7 @@ def test_similarities_are_those_of_the_measure(store: Store) -> None:
 
 
 def test_kin_are_nearest_and_beside_each_other(store: Store) -> None:
-    data = graph.collect(store, Options(measure="delta"))
+    data = graph.FIGURE.compute(store, measure="delta")
     names = [node.name for node in data.experts]
     for node in data.experts:
         if node.name != "f2-0":
@@ -83,23 +85,23 @@ def test_kin_are_nearest_and_beside_each_other(store: Store) -> None:
 
 
 def test_experts_that_are_named_are_shown_alone_and_the_store_stays(store: Store) -> None:
-    data = graph.collect(store, Options(measure="delta", experts=("f0-0", "f1-0", "f2-0")))
+    data = graph.FIGURE.compute(store, FigureInputs(experts=("f0-0", "f1-0", "f2-0")), measure="delta")
     assert sorted(node.name for node in data.experts) == ["f0-0", "f1-0", "f2-0"]
     assert list(store.experts) == sorted(NAMES)
 
 
 @pytest.mark.parametrize(
-    ("options", "expected"),
+    ("experts", "measure", "expected"),
     [
-        (Options(measure="combined"), "take .*delta"),
-        (Options(measure="fischer"), "did you mean 'fisher'"),
-        (Options(experts=("f0-0",)), "the graph of 1 experts"),
-        (Options(experts=("f0-0", "nobody")), "there is no expert 'nobody'"),
+        ((), "combined", "take .*delta"),
+        ((), "fischer", "did you mean 'fisher'"),
+        (("f0-0",), "fisher", "the graph of 1 experts"),
+        (("f0-0", "nobody"), "fisher", "there is no expert 'nobody'"),
     ],
 )
-def test_what_cannot_be_shown_is_said(store: Store, options: Options, expected: str) -> None:
+def test_what_cannot_be_shown_is_said(store: Store, experts: tuple[str, ...], measure: str, expected: str) -> None:
     with pytest.raises(PimergeError, match=expected):
-        graph.collect(store, options)
+        graph.FIGURE.compute(store, FigureInputs(experts=experts), measure=measure)
 
 
 @pytest.mark.parametrize("count", [2, 40])
@@ -108,17 +110,17 @@ def test_it_is_readable_for_any_number_of_experts(count: int) -> None:
     values = np.corrcoef(generator.normal(size=(count, 5)))
     if count > 3:
         values[0, 1] = values[1, 0] = np.nan
-    order, merges = graph._clustered(values)
+    order, merges = clustered(values)
     values = values[np.ix_(order, order)]
-    places = graph._places(values)
-    data = graph.Data(
+    places = places_of(values)
+    data = graph.GraphData(
         measure="fisher",
         experts=[
-            graph.Node(
+            graph.GraphNode(
                 name=name,
                 kind="lora" if place % 2 else "prefix",
                 task="seq2seq",
-                nearest=graph._nearest(values[place], place),
+                nearest=nearest_of(values[place], place),
                 x=places[place, 0],
                 y=places[place, 1],
             )
@@ -127,4 +129,4 @@ def test_it_is_readable_for_any_number_of_experts(count: int) -> None:
         similarity=[[None if np.isnan(value) else value for value in row] for row in values.tolist()],
         merges=merges,
     )
-    looks.assert_good(graph, data, [f"{name.split()[0][:9]}" for name in looks.names(count)])
+    looks.assert_good(graph.FIGURE, data, [f"{name.split()[0][:9]}" for name in looks.names(count)])

@@ -11,9 +11,9 @@ import torch
 
 from pimerge.adapters.expert import Expert, open_expert
 from pimerge.core.errors import PimergeError
-from pimerge.reporting.figures import Options, landscape
+from pimerge.reporting.figures import landscape
 from pimerge.reporting.figures._plane import Plane, inner_products
-from pimerge.reporting.figures._study import Point, Shown, Study
+from pimerge.reporting.figures._study import AnswerScore, ShownExamples, Study
 from tests.support import looks
 from tests.support.experts import MakeExpert, dense_deltas
 from tests.support.references import ByHand
@@ -89,8 +89,8 @@ def test_every_point_is_that_of_the_dense_sum(
     }
     (tmp_path / "mixed").mkdir()
     write_json(tmp_path / "mixed" / "coefficients.json", document)
-    options = Options(grid=3, limit=50, coefficients=(tmp_path / "mixed" / "coefficients.json",))
-    data = landscape.collect(study, options)
+    mixed = tmp_path / "mixed" / "coefficients.json"
+    data = landscape.FIGURE.compute(study, grid=3, limit=50, coefficients=(mixed,))
     plane = Plane.through(three)
     for y, row in zip(data.y, data.grid, strict=True):
         weights = plane.weights(np.array([[data.x[1], y]]))[0].tolist()
@@ -102,19 +102,19 @@ def test_every_point_is_that_of_the_dense_sum(
     assert marks["uniform of the three"].weights == pytest.approx([1 / 3] * 3)
     assert (marks["x"].score.accuracy, marks["x"].off) == (by_hand([three[0]], [1.0])[0], 0.0)
     assert marks["mixed"].off > 0  # its weights do not sum to 1
-    looks.assert_good(landscape, data, ["uniform", "off)"])
+    looks.assert_good(landscape.FIGURE, data, ["uniform", "off)"])
 
 
 def test_what_has_no_plane_is_refused(study: Study, tmp_path: Path, make_expert: MakeExpert, vit_base: Path) -> None:
     alone = dataclasses.replace(study, experts=study.experts[:1])
     with pytest.raises(PimergeError, match=r"there are 2 with the target's\n.*pimerge plot landscape NAME NAME"):
-        landscape.collect(alone, Options())
+        landscape.FIGURE.compute(alone)
     line = dataclasses.replace(study, experts=[study.experts[0], study.experts[0].with_strength(2.0)])
-    with pytest.raises(PimergeError, match="--grid is 1"):
-        landscape.collect(study, Options(grid=1))
+    with pytest.raises(PimergeError, match="--grid must be at least 3; got 1"):
+        landscape.FIGURE.compute(study, grid=1)
     same = dataclasses.replace(line, target=study.experts[0].with_strength(3.0))
     with pytest.raises(PimergeError, match="lie on one line"):
-        landscape.collect(same, Options())
+        landscape.FIGURE.compute(same)
     document = {
         "method": "learned",
         "granularity": "matrix",
@@ -124,24 +124,24 @@ def test_what_has_no_plane_is_refused(study: Study, tmp_path: Path, make_expert:
         "weights": {"q": [1.0]},
     }
     write_json(tmp_path / "c.json", document)
-    with pytest.raises(PimergeError, match="weights stranger too"):
-        landscape.collect(study, Options(coefficients=(tmp_path / "c.json",)))
+    with pytest.raises(PimergeError, match="also weights stranger"):
+        landscape.FIGURE.compute(study, coefficients=(tmp_path / "c.json",))
 
 
 def test_a_flat_landscape_with_long_names_is_readable() -> None:
-    point = Point(accuracy=0.5, loss=0.7)
+    point = AnswerScore(accuracy=0.5, loss=0.7)
     names = [looks.LONG + "-1", looks.LONG + "-2", "a$b$c", "uniform"]
     kinds = ["expert"] * 3 + ["uniform"]
-    data = landscape.Data(
-        shown=Shown(target="x", head="x", examples=5, seed=0),
+    data = landscape.LandscapeData(
+        shown=ShownExamples(target="x", head="x", examples=5, seed=0),
         experts=names[:3],
         sha256=["0", "1", "2"],
         x=[-1, 0, 1],
         y=[-1, 0, 1],
         grid=[[point] * 3] * 3,
         marked=[
-            landscape.Marked(name=name, kind=kind, weights=[1, 0, 0], x=x, y=y, off=0, score=point)  # type: ignore[arg-type]
+            landscape.MarkedPoint(name=name, kind=kind, weights=[1, 0, 0], x=x, y=y, off=0, score=point)  # type: ignore[arg-type]
             for name, kind, x, y in zip(names, kinds, [0, 0.5, 0, 0.01], [0, 0, 0.5, 0.01], strict=True)
         ],
     )
-    looks.assert_good(landscape, data)
+    looks.assert_good(landscape.FIGURE, data)

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from pimerge.adapters.expert import Expert
 from pimerge.adapters.writer import Coefficients
-from pimerge.reporting.figures import Options, weights
-from pimerge.reporting.figures._study import Shown, Study
+from pimerge.reporting.figures import weights
+from pimerge.reporting.figures._study import ShownExamples, Study
 from tests.support import looks
 from tests.support.references import summed
 
@@ -52,7 +52,7 @@ def cka(X: np.ndarray, Y: np.ndarray) -> float:
 
 def test_weights_and_cka(study: Study) -> None:
     known = coefficients(study)
-    data = weights.collect((study, known), Options())
+    data = weights.FIGURE.compute((study, known))
     assert data.experts == ["y", "z"]
     assert len(data.layers) == 2
     for n in range(2):
@@ -63,7 +63,7 @@ def test_weights_and_cka(study: Study) -> None:
     own = features(study, study.target, layer)
     for expert, row in zip(study.experts, data.cka, strict=True):
         assert row[1] == pytest.approx(cka(features(study, expert, layer), own), abs=1e-5)
-    looks.assert_good(weights, data, ["y", "z", layer])
+    looks.assert_good(weights.FIGURE, data, ["y", "z", layer])
 
 
 def test_layers_are_in_the_order_of_their_numbers() -> None:
@@ -74,8 +74,8 @@ def test_layers_are_in_the_order_of_their_numbers() -> None:
 @pytest.mark.parametrize(("experts", "layers"), [(1, 1), (6, 24)])
 def test_it_is_readable_for_many_layers_and_experts(experts: int, layers: int) -> None:
     generator = np.random.default_rng(0)
-    data = weights.Data(
-        shown=Shown(target="x", head="x", examples=5, seed=0),
+    data = weights.WeightsData(
+        shown=ShownExamples(target="x", head="x", examples=5, seed=0),
         tuned=looks.LONG,
         method="learned",
         experts=looks.names(experts),
@@ -84,4 +84,4 @@ def test_it_is_readable_for_many_layers_and_experts(experts: int, layers: int) -
         weights=[[[0.5, None, value] for value in generator.random(layers)] for _ in range(experts)],
         cka=[[None] * layers, *generator.random((experts - 1, layers)).tolist()],
     )
-    looks.assert_good(weights, data)
+    looks.assert_good(weights.FIGURE, data)

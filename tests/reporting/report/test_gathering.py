@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pimerge.core import plugins
 from pimerge.core.errors import PimergeError
+from pimerge.reporting.figure import FIGURES
 from pimerge.reporting.report import gathering
 from pimerge.reporting.report.document import Report, Section, Table
 from pimerge.reporting.report.gathering import gather
@@ -92,9 +92,7 @@ def test_scores_comparison_and_plots(report: Report) -> None:
     assert [picture.file for picture in plots.pictures] == ["gain.svg"]
     assert ("pimerge plot gain") not in [command for _, command in plots.missing]
     missing = {command for _, command in plots.missing}
-    assert missing == {
-        f"pimerge plot {name}" for name in plugins.summaries("pimerge.reporting.figures") if name != "gain"
-    }
+    assert missing == {f"pimerge plot {name}" for name in FIGURES.names() if name != "gain"}
     assert any("half.json" in problem for problem in plots.problems)
 
 
