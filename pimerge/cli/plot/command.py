@@ -109,7 +109,7 @@ def _refuse_unread_inputs(context: typer.Context, figure: Figure[Any, Any]) -> N
     given = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
     problems = Problems()
     for name in sorted(given - set(figure.inputs)):
-        what = "experts" if name == "experts" else options.flag(name)
+        what = "experts" if name == "experts" else f"--{name}"
         problems.add(f"'pimerge plot {figure.name}' does not read {what}", "leave it out")
     problems.raise_any(f"some options do not fit 'pimerge plot {figure.name}'")
 
