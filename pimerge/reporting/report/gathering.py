@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pimerge.adapters.model_card import CARD_FILE
-from pimerge.core import plugins
 from pimerge.core.documents import parse_document
 from pimerge.core.errors import PimergeError
 from pimerge.core.files import read_json
