@@ -11,7 +11,7 @@ from pimerge.adapters.expert import Expert
 from pimerge.adapters.tensor_sets import TensorSet
 from pimerge.core.errors import PimergeError, Problems
 from pimerge.tasks.task import Task
-from pimerge.tasks.task_type import for_base
+from pimerge.tasks.task_type import TaskType
 
 
 def check_fits(expert: Expert, base_model: nn.Module, *, head: bool = True) -> None:
@@ -60,14 +60,14 @@ def _misfit(expert: Expert, group: TensorSet, base_model: nn.Module) -> str:
 
 
 @cache
-def skeleton(source: str, revision: str | None, auto_model: str | tuple[str, str], labels: int) -> nn.Module:
+def skeleton(source: str, revision: str | None, task_type: TaskType, labels: int) -> nn.Module:
     """A base's model without weights, with a head for so many labels if there are any."""
     import transformers
 
     names = {"id2label": {index: str(index) for index in range(labels)}} if labels else {}
     config = transformers.AutoConfig.from_pretrained(source, revision=revision, **names)
     with torch.device("meta"):
-        kind = getattr(transformers, for_base(auto_model, config))
+        kind = getattr(transformers, task_type.auto_model_for(config))
         model: nn.Module = kind.from_config(config, trust_remote_code=False)
     return model
 
@@ -84,8 +84,8 @@ def check_fits_on_disk(expert: Expert, task: Task) -> None:
     if base.folder is None:
         return
     try:
-        classes = len(task.labels) if task.type.TRAINS_HEAD else 0
-        found = skeleton(base.source, base.revision, task.type.AUTO_MODEL, classes)
+        classes = len(task.labels) if task.type.trains_head else 0
+        found = skeleton(base.source, base.revision, task.type, classes)
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise PimergeError(f"the base '{base.name}' does not serve {task.file.type}: {reason}") from error

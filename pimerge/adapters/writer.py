@@ -92,7 +92,7 @@ def choose_head(policy: str, experts: Sequence[Expert], target: Expert | None) -
 
     if policy not in HEAD_POLICIES:
         raise PimergeError(f"--head is '{policy}'", f"expected {', '.join(HEAD_POLICIES)}")
-    if policy != "none" and target is not None and (task := task_of(target)) and not task.type.TRAINS_HEAD:
+    if policy != "none" and target is not None and (task := task_of(target)) and not task.type.trains_head:
         return Head({}, (), task)
     if policy == "none" or not any(expert.head for expert in experts):
         return NO_HEAD

@@ -110,7 +110,7 @@ class FeatureReader:
     ) -> None:
         self.loaded, self.base, self.task, self.draw, self.cache = loaded, base, task, draw, cache
         self.advance = advance
-        self._trains_head: bool = task.type.TRAINS_HEAD
+        self._trains_head: bool = task.type.trains_head
         self._uncached: list[str] = []
         self.examples, labels = task.examples(
             draw.role, loaded.processor, loaded.config, shots=draw.shots, seed=draw.seed, limit=draw.limit

@@ -241,7 +241,7 @@ def wilson_interval(right: int, total: int) -> tuple[float, float]:
 def _require_answers(expert: Expert, task: Task, base: Base) -> None:
     if expert.base.identity != base.identity:
         raise PimergeError(f"its base is '{expert.base.name}', the target's '{base.name}'", "score it apart")
-    if not task.type.TRAINS_HEAD:  # the base itself answers
+    if not task.type.trains_head:  # the base itself answers
         return
     own = task_of(expert)
     if not expert.head:

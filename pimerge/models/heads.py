@@ -28,7 +28,7 @@ def head_of_size(loaded: LoadedBase, base: Base, task: Task, labels: int) -> Ite
     Args:
         task: of the type that the base was loaded for.
     """
-    bare = skeleton(base.source, base.revision, task.type.AUTO_MODEL, labels)
+    bare = skeleton(base.source, base.revision, task.type, labels)
     parameter = next(loaded.model.parameters())
     before = {name: loaded.model.get_submodule(name) for name in loaded.head}
     try:

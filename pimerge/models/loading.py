@@ -14,7 +14,6 @@ from pimerge.checkpoints.base import Base
 from pimerge.core.errors import PimergeError
 from pimerge.models.loaded_base import LoadedBase, in_head
 from pimerge.tasks.task import Task
-from pimerge.tasks.task_type import for_base
 
 if TYPE_CHECKING:
     pass
@@ -71,11 +70,11 @@ def load_base(base: Base, task: Task, device: torch.device, dtype: torch.dtype, 
     import transformers
 
     where = "a folder" if base.folder else f"the Hub id, revision {base.revision or 'main'}"
-    trains_head: bool = task.type.TRAINS_HEAD
+    trains_head: bool = task.type.trains_head
     torch.manual_seed(seed)
     try:
         config = transformers.AutoConfig.from_pretrained(base.source, revision=base.revision, trust_remote_code=False)
-        model, info = getattr(transformers, for_base(task.type.AUTO_MODEL, config)).from_pretrained(
+        model, info = getattr(transformers, task.type.auto_model_for(config)).from_pretrained(
             base.source,
             revision=base.revision,
             dtype=dtype,
@@ -149,7 +148,7 @@ class Bases:
 
     def load(self, base: Base, task: Task) -> LoadedBase:
         """The base with a head of as many labels as the task has; see :func:`load_base`."""
-        key = (base.identity, task.file.type, len(task.labels) if task.type.TRAINS_HEAD else 0)
+        key = (base.identity, task.file.type, len(task.labels) if task.type.trains_head else 0)
         if self._loaded is None or self._key != key:
             self._loaded = None  # two bases are never held at once
             self._loaded = load_base(base, task, self.device, self.dtype)

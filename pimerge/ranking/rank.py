@@ -69,7 +69,7 @@ def ranked(target: str, request: RankRequest, folder: Path, track: Track) -> Ite
         ranking = rank_by_store(where, asked.name, measure, request.rule, folder)
         notes = [f"{found}: ranked by '{measure}' from the store"] if found else []
         if asked.expert is None:
-            head = ", with a head of its examples" if asked.task().type.TRAINS_HEAD else ""
+            head = ", with a head of its examples" if asked.task().type.trains_head else ""
             kind = where.experts[asked.name].kind
             notes.append(f"the target has no expert: its Fisher is that at the pool's init of the kind {kind}{head}")
         ranking = ranking.model_copy(update={"target": asked.named_from(folder)}).with_notes(*notes)

@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-from pimerge.core import plugins
 from pimerge.core.errors import PimergeError, Problems, nearest
 from pimerge.tasks.schema import COMMON, ROLES, TaskFile
+from pimerge.tasks.task_type import TASK_TYPES
 
 
 def require_type(kind: str, where: str) -> None:
     """Refuse a type of task that does not exist."""
-    known = list(plugins.summaries("pimerge.tasks.types"))
+    known = TASK_TYPES.names()
     if kind not in known:
         raise PimergeError(f"{where}: type is '{kind}'", nearest(kind, known))
 
 
 def check_fields(file: TaskFile, where: str) -> None:
     """Check that the fields of a task fit its type; all problems are raised at once."""
-    kind, labels = plugins.load("pimerge.tasks.types", file.type), file.labels or []
+    kind, labels = TASK_TYPES.load(file.type), file.labels or []
     problems = Problems()
-    for field in sorted(file.given() - COMMON - kind.FIELDS):
+    for field in sorted(file.given() - COMMON - kind.fields):
         problems.add(
             f"{where}: the type '{file.type}' has no field '{field}'",
-            f"it has {', '.join(sorted(kind.FIELDS))}" if kind.FIELDS else "leave it out",
+            f"it has {', '.join(sorted(kind.fields))}" if kind.fields else "leave it out",
         )
-    for role in sorted(set(file.columns) - set(kind.COLUMNS)):
-        problems.add(f"{where}: columns names the role '{role}'", nearest(role, list(kind.COLUMNS)))
+    for role in sorted(set(file.columns) - set(kind.columns)):
+        problems.add(f"{where}: columns names the role '{role}'", nearest(role, list(kind.columns)))
     for role in sorted(set(file.splits) - set(ROLES)):
         problems.add(f"{where}: splits names the role '{role}'", nearest(role, ROLES))
     if len(set(labels)) < len(labels):

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from pimerge.core import plugins
 from pimerge.core.errors import PimergeError, nearest
+from pimerge.tasks.task_type import TASK_TYPES
 
 if TYPE_CHECKING:
     import datasets
@@ -49,9 +49,9 @@ def infer_type(columns: Sequence[str]) -> str:
     >>> infer_type(["sentence", "label"])
     'text-classification'
     """
-    usual = {name: _usual(name) for name in plugins.summaries("pimerge.tasks.types")}
+    recognised = [kind for kind in TASK_TYPES if kind.usual_columns]
     fitting = [
-        name for name, roles in usual.items() if roles and all(set(known) & set(columns) for known in roles.values())
+        kind.name for kind in recognised if all(set(names) & set(columns) for names in kind.usual_columns.values())
     ]
     if len(fitting) == 1:
         return fitting[0]
@@ -60,7 +60,7 @@ def infer_type(columns: Sequence[str]) -> str:
     )
     raise PimergeError(
         f"the columns {', '.join(columns)} {fit}",
-        f"name it, type=…, one of {', '.join(usual)}, and its columns where they have other names",
+        f"name it, type=…, one of {', '.join(TASK_TYPES.names())}, and its columns where they have other names",
     )
 
 
@@ -71,15 +71,10 @@ def infer_columns(kind: str, columns: Sequence[str], given: Mapping[str, str] | 
     {'text': 'sentence', 'label': 'y'}
     """
     found = {}
-    for role, known in _usual(kind).items():
+    for role, known in TASK_TYPES.load(kind).usual_columns.items():
         if role not in columns and (there := [name for name in known if name in columns]):
             found[role] = there[0]
     return found | dict(given or {})
-
-
-def _usual(kind: str) -> Mapping[str, Sequence[str]]:
-    usual: Mapping[str, Sequence[str]] = vars(plugins.load("pimerge.tasks.types", kind)).get("USUAL", {})
-    return usual
 
 
 def infer_labels(splits: Mapping[str, datasets.Dataset], column: str) -> list[str]:

@@ -7,10 +7,8 @@ from collections.abc import Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from pimerge.core import plugins
 from pimerge.core.documents import parse_document, validated
 from pimerge.core.errors import PimergeError, Problem, nearest
 from pimerge.core.files import sha256_bytes
@@ -30,6 +28,7 @@ from pimerge.tasks.reading import SplitReader
 from pimerge.tasks.row_errors import RowProblems, RowsError
 from pimerge.tasks.sampling import permutation, sample_sentences, sample_shots
 from pimerge.tasks.schema import COMMON, UNLABELLED, TaskFile
+from pimerge.tasks.task_type import TASK_TYPES, TaskType
 
 if TYPE_CHECKING:
     import datasets
@@ -98,7 +97,7 @@ class Task:
         content["columns"] = infer_columns(kind, first, columns)
         task = cls(Path(name), validated(TaskFile, content, where), splits)
         check_fields(task.file, where)
-        if task.type.TRAINS_HEAD and labels is None:
+        if task.type.trains_head and labels is None:
             task = task._labelled(infer_labels(splits, task.label_column))
         if column := task.columns.get("image"):
             opened = {
@@ -126,23 +125,23 @@ class Task:
     @property
     def metrics(self) -> list[str]:
         """What ``eval`` shows besides the loss."""
-        chosen = self.labels or "choices" in self.type.COLUMNS
+        chosen = self.labels or "choices" in self.type.columns
         return self.file.metrics or ["accuracy" if chosen else "exact-match"]
 
     @property
     def of_words(self) -> bool:
         """Whether each word has a class, and not each example."""
-        return "labels" in self.type.COLUMNS
+        return "labels" in self.type.columns
 
     @property
-    def type(self) -> ModuleType:
-        """The strategy for this type of task."""
-        return plugins.load("pimerge.tasks.types", self.file.type)
+    def type(self) -> TaskType:
+        """The type of task."""
+        return TASK_TYPES.load(self.file.type)
 
     @property
     def columns(self) -> dict[str, str]:
         """Role → column: as the file says, else the column has the role's name."""
-        required: Mapping[str, bool] = self.type.COLUMNS
+        required = self.type.columns
         labelled = {"label"} if self.labels else set()
         given = {"choices"} if self.file.choices is not None else set()  # by a template
         needed = {role: role for role in required if (required[role] or role in labelled) and role not in given}
@@ -302,7 +301,7 @@ def open_task(source: TaskSource) -> Task:
     task, where = Task(path, parse_document(TaskFile, path)), f"'{path}'"
     require_type(task.file.type, where)
     check_fields(task.file, where)
-    return task._labelled(_class_names(task)) if task.type.TRAINS_HEAD and task.file.labels is None else task
+    return task._labelled(_class_names(task)) if task.type.trains_head and task.file.labels is None else task
 
 
 def _class_names(task: Task) -> list[str]:

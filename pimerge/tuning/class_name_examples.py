@@ -39,7 +39,7 @@ def class_texts(task: Task) -> list[str]:
     >>> class_texts(Task(Path("task.json"), file.model_copy(update={"labels": ["class 0", "class 1"]})))
     []
     """
-    if set(task.columns) != {getattr(task.type, "NAMED", None), "label"}:
+    if set(task.columns) != {task.type.class_name_role, "label"}:
         return []
     bare = [re.sub(r"[-_\s\d]+", "", label) for label in task.labels]
     worded = sum(bool(_WORD.search(label)) for label in task.labels)
@@ -62,7 +62,7 @@ def class_names(task: Task, processor: Any, config: PreTrainedConfig) -> Example
             f"the classes of '{task.path}' have no names that are texts as its examples are",
             "leave --class-names out: it is for text-classification of single texts into classes named by words",
         )
-    table = datasets.Dataset.from_dict({task.columns[task.type.NAMED]: texts})
+    table = datasets.Dataset.from_dict({task.columns[task.type.class_name_role]: texts})
     numbers = range(len(texts))
     rows = Rows(table, task.columns, numbers, numbers, f"the names of the classes of '{task.path}'")
     encoded: Examples = task.type.encode(rows, task.file, processor, config)

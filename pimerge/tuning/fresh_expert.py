@@ -18,7 +18,6 @@ from pimerge.core.errors import PimergeError
 from pimerge.models.injection import modules_restored
 from pimerge.models.loaded_base import LoadedBase
 from pimerge.tasks.task import Task
-from pimerge.tasks.task_type import for_base
 
 if TYPE_CHECKING:
     pass
@@ -47,11 +46,11 @@ def fresh_expert(
     strategy = KINDS.load(kind)
     if strategy.fresh_fields is None:
         raise PimergeError(f"no fresh expert of kind {kind} can be made", _OTHER_KIND)
-    if strategy.before_text and task.type.PEFT_TASK is None:
+    if strategy.before_text and task.type.peft_task is None:
         raise PimergeError(f"a {kind} goes before a text, and {type(loaded.model).__name__} takes none", _OTHER_KIND)
     config_class = PEFT_TYPE_TO_CONFIG_MAPPING[strategy.peft_type]
     fields = {
-        "task_type": for_base(task.type.PEFT_TASK, loaded.config),
+        "task_type": task.type.peft_task_for(loaded.config),
         **({"exclude_modules": inside(loaded.head)} if hasattr(config_class, "exclude_modules") else {}),
         **strategy.usual_places(loaded.model),
         **strategy.fresh_fields(size, modules),

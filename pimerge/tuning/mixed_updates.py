@@ -11,7 +11,6 @@ from pimerge.adapters.expert import Expert
 from pimerge.adapters.lora_module import Factors
 from pimerge.adapters.low_rank import MergedModule, Truncation, weighted_bias, weighted_sum
 from pimerge.adapters.writer import Documents, Head, Layout, write_expert
-from pimerge.tasks.task_type import for_base
 from pimerge.tuning.components import lora_components
 from pimerge.tuning.lora_layers import mix_lora
 from pimerge.tuning.method import TuneMethod
@@ -43,7 +42,7 @@ class MixedUpdates(MixedExpert):
         )
         session = self.request.session
         kind = type(session.loaded.model)
-        peft_task = for_base(session.task.type.PEFT_TASK, session.loaded.config)
+        peft_task = session.task.type.peft_task_for(session.loaded.config)
         mapping = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
         like = {
             "task_type": peft_task,

@@ -67,7 +67,7 @@ def initial_expert(
             )
     with tempfile.TemporaryDirectory() as folder:
         tensors, modules = {}, None
-        if task.type.TRAINS_HEAD:
+        if task.type.trains_head:
             head = Path(folder) / "head"
             tune("head", task, base, [], None, head, options, like=like, device=device, dtype=dtype, track=track)
             with_head = open_expert(head, base.reference)

@@ -120,7 +120,7 @@ def _head_fields(checkpoint: Checkpoint, head: Head) -> dict[str, Any]:
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(checkpoint.path)
-    model = getattr(transformers, head.task.type.AUTO_MODEL)._model_mapping[type(config)]
+    model = getattr(transformers, head.task.type.auto_model_for(config))._model_mapping[type(config)]
     return {**label_fields(head.task.labels), "architectures": [model.__name__]}
 
 

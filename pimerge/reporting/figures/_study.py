@@ -171,7 +171,7 @@ def load_study(study: Study, inputs: FigureInputs, limit: int, seed: int, *, pad
     from pimerge.models.heads import set_head
     from pimerge.models.loading import load_base, resolve_device, resolve_dtype
 
-    target, trains_head = study.target, study.task.type.TRAINS_HEAD
+    target, trains_head = study.target, study.task.type.trains_head
     if trains_head and not target.head:
         raise PimergeError(
             f"'{target.name}', the target's expert, has no head to answer with",

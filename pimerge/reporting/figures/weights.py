@@ -202,7 +202,7 @@ def _features(model: nn.Module, layers: Sequence[str], found: LoadedStudy, advan
     parts: dict[str, list[Tensor]] = {layer: [] for layer in there}
     for indices in found.split.batches:
         with _outputs(there) as seen:
-            if task.type.TRAINS_HEAD:
+            if task.type.trains_head:
                 task.type.score(model, examples, indices)
             else:
                 reading = {"output": found.loaded.model.get_output_embeddings()}  # type: ignore[operator]

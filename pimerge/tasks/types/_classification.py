@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-import torch
-from torch.nn.functional import cross_entropy
-
 from pimerge.tasks.examples import Scored, on_device
 from pimerge.tasks.metric import check_metrics
 from pimerge.tasks.types._reading import catching, read_position, text_config
@@ -18,7 +15,6 @@ if TYPE_CHECKING:
     from pimerge.tasks.examples import Batch, Examples
     from pimerge.tasks.schema import TaskFile
 
-TRAINS_HEAD = True
 FIELDS = frozenset({"metrics"})
 
 
@@ -33,17 +29,23 @@ def check(file: TaskFile) -> None:
 
 def logits(model: nn.Module, batch: Batch) -> Tensor:
     """The logits (batch × classes), in float32 or wider."""
+    import torch
+
     output: Tensor = model(**{name: value for name, value in batch.items() if name != "labels"}).logits
     return output if output.dtype == torch.float64 else output.float()
 
 
 def nll(model: nn.Module, batch: Batch) -> Tensor:
     """−log p(y|x) of each example, shape (batch)."""
+    from torch.nn.functional import cross_entropy
+
     return cross_entropy(logits(model, batch), batch["labels"], reduction="none")
 
 
 def draw(model: nn.Module, examples: Examples, indices: Sequence[int], uniform: Tensor) -> list[int]:
     """y of each example drawn from p(·|x) by inverting its distribution function at ``uniform`` (n)."""
+    import torch
+
     with torch.no_grad():
         answers = logits(model, on_device(examples.batch(indices), next(model.parameters()).device))
     return drawn(answers, uniform)
@@ -52,9 +54,12 @@ def draw(model: nn.Module, examples: Examples, indices: Sequence[int], uniform: 
 def drawn(answers: Tensor, uniform: Tensor) -> list[int]:
     """A class of each row of logits (n × classes), where the distribution function passes ``uniform`` (n).
 
+    >>> import torch
     >>> drawn(torch.tensor([[0.0, 0.0], [0.0, 0.0]]), torch.tensor([0.4, 0.6]))
     [0, 1]
     """
+    import torch
+
     distribution = answers.double().softmax(1).cumsum(1)
     found = torch.searchsorted(distribution, uniform.to(distribution)[:, None])[:, 0]
     classes: list[int] = found.clamp(max=distribution.shape[1] - 1).tolist()
@@ -63,6 +68,9 @@ def drawn(answers: Tensor, uniform: Tensor) -> list[int]:
 
 def score(model: nn.Module, examples: Examples, indices: Sequence[int]) -> Scored:
     """−log p(y|x), and whether the most likely class is y."""
+    import torch
+    from torch.nn.functional import cross_entropy
+
     batch = on_device(examples.batch(indices), next(model.parameters()).device)
     with torch.no_grad():
         output = logits(model, batch)
@@ -74,6 +82,8 @@ def read(
     model: nn.Module, reading: Mapping[str, nn.Module], examples: Examples, indices: Sequence[int], answers: bool
 ) -> tuple[Tensor, Tensor | None]:
     """The vectors that the head reads, and what it answers."""
+    import torch
+
     batch = on_device(examples.batch(indices), next(model.parameters()).device)
     with torch.no_grad(), catching(reading.values()) as seen:
         output = logits(model, batch)

@@ -10,9 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch.nn.utils.rnn import pad_sequence
-
 from pimerge.core.errors import PimergeError
 from pimerge.tasks.examples import IGNORED, Batch, Examples, Scored, on_device
 from pimerge.tasks.row_errors import RowProblems
@@ -28,7 +25,6 @@ if TYPE_CHECKING:
     from pimerge.tasks.examples import Rows
     from pimerge.tasks.schema import TaskFile
 
-TRAINS_HEAD = False
 COLUMNS = {"label": False}
 FIELDS = frozenset({"prompt", "answer", "verbalizer", "scoring", "metrics", "max_new_tokens"})
 _USUAL_NEW_TOKENS = 64
@@ -65,6 +61,8 @@ def examples_of(
 
 def collate(examples: Sequence[Batch], pad: int, side: str = "right") -> Batch:
     """Several examples → one batch, tokens padded on one side."""
+    from torch.nn.utils.rnn import pad_sequence
+
     found = {}
     for name, first in examples[0].items():
         values = [example[name] for example in examples]
@@ -79,9 +77,12 @@ def collate(examples: Sequence[Batch], pad: int, side: str = "right") -> Batch:
 def _joined(values: Sequence[Tensor]) -> Tensor:
     """Tensors one after the other on their first axis, filled up with zeros to the largest on the others.
 
+    >>> import torch
     >>> _joined([torch.ones(1, 1), torch.ones(1, 2)]).tolist()
     [[1.0, 0.0], [1.0, 1.0]]
     """
+    import torch
+
     sizes = [max(size) for size in zip(*(value.shape[1:] for value in values), strict=True)]
     fill = [
         [part for size, own in reversed(list(zip(sizes, value.shape[1:], strict=True))) for part in (0, size - own)]
@@ -92,6 +93,9 @@ def _joined(values: Sequence[Tensor]) -> Tensor:
 
 def _token_counts(examples: TextExamples, indices: Sequence[int]) -> Tensor:
     """Tokens of each candidate, its end among them: (n × candidates), 1 where there is none."""
+    import torch
+    from torch.nn.utils.rnn import pad_sequence
+
     counts = [torch.tensor([len(answer) for answer in examples.tokens[index].answers]) for index in indices]
     return pad_sequence(counts, True, 1)
 
@@ -114,6 +118,8 @@ def draw(model: nn.Module, examples: Examples, indices: Sequence[int], uniform: 
 
 def score(model: nn.Module, examples: Examples, indices: Sequence[int]) -> Scored:
     """−log p(y|x), and the answer: the likeliest candidate, or what the model writes."""
+    import torch
+
     assert isinstance(examples, TextExamples)
     rights = [examples.tokens[index].right for index in indices]
     if examples.writing is None:
@@ -186,6 +192,8 @@ def read(
     model: nn.Module, reading: Mapping[str, nn.Module], examples: Examples, indices: Sequence[int], answers: bool
 ) -> tuple[Tensor, Tensor | None]:
     """What the output layer reads where the answer begins, and log p(candidate|x) if the likeliest is the answer."""
+    import torch
+
     assert isinstance(examples, TextExamples)
     found = None
     with torch.no_grad(), catching(reading.values()) as seen:

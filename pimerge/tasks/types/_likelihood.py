@@ -11,10 +11,6 @@ from contextlib import contextmanager
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch.nn.functional import cross_entropy
-from torch.nn.utils.rnn import pad_sequence
-
 from pimerge.tasks.examples import IGNORED, Batch, on_device
 
 if TYPE_CHECKING:
@@ -38,6 +34,9 @@ def nll(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def _nll(found: Tensor, labels: Tensor) -> Tensor:
+    import torch
+    from torch.nn.functional import cross_entropy
+
     answering = labels != IGNORED
     kept = found[answering]
     kept = kept if kept.dtype == torch.float64 else kept.float()
@@ -51,6 +50,8 @@ def likelihoods(model: nn.Module, examples: TextExamples, indices: Sequence[int]
     What comes before a candidate is read once for all of them: by a causal model the prompt, into a cache of keys and
     values; else what the encoder and the image's tower make of it.
     """
+    import torch
+
     counts = torch.tensor([len(examples.tokens[index].answers) for index in indices])
     last = (counts - 1).tolist()
     with torch.no_grad():
@@ -151,6 +152,9 @@ def _continued(
     model: nn.Module, examples: TextExamples, indices: Sequence[int], rounds: Iterator[Sequence[int]]
 ) -> Iterator[Tensor]:
     """As :func:`_one_by_one`, of a causal model, which reads the prompts once."""
+    import torch
+    from torch.nn.utils.rnn import pad_sequence
+
     cache, first, mask = ask(model, examples, indices)
     for chosen in rounds:
         pairs = zip(indices, chosen, strict=True)

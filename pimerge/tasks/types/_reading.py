@@ -6,8 +6,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
@@ -43,10 +41,13 @@ def read_position(states: Tensor, real: Tensor | None, *, causal: bool) -> Tenso
     Args:
         real: (batch × tokens) which tokens are no padding; None if all are.
 
+    >>> import torch
     >>> states = torch.tensor([[[1.0], [2.0], [3.0]]])
     >>> read_position(states, torch.tensor([[True, True, False]]), causal=True).item()
     2.0
     """
+    import torch
+
     if states.dim() != 3:
         return states.flatten(1)
     if not causal:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from pimerge.core.errors import PimergeError
 from pimerge.tasks.examples import IGNORED, Batch, Examples, Rows
+from pimerge.tasks.task_type import TaskType
 from pimerge.tasks.types import _generation as generation
-from pimerge.tasks.types._generation import COLUMNS, TRAINS_HEAD, draw, read, score
+from pimerge.tasks.types._generation import draw, read, score
 from pimerge.tasks.types._likelihood import nll
 from pimerge.tasks.types._templates import Text, check_texts, fill_in
 from pimerge.tasks.types._text_examples import Prompts, Writing
@@ -20,26 +19,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
     from pimerge.tasks.schema import TaskFile
-
-__all__ = [
-    "AUTO_MODEL",
-    "COLUMNS",
-    "FIELDS",
-    "PEFT_TASK",
-    "TRAINS_HEAD",
-    "check",
-    "draw",
-    "encode",
-    "load_processor",
-    "nll",
-    "read",
-    "score",
-]
-
-AUTO_MODEL = "AutoModelForCausalLM"
-PEFT_TASK = "CAUSAL_LM"
-FIELDS = generation.FIELDS | {"chat"}
-check = check_texts
 
 
 def encode(rows: Rows, file: TaskFile, processor: Any, config: PreTrainedConfig) -> Examples:
@@ -91,6 +70,8 @@ def encode_prompts(
         processor: has the chat template.
         content: what a turn of a chat holds that says a text.
     """
+    import torch
+
     end, longest = generation.end_token(tokenizer, config), longest_input(tokenizer, config)
     if file.chat:
         end = _end_of_turn(processor, tokenizer, content, end)
@@ -199,3 +180,21 @@ def _end_of_turn(processor: Any, tokenizer: Any, content: Callable[[str], Any], 
     following = plain(tokenizer, behind) if found else []
     special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
     return following[0] if following and following[0] in special else end
+
+
+TASK_TYPE = TaskType(
+    name="causal-lm",
+    summary="Answers in text by a model that continues its prompt (Llama, Qwen, GPT-2).",
+    auto_model="AutoModelForCausalLM",
+    peft_task="CAUSAL_LM",
+    trains_head=False,
+    columns=generation.COLUMNS,
+    fields=generation.FIELDS | {"chat"},
+    check=check_texts,
+    load_processor=load_processor,
+    encode=encode,
+    nll=nll,
+    draw=draw,
+    score=score,
+    read=read,
+)

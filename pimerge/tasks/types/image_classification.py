@@ -5,37 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from pimerge.core.errors import PimergeError
 from pimerge.tasks.examples import Batch, Examples, Rows
-from pimerge.tasks.types._classification import FIELDS, TRAINS_HEAD, check, draw, nll, read, score
+from pimerge.tasks.task_type import TaskType
+from pimerge.tasks.types._classification import FIELDS, check, draw, nll, read, score
 from pimerge.tasks.types._images import decoder, have_heads, mode_of, remembered, tell_broken
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedConfig
 
     from pimerge.tasks.schema import TaskFile
-
-__all__ = [
-    "AUTO_MODEL",
-    "COLUMNS",
-    "FIELDS",
-    "PEFT_TASK",
-    "TRAINS_HEAD",
-    "check",
-    "draw",
-    "encode",
-    "load_processor",
-    "nll",
-    "read",
-    "score",
-]
-
-AUTO_MODEL = "AutoModelForImageClassification"
-PEFT_TASK = None  # PEFT has no task type for images; its plain PeftModel serves them
-COLUMNS = {"image": True, "label": True}
-USUAL = {"image": ("image", "img"), "label": ("label",)}
 
 
 def load_processor(source: str, revision: str | None) -> Any:
@@ -52,6 +32,8 @@ def encode(rows: Rows, file: TaskFile, processor: Any, config: PreTrainedConfig)
         PimergeError: with each row whose image cannot be decoded: at once if a file is not there or does not begin as
             an image does, else when the first such image is asked for.
     """
+    import torch
+
     decode = decoder(rows, mode_of(config))
     if not have_heads(rows):
         tell_broken(rows, decode)
@@ -75,9 +57,28 @@ def encode(rows: Rows, file: TaskFile, processor: Any, config: PreTrainedConfig)
     return Examples([_tokens(config, pixels(0)["pixel_values"])] * len(rows.labels), get, collate)
 
 
-def _tokens(config: PreTrainedConfig, pixel_values: torch.Tensor) -> int:
+def _tokens(config: PreTrainedConfig, pixel_values: Tensor) -> int:
     """Patches of an image, and one for the class token; models without patches count 16 × 16 pixels as one."""
     patch = getattr(config, "patch_size", None)
     patch = patch if isinstance(patch, int) and patch > 0 else 16
     _, height, width = pixel_values.shape
     return (height // patch) * (width // patch) + 1
+
+
+TASK_TYPE = TaskType(
+    name="image-classification",
+    summary="Classes of images (columns ``image``, ``label``).",
+    auto_model="AutoModelForImageClassification",
+    peft_task=None,  # PEFT has none for images; its plain PeftModel serves them
+    trains_head=True,
+    columns={"image": True, "label": True},
+    usual_columns={"image": ("image", "img"), "label": ("label",)},
+    fields=FIELDS,
+    check=check,
+    load_processor=load_processor,
+    encode=encode,
+    nll=nll,
+    draw=draw,
+    score=score,
+    read=read,
+)

@@ -10,14 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from pimerge.core.errors import PimergeError
 from pimerge.tasks.examples import Batch, Examples, Rows
 from pimerge.tasks.row_errors import RowProblems
+from pimerge.tasks.task_type import TaskType
 from pimerge.tasks.types import _generation as generation
 from pimerge.tasks.types import causal_lm, seq2seq
-from pimerge.tasks.types._generation import TRAINS_HEAD, draw, read, score
+from pimerge.tasks.types._generation import draw, read, score
 from pimerge.tasks.types._images import decoder, mode_of, remembered
 from pimerge.tasks.types._likelihood import nll
 from pimerge.tasks.types._templates import Template, Text, check_texts, fill_in
@@ -29,25 +28,6 @@ if TYPE_CHECKING:
 
     from pimerge.tasks.schema import TaskFile
 
-__all__ = [
-    "AUTO_MODEL",
-    "COLUMNS",
-    "FIELDS",
-    "PEFT_TASK",
-    "TRAINS_HEAD",
-    "check",
-    "draw",
-    "encode",
-    "load_processor",
-    "nll",
-    "read",
-    "score",
-]
-
-AUTO_MODEL = "AutoModelForImageTextToText"
-PEFT_TASK = None  # PEFT has no task type for images; its plain PeftModel serves them
-COLUMNS = {"image": False, "label": False}
-FIELDS = generation.FIELDS | {"chat"}
 _PROMPT = "input_ids"
 _TYPES = ("mm_token_type_ids", "token_type_ids")
 _OF_TOKENS = (_PROMPT, "attention_mask", "labels", *_TYPES)
@@ -148,6 +128,8 @@ class _Reader:
         Args:
             before: goes before a prompt that has no place for the image; empty if the processor makes one.
         """
+        import torch
+
         if self.chat:
             text = causal_lm.turn(self.processor, [{"type": "image"}, *_said(text)])
         elif before not in text:
@@ -166,6 +148,8 @@ class _Reader:
 
     def types(self, ids: list[int], answered: int) -> Tensor:
         """What kind each token is of: 1 for a piece of an image, or for PaliGemma of the answer."""
+        import torch
+
         if self.reads_prompts_both_ways:
             return torch.tensor([0] * (len(ids) - answered) + [1] * answered)
         return torch.tensor([int(token == self.image_token) for token in ids])
@@ -239,3 +223,21 @@ def _shown(rows: Rows, texts: Sequence[Text], reader: _Reader) -> Prompts:
         return images | {name: reader.types(ids, answered) for name in _TYPES if name in found}
 
     return Prompts(tokens, lambda place, room: reader.cut(tokens[place], room), beside, alike=len(shapes) == 1)
+
+
+TASK_TYPE = TaskType(
+    name="image-text-to-text",
+    summary="Answers in text about an image and a prompt, or a prompt alone (Florence-2, LLaVA, Qwen2-VL, SmolVLM).",
+    auto_model="AutoModelForImageTextToText",
+    peft_task=None,  # PEFT has none for images; its plain PeftModel serves them
+    trains_head=False,
+    columns={"image": False, "label": False},
+    fields=generation.FIELDS | {"chat"},
+    check=check,
+    load_processor=load_processor,
+    encode=encode,
+    nll=nll,
+    draw=draw,
+    score=score,
+    read=read,
+)

@@ -12,8 +12,9 @@ from pimerge.core.errors import PimergeError, Problems
 from pimerge.tasks.examples import Examples, Rows
 from pimerge.tasks.metric import check_metrics
 from pimerge.tasks.row_errors import RowProblems
+from pimerge.tasks.task_type import TaskType
 from pimerge.tasks.types import causal_lm, seq2seq
-from pimerge.tasks.types._generation import TRAINS_HEAD, draw, read, score
+from pimerge.tasks.types._generation import draw, read, score
 from pimerge.tasks.types._likelihood import nll
 from pimerge.tasks.types._templates import Template, Text, reader, require_columns
 from pimerge.tasks.types._tokenizer import load_processor
@@ -23,26 +24,6 @@ if TYPE_CHECKING:
 
     from pimerge.tasks.schema import TaskFile
 
-__all__ = [
-    "AUTO_MODEL",
-    "COLUMNS",
-    "FIELDS",
-    "PEFT_TASK",
-    "TRAINS_HEAD",
-    "check",
-    "draw",
-    "encode",
-    "load_processor",
-    "nll",
-    "read",
-    "score",
-]
-
-AUTO_MODEL = (causal_lm.AUTO_MODEL, seq2seq.AUTO_MODEL)
-PEFT_TASK = (causal_lm.PEFT_TASK, seq2seq.PEFT_TASK)
-COLUMNS = {"question": True, "choices": True, "answer": True}
-USUAL = {"question": ("question",), "choices": ("choices",), "answer": ("answer", "answerKey")}
-FIELDS = frozenset({"prompt", "choices", "normalise", "chat", "metrics"})
 _PROMPT = "Question: {{ QUESTION }}\nAnswer:"
 _QUESTION = "QUESTION"
 
@@ -139,3 +120,22 @@ def _right(answer: Any, choices: Sequence[str], keys: Sequence[str]) -> int:
             return list(names).index(str(answer).strip())
     known = ", ".join(keys or places)
     raise PimergeError(f"the answer is {answer!r}", f"expected one of {known}")
+
+
+TASK_TYPE = TaskType(
+    name="multiple-choice",
+    summary="The likeliest of a row's choices (columns ``question``, ``choices``, ``answer``).",
+    auto_model=("AutoModelForCausalLM", "AutoModelForSeq2SeqLM"),
+    peft_task=("CAUSAL_LM", "SEQ_2_SEQ_LM"),
+    trains_head=False,
+    columns={"question": True, "choices": True, "answer": True},
+    usual_columns={"question": ("question",), "choices": ("choices",), "answer": ("answer", "answerKey")},
+    fields=frozenset({"prompt", "choices", "normalise", "chat", "metrics"}),
+    check=check,
+    load_processor=load_processor,
+    encode=encode,
+    nll=nll,
+    draw=draw,
+    score=score,
+    read=read,
+)

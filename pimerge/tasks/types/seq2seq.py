@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from pimerge.core.errors import PimergeError
 from pimerge.tasks.examples import Batch, Examples, Rows
+from pimerge.tasks.task_type import TaskType
 from pimerge.tasks.types import _generation as generation
-from pimerge.tasks.types._generation import COLUMNS, FIELDS, TRAINS_HEAD, draw, read, score
+from pimerge.tasks.types._generation import draw, read, score
 from pimerge.tasks.types._likelihood import nll
 from pimerge.tasks.types._templates import Text, check_texts, fill_in
 from pimerge.tasks.types._text_examples import Prompts, Writing
@@ -20,25 +19,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
     from pimerge.tasks.schema import TaskFile
-
-__all__ = [
-    "AUTO_MODEL",
-    "COLUMNS",
-    "FIELDS",
-    "PEFT_TASK",
-    "TRAINS_HEAD",
-    "check",
-    "draw",
-    "encode",
-    "load_processor",
-    "nll",
-    "read",
-    "score",
-]
-
-AUTO_MODEL = "AutoModelForSeq2SeqLM"
-PEFT_TASK = "SEQ_2_SEQ_LM"
-check = check_texts
 
 
 def encode(rows: Rows, file: TaskFile, processor: Any, config: PreTrainedConfig) -> Examples:
@@ -76,6 +56,8 @@ def encode_prompts(
     by_likelihood: bool,
 ) -> Examples:
     """Encode the answers to prompts that are in tokens already."""
+    import torch
+
     end, longest = generation.end_token(tokenizer, config), longest_input(tokenizer, config)
     start = _start_token(config)
     answers = [
@@ -111,6 +93,8 @@ def encode_prompts(
 
 def _target(start: int, answer: list[int]) -> Batch:
     """The decoder reads the answer behind its start token, and foretells it one token ahead."""
+    import torch
+
     labels = torch.tensor(answer)
     return {
         "decoder_input_ids": torch.tensor([start, *answer[:-1]]),
@@ -136,3 +120,21 @@ def _start_token(config: PreTrainedConfig) -> int:
             "the base's config has no decoder_start_token_id, from which its decoder starts", "set it in config.json"
         )
     return int(start)
+
+
+TASK_TYPE = TaskType(
+    name="seq2seq",
+    summary="Answers in text by a model with an encoder and a decoder (T5, BART).",
+    auto_model="AutoModelForSeq2SeqLM",
+    peft_task="SEQ_2_SEQ_LM",
+    trains_head=False,
+    columns=generation.COLUMNS,
+    fields=generation.FIELDS,
+    check=check_texts,
+    load_processor=load_processor,
+    encode=encode,
+    nll=nll,
+    draw=draw,
+    score=score,
+    read=read,
+)

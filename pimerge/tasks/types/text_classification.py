@@ -5,40 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from pimerge.core.errors import PimergeError
 from pimerge.tasks.examples import Batch, Examples, Rows
 from pimerge.tasks.row_errors import RowProblems
-from pimerge.tasks.types._classification import FIELDS, TRAINS_HEAD, check, draw, nll, read, score
+from pimerge.tasks.task_type import TaskType
+from pimerge.tasks.types._classification import FIELDS, check, draw, nll, read, score
 from pimerge.tasks.types._tokenizer import load_processor, longest_input
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
     from pimerge.tasks.schema import TaskFile
-
-__all__ = [
-    "AUTO_MODEL",
-    "COLUMNS",
-    "FIELDS",
-    "NAMED",
-    "PEFT_TASK",
-    "TRAINS_HEAD",
-    "check",
-    "draw",
-    "encode",
-    "load_processor",
-    "nll",
-    "read",
-    "score",
-]
-
-AUTO_MODEL = "AutoModelForSequenceClassification"
-PEFT_TASK = "SEQ_CLS"
-COLUMNS = {"text": True, "text_pair": False, "label": True}
-USUAL = {"text": ("text", "sentence"), "label": ("label",)}
-NAMED = "text"
 
 
 def encode(rows: Rows, file: TaskFile, processor: Any, config: PreTrainedConfig) -> Examples:
@@ -47,6 +24,8 @@ def encode(rows: Rows, file: TaskFile, processor: Any, config: PreTrainedConfig)
     Raises:
         PimergeError: if the head of a base with an encoder and a decoder cannot find the end of a text.
     """
+    import torch
+
     longest = longest_input(processor, config)
     pairs = rows.table[rows.columns["text_pair"]] if "text_pair" in rows.columns else None
     texts = [str(text) for text in rows.table[rows.columns["text"]]]
@@ -88,3 +67,23 @@ def _require_ends(texts: Sequence[Sequence[int]], rows: Rows, config: PreTrained
             if count != usual:
                 raise PimergeError(f"{count} end tokens, the others have {usual}", "leave out what reads as one")
     problems.raise_any()
+
+
+TASK_TYPE = TaskType(
+    name="text-classification",
+    summary="Classes of texts or pairs of texts (columns ``text``, optional ``text_pair``, ``label``).",
+    auto_model="AutoModelForSequenceClassification",
+    peft_task="SEQ_CLS",
+    trains_head=True,
+    columns={"text": True, "text_pair": False, "label": True},
+    usual_columns={"text": ("text", "sentence"), "label": ("label",)},
+    fields=FIELDS,
+    class_name_role="text",
+    check=check,
+    load_processor=load_processor,
+    encode=encode,
+    nll=nll,
+    draw=draw,
+    score=score,
+    read=read,
+)

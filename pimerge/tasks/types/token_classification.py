@@ -8,14 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch.nn.functional import cross_entropy
-from torch.nn.utils.rnn import pad_sequence
-
 from pimerge.core.errors import PimergeError
 from pimerge.tasks.examples import IGNORED, Batch, Examples, Rows, Scored, on_device
 from pimerge.tasks.row_errors import RowProblems
-from pimerge.tasks.types._classification import FIELDS, TRAINS_HEAD, check, drawn
+from pimerge.tasks.task_type import TaskType
+from pimerge.tasks.types._classification import FIELDS, check, drawn
 from pimerge.tasks.types._likelihood import logits, nll
 from pimerge.tasks.types._tokenizer import load_processor as load_tokenizer
 from pimerge.tasks.types._tokenizer import longest_input
@@ -26,32 +23,14 @@ if TYPE_CHECKING:
 
     from pimerge.tasks.schema import TaskFile
 
-__all__ = [
-    "AUTO_MODEL",
-    "COLUMNS",
-    "FIELDS",
-    "PEFT_TASK",
-    "TRAINS_HEAD",
-    "check",
-    "draw",
-    "encode",
-    "load_processor",
-    "nll",
-    "read",
-    "score",
-]
-
-AUTO_MODEL = "AutoModelForTokenClassification"
-PEFT_TASK = "TOKEN_CLS"
-COLUMNS = {"tokens": True, "labels": True}
-USUAL = {"tokens": ("tokens", "words"), "labels": ("labels", "ner_tags")}
-
 
 class WordExamples(Examples):
     """Sentences whose words have classes."""
 
     def labelled(self, index: int, label: Sequence[int]) -> Batch:
         """Sentence i with other classes of its words."""
+        import torch
+
         example = self.get(index)
         labels = example["labels"].clone()
         labels[labels != IGNORED] = torch.tensor(label)
@@ -76,6 +55,9 @@ def encode(rows: Rows, file: TaskFile, processor: Any, config: PreTrainedConfig)
     Raises:
         PimergeError: with each row that is no list of words with a class for each.
     """
+    import torch
+    from torch.nn.utils.rnn import pad_sequence
+
     longest = longest_input(processor, config)
     problems = RowProblems(rows.where, rows.numbers)
     fields: list[Batch] = []
@@ -158,6 +140,8 @@ def _kept_words(words: Sequence[str], firsts: Mapping[int, int], processor: Any,
 
 def draw(model: nn.Module, examples: Examples, indices: Sequence[int], uniform: Tensor) -> list[list[int]]:
     """The class of every word, each by a number of its own that the sentence's in ``uniform`` (n) is the seed of."""
+    import torch
+
     found = []
     for answers, number in zip(_of_words(model, examples, indices), uniform.tolist(), strict=True):
         generator = torch.Generator().manual_seed(int(number * 2**53))
@@ -167,6 +151,9 @@ def draw(model: nn.Module, examples: Examples, indices: Sequence[int], uniform: 
 
 def score(model: nn.Module, examples: Examples, indices: Sequence[int]) -> Scored:
     """−log p(y|x) of each sentence, its words' likeliest classes, and whether all of them are right."""
+    import torch
+    from torch.nn.functional import cross_entropy
+
     answers, truth = _of_words(model, examples, indices), [examples.classes[index] for index in indices]
     pairs = list(zip(answers, truth, strict=True))
     losses = [cross_entropy(row, torch.tensor(classes), reduction="sum") for row, classes in pairs]
@@ -176,6 +163,8 @@ def score(model: nn.Module, examples: Examples, indices: Sequence[int]) -> Score
 
 def _of_words(model: nn.Module, examples: Examples, indices: Sequence[int]) -> list[Tensor]:
     """The logits of each sentence's words, (words × classes), in float32 or wider."""
+    import torch
+
     batch = on_device(examples.batch(indices), next(model.parameters()).device)
     with torch.no_grad():
         found = logits(model, batch)
@@ -192,3 +181,22 @@ def read(
         PimergeError: always.
     """
     raise PimergeError("the words of a sentence are no examples of a ranking", "rank by a measure of the store")
+
+
+TASK_TYPE = TaskType(
+    name="token-classification",
+    summary="A class for each word of a sentence (columns ``tokens`` and ``labels``, two lists of one length).",
+    auto_model="AutoModelForTokenClassification",
+    peft_task="TOKEN_CLS",
+    trains_head=True,
+    columns={"tokens": True, "labels": True},
+    usual_columns={"tokens": ("tokens", "words"), "labels": ("labels", "ner_tags")},
+    fields=FIELDS,
+    check=check,
+    load_processor=load_processor,
+    encode=encode,
+    nll=nll,
+    draw=draw,
+    score=score,
+    read=read,
+)

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pimerge.core import plugins
 from pimerge.tasks.examples import Examples, bucket_by_length
+from pimerge.tasks.task_type import TASK_TYPES
 
 LOGITS = torch.tensor([[2.0, -1.0, 0.5], [0.0, 0.0, 3.0], [-2.0, 1.0, 1.5], [40.0, -40.0, 0.0]])
 TYPES = ["image-classification", "text-classification"]
@@ -44,7 +44,7 @@ def examples_of(logits: Tensor, labels: Sequence[int]) -> Examples:
 @pytest.mark.parametrize("name", TYPES)
 def test_nll_is_minus_the_log_of_the_softmax(name: str) -> None:
     labels = [0, 2, 1, 1]
-    found = plugins.load("pimerge.tasks.types", name).nll(Fixed(), batch_of(labels, torch.float64))
+    found = TASK_TYPES.load(name).nll(Fixed(), batch_of(labels, torch.float64))
     expected = [
         -(row.double().exp() / row.double().exp().sum())[y].log() for row, y in zip(LOGITS, labels, strict=True)
     ]
@@ -53,7 +53,7 @@ def test_nll_is_minus_the_log_of_the_softmax(name: str) -> None:
 
 @pytest.mark.parametrize("name", TYPES)
 def test_the_score_is_the_nll_and_whether_the_largest_logit_is_the_label(name: str) -> None:
-    kind = plugins.load("pimerge.tasks.types", name)
+    kind = TASK_TYPES.load(name)
     found = kind.score(Fixed(), examples_of(LOGITS, [0, 1, 2, 0]), [3, 1, 2, 0])
     assert found.right == [True, False, True, True]
     assert found.chosen == [0, 2, 2, 0]
@@ -62,12 +62,12 @@ def test_the_score_is_the_nll_and_whether_the_largest_logit_is_the_label(name: s
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_a_likelihood_is_in_float32_or_wider(dtype: torch.dtype) -> None:
-    found = plugins.load("pimerge.tasks.types", "text-classification").nll(Fixed(), batch_of([0, 0, 0, 0], dtype))
+    found = TASK_TYPES.load("text-classification").nll(Fixed(), batch_of([0, 0, 0, 0], dtype))
     assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
 
 
 def test_labels_are_drawn_as_often_as_the_model_believes_in_them() -> None:
-    draw = plugins.load("pimerge.tasks.types", "image-classification").draw
+    draw = TASK_TYPES.load("image-classification").draw
     uniform = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
     for row in LOGITS:
         drawn = draw(Fixed(), examples_of(row.expand(1000, 3), [0] * 1000), range(1000), uniform)
@@ -76,7 +76,7 @@ def test_labels_are_drawn_as_often_as_the_model_believes_in_them() -> None:
 
 
 def test_a_draw_by_the_largest_uniform_number_is_still_a_class() -> None:
-    draw = plugins.load("pimerge.tasks.types", "text-classification").draw
+    draw = TASK_TYPES.load("text-classification").draw
     uniform = torch.full((4,), 1 - 2.0**-53, dtype=torch.float64)
     assert max(draw(Fixed(), examples_of(LOGITS, [0] * 4), range(4), uniform)) <= 2
 
