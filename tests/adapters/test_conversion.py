@@ -104,6 +104,9 @@ def test_a_target_may_be_converted_too(cli: Cli, bert_base: Path) -> None:
     trained(Path("dora"), bert_base, use_dora=True, modules_to_save=["classifier"])
     result = cli("merge", "dora", "--base", bert_base, "--target", "dora", "--head", "none")
     assert result.exit_code == 0, result.exception
+    dora, found = (weights_of(plugged(bert_base, folder)) for folder in ("dora", "merged"))
+    for module in open_expert("merged").modules:
+        torch.testing.assert_close(found[f"{module}.weight"], dora[f"{module}.weight"], rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("given", [["--rank", "2"], ["--energy", "0.9"], ["--rank", "auto"]])

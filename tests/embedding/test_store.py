@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import signal
-import time
-from collections.abc import Callable
+from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,10 @@ from pimerge.core.errors import PimergeError
 from pimerge.embedding.store import DIAGONAL, GRAMS, SECOND_MOMENTS, Store, open_store, unknown_target
 from pimerge.embedding.store_schema import SCHEMA, EmbedSettings, MeasuredGains
 from tests.support.experts import MakeExpert
+from tests.support.kills import killed_before
 from tests.support.tasks import write_json
 
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 KEY = "base_model.model.{}.lora_B.weight"
 
 
@@ -79,32 +80,31 @@ def assert_whole(path: Path) -> int:
     return len(store.experts)
 
 
-def started(target: Callable[..., None], *arguments: object) -> multiprocessing.process.BaseProcess:
-    process = multiprocessing.get_context("fork").Process(target=target, args=arguments)  # no second import of torch
-    process.start()
-    return process
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@needs_fork
 def test_a_kill_at_any_moment_leaves_the_store_whole(tmp_path: Path) -> None:
-    path = tmp_path / "embeddings.json"
-    counts = []
-    for attempt in range(8):
-        process = started(fill, path, "abcdefgh"[attempt], 10_000)
-        time.sleep(0.05 + 0.013 * attempt)
-        os.kill(process.pid or 0, signal.SIGKILL)
-        process.join()
-        counts.append(assert_whole(path))
-    assert counts[-1] > 0
-    fill(path, "z", 1)  # the lock of a dead process holds up nobody
-    assert assert_whole(path) == counts[-1] + 1
-    assert not [file for file in tmp_path.iterdir() if "partial" in file.name and "embeddings.json" in file.name]
+    found = []
+    for change in count():
+        path = tmp_path / str(change) / "embeddings.json"
+        fill(path, "a", 1)
+        killed = killed_before(change, partial(fill, path, "b", 1))
+        found.append(assert_whole(path))
+        fill(path, "z", 1)  # the lock of a dead process does not block others
+        assert assert_whole(path) == found[-1] + 1
+        assert not list(path.parent.glob(".embeddings.json.partial*"))
+        if not killed:
+            break
+    assert found == sorted(found)
+    assert set(found) == {1, 2}
+    assert len(found) > 5
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@needs_fork
 def test_two_processes_at_once_lose_nothing(tmp_path: Path) -> None:
     path = tmp_path / "embeddings.json"
-    processes = [started(fill, path, prefix, 12) for prefix in "ab"]
+    fork = multiprocessing.get_context("fork")  # no second import of torch
+    processes = [fork.Process(target=fill, args=(path, prefix, 12)) for prefix in "ab"]
+    for process in processes:
+        process.start()
     for process in processes:
         process.join()
         assert process.exitcode == 0

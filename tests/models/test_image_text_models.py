@@ -58,14 +58,15 @@ class Case:
         return self.task.examples("train", processor, model.config, limit=COUNT)[0]
 
 
-CASES = [
-    *((name, "lora", {"target_modules": LINEAR}, {}) for name in IMAGE_TEXT_MODELS),
-    ("florence2", "bottleneck", {}, {}),
-    ("florence2", "lora", {"target_modules": LINEAR}, TOLD),
-]
+CASES = {
+    **{name: (name, "lora", {"target_modules": LINEAR}, {}) for name in IMAGE_TEXT_MODELS},
+    "bottlenecks": ("florence2", "bottleneck", {}, {}),
+    "without images": ("florence2", "lora", {"target_modules": LINEAR}, TOLD),
+}
+of_updates = pytest.mark.parametrize("case", [name for name, case in CASES.items() if case[1] == "lora"], indirect=True)
 
 
-@pytest.fixture(scope="module", params=CASES, ids=[*IMAGE_TEXT_MODELS, "bottlenecks", "without images"])
+@pytest.fixture(scope="module", params=CASES)
 def case(
     request: pytest.FixtureRequest,
     image_text_base: Callable[[str], Path],
@@ -73,7 +74,7 @@ def case(
     scans: tuple[list[Any], list[int]],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Case:
-    name, kind, config, fields = request.param
+    name, kind, config, fields = CASES[request.param]
     folder, base = tmp_path_factory.mktemp(name), image_text_base(name)
     task = write_image_text_task(folder / "task", scans, **fields)
     expert = make_expert(folder / "x", base, task, kind=kind, **config)
@@ -106,9 +107,8 @@ def test_fisher_is_that_of_the_batch_of_one_in_tower_projector_and_words(case: C
     assert sees == ("image" in case.task.columns)
 
 
+@of_updates
 def test_what_enters_a_layer_is_counted_without_the_padding_of_words(case: Case) -> None:
-    if case.expert.kind != "lora":
-        return
     model = case.model(torch.float32)
     examples, nll = case.examples(model), case.task.type.nll
     layers = linear_layers(model, case.expert.modules)
@@ -122,9 +122,8 @@ def test_what_enters_a_layer_is_counted_without_the_padding_of_words(case: Case)
         assert relative_difference(together[name], value) < 1e-4, name
 
 
+@of_updates
 def test_vectors_and_answers_are_those_of_transformers(case: Case) -> None:
-    if case.expert.kind != "lora":
-        return
     identity = find_base(str(case.base), None, case.base)
     loaded = load_base(identity, case.task, CPU, torch.float32)
     reader = FeatureReader(loaded, identity, case.task, Sampling(limit=COUNT))

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from contextlib import chdir, redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
+from threading import Thread
 from unittest.mock import patch
 
 from pimerge.cli.app import main
@@ -47,17 +48,24 @@ def run_script(script: Path, arguments: Sequence[str], folder: Path, **variables
     with socket.socket(socket.AF_UNIX) as server, (folder / "printed").open("w+") as printed:
         server.bind(str(folder / "socket"))
         server.listen()
-        server.settimeout(0.05)
         with subprocess.Popen(["bash", script, *arguments], env=environment, stdout=printed, stderr=printed) as process:
-            while process.poll() is None:
-                try:
-                    client, _ = server.accept()
-                except TimeoutError:
-                    continue
+            Thread(target=report_end, args=(process, folder / "socket")).start()
+            while True:
+                client, _ = server.accept()
                 with client:
-                    client.sendall(json.dumps(answer(*json.load(client.makefile()))).encode())
+                    question = client.makefile().read()
+                    if not question:
+                        break
+                    client.sendall(json.dumps(answer(*json.loads(question))).encode())
         printed.seek(0)
         return process.returncode, printed.read()
+
+
+def report_end(process: subprocess.Popen[bytes], address: Path) -> None:
+    """Connect and ask nothing when the script has ended."""
+    process.wait()
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(address))
 
 
 def answer(folder: str, arguments: list[str]) -> tuple[int, str, str]:
