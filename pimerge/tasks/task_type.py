@@ -37,7 +37,7 @@ class Reading(Protocol):
         """
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)  # each is one object, and hashable
 class TaskType(Strategy):
     """A type of task.
 
