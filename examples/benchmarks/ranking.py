@@ -33,12 +33,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from pimerge.ranking.few_shot import DRAWS, bootstrap
 from scipy.stats import spearmanr
 
 from pimerge.adapters.compatibility import check_expert
 from pimerge.adapters.expert import Expert, open_expert
 from pimerge.checkpoints.base import Base, find_base
-from pimerge.core import plugins
 from pimerge.core.libraries import quiet_libraries
 from pimerge.embedding.embed import embed_expert
 from pimerge.embedding.features import STRENGTHS, FeatureReader, Sampling, TargetFeatures
@@ -48,7 +48,7 @@ from pimerge.evaluation.evaluate import evaluate
 from pimerge.models.linear_probe import fit_probe
 from pimerge.models.loading import Bases, load_base
 from pimerge.ranking.calibration import held_out_accuracy
-from pimerge.ranking.few_shot import DRAWS, bootstrap
+from pimerge.ranking.measure import MEASURES, Needs
 from pimerge.ranking.measures import combined, fisher, history
 from pimerge.ranking.nearest import compare
 from pimerge.ranking.selection import LEAST_ERRORS
@@ -87,7 +87,6 @@ class Seen:
 
 BARE = ("", 0.0)
 ALONE = "combined, no store"
-HELD_OUT = ("probe", "likelihood")
 
 
 def main() -> None:
@@ -241,10 +240,10 @@ def by_store(store: Store, names: Sequence[str]) -> tuple[dict, dict[str, float]
     """Measure → target → source → score, and seconds for a target."""
     scores: dict[str, dict[str, dict[str, float]]] = {}
     seconds = {}
-    for measure in plugins.summaries("pimerge.ranking.measures"):
-        strategy = plugins.load("pimerge.ranking.measures", measure)
-        if strategy.NEEDS not in ("fisher", "marginals", "experts"):
+    for strategy in MEASURES:
+        if not strategy.compares_embeddings:
             continue
+        measure = strategy.name
         start = time.perf_counter()
         scores[measure] = {}
         for name in names:
@@ -265,24 +264,25 @@ def by_examples(one: Seen, k: int, seed: int, seconds: dict[str, float]) -> dict
     weights = torch.ones(1, len(indices), dtype=torch.float64)
     samples = {key: subset(sample, indices) for key, sample in one.train.items()}
     part = combined.part_of(samples[BARE])
+    name = part.measure.name
     scores: dict[str, dict[tuple[str, float], float]] = {}
-    for measure in plugins.summaries("pimerge.ranking.measures"):
-        strategy = plugins.load("pimerge.ranking.measures", measure)
-        if strategy.NEEDS != "examples" or measure in ("combined", "loss") or (measure in HELD_OUT and k < 2):
+    for strategy in MEASURES:
+        measure = strategy.name
+        if strategy.needs is not Needs.EXAMPLES or measure in ("combined", "loss") or k < strategy.least_per_class:
             continue
         start = time.perf_counter()
         scores[measure] = {
             key: float(strategy.scores(sample, weights))
             for key, sample in samples.items()
-            if measure == part.name or (key[1] == 1.0 and (sample.logits is not None or not strategy.READS_ANSWERS))
+            if measure == name or (key[1] == 1.0 and (sample.logits is not None or not strategy.reads_answers))
         }
         share = len(one.pool) / len(scores[measure])  # of a target's candidates at one strength
         seconds[measure] = seconds.get(measure, 0.0) + share * (time.perf_counter() - start)
     scores[ALONE] = {
-        key: 100 * part.weight * (scores[part.name][key] - scores[part.name][BARE]) for key in samples if key != BARE
+        key: 100 * part.weight * (scores[name][key] - scores[name][BARE]) for key in samples if key != BARE
     }
     scores["combined"] = {key: gain + 100 * predicted(one, k, *key) for key, gain in scores[ALONE].items()}
-    seconds["combined"] = seconds[ALONE] = seconds[part.name]
+    seconds["combined"] = seconds[ALONE] = seconds[name]
     return scores
 
 
@@ -403,14 +403,9 @@ def report(
 
 def halves(rows: Mapping[str, Row], names: Sequence[str]) -> None:
     """The measure with the highest ρ on one half of the targets and its ρ on the other half, both ways."""
-    kinds = {"the store": ("fisher", "marginals", "experts"), "examples": ("examples",)}
-    for kind, needs in kinds.items():
+    for kind, of_store in {"the store": True, "examples": False}.items():
         known = rows.keys() - {ALONE}
-        own = {
-            m: np.array(rows[m].rho)
-            for m in sorted(known)
-            if plugins.load("pimerge.ranking.measures", m).NEEDS in needs
-        }
+        own = {m: np.array(rows[m].rho) for m in sorted(known) if MEASURES.load(m).compares_embeddings is of_store}
         for first in (0, 1):
             best = max(own, key=lambda m: own[m][first::2].mean())
             others = own[best][1 - first :: 2].mean()
@@ -424,7 +419,7 @@ def choices(k: int, seen: Mapping[str, Seen], trials: Mapping) -> dict[str, list
         gains = truth(one, k, STRENGTHS)
         per: dict[str, list[float]] = {}
         closest = max(one.close, key=lambda source: one.close[source])
-        helps = one.close[closest] > fisher.GATE
+        helps = one.close[closest] > fisher.MEASURE.threshold
         per["first choice by the store, above the threshold"] = [gains[closest, 1.0] if helps else 0.0]
         for seed, scores in enumerate(trials[name]):
             own = scores["combined"]
@@ -486,14 +481,14 @@ def fitted_weights(k: int, seen: Mapping[str, Seen], trials: Mapping) -> dict[st
     for name, one in seen.items():
         true = truth(one, k, STRENGTHS)
         for scores in trials[name]:
-            foretold += [scores[shipped.name][key] - scores[shipped.name][BARE] for key in true]
+            foretold += [scores[shipped.measure.name][key] - scores[shipped.measure.name][BARE] for key in true]
             gains += [gain / 100 for gain in true.values()]
     x, y = np.array(foretold), np.array(gains)
     fit = float(x @ y / (x @ x))
     explained = [1 - float(((y - weight * x) ** 2).sum() / (y**2).sum()) for weight in (fit, shipped.weight)]
-    print(f"  weight of {shipped.name} by least squares here: {fit:.2f}, shipped {shipped.weight}; ", end="")
+    print(f"  weight of {shipped.measure.name} by least squares here: {fit:.2f}, shipped {shipped.weight}; ", end="")
     print(f"R² {explained[0]:.2f}, {explained[1]:.2f}")
-    return {shipped.name: fit, "R2": explained[0], "R2 shipped": explained[1]}
+    return {shipped.measure.name: fit, "R2": explained[0], "R2 shipped": explained[1]}
 
 
 def tuned(

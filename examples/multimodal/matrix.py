@@ -17,6 +17,7 @@ from statistics import mean
 from pimerge.cli.console import print_table
 from pimerge.embedding.store import open_store
 from pimerge.ranking.by_store import rank_by_store
+from pimerge.ranking.measure import MEASURES
 from pimerge.ranking.selection import SelectionRule
 
 MODALITIES = {"v": "vision", "vl": "vision-language", "l": "language"}
@@ -55,7 +56,9 @@ def task_graph(path: Path, measure: str) -> tuple[list[str], Graph]:
     graph = {
         (name, candidate.name): candidate.score
         for name in names
-        for candidate in rank_by_store(store, name, measure, SelectionRule(gate=False), path.parent).candidates
+        for candidate in rank_by_store(
+            store, name, MEASURES.load(measure), SelectionRule(gate=False), path.parent
+        ).candidates
     }
     return names, graph
 

@@ -161,7 +161,6 @@ class Family(Generic[S]):
 
 # Families that are not yet typed objects: to be removed with the last of them.
 _NOUNS = {
-    "pimerge.ranking.measures": "measure",
     "pimerge.merging.methods": "merge method",
     "pimerge.reporting.figures": "figure",
 }

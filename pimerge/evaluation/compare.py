@@ -36,7 +36,8 @@ from pimerge.evaluation.evaluate import TestSplit, read_test_split, score_model
 from pimerge.evaluation.paired_stats import conclusion, lines_of
 from pimerge.evaluation.schema import ComparisonDocument, ComparisonRun
 from pimerge.ranking.by_examples import rank_by_examples
-from pimerge.ranking.selection import BY_EXAMPLES, SelectionRule
+from pimerge.ranking.measure import BY_EXAMPLES, MEASURES
+from pimerge.ranking.selection import SelectionRule
 from pimerge.tasks.task import Task
 from pimerge.tuning.cross_validation import choose
 from pimerge.tuning.fit import fit
@@ -241,7 +242,7 @@ class _ComparisonRunner:
         reader = FeatureReader(
             session.loaded, session.base, session.task, Sampling("train", shots, LIMIT, seed), cached
         )
-        measure = BY_EXAMPLES if reader.holds_out else BY_ONE_EXAMPLE
+        measure = MEASURES.load(BY_EXAMPLES if reader.holds_out else BY_ONE_EXAMPLE)
         experts = {each.expert.name: each.expert for each in self.pool}
         target = Target(name=session.task.name, path=".", sha256=session.task.sha256(), expert=False)
         return rank_by_examples(

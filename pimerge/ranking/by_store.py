@@ -7,14 +7,12 @@ from pathlib import Path
 
 from pimerge.adapters.expert import Expert
 from pimerge.adapters.ranking_document import Candidate, Ranking, Target
-from pimerge.core import plugins
 from pimerge.core.errors import PimergeError
 from pimerge.core.files import relative_to
 from pimerge.embedding.store import Store
-from pimerge.ranking.measures.history import predicted
+from pimerge.ranking.measure import BY_STORE, MEASURES, Measure
 from pimerge.ranking.nearest import StoreComparison, compare
 from pimerge.ranking.selection import (
-    BY_STORE,
     LEAST_ERRORS_OF_HISTORY,
     Z95,
     GainEstimate,
@@ -26,7 +24,7 @@ from pimerge.ranking.selection import (
 )
 
 
-def rank_by_store(store: Store, target: str, measure: str, rule: SelectionRule, folder: Path) -> Ranking:
+def rank_by_store(store: Store, target: str, measure: Measure, rule: SelectionRule, folder: Path) -> Ranking:
     """Rank the experts of a store by how close they are to one of them.
 
     Args:
@@ -37,8 +35,7 @@ def rank_by_store(store: Store, target: str, measure: str, rule: SelectionRule, 
     Raises:
         PimergeError: if the target itself has changed.
     """
-    strategy = plugins.load("pimerge.ranking.measures", measure)
-    compared = compare(store, target, strategy)
+    compared = compare(store, target, measure)
     scores, errors = _scores(compared)
     candidates = [
         Candidate(
@@ -48,7 +45,7 @@ def rank_by_store(store: Store, target: str, measure: str, rule: SelectionRule, 
             score=score,
             low=max(-1.0, score - Z95 * error),
             high=min(1.0, score + Z95 * error),
-            helps=score > strategy.GATE,
+            helps=score > measure.threshold,
         )
         for (name, expert), score, error in zip(compared.experts.items(), scores, errors, strict=True)
     ]
@@ -63,19 +60,16 @@ def rank_by_store(store: Store, target: str, measure: str, rule: SelectionRule, 
             "were compared exactly"
         )
     own = store.open(target)
-    if compared.experts and (
-        remark := getattr(strategy, "remark", lambda experts: "")([own, *compared.experts.values()])
-    ):
+    if compared.experts and (remark := measure.remark([own, *compared.experts.values()])):
         notes.append(remark)
     return document(
         Target(name=target, path=relative_to(own.path, folder), sha256=own.sha256),
-        measure,
+        measure.name,
         count,
         candidates,
         compared.excluded,
         helpful[:count],
-        f"of {len(candidates)} comparable experts by '{measure}': "
-        f"{plugins.summaries('pimerge.ranking.measures')[measure]}",
+        f"of {len(candidates)} comparable experts by '{measure.name}': {measure.summary}",
         notes,
     )
 
@@ -85,6 +79,7 @@ def rank_by_history(
     experts: Mapping[str, Expert],
     excluded: Mapping[str, str],
     target: Target,
+    measure: Measure,
     rule: SelectionRule,
     folder: Path,
 ) -> Ranking:
@@ -105,11 +100,11 @@ def rank_by_history(
         )
     similarities: dict[str, float] = {}
     if target.expert and target.name in store.experts:
-        compared = compare(store, target.name, plugins.load("pimerge.ranking.measures", BY_STORE))
+        compared = compare(store, target.name, MEASURES.load(BY_STORE))
         similarities = dict(zip(compared.experts, _scores(compared)[0], strict=True))
     candidates, unknown = [], dict(excluded)
     for name, expert in experts.items():
-        found = predicted(history, similarities, name)
+        found = measure.predict(history, similarities, name)
         if found is None:
             unknown[name] = "it was not there when 'pimerge rank --calibrate' ran"
             continue
@@ -125,12 +120,12 @@ def rank_by_history(
     weighted = "weighted by their similarity to it" if similarities else "weighted alike, since it is not in the store"
     return document(
         target,
-        "history",
+        measure.name,
         count,
         candidates,
         unknown,
         helpful[:count],
-        f"of {len(candidates)} experts by 'history': {plugins.summaries('pimerge.ranking.measures')['history']}",
+        f"of {len(candidates)} experts by '{measure.name}': {measure.summary}",
         [f"from the gains for {len(history)} other targets, {weighted}", *notes],
         0.0,
     )

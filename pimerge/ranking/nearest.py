@@ -10,7 +10,6 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from types import ModuleType
 
 import numpy as np
 
@@ -23,6 +22,7 @@ from pimerge.embedding.store import Store
 from pimerge.embedding.store_schema import Embedding
 from pimerge.embedding.store_view import StoreView
 from pimerge.ranking.cosine import Similarity
+from pimerge.ranking.measure import Measure, Needs
 
 SHORTLIST = 100
 MEAN_OF = 16
@@ -45,7 +45,7 @@ class StoreComparison:
     shortlisted_from: int | None
 
 
-def compare(store: Store, target: str, measure: ModuleType) -> StoreComparison:
+def compare(store: Store, target: str, measure: Measure) -> StoreComparison:
     """Compare a target with the other experts of its store.
 
     Args:
@@ -56,12 +56,12 @@ def compare(store: Store, target: str, measure: ModuleType) -> StoreComparison:
         PimergeError: if the target itself has changed, or a score is not finite.
     """
     opened = store.open(target)
-    if getattr(measure, "NEEDS_UPDATE", False) and not opened.modules:
+    if measure.needs_update and not opened.modules:
         raise PimergeError(
             f"the measure compares updates ΔW, and '{target}' is of kind {opened.kind}, which has none",
             "take --measure fisher, marginals or fisher-raw",
         )
-    own = store.member(target, opened, measure.NEEDS)
+    own = store.member(target, opened, measure.needs)
     names, others = _alike(store, target, measure)
     sampled: list[str] = []
     if len(names) > SHORTLIST:
@@ -76,7 +76,7 @@ def compare(store: Store, target: str, measure: ModuleType) -> StoreComparison:
     extra, _ = _comparable(store, target, own, sorted(set(sampled) - found.keys()), measure)
     members = {target: own, **found, **extra}
     pool = [place for place, name in enumerate(members) if name in sampled or not sampled]
-    similarity: Similarity = measure.similarity(list(members.values()), len(found), pool, sampled=bool(sampled))
+    similarity = measure.similarity(list(members.values()), len(found), pool, bool(sampled))
     if not np.isfinite(similarity.scores()).all():
         raise PimergeError(
             f"the scores of the target '{target}' are not finite", "embed the pool again: pimerge embed --force"
@@ -85,7 +85,7 @@ def compare(store: Store, target: str, measure: ModuleType) -> StoreComparison:
 
 
 def _comparable(
-    store: Store, target: str, own: StoreView, names: Sequence[str], measure: ModuleType
+    store: Store, target: str, own: StoreView, names: Sequence[str], measure: Measure
 ) -> tuple[dict[str, StoreView], dict[str, str]]:
     """The experts of some names that compare with the target, and why the others do not."""
 
@@ -93,7 +93,7 @@ def _comparable(
         try:
             expert = store.open(name)
             reason = _difference(store, target, own.expert, name, expert, measure)
-            return reason or store.member(name, expert, measure.NEEDS)
+            return reason or store.member(name, expert, measure.needs)
         except PimergeError as error:
             return error.problems[0].message
 
@@ -121,13 +121,13 @@ def by_projection(store: Store, target: str, others: Sequence[str]) -> list[str]
     return [others[index] for index in np.argsort(-scores, kind="stable")]
 
 
-def _alike(store: Store, target: str, measure: ModuleType) -> tuple[list[str], dict[str, str]]:
+def _alike(store: Store, target: str, measure: Measure) -> tuple[list[str], dict[str, str]]:
     """Those that the measure can compare with the target, by the document alone; and why it cannot each of the others.
 
     They have the target's base and its kind, unless the measure looks at the layers' second moments or at ΔW alone.
     """
-    by_layers = measure.NEEDS == "marginals" and not measure.SAME_BASIS
-    by_update = getattr(measure, "NEEDS_UPDATE", False) and not measure.SAME_BASIS
+    by_layers = measure.needs is Needs.SECOND_MOMENTS and not measure.same_basis
+    by_update = measure.needs_update and not measure.same_basis
     entries = store.document.experts
     own, alike, others = entries[target], [], {}
     for name, entry in entries.items():
@@ -153,14 +153,14 @@ def _spread(ordered: Sequence[str]) -> list[str]:
     return [ordered[round(len(ordered) * (place + 0.5) / MEAN_OF - 0.5)] for place in range(MEAN_OF)]
 
 
-def _difference(store: Store, target: str, own: Expert, name: str, expert: Expert, measure: ModuleType) -> str:
+def _difference(store: Store, target: str, own: Expert, name: str, expert: Expert, measure: Measure) -> str:
     """Why an expert cannot be compared with the target; empty if it can be."""
     shapes = {n: (m.d_out, m.d_in) for n, m in own.modules.items()}
     if any(shapes.get(n, (m.d_out, m.d_in)) != (m.d_out, m.d_in) for n, m in expert.modules.items()):
         return "its modules have other shapes than the target's"
-    if measure.SAME_BASIS and (reason := differing_form(own, expert)):
+    if measure.same_basis and (reason := differing_form(own, expert)):
         return reason
-    if measure.SAME_BASIS:
+    if measure.same_basis:
         cosine, least = init_cosine(own, expert)
         if cosine < least:
             return (
@@ -168,6 +168,6 @@ def _difference(store: Store, target: str, own: Expert, name: str, expert: Exper
                 f"a shared init has at least {least:.2f}); '--measure delta' does not depend on it"
             )
     labels = [store.document.experts[each].settings.labels for each in (name, target)]
-    if measure.NEEDS in ("fisher", "marginals") and labels[0] != labels[1]:
+    if measure.needs in (Needs.FISHER, Needs.SECOND_MOMENTS) and labels[0] != labels[1]:
         return f"its Fisher has {labels[0]} labels, the target's {labels[1]}"
     return ""

@@ -9,17 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from pimerge.adapters.ranking_document import Ranking
-from pimerge.core import plugins
 from pimerge.core.errors import PimergeError
 from pimerge.core.progress import Track
 from pimerge.embedding.store import Store, open_store
 from pimerge.ranking.by_store import rank_by_history, rank_by_store
+from pimerge.ranking.measure import BY_STORE, MEASURES, Needs
 from pimerge.ranking.nearest import compare
-from pimerge.ranking.selection import BY_STORE
 from pimerge.ranking.target import AUTO, RankRequest, RankTarget, find_target, folder_for, pool_base, pool_of
-
-STORED = ("fisher", "marginals", "experts")
-"""What a measure of the store may need."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +47,7 @@ def ranked(target: str, request: RankRequest, folder: Path, track: Track) -> Ite
         PimergeError: if the target or its examples do not serve the measure that was asked for.
     """
     if request.measure != AUTO:
-        plugins.load("pimerge.ranking.measures", request.measure)
+        MEASURES.load(request.measure)
     store = open_store(request.store)
     asked = find_target(target, store, request.base)
     if asked.expert is None and request.train_target:
@@ -66,7 +62,7 @@ def ranked(target: str, request: RankRequest, folder: Path, track: Track) -> Ite
         return
     measure = BY_STORE if request.measure == AUTO else request.measure
     with _target_in_store(asked, store, request, track) as where:
-        ranking = rank_by_store(where, asked.name, measure, request.rule, folder)
+        ranking = rank_by_store(where, asked.name, MEASURES.load(measure), request.rule, folder)
         notes = [f"{found}: ranked by '{measure}' from the store"] if found else []
         if asked.expert is None:
             head = ", with a head of its examples" if asked.task().type.trains_head else ""
@@ -98,10 +94,10 @@ class Explanation:
 def explain(found: RankingContext, name: str) -> Explanation:
     """What makes a candidate's score: by scale on the examples, and by tensor in the store."""
     measure = found.ranking.measure
-    by = measure if plugins.load("pimerge.ranking.measures", measure).NEEDS in STORED else BY_STORE
+    by = measure if MEASURES.load(measure).compares_embeddings else BY_STORE
     tensors: dict[str, float] = {}
     if found.compared_in is not None:
-        compared = compare(found.compared_in, found.asked.name, plugins.load("pimerge.ranking.measures", by))
+        compared = compare(found.compared_in, found.asked.name, MEASURES.load(by))
         if compared.similarity is not None and name in compared.experts:
             added = compared.similarity.contributions()[list(compared.experts).index(name)].tolist()
             tensors = dict(zip(compared.similarity.tensors, added, strict=True))
@@ -120,15 +116,15 @@ def _without_comparing(
         from pimerge.ranking.rank_by_examples import by_default
 
         return by_default(asked, store, request, folder, track)
-    needs = plugins.load("pimerge.ranking.measures", request.measure).NEEDS
-    if needs == "examples":
+    measure = MEASURES.load(request.measure)
+    if measure.needs is Needs.EXAMPLES:
         from pimerge.ranking.rank_by_examples import by_examples
 
-        return by_examples(asked, store, request.measure, request, folder, track)
-    if needs == "history":
+        return by_examples(asked, store, measure, request, folder, track)
+    if measure.needs is Needs.HISTORY:
         experts, excluded = pool_of(store, asked, pool_base(store, asked, request.base))
-        return rank_by_history(store, experts, excluded, asked.named_from(folder), request.rule, folder)
-    if needs == "experts" and asked.expert is None:
+        return rank_by_history(store, experts, excluded, asked.named_from(folder), measure, request.rule, folder)
+    if measure.needs is Needs.EXPERTS and asked.expert is None:
         raise PimergeError(
             f"the target '{asked.name}' has no expert, and '{request.measure}' compares experts",
             "pass --train-target to train one, or a measure of its examples (--measure combined)",

@@ -7,20 +7,18 @@ from contextlib import suppress
 from pathlib import Path
 
 from pimerge.adapters.ranking_document import Ranking
-from pimerge.core import plugins
 from pimerge.core.errors import PimergeError, Problems
 from pimerge.core.libraries import quiet_libraries
 from pimerge.core.progress import Track
 from pimerge.embedding.features import STRENGTHS, FeatureReader, Sampling, why_not
 from pimerge.embedding.store import Store, open_store
 from pimerge.models.loading import load_base, resolve_device, resolve_dtype
-from pimerge.ranking.by_examples import rank_by_examples
+from pimerge.ranking.by_examples import gains_by_strength, rank_by_examples
 from pimerge.ranking.calibration import measure_gains
-from pimerge.ranking.few_shot import gains_by_strength
+from pimerge.ranking.measure import BY_EXAMPLES, BY_STORE, MEASURES, Measure
 from pimerge.ranking.measures.combined import store_weight
 from pimerge.ranking.nearest import SHORTLIST, by_projection, compare
 from pimerge.ranking.own_expert import store_with_target
-from pimerge.ranking.selection import BY_EXAMPLES, BY_STORE
 from pimerge.ranking.target import RankRequest, RankTarget, names_on, open_all, pool_base, pool_of
 
 LEAST_WEIGHT = 0.01
@@ -42,7 +40,7 @@ def by_default(asked: RankTarget, store: Store, request: RankRequest, folder: Pa
         reader = _viewer(asked, store, request)
         if asked.expert is not None and not reader.holds_out:
             return "one example of a class is too few to judge by"
-        return _ranked(reader, asked, store, BY_EXAMPLES, request, folder, track)
+        return _ranked(reader, asked, store, MEASURES.load(BY_EXAMPLES), request, folder, track)
     except PimergeError as error:
         if asked.expert is None or request.shots is not None:
             raise
@@ -50,7 +48,7 @@ def by_default(asked: RankTarget, store: Store, request: RankRequest, folder: Pa
 
 
 def by_examples(
-    asked: RankTarget, store: Store, measure: str, request: RankRequest, folder: Path, track: Track
+    asked: RankTarget, store: Store, measure: Measure, request: RankRequest, folder: Path, track: Track
 ) -> Ranking:
     """Rank by a measure of the target's examples.
 
@@ -64,7 +62,7 @@ def _ranked(
     reader: FeatureReader,
     asked: RankTarget,
     store: Store,
-    measure: str,
+    measure: Measure,
     request: RankRequest,
     folder: Path,
     track: Track,
@@ -78,7 +76,7 @@ def _ranked(
             notes = [f"of {len(names)} experts, the {SHORTLIST} nearest by their sketches were tried on the examples"]
             names = nearest
     experts, broken = open_all(store, names)
-    prior = _foretold(asked, store, reader)
+    prior = _predicted_by_store(asked, store, reader)
     if prior:
         notes.append("its expert in the store saw more examples: how close the others are to it there counts too")
     with track("candidates", (1 + len(experts) * len(STRENGTHS)) * len(reader.labels), "examples") as advance:
@@ -90,15 +88,15 @@ def _ranked(
     return ranking.with_notes(*notes)
 
 
-def _foretold(asked: RankTarget, store: Store, reader: FeatureReader) -> dict[str, float]:
-    """Name → gain at full strength that the store foretells; empty where it has nothing to add to the examples."""
+def _predicted_by_store(asked: RankTarget, store: Store, reader: FeatureReader) -> dict[str, float]:
+    """Name → gain at full strength that the store predicts; empty where it has nothing to add to the examples."""
     if not asked.stored:
         return {}
     classes = len(set(reader.labels.tolist()))
     weight = store_weight(len(reader.labels) / classes, store.experts[asked.name].examples / classes)
     if weight < LEAST_WEIGHT:
         return {}
-    compared = compare(store, asked.name, plugins.load("pimerge.ranking.measures", BY_STORE))
+    compared = compare(store, asked.name, MEASURES.load(BY_STORE))
     scores = [] if compared.similarity is None else compared.similarity.scores().tolist()
     return {name: weight * score for name, score in zip(compared.experts, scores, strict=True)}
 
@@ -106,7 +104,7 @@ def _foretold(asked: RankTarget, store: Store, reader: FeatureReader) -> dict[st
 def strengths_of(asked: RankTarget, store: Store, name: str, request: RankRequest) -> dict[float, dict[str, float]]:
     """Scale of a candidate → measure of the examples → what it gives above the bare base."""
     reader = _viewer(asked, store, request)
-    return gains_by_strength(reader, store.open(name), _foretold(asked, store, reader).get(name, 0.0))
+    return gains_by_strength(reader, store.open(name), _predicted_by_store(asked, store, reader).get(name, 0.0))
 
 
 def _viewer(asked: RankTarget, store: Store, request: RankRequest) -> FeatureReader:

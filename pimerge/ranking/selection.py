@@ -11,8 +11,6 @@ from pimerge.adapters.expert import Expert
 from pimerge.adapters.ranking_document import Candidate, NotComparable, Ranking, Seen, Target
 from pimerge.core.files import relative_to
 
-BY_EXAMPLES, BY_STORE = "combined", "fisher"
-"""The measures where none is asked for."""
 MOST = 8
 Z95 = 1.959963984540054
 # The gate opens above so many standard errors of the expected gain. By examples the best of some dozens of candidates,

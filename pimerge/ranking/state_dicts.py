@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,18 +12,18 @@ import numpy as np
 
 from pimerge.adapters.ranking_document import Candidate, Ranking, Target
 from pimerge.checkpoints.safetensors_file import FLOATS, TensorFile, open_tensors
-from pimerge.core import plugins
-from pimerge.core.errors import PimergeError, nearest
+from pimerge.core.errors import PimergeError, Problems, nearest
 from pimerge.core.files import relative_to, sha256_file
-from pimerge.ranking.measures.parameters import of_files
+from pimerge.ranking.cosine import Similarity
+from pimerge.ranking.measure import BY_FILES, MEASURES, Measure
 from pimerge.ranking.selection import Z95, document, widest_gap
+from pimerge.ranking.target import AUTO, RankRequest
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 SUFFIX = ".safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-MEASURE = "parameters"
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,11 @@ def open_state_dict(path: Path) -> StateDict:
     return found
 
 
+def names_state_dict(path: str) -> bool:
+    """Whether a path is that of a plain state dict, or of a pickle that might hold one."""
+    return Path(path).suffix in (SUFFIX, *PICKLES) and Path(path).is_file()
+
+
 def find_state_dict(name: str, folder: Path) -> Path:
     """The file of a pool by its name, with or without its suffix.
 
@@ -72,22 +78,53 @@ def find_state_dict(name: str, folder: Path) -> Path:
     raise PimergeError(f"there is no state dict '{name}' in '{folder}'", nearest(name, known))
 
 
-def rank_state_dicts(path: Path, pool: Path, k: int | None, folder: Path, base: Path | None = None) -> Ranking:
+def ranked_state_dicts(target: str, request: RankRequest, folder: Path) -> Ranking | None:
+    """The ranking of plain state dicts, if the target or the store names some; else None.
+
+    Args:
+        folder: where the ranking will lie; its paths are relative to that.
+    """
+    path, pool = Path(target), request.store
+    if not pool.is_dir():
+        if not names_state_dict(target):
+            return None
+        pool = path.parent
+    measure = MEASURES.load(BY_FILES if request.measure == AUTO else request.measure)
+    problems = Problems()
+    if measure.of_files is None:
+        problems.add(
+            f"'{measure.name}' needs experts with a config, and these are plain state dicts",
+            f"take --measure {BY_FILES}",
+        )
+    given = {"--shots": request.shots is not None, "--train-target": request.train_target}
+    for option in [option for option, is_given in given.items() if is_given]:
+        problems.add(f"{option} does not apply to plain state dicts", "leave it out")
+    base = None if request.base is None else Path(request.base)
+    if base is not None and not names_state_dict(str(base)):
+        problems.add(f"--base is '{base}'", f"expected the {SUFFIX} file that these state dicts were trained from")
+    problems.raise_any("these state dicts cannot be ranked")
+    if not path.is_file():
+        path = find_state_dict(target, pool)
+    return rank_state_dicts(path, pool, request.k, folder, base, measure=measure)
+
+
+def rank_state_dicts(
+    path: Path, pool: Path, k: int | None, folder: Path, base: Path | None = None, *, measure: Measure | None = None
+) -> Ranking:
     """Rank the other state dicts of a folder by how close their numbers are to the target's.
 
-    Numbers that were trained from one start are close to each other whatever the task, so that with the start known
-    what was added to it is compared.
+    Numbers that were trained from one start are close to each other whatever the task, so if the start is known, what
+    was added to it is compared.
 
     Args:
         path: the target's file.
         pool: the folder.
-        k: how many to select; None for as many as stand before the widest gap.
+        k: how many to select; None for those before the widest gap.
         folder: where the ranking will lie; its paths are relative to that.
         base: the file that all were trained from, θ0; then θ − θ0 is compared.
-
-    Raises:
-        PimergeError: if the target or the base cannot be read or do not fit, or there is no other file.
+        measure: one that compares plain files; None for the default.
     """
+    measure = measure or MEASURES.load(BY_FILES)
     target = open_state_dict(path)
     start = open_state_dict(base) if base else None
     if start is not None and start.form != target.form:
@@ -105,7 +142,7 @@ def rank_state_dicts(path: Path, pool: Path, k: int | None, folder: Path, base: 
             f"'{pool}' holds no other state dict than the target", f"put the {SUFFIX} files that are to be ranked there"
         )
     origin = start.file if start else None
-    own = of_files([target.file], list(target.form), origin)
+    own = _similarity(measure, target, [], origin)
     if not np.isfinite(own.own).all():
         raise PimergeError(
             f"{_unusable(own.tensors, own.own)} of the target '{path}' holds NaN or Inf", "its training diverged"
@@ -115,39 +152,43 @@ def rank_state_dicts(path: Path, pool: Path, k: int | None, folder: Path, base: 
     candidates, excluded = [], {}
     for each in others:
         try:
-            candidates.append(_candidate(target, open_state_dict(each), folder, origin))
+            candidates.append(_candidate(measure, target, open_state_dict(each), folder, origin))
         except PimergeError as error:
             excluded[each.name.removesuffix(SUFFIX)] = error.problems[0].message
     candidates.sort(key=lambda candidate: (-candidate.score, candidate.name))
     count = k if k is not None else widest_gap([candidate.score for candidate in candidates])
     return document(
         Target(name=target.name, path=relative_to(path, folder), sha256=sha256_file(path)),
-        MEASURE,
+        measure.name,
         count,
         candidates,
         excluded,
         candidates[:count],
-        f"of {len(candidates)} comparable state dicts by '{MEASURE}': "
-        f"{plugins.summaries('pimerge.ranking.measures')[MEASURE]}",
+        f"of {len(candidates)} comparable state dicts by '{measure.name}': {measure.summary}",
         [f"compared by what was added to '{base}'"] if base else [],
     )
 
 
-def _candidate(target: StateDict, other: StateDict, folder: Path, start: TensorFile | None) -> Candidate:
-    """A candidate, if it has the target's tensors.
+def _similarity(
+    measure: Measure, target: StateDict, others: Sequence[StateDict], start: TensorFile | None
+) -> Similarity:
+    assert measure.of_files is not None
+    return measure.of_files([target.file, *(other.file for other in others)], list(target.form), start)
 
-    Raises:
-        PimergeError: if it has not, holds NaN or Inf, or is the start itself.
-    """
+
+def _candidate(
+    measure: Measure, target: StateDict, other: StateDict, folder: Path, start: TensorFile | None
+) -> Candidate:
+    """A candidate; it must have the target's tensors, without NaN or Inf, and not be the start itself."""
     if other.form != target.form:
         raise PimergeError(_difference(target, other))
-    similarity = of_files([target.file, other.file], list(target.form), start)
+    similarity = _similarity(measure, target, [other], start)
     if not np.isfinite(similarity.norms).all():
         raise PimergeError(f"{_unusable(similarity.tensors, similarity.norms)} holds NaN or Inf")
     if start is not None and not similarity.norms.any():
         raise PimergeError("it holds the same numbers as the base")
-    score, error = float(similarity.scores()[0]), float(similarity.errors()[0])
     path = other.file.path
+    score, error = float(similarity.scores()[0]), float(similarity.errors()[0])
     return Candidate(
         name=other.name,
         path=relative_to(path, folder),

@@ -22,6 +22,7 @@ from pimerge.embedding.store import Store
 from pimerge.embedding.store_schema import EmbedSettings
 from pimerge.models.loading import Bases
 from pimerge.ranking.by_store import rank_by_store
+from pimerge.ranking.measure import MEASURES
 from pimerge.ranking.selection import SelectionRule
 from tests.support.bases import model_for
 from tests.support.experts import MakeExpert, dense_deltas, edit_tensors
@@ -82,7 +83,9 @@ def folder(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def rank_in(folder: Path, target: str = "x", measure: str = "fisher", k: int = 2) -> Ranking:
-    return rank_by_store(Store(folder / "embeddings.json"), target, measure, SelectionRule(k, gate=False), folder)
+    return rank_by_store(
+        Store(folder / "embeddings.json"), target, MEASURES.load(measure), SelectionRule(k, gate=False), folder
+    )
 
 
 def reasons_of(ranking: Ranking) -> dict[str, str]:
@@ -217,7 +220,9 @@ def test_wrong_options_are_named(template: Path, arguments: dict[str, Any], expe
 
 
 def test_a_ranking_reads_back_and_its_paths_are_relative_to_it(folder: Path) -> None:
-    ranking = rank_by_store(Store(folder / "embeddings.json"), "x", "delta", SelectionRule(2), folder / "deep")
+    ranking = rank_by_store(
+        Store(folder / "embeddings.json"), "x", MEASURES.load("delta"), SelectionRule(2), folder / "deep"
+    )
     write_ranking(ranking, folder / "deep" / "ranking.json", force=False)
     again = read_ranking(folder / "deep" / "ranking.json")
     assert again == ranking

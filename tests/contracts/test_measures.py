@@ -1,12 +1,13 @@
-"""Laws that every measure in the folder's listing keeps, by what it needs."""
+"""Laws that every measure keeps, by what it needs."""
 
 from __future__ import annotations
 
 import copy
 import math
+import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -14,30 +15,57 @@ import torch
 from torch import Tensor
 
 from pimerge.adapters.expert import open_expert
-from pimerge.core import plugins
 from pimerge.embedding.features import TargetFeatures
 from pimerge.embedding.store_view import StoreView
-from pimerge.ranking.measures import combined, likelihood, probe
-from pimerge.ranking.measures.history import predicted
+from pimerge.ranking import measures
+from pimerge.ranking.measure import BY_EXAMPLES, BY_FILES, BY_STORE, MEASURES, Measure, Needs
 from tests.support.experts import MakeExpert, edit_tensors
 from tests.support.samples import stored
 
 COUNT = 5
-BY_NEEDS: dict[str, list[str]] = {}
-for _name in sorted(plugins.summaries("pimerge.ranking.measures")):
-    BY_NEEDS.setdefault(plugins.load("pimerge.ranking.measures", _name).NEEDS, []).append(_name)
-OF_THE_STORE = [name for needs in ("fisher", "marginals", "experts") for name in BY_NEEDS[needs]]
-OF_EXAMPLES = BY_NEEDS["examples"]
+OF_THE_STORE = [measure for measure in MEASURES if measure.compares_embeddings]
+OF_EXAMPLES = [measure for measure in MEASURES if measure.needs is Needs.EXAMPLES]
+OF_HISTORY = [measure for measure in MEASURES if measure.needs is Needs.HISTORY]
+AROUND_A_MEAN = [measure for measure in OF_THE_STORE if measure.threshold >= 0]
+NOT_HELD_OUT = [measure for measure in OF_EXAMPLES if not measure.held_out]
+GAINS = [measure for measure in OF_EXAMPLES if measure.is_gain]
+
+
+def named(measures: Sequence[Measure]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("measure", measures, ids=lambda measure: str(measure.name))
 
 
 def test_every_measure_is_covered_here() -> None:
-    covered = {*OF_THE_STORE, *OF_EXAMPLES, "history"}
-    assert covered == set(plugins.summaries("pimerge.ranking.measures"))
-    assert "combined" in OF_EXAMPLES
+    assert sorted(each.name for each in OF_THE_STORE + OF_EXAMPLES + OF_HISTORY) == MEASURES.names()
+    assert {BY_EXAMPLES, BY_STORE, BY_FILES} <= set(MEASURES.names())
+    assert [MEASURES.load(BY_EXAMPLES)] == GAINS
 
 
-def loaded(name: str) -> ModuleType:
-    return plugins.load("pimerge.ranking.measures", name)
+@pytest.mark.parametrize("name", MEASURES.names())
+def test_a_measure_has_the_function_of_what_it_needs_alone(name: str) -> None:
+    measure = MEASURES.load(name)
+    functions = {
+        "similarity": measure.compares_embeddings,
+        "scores": measure.needs is Needs.EXAMPLES,
+        "predict": measure.needs is Needs.HISTORY,
+    }
+    defaults = {field.name: field.default for field in fields(Measure)}
+    assert {field: getattr(measure, field) is not defaults[field] for field in functions} == functions
+    assert measure.requirements.startswith(measure.needs.text)
+
+
+def test_a_file_in_a_folder_of_the_package_is_a_measure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "constant_score.py").write_text(
+        "from pimerge.ranking.measure import Measure, Needs\n\n"
+        "def scores(features, weights):\n    return weights.new_zeros(len(weights))\n\n"
+        'MEASURE = Measure(name="constant-score", summary="Zero.", needs=Needs.EXAMPLES, scores=scores)\n'
+    )
+    monkeypatch.setattr(measures, "__path__", [*measures.__path__, str(tmp_path)])
+    assert "constant-score" in MEASURES.names()
+    measure = MEASURES.load("constant_score")
+    assert measure in list(MEASURES)
+    assert once(measure, sample_of(1.0)) == 0
+    monkeypatch.delitem(sys.modules, "pimerge.ranking.measures.constant_score")
 
 
 def set_to_zero(tensors: dict[str, Tensor]) -> None:
@@ -67,30 +95,22 @@ def zero(members: list[StoreView]) -> StoreView:
     return members[COUNT]
 
 
-@pytest.fixture(params=OF_THE_STORE)
-def measure(request: pytest.FixtureRequest) -> ModuleType:
-    return loaded(request.param)
-
-
-def scores(measure: ModuleType, target: StoreView, candidates: Sequence[StoreView]) -> list[float]:
+def scores(measure: Measure, target: StoreView, candidates: Sequence[StoreView]) -> list[float]:
     """Of all candidates, with the mean of them and the target."""
     similarity = measure.similarity([target, *candidates], len(candidates), range(1 + len(candidates)))
     found: list[float] = similarity.scores().tolist()
     return found
 
 
-def test_a_measure_of_the_store_says_what_it_compares(measure: ModuleType) -> None:
-    assert isinstance(measure.SAME_BASIS, bool)
-    assert -1 <= measure.GATE < 1
-
-
-def test_every_score_is_finite_and_in_order(measure: ModuleType, pool: list[StoreView]) -> None:
+@named(OF_THE_STORE)
+def test_every_score_is_finite_and_in_order(measure: Measure, pool: list[StoreView]) -> None:
     found = scores(measure, pool[0], pool[1:])
     assert len(set(found)) == COUNT - 1
     assert all(isinstance(score, float) and math.isfinite(score) and abs(score) <= 1 for score in found)
 
 
-def test_scores_are_the_sums_of_their_contributions(measure: ModuleType, pool: list[StoreView]) -> None:
+@named(OF_THE_STORE)
+def test_scores_are_the_sums_of_their_contributions(measure: Measure, pool: list[StoreView]) -> None:
     similarity = measure.similarity(pool, COUNT - 1, range(COUNT))
     assert similarity.contributions().shape == (COUNT - 1, len(similarity.tensors))
     np.testing.assert_allclose(similarity.contributions().sum(1), similarity.scores(), rtol=1e-7, atol=1e-7)
@@ -98,50 +118,62 @@ def test_scores_are_the_sums_of_their_contributions(measure: ModuleType, pool: l
     assert np.isfinite(similarity.errors()).all()
 
 
-def test_the_order_of_the_candidates_does_not_matter(measure: ModuleType, pool: list[StoreView]) -> None:
+@named(OF_THE_STORE)
+def test_the_order_of_the_candidates_does_not_matter(measure: Measure, pool: list[StoreView]) -> None:
     forwards = scores(measure, pool[0], pool[1:])
     assert scores(measure, pool[0], pool[:0:-1])[::-1] == pytest.approx(forwards, abs=1e-12)
 
 
+@named(OF_THE_STORE)
 def test_two_experts_of_a_pool_are_as_close_to_each_other_from_either_side(
-    measure: ModuleType, pool: list[StoreView]
+    measure: Measure, pool: list[StoreView]
 ) -> None:
     first, second, *rest = pool
     there, back = scores(measure, first, [second, *rest])[0], scores(measure, second, [first, *rest])[0]
     assert there == pytest.approx(back, abs=1e-12)
 
 
-def test_nothing_is_closer_than_an_identical_copy(measure: ModuleType, pool: list[StoreView]) -> None:
+@named(OF_THE_STORE)
+def test_nothing_is_closer_than_an_identical_copy(measure: Measure, pool: list[StoreView]) -> None:
     twin, *others = scores(measure, pool[0], [pool[0], *pool[1:]])
     assert twin == pytest.approx(1)
     assert twin > max(others)
 
 
-def test_members_of_the_pool_that_are_no_candidates_only_move_the_mean(
-    measure: ModuleType, pool: list[StoreView]
+@named(OF_THE_STORE)
+def test_members_of_the_pool_that_are_not_candidates_only_move_the_mean(
+    measure: Measure, pool: list[StoreView]
 ) -> None:
     few = measure.similarity(pool, 2, range(COUNT)).scores().tolist()
     assert few == pytest.approx(scores(measure, pool[0], pool[1:])[:2], abs=1e-12)
 
 
-def test_whether_the_pool_is_a_sample_matters_only_to_its_mean(measure: ModuleType, pool: list[StoreView]) -> None:
-    whole, sample = (
-        measure.similarity(pool, COUNT - 1, range(COUNT), sampled=sampled).scores() for sampled in (False, True)
-    )
+@named(AROUND_A_MEAN)
+def test_whether_the_pool_is_a_sample_matters_only_to_its_mean(measure: Measure, pool: list[StoreView]) -> None:
+    whole, sample = (measure.similarity(pool, COUNT - 1, range(COUNT), sampled).scores() for sampled in (False, True))
     assert (np.abs(sample) <= 1).all()
-    if measure.GATE < 0:  # it subtracts no mean
-        assert np.array_equal(sample, whole)
-    else:
-        assert (sample < whole).all()
+    assert (sample < whole).all()
 
 
-def test_a_pool_of_one_has_a_score(measure: ModuleType, pool: list[StoreView]) -> None:
+@named([measure for measure in OF_THE_STORE if measure not in AROUND_A_MEAN])
+def test_without_a_mean_the_rest_of_the_pool_does_not_matter(measure: Measure, pool: list[StoreView]) -> None:
+    whole, sample, none = (
+        measure.similarity(pool, COUNT - 1, members, sampled).scores()
+        for members, sampled in ((range(COUNT), False), (range(COUNT), True), ([], False))
+    )
+    assert np.array_equal(sample, whole)
+    assert np.array_equal(none, whole)
+
+
+@named(OF_THE_STORE)
+def test_a_pool_of_one_has_a_score(measure: Measure, pool: list[StoreView]) -> None:
     (score,) = scores(measure, pool[0], pool[1:2])
     assert math.isfinite(score)
     assert scores(measure, pool[0], pool[:1]) == [pytest.approx(1)]
 
 
-def test_zero_is_finite_on_either_side(measure: ModuleType, pool: list[StoreView], zero: StoreView) -> None:
+@named(OF_THE_STORE)
+def test_zero_is_finite_on_either_side(measure: Measure, pool: list[StoreView], zero: StoreView) -> None:
     assert all(map(math.isfinite, scores(measure, pool[0], [zero, *pool[1:]])))
     assert all(map(math.isfinite, scores(measure, zero, pool)))
     assert scores(measure, zero, [zero]) == [0]
@@ -149,14 +181,16 @@ def test_zero_is_finite_on_either_side(measure: ModuleType, pool: list[StoreView
     assert scores(measure, zero, [zero, zero, zero]) == [0, 0, 0]
 
 
-def test_a_pool_of_copies_is_finite(measure: ModuleType, pool: list[StoreView]) -> None:
+@named(OF_THE_STORE)
+def test_a_pool_of_copies_is_finite(measure: Measure, pool: list[StoreView]) -> None:
     found = scores(measure, pool[0], [pool[0]] * 3)
     assert all(map(math.isfinite, found))
     assert max(found) == min(found)
     assert found[0] in (0, pytest.approx(1))  # around their mean all of them are nothing
 
 
-def test_the_same_again_and_the_files_are_as_they_were(measure: ModuleType, pool: list[StoreView]) -> None:
+@named(OF_THE_STORE)
+def test_the_same_again_and_the_files_are_as_they_were(measure: Measure, pool: list[StoreView]) -> None:
     files = [
         file.path for member in pool for file in (member.expert.file, member.diagonal, member.second_moments) if file
     ]
@@ -166,6 +200,8 @@ def test_the_same_again_and_the_files_are_as_they_were(measure: ModuleType, pool
     assert [path.read_bytes() for path in files] == before
 
 
+# Only where no example is held out is a weight a repetition and the order free: a copy would be trained on, and the
+# folds are dealt out in the order of the examples.
 N, CLASSES = 60, 3
 
 
@@ -187,13 +223,8 @@ def rows_of(sample: TargetFeatures, rows: Tensor) -> TargetFeatures:
     )
 
 
-def once(measure: ModuleType, sample: TargetFeatures) -> float:
+def once(measure: Measure, sample: TargetFeatures) -> float:
     return float(measure.scores(sample, torch.ones(1, len(sample.labels), dtype=torch.float64)))
-
-
-@pytest.fixture(params=OF_EXAMPLES)
-def by_examples(request: pytest.FixtureRequest) -> ModuleType:
-    return loaded(request.param)
 
 
 def draws_of(count: int = 5) -> Tensor:
@@ -203,16 +234,17 @@ def draws_of(count: int = 5) -> Tensor:
     return torch.stack([row.bincount(minlength=N) for row in drawn])
 
 
-def test_a_measure_of_examples_gives_a_finite_score_for_each_draw(by_examples: ModuleType) -> None:
-    assert isinstance(by_examples.READS_ANSWERS, bool)
-    found = by_examples.scores(sample_of(1.0), draws_of().double())
+@named(OF_EXAMPLES)
+def test_a_measure_of_examples_gives_a_finite_score_for_each_draw(measure: Measure) -> None:
+    found = measure.scores(sample_of(1.0), draws_of().double())
     assert found.shape == (5,)
     assert found.dtype == torch.float64
     assert found.isfinite().all()
     assert len(set(found.tolist())) == 5
 
 
-def test_what_tells_the_labels_is_better_than_what_does_not(by_examples: ModuleType) -> None:
+@named(OF_EXAMPLES)
+def test_what_tells_the_labels_is_better_than_what_does_not(measure: Measure) -> None:
     for seed in range(3):
         informative = sample_of(2.0, seed)
         shuffled = torch.randperm(N, generator=torch.Generator().manual_seed(seed))
@@ -220,52 +252,54 @@ def test_what_tells_the_labels_is_better_than_what_does_not(by_examples: ModuleT
         assert mixed.logits is not None
         losses = -mixed.logits[:, :CLASSES].log_softmax(1)[torch.arange(N), informative.labels]
         worse = TargetFeatures(mixed.vectors, informative.labels, CLASSES, mixed.logits, losses)
-        assert once(by_examples, informative) > once(by_examples, worse)
+        assert once(measure, informative) > once(measure, worse)
 
 
-def test_a_whole_weight_is_a_repetition(by_examples: ModuleType) -> None:
-    if by_examples in (probe, likelihood, combined):
-        pytest.skip("a repeated example would be held out from its own copy")
+@named(NOT_HELD_OUT)
+def test_a_whole_weight_is_a_repetition(measure: Measure) -> None:
     sample, draws = sample_of(1.0), draws_of()
-    repeated = [once(by_examples, rows_of(sample, torch.arange(N).repeat_interleave(draw))) for draw in draws]
-    assert by_examples.scores(sample, draws.double()).tolist() == pytest.approx(repeated, abs=1e-7)
+    repeated = [once(measure, rows_of(sample, torch.arange(N).repeat_interleave(draw))) for draw in draws]
+    assert measure.scores(sample, draws.double()).tolist() == pytest.approx(repeated, abs=1e-7)
 
 
-def test_the_order_of_the_examples_does_not_matter(by_examples: ModuleType) -> None:
-    if by_examples in (probe, likelihood, combined):
-        pytest.skip("the folds are dealt out in the order of the examples")
+@named(NOT_HELD_OUT)
+def test_the_order_of_the_examples_does_not_matter(measure: Measure) -> None:
     sample = sample_of(1.0)
     order = torch.randperm(N, generator=torch.Generator().manual_seed(2))
-    assert once(by_examples, rows_of(sample, order)) == pytest.approx(once(by_examples, sample), abs=1e-8)
+    assert once(measure, rows_of(sample, order)) == pytest.approx(once(measure, sample), abs=1e-8)
 
 
-def test_the_sample_is_left_as_it_was(by_examples: ModuleType) -> None:
+@named(OF_EXAMPLES)
+def test_the_sample_is_left_as_it_was(measure: Measure) -> None:
     sample, weights = sample_of(1.0), draws_of().double()
     before, drawn = copy.deepcopy(sample), weights.clone()
-    first = by_examples.scores(sample, weights)
-    assert torch.equal(by_examples.scores(sample, weights), first)
+    first = measure.scores(sample, weights)
+    assert torch.equal(measure.scores(sample, weights), first)
     assert torch.equal(weights, drawn)
     for name, value in vars(before).items():
         assert torch.equal(torch.as_tensor(getattr(sample, name)), torch.as_tensor(value)), name
 
 
 @pytest.mark.parametrize("value", [0.0, 0.1, 1e6])
-def test_constant_features_are_finite(by_examples: ModuleType, value: float) -> None:
+@named(OF_EXAMPLES)
+def test_constant_features_are_finite(measure: Measure, value: float) -> None:
     sample = sample_of(1.0)
     constant = TargetFeatures(
         torch.full((N, 8), value, dtype=torch.float64), sample.labels, CLASSES, sample.logits, sample.losses
     )
-    assert by_examples.scores(constant, draws_of().double()).isfinite().all()
+    assert measure.scores(constant, draws_of().double()).isfinite().all()
 
 
-def test_the_base_itself_is_expected_to_gain_nothing() -> None:
+@named(GAINS)
+def test_the_base_itself_is_expected_to_gain_nothing(measure: Measure) -> None:
     base, twin = sample_of(0.5), sample_of(0.5)
     weights = draws_of().double()
-    assert (combined.scores(twin, weights) - combined.scores(base, weights)).abs().max() == 0
-    assert once(combined, sample_of(2.0)) > once(combined, base)
+    assert (measure.scores(twin, weights) - measure.scores(base, weights)).abs().max() == 0
+    assert once(measure, sample_of(2.0)) > once(measure, base)
 
 
-def test_history_is_finite_within_the_gains_and_does_not_hang_on_an_order() -> None:
+@named(OF_HISTORY)
+def test_a_prediction_is_within_the_gains_and_independent_of_their_order(measure: Measure) -> None:
     generator = torch.Generator().manual_seed(0)
     targets, sources = [f"t{i}" for i in range(5)], [f"s{i}" for i in range(3)]
     gains = {
@@ -278,12 +312,11 @@ def test_history_is_finite_within_the_gains_and_does_not_hang_on_an_order() -> N
     similarities = {target: i / 5 for i, target in enumerate(targets)}
     before = copy.deepcopy(gains)
     for source in sources:
-        found = predicted(gains, similarities, source)
+        found = measure.predict(gains, similarities, source)
         assert found is not None
         scale, gain, error = found
         of_scale = [gains[target][source][scale] for target in targets]
         assert min(of_scale) <= gain <= max(of_scale)
         assert 0 <= error < math.inf
-        assert predicted(dict(reversed(gains.items())), similarities, source) == pytest.approx(found, abs=1e-12)
+        assert measure.predict(dict(reversed(gains.items())), similarities, source) == pytest.approx(found, abs=1e-12)
     assert gains == before
-    assert loaded("history").NEEDS == "history"

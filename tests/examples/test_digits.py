@@ -20,6 +20,7 @@ from pimerge.embedding.store import Store
 from pimerge.embedding.store_schema import EmbedSettings
 from pimerge.models.loading import Bases, resolve_device, resolve_dtype
 from pimerge.ranking.by_store import rank_by_store
+from pimerge.ranking.measure import MEASURES
 from pimerge.ranking.selection import SelectionRule
 
 DIGITS = Path(__file__).parents[2] / "examples" / "digits"
@@ -80,7 +81,9 @@ def test_related_experts_are_nearest(tmp_path: Path) -> None:
         expert = open_expert(folder)
         embed_expert(expert, check_expert(expert), store, EmbedSettings(), bases)
     for target, related in RELATED.items():
-        ranking = rank_by_store(store, target, "fisher", SelectionRule(len(related), gate=False), tmp_path)
+        ranking = rank_by_store(
+            store, target, MEASURES.load("fisher"), SelectionRule(len(related), gate=False), tmp_path
+        )
         assert set(ranking.selected) == related
         assert not ranking.not_comparable
 

@@ -10,11 +10,10 @@ from typing import Any
 import pytest
 
 from pimerge.adapters.ranking_document import Ranking, Seen, Target
-from pimerge.core import plugins
 from pimerge.embedding.features import TargetFeatures
 from pimerge.ranking import by_examples
-from pimerge.ranking.few_shot import PoolEstimate
-from pimerge.ranking.selection import BY_EXAMPLES, GainEstimate, SelectionRule
+from pimerge.ranking.measure import BY_EXAMPLES, MEASURES
+from pimerge.ranking.selection import GainEstimate, SelectionRule
 from tests.support.samples import BASE, plain, sample_of
 
 TARGET = Target(name="new", path="tasks/new", sha256="0", expert=False)
@@ -72,7 +71,7 @@ def ranked(rule: SelectionRule, measure: str = BY_EXAMPLES, means: Sequence[floa
     reader: Any = Viewed(signals, means)
     experts: Any = {name: Named(name) for name in signals}
     gone = {"gone": "its folder is gone"}
-    return by_examples.rank_by_examples(reader, experts, gone, TARGET, None, measure, rule, Path())
+    return by_examples.rank_by_examples(reader, experts, gone, TARGET, None, MEASURES.load(measure), rule, Path())
 
 
 def test_the_best_that_are_expected_to_help_are_selected_at_their_scale() -> None:
@@ -95,8 +94,8 @@ def test_the_score_of_combined_is_the_gain_and_of_another_measure_its_own() -> N
     (first,), (second,) = combined.candidates, logme.candidates
     assert combined.base_score == 0
     assert (first.score, first.low, first.high) == (first.gain, first.gain_low, first.gain_high)
-    assert logme.base_score == pytest.approx(plain(plugins.load("pimerge.ranking.measures", "logme"), BASE))
-    assert second.score == pytest.approx(plain(plugins.load("pimerge.ranking.measures", "logme"), sample_of(1.2)))
+    assert logme.base_score == pytest.approx(plain(MEASURES.load("logme"), BASE))
+    assert second.score == pytest.approx(plain(MEASURES.load("logme"), sample_of(1.2)))
     assert (second.gain, second.gain_low, second.gain_high) == (first.gain, first.gain_low, first.gain_high)
     for candidate in (first, second):
         assert candidate.low < candidate.score < candidate.high
@@ -118,7 +117,7 @@ def test_a_gain_that_stands_out_but_not_by_three_errors_is_named(monkeypatch: py
         "slight": GainEstimate(1.0, 0.025, 0.01, 0.025, 0.01),
         "sure": GainEstimate(1.0, 0.02, 0.005, 0.02, 0.005),
     }
-    monkeypatch.setattr(by_examples, "judge", lambda *_, **__: PoolEstimate(0.0, judged, {}))
+    monkeypatch.setattr(by_examples, "judge", lambda *_, **__: by_examples.PoolEstimate(0.0, judged, {}))
     both, one, ungated = (
         ranked(rule, slight=0.0, sure=0.0)
         for rule in (SelectionRule(2), SelectionRule(1), SelectionRule(2, gate=False))
@@ -131,7 +130,9 @@ def test_a_gain_that_stands_out_but_not_by_three_errors_is_named(monkeypatch: py
 def test_auto_takes_the_first_so_many_whose_mean_gains_most() -> None:
     reader: Any = Viewed({"a": 2.0, "b": 1.5, "c": 1.2, "d": 0.0}, means=[1.0, 2.0, 0.5])
     experts: Any = {name: Named(name) for name in reader.signals}
-    ranking = by_examples.rank_by_examples(reader, experts, {}, TARGET, None, BY_EXAMPLES, SelectionRule(None), Path())
+    ranking = by_examples.rank_by_examples(
+        reader, experts, {}, TARGET, None, MEASURES.load(BY_EXAMPLES), SelectionRule(None), Path()
+    )
     assert reader.summed == [[(name, 0.5) for name in "abc"[:count]] for count in (1, 2, 3)]
     assert ranking.selected == ["a", "b"]
     assert ranking.k == 2

@@ -103,7 +103,7 @@ def first(compared: StoreComparison, count: int) -> list[str]:
 
 def test_a_small_store_is_compared_whole(template: Path) -> None:
     store = Store(template / "embeddings.json")
-    compared = compare(store, TARGET, fisher)
+    compared = compare(store, TARGET, fisher.MEASURE)
     assert list(compared.experts) == NAMES[1:]
     assert compared.excluded == {}
     assert compared.shortlisted_from is None
@@ -118,16 +118,16 @@ def test_the_shortlist_of_a_large_store_has_the_same_first_ones(
     template: Path, monkeypatch: pytest.MonkeyPatch, measure: ModuleType
 ) -> None:
     store = Store(template / "embeddings.json")
-    exact = compare(store, TARGET, measure)
+    exact = compare(store, TARGET, measure.MEASURE)
     monkeypatch.setattr(nearest, "SHORTLIST", 8)
     monkeypatch.setattr(nearest, "MEAN_OF", 10)
-    listed = compare(store, TARGET, measure)
+    listed = compare(store, TARGET, measure.MEASURE)
     assert len(listed.experts) == 8
     assert listed.shortlisted_from == len(NAMES) - 1
     assert set(first(listed, 3)) == set(first(exact, 3))
     # around the mean of all others, the order and nearly the scores are those of the whole store
     monkeypatch.setattr(nearest, "MEAN_OF", len(NAMES))
-    around_all = compare(store, TARGET, measure)
+    around_all = compare(store, TARGET, measure.MEASURE)
     assert first(around_all, 3) == first(exact, 3)
     assert scores(around_all) == pytest.approx({name: scores(exact)[name] for name in around_all.experts}, abs=0.1)
 
@@ -138,7 +138,7 @@ def test_the_mean_of_a_large_store_is_that_of_a_sample_from_near_to_far(
     store = Store(template / "embeddings.json")
     monkeypatch.setattr(nearest, "SHORTLIST", 4)
     monkeypatch.setattr(nearest, "MEAN_OF", 6)
-    compared = compare(store, TARGET, delta)
+    compared = compare(store, TARGET, delta.MEASURE)
     names = [TARGET, *compared.experts]
     ordered = by_projection(store, TARGET, NAMES[1:])
     sample = [ordered[index] for index in (1, 4, 7, 11, 14, 17)]  # the middles of six equal parts of nineteen
@@ -227,7 +227,7 @@ def test_those_that_cannot_be_compared_say_why(store: Store, tmp_path: Path) -> 
         (delta, shared | kind),
         (parameters, shared | kind | rank),
     ):
-        compared = compare(store, TARGET, measure)
+        compared = compare(store, TARGET, measure.MEASURE)
         assert compared.excluded.keys() == reasons.keys()
         assert compared.experts.keys() == set(NAMES[1:]) - reasons.keys()
         for name, reason in reasons.items():
@@ -239,7 +239,7 @@ def test_other_shapes_do_not_compare(store: Store, tmp_path: Path) -> None:
     folder = raw_expert(tmp_path / "pool" / "f1-0", {"layers.0.proj": (normal(R, D + 1), normal(D, R))})
     entry = store.experts["f1-0"]
     entry.sha256, entry.config_sha256 = open_expert(folder).sha256, sha256_file(folder / CONFIG)
-    assert compare(store, TARGET, delta).excluded == {"f1-0": "its modules have other shapes than the target's"}
+    assert compare(store, TARGET, delta.MEASURE).excluded == {"f1-0": "its modules have other shapes than the target's"}
 
 
 @pytest.mark.parametrize("shortlist", [100, 8])
@@ -250,7 +250,7 @@ def test_a_sidecar_of_the_target_that_was_altered_is_an_error(
     path = tmp_path / store.experts[TARGET].sidecars[SECOND_MOMENTS].file
     path.write_bytes(path.read_bytes()[:-1] + b"!")
     with pytest.raises(PimergeError, match="has changed"):
-        compare(store, TARGET, fisher)
+        compare(store, TARGET, fisher.MEASURE)
 
 
 @pytest.mark.parametrize("part", ["adapter", "sidecar"])
@@ -263,13 +263,13 @@ def test_a_large_store_notices_what_was_altered(
     path = adapter if part == "adapter" else tmp_path / store.experts[near].sidecars[SECOND_MOMENTS].file
     path.write_bytes(path.read_bytes()[:-1] + b"!")
     reason = "has changed since it was embedded" if part == "adapter" else f"{near}.marginals.safetensors' has changed"
-    assert reason in compare(store, TARGET, fisher).excluded[near]
+    assert reason in compare(store, TARGET, fisher.MEASURE).excluded[near]
 
 
 def test_a_target_alone_has_nobody_to_compare_with(store: Store) -> None:
     for name in NAMES[1:]:
         store.drop(name)
-    assert compare(store, TARGET, fisher) == StoreComparison({}, None, {}, None)
+    assert compare(store, TARGET, fisher.MEASURE) == StoreComparison({}, None, {}, None)
 
 
 def order_of(names: Sequence[str]) -> list[int]:
@@ -277,5 +277,5 @@ def order_of(names: Sequence[str]) -> list[int]:
 
 
 def test_the_order_is_that_of_the_names_whatever_the_threads_do(template: Path) -> None:
-    compared = compare(Store(template / "embeddings.json"), "f2-1", delta)
+    compared = compare(Store(template / "embeddings.json"), "f2-1", delta.MEASURE)
     assert order_of(list(compared.experts)) == [i for i, name in enumerate(NAMES) if name != "f2-1"]

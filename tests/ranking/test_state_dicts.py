@@ -137,8 +137,8 @@ def test_files_that_do_not_compare_say_why(states: States, shell: Shell) -> None
         (["--target", "alone/x.safetensors"], "'alone' holds no other state dict than the target"),
         (["--store", "states", "--target", "xx"], "there is no state dict 'xx' in 'states'\n  → did you mean 'x'?"),
         (["--target", "states/x.safetensors", "--measure", "fisher"], "take --measure parameters"),
-        (["--target", "states/x.safetensors", "--shots", "2", "--train-target"], "--train-target means nothing"),
-        (["--target", "states/x.safetensors", "--explain", "y"], "--explain and --calibrate mean nothing"),
+        (["--target", "states/x.safetensors", "--shots", "2", "--train-target"], "--train-target does not apply"),
+        (["--target", "states/x.safetensors", "--explain", "y"], "--explain and --calibrate do not apply"),
     ],
 )
 def test_what_cannot_be_ranked_is_refused(states: States, shell: Shell, arguments: list[str], said: str) -> None:

@@ -19,6 +19,7 @@ from pimerge.models.heads import set_head
 from pimerge.models.injection import injected
 from pimerge.models.loading import Bases, load_base
 from pimerge.ranking.by_store import rank_by_store
+from pimerge.ranking.measure import MEASURES
 from pimerge.ranking.selection import SelectionRule
 from pimerge.tasks.task import Task, open_task
 from pimerge.tuning.options import TrainingOptions
@@ -94,7 +95,9 @@ def test_its_fisher_of_B_compares_with_the_pools_and_that_of_A_is_zero(
             embed_expert(member, check_expert(member), store, EmbedSettings(max_examples=8), bases)
         diagonal = store.diagonal(expert.name)
         assert all(bool(value.any()) == ("lora_B" in key) for key, value in diagonal.items())
-        ranking = rank_by_store(store, expert.name, "fisher-factors", SelectionRule(3, gate=False), tmp_path)
+        ranking = rank_by_store(
+            store, expert.name, MEASURES.load("fisher-factors"), SelectionRule(3, gate=False), tmp_path
+        )
         assert len(ranking.selected) == 3
 
 
@@ -154,7 +157,7 @@ def test_a_trained_one_compares_with_the_pool_factor_by_factor(
     for member in (*pool, expert):
         embed_expert(member, check_expert(member), store, EmbedSettings(max_examples=8), bases)
     for measure in ("parameters", "fisher-factors"):
-        ranking = rank_by_store(store, "new", measure, SelectionRule(), tmp_path)
+        ranking = rank_by_store(store, "new", MEASURES.load(measure), SelectionRule(), tmp_path)
         assert ranking.not_comparable == []
         assert {candidate.name for candidate in ranking.candidates} == {"a", "b", "c"}
     with pytest.raises(PimergeError, match="--force"):

@@ -67,8 +67,8 @@ def rank(
     if measures:
         print_measures(json)
         return
-    from pimerge.cli.rank.state_dicts import ranked_state_dicts
     from pimerge.ranking.rank import ranked
+    from pimerge.ranking.state_dicts import ranked_state_dicts
     from pimerge.ranking.target import RankRequest
 
     request = RankRequest(
@@ -100,7 +100,7 @@ def rank(
     states = ranked_state_dicts(target, request, output.resolve().parent)
     if states is not None:
         if explain is not None or calibrate:
-            raise PimergeError("--explain and --calibrate mean nothing to plain state dicts", "leave them out")
+            raise PimergeError("--explain and --calibrate do not apply to plain state dicts", "leave them out")
         _write(states, output, request.k, force, json, quiet, "merge --method uniform")
         return
     with ranked(target, request, output.resolve().parent, tracker(quiet)) as found:

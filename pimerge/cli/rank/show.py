@@ -6,20 +6,13 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from pimerge.cli.console import note, print_json, print_table
-from pimerge.core import plugins
 from pimerge.core.errors import PimergeError, nearest
+from pimerge.ranking.measure import MEASURES
 
 if TYPE_CHECKING:
     from pimerge.adapters.ranking_document import Candidate, Ranking
     from pimerge.ranking.rank import RankingContext
 
-NEEDS = {
-    "fisher": "the store; experts of one rank and init",
-    "marginals": "the store",
-    "experts": "the store and the experts' files",
-    "examples": "a few labelled examples of the target",
-    "history": "the store after 'pimerge rank --calibrate'",
-}
 SHOWN = 12
 GAIN = "expected gain, points"
 
@@ -72,17 +65,7 @@ def _points(candidate: Candidate) -> str:
 
 def print_measures(json: bool) -> None:
     """Every measure, what it needs and what it is."""
-    rows = []
-    for name, summary in plugins.summaries("pimerge.ranking.measures").items():
-        measure = plugins.load("pimerge.ranking.measures", name)
-        needs = NEEDS[measure.NEEDS]
-        if measure.NEEDS == "experts" and measure.SAME_BASIS:
-            needs += "; of one rank and init"
-        if name in ("probe", "likelihood"):
-            needs += ", two of a class at least"
-        if getattr(measure, "READS_ANSWERS", False):
-            needs += "; a head of the candidate's"
-        rows.append([name, needs, summary])
+    rows = [[measure.name, measure.requirements, measure.summary] for measure in MEASURES]
     if json:
         print_json([dict(zip(("measure", "needs", "summary"), row, strict=True)) for row in rows])
     else:

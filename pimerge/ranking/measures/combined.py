@@ -7,16 +7,16 @@ where the target has an expert in the store that saw more, K_e a class: the meas
 cannot tell.
 
 The weights, without an intercept, so that the base itself has the gain 0, are rounded from least-squares fits of the
-true gains of development pools; a fit on one pool foretells the others nearly as well as their own
+true gains of development pools; a fit on one pool predicts the others nearly as well as their own
 (``examples/benchmarks/ranking.py``). With one example a class nothing can be held out, and label-CKA, which stands in,
 says little: its weight is small.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
+from pimerge.ranking.measure import Measure, Needs
 from pimerge.ranking.measures import label_cka, likelihood
 
 if TYPE_CHECKING:
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
     from pimerge.embedding.features import TargetFeatures
 
-NEEDS = "examples"
-READS_ANSWERS = False
 LIKELIHOOD_WEIGHT = 0.6
 CKA_WEIGHT = 0.1
 STORE_WEIGHT = 1.3
@@ -50,22 +48,21 @@ def scores(features: TargetFeatures, weights: Tensor) -> Tensor:
     True
     """
     part = part_of(features)
-    return part.weight * part.scores(features, weights)
+    return part.weight * part.measure.scores(features, weights)
 
 
 class Part(NamedTuple):
     """The measure that the expected gain is read from, and how much of a gain its unit is."""
 
-    name: str
+    measure: Measure
     weight: float
-    scores: Callable[[TargetFeatures, Tensor], Tensor]
 
 
 def part_of(features: TargetFeatures) -> Part:
     """The part that these examples allow: to hold some out takes two of a class."""
     if features.labels.bincount().max() < 2:
-        return Part("label-cka", CKA_WEIGHT, label_cka.scores)
-    return Part("likelihood", LIKELIHOOD_WEIGHT, likelihood.scores)
+        return Part(label_cka.MEASURE, CKA_WEIGHT)
+    return Part(likelihood.MEASURE, LIKELIHOOD_WEIGHT)
 
 
 def store_weight(seen: float, by_expert: float) -> float:
@@ -79,3 +76,16 @@ def store_weight(seen: float, by_expert: float) -> float:
     (0.234, 0.0)
     """
     return STORE_WEIGHT * max(0.0, 1 / max(seen, 2.0) - 1 / max(by_expert, 2.0))
+
+
+MEASURE = Measure(
+    name="combined",
+    summary=(
+        "Expected gain over the bare base in accuracy, from held-out answers and, with few examples, the store "
+        "(default)."
+    ),
+    needs=Needs.EXAMPLES,
+    scores=scores,
+    held_out=True,
+    is_gain=True,
+)

@@ -14,17 +14,13 @@ import numpy as np
 
 from pimerge.embedding.store_view import StoreView, by_name
 from pimerge.ranking.cosine import InnerProducts, Similarity, from_products
+from pimerge.ranking.measure import Measure, Needs
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Array = NDArray[np.float64]
     Update = tuple[Array, Array]
-
-NEEDS = "experts"
-SAME_BASIS = False
-GATE = 0.0
-NEEDS_UPDATE = True
 
 
 def similarity(members: Sequence[StoreView], candidates: int, pool: Sequence[int], sampled: bool = False) -> Similarity:
@@ -81,3 +77,12 @@ def _stacked(factors: Sequence[Array]) -> Array:
 def _rows(stack: Array) -> Array:
     """(members × r × d) → (members · r × d)."""
     return stack.reshape(-1, stack.shape[2])
+
+
+MEASURE = Measure(
+    name="delta",
+    summary="Cosine of the updates ΔW around the pool's mean, through the factors; not bound to rank, init or basis.",
+    needs=Needs.EXPERTS,
+    similarity=similarity,
+    needs_update=True,
+)

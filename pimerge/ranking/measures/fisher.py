@@ -19,11 +19,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pimerge.adapters.expert import Expert
 from pimerge.embedding.store_view import GRADIENT, UPDATE, StoreView
 from pimerge.ranking.cosine import Similarity, balanced, from_vectors
+from pimerge.ranking.measure import Measure, Needs
 from pimerge.ranking.measures.marginals import parts_of, unit_parts
-
-NEEDS = "marginals"
-SAME_BASIS = False
-GATE = 0.02
 
 
 def remark(experts: Sequence[Expert]) -> str:
@@ -50,3 +47,15 @@ def similarity(members: Sequence[StoreView], candidates: int, pool: Sequence[int
     if not found["gradients"].tensors and "update" in found:  # experts of embedding layers alone
         return found["update"]
     return balanced(list(found.values()), list(found)) if len(found) > 1 else found["gradients"]
+
+
+MEASURE = Measure(
+    name="fisher",
+    summary=(
+        "Cosines of the gradients' second moments and of the updates ΔW, each around the pool's mean, halved (default)."
+    ),
+    needs=Needs.SECOND_MOMENTS,
+    similarity=similarity,
+    threshold=0.02,
+    remark=remark,
+)

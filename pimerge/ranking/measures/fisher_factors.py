@@ -12,11 +12,7 @@ from collections.abc import Sequence
 from pimerge.adapters.kinds.lora import is_B_factor
 from pimerge.embedding.store_view import StoreView, rows_by_name
 from pimerge.ranking.cosine import Similarity, from_vectors, unit
-
-NEEDS = "fisher"
-SAME_BASIS = True
-GATE = 0.0
-NEEDS_UPDATE = True
+from pimerge.ranking.measure import Measure, Needs
 
 
 def similarity(members: Sequence[StoreView], candidates: int, pool: Sequence[int], sampled: bool = False) -> Similarity:
@@ -24,3 +20,13 @@ def similarity(members: Sequence[StoreView], candidates: int, pool: Sequence[int
     keys = [key for key in members[0].parameters if is_B_factor(key)]
     parts = ((key, unit(rows)) for key, rows in rows_by_name(members, keys, StoreView.fisher))
     return from_vectors(parts, candidates, pool, sampled)
+
+
+MEASURE = Measure(
+    name="fisher-factors",
+    summary="Cosine of the diagonal Fisher of the factors B, unit norm per tensor, around the pool's mean.",
+    needs=Needs.FISHER,
+    similarity=similarity,
+    same_basis=True,
+    needs_update=True,
+)

@@ -9,12 +9,19 @@ from collections.abc import Sequence
 
 from pimerge.embedding.store_view import StoreView, rows_by_name
 from pimerge.ranking.cosine import Similarity, from_vectors
-
-NEEDS = "fisher"
-SAME_BASIS = True
-GATE = -1.0  # without a mean to compare with it cannot tell that an expert does not help
+from pimerge.ranking.measure import Measure, Needs
 
 
 def similarity(members: Sequence[StoreView], candidates: int, pool: Sequence[int], sampled: bool = False) -> Similarity:
     """cos(F_target, F_n) over all parameters, in [0, 1]; no mean is subtracted."""
     return from_vectors(rows_by_name(members[: candidates + 1], members[0].parameters, StoreView.fisher), candidates)
+
+
+MEASURE = Measure(
+    name="fisher-raw",
+    summary="Cosine of the whole raw diagonal Fisher: the paper's measure (arXiv 2304.14381, section 3.2).",
+    needs=Needs.FISHER,
+    similarity=similarity,
+    threshold=-1.0,  # without a mean to compare with it cannot tell that an expert does not help
+    same_basis=True,
+)

@@ -12,18 +12,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
-from torch.nn.functional import one_hot
-
-from pimerge.models.linear_probe import in_row_space, standardised
+from pimerge.ranking.measure import Measure, Needs
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from pimerge.embedding.features import TargetFeatures
 
-NEEDS = "examples"
-READS_ANSWERS = False
 
 _LEAST_SHRINKAGE = 1e-9
 _ROUNDING = 1e-12
@@ -39,12 +34,18 @@ def scores(features: TargetFeatures, weights: Tensor) -> Tensor:
     Returns:
         (draws) float64.
 
+    >>> import torch
     >>> from pimerge.embedding.features import TargetFeatures
     >>> x = torch.tensor([[1.0], [1.5], [5.0], [5.5]], dtype=torch.float64)
     >>> ones = torch.ones(1, 4, dtype=torch.float64)
     >>> [round(float(scores(TargetFeatures(x, torch.tensor(y), 2), ones)), 2) for y in ([0, 0, 1, 1], [0, 1, 0, 1])]
     [0.98, 0.02]
     """
+    import torch
+    from torch.nn.functional import one_hot
+
+    from pimerge.models.linear_probe import in_row_space
+
     vectors = in_row_space(features.vectors)
     targets = one_hot(features.labels, features.classes).double()
     d = features.vectors.shape[1]
@@ -52,6 +53,10 @@ def scores(features: TargetFeatures, weights: Tensor) -> Tensor:
 
 
 def _score(vectors: Tensor, targets: Tensor, weights: Tensor, d: int) -> Tensor:
+    import torch
+
+    from pimerge.models.linear_probe import standardised
+
     n = weights.sum()
     X = standardised(vectors, weights)  # so tr Σ is 1
     if not X.any():
@@ -68,9 +73,19 @@ def _score(vectors: Tensor, targets: Tensor, weights: Tensor, d: int) -> Tensor:
 
 def _ledoit_wolf(X: Tensor, covariance: Tensor, weights: Tensor, d: int) -> Tensor:
     """The shrinkage a: the variance of Σ's estimate as a share of its distance from tr(Σ)/d · I, at most 1."""
+    import torch
+
     n, square = weights.sum(), covariance.square().sum()
     distance = square - 1 / d
     variance = (weights @ X.square().sum(1).square() / n - square) / n
     if distance <= _ROUNDING * square:  # Σ is that already, as in one dimension
         return torch.full_like(square, _LEAST_SHRINKAGE)
     return (variance / distance).clamp(_LEAST_SHRINKAGE, 1.0)
+
+
+MEASURE = Measure(
+    name="h-score",
+    summary="H-score with a shrunk covariance: how much of the features' variance lies between the classes.",
+    needs=Needs.EXAMPLES,
+    scores=scores,
+)

@@ -11,7 +11,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-NEEDS = "history"
+from pimerge.ranking.measure import Measure, Needs
+
 TEMPERATURE = 0.1
 
 
@@ -51,3 +52,13 @@ def _standard_error(weighted: list[tuple[float, float]], mean: float) -> float:
         return math.inf
     variance = sum(share * (value - mean) ** 2 for share, value in weighted) * effective / (effective - 1)
     return math.sqrt(variance / effective)
+
+
+MEASURE = Measure(
+    name="history",
+    summary=(
+        "Gains that the pool's experts had for other targets of the pool, weighted by how close those are to this one."
+    ),
+    needs=Needs.HISTORY,
+    predict=predicted,
+)

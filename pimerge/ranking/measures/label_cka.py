@@ -8,18 +8,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
-from torch.nn.functional import one_hot
-
-from pimerge.models.linear_probe import in_row_space, standardised
+from pimerge.ranking.measure import Measure, Needs
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from pimerge.embedding.features import TargetFeatures
-
-NEEDS = "examples"
-READS_ANSWERS = False
 
 
 def scores(features: TargetFeatures, weights: Tensor) -> Tensor:
@@ -32,19 +26,37 @@ def scores(features: TargetFeatures, weights: Tensor) -> Tensor:
     Returns:
         (draws) float64.
 
+    >>> import torch
     >>> from pimerge.embedding.features import TargetFeatures
     >>> x = torch.tensor([[1.0], [1.0], [5.0], [5.0]], dtype=torch.float64)
     >>> ones = torch.ones(1, 4, dtype=torch.float64)
     >>> [round(float(scores(TargetFeatures(x, torch.tensor(y), 2), ones)), 2) for y in ([0, 0, 1, 1], [0, 1, 0, 1])]
     [1.0, 0.0]
     """
+    import torch
+    from torch.nn.functional import one_hot
+
+    from pimerge.models.linear_probe import in_row_space
+
     vectors = in_row_space(features.vectors)
     targets = one_hot(features.labels, features.classes).double()
     return torch.stack([_score(vectors, targets, draw) for draw in weights])
 
 
 def _score(vectors: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    import torch
+
+    from pimerge.models.linear_probe import standardised
+
     X, Y = standardised(vectors, weights), standardised(targets, weights)
     weighted = (weights / weights.sum())[:, None] * X
     norms = (X.T @ weighted).norm() * (Y.T @ ((weights / weights.sum())[:, None] * Y)).norm()
     return (Y.T @ weighted).square().sum() / torch.where(norms > 0, norms, torch.inf)
+
+
+MEASURE = Measure(
+    name="label-cka",
+    summary="Linear CKA of the features and the labels: how far examples are near each other where their labels agree.",
+    needs=Needs.EXAMPLES,
+    scores=scores,
+)

@@ -8,18 +8,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
-from torch.nn.functional import one_hot
-
 from pimerge.core.errors import PimergeError
+from pimerge.ranking.measure import Measure, Needs
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from pimerge.embedding.features import TargetFeatures
-
-NEEDS = "examples"
-READS_ANSWERS = True
 
 
 def scores(features: TargetFeatures, weights: Tensor) -> Tensor:
@@ -35,6 +30,7 @@ def scores(features: TargetFeatures, weights: Tensor) -> Tensor:
     Raises:
         PimergeError: if the expert has no head.
 
+    >>> import torch
     >>> from pimerge.embedding.features import TargetFeatures
     >>> logits = torch.tensor([[5.0, 0.0], [5.0, 0.0], [0.0, 5.0], [0.0, 5.0]])
     >>> ones = torch.ones(1, 4, dtype=torch.float64)
@@ -42,6 +38,9 @@ def scores(features: TargetFeatures, weights: Tensor) -> Tensor:
     >>> [round(float(scores(features, ones)), 2) for features in samples]
     [-0.01, -0.69]
     """
+    import torch
+    from torch.nn.functional import one_hot
+
     if features.logits is None:
         raise PimergeError(
             "the expert gives no probabilities of classes, so leep has no answers of it to look at",
@@ -53,8 +52,19 @@ def scores(features: TargetFeatures, weights: Tensor) -> Tensor:
 
 
 def _score(answers: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    import torch
+
     joint = targets.T @ (weights[:, None] * answers)  # (classes × the head's)
     mass = joint.sum(0)
     conditional = joint / torch.where(mass > 0, mass, torch.inf)
     likelihood = ((answers @ conditional.T) * targets).sum(1)
     return torch.xlogy(weights, likelihood).sum() / weights.sum()  # xlogy: an example not drawn may have 0
+
+
+MEASURE = Measure(
+    name="leep",
+    summary="LEEP: how well the labels follow from the answers of the expert's own head, over its own classes.",
+    needs=Needs.EXAMPLES,
+    scores=scores,
+    reads_answers=True,
+)

@@ -8,16 +8,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pimerge.models.linear_probe import held_out_probability
+from pimerge.ranking.measure import Measure, Needs
 from pimerge.ranking.measures.probe import mean_of_held_out
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from pimerge.embedding.features import TargetFeatures
-
-NEEDS = "examples"
-READS_ANSWERS = False
 
 
 def scores(features: TargetFeatures, weights: Tensor) -> Tensor:
@@ -40,4 +37,16 @@ def scores(features: TargetFeatures, weights: Tensor) -> Tensor:
     >>> [round(float(scores(TargetFeatures(x, torch.tensor(y), 2), ones)), 1) for y in ([0, 1, 0, 1], [0, 0, 1, 1])]
     [0.9, 0.3]
     """
+    from pimerge.models.linear_probe import held_out_probability
+
     return mean_of_held_out(held_out_probability(features.vectors, features.labels, features.classes), weights)
+
+
+MEASURE = Measure(
+    name="likelihood",
+    summary="Mean probability of the right label, held out, by linear probes on the expert's features.",
+    needs=Needs.EXAMPLES,
+    scores=scores,
+    held_out=True,
+    least_per_class=2,
+)

@@ -17,18 +17,13 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-import torch
-from torch.nn.functional import one_hot
-
-from pimerge.models.linear_probe import in_row_space
+from pimerge.ranking.measure import Measure, Needs
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from pimerge.embedding.features import TargetFeatures
 
-NEEDS = "examples"
-READS_ANSWERS = False
 LEAST_NOISE = 1e-3
 
 _NEGLIGIBLE = 1e-12  # share of the largest eigenvalue below which one is rounding
@@ -50,12 +45,18 @@ def scores(features: TargetFeatures, weights: Tensor) -> Tensor:
     Returns:
         (draws) float64.
 
+    >>> import torch
     >>> from pimerge.embedding.features import TargetFeatures
     >>> x = torch.tensor([[1.0, 0.1], [0.9, 0.0], [0.1, 1.0], [0.0, 0.9]], dtype=torch.float64)
     >>> ones = torch.ones(1, 4, dtype=torch.float64)
     >>> [round(float(scores(TargetFeatures(x, torch.tensor(y), 2), ones)), 2) for y in ([0, 0, 1, 1], [0, 1, 0, 1])]
     [-0.09, -1.06]
     """
+    import torch
+    from torch.nn.functional import one_hot
+
+    from pimerge.models.linear_probe import in_row_space
+
     size = features.vectors.square().sum(1).mean().sqrt()
     vectors = in_row_space(features.vectors / torch.where(size > 0, size, 1.0))
     targets = one_hot(features.labels, features.classes).double()
@@ -64,6 +65,8 @@ def scores(features: TargetFeatures, weights: Tensor) -> Tensor:
 
 def _score(vectors: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
     """The mean evidence of the classes that occur; σ and ‖y‖² are divided by n throughout."""
+    import torch
+
     shares = weights / weights.sum()
     counts = shares @ targets
     targets, squares = targets[:, counts > 0], counts[counts > 0]
@@ -78,6 +81,8 @@ def _score(vectors: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
 
 def _maximum(sigma: Tensor, explained: Tensor, left: Tensor, n: float) -> Tensor:
     """(classes) the highest evidence per example over log t."""
+    import torch
+
     low, high = _RANGE
     offsets = torch.linspace(-1, 1, _POINTS, dtype=torch.float64)
     centre, reach = torch.full_like(left, (low + high) / 2), (high - low) / 2
@@ -96,3 +101,11 @@ def _evidence(t: Tensor, sigma: Tensor, explained: Tensor, left: Tensor, n: floa
     residual = left[:, None] + (explained[:, None] / (1 + ratio)).sum(2)
     noise = residual.clamp(min=LEAST_NOISE)
     return -((2 * math.pi * noise).log() + residual / noise + ratio.log1p().sum(2) / n) / 2
+
+
+MEASURE = Measure(
+    name="logme",
+    summary="LogME: the evidence per example that the features give for the labels, by Bayesian linear regression.",
+    needs=Needs.EXAMPLES,
+    scores=scores,
+)

@@ -5,14 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from pimerge.core.errors import PimergeError
+from pimerge.ranking.measure import Measure, Needs
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from pimerge.embedding.features import TargetFeatures
-
-NEEDS = "examples"
-READS_ANSWERS = True
 
 
 def scores(features: TargetFeatures, weights: Tensor) -> Tensor:
@@ -40,3 +38,12 @@ def scores(features: TargetFeatures, weights: Tensor) -> Tensor:
             "take --measure probe, which fits a head to the examples",
         )
     return -(weights @ features.losses.double()) / weights.sum(1)
+
+
+MEASURE = Measure(
+    name="loss",
+    summary="Minus the mean loss, −log p(y|x) in nats, of the target's labels by a head that knows them.",
+    needs=Needs.EXAMPLES,
+    scores=scores,
+    reads_answers=True,
+)

@@ -12,14 +12,11 @@ from typing import TYPE_CHECKING
 
 from pimerge.embedding.store_view import INPUT, OUTPUT, StoreView, rows_by_name
 from pimerge.ranking.cosine import Similarity, from_grams, unit
+from pimerge.ranking.measure import Measure, Needs
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
-
-NEEDS = "marginals"
-SAME_BASIS = False
-GATE = 0.0
 
 
 def similarity(members: Sequence[StoreView], candidates: int, pool: Sequence[int], sampled: bool = False) -> Similarity:
@@ -39,3 +36,11 @@ def parts_of(members: Sequence[StoreView], part: str) -> Iterator[tuple[str, NDA
     layers = sorted({layer for member in members for layer in member.layers(part)})
     found = rows_by_name(members, [f"{part}.{layer}" for layer in layers], StoreView.moments)
     return ((layer, rows) for layer, (_, rows) in zip(layers, found, strict=True))
+
+
+MEASURE = Measure(
+    name="marginals",
+    summary="Cosine of the layers' Fisher information by its marginals E[g²] ⊗ E[x²], around the pool's mean.",
+    needs=Needs.SECOND_MOMENTS,
+    similarity=similarity,
+)

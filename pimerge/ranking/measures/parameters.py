@@ -12,10 +12,7 @@ from collections.abc import Sequence
 from pimerge.checkpoints.safetensors_file import TensorFile
 from pimerge.embedding.store_view import StoreView, rows_by_name
 from pimerge.ranking.cosine import Similarity, from_vectors
-
-NEEDS = "experts"
-SAME_BASIS = True
-GATE = -1.0  # without a mean to compare with it cannot tell that an expert does not help
+from pimerge.ranking.measure import Measure, Needs
 
 
 def similarity(members: Sequence[StoreView], candidates: int, pool: Sequence[int], sampled: bool = False) -> Similarity:
@@ -31,3 +28,14 @@ def of_files(files: Sequence[TensorFile], keys: Sequence[str], start: TensorFile
     """
     rows = rows_by_name([*files, *([start] if start else [])], keys, TensorFile.arrays)
     return from_vectors(((name, found[:-1] - found[-1] if start else found) for name, found in rows), len(files) - 1)
+
+
+MEASURE = Measure(
+    name="parameters",
+    summary="Cosine of the numbers themselves, as they are stored: of a LoRA the factors A and B.",
+    needs=Needs.EXPERTS,
+    similarity=similarity,
+    threshold=-1.0,  # without a mean to compare with it cannot tell that an expert does not help
+    same_basis=True,
+    of_files=of_files,
+)

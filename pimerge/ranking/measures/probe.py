@@ -8,15 +8,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pimerge.models.linear_probe import held_out_log_likelihood
+from pimerge.ranking.measure import Measure, Needs
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from pimerge.embedding.features import TargetFeatures
-
-NEEDS = "examples"
-READS_ANSWERS = False
 
 
 def scores(features: TargetFeatures, weights: Tensor) -> Tensor:
@@ -43,6 +40,8 @@ def scores(features: TargetFeatures, weights: Tensor) -> Tensor:
     >>> [round(float(scores(TargetFeatures(x, torch.tensor(y), 2), ones)), 1) for y in ([0, 1, 0, 1], [0, 0, 1, 1])]
     [-0.0, -1.3]
     """
+    from pimerge.models.linear_probe import held_out_log_likelihood
+
     return mean_of_held_out(held_out_log_likelihood(features.vectors, features.labels, features.classes), weights)
 
 
@@ -52,3 +51,13 @@ def mean_of_held_out(found: Tensor, weights: Tensor) -> Tensor:
     found, weights = found[held], weights[:, held]
     weights = weights.where(weights.sum(1, keepdim=True) > 0, 1.0)
     return weights @ found / weights.sum(1)
+
+
+MEASURE = Measure(
+    name="probe",
+    summary="Mean log-likelihood of held-out labels, in nats per example, by a linear probe on the expert's features.",
+    needs=Needs.EXAMPLES,
+    scores=scores,
+    held_out=True,
+    least_per_class=2,
+)

@@ -13,13 +13,11 @@ import numpy as np
 
 from pimerge.embedding.store_view import StoreView, rows_by_name
 from pimerge.ranking.cosine import Similarity
+from pimerge.ranking.measure import Measure, Needs
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-NEEDS = "fisher"
-SAME_BASIS = True
-GATE = -1.0  # without a mean to compare with it cannot tell that an expert does not help
 EPSILON = 1e-6
 
 
@@ -43,3 +41,13 @@ def share_cosines(first: NDArray[np.float64], others: NDArray[np.float64]) -> ND
     norms = np.linalg.norm(own, axis=1) * np.linalg.norm(other, axis=1)
     cosines: NDArray[np.float64] = np.minimum((own * other).sum(1) / np.where(norms > 0, norms, np.inf), 1)
     return cosines
+
+
+MEASURE = Measure(
+    name="task2vec",
+    summary="Mean over tensors of the cosine of F_a/(F_a+F_b+ε) and F_b/(F_a+F_b+ε): π-Tuning's released code.",
+    needs=Needs.FISHER,
+    similarity=similarity,
+    threshold=-1.0,  # without a mean to compare with it cannot tell that an expert does not help
+    same_basis=True,
+)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -13,13 +13,14 @@ if TYPE_CHECKING:
 
     from pimerge.core.progress import Note, Track
     from pimerge.embedding.store import Store
+    from pimerge.ranking.measure import Measure
 
     Array = NDArray[np.float64]
 
 LEAST_GAP = 0.7  # between two of n experts, of a square of side 1, times √n
 
 
-def similarities(store: Store, measure: Any, track: Track, note: Note) -> Array:
+def similarities(store: Store, measure: Measure, track: Track, note: Note) -> Array:
     """(n × n) similarities, symmetric, NaN where the measure cannot compare two experts."""
     from pimerge.ranking.nearest import compare
 

@@ -12,9 +12,9 @@ from copy import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pimerge.core import plugins
 from pimerge.core.errors import PimergeError, Problems, nearest
 from pimerge.core.plugins import Option
+from pimerge.ranking.measure import MEASURES
 from pimerge.reporting.figure import Figure, FigureData, FigureInputs
 from pimerge.reporting.figures._canvas import COLOURS, GREY, MARKERS, new_figure, short_names, title
 
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 MEASURE = Option("measure", str, "A measure that compares experts by the store.")
 MOST = 60
-OF_STORE = ("fisher", "marginals", "experts")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,17 +69,20 @@ def collect(store: Store, inputs: FigureInputs, *, measure: str) -> GraphData:
 
     from pimerge.reporting.figures._similarity import clustered, nearest_of, places_of, similarities
 
-    of_store = [name for name in plugins.summaries("pimerge.ranking.measures") if _needs(name) in OF_STORE]
-    if measure in plugins.summaries("pimerge.ranking.measures") and measure not in of_store:
-        raise PimergeError(f"'{measure}' does not compare experts by the store alone", f"take {', '.join(of_store)}")
+    chosen = MEASURES.load(measure)
+    if not chosen.compares_embeddings:
+        of_store = [each.name for each in MEASURES if each.compares_embeddings]
+        raise PimergeError(
+            f"'{chosen.name}' does not compare experts by the store alone", f"take {', '.join(of_store)}"
+        )
     shown = _restricted(store, inputs.experts)
     names = list(shown.experts)
-    found = similarities(shown, plugins.load("pimerge.ranking.measures", measure), inputs.track, inputs.note)
+    found = similarities(shown, chosen, inputs.track, inputs.note)
     order, merges = clustered(found)
     found = found[np.ix_(order, order)]
     places = places_of(found)
     return GraphData(
-        measure=measure,
+        measure=chosen.name,
         experts=[
             GraphNode(
                 name=names[index],
@@ -107,11 +109,6 @@ def draw(data: GraphData) -> Drawing:
     _draw_matrix(matrix, data)
     _draw_graph(graph, data)
     return figure
-
-
-def _needs(measure: str) -> str:
-    needs: str = plugins.load("pimerge.ranking.measures", measure).NEEDS
-    return needs
 
 
 def _restricted(store: Store, names: tuple[str, ...]) -> Store:

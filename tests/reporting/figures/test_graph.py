@@ -65,7 +65,7 @@ def found_in(data: graph.GraphData, one: str, other: str) -> float | None:
 def test_similarities_are_those_of_the_measure(store: Store) -> None:
     data = graph.FIGURE.compute(store, measure="delta")
     for name in NAMES:
-        compared = compare(store, name, delta)
+        compared = compare(store, name, delta.MEASURE)
         assert compared.similarity is not None
         for other, score in zip(compared.experts, compared.similarity.scores(), strict=True):
             assert found_in(data, name, other) == pytest.approx(score, abs=1e-9)

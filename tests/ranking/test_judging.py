@@ -17,8 +17,9 @@ from pimerge.core.errors import PimergeError
 from pimerge.embedding.features import STRENGTHS, FeatureReader, Sampling, TargetFeatures
 from pimerge.models.linear_probe import held_out_probability
 from pimerge.models.loading import load_base
-from pimerge.ranking.few_shot import DRAWS, GainEstimate, bootstrap, gains_by_strength, gains_of_means, judge
+from pimerge.ranking.by_examples import DRAWS, bootstrap, gains_by_strength, gains_of_means, judge
 from pimerge.ranking.measures import combined, h_score, label_cka, leep, likelihood, logme, probe
+from pimerge.ranking.selection import GainEstimate
 from pimerge.tasks.task import open_task
 from tests.support.experts import MakeExpert
 from tests.support.references import dense_model, features
@@ -53,7 +54,7 @@ class Seen:
 def judged_by(measure: Any, base: TargetFeatures, **candidates: Mapping[float, TargetFeatures] | PimergeError) -> Any:
     reader: Any = Seen(base, candidates)
     experts: Any = {name: name for name in candidates}
-    return judge(reader, experts, measure, None)
+    return judge(reader, experts, measure.MEASURE, None)
 
 
 def repeated(sample: TargetFeatures, draw: Tensor) -> TargetFeatures:
@@ -97,14 +98,14 @@ def test_the_score_of_combined_is_the_expected_gain() -> None:
 def test_what_the_store_foretells_is_added_in_proportion_to_the_scale() -> None:
     reader: Any = Seen(BASE, {"good": GOOD, "other": GOOD})
     experts: Any = {"good": "good", "other": "other"}
-    plainly = judge(reader, experts, combined, None).judged["other"]
-    verdict = judge(reader, experts, combined, None, {"good": 3.0})
+    plainly = judge(reader, experts, combined.MEASURE, None).judged["other"]
+    verdict = judge(reader, experts, combined.MEASURE, None, {"good": 3.0})
     assert verdict.judged["other"] == plainly
     found = verdict.judged["good"]
     assert found.scale == 1.0  # 3 · (1 − 0.5) is more than what the examples see in the scale 0.5
     by_examples = gains_by_hand(GOOD[1.0], BASE, torch.ones(1, 30))[0]
     assert found.gain == found.score == pytest.approx(3 + by_examples, abs=1e-9)
-    by_logme = judge(reader, experts, logme, None, {"good": 3.0}).judged["good"]
+    by_logme = judge(reader, experts, logme.MEASURE, None, {"good": 3.0}).judged["good"]
     assert by_logme.scale == max(GOOD, key=lambda scale: plain(logme, GOOD[scale])) == 0.5
     assert by_logme.gain == pytest.approx(1.5 + plainly.gain, abs=1e-9)
 
