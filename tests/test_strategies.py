@@ -13,6 +13,11 @@ from tests.support.cli import SLOW, printed
 
 FAMILIES = {
     "pimerge.adapters.kinds": "pimerge.adapters.kind.KINDS",
+    "pimerge.tasks.types": "pimerge.tasks.task_type.TASK_TYPES",
+    "pimerge.tasks.metrics": "pimerge.tasks.metric.METRICS",
+    "pimerge.merging.methods": "pimerge.merging.method.METHODS",
+    "pimerge.tuning.methods": "pimerge.tuning.method.METHODS",
+    "pimerge.reporting.figures": "pimerge.reporting.figure.FIGURES",
 }
 
 
