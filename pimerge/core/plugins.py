@@ -70,7 +70,7 @@ class Option:
         return "" if self.accepts(value) else f"{self.flag} must be {self.expected}; got {value}"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)  # each is one object
 class Strategy:
     """What the strategies of all families have.
 
