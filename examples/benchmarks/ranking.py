@@ -33,7 +33,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from pimerge.ranking.few_shot import DRAWS, bootstrap
 from scipy.stats import spearmanr
 
 from pimerge.adapters.compatibility import check_expert
@@ -47,6 +46,7 @@ from pimerge.embedding.store_schema import EmbedSettings
 from pimerge.evaluation.evaluate import evaluate
 from pimerge.models.linear_probe import fit_probe
 from pimerge.models.loading import Bases, load_base
+from pimerge.ranking.by_examples import DRAWS, bootstrap
 from pimerge.ranking.calibration import held_out_accuracy
 from pimerge.ranking.measure import MEASURES, Needs
 from pimerge.ranking.measures import combined, fisher, history
