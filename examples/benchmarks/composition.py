@@ -22,6 +22,7 @@ from pimerge.adapters.lora_module import Factors, LoraModule
 from pimerge.core.libraries import quiet_libraries
 from pimerge.tuning.lora_layers import LoraComponent, mix_lora
 from pimerge.tuning.mixture import Mixture
+from pimerge.tuning.plan import Granularity
 
 RANK = 16
 
@@ -73,9 +74,9 @@ class Step:
         names = [
             name for name, layer in base.named_modules() if name.endswith(endings) and isinstance(layer, nn.Linear)
         ]
-        members = [random_member(str(index), base, names) for index in range(count)]
-        mixture = Mixture(names, [0.0] * count, "matrix", trained=not train_experts)
-        mix_lora(self.model, members, mixture, train_experts)
+        experts = [random_expert(str(index), base, names) for index in range(count)]
+        mixture = Mixture(names, [0.0] * count, Granularity.MATRIX, trained=not train_experts)
+        mix_lora(self.model, experts, mixture, train_experts)
         for parameter in self.model.get_submodule("classifier").parameters():
             parameter.requires_grad_(True)
         self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=1e-4)
@@ -89,7 +90,7 @@ class Step:
         return time.perf_counter() - start
 
 
-def random_member(name: str, base: nn.Module, names: list[str]) -> LoraComponent:
+def random_expert(name: str, base: nn.Module, names: list[str]) -> LoraComponent:
     """An expert of rank 16 with random factors."""
     layouts, factors = {}, {}
     for module in names:

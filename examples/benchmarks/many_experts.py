@@ -192,7 +192,7 @@ def one_comparison(path: Path) -> None:
     opened = time.perf_counter()
     by_projection(store, TARGET, [name for name in store.experts if name != TARGET])
     listed = time.perf_counter()
-    compare(store, TARGET, fisher)
+    compare(store, TARGET, fisher.MEASURE)
     end = time.perf_counter()
     print(
         f"in process: open the store {opened - start:.2f} s, shortlist {listed - opened:.2f} s, "

@@ -81,7 +81,7 @@ def dense(merge: Merge) -> Tensor:
         return torch.tensordot(method.coefficients(weights, lambda: flat @ flat.T), deltas, 1)
     if method.space == "inputs":
         grams = [gram(expert, MODULE).double() for expert in merge.experts]
-        turned: list[Tensor] = method.function(list(deltas), weights, grams=grams)
+        turned = method.transformed(list(deltas), weights, grams)
         return torch.stack(turned).sum(0)
     if method.space == "factors":
         return by_factor(merge, scaled, weights)
