@@ -45,11 +45,7 @@ def head_of_size(loaded: LoadedBase, base: Base, task: Task, labels: int) -> Ite
 
 
 def set_head(model: nn.Module, head: Mapping[str, Tensor]) -> None:
-    """Copy a head into a model, PEFT's or plain.
-
-    Raises:
-        PimergeError: if a tensor has no place in the model, or another shape.
-    """
+    """Copy a head into a model, PEFT's or plain."""
     places = {}
     prefix = peft_prefix(model)
     for name, parameter in model.named_parameters():

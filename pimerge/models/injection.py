@@ -24,11 +24,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def injected(expert: Expert, loaded: LoadedBase) -> Iterator[nn.Module]:
-    """PEFT's model of a base with an expert and its head, in eval mode; afterwards the base is as it was.
-
-    Raises:
-        PimergeError: if a module or a shape does not fit the base.
-    """
+    """PEFT's model of a base with an expert and its head, in eval mode; afterwards the base is as it was."""
     from peft import PeftModel
 
     from pimerge import peft_methods  # noqa: F401  PEFT has to know every kind
@@ -56,9 +52,6 @@ def injected_sum(experts: Sequence[Expert], weights: Sequence[float], loaded: Lo
     Args:
         experts: each at its own scale.
         weights: one for each.
-
-    Raises:
-        PimergeError: if a module or a shape does not fit the base, or the experts do not fit each other.
     """
     from peft import PeftModel, set_peft_model_state_dict
     from peft.tuners.lora import LoraLayer

@@ -1,4 +1,4 @@
-"""A linear probe: how well a linear head, fitted on a few examples, foretells the labels of others.
+"""A linear probe: how well a linear head, fitted on a few examples, predicts the labels of others.
 
 Layout: features are (n × d) float64, one example a row; labels are (n) int64, 0 … classes − 1.
 """
@@ -13,24 +13,22 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from pimerge.core.errors import PimergeError
+from pimerge.models.newton import LogisticLoss, minimise
+from pimerge.tasks.sampling import stratified_folds
 
 PENALTIES = (1e-2, 1e-1, 1.0)
 PENALTY = 1e-1
 FOLDS = 5
-# Few examples are divided into folds again and again, up to so many times or until there are so many answers.
+# Few examples are divided into folds several times: at most REPEATS times, or until there are ENOUGH answers.
 REPEATS = 4
 ENOUGH = 400
 
-# Models compute in float32: where the examples differ by less than this share of their size, they do not differ.
+# Models compute in float32: differences below this share of the examples' size are rounding.
 _ROUNDING = 1e-6
 # Directions with less than this share of the strongest one's variance cannot move a penalised probe.
 _NEGLIGIBLE = 1e-12
-# The bias is free, but for what keeps it finite where a class has no example.
+# Keeps the bias finite where a class has no example; otherwise it is free.
 _BIAS_PENALTY = 1e-6
-_TOLERANCE = 1e-7  # of the gradient, per example
-_MAX_NEWTON_STEPS = 100
-_MAX_INNER_STEPS = 250
-_LEAST_STEP = 1e-10
 
 
 @dataclass(frozen=True)
@@ -39,7 +37,7 @@ class Probe:
 
     Attributes:
         centre: (d), the mean of the examples it was fitted on.
-        weights: (d × classes), for features as they are, not scaled.
+        weights: (d × classes), for unscaled features.
         bias: (classes).
     """
 
@@ -56,9 +54,9 @@ def fit_probe(vectors: Tensor, labels: Tensor, classes: int, penalty: float = 1.
     """Fit a multinomial logistic regression with an L2 penalty.
 
     It minimises Σ_i −log p(y_i|x_i) + penalty/2 · ‖W‖²_F, where x is centred by its mean and divided by one
-    number, the root mean square of ‖x − mean‖: so a penalty means the same for every model. The bias bears no
-    penalty but for 1e-6/2 · ‖b‖², which keeps it finite where a class has no example. Features that do not
-    differ between examples give the classes' frequencies.
+    number, the root mean square of ‖x − mean‖, so that a penalty has the same effect for every model. The bias has
+    only the penalty 1e-6/2 · ‖b‖², which keeps it finite where a class has no example. If the features of all
+    examples are equal, the probe predicts the frequencies of the classes.
 
     Args:
         vectors: (n × d) float64.
@@ -92,8 +90,8 @@ def held_out_log_likelihood(
 def held_out_probability(vectors: Tensor, labels: Tensor, classes: int, seed: int = 0) -> Tensor:
     """p(y_i|x_i) of each example by probes that have not seen it, the mean over several divisions into folds.
 
-    Of few examples the score hangs on which fell into one fold; several divisions take most of that out. The penalty
-    is one for all, 0.1: to choose it costs more than it gains.
+    With few examples, the score depends on the division into folds; the mean over several divisions removes most of
+    that. The penalty is always 0.1: choosing it costs more than it gains.
 
     Args:
         vectors: (n × d) float64.
@@ -102,10 +100,7 @@ def held_out_probability(vectors: Tensor, labels: Tensor, classes: int, seed: in
         seed: of the first division.
 
     Returns:
-        (n) float64, 0 to 1; NaN for the one example of a class.
-
-    Raises:
-        PimergeError: if every class has one example.
+        (n) float64, 0 to 1; NaN for the only example of a class.
 
     >>> x = torch.tensor([[-1.0], [1.0], [-0.9], [0.9]], dtype=torch.float64)
     >>> held_out_probability(x, torch.tensor([0, 1, 0, 1]), classes=2).gt(0.8).tolist()
@@ -129,30 +124,27 @@ def held_out_log_probabilities(
 ) -> Tensor:
     """log p(y|x_i) of every class for each example, by a probe that has not seen it.
 
-    The folds are stratified, and depend on labels and seed alone: every model is asked the same. There are at
-    most as many folds as the largest class has examples. Of the penalties, one for all folds, that with the
-    highest mean is taken.
+    The folds are stratified and depend only on labels and seed, so every model is compared on the same folds. There
+    are at most as many folds as the largest class has examples. One penalty is chosen for all folds: the one with the
+    highest mean.
 
     Args:
         vectors: (n × d) float64.
         labels: (n) int64.
         classes: how many classes the target has.
-        penalties: what to choose from, each above 0; see :func:`fit_probe`.
-        folds: most folds, at least 2.
+        penalties: to choose from, each above 0; see :func:`fit_probe`.
+        folds: the most folds, at least 2.
         seed: shuffles the examples of each class.
 
     Returns:
-        (n × classes) float64, in nats; NaN for the one example of a class, which is never held out: no probe that has
-        not seen its class could foretell it.
-
-    Raises:
-        PimergeError: if every class has one example.
+        (n × classes) float64, in nats; NaN for the only example of a class, which is never held out: a probe that has
+        not seen the class cannot predict it.
 
     >>> x = torch.tensor([[-1.0], [1.0], [-0.9], [0.9], [0.0]], dtype=torch.float64)
     >>> held_out_log_probabilities(x, torch.tensor([0, 1, 0, 1, 2]), classes=3).argmax(1)[:4].tolist()
     [0, 1, 0, 1]
     """
-    fold = _stratified_folds(labels, folds, seed)
+    fold = probe_folds(labels, folds, seed)
     vectors = vectors @ _principal_axes(vectors)
     strongest_first = sorted(penalties, reverse=True)
     found = torch.full((len(strongest_first), len(labels), classes), torch.nan, dtype=torch.float64)
@@ -199,24 +191,18 @@ def _centre_and_scale(vectors: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]
     return centre, torch.where(spread > _ROUNDING * size, spread, torch.inf)
 
 
-def _stratified_folds(labels: Tensor, folds: int, seed: int) -> Tensor:
-    """(n) the fold that holds each example out; −1 for the only example of a class."""
-    counts = labels.bincount()
-    if counts.max() < 2:
+def probe_folds(labels: Tensor, folds: int, seed: int) -> Tensor:
+    """The fold that holds out each example, (n), of at most as many folds as the largest class has examples.
+
+    The only example of a class has −1 and is never held out. If no class has two examples, that is an error.
+    """
+    largest = int(labels.bincount().max())
+    if largest < 2:
         raise PimergeError(
             "every class has one example, so none can be held out to test a probe",
             "give at least two examples of a class, or take a measure that holds nothing out, such as logme",
         )
-    folds = min(folds, int(counts.max()))
-    generator = torch.Generator().manual_seed(seed)
-    fold = torch.full_like(labels, -1)
-    dealt = 0  # goes on from class to class, so that the folds are of one size
-    for label in (counts > 1).nonzero()[:, 0]:
-        members = (labels == label).nonzero()[:, 0]
-        members = members[torch.randperm(len(members), generator=generator)]
-        fold[members] = (dealt + torch.arange(len(members))) % folds
-        dealt += len(members)
-    return fold
+    return torch.tensor(stratified_folds(labels.tolist(), min(folds, largest), seed, level=True))
 
 
 def _fit_each(vectors: Tensor, labels: Tensor, classes: int, penalties: Sequence[float]) -> Iterator[Probe]:
@@ -229,7 +215,7 @@ def _fit_each(vectors: Tensor, labels: Tensor, classes: int, penalties: Sequence
     for penalty in penalties:
         ridge = torch.full((features.shape[1],), penalty, dtype=torch.float64)
         ridge[-1] = _BIAS_PENALTY
-        found = _minimise(_Problem(features, features.T.contiguous(), targets, ridge), found)
+        found = minimise(LogisticLoss(features, features.T.contiguous(), targets, ridge), found)
         yield Probe(centre, found[:, :-1].T / scale, found[:, -1])
 
 
@@ -248,86 +234,3 @@ def _principal_axes(vectors: Tensor) -> Tensor:
         variances, directions = torch.linalg.eigh(features.T @ features)
         axes = directions[:, variances > _NEGLIGIBLE * variances[-1]]
     return axes
-
-
-@dataclass(frozen=True)
-class _Problem:
-    """Σ_i −log p(y_i|x_i) + ½ Σ ridge · weights², for weights (classes × r), the last column being the bias.
-
-    Attributes:
-        features: (n × r), the last column all ones.
-        across: (r × n), the same in the layout in which products with few classes are several times faster.
-        targets: (classes × n), one-hot.
-        ridge: (r).
-    """
-
-    features: Tensor
-    across: Tensor
-    targets: Tensor
-    ridge: Tensor
-
-    def log_probabilities(self, weights: Tensor) -> Tensor:
-        return (weights @ self.across).log_softmax(0)
-
-    def objective(self, weights: Tensor, logs: Tensor) -> float:
-        return float((self.ridge * weights.square()).sum() / 2 - (self.targets * logs).sum())
-
-    def gradient(self, weights: Tensor, probabilities: Tensor) -> Tensor:
-        return (probabilities - self.targets) @ self.features + self.ridge * weights
-
-    def curvature(self, direction: Tensor, probabilities: Tensor) -> Tensor:
-        """The Hessian times a direction."""
-        moved = probabilities * (direction @ self.across)
-        return (moved - probabilities * moved.sum(0)) @ self.features + self.ridge * direction
-
-    def diagonal(self, probabilities: Tensor) -> Tensor:
-        """The Hessian's."""
-        return (probabilities * (1 - probabilities)) @ self.features.square() + self.ridge
-
-
-def _minimise(problem: _Problem, weights: Tensor) -> Tensor:
-    """Newton's method with backtracking, from the given weights on."""
-    tolerance = _TOLERANCE * len(problem.features)
-    logs = problem.log_probabilities(weights)
-    value = problem.objective(weights, logs)
-    for _ in range(_MAX_NEWTON_STEPS):
-        probabilities = logs.exp()
-        gradient = problem.gradient(weights, probabilities)
-        if float(gradient.norm()) <= tolerance:
-            break
-        step = _newton_step(problem, probabilities, gradient, tolerance)
-        slope = float((gradient * step).sum())
-        length = 1.0
-        while length > _LEAST_STEP:
-            trial = weights + length * step
-            logs = problem.log_probabilities(trial)
-            found = problem.objective(trial, logs)
-            if found <= value + 1e-4 * length * slope:
-                break
-            length /= 2
-        else:  # no more than rounding is left to gain
-            break
-        weights, value = trial, found
-    return weights
-
-
-def _newton_step(problem: _Problem, probabilities: Tensor, gradient: Tensor, tolerance: float) -> Tensor:
-    """−H⁻¹ · gradient by conjugate gradients, preconditioned by H's diagonal; the nearer the end, the more exact."""
-    diagonal = problem.diagonal(probabilities)
-    size = float(gradient.norm())
-    goal = max(size * min(0.1, (size / len(problem.features)) ** 0.5), tolerance / 2)
-    step = torch.zeros_like(gradient)
-    residual = -gradient
-    direction = residual / diagonal
-    product = float((residual * direction).sum())
-    for _ in range(_MAX_INNER_STEPS):
-        curved = problem.curvature(direction, probabilities)
-        length = product / float((direction * curved).sum())
-        step = step + length * direction
-        residual = residual - length * curved
-        if float(residual.norm()) <= goal:
-            break
-        scaled = residual / diagonal
-        previous, product = product, float((residual * scaled).sum())
-        direction = scaled + product / previous * direction
-    return step

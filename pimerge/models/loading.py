@@ -25,9 +25,6 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch
 def resolve_device(device: str) -> torch.device:
     """``auto`` is the first GPU if there is one, else the CPU.
 
-    Raises:
-        PimergeError: if the device is not there.
-
     >>> resolve_device("cpu")
     device(type='cpu')
     """
@@ -45,9 +42,6 @@ def resolve_device(device: str) -> torch.device:
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     """``auto`` is bfloat16 on a GPU and float32 on the CPU.
 
-    Raises:
-        PimergeError: for a name that is not known.
-
     >>> resolve_dtype("auto", torch.device("cpu"))
     torch.float32
     """
@@ -63,9 +57,6 @@ def load_base(base: Base, task: Task, device: torch.device, dtype: torch.dtype, 
 
     Args:
         seed: of weights that the checkpoint does not hold, such as the head.
-
-    Raises:
-        PimergeError: if the base cannot be loaded for this type of task.
     """
     import transformers
 

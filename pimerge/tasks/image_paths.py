@@ -23,9 +23,6 @@ def with_images(rows: Any, column: str, folders: Sequence[Path], where: str) -> 
         column: of paths.
         folders: of the data files; relative paths are looked for there.
         where: the rows, in words.
-
-    Raises:
-        PimergeError: as :func:`resolved`.
     """
     import datasets
 
@@ -36,11 +33,7 @@ def with_images(rows: Any, column: str, folders: Sequence[Path], where: str) -> 
 
 
 def resolved(names: Sequence[str | None], folders: Sequence[Path], where: str) -> list[Path | None]:
-    """The paths that a column means.
-
-    Raises:
-        PimergeError: if a path is relative to one of several folders.
-    """
+    """The paths that a column means."""
     relative = [place for place, name in enumerate(names) if name is not None and not Path(name).is_absolute()]
     if relative and len(folders) > 1:
         raise PimergeError(

@@ -15,21 +15,13 @@ def class_indices(rows: Any, column: str, names: Sequence[str], where: str, numb
     Args:
         where: the split, in words.
         numbers: of the rows, in that split.
-
-    Raises:
-        RowsError: with the labels that are unknown, and their rows.
     """
     values = [[value] for value in rows[column]]
     return [index for [index] in _lookup(values, rows.features[column], names, RowProblems(where, numbers), "rows")]
 
 
 def word_classes(rows: Any, column: str, names: Sequence[str], where: str, numbers: Sequence[int]) -> list[list[int]]:
-    """The classes of each row's words.
-
-    Raises:
-        RowsError: as :func:`class_indices`.
-        PimergeError: if the column holds no lists.
-    """
+    """The classes of each row's words."""
     feature = rows.features[column]
     if not hasattr(feature, "feature"):
         raise PimergeError(f"the column '{column}' of {where} holds no lists", "give each row a list of labels")

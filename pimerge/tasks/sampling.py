@@ -1,29 +1,31 @@
-"""Which examples are drawn, by a seed."""
+"""Sample and split examples by a seed; indices come back in the order of the data."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from pimerge.core.errors import PimergeError, Problems
 
+if TYPE_CHECKING:
+    import torch
+
 
 def sample_shots(labels: Sequence[int], shots: int, seed: int, names: Sequence[str]) -> list[int]:
-    """Draw ``shots`` examples of each class, by a seed; the indices come back in the order of the data.
+    """Sample ``shots`` examples of each class; every class that has fewer is an error.
 
     Args:
         labels: the class of each example.
-        names: of the classes; none if all examples are one group, of the class 0.
-
-    Raises:
-        PimergeError: naming each class with fewer examples.
+        shots: examples per class.
+        seed: of the random order from which the first of each class are taken.
+        names: of the classes; empty if all examples form one group, of the class 0.
 
     >>> sample_shots([0, 1, 0, 1, 0], 1, seed=0, names=["even", "odd"])
     [1, 4]
     """
+    _require_shots(shots)
     problems = Problems()
-    if shots < 1:
-        raise PimergeError(f"--shots is {shots}, expected at least 1")
     chosen: list[int] = []
     order = permutation(len(labels), seed)
     groups = [f"the class '{name}' has" for name in names] or ["there are"]
@@ -32,32 +34,31 @@ def sample_shots(labels: Sequence[int], shots: int, seed: int, names: Sequence[s
         if len(members) < shots:
             problems.add(f"{group} {len(members)} examples, {shots} were asked for", "ask for fewer --shots")
         chosen += members[:shots]
-    problems.raise_any(f"{shots} shots cannot be drawn from each class")
+    problems.raise_any(f"{shots} shots cannot be sampled of each class")
     return sorted(chosen)
 
 
 def sample_sentences(held: Sequence[set[int]], shots: int, seed: int, names: Sequence[str]) -> list[int]:
-    """Draw sentences by a seed until ``shots`` of them hold each class that some sentence holds.
+    """Sample sentences until at least ``shots`` of them hold each class that occurs.
 
-    One after the other, each sentence is taken that holds a class of which there are not enough yet.
+    In a random order, each sentence is taken that holds a class of which there are not enough yet. Every class that
+    occurs in fewer sentences is an error.
 
     Args:
         held: the classes that each sentence holds.
+        shots: sentences per class.
+        seed: of the order.
         names: of the classes.
-
-    Raises:
-        PimergeError: naming each class that fewer sentences hold.
 
     >>> sample_sentences([{0}, {0, 1}, {0}, {1}], 1, seed=0, names=["O", "NAME"])
     [0, 1]
     """
-    if shots < 1:
-        raise PimergeError(f"--shots is {shots}, expected at least 1")
+    _require_shots(shots)
     problems = Problems()
     for index, name in enumerate(names):
         if 0 < (there := sum(index in classes for classes in held)) < shots:
             problems.add(f"{there} sentences hold the class '{name}', {shots} were asked for", "ask for fewer --shots")
-    problems.raise_any(f"{shots} sentences cannot be drawn of each class")
+    problems.raise_any(f"{shots} sentences cannot be sampled of each class")
     counts: Counter[int] = Counter()
     chosen = []
     for index in permutation(len(held), seed):
@@ -67,49 +68,85 @@ def sample_sentences(held: Sequence[set[int]], shots: int, seed: int, names: Seq
     return sorted(chosen)
 
 
-def permutation(length: int, seed: int) -> list[int]:
-    """The numbers below ``length`` in an order that the seed gives.
-
-    >>> permutation(3, seed=0)
-    [2, 0, 1]
-    """
-    import torch
-
-    order: list[int] = torch.randperm(length, generator=torch.Generator().manual_seed(seed)).tolist()
-    return order
+def _require_shots(shots: int) -> None:
+    if shots < 1:
+        raise PimergeError(f"--shots must be at least 1; got {shots}")
 
 
 def split_holdout(labels: Sequence[int], share: float, seed: int) -> tuple[list[int], list[int]]:
-    """Indices to train on and to hold out, the same share of each class, at least one to train on.
+    """Indices to train on and to hold out: the same share of each class, but at least one to train on.
 
     >>> split_holdout([0, 0, 0, 0, 1, 1, 1, 1], 0.25, seed=0)
     ([1, 2, 3, 5, 6, 7], [0, 4])
     """
-    counts = ((members, min(round(share * len(members)), len(members) - 1)) for members in _classes(labels, seed))
-    return _apart(labels, {index for members, count in counts for index in members[:count]})
+    held_out: set[int] = set()
+    for members in _shuffled_classes(labels, seed):
+        held_out.update(members[: min(round(share * len(members)), len(members) - 1)])
+    return _split(labels, held_out)
 
 
 def split_fold(labels: Sequence[int], fold: int, folds: int, seed: int) -> tuple[list[int], list[int]]:
-    """Indices to train on and to hold out: one of several folds, with as many of each class as can be.
-
-    The only example of a class is always trained on.
+    """Indices to train on and to hold out: one of several :func:`stratified_folds`, each class dealt from the first.
 
     >>> split_fold([0, 0, 0, 1, 1, 1], 0, 3, seed=0)
     ([0, 1, 3, 4], [2, 5])
     """
-    repeated = (members for members in _classes(labels, seed) if len(members) > 1)
-    return _apart(labels, {index for members in repeated for index in members[fold::folds]})
+    fold_of = stratified_folds(labels, folds, seed, level=False)
+    return _split(labels, {index for index, own in enumerate(fold_of) if own == fold})
 
 
-def _classes(labels: Sequence[int], seed: int) -> Iterator[list[int]]:
+def stratified_folds(labels: Sequence[int], folds: int, seed: int, *, level: bool) -> list[int]:
+    """The fold that holds out each example, with each class spread evenly; −1 for the only example of a class.
+
+    Args:
+        labels: the class of each example.
+        folds: how many folds.
+        seed: shuffles the examples of each class.
+        level: deal each class from where the one before ended, so that the folds are of one size; else from the first
+            fold.
+
+    >>> stratified_folds([0, 0, 0, 1, 1, 1, 2], 2, seed=0, level=True)
+    [1, 0, 0, 1, 0, 1, -1]
+    """
+    fold_of = [-1] * len(labels)
+    dealt = 0
+    for members in _shuffled_classes(labels, seed):
+        if len(members) > 1:
+            for place, index in enumerate(members, dealt):
+                fold_of[index] = place % folds
+            dealt += len(members) if level else 0
+    return fold_of
+
+
+def permutation(length: int, seed: int) -> list[int]:
+    """The numbers below ``length`` in a random order.
+
+    >>> permutation(3, seed=0)
+    [2, 0, 1]
+    """
+    return _shuffled(range(length), _generator(seed))
+
+
+def _shuffled_classes(labels: Sequence[int], seed: int) -> list[list[int]]:
     """The indices of each class, in a random order."""
+    generator = _generator(seed)
+    of_class: dict[int, list[int]] = {label: [] for label in sorted(set(labels))}
+    for index, label in enumerate(labels):
+        of_class[label].append(index)
+    return [_shuffled(members, generator) for members in of_class.values()]
+
+
+def _shuffled(values: Sequence[int], generator: torch.Generator) -> list[int]:
     import torch
 
-    generator = torch.Generator().manual_seed(seed)
-    for label in sorted(set(labels)):
-        members = [index for index, value in enumerate(labels) if value == label]
-        yield [members[place] for place in torch.randperm(len(members), generator=generator).tolist()]
+    return [values[place] for place in torch.randperm(len(values), generator=generator).tolist()]
 
 
-def _apart(labels: Sequence[int], held_out: set[int]) -> tuple[list[int], list[int]]:
+def _generator(seed: int) -> torch.Generator:
+    import torch
+
+    return torch.Generator().manual_seed(seed)
+
+
+def _split(labels: Sequence[int], held_out: set[int]) -> tuple[list[int], list[int]]:
     return [index for index in range(len(labels)) if index not in held_out], sorted(held_out)

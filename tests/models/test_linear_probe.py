@@ -17,11 +17,11 @@ from pimerge.models.linear_probe import (
     FOLDS,
     PENALTIES,
     PENALTY,
-    _stratified_folds,
     fit_probe,
     held_out_log_likelihood,
     held_out_probability,
     in_row_space,
+    probe_folds,
     standardised,
 )
 from tests.support.numerics import small
@@ -95,7 +95,7 @@ def test_a_class_without_examples_is_hardly_expected() -> None:
 
 def test_held_out_is_by_a_probe_of_the_other_folds() -> None:
     vectors, labels = clusters(31, 50, 3)
-    fold = _stratified_folds(labels, 4, seed=3)
+    fold = probe_folds(labels, 4, seed=3)
     means = []
     for penalty in PENALTIES:
         each = torch.zeros(31, dtype=torch.float64)
@@ -123,9 +123,9 @@ def test_folds_are_stratified_and_of_one_size(found: list[int], folds: int, seed
     counts = labels.bincount()
     if counts.max() < 2:
         with pytest.raises(PimergeError, match="every class has one example"):
-            _stratified_folds(labels, folds, seed)
+            probe_folds(labels, folds, seed)
         return
-    fold = _stratified_folds(labels, folds, seed)
+    fold = probe_folds(labels, folds, seed)
     used = min(folds, int(counts.max()))
     assert ((fold < 0) == (counts[labels] == 1)).all()
     assert fold.max() == used - 1
@@ -168,7 +168,7 @@ def test_the_probability_is_the_mean_over_the_divisions_into_folds(n: int, repea
     vectors, labels = clusters(n, 12, 3)
     each = torch.zeros(repeats, n, dtype=torch.float64)
     for seed in range(repeats):
-        fold = _stratified_folds(labels, FOLDS, seed)
+        fold = probe_folds(labels, FOLDS, seed)
         for index in range(FOLDS):
             seen, held = fold != index, fold == index
             logs = fit_probe(vectors[seen], labels[seen], 3, PENALTY).log_probabilities(vectors[held])

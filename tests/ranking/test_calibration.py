@@ -13,7 +13,7 @@ from pimerge.adapters.expert import open_expert
 from pimerge.checkpoints.base import find_base
 from pimerge.core.errors import PimergeError
 from pimerge.embedding.features import STRENGTHS, FeatureReader, Sampling, TargetFeatures
-from pimerge.models.linear_probe import PENALTIES, _stratified_folds
+from pimerge.models.linear_probe import PENALTIES, probe_folds
 from pimerge.models.loading import load_base
 from pimerge.ranking.calibration import held_out_accuracy, measure_gains
 from pimerge.tasks.task import open_task
@@ -24,7 +24,7 @@ from tests.support.samples import sample_of
 
 def accuracy_by_hand(sample: TargetFeatures) -> float:
     """Scikit-learn's logistic regression, fold by fold; the penalty with the highest held-out likelihood."""
-    fold = _stratified_folds(sample.labels, 5, seed=0).numpy()
+    fold = probe_folds(sample.labels, 5, seed=0).numpy()
     x, labels = sample.vectors.numpy(), sample.labels.numpy()
     best, accuracy = -np.inf, 0.0
     for penalty in PENALTIES:

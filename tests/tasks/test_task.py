@@ -338,37 +338,6 @@ def test_a_folder_without_a_task_says_what_to_write(tmp_path: Path) -> None:
     assert f"there is no '{tmp_path / 'task.json'}'" in problem_of(lambda: open_task(tmp_path))
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
-@pytest.mark.parametrize("shots", [1, 3])
-def test_shots_are_so_many_of_each_class_in_the_order_of_the_data(shots: int, seed: int) -> None:
-    labels = [0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 0]
-    drawn = sample_shots(labels, shots, seed, ["a", "b", "c"])
-    assert drawn == sorted(set(drawn))
-    assert sorted(labels[index] for index in drawn) == sorted([0, 1, 2] * shots)
-    assert drawn == sample_shots(labels, shots, seed, ["a", "b", "c"])
-
-
-def test_other_seeds_draw_other_shots() -> None:
-    draws = {tuple(sample_shots([0, 1] * 20, 2, seed, NAMES)) for seed in range(10)}
-    assert len(draws) > 5
-
-
-def test_more_shots_hold_the_fewer_of_the_same_seed() -> None:
-    labels = [index % 2 for index in range(40)]
-    assert set(sample_shots(labels, 2, 0, NAMES)) < set(sample_shots(labels, 5, 0, NAMES))
-
-
-def test_too_many_shots_name_every_class_that_lacks_them() -> None:
-    message = problem_of(lambda: sample_shots([0, 0, 0, 1, 2], 2, 0, ["a", "b", "c"]))
-    assert "the class 'b' has 1 examples, 2 were asked for" in message
-    assert "the class 'c' has 1 examples, 2 were asked for" in message
-    assert "'a'" not in message
-
-
-def test_no_shots_are_refused() -> None:
-    assert "--shots is 0" in problem_of(lambda: sample_shots([0, 1], 0, 0, NAMES))
-
-
 def examples_of(task: Task, base: Path, **options: Any) -> tuple[list[list[int]], list[int]]:
     """Token ids and labels of a task's training examples."""
     from transformers import AutoConfig

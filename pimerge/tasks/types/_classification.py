@@ -19,11 +19,7 @@ FIELDS = frozenset({"metrics"})
 
 
 def check(file: TaskFile) -> None:
-    """Check that the metrics are about classes.
-
-    Raises:
-        PimergeError: if it is not so.
-    """
+    """Check that the metrics are about classes."""
     check_metrics(file.metrics or [], ["classes"])
 
 

@@ -101,11 +101,7 @@ def _token_counts(examples: TextExamples, indices: Sequence[int]) -> Tensor:
 
 
 def draw(model: nn.Module, examples: Examples, indices: Sequence[int], uniform: Tensor) -> list[int]:
-    """The candidate of each example drawn from softmax(log p(candidate|x)) at ``uniform`` (n).
-
-    Raises:
-        PimergeError: if the answers are no choice between candidates.
-    """
+    """The candidate of each example drawn from softmax(log p(candidate|x)) at ``uniform`` (n)."""
     assert isinstance(examples, TextExamples)
     if any(len(examples.tokens[index].answers) < 2 for index in indices):
         raise PimergeError(
@@ -230,9 +226,6 @@ def fit(
     Args:
         longest: tokens of an answer.
         room: tokens of a row's longest candidate → tokens that its prompt has room for.
-
-    Raises:
-        PimergeError: with each row whose answer alone is too long, or that a prompt cannot be cut for.
     """
     problems = RowProblems(rows.where, rows.numbers)
     found, truncated = [], 0
@@ -260,9 +253,6 @@ def new_tokens(file: TaskFile, longest: int, answers: Sequence[list[list[int]]])
 
     Args:
         longest: tokens that there is room for.
-
-    Raises:
-        PimergeError: if the task wants more than there is room for.
     """
     if file.max_new_tokens is not None:
         if file.max_new_tokens > longest:
@@ -292,11 +282,7 @@ def decoding(tokenizer: Any, answers: Sequence[list[list[int]]]) -> Callable[[li
 
 
 def end_token(processor: Any, config: Any) -> int:
-    """The token that ends an answer.
-
-    Raises:
-        PimergeError: if there is none.
-    """
+    """The token that ends an answer."""
     own = config.eos_token_id
     found = processor.eos_token_id if processor.eos_token_id is not None else own[0] if isinstance(own, list) else own
     if found is None:

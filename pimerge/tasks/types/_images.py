@@ -54,11 +54,7 @@ def decoder(rows: Rows, mode: str) -> Callable[[int], Any]:
 
 
 def tell_broken(rows: Rows, decode: Callable[[int], Any]) -> None:
-    """Decode every image of a split.
-
-    Raises:
-        PimergeError: with each row whose image cannot be decoded.
-    """
+    """Decode every image of a split."""
     problems = RowProblems(rows.where, rows.numbers)
     for place in range(len(rows.labels)):
         with problems.row(place):

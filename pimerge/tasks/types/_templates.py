@@ -51,9 +51,6 @@ class Template:
         field: its name there.
         source: what stands there.
 
-    Raises:
-        PimergeError: if its syntax is wrong.
-
     >>> Template("prompt", "Is it a {{ animal }}?").text({"animal": "cat"})
     'Is it a cat?'
     >>> Template("answer", "{{ answers }}").values({"answers": ["yes", "of course"]})
@@ -77,11 +74,7 @@ class Template:
             ) from error
 
     def text(self, values: Mapping[str, Any]) -> str:
-        """The template filled in.
-
-        Raises:
-            PimergeError: if it cannot be.
-        """
+        """The template filled in."""
         return str(self._filled(self._template.render, values))
 
     def values(self, values: Mapping[str, Any]) -> list[str]:
@@ -121,11 +114,7 @@ def _present(value: Any) -> Any:
 
 
 def check_texts(file: TaskFile) -> None:
-    """Check what ``task.json`` says of prompts and answers.
-
-    Raises:
-        PimergeError: with all that does not fit.
-    """
+    """Check what ``task.json`` says of prompts and answers."""
     problems = Problems()
     if file.prompt is None:
         problems.add("there is no prompt", "write what the model is asked, such as 'Review: {{ text }}'")
@@ -173,11 +162,7 @@ def _check_labelled(
 
 
 def fill_in(rows: Rows, file: TaskFile) -> list[Text]:
-    """Every row in words.
-
-    Raises:
-        PimergeError: with each column that is not there, and each row whose prompt or answer cannot be had.
-    """
+    """Every row in words."""
     assert file.prompt is not None
     prompt = Template("prompt", file.prompt)
     answer = None if file.answer is None else Template("answer", file.answer)
@@ -220,11 +205,7 @@ def _required(field: str, text: str) -> str:
 
 
 def require_columns(rows: Rows, names: Iterable[str]) -> None:
-    """Check that the columns are there that templates name.
-
-    Raises:
-        PimergeError: with each that is not.
-    """
+    """Check that the columns are there that templates name."""
     problems = Problems()
     columns = list(rows.table.column_names)
     for name in sorted(set(names) - set(columns)):

@@ -154,11 +154,7 @@ def plain(processor: Any, text: str) -> list[int]:
 
 
 def require_chat_template(processor: Any) -> None:
-    """Check that the base has a chat template.
-
-    Raises:
-        PimergeError: if it has none.
-    """
+    """Check that the base has a chat template."""
     if not processor.chat_template:
         raise PimergeError(
             "the base's tokenizer has no chat template", "leave out 'chat' in task.json, or take an instruct model"

@@ -26,12 +26,7 @@ def load_processor(source: str, revision: str | None) -> Any:
 
 
 def encode(rows: Rows, file: TaskFile, processor: Any, config: PreTrainedConfig) -> Examples:
-    """Decode and process an image when it is asked for; up to 256 MB of them are kept for the next epoch.
-
-    Raises:
-        PimergeError: with each row whose image cannot be decoded: at once if a file is not there or does not begin as
-            an image does, else when the first such image is asked for.
-    """
+    """Decode and process an image when it is asked for; up to 256 MB of them are kept for the next epoch."""
     import torch
 
     decode = decoder(rows, mode_of(config))

@@ -34,11 +34,7 @@ _OF_TOKENS = (_PROMPT, "attention_mask", "labels", *_TYPES)
 
 
 def check(file: TaskFile) -> None:
-    """Check what ``task.json`` says of prompts and answers.
-
-    Raises:
-        PimergeError: with all that does not fit.
-    """
+    """Check what ``task.json`` says of prompts and answers."""
     check_texts(file)
     if file.prompt is not None and file.columns.get("image") in Template("prompt", file.prompt).names:
         raise PimergeError(
@@ -67,9 +63,6 @@ def encode(rows: Rows, file: TaskFile, processor: Any, config: PreTrainedConfig)
     """Process every row once; up to 256 MB of the images are kept, the others are processed whenever they are needed.
 
     Of a prompt that is too long the part goes that goes in ``seq2seq`` or ``causal-lm``, but never an image.
-
-    Raises:
-        PimergeError: with each row whose image cannot be decoded, or whose prompt or answer does not fit.
     """
     texts = fill_in(rows, file)
     if file.chat:

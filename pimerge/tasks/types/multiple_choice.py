@@ -29,11 +29,7 @@ _QUESTION = "QUESTION"
 
 
 def check(file: TaskFile) -> None:
-    """Check the templates and the metrics.
-
-    Raises:
-        PimergeError: with all that does not fit.
-    """
+    """Check the templates and the metrics."""
     problems = Problems()
     if file.labels is not None:
         problems.add("labels are the same for all rows, and here each has its choices", "leave the labels out")
@@ -60,11 +56,7 @@ def encode(rows: Rows, file: TaskFile, processor: Any, config: PreTrainedConfig)
 
 
 def _texts(rows: Rows, file: TaskFile) -> list[Text]:
-    """Every row in words.
-
-    Raises:
-        PimergeError: with each column that is not there, and each row that is no question with choices.
-    """
+    """Every row in words."""
     template = Template("prompt", file.prompt or _PROMPT)
     listed = Template("choices", file.choices) if file.choices is not None else None
     used = template.names - {_QUESTION} | (listed.names if listed else set())

@@ -108,11 +108,7 @@ def _ended(ids: list[int], end: int) -> list[int]:
 
 
 def _start_token(config: PreTrainedConfig) -> int:
-    """What the decoder starts from; T5 takes the padding.
-
-    Raises:
-        PimergeError: if the config names neither.
-    """
+    """What the decoder starts from; T5 takes the padding."""
     start = getattr(config, "decoder_start_token_id", None)
     start = start if start is not None else getattr(config, "pad_token_id", None)
     if start is None:

@@ -19,11 +19,7 @@ if TYPE_CHECKING:
 
 
 def encode(rows: Rows, file: TaskFile, processor: Any, config: PreTrainedConfig) -> Examples:
-    """Tokenize every row once; texts longer than the model takes are cut.
-
-    Raises:
-        PimergeError: if the head of a base with an encoder and a decoder cannot find the end of a text.
-    """
+    """Tokenize every row once; texts longer than the model takes are cut."""
     import torch
 
     longest = longest_input(processor, config)

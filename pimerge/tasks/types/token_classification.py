@@ -50,11 +50,7 @@ def load_processor(source: str, revision: str | None) -> Any:
 
 
 def encode(rows: Rows, file: TaskFile, processor: Any, config: PreTrainedConfig) -> Examples:
-    """Tokenize every sentence once; of one that is longer than the model takes the last words are cut.
-
-    Raises:
-        PimergeError: with each row that is no list of words with a class for each.
-    """
+    """Tokenize every sentence once; of one that is longer than the model takes the last words are cut."""
     import torch
     from torch.nn.utils.rnn import pad_sequence
 
@@ -118,11 +114,7 @@ def _first_tokens(word_ids: Sequence[int | None]) -> dict[int, int]:
 
 
 def _kept_words(words: Sequence[str], firsts: Mapping[int, int], processor: Any, longest: int) -> int:
-    """How many words there is room for.
-
-    Raises:
-        PimergeError: if there is none for any, or a word before the cut has no token.
-    """
+    """How many words there is room for."""
     kept = max(firsts, default=-1) + 1
     if kept < len(words):  # cut off, unless these words have no tokens at all
         whole = _first_tokens(_split(words, processor, verbose=False).word_ids())
@@ -175,11 +167,7 @@ def _of_words(model: nn.Module, examples: Examples, indices: Sequence[int]) -> l
 def read(
     model: nn.Module, reading: Mapping[str, nn.Module], examples: Examples, indices: Sequence[int], answers: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Nothing: a sentence has a vector for each word, and a ranking by examples looks at one for each example.
-
-    Raises:
-        PimergeError: always.
-    """
+    """Nothing: a sentence has a vector for each word, and a ranking by examples looks at one for each example."""
     raise PimergeError("the words of a sentence are no examples of a ranking", "rank by a measure of the store")
 
 
