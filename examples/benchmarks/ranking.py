@@ -43,7 +43,7 @@ from pimerge.embedding.embed import embed_expert
 from pimerge.embedding.features import STRENGTHS, FeatureReader, Sampling, TargetFeatures
 from pimerge.embedding.store import Store
 from pimerge.embedding.store_schema import EmbedSettings
-from pimerge.evaluation.evaluate import evaluate
+from pimerge.evaluation.scoring import score_experts
 from pimerge.models.linear_probe import fit_probe
 from pimerge.models.loading import Bases, load_base
 from pimerge.ranking.by_examples import DRAWS, bootstrap
@@ -513,7 +513,7 @@ def tuned(
             if not output.is_dir():
                 tune(method, seen[name].task, base, sources, None, output, training)
             expert = open_expert(output, base.reference)
-            row[label] = 100 * evaluate([expert], seen[name].task, base, None, device="cpu")[-1].accuracy
+            row[label] = 100 * score_experts([expert], seen[name].task, base, None, device="cpu")[-1].accuracy
         found[name] = row
         print(f"  {name}: " + ", ".join(f"{label} {value:.1f}" for label, value in row.items()), flush=True)
     return found

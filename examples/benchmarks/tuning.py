@@ -20,9 +20,9 @@ from pathlib import Path
 from pimerge.adapters.expert import find_experts, open_expert
 from pimerge.cli.console import print_line, print_table
 from pimerge.core.libraries import quiet_libraries
-from pimerge.evaluation.compare import compare
 from pimerge.evaluation.design import CONTROLS, ComparisonDesign, RankedExpert, shots_text
-from pimerge.evaluation.evaluate import BASE, evaluate
+from pimerge.evaluation.runner import run_comparison
+from pimerge.evaluation.scoring import BASE, score_experts
 from pimerge.tasks.task import open_task
 from pimerge.tuning.options import TrainingOptions
 
@@ -70,7 +70,7 @@ def run(experts: Path, name: str, work: Path, design: ComparisonDesign) -> dict[
     """(Shots, method) → mean accuracy over the seeds, for one target."""
     target = open_expert(experts / name)
     pool = [RankedExpert(open_expert(path)) for path in find_experts(experts) if path.name != name]
-    document = compare(open_task(target.path), target.base, pool, design, work)
+    document = run_comparison(open_task(target.path), target.base, pool, design, work)
     assert document is not None
     return {(line.shots, line.method): line.mean for line in document.lines}
 
@@ -78,7 +78,7 @@ def run(experts: Path, name: str, work: Path, design: ComparisonDesign) -> dict[
 def accuracy_of_own(path: Path) -> float:
     """Accuracy of the target's own expert, trained on all of its data."""
     expert = open_expert(path)
-    rows = evaluate([expert], open_task(path), expert.base, None)
+    rows = score_experts([expert], open_task(path), expert.base, None)
     return next(row.accuracy for row in rows if row.name != BASE)
 
 

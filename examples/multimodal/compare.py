@@ -27,7 +27,7 @@ from pimerge.adapters.expert import Expert, open_expert
 from pimerge.adapters.ranking_document import Candidate, open_ranked, read_ranking
 from pimerge.cli.console import print_table
 from pimerge.core.libraries import quiet_libraries
-from pimerge.evaluation.evaluate import BASE, evaluate
+from pimerge.evaluation.scoring import BASE, score_experts
 from pimerge.tasks.task import open_task
 from pimerge.tuning.options import TrainingOptions
 from pimerge.tuning.tune import tune
@@ -121,7 +121,7 @@ def accuracies(epochs: int, path: Path, seed: int) -> list[float]:
             return open_expert(Path(folder) / name, best.base.reference)
 
         own = tuned("own", "scratch", [], None, half)
-        rows = evaluate(
+        rows = score_experts(
             [
                 tuned("fresh", "scratch", [], None, options),
                 tuned("as-it-is", "uniform", [best], None, options),

@@ -1,276 +1,145 @@
-"""Tune methods and controls on draws of a target's examples, at equal budget, in one process.
-
-The base is loaded once. Of every draw the experts are ranked once, and all methods take that ranking. Rankings and runs
-lie in a folder, a file for each, so that a comparison that was killed goes on, and a larger one runs what is new alone.
-"""
+"""Compare tune methods with controls over several samplings of few labels."""
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
-from functools import cache, cached_property
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from pimerge.adapters.ranking_document import Ranking, Target, write_ranking
-from pimerge.checkpoints.base import Base
-from pimerge.core.documents import parse_document
-from pimerge.core.errors import Problems
-from pimerge.core.files import json_text, sha256_bytes, write_file
-from pimerge.core.progress import Track, silent
-from pimerge.core.version import __version__
-from pimerge.embedding.features import FeatureReader, Sampling
-from pimerge.evaluation.design import (
-    SINGLE,
-    ComparisonDesign,
-    PlannedRun,
-    RankedExpert,
-    cases_of,
-    check_design,
-    shots_text,
-)
-from pimerge.evaluation.evaluate import TestSplit, read_test_split, score_model
-from pimerge.evaluation.paired_stats import conclusion, lines_of
-from pimerge.evaluation.schema import ComparisonDocument, ComparisonRun
-from pimerge.ranking.by_examples import rank_by_examples
-from pimerge.ranking.measure import BY_EXAMPLES, MEASURES
-from pimerge.ranking.selection import SelectionRule
-from pimerge.tasks.task import Task
-from pimerge.tuning.cross_validation import choose
-from pimerge.tuning.fit import fit
-from pimerge.tuning.method import TuneMethod, open_tune_method
-from pimerge.tuning.session import TuneRequest, TuningSession, open_session
-
-BY_ONE_EXAMPLE = "logme"
-"""The measure where a class has one example, of which nothing can be held out."""
-LIMIT = 500
-FEATURES, RANKINGS = "features", "rankings"
-ANEW = "delete it: it is made anew"
-_WAIT = 0.5
-_DISTRIBUTED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
+from pimerge.adapters.expert import Expert
+from pimerge.adapters.ranking_document import open_ranked, read_ranking
+from pimerge.adapters.selected import base_of, open_all, pool_members
+from pimerge.core.errors import PimergeError, Problems
+from pimerge.core.files import require_absent
+from pimerge.core.progress import Note, Track, silent, unheard
+from pimerge.evaluation.comparison import Comparison
+from pimerge.evaluation.design import ComparisonDesign, RankedExpert, check_names, usual_controls
+from pimerge.evaluation.runner import run_comparison
+from pimerge.evaluation.target import TargetSource, open_target
+from pimerge.tasks.task import TaskSource, open_task
+from pimerge.tuning.options import TrainingOptions
 
 
 def compare(
-    task: Task,
-    base: Base,
-    pool: Sequence[RankedExpert],
-    design: ComparisonDesign,
-    folder: Path,
+    target: TargetSource | None = None,
     *,
-    also: Sequence[Task] = (),
-    before: Callable[[], None] = lambda: None,
+    experts: Sequence[str | Path | Expert] | None = None,
+    shots: Sequence[int | None] = (5,),
+    seeds: int = 3,
+    methods: Sequence[str] = ("guided", "learned", "interpolated"),
+    controls: Sequence[str] | None = None,
+    counts: Sequence[int] = (2,),
+    also_test: Sequence[TaskSource] = (),
+    draw_from: str | None = None,
+    rank_by: str = "draws",
+    select: str = "fixed",
+    epochs: float = 30,
+    lr: Mapping[str, float] | None = None,
+    batch_size: int = 16,
+    class_names: bool | None = None,
+    holdout: float = 0.0,
+    ranking: str | Path = "ranking.json",
+    base: str | None = None,
     device: str = "auto",
     dtype: str = "auto",
+    output: str | Path = "comparison.json",
+    force: bool = False,
     track: Track = silent,
-    note: Callable[[str], None] = lambda message: None,
-) -> ComparisonDocument | None:
-    """Run what has not run yet, and sum up.
+    note: Note = unheard,
+) -> Comparison | None:
+    """Run tune methods and controls on samples of the target's examples, at equal budget, and say which is best.
 
-    Under ``accelerate launch`` every process takes its share of the runs, on a device of its own; the first sums up.
+    Every run is kept in a folder beside the output. An interrupted comparison continues, and one with more methods,
+    shots or seeds makes only the new runs. Under ``accelerate launch`` the processes share the runs.
 
     Args:
-        task: the target's. Its own expert, if it has one, has no part: it may have seen more examples.
-        pool: the experts, the target's own not among them; as a ranking has them, if ``design.ranked_by`` says so.
-        folder: of the runs.
-        also: further tasks whose test splits the results are scored on, with the target's classes.
-        before: called if anything is to be run, before it is.
+        target: an expert's or a task's folder, an expert, a task, a ``datasets.Dataset`` or a list of dicts; by default
+            the ranking's target. Its own expert has no part: it may have seen more examples.
+        experts: experts, or folders of them; by default the candidates of the ranking.
+        shots: numbers of training examples per class; None for all.
+        seeds: number of samplings, with the seeds 0, 1, ….
+        methods: tune methods.
+        controls: controls, of head, scratch, named, full, single, uniform and random; by default all but random, and
+            named only where a method takes the names of classes as examples.
+        counts: numbers of ranked experts that a method gets.
+        also_test: further tasks with the target's classes whose test splits are scored as well.
+        draw_from: the split of the data that examples are sampled from; by default the train split.
+        rank_by: ``draws`` ranks the experts on the examples of each sampling; ``ranking`` takes the ranking's order.
+        select: ``fixed`` takes learning rates as given; ``cv`` chooses each method's by cross-validation.
+        epochs: passes over the training examples, the same for all.
+        lr: method → learning rate; by default the method's own.
+        batch_size: examples per step.
+        class_names: whether the names of the classes are examples; by default the method decides.
+        holdout: share of the examples kept for early stopping.
+        ranking: the file that names the target and the experts.
+        base: a base model's folder or Hub id, in place of the one that the experts name.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
+        dtype: ``auto`` (bfloat16 on a GPU, else float32), ``float32``, ``bfloat16`` or ``float64``.
+        output: the document; its tables (``.md``) and runs (``.csv``) are written beside it.
+        force: whether to replace an output that differs.
+        track: is told the progress.
+        note: is told remarks, a sentence at a time.
 
     Returns:
-        None in a process that does not sum up.
+        the comparison; None in a process that only made its share of the runs.
 
-    Raises:
-        PimergeError: if the design does not fit the data or the experts, or a run fails.
+    Example::
+
+        found = pimerge.compare("experts/X", shots=[1, 5], methods=["learned"])
+        print(found.conclusion)
     """
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    if world > 1 and device == "auto":
-        device = _own_device()
-    for name in _DISTRIBUTED:  # a run has one process
-        os.environ.pop(name, None)
-    if design.split is not None:
-        splits = {**task.file.splits, "train": design.split}
-        task = replace(task, file=task.file.model_copy(update={"splits": splits}))
-    methods = {name: open_tune_method("uniform" if name == SINGLE else name) for name in design.methods}
-    check_design(task, len(pool), design, methods, also, note)
-    cases = list(cases_of(design, methods))
-    runner = _ComparisonRunner(task, base, pool, design, methods, folder, [task, *also], device, dtype)
-    if any(runner.done(case) is None for case in cases):
-        before()
-    mine = [case for number, case in enumerate(cases) if number % world == rank]
-    with track("comparing", len(mine), "runs") as advance:
-        for case in mine:
-            runner.run(case)
-            advance(1, f"{case.method}, {shots_text(case.shots)}, seed {case.seed}")
-    if rank > 0:
-        return None
-    while any(runner.done(case) is None for case in cases):  # what the other processes do
-        time.sleep(_WAIT)
-    shutil.rmtree(folder / FEATURES, ignore_errors=True)
-    return _summed_up(task, base, pool, design, [run for case in cases if (run := runner.done(case))])
-
-
-def _summed_up(
-    task: Task, base: Base, pool: Sequence[RankedExpert], design: ComparisonDesign, runs: Sequence[ComparisonRun]
-) -> ComparisonDocument:
-    return ComparisonDocument(
-        target=task.name,
-        base=base.name,
-        metric=task.metrics[0],
-        options={
-            **asdict(design.options),
-            "select": design.select,
-            "lrs": dict(design.lrs),
-            "rank_by": design.ranked_by,
-        },
-        experts=sorted(each.expert.name for each in pool),
-        runs=list(runs),
-        lines=lines_of(runs, design.controls),
-        conclusion=conclusion(runs, design.controls, task.metrics[0]),
+    output = Path(output)
+    if output.suffix != ".json":
+        raise PimergeError(f"the output is '{output}'", "expected a name that ends in .json")
+    tried = [name.replace("_", "-") for name in methods]
+    check_names(tried, controls or [])
+    own, task = open_target(target, ranking, base)
+    if task is None:
+        raise PimergeError("the target is not known", "pass --target FOLDER (an expert's or a task's)")
+    pool = _open_pool(experts, own, Path(ranking), base)
+    asked = usual_controls(task, tried) if controls is None else controls
+    document = run_comparison(
+        task,
+        base_of([each.expert for each in pool], own, base),
+        pool,
+        ComparisonDesign(
+            methods=list(dict.fromkeys([*asked, *tried])),
+            shots=list(dict.fromkeys(shots)),
+            seeds=seeds,
+            experts=sorted(set(counts)),
+            options=TrainingOptions(epochs=epochs, batch_size=batch_size, holdout=holdout, class_names=class_names),
+            select=select,
+            lrs=lr or {},
+            ranked_by=rank_by,
+            split=draw_from,
+        ),
+        output.with_suffix(".runs"),
+        also=[open_task(source) for source in also_test],
+        before=lambda: require_absent(output, force),
+        device=device,
+        dtype=dtype,
+        track=track,
+        note=note,
     )
+    if document is None:
+        return None
+    found = Comparison(document)
+    found.save(output, force=force)
+    return found
 
 
-class _ComparisonRunner:
-    """The base in memory, the rankings of the draws, and the folder of the runs."""
-
-    def __init__(
-        self,
-        task: Task,
-        base: Base,
-        pool: Sequence[RankedExpert],
-        design: ComparisonDesign,
-        methods: Mapping[str, TuneMethod],
-        folder: Path,
-        tests: Sequence[Task],
-        device: str,
-        dtype: str,
-    ) -> None:
-        self.pool, self.design, self.methods, self.folder = pool, design, methods, folder
-        self.task, self.base, self.device, self.dtype = task, base, device, dtype
-        self.test_tasks = {"test": tests[0], **{each.name: each for each in tests[1:]}}
-        self.inputs = [
-            __version__,
-            *(each.sha256() for each in tests),
-            base.identity,
-            [each.expert.sha256 for each in pool],
-            dtype,
-        ]
-        self.ranked = cache(self._ranked)
-        self.runs: dict[PlannedRun, ComparisonRun] = {}
-
-    @cached_property
-    def session(self) -> TuningSession:
-        """The base, loaded when the first run is made."""
-        return open_session(self.task, self.base, self.device, self.dtype)
-
-    @cached_property
-    def tests(self) -> dict[str, TestSplit]:
-        """The test sets by name."""
-        experts = [each.expert for each in self.pool]
-        return {name: read_test_split(task, self.session.loaded, experts) for name, task in self.test_tasks.items()}
-
-    def done(self, case: PlannedRun) -> ComparisonRun | None:
-        """What a run gave, if it has been made."""
-        if case not in self.runs and (file := self._file(case)).is_file():
-            self.runs[case] = parse_document(ComparisonRun, file, ANEW)
-        return self.runs.get(case)
-
-    def run(self, case: PlannedRun) -> None:
-        """Make a run, unless it has been made."""
-        if self.done(case) is not None:
-            return
-        method = self.methods[case.method]
-        lr = self.design.lrs.get(case.method)
-        options = replace(
-            self.design.options,
-            shots=case.shots,
-            seed=case.seed,
-            init_seed=case.seed,
-            lr=lr or self.design.options.lr or method.plan.usual_lr(self.session.loaded.width),
-        )
-        ranked = self.ranked(case.shots, case.seed)[: case.k] if case.k else []
-        experts, scores, gains = ([getattr(each, name) for each in ranked] for name in ("expert", "score", "gain"))
-        work = self._file(case).with_suffix(".training")
-        like = self.pool[0].expert if self.pool else None
-        request = TuneRequest(self.session, experts, None, like, scores, options, work, gains)
-        started = time.monotonic()
+def _open_pool(
+    given: Sequence[str | Path | Expert] | None, own: Expert | None, ranking: Path, base: str | None
+) -> list[RankedExpert]:
+    """The experts given, else the ranking's candidates; without the target's own expert."""
+    pool = []
+    if given:
+        paths = pool_members([str(each) for each in given if not isinstance(each, Expert)])
+        opened = [each for each in given if isinstance(each, Expert)] + open_all(list(map(str, paths)), base)
+        pool += [RankedExpert(expert) for expert in opened]
+    else:
         problems = Problems()
-        with problems.collected(f"{case.method}, {shots_text(case.shots)}, seed {case.seed}: "):
-            if self.design.select == "cv":
-                request = replace(request, options=choose(method, request))
-            with self.session.restored(case.seed) as undo:
-                result = fit(method, replace(request, undo=undo))
-                seconds = time.monotonic() - started
-                results = {name: score_model(case.method, result.model, test) for name, test in self.tests.items()}
-        problems.raise_any("a run failed; those before it are kept")
-        metric = self.task.metrics[0]
-        run = ComparisonRun(
-            method=case.method,
-            shots=case.shots,
-            seed=case.seed,
-            k=case.k,
-            experts=[expert.name for expert in experts],
-            scores={name: result.metrics[metric].value for name, result in results.items()},
-            losses={name: result.loss for name, result in results.items()},
-            trained_parameters=result.outcome.trained_parameters,
-            deployed_parameters=result.deployed_parameters,
-            epochs=result.outcome.epochs,
-            seconds=seconds,
-            class_names=result.settings["class_names"],
-        )
-        write_file(self._file(case), json_text(run.model_dump()))
-        shutil.rmtree(work, ignore_errors=True)
-
-    def _ranked(self, shots: int | None, seed: int) -> Sequence[RankedExpert]:
-        """The pool on the examples of a draw, best first, each at its best strength."""
-        if self.design.ranked_by == "ranking":
-            return self.pool
-        file = self.folder / RANKINGS / f"{_digest([shots, seed, self.inputs])}.json"
-        if not file.is_file():
-            write_ranking(self._rank(shots, seed), file, force=True)
-        ranking = parse_document(Ranking, file, ANEW)
-        experts = {each.expert.name: each.expert for each in self.pool}
-        held_out = ranking.measure == BY_EXAMPLES
-        return [
-            RankedExpert(experts[each.name].with_strength(each.scale), each.score, each.gain if held_out else None)
-            for each in ranking.chosen()
-        ]
-
-    def _rank(self, shots: int | None, seed: int) -> Ranking:
-        session, cached = self.session, self.folder / FEATURES
-        reader = FeatureReader(
-            session.loaded, session.base, session.task, Sampling("train", shots, LIMIT, seed), cached
-        )
-        measure = MEASURES.load(BY_EXAMPLES if reader.holds_out else BY_ONE_EXAMPLE)
-        experts = {each.expert.name: each.expert for each in self.pool}
-        target = Target(name=session.task.name, path=".", sha256=session.task.sha256(), expert=False)
-        return rank_by_examples(
-            reader, experts, {}, target, None, measure, SelectionRule(len(experts), gate=False), self.folder / RANKINGS
-        )
-
-    def _file(self, case: PlannedRun) -> Path:
-        design = self.design
-        method = self.methods[case.method]
-        as_they_come = [(each.expert.strength, each.score, each.gain) for each in self.pool]
-        choice = [
-            asdict(case),
-            method.defaults,
-            asdict(design.options),
-            design.select,
-            design.lrs.get(case.method),
-            (as_they_come if design.ranked_by == "ranking" else design.ranked_by) if case.k else None,
-            self.inputs,
-        ]
-        return self.folder / f"{case.method}-{_digest(choice)}.json"
-
-
-def _digest(choice: object) -> str:
-    return sha256_bytes(json.dumps(choice, sort_keys=True).encode())[:16]
-
-
-def _own_device() -> str:
-    import torch
-
-    index = int(os.environ.get("LOCAL_RANK", "0"))
-    return f"cuda:{index}" if index < torch.cuda.device_count() else "auto"
+        for candidate in read_ranking(ranking).candidates:
+            with problems.collected():
+                pool.append(RankedExpert(open_ranked(candidate, ranking, base), candidate.score, candidate.gain))
+        problems.raise_any("some experts of the ranking cannot be opened")
+    return [each for each in pool if own is None or each.expert.sha256 != own.sha256]

@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from pimerge.adapters.expert import Expert
-from pimerge.core.errors import Problems
+from pimerge.core.errors import Problems, nearest
 from pimerge.embedding.features import why_not
 from pimerge.tasks.task import Task
 from pimerge.tuning.class_name_examples import may_take_names
-from pimerge.tuning.method import TuneMethod, open_tune_method
+from pimerge.tuning.method import METHODS, TuneMethod, open_tune_method
 from pimerge.tuning.options import TrainingOptions, check_options
 
 SINGLE = "single"
@@ -80,6 +80,19 @@ def usual_controls(task: Task, methods: Sequence[str]) -> list[str]:
     """
     with_names = any(may_take_names(task, open_tune_method(name).plan) for name in methods if name != SINGLE)
     return [*USUAL_CONTROLS, *(["named"] if with_names else [])]
+
+
+def check_names(methods: Sequence[str], controls: Sequence[str]) -> None:
+    """Refuse names of methods and controls that do not exist."""
+    problems = Problems()
+    for name in controls:
+        if name not in CONTROLS:
+            problems.add(f"there is no control '{name}'", f"expected {', '.join(CONTROLS)}, or none")
+    known = [*METHODS.names(), SINGLE]
+    for name in (name.replace("_", "-") for name in methods):
+        if name not in known:
+            problems.add(f"there is no tune method '{name}'", nearest(name, known))
+    problems.raise_any("these cannot be compared")
 
 
 def shots_text(shots: int | None) -> str:

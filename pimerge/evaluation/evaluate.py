@@ -1,292 +1,148 @@
-"""Scores of experts on a task's test split, with intervals and the bare base as a control."""
+"""Score experts on a target's test split."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from pimerge.adapters.expert import Expert
-from pimerge.adapters.writer import task_of
-from pimerge.checkpoints.base import Base
-from pimerge.core.errors import PimergeError, Problems
-from pimerge.core.progress import Advance, Track, silent
-from pimerge.models.heads import set_head
-from pimerge.models.injection import injected
-from pimerge.models.loaded_base import LoadedBase, in_head, most_virtual_tokens
-from pimerge.models.loading import load_base, resolve_device, resolve_dtype
-from pimerge.tasks.examples import Examples, Scored, bucket_by_length
-from pimerge.tasks.intervals import Interval, bootstrap_interval
-from pimerge.tasks.metric import Answers
-from pimerge.tasks.row_errors import some
+from pimerge.adapters.selected import base_of, open_all
+from pimerge.core.errors import PimergeError
+from pimerge.core.progress import Note, Track, silent, unheard
+from pimerge.evaluation.scoring import Score, score_checkpoint, score_experts
+from pimerge.evaluation.target import TargetSource, open_target, task_beside
 from pimerge.tasks.task import Task
-from pimerge.tuning.ensemble import Ensemble, ensemble_in_base
+from pimerge.tuning.ensemble import Ensemble, is_ensemble, open_ensemble
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from pimerge.tasks.inference import SplitRows
 
-Z95 = 1.959963984540054
-BASE = "(base)"
-BATCH_TOKENS = 16_384
-Value = TypeVar("Value")
-
-
-@dataclass(frozen=True)
-class Score:
-    """One row of the result.
-
-    Attributes:
-        name: the expert's, or ``(base)``.
-        accuracy, accuracy_low, accuracy_high: share of right answers and its 95 % interval (Wilson); without classes an
-            answer is right that is one of the references; of words, with the interval of a bootstrap over sentences.
-        loss, loss_low, loss_high: mean of −log p(y|x) in nats and its 95 % interval (normal).
-        examples: of the test split.
-        note: whose head answers, where it is not the expert's own.
-        metrics: those of the task, each with its 95 % interval: accuracy as above, the others by a bootstrap.
-    """
-
-    name: str
-    accuracy: float
-    accuracy_low: float
-    accuracy_high: float
-    loss: float
-    loss_low: float
-    loss_high: float
-    examples: int
-    note: str = ""
-    metrics: dict[str, Interval] = field(default_factory=dict)
+DEFAULT_OUTPUTS = ("tuned", "merged")
+Scorable: TypeAlias = "str | Path | Expert | Ensemble"
+"""An expert or an ensemble, or the path or Hub id of one; or the folder of a full checkpoint."""
 
 
 @dataclass(frozen=True)
-class TestSplit:
-    """The labelled examples of one split, encoded once for several models.
+class Evaluation:
+    """Scores on the test split of a target.
 
     Attributes:
-        labels: the class of each, or the classes of its words.
-        batches: indices, each once.
+        target: the name of the target.
+        task: the target's task.
+        scores: the bare base first, if it can answer, then the experts in the order given, then full checkpoints.
     """
 
+    target: str
     task: Task
-    examples: Examples
-    labels: Sequence[int | Sequence[int]]
-    batches: Sequence[Sequence[int]]
+    scores: list[Score]
 
-    def answers(self, model: nn.Module, advance: Advance) -> Scored:
-        """How a model does on all examples, in their order."""
-        order: list[int] = []
-        parts: list[Scored] = []
-        for indices in self.batches:
-            parts.append(self.task.type.score(model, self.examples, indices))
-            order += indices
-            advance(len(indices))
-        places = sorted(range(len(order)), key=lambda place: order[place])
-        return Scored(
-            torch.cat([part.losses.double().cpu() for part in parts])[places],
-            _ordered([right for part in parts for right in part.right], places),
-            _ordered([choice for part in parts for choice in part.chosen], places),
-            _ordered([text for part in parts for text in part.texts], places),
-            _ordered([cut for part in parts for cut in part.cut], places),
-        )
+    def __iter__(self) -> Iterator[Score]:
+        """Yield the scores in their order."""
+        return iter(self.scores)
 
+    def __getitem__(self, name: str) -> Score:
+        """Return the score of an expert; ``(base)`` is the bare base."""
+        return next(score for score in self.scores if score.name == name)
 
-def read_test_split(
-    task: Task,
-    loaded: LoadedBase,
-    experts: Sequence[Expert],
-    *,
-    limit: int | None = None,
-    seed: int = 0,
-    batch_tokens: int = BATCH_TOKENS,
-    padded: bool = True,
-    note: Callable[[str], None] = lambda message: None,
-) -> TestSplit:
-    """Encode the test split for a base with some experts.
-
-    Args:
-        limit: draw at most so many examples, by the seed.
-        padded: off, the examples of a batch have one length.
-        note: told how many examples were cut.
-
-    Raises:
-        PimergeError: if the split cannot be read or encoded.
-    """
-    examples, labels = task.examples("test", loaded.processor, loaded.config_for(experts), seed=seed, limit=limit)
-    if examples.truncated:
-        note(f"{examples.truncated} test examples are longer than the model takes and were cut")
-    padded = padded and not most_virtual_tokens(experts)
-    return TestSplit(
-        task, examples, examples.classes or labels, bucket_by_length(examples.lengths, batch_tokens, padded=padded)
-    )
+    def to_dict(self) -> dict[str, Any]:
+        """The document that ``pimerge eval --json`` prints."""
+        return {"target": self.target, "split": "test", "scores": [asdict(score) for score in self.scores]}
 
 
 def evaluate(
-    experts: Sequence[Expert | Ensemble],
-    task: Task,
-    base: Base,
-    target: Expert | None,
+    experts: Scorable | Sequence[Scorable] | None = None,
     *,
+    target: TargetSource | None = None,
+    test: SplitRows | None = None,
+    ranking: str | Path = "ranking.json",
+    base: str | None = None,
     device: str = "auto",
     dtype: str = "auto",
-    batch_tokens: int = BATCH_TOKENS,
     track: Track = silent,
-    note: Callable[[str], None] = lambda message: None,
-) -> list[Score]:
-    """Score the bare base and each expert, or ensemble of some, on the target's test split.
+    note: Note = unheard,
+) -> Evaluation:
+    """Score experts and the bare base on the target's test split, each with a 95 % interval.
 
-    The base answers with its own head if its labels are the task's, else with the target expert's head; if
-    neither is there, it has no row.
+    The bare base answers with its own head if that is for the target's classes, else with the head of the target's
+    expert. Without either it has no score.
 
     Args:
-        task: the target's.
-        base: that of every expert.
-        target: the target's own expert, if it is known.
-        note: told what the user should know, a sentence at a time.
+        experts: what to score: experts, ensembles or full checkpoints, as paths, Hub ids or opened; by default the
+            folders ``tuned`` and ``merged``, where they exist.
+        target: what to score on: an expert's or a task's folder, an expert, a task, a ``datasets.Dataset`` or a list of
+            dicts. By default the ranking's target, else the task of the first expert that has one.
+        test: rows of the test split, where ``target`` is rows.
+        ranking: the file that names the target.
+        base: a base model's folder or Hub id, in place of the one that the experts name.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
+        dtype: ``auto`` (bfloat16 on a GPU, else float32), ``float32``, ``bfloat16`` or ``float64``.
+        track: is told the progress.
+        note: is told remarks, a sentence at a time.
 
-    Raises:
-        PimergeError: if an expert has no head for the task's labels, another base, or does not fit it.
+    Returns:
+        accuracy, loss and the task's metrics of each, with 95 % intervals.
+
+    Example::
+
+        scores = pimerge.evaluate(["tuned", "merged"], target="experts/X")
+        scores["tuned"].accuracy, scores["tuned"].accuracy_low, scores["tuned"].accuracy_high
     """
-    problems = Problems()
-    single = [each for row in experts for each in (row.experts if isinstance(row, Ensemble) else [row])]
-    for expert in single:
-        with problems.collected(f"'{expert.name}': "):
-            _require_answers(expert, task, base)
-    problems.raise_any("these experts cannot be scored on this task")
-    resolved = resolve_device(device)
-    precision = resolve_dtype(dtype, resolved)
+    given = [experts] if isinstance(experts, str | Path | Expert | Ensemble) else list(experts or _default_outputs())
+    checkpoints = [Path(each) for each in given if isinstance(each, str | Path) and _is_checkpoint(each)]
+    rows = _opened([each for each in given if not _is_checkpoint(each)], base)
+    opened = [expert for row in rows for expert in (row.experts if isinstance(row, Ensemble) else [row])]
+    if test is not None:
+        target = _with_test(target, test)
+    own, task = open_target(target, ranking, base)
+    task = task or task_beside([*(expert.path for expert in opened), *checkpoints])
+    if task is None:
+        raise PimergeError(
+            "the target is not known" if given else "there is nothing to score",
+            "pass --target FOLDER (an expert's or a task's)" if given else "name experts, or run 'pimerge tune'",
+        )
     scores = []
-    loaded = load_base(base, task, resolved, precision)
-    split = read_test_split(task, loaded, single, batch_tokens=batch_tokens, note=note)
-    head, whose = _base_head(loaded, target, task)
-    total = len(split.examples) * (len(experts) + (whose is not None))
-    with track("evaluating", total, "examples") as advance:
-
-        def run(name: str, model: nn.Module, whose: str) -> None:
-            scores.append(score_model(name, model, split, whose, advance=advance, note=note))
-
-        if whose is not None:
-            set_head(loaded.model, head)
-            run(BASE, loaded.model, whose)
-        for row in experts:
-            with ensemble_in_base(row, loaded) if isinstance(row, Ensemble) else injected(row, loaded) as model:
-                run(row.name, model, f"{len(row.experts)} experts together" if isinstance(row, Ensemble) else "")
-    return scores
-
-
-def score_model(
-    name: str,
-    model: nn.Module,
-    split: TestSplit,
-    whose: str = "",
-    *,
-    advance: Advance = lambda count: None,
-    note: Callable[[str], None] = lambda message: None,
-) -> Score:
-    """Score a model that answers.
-
-    Args:
-        whose: note on the head that answers.
-
-    Raises:
-        PimergeError: if its loss is not finite.
-    """
-    found = split.answers(model.eval(), advance)
-    if endless := [row for row, cut in enumerate(found.cut) if cut]:
-        note(
-            f"{name}: {len(endless)} answers were cut at max_new_tokens, in rows {some(endless)} (from 0): "
-            "if they are no babble, raise it in task.json"
+    if opened or own or base:
+        scores = score_experts(
+            rows, task, base_of(opened, own, base), own, device=device, dtype=dtype, track=track, note=note
         )
-    return _score(name, found, split, whose)
+    for path in checkpoints:
+        scores.append(score_checkpoint(path, task, device=device, dtype=dtype, track=track, note=note))
+    return Evaluation(task.name, task, scores)
 
 
-def evaluate_checkpoint(
-    path: Path,
-    task: Task,
-    *,
-    device: str = "auto",
-    dtype: str = "auto",
-    track: Track = silent,
-    note: Callable[[str], None] = lambda message: None,
-) -> Score:
-    """Score a full checkpoint on the target's test split.
+def _default_outputs() -> list[str]:
+    return [name for name in DEFAULT_OUTPUTS if Path(name).is_dir()]
 
-    Raises:
-        PimergeError: if it has no head for the task's labels.
-    """
-    base = Base(str(path), None, path)
-    rows = evaluate([], task, base, None, device=device, dtype=dtype, track=track, note=note)
-    if not rows:
+
+def _is_checkpoint(given: Scorable) -> bool:
+    """Whether something is the folder of a full checkpoint, not of an adapter."""
+    if not isinstance(given, str | Path):
+        return False
+    return (Path(given) / "config.json").is_file() and not (Path(given) / "adapter_config.json").is_file()
+
+
+def _opened(given: Sequence[Scorable], base: str | None) -> list[Expert | Ensemble]:
+    """The experts and ensembles, opened, in their order; the problems of all experts are raised at once."""
+    found: dict[int, Expert | Ensemble] = {}
+    references: dict[int, str] = {}
+    for place, each in enumerate(given):
+        if isinstance(each, Expert | Ensemble):
+            found[place] = each
+        elif is_ensemble(each):
+            found[place] = open_ensemble(Path(each), base)
+        else:
+            references[place] = str(each)
+    found |= zip(references, open_all(list(references.values()), base), strict=True)
+    return [found[place] for place in range(len(given))]
+
+
+def _with_test(target: TargetSource | None, test: SplitRows) -> Task:
+    """The task of rows in memory with a test split of its own."""
+    if target is None or isinstance(target, str | Path | Expert | Task):
         raise PimergeError(
-            f"the checkpoint '{path}' has no head for {', '.join(task.labels)}", "tune it on the target: --method full"
+            "test rows were given for a target that is not given as rows",
+            "pass the target's rows as well, or leave test out: the target has a test split of its own",
         )
-    return replace(rows[0], name=path.name, note="a full checkpoint")
-
-
-def wilson_interval(right: int, total: int) -> tuple[float, float]:
-    """95 % interval of a share (Wilson, 1927); it stays in [0, 1] and is not empty at 0 or 1.
-
-    >>> [round(bound, 3) for bound in wilson_interval(8, 10)]
-    [0.49, 0.943]
-    """
-    share, z2 = right / total, Z95**2
-    centre = (share + z2 / (2 * total)) / (1 + z2 / total)
-    half = Z95 / (1 + z2 / total) * math.sqrt(share * (1 - share) / total + z2 / (4 * total**2))
-    return max(0.0, centre - half), min(1.0, centre + half)
-
-
-def _require_answers(expert: Expert, task: Task, base: Base) -> None:
-    if expert.base.identity != base.identity:
-        raise PimergeError(f"its base is '{expert.base.name}', the target's '{base.name}'", "score it apart")
-    if not task.type.trains_head:  # the base itself answers
-        return
-    own = task_of(expert)
-    if not expert.head:
-        raise PimergeError("it has no head", "merge it with --head target, or tune it")
-    if own is not None and own.labels != task.labels:
-        raise PimergeError(
-            f"its head answers {', '.join(own.labels)}, the task asks for {', '.join(task.labels)}",
-            "tune it on the target first: pimerge tune --method uniform EXPERT",
-        )
-
-
-def _base_head(loaded: LoadedBase, target: Expert | None, task: Task) -> tuple[Mapping[str, Tensor], str | None]:
-    """The head for the bare base, and a note on it; no note means that there is no head to be had."""
-    if loaded.has_own_head:
-        return {}, "its own head" if loaded.head else ""
-    if target is None or not target.head:
-        return {}, None
-    own = task_of(target)
-    if own is not None and own.labels != task.labels:
-        return {}, None
-    head = {name: value for name, value in target.head_tensors().items() if in_head(name, loaded.head)}
-    return head, f"the head of {target.name}"
-
-
-def _ordered(values: Sequence[Value], places: Sequence[int]) -> list[Value]:
-    return [values[place] for place in places] if values else []
-
-
-def _score(name: str, found: Scored, split: TestSplit, note: str) -> Score:
-    task, examples = split.task, split.examples
-    total = len(found.losses)
-    right = sum(found.right)
-    mean = float(found.losses.mean())
-    half = Z95 * float(found.losses.std()) / math.sqrt(total) if total > 1 else math.inf
-    if not math.isfinite(mean):
-        raise PimergeError(f"the loss of '{name}' is not finite", "its weights diverged: tune it with a lower --lr")
-    answers = Answers(found.chosen, split.labels, len(task.labels), found.texts, examples.references)
-    # the words of a sentence go wrong together, so that no share of them has Wilson's interval
-    accuracy = (
-        bootstrap_interval("accuracy", answers)
-        if task.of_words
-        else Interval(right / total, *wilson_interval(right, total))
-    )
-    metrics = {
-        metric: accuracy if metric == "accuracy" else bootstrap_interval(metric, answers) for metric in task.metrics
-    }
-    share, low, high = accuracy.value, accuracy.low, accuracy.high
-    return Score(name, share, low, high, mean, mean - half, mean + half, total, note, metrics)
+    return Task.from_rows(target, test=test)

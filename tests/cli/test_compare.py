@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 from pimerge.adapters.expert import Expert, open_expert
-from pimerge.evaluation import compare as comparing
-from pimerge.evaluation.evaluate import evaluate
+from pimerge.evaluation import runner as comparing
 from pimerge.evaluation.schema import read_comparison
+from pimerge.evaluation.scoring import score_experts
 from pimerge.tasks.task import open_task
 from pimerge.tuning.options import TrainingOptions
 from pimerge.tuning.tune import tune
@@ -66,13 +66,13 @@ def test_a_run_is_what_tune_and_eval_give(compare: Any, tmp_path: Path) -> None:
 
 
 def _accuracy(output: Path, like: Expert) -> float:
-    from pimerge.evaluation.evaluate import evaluate_checkpoint
+    from pimerge.evaluation.scoring import score_checkpoint
 
     task = open_task(output)
     if (output / "config.json").is_file():
-        return evaluate_checkpoint(output, task, device="cpu").accuracy
+        return score_checkpoint(output, task, device="cpu").accuracy
     expert = open_expert(output)
-    rows = evaluate([expert], task, expert.base, None, device="cpu")
+    rows = score_experts([expert], task, expert.base, None, device="cpu")
     return rows[-1].accuracy
 
 

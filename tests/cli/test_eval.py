@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pimerge.adapters.expert import open_expert
-from pimerge.evaluation.evaluate import evaluate
+from pimerge.evaluation.scoring import score_experts
 from pimerge.tasks.task import open_task
 from tests.support.cli import Shell
 from tests.support.experts import MakeExpert
@@ -36,7 +36,7 @@ def folder(tmp_path: Path, made: Path, monkeypatch: pytest.MonkeyPatch, shell: S
 def test_tuned_and_merged_are_scored_by_default_beside_the_base(folder: Path, shell: Shell) -> None:
     x = open_expert(folder / "x")
     experts = [open_expert(folder / name) for name in ("tuned", "merged")]
-    expected = [asdict(score) for score in evaluate(experts, open_task(x.path), x.base, x)]
+    expected = [asdict(score) for score in score_experts(experts, open_task(x.path), x.base, x)]
     document = shell("eval", "--target", "x", "--json").document
     assert document == {"target": "x", "split": "test", "scores": expected}
     assert [score["name"] for score in document["scores"]] == ["(base)", "tuned", "merged"]

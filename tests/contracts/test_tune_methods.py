@@ -22,7 +22,7 @@ from pimerge.adapters.expert import Expert, open_expert
 from pimerge.core.errors import PimergeError
 from pimerge.core.files import sha256_file
 from pimerge.core.manifest import Manifest
-from pimerge.evaluation.evaluate import Score, evaluate, evaluate_checkpoint
+from pimerge.evaluation.scoring import Score, score_checkpoint, score_experts
 from pimerge.tasks.task import open_task
 from pimerge.tuning.components import chosen_experts
 from pimerge.tuning.ensemble import ENSEMBLE_FILE, Ensemble, EnsembleDocument, open_ensemble
@@ -154,10 +154,10 @@ def test_eval_scores_it_as_what_was_trained(run: Run, pool: Pool) -> None:
 
 def score_of(output: Path, pool: Pool) -> Score:
     if (output / "config.json").is_file():
-        return evaluate_checkpoint(output, pool.session.task, device="cpu")
+        return score_checkpoint(output, pool.session.task, device="cpu")
     opened: Expert | Ensemble
     opened = open_ensemble(output) if (output / ENSEMBLE_FILE).is_file() else open_expert(output)
-    return evaluate([opened], pool.session.task, pool.session.base, None, device="cpu")[-1]
+    return score_experts([opened], pool.session.task, pool.session.base, None, device="cpu")[-1]
 
 
 def test_of_the_base_only_the_head_changes_unless_all_of_it_trains(run: Run, pool: Pool, vit_base: Path) -> None:

@@ -22,7 +22,7 @@ from scipy.stats import ttest_rel
 
 from pimerge.adapters.expert import Expert
 from pimerge.evaluation.design import ComparisonDesign, RankedExpert
-from pimerge.evaluation.schema import ComparisonDocument, Run
+from pimerge.evaluation.schema import ComparisonDocument, ComparisonRun
 from pimerge.tasks.task import Task
 from tests.support.tasks import write_json
 from tests.support.warm import answer, run_script
@@ -76,7 +76,7 @@ def compared(monkeypatch: pytest.MonkeyPatch) -> Compared:
         tests = ["test", *(each.name for each in more["also"])]
         found.append((_lasting(task), [_lasting(each.expert) for each in pool], design, tests))
         runs = [
-            Run(
+            ComparisonRun(
                 method=method,
                 shots=shots,
                 seed=seed,
@@ -98,7 +98,7 @@ def compared(monkeypatch: pytest.MonkeyPatch) -> Compared:
             target=task.name, base="", metric="accuracy", options={}, experts=[], runs=runs, lines=[], conclusion=""
         )
 
-    monkeypatch.setattr("pimerge.evaluation.compare.compare", compare)
+    monkeypatch.setattr("pimerge.evaluation.compare.run_comparison", compare)
     return found
 
 

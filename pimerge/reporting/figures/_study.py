@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pimerge.adapters.ranking_document import Candidate
     from pimerge.checkpoints.base import Base
     from pimerge.core.progress import Advance
-    from pimerge.evaluation.evaluate import TestSplit
+    from pimerge.evaluation.scoring import TestSplit
     from pimerge.models.loaded_base import LoadedBase
     from pimerge.tasks.task import Task
 
@@ -167,7 +167,7 @@ class LoadedStudy:
 
 def load_study(study: Study, inputs: FigureInputs, limit: int, seed: int, *, padded: bool = True) -> LoadedStudy:
     """Load the base once, and encode at most ``limit`` of the target's test examples."""
-    from pimerge.evaluation.evaluate import read_test_split
+    from pimerge.evaluation.scoring import read_test_split
     from pimerge.models.heads import set_head
     from pimerge.models.loading import load_base, resolve_device, resolve_dtype
 

@@ -10,7 +10,7 @@ import pytest
 from pimerge.adapters.expert import open_expert
 from pimerge.adapters.ranking_document import Candidate, NotComparable, Ranking, Target
 from pimerge.core.files import json_text
-from pimerge.evaluation.evaluate import Score
+from pimerge.evaluation.scoring import Score
 from pimerge.tasks.intervals import Interval
 from tests.support.documents import EVIL, SCORES, comparison
 from tests.support.experts import MakeExpert

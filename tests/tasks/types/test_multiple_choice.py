@@ -13,7 +13,7 @@ import torch
 from pimerge.adapters.expert import open_expert
 from pimerge.checkpoints.base import find_base
 from pimerge.core.errors import PimergeError
-from pimerge.evaluation.evaluate import evaluate
+from pimerge.evaluation.scoring import score_experts
 from pimerge.models.loading import load_base
 from pimerge.tasks.task import open_task
 from pimerge.tuning.options import TrainingOptions
@@ -125,7 +125,7 @@ def test_it_tunes_and_scores_either_kind_of_base(
     tune("interpolated", task, base, [expert], expert, tmp_path / "out", options, device="cpu")
     tuned = open_expert(tmp_path / "out")
     assert tuned.config["task_type"] == peft_task
-    bare, own = evaluate([tuned], task, base, None, device="cpu")
+    bare, own = score_experts([tuned], task, base, None, device="cpu")
     assert (list(bare.metrics), list(own.metrics)) == (["accuracy"], ["accuracy"])
     assert own.loss != bare.loss
 

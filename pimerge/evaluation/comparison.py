@@ -1,0 +1,118 @@
+"""What a comparison found, as tables, Markdown, CSV and JSON."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pimerge.core.files import json_text, require_same_or_absent, write_file
+from pimerge.evaluation.design import shots_text
+from pimerge.evaluation.schema import ComparisonDocument, ComparisonLine, ComparisonRun
+from pimerge.tasks.metric import METRICS
+
+COLUMNS = ("method", "experts", "score", "to the best control", "95 %", "trained", "deployed", "seconds")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Tune methods beside their controls over several samplings of few labels.
+
+    Attributes:
+        document: the content of ``comparison.json``.
+    """
+
+    document: ComparisonDocument
+
+    @property
+    def runs(self) -> list[ComparisonRun]:
+        """Every training with its scores."""
+        return self.document.runs
+
+    @property
+    def lines(self) -> list[ComparisonLine]:
+        """Mean, standard deviation and paired difference to the best control, a line for each method and setting."""
+        return self.document.lines
+
+    @property
+    def conclusion(self) -> str:
+        """One sentence: which method won, or that none can be told from the best control."""
+        return self.document.conclusion
+
+    def to_dict(self) -> dict[str, Any]:
+        """The document that ``pimerge compare --json`` prints."""
+        return self.document.model_dump()
+
+    def tables(self) -> list[tuple[str, list[list[str]]]]:
+        """A title and rows of :data:`COLUMNS` for each number of shots and test set, the highest score first."""
+        document, style = self.document, METRICS.load(self.document.metric).format
+        groups: dict[tuple[int | None, str], list[ComparisonLine]] = {}
+        for line in document.lines:
+            groups.setdefault((line.shots, line.test), []).append(line)
+        tables = []
+        for (shots, test), lines in groups.items():
+            seeds = max(line.seeds for line in lines)
+            over = f"{seeds} seed" if seeds == 1 else f"{seeds} seeds"
+            on = "" if test == "test" else f" on {test}"
+            title = f"{document.target}{on}, {shots_text(shots)}, {document.metric} over {over}"
+            ordered = sorted(lines, key=lambda line: -line.mean)
+            tables.append((title, [_row(line, style) for line in ordered]))
+        return tables
+
+    def markdown(self) -> str:
+        """The tables as Markdown, and the conclusion."""
+        parts = [f"# {self.document.target} on {self.document.base}"]
+        for title, rows in self.tables():
+            table = [COLUMNS, ["---"] * len(COLUMNS), *rows]
+            parts.append(f"## {title}\n\n" + "\n".join("| " + " | ".join(row) + " |" for row in table))
+        return "\n\n".join([*parts, self.conclusion]) + "\n"
+
+    def csv(self) -> str:
+        """A row for each run and test set."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        head = ["method", "shots", "seed", "experts", "test", self.document.metric, "loss"]
+        writer.writerow([*head, "trained", "deployed", "seconds"])
+        for run in self.runs:
+            for test, score in run.scores.items():
+                shots = "all" if run.shots is None else run.shots
+                sizes = [run.trained_parameters, run.deployed_parameters, f"{run.seconds:.3f}"]
+                found = [score, run.losses[test], *sizes]
+                writer.writerow([run.method, shots, run.seed, " ".join(run.experts), test, *found])
+        return text.getvalue()
+
+    def save(self, path: str | Path, *, force: bool = False) -> None:
+        """Write the document, and its tables beside it as ``.md`` and its runs as ``.csv``.
+
+        Args:
+            force: whether to replace other content.
+        """
+        path = Path(path)
+        texts: Mapping[Path, str] = {
+            path: json_text(self.to_dict()),
+            path.with_suffix(".md"): self.markdown(),
+            path.with_suffix(".csv"): self.csv(),
+        }
+        for file, text in texts.items():
+            require_same_or_absent(file, text, force)
+        for file, text in texts.items():
+            write_file(file, text)
+
+
+def _row(line: ComparisonLine, style: str) -> list[str]:
+    points = 100 if style.endswith("%") else 1
+    difference = "" if line.difference is None else f"{points * line.difference:+.1f}"
+    interval = "" if line.low is None or line.high is None else f"{points * line.low:+.1f} – {points * line.high:+.1f}"
+    return [
+        line.method + (" (control)" if line.control else ""),
+        str(line.k) if line.k else "–",
+        f"{line.mean:{style}} ± {line.sd:{style}}",
+        difference,
+        interval,
+        str(line.trained_parameters),
+        str(line.deployed_parameters),
+        f"{line.seconds:.1f}",
+    ]

@@ -1,0 +1,292 @@
+"""Scores of experts on a task's test split, with intervals and the bare base as a control."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+from torch import nn
+
+from pimerge.adapters.expert import Expert
+from pimerge.adapters.writer import task_of
+from pimerge.checkpoints.base import Base
+from pimerge.core.errors import PimergeError, Problems
+from pimerge.core.progress import Advance, Track, silent
+from pimerge.models.heads import set_head
+from pimerge.models.injection import injected
+from pimerge.models.loaded_base import LoadedBase, in_head, most_virtual_tokens
+from pimerge.models.loading import load_base, resolve_device, resolve_dtype
+from pimerge.tasks.examples import Examples, Scored, bucket_by_length
+from pimerge.tasks.intervals import Interval, bootstrap_interval
+from pimerge.tasks.metric import Answers
+from pimerge.tasks.row_errors import some
+from pimerge.tasks.task import Task
+from pimerge.tuning.ensemble import Ensemble, ensemble_in_base
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Z95 = 1.959963984540054
+BASE = "(base)"
+BATCH_TOKENS = 16_384
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class Score:
+    """One row of the result.
+
+    Attributes:
+        name: the expert's, or ``(base)``.
+        accuracy, accuracy_low, accuracy_high: share of right answers and its 95 % interval (Wilson); without classes an
+            answer is right that is one of the references; of words, with the interval of a bootstrap over sentences.
+        loss, loss_low, loss_high: mean of −log p(y|x) in nats and its 95 % interval (normal).
+        examples: of the test split.
+        note: whose head answers, where it is not the expert's own.
+        metrics: those of the task, each with its 95 % interval: accuracy as above, the others by a bootstrap.
+    """
+
+    name: str
+    accuracy: float
+    accuracy_low: float
+    accuracy_high: float
+    loss: float
+    loss_low: float
+    loss_high: float
+    examples: int
+    note: str = ""
+    metrics: dict[str, Interval] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TestSplit:
+    """The labelled examples of one split, encoded once for several models.
+
+    Attributes:
+        labels: the class of each, or the classes of its words.
+        batches: indices, each once.
+    """
+
+    task: Task
+    examples: Examples
+    labels: Sequence[int | Sequence[int]]
+    batches: Sequence[Sequence[int]]
+
+    def answers(self, model: nn.Module, advance: Advance) -> Scored:
+        """How a model does on all examples, in their order."""
+        order: list[int] = []
+        parts: list[Scored] = []
+        for indices in self.batches:
+            parts.append(self.task.type.score(model, self.examples, indices))
+            order += indices
+            advance(len(indices))
+        places = sorted(range(len(order)), key=lambda place: order[place])
+        return Scored(
+            torch.cat([part.losses.double().cpu() for part in parts])[places],
+            _ordered([right for part in parts for right in part.right], places),
+            _ordered([choice for part in parts for choice in part.chosen], places),
+            _ordered([text for part in parts for text in part.texts], places),
+            _ordered([cut for part in parts for cut in part.cut], places),
+        )
+
+
+def read_test_split(
+    task: Task,
+    loaded: LoadedBase,
+    experts: Sequence[Expert],
+    *,
+    limit: int | None = None,
+    seed: int = 0,
+    batch_tokens: int = BATCH_TOKENS,
+    padded: bool = True,
+    note: Callable[[str], None] = lambda message: None,
+) -> TestSplit:
+    """Encode the test split for a base with some experts.
+
+    Args:
+        limit: draw at most so many examples, by the seed.
+        padded: off, the examples of a batch have one length.
+        note: told how many examples were cut.
+
+    Raises:
+        PimergeError: if the split cannot be read or encoded.
+    """
+    examples, labels = task.examples("test", loaded.processor, loaded.config_for(experts), seed=seed, limit=limit)
+    if examples.truncated:
+        note(f"{examples.truncated} test examples are longer than the model takes and were cut")
+    padded = padded and not most_virtual_tokens(experts)
+    return TestSplit(
+        task, examples, examples.classes or labels, bucket_by_length(examples.lengths, batch_tokens, padded=padded)
+    )
+
+
+def score_experts(
+    experts: Sequence[Expert | Ensemble],
+    task: Task,
+    base: Base,
+    target: Expert | None,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    batch_tokens: int = BATCH_TOKENS,
+    track: Track = silent,
+    note: Callable[[str], None] = lambda message: None,
+) -> list[Score]:
+    """Score the bare base and each expert, or ensemble of some, on the target's test split.
+
+    The base answers with its own head if its labels are the task's, else with the target expert's head; if
+    neither is there, it has no row.
+
+    Args:
+        task: the target's.
+        base: that of every expert.
+        target: the target's own expert, if it is known.
+        note: told what the user should know, a sentence at a time.
+
+    Raises:
+        PimergeError: if an expert has no head for the task's labels, another base, or does not fit it.
+    """
+    problems = Problems()
+    single = [each for row in experts for each in (row.experts if isinstance(row, Ensemble) else [row])]
+    for expert in single:
+        with problems.collected(f"'{expert.name}': "):
+            _require_answers(expert, task, base)
+    problems.raise_any("these experts cannot be scored on this task")
+    resolved = resolve_device(device)
+    precision = resolve_dtype(dtype, resolved)
+    scores = []
+    loaded = load_base(base, task, resolved, precision)
+    split = read_test_split(task, loaded, single, batch_tokens=batch_tokens, note=note)
+    head, whose = _base_head(loaded, target, task)
+    total = len(split.examples) * (len(experts) + (whose is not None))
+    with track("evaluating", total, "examples") as advance:
+
+        def run(name: str, model: nn.Module, whose: str) -> None:
+            scores.append(score_model(name, model, split, whose, advance=advance, note=note))
+
+        if whose is not None:
+            set_head(loaded.model, head)
+            run(BASE, loaded.model, whose)
+        for row in experts:
+            with ensemble_in_base(row, loaded) if isinstance(row, Ensemble) else injected(row, loaded) as model:
+                run(row.name, model, f"{len(row.experts)} experts together" if isinstance(row, Ensemble) else "")
+    return scores
+
+
+def score_model(
+    name: str,
+    model: nn.Module,
+    split: TestSplit,
+    whose: str = "",
+    *,
+    advance: Advance = lambda count: None,
+    note: Callable[[str], None] = lambda message: None,
+) -> Score:
+    """Score a model that answers.
+
+    Args:
+        whose: note on the head that answers.
+
+    Raises:
+        PimergeError: if its loss is not finite.
+    """
+    found = split.answers(model.eval(), advance)
+    if endless := [row for row, cut in enumerate(found.cut) if cut]:
+        note(
+            f"{name}: {len(endless)} answers were cut at max_new_tokens, in rows {some(endless)} (from 0): "
+            "if they are no babble, raise it in task.json"
+        )
+    return _score(name, found, split, whose)
+
+
+def score_checkpoint(
+    path: Path,
+    task: Task,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    track: Track = silent,
+    note: Callable[[str], None] = lambda message: None,
+) -> Score:
+    """Score a full checkpoint on the target's test split.
+
+    Raises:
+        PimergeError: if it has no head for the task's labels.
+    """
+    base = Base(str(path), None, path)
+    rows = score_experts([], task, base, None, device=device, dtype=dtype, track=track, note=note)
+    if not rows:
+        raise PimergeError(
+            f"the checkpoint '{path}' has no head for {', '.join(task.labels)}", "tune it on the target: --method full"
+        )
+    return replace(rows[0], name=path.name, note="a full checkpoint")
+
+
+def wilson_interval(right: int, total: int) -> tuple[float, float]:
+    """95 % interval of a share (Wilson, 1927); it stays in [0, 1] and is not empty at 0 or 1.
+
+    >>> [round(bound, 3) for bound in wilson_interval(8, 10)]
+    [0.49, 0.943]
+    """
+    share, z2 = right / total, Z95**2
+    centre = (share + z2 / (2 * total)) / (1 + z2 / total)
+    half = Z95 / (1 + z2 / total) * math.sqrt(share * (1 - share) / total + z2 / (4 * total**2))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def _require_answers(expert: Expert, task: Task, base: Base) -> None:
+    if expert.base.identity != base.identity:
+        raise PimergeError(f"its base is '{expert.base.name}', the target's '{base.name}'", "score it apart")
+    if not task.type.trains_head:  # the base itself answers
+        return
+    own = task_of(expert)
+    if not expert.head:
+        raise PimergeError("it has no head", "merge it with --head target, or tune it")
+    if own is not None and own.labels != task.labels:
+        raise PimergeError(
+            f"its head answers {', '.join(own.labels)}, the task asks for {', '.join(task.labels)}",
+            "tune it on the target first: pimerge tune --method uniform EXPERT",
+        )
+
+
+def _base_head(loaded: LoadedBase, target: Expert | None, task: Task) -> tuple[Mapping[str, Tensor], str | None]:
+    """The head for the bare base, and a note on it; no note means that there is no head to be had."""
+    if loaded.has_own_head:
+        return {}, "its own head" if loaded.head else ""
+    if target is None or not target.head:
+        return {}, None
+    own = task_of(target)
+    if own is not None and own.labels != task.labels:
+        return {}, None
+    head = {name: value for name, value in target.head_tensors().items() if in_head(name, loaded.head)}
+    return head, f"the head of {target.name}"
+
+
+def _ordered(values: Sequence[Value], places: Sequence[int]) -> list[Value]:
+    return [values[place] for place in places] if values else []
+
+
+def _score(name: str, found: Scored, split: TestSplit, note: str) -> Score:
+    task, examples = split.task, split.examples
+    total = len(found.losses)
+    right = sum(found.right)
+    mean = float(found.losses.mean())
+    half = Z95 * float(found.losses.std()) / math.sqrt(total) if total > 1 else math.inf
+    if not math.isfinite(mean):
+        raise PimergeError(f"the loss of '{name}' is not finite", "its weights diverged: tune it with a lower --lr")
+    answers = Answers(found.chosen, split.labels, len(task.labels), found.texts, examples.references)
+    # the words of a sentence go wrong together, so that no share of them has Wilson's interval
+    accuracy = (
+        bootstrap_interval("accuracy", answers)
+        if task.of_words
+        else Interval(right / total, *wilson_interval(right, total))
+    )
+    metrics = {
+        metric: accuracy if metric == "accuracy" else bootstrap_interval(metric, answers) for metric in task.metrics
+    }
+    share, low, high = accuracy.value, accuracy.low, accuracy.high
+    return Score(name, share, low, high, mean, mean - half, mean + half, total, note, metrics)
