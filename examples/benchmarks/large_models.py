@@ -141,14 +141,25 @@ def measure(shape: str, folder: Path, arguments: argparse.Namespace) -> list[lis
     stage(
         "tune scratch",
         arguments.batch_size,
-        lambda watch: tune("scratch", task, base, [], None, first, options, track=watch, **where),
+        lambda watch: tune(
+            method="scratch", target=task, base=base, output=first, options=options, track=watch, **where
+        ),
     )
     copies = [shutil.copytree(first, first.with_name(str(place))) for place in range(1, EXPERTS)]
     experts = [open_expert(path, base.reference) for path in (first, *copies)]
     stage(
         f"tune learned, {EXPERTS} experts",
         arguments.batch_size,
-        lambda watch: tune("learned", task, base, experts, None, folder / "tuned", options, track=watch, **where),
+        lambda watch: tune(
+            experts,
+            method="learned",
+            target=task,
+            base=base,
+            output=folder / "tuned",
+            options=options,
+            track=watch,
+            **where,
+        ),
     )
     store, settings = Store(folder / "embeddings.json"), EmbedSettings(max_examples=arguments.examples)
     own, bases = check_expert(experts[0]), Bases(device, dtype)

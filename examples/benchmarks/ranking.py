@@ -159,7 +159,7 @@ def pool(tasks: Mapping[str, Task], base: Base, options: argparse.Namespace) -> 
     for name, task in tasks.items():
         if not (folder / name).is_dir():
             start = time.perf_counter()
-            tune("scratch", task, base, [], None, folder / name, training)
+            tune(method="scratch", target=task, base=base, output=folder / name, options=training)
             print(f"# trained {name} in {time.perf_counter() - start:.0f} s", flush=True)
     return {name: open_expert(folder / name, base.reference) for name in tasks}
 
@@ -511,7 +511,8 @@ def tuned(
         ):
             output = Path(options.work) / "tuned" / f"{name}-{method}-{'-'.join(source.name for source in sources)}"
             if not output.is_dir():
-                tune(method, seen[name].task, base, sources, None, output, training)
+                task = seen[name].task
+                tune(sources, method=method, target=task, base=base, output=output, options=training)
             expert = open_expert(output, base.reference)
             row[label] = 100 * score_experts([expert], seen[name].task, base, None, device="cpu")[-1].accuracy
         found[name] = row

@@ -167,7 +167,8 @@ def train_expert(folder: Path, name: str, options: TrainingOptions) -> None:
     """``pimerge tune --method scratch`` on one task; all experts start from one init."""
     task = open_task(folder / "tasks" / name)
     base = find_base("base", None, folder)
-    result = tune("scratch", task, base, [], None, folder / "experts" / name, options, device="cpu")
+    output = folder / "experts" / name
+    result = tune(method="scratch", target=task, base=base, output=output, options=options, device="cpu")
     print(
         f"{name}: held-out loss {result.outcome.held_out_loss:.3f} after {result.outcome.epochs:.0f} epochs", flush=True
     )

@@ -117,7 +117,10 @@ def accuracies(epochs: int, path: Path, seed: int) -> list[float]:
         def tuned(
             name: str, method: str, experts: list[Expert], own: Expert | None, options: TrainingOptions
         ) -> Expert:
-            tune(method, task, best.base, experts, own, Path(folder) / name, options, device="cpu")
+            output = Path(folder) / name
+            tune(
+                experts, method=method, target=own or task, base=best.base, output=output, options=options, device="cpu"
+            )
             return open_expert(Path(folder) / name, best.base.reference)
 
         own = tuned("own", "scratch", [], None, half)

@@ -419,7 +419,8 @@ def train_expert(folder: Path, task: str, name: str, form: Mapping[str, Any]) ->
     """``pimerge tune --method scratch`` on one task; all experts of a kind start from one init."""
     base, opened = find_base("base", None, folder), open_task(folder / "tasks" / task)
     options = TrainingOptions(epochs=POOL[task].epochs, lr=1e-2, batch_size=32, label_smoothing=0.0, **form)
-    outcome = tune("scratch", opened, base, [], None, folder / "experts" / name, options, device="cpu").outcome
+    output = folder / "experts" / name
+    outcome = tune(method="scratch", target=opened, base=base, output=output, options=options, device="cpu").outcome
     print(f"{name}: held-out loss {outcome.held_out_loss:.3f} after {outcome.epochs:.0f} epochs", flush=True)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 
 from pimerge.adapters.expert import Expert, open_expert
 from pimerge.core.documents import parse_document
@@ -100,6 +100,18 @@ class Ranking(BaseModel):
     seen: Seen | None = None
     candidates: list[Candidate]
     not_comparable: list[NotComparable]
+    _path: Path = PrivateAttr(default=Path("ranking.json"))
+
+    @property
+    def path(self) -> Path:
+        """The file that it was read from or is written to; the paths of experts are relative to its folder."""
+        return self._path
+
+    def at(self, path: Path) -> Ranking:
+        """The same ranking with the paths of experts relative to the folder of another file."""
+        ranking = self.model_copy()
+        ranking._path = path
+        return ranking
 
     def with_notes(self, *notes: str) -> Ranking:
         """The same with more to be said, first."""
@@ -132,7 +144,7 @@ def read_ranking(path: Path) -> Ranking:
         raise PimergeError(
             f"there is no ranking '{path}'", "run 'pimerge rank --target NAME' first, or name the experts"
         )
-    return parse_document(Ranking, path, "run 'pimerge rank' again")
+    return parse_document(Ranking, path, "run 'pimerge rank' again").at(path)
 
 
 def open_ranked(reference: Reference, ranking_path: Path, base: str | None = None) -> Expert:

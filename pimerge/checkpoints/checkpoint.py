@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -71,6 +72,21 @@ class Checkpoint:
     def read(self, key: str) -> Tensor:
         """Read one tensor."""
         return self.home[key].read(key)
+
+
+def is_state_dict(path: str | Path) -> bool:
+    """Whether a path is a single file of tensors.
+
+    >>> is_state_dict("no/such.safetensors")
+    False
+    """
+    return str(path).endswith(".safetensors") and os.path.isfile(path)
+
+
+def is_checkpoint(path: str | Path) -> bool:
+    """Whether a path is a full checkpoint: a folder with a config and no adapter, or one safetensors file."""
+    inside = [os.path.isfile(os.path.join(path, name)) for name in (CONFIG, "adapter_config.json")]
+    return is_state_dict(path) or inside == [True, False]
 
 
 def open_checkpoint(path: Path) -> Checkpoint:

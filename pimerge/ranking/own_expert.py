@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from pimerge.adapters.expert import Expert, open_expert
 from pimerge.core.errors import PimergeError, Problems
@@ -19,6 +19,9 @@ from pimerge.embedding.store import Store
 from pimerge.ranking.nearest import SHORTLIST
 from pimerge.ranking.target import RankRequest, RankTarget, folder_for, names_on, open_all, pool_base
 from pimerge.tasks.task import open_task
+
+if TYPE_CHECKING:
+    from pimerge.tuning.target_expert import NewTarget
 
 
 @contextmanager
@@ -35,10 +38,10 @@ def store_with_target(asked: RankTarget, store: Store, request: RankRequest, tra
         return
     from pimerge.tuning.target_expert import initial_expert
 
-    start_from = _start(asked, store, request, track)
-    with tempfile.TemporaryDirectory() as folder, initial_expert(**start_from) as start:
+    start_from = _start(asked, store, request)
+    with tempfile.TemporaryDirectory() as folder, initial_expert(start_from, track) as start:
         request.note(
-            f"{asked.name} has no expert: its Fisher is taken at {_init_of(start_from['pool'], store)} "
+            f"{asked.name} has no expert: its Fisher is taken at {_init_of(start_from.pool, store)} "
             "(--train-target trains one)"
         )
         overlay = store.overlay(Path(folder))
@@ -61,22 +64,23 @@ def trained(asked: RankTarget, store: Store, request: RankRequest, track: Track)
         from pimerge.tuning.target_expert import train_expert
 
         require_absent(output, request.force)
-        start = _start(asked, store, request, track)
-        init = _init_of(start["pool"], store)
+        start = _start(asked, store, request)
+        init = _init_of(start.pool, store)
         request.note(f"{asked.name} has no expert: training one from {init} into '{output}'")
-        train_expert(**start, output=output, force=request.force)
+        train_expert(start, output, force=request.force, track=track)
     own = RankTarget(asked.name, open_expert(output, request.base), output, stored=True)
     _embed(own, store, request, track)
     return own
 
 
-def _start(asked: RankTarget, store: Store, request: RankRequest, track: Track) -> dict[str, Any]:
+def _start(asked: RankTarget, store: Store, request: RankRequest) -> NewTarget:
     """What an expert for the target starts from, of the kind that most experts have, and how it is trained.
 
     Raises:
         PimergeError: if the store has no expert of the target's base.
     """
     from pimerge.tuning.options import TrainingOptions
+    from pimerge.tuning.target_expert import NewTarget
 
     base = pool_base(store, asked, request.base)
     names, excluded = names_on(store, asked, base)
@@ -89,15 +93,14 @@ def _start(asked: RankTarget, store: Store, request: RankRequest, track: Track) 
         for name, reason in (excluded | broken).items():
             problems.add(f"'{name}': {reason}", "rank by the store that holds experts of the target's base")
         problems.raise_any(f"'{asked.name}' has no expert, and the store none for it to start from")
-    return {
-        "pool": list(pool.values()),
-        "task": asked.task(),
-        "base": base,
-        "options": TrainingOptions(shots=request.shots, seed=request.seed),
-        "device": request.device,
-        "dtype": request.dtype,
-        "track": track,
-    }
+    return NewTarget(
+        pool=list(pool.values()),
+        task=asked.task(),
+        base=base,
+        options=TrainingOptions(shots=request.shots, seed=request.seed),
+        device=request.device,
+        dtype=request.dtype,
+    )
 
 
 def _init_of(pool: Sequence[Expert], store: Store) -> str:

@@ -1,8 +1,8 @@
-"""An expert for a target that has none: at the pool's init, so that its Fisher compares with the pool's.
+"""An expert for a target that has none: at the pool's init, so that its Fisher can be compared with the pool's.
 
-At the init ΔW is zero: A is the mean of the pool's factors A, which training moves little, and B is zero. The Fisher
-of B tells the target's task there, that of A is zero. An expert without ΔW is at its neutral point, and what has none,
-as the down-projections of a bottleneck and all of a prefix, is the pool's mean.
+At the init ΔW is zero: A is the mean of the pool's factors A, which training moves little, and B is zero. There the
+Fisher of B tells the target's task, and that of A is zero. An expert without ΔW is at its neutral point; tensors
+without one, such as the down-projections of a bottleneck and all of a prefix, are the pool's mean.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,52 +25,69 @@ from pimerge.core.files import json_text, write_folder
 from pimerge.core.progress import Track, silent
 from pimerge.merging.tensor_merge import base_reader
 from pimerge.tasks.task import Task
+from pimerge.tuning.method import METHODS
 from pimerge.tuning.options import TrainingOptions
-from pimerge.tuning.tune import tune
+from pimerge.tuning.run import TuneInputs, run_tuning
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-@contextmanager
-def initial_expert(
-    pool: Sequence[Expert],
-    task: Task,
-    base: Base,
-    options: TrainingOptions,
-    *,
-    device: str = "auto",
-    dtype: str = "auto",
-    track: Track = silent,
-) -> Iterator[Expert]:
-    """The pool's init, with a head for the target if it trains one, in a temporary folder that goes with the block.
+@dataclass(frozen=True, kw_only=True)
+class NewTarget:
+    """A target without an expert of its own, and what it starts from.
 
-    Args:
+    Attributes:
         pool: experts of one kind, form and init.
         task: the target's.
-        options: how the head is trained on the bare base.
-
-    Raises:
-        PimergeError: if the pool has no shared init, or the task has a problem.
+        options: how the head, and the expert, are trained.
     """
+
+    pool: Sequence[Expert]
+    task: Task
+    base: Base
+    options: TrainingOptions
+    device: str = "auto"
+    dtype: str = "auto"
+
+    def inputs(self, method: str, **given: Any) -> TuneInputs:
+        """The inputs of a tuning on the target's task."""
+        return TuneInputs(
+            method=METHODS.load(method),
+            task=self.task,
+            base=self.base,
+            options=self.options,
+            device=self.device,
+            dtype=self.dtype,
+            **given,
+        )
+
+
+@contextmanager
+def initial_expert(target: NewTarget, track: Track = silent) -> Iterator[Expert]:
+    """The pool's init, with a head for the target if it trains one, in a temporary folder that is deleted afterwards.
+
+    The head is trained on the bare base.
+    """
+    pool, task, base = target.pool, target.task, target.base
     like = pool[0]
     if like.is_computed:
         raise PimergeError(
-            f"the pool's experts are of kind {like.kind}, which has no init that a target can start from",
+            f"the pool's experts are of kind {like.kind}, which has no init from which a target can start",
             "rank by its examples (--measure combined), or train an expert for it first",
         )
     for other in pool[1:]:
         cosine, least = (0.0, 1.0) if differing_form(like, other) else init_cosine(like, other)
         if cosine < least:
             raise PimergeError(
-                f"'{other.name}' and '{like.name}' have no init in common, so the target has none to start from",
+                f"'{other.name}' and '{like.name}' do not share an init, so the target has none to start from",
                 "rank by its examples (--measure combined), or name one pool's experts to 'pimerge embed' alone",
             )
     with tempfile.TemporaryDirectory() as folder:
         tensors, modules = {}, None
         if task.type.trains_head:
             head = Path(folder) / "head"
-            tune("head", task, base, [], None, head, options, like=like, device=device, dtype=dtype, track=track)
+            run_tuning(target.inputs("head", like=like), head, track=track)
             with_head = open_expert(head, base.reference)
             prefix = like.strategy.prefix
             tensors = {prefix + name: tensor for name, tensor in with_head.head_tensors().items()}
@@ -89,7 +107,7 @@ def initial_expert(
 
 
 def _zero_updates(pool: Sequence[Expert]) -> dict[str, Tensor]:
-    """Key → tensor of ΔW = 0 at the mean of the factors A."""
+    """Map each key to its tensor for ΔW = 0 at the mean of the factors A."""
     like = pool[0]
     tensors = {}
     for module in like.modules.values():
@@ -101,32 +119,16 @@ def _zero_updates(pool: Sequence[Expert]) -> dict[str, Tensor]:
 
 
 def _neutral_groups(pool: Sequence[Expert], base: Base) -> dict[str, Tensor]:
-    """Key → tensor of an expert without ΔW at strength 0, as far as it has strengths, at the mean of all else."""
+    """Map each key to its tensor at the neutral point, or at the pool's mean where there is none."""
     still = [expert.with_strength(0.0) if expert.has_strength else expert for expert in pool]
     found = sum_of(still, [1 / len(still)] * len(still), base_reader(base))
     return {key: tensor.to(pool[0].tensor(key).dtype) for key, tensor in found.items()}
 
 
-def train_expert(
-    pool: Sequence[Expert],
-    task: Task,
-    base: Base,
-    output: Path,
-    options: TrainingOptions,
-    *,
-    device: str = "auto",
-    dtype: str = "auto",
-    force: bool = False,
-    track: Track = silent,
-) -> None:
-    """Train the target's own expert from the pool's init, so that it compares with the pool's.
-
-    Raises:
-        PimergeError: as :func:`initial_expert`, or if the output is there and ``force`` is off.
-    """
-    where: dict[str, Any] = {"device": device, "dtype": dtype, "track": track}
-    with initial_expert(pool, task, base, options, **where) as start:
-        tune("interpolated", task, base, [start], start, output, options, force=force, **where)
+def train_expert(target: NewTarget, output: Path, *, force: bool = False, track: Track = silent) -> None:
+    """Train the target's own expert from the pool's init, so that it can be compared with the pool's."""
+    with initial_expert(target, track) as start:
+        run_tuning(target.inputs("interpolated", experts=[start], target=start), output, force=force, track=track)
 
 
 def _mean(tensors: Sequence[Tensor]) -> Tensor:

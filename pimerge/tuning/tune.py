@@ -1,169 +1,132 @@
-"""Compose experts inside the model, train on the target's examples, export the result.
-
-Checkpoints lie beside the output until the output is complete.
-"""
+"""``pimerge.tune``: combine experts by training on a target's examples."""
 
 from __future__ import annotations
 
-import json
-import shutil
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from pimerge.adapters.compatibility import refuse_over_inputs
+from pimerge.adapters import selected
 from pimerge.adapters.expert import Expert
-from pimerge.adapters.kind import KINDS
+from pimerge.adapters.ranking_document import Ranking
 from pimerge.checkpoints.base import Base
 from pimerge.core.errors import PimergeError
-from pimerge.core.files import require_absent, sha256_bytes
-from pimerge.core.manifest import Manifest, inputs_of, library_versions
-from pimerge.core.progress import Track, silent
-from pimerge.tasks.task import Task
-from pimerge.tuning.components import chosen_experts
-from pimerge.tuning.cross_validation import choose
-from pimerge.tuning.fit import fit
-from pimerge.tuning.method import TuneMethod, open_tune_method
-from pimerge.tuning.options import TrainingOptions, check_options
-from pimerge.tuning.session import TuneRequest, TuneResult, TuningSession, open_session
+from pimerge.core.progress import Note, Track, silent, unheard
+from pimerge.tasks.task import Task, TaskSource, open_task
+from pimerge.tuning.class_name_examples import class_texts
+from pimerge.tuning.method import METHODS, TuneMethod, open_tune_method
+from pimerge.tuning.options import TrainingOptions
+from pimerge.tuning.run import RateSelection, TuneInputs, run_tuning
+from pimerge.tuning.session import TuneResult
 
-STARTS = ("ranking", "equal")
-SELECTIONS = ("fixed", "cv")
+
+class WeightStart(StrEnum):
+    """Where the experts' weights start."""
+
+    RANKING = "ranking"
+    """The softmax of the ranking's scores, or of its gains."""
+    EQUAL = "equal"
 
 
 def tune(
-    method: str,
-    task: Task,
-    base: Base,
-    experts: Sequence[Expert],
-    target: Expert | None,
-    output: Path,
-    options: TrainingOptions,
+    experts: Sequence[str | Path | Expert] | Ranking | None = None,
     *,
-    settings: Mapping[str, Any] | None = None,
-    select: str = "fixed",
-    scores: Sequence[float | None] | None = None,
-    gains: Sequence[float | None] | None = None,
-    like: Expert | None = None,
-    instead_of: str | None = None,
+    method: str = "guided",
+    target: Expert | TaskSource | None = None,
+    ranking: str | Path | Ranking = "ranking.json",
+    base: str | Path | Base | None = None,
+    options: TrainingOptions | None = None,
+    select: str = RateSelection.FIXED,
+    start: str = WeightStart.RANKING,
     device: str = "auto",
     dtype: str = "auto",
+    output: str | Path = "tuned",
     force: bool = False,
     track: Track = silent,
-    note: Callable[[str], None] = lambda message: None,
+    note: Note = unheard,
+    warn: Note = unheard,
+    **settings: Any,
 ) -> TuneResult:
-    """Compose, train and export.
+    """Combine experts and train on the target's examples, into one expert.
+
+    Where the ranking expects no expert to help, a fresh expert is trained in their place. A call that was interrupted
+    continues where it stopped when it is repeated.
 
     Args:
-        method: a tune method.
-        task: the target's task.
-        experts: the chosen ones.
-        target: the target's own expert, if it has one.
-        settings: options of the method's own.
-        select: ``cv``: learning rate and epochs are chosen on folds of the training examples; ``fixed``: as given.
-        scores: of the experts in the ranking; the weights start from their softmax, with 1/N for the target's
-            own. None, or None for one of them, is an equal start.
-        gains: that the ranking expects of the experts, in accuracy over the bare base; 0.01 is a point.
-        like: whose rank, alpha and modules a fresh expert has; by default the target's own, else the first of
-            ``experts``.
-        instead_of: the method that was asked for, where this one takes its place; for the manifest.
-        note: told what the user should know, a sentence at a time.
+        experts: folders, Hub ids (``org/name@revision``) or open experts; or a ranking. By default those that
+            ``ranking`` selected.
+        method: a tune method; ``pimerge tune --methods`` lists them.
+        target: the folder or Hub id of the target's own expert, the folder of its task, an open expert or task, or
+            rows in memory (a ``datasets.Dataset`` or a list of dicts). By default the ranking's target.
+        ranking: a ranking or its file, which names the target and the experts, and their scores and gains.
+        base: the base model, a folder or Hub id, in place of the experts' own.
+        options: how to train.
+        select: ``fixed`` takes learning rate and epochs as given, ``cv`` chooses them on folds of the examples.
+        start: the experts' weights start from the ``ranking``, or ``equal``.
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:1`` …
+        dtype: ``auto`` (bfloat16 on a GPU, else float32), ``float32``, ``bfloat16`` or ``float64``.
+        output: the folder of the tuned expert.
+        force: replace what is there.
+        track: shows progress.
+        note: receives what is worth knowing, a sentence at a time.
+        warn: receives what has to be known, a sentence at a time.
+        **settings: fields of :class:`~pimerge.tuning.options.TrainingOptions`, in place of those of ``options``, and
+            the method's own options, such as ``epochs=10`` and ``runs=5``.
 
     Returns:
-        what was written; it is not in a base's model any longer.
+        what was written: its ``output``, the weight of each expert, losses and sizes.
+        ``result.load(base_model)`` puts it into a base model with PEFT.
 
-    Raises:
-        PimergeError: if the experts, the task, an option or the disk has a problem.
+    Example:
+        In a folder with experts and a ranking::
+
+            result = pimerge.tune(method="soup", epochs=10, runs=5)
+            result.outcome.held_out_loss
     """
-    opened = open_tune_method(method, settings)
-    plan = opened.plan
-    require_absent(output, force)
-    refuse_over_inputs(output, [*experts, *([target] if target else [])])
-    check_options(options)
-    if select not in SELECTIONS:
-        raise PimergeError(f"--select is '{select}'", f"expected {' or '.join(SELECTIONS)}")
-    _check_kind(opened, options)
-    options = replace(options, holdout=plan.holdout if options.holdout is None else options.holdout)
-    chosen = chosen_experts(opened, experts, target)
-    like = target or like or next(iter(chosen), None)
-    like_sha256 = like.sha256 if like else None
-    run = _run_folder(opened, task, base, chosen, output, options, scores, gains, device, dtype, like_sha256, select)
-    session = open_session(task, base, device, dtype, options.seed)
-    options = replace(options, lr=plan.usual_lr(session.loaded.width) if options.lr is None else options.lr)
-    request = TuneRequest(session, experts, target, like, scores, options, run, gains, track, note)
-    if select == "cv":
-        request = replace(request, options=choose(opened, request))
-    with session.restored(options.seed) as undo:
-        request = replace(request, undo=undo)
-        result = fit(opened, request)
-        if result.outcome.writes:
-            result.write(output, manifest_of(opened, request, result, chosen, instead_of), force)
-            shutil.rmtree(run, ignore_errors=True)
-    return result
-
-
-def manifest_of(
-    method: TuneMethod,
-    request: TuneRequest,
-    result: TuneResult,
-    chosen: Sequence[Expert],
-    instead_of: str | None = None,
-) -> Manifest:
-    """The record of a tuning."""
-    session: TuningSession = request.session
-    return Manifest(
-        command="tune",
-        options={
-            "method": method.name,
-            **({"instead_of": instead_of} if instead_of else {}),
-            "target": session.task.name,
-            **asdict(request.options),
-            **method.defaults,
-            **result.settings,
-            "dtype": str(session.precision),
-        },
-        device=session.device.type,
-        versions=library_versions(),
-        inputs=inputs_of(chosen),
-        outputs={},
-        results={
-            "truncation": result.truncation,
-            "train_examples": result.examples,
-            "held_out_examples": result.held_out,
-            "epochs": result.outcome.epochs,
-            "train_loss": result.outcome.train_loss,
-            "held_out_loss": result.outcome.held_out_loss,
-            "trained_parameters": result.outcome.trained_parameters,
-        },
+    names = {field.name for field in fields(TrainingOptions)}
+    options = replace(options or TrainingOptions(), **{name: settings[name] for name in settings if name in names})
+    asked = open_tune_method(method, {name: value for name, value in settings.items() if name not in names})
+    if start not in list(WeightStart):
+        raise PimergeError(f"--start is '{start}'", f"expected {' or '.join(WeightStart)}")
+    given = None if isinstance(experts, Ranking) else experts
+    if given and not asked.plan.experts:
+        raise PimergeError(f"'{method}' combines no experts, and {len(given)} were given", "leave them out")
+    ranking = experts if isinstance(experts, Ranking) else ranking
+    ranked = ranking if isinstance(ranking, Ranking) else Path(ranking)
+    source = target if target is None or isinstance(target, str | Path | Expert) else open_task(target)
+    reference = base.reference if isinstance(base, Base) else None if base is None else str(base)
+    chosen = selected.select(given, ranked, source, reference, needed=asked.plan.experts)
+    if chosen.task_source is None:
+        raise PimergeError("the target is not known", "pass --target FOLDER (an expert's or a task's)")
+    task, used = open_task(chosen.task_source), asked
+    if asked.plan.experts and not chosen.experts:
+        where = ranked.path if isinstance(ranked, Ranking) else ranked
+        warn(f"no expert is expected to help ({where}): training a fresh expert instead")
+        used = _without_experts(asked, task)
+        if options.holdout is None:  # the examples are as few as they were
+            options = replace(options, holdout=asked.plan.holdout)
+    like = selected.from_pool(chosen, ranked, reference)
+    inputs = TuneInputs(
+        method=used,
+        task=task,
+        base=base if isinstance(base, Base) else selected.base_of(chosen.experts, chosen.target or like, reference),
+        experts=chosen.experts,
+        target=chosen.target,
+        like=like,
+        scores=chosen.scores if start == WeightStart.RANKING else None,
+        gains=chosen.gains if start == WeightStart.RANKING else None,
+        options=options,
+        select=select,
+        instead_of=method if used is not asked else None,
+        device=device,
+        dtype=dtype,
     )
+    return run_tuning(inputs, Path(output), force=force, track=track, note=note)
 
 
-def _check_kind(method: TuneMethod, options: TrainingOptions) -> None:
-    """Check that a fresh expert of a kind can be trained.
-
-    Raises:
-        PimergeError: if there is no such kind, or the method or another option does not go with it.
-    """
-    if options.fresh_kind is None:
-        return
-    kind = KINDS.load(options.fresh_kind)
-    if method.plan.experts or not method.plan.train_experts:
-        raise PimergeError(
-            f"--kind is for a fresh expert alone, and '{method.name}' trains none",
-            "leave it out, or take --method scratch",
-        )
-    if kind.stores_factors:
-        return
-    for option, value in (("--fresh-alpha", options.fresh_alpha), ("--rank", options.rank)):
-        if value is not None:
-            raise PimergeError(f"{option} is for LoRA, and --kind is '{options.fresh_kind}'", "leave it out")
-
-
-def _run_folder(method: TuneMethod, task: Task, base: Base, chosen: Sequence[Expert], output: Path, *rest: Any) -> Path:
-    """Where checkpoints lie: beside the output, a folder for each choice of inputs and options."""
-    options = [asdict(part) if isinstance(part, TrainingOptions) else part for part in rest]
-    inputs = [(expert.sha256, expert.strength) for expert in chosen]
-    choice = [method.name, method.defaults, task.sha256(), base.identity, inputs, options]
-    digest = sha256_bytes(json.dumps(choice, sort_keys=True, default=str).encode())[:12]
-    return output.resolve().with_name(f".{output.name}.training-{digest}")
+def _without_experts(method: TuneMethod, task: Task) -> TuneMethod:
+    """The method that replaces another where no expert is expected to help."""
+    instead = METHODS.load(method.without_experts)
+    return METHODS.load(instead.without_names) if instead.without_names and not class_texts(task) else instead

@@ -20,10 +20,10 @@ from pimerge.evaluation.schema import read_comparison
 from pimerge.evaluation.scoring import score_experts
 from pimerge.tasks.task import open_task
 from pimerge.tuning.options import TrainingOptions
-from pimerge.tuning.tune import tune
 from tests.support.cli import Finished, Shell
 from tests.support.experts import MakeExpert
 from tests.support.tasks import write_json
+from tests.support.tuning import tune
 
 QUICK = ("--epochs", 2, "--seeds", 2, "--shots", 4)
 

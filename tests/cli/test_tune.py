@@ -109,7 +109,7 @@ def test_experts_given_replace_those_of_the_ranking_and_keep_their_scores(tune: 
 def test_methods_without_experts_take_none(tune: Shell, folder: Path) -> None:
     refused = tune("experts/a", "--method", "scratch")
     assert refused.code == 3
-    assert "'scratch' composes no experts, and 1 were given" in refused.err
+    assert "'scratch' combines no experts, and 1 were given" in refused.err
     assert tune("--method", "scratch", "--json").document["experts"] == ["fresh"]
     assert open_expert(folder / "tuned").ranks == (4,)
     assert not (folder / "tuned" / "coefficients.json").exists()

@@ -29,12 +29,13 @@ from pimerge.tuning.ensemble import ENSEMBLE_FILE, Ensemble, EnsembleDocument, o
 from pimerge.tuning.fit import fit
 from pimerge.tuning.method import METHODS, TuneMethod, open_tune_method
 from pimerge.tuning.options import TrainingOptions
+from pimerge.tuning.run import manifest_of
 from pimerge.tuning.session import TuneRequest, TuneResult, TuningSession, open_session
-from pimerge.tuning.tune import manifest_of, tune
 from tests.support.bases import model_for
 from tests.support.experts import MakeExpert, dense_deltas
 from tests.support.numerics import logits_of, relative_difference
 from tests.support.tasks import write_image_task
+from tests.support.tuning import tune
 
 NAMES = METHODS.names()
 OPTIONS = TrainingOptions(epochs=6, shots=12, lr=1e-2, batch_size=8, holdout=0.2)

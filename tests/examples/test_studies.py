@@ -24,6 +24,7 @@ from pimerge.adapters.expert import Expert
 from pimerge.evaluation.design import ComparisonDesign, RankedExpert
 from pimerge.evaluation.schema import ComparisonDocument, ComparisonRun
 from pimerge.tasks.task import Task
+from pimerge.tuning.run import TuneInputs
 from tests.support.tasks import write_json
 from tests.support.warm import answer, run_script
 
@@ -107,16 +108,14 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Path, Task, int | Non
     """Output, task, shots and rank of the requested experts, which are copies of a committed one."""
     found = []
 
-    def tune(
-        method: str, task: Task, base: object, experts: object, target: object, output: Path, options: Any, **_: object
-    ) -> Any:
-        assert method == "scratch"
-        found.append((output.resolve(), _lasting(task), options.shots, options.fresh_rank))
+    def run_tuning(inputs: TuneInputs, output: Path, **_: object) -> Any:
+        assert inputs.method.name == "scratch"
+        found.append((output.resolve(), _lasting(inputs.task), inputs.options.shots, inputs.options.fresh_rank))
         shutil.copytree(DIGITS / "experts" / "noisy", output)
-        write_json(output / "task.json", task.document_for(output))
+        write_json(output / "task.json", inputs.task.document_for(output))
         raise SystemExit(0)  # nothing to print
 
-    monkeypatch.setattr("pimerge.tuning.tune.tune", tune)
+    monkeypatch.setattr("pimerge.tuning.tune.run_tuning", run_tuning)
     return found
 
 

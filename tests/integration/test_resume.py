@@ -19,9 +19,9 @@ from pimerge.core.progress import Advance, Track, silent
 from pimerge.tasks.task import open_task
 from pimerge.tuning.options import TrainingOptions
 from pimerge.tuning.session import TuneResult
-from pimerge.tuning.tune import tune
 from tests.support.cli import Interrupt, interrupted_after
 from tests.support.experts import MakeExpert
+from tests.support.tuning import tune
 
 LONG = TrainingOptions(epochs=10, shots=10, batch_size=8, lr=0.3, patience=3, holdout=0.4)
 STEPS = 2  # of an epoch: 2 × 10 examples, 12 of which train, in batches of 8

@@ -20,8 +20,8 @@ from pimerge.tuning.fit import with_class_names_decided
 from pimerge.tuning.options import TrainingOptions
 from pimerge.tuning.plan import MixturePlan
 from pimerge.tuning.session import TuneRequest, TuningSession, open_session
-from pimerge.tuning.tune import tune
 from tests.support.tasks import write_json
+from tests.support.tuning import tune
 
 QUICK = TrainingOptions(epochs=2, shots=4, batch_size=4, lr=1e-2, holdout=0.0)
 Row = Mapping[str, Any]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -23,12 +24,16 @@ from pimerge.ranking.measure import MEASURES
 from pimerge.ranking.selection import SelectionRule
 from pimerge.tasks.task import Task, open_task
 from pimerge.tuning.options import TrainingOptions
-from pimerge.tuning.target_expert import initial_expert, train_expert
+from pimerge.tuning.target_expert import NewTarget, initial_expert, train_expert
 from tests.support.experts import KINDS, PROMPTS, MakeExpert
 from tests.support.numerics import logits_of, relative_difference
 
 BRIEFLY = TrainingOptions(epochs=2)
 CPU = torch.device("cpu")
+
+
+def new_target(pool: Sequence[Expert], task: Task, base: Base) -> NewTarget:
+    return NewTarget(pool=pool, task=task, base=base, options=BRIEFLY)
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +58,7 @@ def test_at_the_init_A_is_the_pools_mean_B_is_zero_and_the_head_answers(
     pool: list[Expert], base: Base, task: Task
 ) -> None:
     stored = [load_file(expert.path / "adapter_model.safetensors") for expert in pool]
-    with initial_expert(pool, task, base, BRIEFLY) as expert:
+    with initial_expert(new_target(pool, task, base)) as expert:
         found = load_file(expert.path / "adapter_model.safetensors")
         assert expert.name == task.name
         assert expert.base.identity == base.identity
@@ -90,7 +95,7 @@ def test_its_fisher_of_B_compares_with_the_pools_and_that_of_A_is_zero(
 ) -> None:
     store = Store(tmp_path / "embeddings.json")
     bases = Bases(CPU, torch.float32)
-    with initial_expert(pool, task, base, BRIEFLY) as expert:
+    with initial_expert(new_target(pool, task, base)) as expert:
         for member in (*pool, expert):
             embed_expert(member, check_expert(member), store, EmbedSettings(max_examples=8), bases)
         diagonal = store.diagonal(expert.name)
@@ -113,8 +118,8 @@ def test_a_pool_without_a_shared_init_says_so(
 ) -> None:
     stranger = open_expert(make_expert(tmp_path / "stranger", bert_base, **config))
     with (
-        pytest.raises(PimergeError, match="'stranger' and 'a' have no init in common") as caught,
-        initial_expert([*pool, stranger], task, base, BRIEFLY),
+        pytest.raises(PimergeError, match="'stranger' and 'a' do not share an init") as caught,
+        initial_expert(new_target([*pool, stranger], task, base)),
     ):
         pass
     assert "--measure combined" in str(caught.value)
@@ -128,7 +133,7 @@ def test_of_a_kind_without_updates_it_starts_where_that_changes_nothing_or_at_th
     stored = [load_file(folder / "adapter_model.safetensors") for folder in folders]
     loaded = load_base(base, task, CPU, torch.float32)
     batch = task.examples("train", loaded.processor, loaded.config, limit=4)[0].batch(range(4))
-    with initial_expert([open_expert(folder) for folder in folders], task, base, BRIEFLY) as expert:
+    with initial_expert(new_target([open_expert(folder) for folder in folders], task, base)) as expert:
         found = load_file(expert.path / "adapter_model.safetensors")
         assert found.keys() == stored[0].keys()
         if kind in PROMPTS:
@@ -140,7 +145,7 @@ def test_of_a_kind_without_updates_it_starts_where_that_changes_nothing_or_at_th
             with injected(expert, loaded) as model:
                 torch.testing.assert_close(logits_of(model, batch), before)
         assert init_cosine(expert, open_expert(folders[0]))[0] >= init_cosine(expert, open_expert(folders[0]))[1]
-    train_expert([open_expert(folder) for folder in folders], task, base, tmp_path / "new", BRIEFLY)
+    train_expert(new_target([open_expert(folder) for folder in folders], task, base), tmp_path / "new")
     trained = load_file(tmp_path / "new" / "adapter_model.safetensors")
     assert any(not torch.equal(trained[key], found[key]) for key in expert.keys)
 
@@ -148,7 +153,7 @@ def test_of_a_kind_without_updates_it_starts_where_that_changes_nothing_or_at_th
 def test_a_trained_one_compares_with_the_pool_factor_by_factor(
     pool: list[Expert], base: Base, task: Task, tmp_path: Path
 ) -> None:
-    train_expert(pool, task, base, tmp_path / "targets" / "new", BRIEFLY)
+    train_expert(new_target(pool, task, base), tmp_path / "targets" / "new")
     expert = open_expert(tmp_path / "targets" / "new")
     moved = [expert.factors(name).B.norm() for name in expert.modules]
     assert all(norm > 0 for norm in moved)
@@ -161,4 +166,4 @@ def test_a_trained_one_compares_with_the_pool_factor_by_factor(
         assert ranking.not_comparable == []
         assert {candidate.name for candidate in ranking.candidates} == {"a", "b", "c"}
     with pytest.raises(PimergeError, match="--force"):
-        train_expert(pool, task, base, tmp_path / "targets" / "new", BRIEFLY)
+        train_expert(new_target(pool, task, base), tmp_path / "targets" / "new")

@@ -17,11 +17,11 @@ from pimerge.tasks.sampling import split_holdout
 from pimerge.tasks.task import open_task
 from pimerge.tuning.loss import mean_loss
 from pimerge.tuning.options import TrainingOptions
-from pimerge.tuning.tune import tune
 from tests.support.bases import LANGUAGE_MODELS, model_for
 from tests.support.experts import MakeExpert
 from tests.support.numerics import logits_of
 from tests.support.tasks import write_text_task
+from tests.support.tuning import tune
 
 CPU = torch.device("cpu")
 

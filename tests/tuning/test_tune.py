@@ -22,17 +22,16 @@ from pimerge.adapters.writer import Coefficients
 from pimerge.core.errors import PimergeError
 from pimerge.models.loaded_base import LoadedBase
 from pimerge.tasks.task import Task, open_task
-from pimerge.tuning import mixed_expert, trainer
+from pimerge.tuning import mixed_updates, trainer
 from pimerge.tuning.mixture import Mixture
 from pimerge.tuning.options import TrainingOptions
 from pimerge.tuning.session import TuneResult, TuningSession
-from pimerge.tuning.tune import tune
 from tests.support.bases import model_for
 from tests.support.cli import Interrupt, interrupted_after
 from tests.support.experts import MakeExpert, dense_deltas
 from tests.support.merging import merge
 from tests.support.numerics import logits_of, relative_difference
-from tests.support.tuning import unrestored
+from tests.support.tuning import tune, unrestored
 
 QUICK = TrainingOptions(epochs=2, shots=6, batch_size=8)
 
@@ -75,14 +74,14 @@ def tuner(pool: Path, parity_task: Path) -> Tuner:
 def starts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[nn.Module, dict[str, list[float]]]]:
     """The model and the mixture's weights of each run when training begins."""
     found = []
-    mix_lora = mixed_expert.mix_lora
+    mix_lora = mixed_updates.mix_lora
 
     def spying(model: nn.Module, members: Any, mixture: Mixture, trained: bool) -> Any:
         layers = mix_lora(model, members, mixture, trained)
         found.append((model, mixture.weights()))
         return layers
 
-    monkeypatch.setattr(mixed_expert, "mix_lora", spying)
+    monkeypatch.setattr(mixed_updates, "mix_lora", spying)
     monkeypatch.setattr(TuningSession, "restored", unrestored)
     return found
 

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pimerge.checkpoints.checkpoint import is_checkpoint, is_state_dict
 from pimerge.cli.console import note, print_json, print_table, size_text, tracker
 from pimerge.cli.inputs import parse_numbers
-from pimerge.cli.merge.request import Request, is_checkpoint, is_state_dict
+from pimerge.cli.merge.request import Request
 from pimerge.cli.merge.show import method_summary
 from pimerge.core.errors import PimergeError, Problems
 from pimerge.merging.weights import starting_weights

@@ -9,7 +9,7 @@ import typer
 
 from pimerge.cli import options
 from pimerge.cli.console import print_family
-from pimerge.cli.merge.request import Request, is_checkpoint, with_ranked_state_dicts
+from pimerge.cli.merge.request import Request, with_ranked_state_dicts
 from pimerge.merging.method import METHODS
 
 
@@ -128,6 +128,8 @@ def merge(
         json=json,
         quiet=quiet,
     )
+    from pimerge.checkpoints.checkpoint import is_checkpoint
+
     request = with_ranked_state_dicts(request)
     if request.experts and any(is_checkpoint(reference) for reference in request.experts):
         from pimerge.cli.merge import checkpoints

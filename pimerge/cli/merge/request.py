@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -133,21 +132,3 @@ def with_ranked_state_dicts(request: Request) -> Request:
         weights = ",".join(map(repr, shares(own, target.sha256, scores, None, by_score=True) or []))
     paths = [str(request.ranking.parent / member.path) for member in members]
     return replace(request, experts=paths, weights=weights)
-
-
-def is_state_dict(reference: str) -> bool:
-    """Whether a reference is a single file of tensors.
-
-    >>> is_state_dict("no/such.safetensors")
-    False
-    """
-    return reference.endswith(".safetensors") and os.path.isfile(reference)
-
-
-def is_checkpoint(reference: str) -> bool:
-    """Whether a reference is a full checkpoint: a folder with a config and no adapter, or one safetensors file."""
-    if is_state_dict(reference):
-        return True
-    return os.path.isfile(os.path.join(reference, "config.json")) and not os.path.isfile(
-        os.path.join(reference, "adapter_config.json")
-    )

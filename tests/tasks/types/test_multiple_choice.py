@@ -17,10 +17,10 @@ from pimerge.evaluation.scoring import score_experts
 from pimerge.models.loading import load_base
 from pimerge.tasks.task import open_task
 from pimerge.tuning.options import TrainingOptions
-from pimerge.tuning.tune import tune
 from tests.support.bases import END, model_for
 from tests.support.experts import MakeExpert
 from tests.support.tasks import write_json
+from tests.support.tuning import tune
 
 Base = Callable[[str], Path]
 ROWS: list[dict[str, Any]] = [

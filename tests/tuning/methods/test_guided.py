@@ -15,8 +15,8 @@ from pimerge.tuning.fit import fit
 from pimerge.tuning.method import open_tune_method
 from pimerge.tuning.methods import guided
 from pimerge.tuning.options import TrainingOptions
+from pimerge.tuning.run import manifest_of
 from pimerge.tuning.session import TuneRequest, TuningSession, open_session
-from pimerge.tuning.tune import manifest_of
 from tests.support.bases import model_for
 from tests.support.experts import MakeExpert, dense_deltas
 from tests.support.numerics import relative_difference

@@ -87,7 +87,7 @@ def test_an_ensemble_is_the_experts_as_they_were_each_under_a_head_of_its_own(tr
     scaled = [tried.a.with_strength(0.5), tried.b]
     with tried.session.restored(0) as undo:
         result = fit(method, tried.request(tmp_path / "run", experts=scaled, undo=undo))
-        from pimerge.tuning.tune import manifest_of
+        from pimerge.tuning.run import manifest_of
 
         request = tried.request(tmp_path)
         result.write(tmp_path / "tuned", manifest_of(method, request, result, scaled), False)

@@ -1,0 +1,180 @@
+"""Tune with everything resolved: experts and tasks are open, options are checked, the result is written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from enum import StrEnum
+from pathlib import Path
+
+from pimerge.adapters.compatibility import refuse_over_inputs
+from pimerge.adapters.expert import Expert
+from pimerge.adapters.kind import KINDS
+from pimerge.checkpoints.base import Base
+from pimerge.core.errors import PimergeError
+from pimerge.core.files import require_absent, sha256_bytes
+from pimerge.core.manifest import Manifest, inputs_of, library_versions
+from pimerge.core.progress import Note, Track, silent, unheard
+from pimerge.tasks.task import Task
+from pimerge.tuning.components import chosen_experts
+from pimerge.tuning.cross_validation import choose
+from pimerge.tuning.fit import fit
+from pimerge.tuning.method import TuneMethod
+from pimerge.tuning.options import TrainingOptions, check_options
+from pimerge.tuning.session import TuneRequest, TuneResult, open_session
+
+
+class RateSelection(StrEnum):
+    """How learning rate and epochs are chosen."""
+
+    FIXED = "fixed"
+    CV = "cv"
+    """By cross-validation on the training examples."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneInputs:
+    """What is tuned, on what, and how.
+
+    Attributes:
+        task: the target's task.
+        experts: the chosen ones, each at its strength, best first.
+        target: the target's own expert, if it has one.
+        like: whose rank, alpha and modules a fresh expert takes; by default the target's own, else the first expert.
+        scores: the ranking's score of each expert; the weights start from their softmax, with 1/N for the target's
+            own. If any is unknown, they start equal.
+        gains: the gain over the bare base that the ranking expects of each expert, in accuracy; 0.01 is a point.
+        select: a :class:`RateSelection`.
+        instead_of: the method that was asked for, where this one replaces it; for the manifest.
+    """
+
+    method: TuneMethod
+    task: Task
+    base: Base
+    experts: Sequence[Expert] = ()
+    target: Expert | None = None
+    like: Expert | None = None
+    scores: Sequence[float | None] | None = None
+    gains: Sequence[float | None] | None = None
+    options: TrainingOptions = field(default_factory=TrainingOptions)
+    select: str = RateSelection.FIXED
+    instead_of: str | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+
+    @property
+    def form(self) -> Expert | None:
+        """The expert whose rank, alpha and modules a fresh one takes."""
+        return self.target or self.like or next(iter(self.experts), None)
+
+
+def run_tuning(
+    inputs: TuneInputs, output: Path, *, force: bool = False, track: Track = silent, note: Note = unheard
+) -> TuneResult:
+    """Mix, train and write the result to a folder.
+
+    Checkpoints lie beside the output until it is complete: a run that was killed continues from them.
+
+    Args:
+        force: whether to replace what is there.
+    """
+    method, plan, options = inputs.method, inputs.method.plan, inputs.options
+    require_absent(output, force)
+    refuse_over_inputs(output, [*inputs.experts, *([inputs.target] if inputs.target else [])])
+    check_options(options)
+    if inputs.select not in list(RateSelection):
+        raise PimergeError(f"--select is '{inputs.select}'", f"expected {' or '.join(RateSelection)}")
+    _check_kind(method, options)
+    options = replace(options, holdout=plan.holdout if options.holdout is None else options.holdout)
+    chosen = chosen_experts(method, inputs.experts, inputs.target)
+    run = _run_folder(replace(inputs, options=options), chosen, output)
+    session = open_session(inputs.task, inputs.base, inputs.device, inputs.dtype, options.seed)
+    options = replace(options, lr=plan.usual_lr(session.loaded.width) if options.lr is None else options.lr)
+    request = TuneRequest(
+        session=session,
+        experts=inputs.experts,
+        target=inputs.target,
+        like=inputs.form,
+        scores=inputs.scores,
+        options=options,
+        run=run,
+        gains=inputs.gains,
+        track=track,
+        note=note,
+    )
+    if inputs.select == RateSelection.CV:
+        request = replace(request, options=choose(method, request))
+    with session.restored(options.seed) as undo:
+        request = replace(request, undo=undo)
+        result = replace(fit(method, request), method=method.name, output=output)
+        if result.outcome.writes:
+            result.write(output, manifest_of(method, request, result, chosen, inputs.instead_of), force)
+            shutil.rmtree(run, ignore_errors=True)
+    return result
+
+
+def manifest_of(
+    method: TuneMethod,
+    request: TuneRequest,
+    result: TuneResult,
+    chosen: Sequence[Expert],
+    instead_of: str | None = None,
+) -> Manifest:
+    """The record of a tuning."""
+    session = request.session
+    return Manifest(
+        command="tune",
+        options={
+            "method": method.name,
+            **({"instead_of": instead_of} if instead_of else {}),
+            "target": session.task.name,
+            **asdict(request.options),
+            **method.defaults,
+            **result.settings,
+            "dtype": str(session.precision),
+        },
+        device=session.device.type,
+        versions=library_versions(),
+        inputs=inputs_of(chosen),
+        outputs={},
+        results={
+            "truncation": result.truncation,
+            "train_examples": result.examples,
+            "held_out_examples": result.held_out,
+            "epochs": result.outcome.epochs,
+            "train_loss": result.outcome.train_loss,
+            "held_out_loss": result.outcome.held_out_loss,
+            "trained_parameters": result.outcome.trained_parameters,
+        },
+    )
+
+
+def _check_kind(method: TuneMethod, options: TrainingOptions) -> None:
+    """Refuse a kind of fresh expert that does not exist, or does not go with the method or another option."""
+    if options.fresh_kind is None:
+        return
+    kind = KINDS.load(options.fresh_kind)
+    if method.plan.experts or not method.plan.train_experts:
+        raise PimergeError(
+            f"--kind is only for a fresh expert, and '{method.name}' trains none",
+            "leave it out, or take --method scratch",
+        )
+    if kind.stores_factors:
+        return
+    for option, value in (("--fresh-alpha", options.fresh_alpha), ("--rank", options.rank)):
+        if value is not None:
+            raise PimergeError(f"{option} is for LoRA, and --kind is '{options.fresh_kind}'", "leave it out")
+
+
+def _run_folder(inputs: TuneInputs, chosen: Sequence[Expert], output: Path) -> Path:
+    """Where checkpoints lie: beside the output, in a folder of its own for each choice of inputs and options."""
+    choice = [
+        [inputs.method.name, inputs.method.defaults, asdict(inputs.options), inputs.select],
+        [inputs.task.sha256(), inputs.base.identity, inputs.device, inputs.dtype],
+        [(expert.sha256, expert.strength) for expert in chosen],
+        [inputs.form and inputs.form.sha256, inputs.scores, inputs.gains],
+    ]
+    digest = sha256_bytes(json.dumps(choice, sort_keys=True, default=str).encode())[:12]
+    return output.resolve().with_name(f".{output.name}.training-{digest}")
