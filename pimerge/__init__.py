@@ -36,15 +36,20 @@ if TYPE_CHECKING:
     from pimerge.core.errors import PimergeError
     from pimerge.embedding.embed import embed
     from pimerge.evaluation.compare import compare
-    from pimerge.evaluation.evaluate import evaluate
+    from pimerge.evaluation.comparison import Comparison
+    from pimerge.evaluation.evaluate import Evaluation, evaluate
     from pimerge.tasks.task import Task
+    from pimerge.tuning.session import TuneResult
     from pimerge.tuning.tune import tune
 
 __all__ = [
+    "Comparison",
+    "Evaluation",
     "Expert",
     "PimergeError",
     "Ranking",
     "Task",
+    "TuneResult",
     "__version__",
     "compare",
     "embed",
@@ -53,10 +58,13 @@ __all__ = [
 ]
 
 _MODULES = {
+    "Comparison": "pimerge.evaluation.comparison",
+    "Evaluation": "pimerge.evaluation.evaluate",
     "Expert": "pimerge.adapters.expert",
     "PimergeError": "pimerge.core.errors",
     "Ranking": "pimerge.adapters.ranking_document",
     "Task": "pimerge.tasks.task",
+    "TuneResult": "pimerge.tuning.session",
     "compare": "pimerge.evaluation.compare",
     "embed": "pimerge.embedding.embed",
     "evaluate": "pimerge.evaluation.evaluate",

@@ -13,7 +13,7 @@ import pytest
 import pimerge
 
 FUNCTIONS = ["compare", "embed", "evaluate", "tune"]
-TYPES = ["Expert", "PimergeError", "Ranking", "Task"]
+TYPES = ["Comparison", "Evaluation", "Expert", "PimergeError", "Ranking", "Task", "TuneResult"]
 
 
 def fresh(code: str) -> str:
