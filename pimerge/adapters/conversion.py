@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from pimerge.adapters.computed_module import ComputedModule
 from pimerge.adapters.expert import Expert
 from pimerge.adapters.lora_module import DORA, OLORA, PISSA, Factors, LoraModule
 
@@ -25,9 +26,11 @@ def converting(weight_of: Callable[[str], Tensor]) -> Callable[[Expert, str], Fa
 
     def read(expert: Expert, name: str) -> Factors:
         module = expert.modules[name]
-        factors = expert.factors(name)
         if not module.conversions:
-            return factors
+            return expert.factors(name)
+        if isinstance(module, ComputedModule):
+            return module.factors(expert.tensor, weight_of(name))
+        factors = expert.factors(name)
         magnitude = expert.tensor(module.magnitude) if module.magnitude else None
         return converted(module, factors, weight_of(name), magnitude)
 

@@ -388,7 +388,7 @@ def _checked(
     head: dict[str, str] = {}
     if strategy is not None and strategy.reads_base:
         try:
-            parts, head = _parsed_with_base(strategy, path, config, dict(shapes), base)
+            parts, head = _parsed_with_base(strategy, path, config, dict(shapes), base, convert)
         except PimergeError as error:
             if not only_look or _base(path, config, base).folder is not None:
                 raise
@@ -453,7 +453,7 @@ def _parsed(kind: str, config: str, shapes: tuple[tuple[str, tuple[int, ...]], .
 
 
 def _parsed_with_base(
-    kind: Kind, path: Path, config: dict[str, Any], shapes: dict[str, tuple[int, ...]], base: str | None
+    kind: Kind, path: Path, config: dict[str, Any], shapes: dict[str, tuple[int, ...]], base: str | None, convert: bool
 ) -> Parts:
     """The same for a kind whose layout depends on the shapes of the base's layers."""
 
@@ -462,7 +462,7 @@ def _parsed_with_base(
 
         return layer_shapes(_base(path, config, base), modules, fan_in_fan_out=bool(config.get("fan_in_fan_out")))
 
-    return kind.parse(AdapterHeader(config, shapes, layers=layers))
+    return kind.parse(AdapterHeader(config, shapes, convert, layers))
 
 
 def _base(path: Path, config: dict[str, Any], override: str | None) -> Base:

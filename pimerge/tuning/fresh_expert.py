@@ -9,9 +9,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from pimerge.adapters.base_fit import check_fits
+from pimerge.adapters.computed_module import as_tensor_sets
 from pimerge.adapters.expert import Expert, open_expert
 from pimerge.adapters.kind import KINDS
-from pimerge.adapters.kinds._relatives import as_tensor_sets
 from pimerge.checkpoints.architecture import inside
 from pimerge.checkpoints.base import Base
 from pimerge.core.errors import PimergeError

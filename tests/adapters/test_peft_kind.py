@@ -370,30 +370,45 @@ def test_without_the_base_only_those_that_need_no_shapes_are_read(
 
 QUERY = "base_model.model.bert.encoder.layer.0.attention.self.query"
 FAULTS: list[tuple[str, dict[str, Any], dict[str, Tensor | None], str]] = [
-    ("loha", {"r": 3}, {}, r"query': hada_w1_a is \(16, 2\), expected \(16, 3\)"),
-    ("loha", {"rank_pattern": {"(": 2}}, {}, "no regular expression"),
+    ("loha", {"r": 3}, {}, r"query\.hada_w1_a is \(16, 2\), expected \(16, 3\)"),
+    ("loha", {"rank_pattern": {"(": 2}}, {}, "PEFT cannot make its layers of LOHA"),
     ("loha", {"alpha": "much"}, {}, "alpha in adapter_config.json"),
     ("loha", {"bias": "all"}, {}, "trained biases"),
-    ("loha", {"use_dora": True}, {}, "'use_dora' in adapter_config.json is not known"),
-    ("loha", {}, {f"{QUERY}.hada_w2_b": None}, "query': it has no hada_w2_b"),
-    ("loha", {}, {f"{QUERY}.hada_t1": torch.ones(2, 2, 1, 1)}, "query': it has no hada_t2"),
+    ("loha", {"use_dora": True}, {}, "'use_dora' in adapter_config.json is not known to PEFT"),
+    ("loha", {}, {f"{QUERY}.hada_w2_b": None}, r"it has no bert\.\S+query\.hada_w2_b"),
+    (
+        "loha",
+        {},
+        {f"{QUERY}.hada_t1": torch.ones(2, 2, 1, 1)},
+        r"it has bert\.\S+query\.hada_t1, which PEFT's layers do not have",
+    ),
     ("loha", {}, {f"{QUERY}.dora_scale": torch.ones(16)}, "dora_scale"),
-    ("lokr", {"r": 2}, {}, "lokr_w2_a is .*rank 2"),
-    ("lokr", {}, {f"{QUERY}.lokr_w1": None}, "query': it has no lokr_w1_a and lokr_w1_b"),
-    ("lokr", {}, {f"{QUERY}.lokr_w1": torch.ones(4)}, "expected a matrix"),
-    ("lokr", {}, {f"{QUERY}.lokr_w1": torch.ones(4, 2)}, r"ΔW is \(16, 8\), the base's weight \(16, 16\)"),
+    ("lokr", {"r": 2}, {}, r"lokr_w2_a, which PEFT's layers do not have"),
+    ("lokr", {}, {f"{QUERY}.lokr_w1": None}, r"it has no bert\.\S+query\.lokr_w1,"),
+    ("lokr", {}, {f"{QUERY}.lokr_w1": torch.ones(4)}, r"lokr_w1 is \(4,\), expected \(4, 4\)"),
+    ("lokr", {}, {f"{QUERY}.lokr_w1": torch.ones(4, 2)}, r"lokr_w1 is \(4, 2\), expected \(4, 4\)"),
     ("vera", {"r": 4}, {}, r"vera_lambda_d is \(5,\), expected \(4,\)"),
     ("vera", {"projection_prng_key": "x"}, {}, "projection_prng_key in adapter_config.json"),
     ("vera", {}, {f"{QUERY}.vera_lambda_b": torch.ones(8)}, r"vera_lambda_b is \(8,\), expected \(16,\)"),
-    ("vera", {}, {"base_model.vera_A": torch.ones(5, 16)}, "the projection B is not in the file"),
     (
         "vera",
         {},
+        {"base_model.vera_A": torch.ones(5, 16)},
+        r"it has base_model\.vera_A, which PEFT's layers do not have",
+    ),
+    (
+        "vera",
+        {"save_projection": True},
         {"base_model.vera_A": torch.ones(5, 9), "base_model.vera_B": torch.ones(16, 5)},
         r"vera_A is \(5, 9\)",
     ),
     ("randlora", {"r": 4}, {}, "randlora_lambda is .*expected"),
-    ("fourierft", {}, {f"{QUERY}.fourierft_spectrum": torch.ones(300)}, r"its spectrum is \(300,\)"),
+    (
+        "fourierft",
+        {},
+        {f"{QUERY}.fourierft_spectrum": torch.ones(300)},
+        r"fourierft_spectrum is \(300,\), expected \(6,\)",
+    ),
 ]
 
 

@@ -1,0 +1,207 @@
+"""PEFT's own layers of an adapter, around a base of zeros, and the ΔW that they give.
+
+The layers' weights are one zero, expanded, so that they take no memory, whatever the size of the base. The adapter's
+tensors are loaded as PEFT loads them and then widened to float64. (On the meta device PEFT would move the adapter
+there, and the result would be empty.)
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from threading import RLock
+from typing import TYPE_CHECKING, Any
+
+from pimerge.adapters.keys import PREFIX
+from pimerge.core.errors import PimergeError, Problems
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+Read = Callable[[str], "Tensor"]
+Shapes = Mapping[str, tuple[int, ...]]
+Weights = tuple[tuple[str, tuple[int, ...]], ...]
+_MOST_MODELS = 32
+_LOCK = RLock()  # experts are opened in several threads, and PEFT draws from the global generator
+# What PEFT raises for a config or tensors that its layers cannot take.
+_REFUSALS = (ValueError, TypeError, RuntimeError, LookupError, AttributeError, ImportError, ArithmeticError, re.error)
+
+
+def _get_delta_weight(layer: Any, weight: Tensor) -> Tensor:
+    delta: Tensor = layer.get_delta_weight("default")
+    return delta
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeftDelta:
+    """How PEFT gives the ΔW of a kind.
+
+    Attributes:
+        peft_type: PEFT's name of the kind.
+        slots: what the last part of the kind's keys begins with, such as ``hada_``.
+        delta: PEFT's layer and its base weight → ΔW, in the shape of the weight.
+        rank: shapes by slot → the most that ΔW's rank can be; None where nothing but the shape of ΔW bounds it.
+        weight: shapes by slot → the shape of the base's weight, where they tell; else the base has to be there.
+        needs_weight: config → whether ΔW depends on the base's own weights.
+        trained: slots of tensors that are trained and that all layers share.
+        since: the first version of PEFT known to have the kind.
+    """
+
+    peft_type: str
+    slots: str
+    delta: Callable[[Any, Tensor], Tensor] = _get_delta_weight
+    rank: Callable[[Shapes], int | None] = lambda shapes: None
+    weight: Callable[[Shapes], tuple[int, ...]] | None = None
+    needs_weight: Callable[[Mapping[str, Any]], bool] = lambda config: False
+    trained: tuple[str, ...] = ()
+    since: str = "0.19"
+
+
+@dataclass(frozen=True, eq=False)
+class PeftLayers:
+    """The layers of one adapter.
+
+    Attributes:
+        how: its kind's row.
+        fields: of PEFT's config, as JSON.
+        weights: name of each layer and shape of the base's weight, (d_out, d_in, *kernel), in the base's order.
+        keys: the keys of all tensors to load.
+    """
+
+    how: PeftDelta
+    fields: str
+    weights: Weights
+    keys: tuple[str, ...]
+
+    def check(self, shapes: Shapes, problems: Problems) -> None:
+        """Note every tensor that PEFT's layers do not have, lack, or have in another shape.
+
+        Args:
+            shapes: by key, of the file.
+        """
+        expected: Shapes = {}
+        with problems.collected():
+            expected = _expected(self.how.peft_type, self.fields, self.weights)
+        if problems.found:
+            return
+        # what all layers share stands in PEFT's model once more for every layer
+        shared = tuple(f".{key.rpartition('.')[2]}" for key in expected if key.count(".") == 1)
+        own = {key for key in expected if key.count(".") == 1 or not key.endswith(shared or ("\0",))}
+        for key in sorted(own | shapes.keys()):
+            name = key.removeprefix(PREFIX)
+            if key not in shapes:
+                problems.add(f"it has no {name}, which PEFT's layers have", "save the adapter again")
+            elif key not in expected:
+                problems.add(f"it has {name}, which PEFT's layers do not have", "save the adapter again")
+            elif shapes[key] != expected[key]:
+                problems.add(
+                    f"{name} is {shapes[key]}, expected {expected[key]}",
+                    "adapter_config.json belongs to another adapter, or the expert to another base",
+                )
+
+    def dense(self, name: str, read: Read, weight: Tensor | None) -> Tensor:
+        """ΔW of a layer, (d_out × d_in) in float64.
+
+        Args:
+            read: gives the tensor of a key.
+            weight: the base's own, where ΔW depends on it.
+        """
+        import torch
+
+        with _LOCK, torch.no_grad():
+            layer: Any = self._loaded(read).get_submodule(f"{PREFIX}{name}")
+            base = layer.get_base_layer().weight
+            delta = self.how.delta(layer, base if weight is None else weight.double().reshape(base.shape))
+            return (delta.to_dense() if delta.is_sparse else delta).double().reshape(len(base), -1)
+
+    def _loaded(self, read: Read) -> nn.Module:
+        if self not in _LOADED:
+            while len(_LOADED) >= _MOST_MODELS:
+                _LOADED.popitem(last=False)
+            model = _model(self.how.peft_type, self.fields, self.weights)
+            _load(model, {key: read(key) for key in self.keys})
+            _LOADED[self] = model
+        return _LOADED[self]
+
+
+_LOADED: OrderedDict[PeftLayers, nn.Module] = OrderedDict()  # the latest, the oldest first
+
+
+@lru_cache(maxsize=_MOST_MODELS)
+def _expected(peft_type: str, fields: str, weights: Weights) -> Shapes:
+    """Key → shape of each tensor that PEFT would save."""
+    from peft import get_peft_model_state_dict
+
+    with _LOCK:
+        found = get_peft_model_state_dict(_model(peft_type, fields, weights), save_embedding_layers=False)
+    return {key: tuple(tensor.shape) for key, tensor in found.items()}
+
+
+def _model(peft_type: str, fields: str, weights: Weights) -> nn.Module:
+    """PEFT's model of these layers, as it starts."""
+    import torch
+    from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftModel
+
+    names = [name for name, _ in weights]
+    with _refusals(peft_type), torch.random.fork_rng(devices=[]):
+        config = PEFT_TYPE_TO_CONFIG_MAPPING[peft_type](target_modules=names, inference_mode=True, **json.loads(fields))
+        model: nn.Module = PeftModel(_zeros(weights), config)
+        return model.eval()
+
+
+def _zeros(weights: Weights) -> nn.Module:
+    """Layers of these names whose weights are one zero, expanded."""
+    import torch
+    from torch import nn
+
+    classes: list[Any] = [nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d]  # by the dimensions of the kernel
+    root = nn.Module()
+    for name, shape in sorted(weights, key=lambda each: each[0].count(".")):  # a parent before what is in it
+        d_out, d_in, *kernel = shape
+        with torch.device("meta"):
+            made = classes[len(kernel)](d_in, d_out, *([kernel] if kernel else []), bias=False)
+        made.weight = nn.Parameter(torch.zeros([1] * len(shape)).expand(shape), requires_grad=False)
+        *parents, last = name.split(".")
+        owner = root
+        for part in parents:
+            if not hasattr(owner, part):
+                owner.add_module(part, nn.Module())
+            owner = owner.get_submodule(part)
+        owner.add_module(last, made)
+    return root
+
+
+def _load(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Load an adapter's tensors as PEFT does, and widen all but the base's weights to float64."""
+    from peft import set_peft_model_state_dict
+
+    with _refusals("the adapter"):
+        set_peft_model_state_dict(model, dict(tensors))
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and ".base_layer." not in f".{name}":
+            parameter.data = parameter.data.double()
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_floating_point():
+                module._buffers[name] = buffer.double()
+
+
+@contextmanager
+def _refusals(what: str) -> Iterator[None]:
+    """Turn PEFT's refusals into a problem, and keep its warnings to ourselves."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        except _REFUSALS as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise PimergeError(
+                f"PEFT cannot make its layers of {what}: {type(error).__name__}: {reason}",
+                "check adapter_config.json, and that the base is the one that it was trained on",
+            ) from error
