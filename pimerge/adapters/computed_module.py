@@ -58,6 +58,11 @@ class ComputedModule(LoraModule):
         return (*self.slots.values(), *self.shared)
 
     @property
+    def shared_keys(self) -> tuple[str, ...]:
+        """The keys of trained tensors that it shares with other modules."""
+        return self.shared
+
+    @property
     def numbers(self) -> int:
         """How many its own tensors hold."""
         return sum(math.prod(shape) for shape in self.shapes.values())

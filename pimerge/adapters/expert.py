@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -97,8 +98,11 @@ class Expert:
     @property
     def parameters(self) -> int:
         """Numbers in its factors or tensor sets, the head not counted."""
-        return sum(module.numbers for module in self.modules.values()) + sum(
-            group.numbers for group in self.tensor_sets.values()
+        shared = {key for module in self.modules.values() for key in module.shared_keys}
+        return (
+            sum(module.numbers for module in self.modules.values())
+            + sum(math.prod(self.file.entries[key].shape) for key in shared)
+            + sum(group.numbers for group in self.tensor_sets.values())
         )
 
     @property

@@ -78,6 +78,11 @@ class LoraModule:
         return ()
 
     @property
+    def shared_keys(self) -> tuple[str, ...]:
+        """The keys of trained tensors that it shares with other modules."""
+        return ()
+
+    @property
     def keys(self) -> tuple[str, ...]:
         """Of its tensors that are combined."""
         return tuple(self.key_of_slot.values())

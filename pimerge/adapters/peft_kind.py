@@ -122,8 +122,8 @@ def _parse(how: PeftDelta, header: AdapterHeader) -> Parts:
             shape_A=(rank, *inputs),
             shape_B=(d_out, rank, *(1 for _ in kernel)),
             conversions=(how.peft_type,) if how.needs_weight(fields) else (),
-            slots=dict(sorted(keys[name].items())),
-            shapes=own_shapes,
+            slots={slot: key for slot, key in sorted(keys[name].items()) if slot not in how.fixed},
+            shapes={slot: shape for slot, shape in own_shapes.items() if slot not in how.fixed},
             shared=tuple(shared[slot] for slot in how.trained if slot in shared),
             dense=partial(layers.dense, name),
         )

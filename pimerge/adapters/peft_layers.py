@@ -49,6 +49,7 @@ class PeftDelta:
         rank: shapes by slot → the most that ΔW's rank can be; None where nothing but the shape of ΔW bounds it.
         weight: shapes by slot → the shape of the base's weight, where they tell; else the base has to be there.
         needs_weight: config → whether ΔW depends on the base's own weights.
+        fixed: slots of tensors in the file that are not trained, such as chosen places.
         trained: slots of tensors that are trained and that all layers share.
         since: the first version of PEFT known to have the kind.
     """
@@ -59,6 +60,7 @@ class PeftDelta:
     rank: Callable[[Shapes], int | None] = lambda shapes: None
     weight: Callable[[Shapes], tuple[int, ...]] | None = None
     needs_weight: Callable[[Mapping[str, Any]], bool] = lambda config: False
+    fixed: tuple[str, ...] = ()
     trained: tuple[str, ...] = ()
     since: str = "0.19"
 

@@ -11,18 +11,14 @@ from typing import Any
 import pytest
 import torch
 from peft import (
-    FourierFTConfig,
+    PEFT_TYPE_TO_CONFIG_MAPPING,
     IA3Config,
     LNTuningConfig,
-    LoHaConfig,
-    LoKrConfig,
     LoraConfig,
     PeftConfig,
     PeftModel,
     PrefixTuningConfig,
     PromptTuningConfig,
-    RandLoraConfig,
-    VeraConfig,
     get_peft_model,
 )
 from safetensors.torch import load_file, save_file
@@ -66,8 +62,24 @@ KINDS = ("ia3", "ln_tuning", "bitfit", "bottleneck", "prefix", "prompt")
 """Those that have no ΔW."""
 
 
-RELATIVES = ("loha", "lokr", "vera", "randlora", "fourierft")
-"""Those whose ΔW is computed."""
+RELATIVES: dict[str, dict[str, Any]] = {
+    "loha": {"r": 2, "alpha": 3},
+    "lokr": {"r": 1, "alpha": 3},
+    "vera": {"r": 5, "save_projection": False, "projection_prng_key": 3},
+    "randlora": {"r": 5, "randlora_alpha": 20, "save_projection": False, "projection_prng_key": 3},
+    "fourierft": {"n_frequency": 6},
+    "pvera": {"r": 5, "save_projection": False, "projection_prng_key": 3},
+    "waveft": {"n_frequency": 6},
+    "gralora": {"r": 4, "gralora_k": 2},
+    "delora": {"r": 3},
+    "c3a": {"block_size": 8},
+    "vblora": {"r": 2, "num_vectors": 6, "vector_length": 4},
+    "adalora": {"init_r": 4, "target_r": 2, "total_step": 10, "lora_alpha": 6},
+    "shira": {"r": 2},
+    "miss": {"r": 4},
+    "hira": {"r": 2},
+}
+"""Those whose ΔW is computed, and fields of PEFT's config."""
 
 
 PROMPTS = ("prefix", "prompt")
@@ -90,21 +102,12 @@ def peft_config(kind: str, base: str, **config: Any) -> PeftConfig:
     task = "SEQ_CLS"
     if base in LANGUAGE_MODELS:
         task = "SEQ_2_SEQ_LM" if base in ("t5", "bart") else "CAUSAL_LM"
+    if kind in RELATIVES:
+        made = PEFT_TYPE_TO_CONFIG_MAPPING[kind.upper()]
+        return made(**RELATIVES[kind] | {"target_modules": TARGETS[base]} | config)
     match kind:
         case "lora":
             return LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": TARGETS[base]} | config)
-        case "loha":
-            return LoHaConfig(**{"r": 2, "alpha": 3, "target_modules": TARGETS[base]} | config)
-        case "lokr":
-            return LoKrConfig(**{"r": 1, "alpha": 3, "target_modules": TARGETS[base]} | config)
-        case "vera":
-            fields = {"r": 5, "save_projection": False, "projection_prng_key": 3}
-            return VeraConfig(**fields | {"target_modules": TARGETS[base]} | config)
-        case "randlora":
-            fields = {"r": 5, "randlora_alpha": 20, "save_projection": False, "projection_prng_key": 3}
-            return RandLoraConfig(**fields | {"target_modules": TARGETS[base]} | config)
-        case "fourierft":
-            return FourierFTConfig(**{"n_frequency": 6, "target_modules": TARGETS[base]} | config)
         case "ia3" if base in LANGUAGE_MODELS:
             return IA3Config(**config)
         case "ia3":

@@ -6,7 +6,7 @@ from pimerge.adapters.peft_kind import peft_kind
 from pimerge.adapters.peft_layers import PeftDelta
 
 KIND = peft_kind(
-    PeftDelta(peft_type="SHIRA", slots="shira_"),
+    PeftDelta(peft_type="SHIRA", slots="shira_", fixed=("shira_indices",)),
     name="shira",
     summary="Chosen entries of a matrix.",
     formula="ΔW = Σ_i v_i e_{p_i} e_{q_i}ᵀ",
