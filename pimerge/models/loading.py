@@ -60,8 +60,7 @@ def load_base(base: Base, task: Task, device: torch.device, dtype: torch.dtype, 
     """
     import transformers
 
-    where = "a folder" if base.folder else f"the Hub id, revision {base.revision or 'main'}"
-    trains_head: bool = task.type.trains_head
+    trains_head = task.type.trains_head
     torch.manual_seed(seed)
     try:
         config = transformers.AutoConfig.from_pretrained(base.source, revision=base.revision, trust_remote_code=False)
@@ -76,15 +75,7 @@ def load_base(base: Base, task: Task, device: torch.device, dtype: torch.dtype, 
         )
         processor = task.type.load_processor(base.source, base.revision)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        hint = "check the base's folder or Hub id, or pass --base"
-        if "trust_remote_code" in str(error):
-            hint = "it needs code of its own, which pimerge never runs: choose a base that transformers knows"
-        if needed := re.search(r"requires the (\S+) library", str(error)):  # such as Qwen2-VL's processor of videos
-            reason, hint = f"it {needed[0]}", f"install {needed[1].lower()} (pip install {needed[1].lower()})"
-        raise PimergeError(
-            f"the base model '{base.name}' ({where}) cannot be loaded for {task.file.type}: {reason}", hint
-        ) from error
+        raise _not_loaded(base, task, str(error)) from error
     padding = getattr(getattr(processor, "tokenizer", processor), "pad_token_id", None)
     if padding is not None and getattr(model.config, "pad_token_id", None) is None:
         model.config.pad_token_id = padding
@@ -113,6 +104,18 @@ def load_base(base: Base, task: Task, device: torch.device, dtype: torch.dtype, 
     model.requires_grad_(False)
     drawn = frozenset(key for key in replaced if in_head(key, head))
     return LoadedBase(model.to(device).eval(), processor, head, has_own_head, drawn)
+
+
+def _not_loaded(base: Base, task: Task, message: str) -> PimergeError:
+    """What to tell of an error of transformers."""
+    where = "a folder" if base.folder else f"the Hub id, revision {base.revision or 'main'}"
+    reason = message.strip().partition("\n")[0]
+    hint = "check the base's folder or Hub id, or pass --base"
+    if "trust_remote_code" in message:
+        hint = "it needs code of its own, which pimerge never runs: choose a base that transformers knows"
+    if needed := re.search(r"requires the (\S+) library", message):  # such as Qwen2-VL's processor of videos
+        reason, hint = f"it {needed[0]}", f"install {needed[1].lower()} (pip install {needed[1].lower()})"
+    return PimergeError(f"the base model '{base.name}' ({where}) cannot be loaded for {task.file.type}: {reason}", hint)
 
 
 def _classes(labels: Sequence[str]) -> dict[str, Any]:

@@ -37,7 +37,9 @@ class Rows:
     words: Sequence[Sequence[int]] = ()
 
     def select(self, positions: Sequence[int]) -> Rows:
-        """Some of the rows."""
+        """The rows at some positions."""
+        if list(positions) == list(range(len(self.labels))):
+            return self
         words = [self.words[position] for position in positions] if self.words else ()
         return Rows(
             self.table.select(positions),

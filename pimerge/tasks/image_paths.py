@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from pimerge.core.errors import PimergeError
 from pimerge.core.files import sha256_bytes, sha256_files
+from pimerge.tasks.data import TaskData
 from pimerge.tasks.row_errors import some
 
 
@@ -49,3 +51,14 @@ def content_hash(paths: Sequence[Path | None]) -> str:
     there = sorted({path for path in paths if path is not None and path.is_file()})
     known = dict(zip(there, sha256_files(there), strict=True))
     return sha256_bytes("\n".join(known.get(path, "") if path else "" for path in paths).encode())
+
+
+def hashes_of_named(data: TaskData, column: str, splits: Sequence[str]) -> list[str]:
+    """A hash for each split whose images are named by paths, of what the images hold."""
+    found = []
+    for split in sorted(set(splits)):
+        with suppress(PimergeError):  # a task may lack one of them
+            rows, folders = data.load(split), data.folders(split)
+            if folders and holds_paths(rows, column):
+                found.append(content_hash(resolved(rows[column], folders, split)))
+    return found

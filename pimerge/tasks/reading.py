@@ -12,6 +12,7 @@ from pimerge.tasks.examples import Rows
 from pimerge.tasks.image_paths import holds_paths, with_images
 from pimerge.tasks.labels import class_indices, word_classes
 from pimerge.tasks.row_errors import RowProblems
+from pimerge.tasks.sampling import permutation, sample_sentences, sample_shots
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,3 +87,17 @@ def _note_empty(table: Any, use: str, column: str, broken: RowProblems) -> None:
         rows = "1 row" if len(empty) == 1 else f"{len(empty)} rows"
         message = f"{broken.where} has no {use} in {rows}: {broken.listed(empty)} (from 0)"
         broken.add(empty, message, "fill them or leave them out")
+
+
+def sample_rows(
+    rows: Rows, names: Sequence[str], of_words: bool, shots: int | None, limit: int | None, seed: int
+) -> list[int]:
+    """Positions of ``shots`` rows of each class, at most ``limit`` in all; None for no bound."""
+    chosen = list(range(len(rows.labels)))
+    if shots is not None and of_words:
+        chosen = sample_sentences([set(classes) for classes in rows.words], shots, seed, names)
+    elif shots is not None:
+        chosen = sample_shots(rows.labels, shots, seed, names)
+    if limit is not None and limit < len(chosen):
+        chosen = sorted(chosen[place] for place in permutation(len(chosen), seed)[:limit])
+    return chosen

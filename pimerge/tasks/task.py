@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence, Set
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -15,7 +14,7 @@ from pimerge.core.files import sha256_bytes
 from pimerge.tasks.checks import check_fields, require_type
 from pimerge.tasks.data import NamedData, RowsInMemory, TaskData
 from pimerge.tasks.examples import Examples, Rows
-from pimerge.tasks.image_paths import content_hash, holds_paths, resolved, with_images
+from pimerge.tasks.image_paths import hashes_of_named, holds_paths, with_images
 from pimerge.tasks.inference import (
     SplitRows,
     class_names_of,
@@ -24,9 +23,8 @@ from pimerge.tasks.inference import (
     infer_type,
     rows_by_split,
 )
-from pimerge.tasks.reading import SplitReader
+from pimerge.tasks.reading import SplitReader, sample_rows
 from pimerge.tasks.row_errors import RowProblems, RowsError
-from pimerge.tasks.sampling import permutation, sample_sentences, sample_shots
 from pimerge.tasks.schema import COMMON, UNLABELLED, TaskFile
 from pimerge.tasks.task_type import TASK_TYPES, TaskType
 
@@ -160,20 +158,10 @@ class Task:
         """SHA-256 of the meaning of ``task.json`` and of the data, unless a Hub id names it; paths do not count."""
         unset = set(TaskFile.model_fields) - COMMON - self.file.given()
         meaning = self.file.model_dump_json(exclude={"data", "description"} | unset)
-        parts = [meaning, json.dumps(self.data.content(), sort_keys=True), *self._named_images()]
+        parts = [meaning, json.dumps(self.data.content(), sort_keys=True)]
+        if "image" in self.columns:
+            parts += hashes_of_named(self.data, self.columns["image"], [self._split("train"), self._split("test")])
         return sha256_bytes("\n".join(parts).encode())
-
-    def _named_images(self) -> list[str]:
-        """Hashes of the images that the train and test splits name by paths, one for each such split."""
-        if "image" not in self.columns:
-            return []
-        column, found = self.columns["image"], []
-        for split in sorted({self._split(role) for role in ("train", "test")}):
-            with suppress(PimergeError):  # a task may lack one of them
-                rows, folders = self.data.load(split), self.data.folders(split)
-                if folders and holds_paths(rows, column):
-                    found.append(content_hash(resolved(rows[column], folders, split)))
-        return found
 
     def document_for(self, folder: Path) -> dict[str, Any]:
         """The content of a ``task.json`` in another folder that means the same task; rows in memory are left out."""
@@ -238,22 +226,12 @@ class Task:
             names what is wrong with every row of the split.
         """
         try:
-            drawn = self._drawn(role, shots, limit, seed)
-            return self.type.encode(drawn, self.file, processor, config), list(drawn.labels)
+            rows = self._rows(role)
+            sampled = rows.select(sample_rows(rows, self.labels, self.of_words, shots, limit, seed))
+            return self.type.encode(sampled, self.file, processor, config), list(sampled.labels)
         except RowsError as error:
             self._raise_all(error, role, processor, config)
             raise
-
-    def _drawn(self, role: str, shots: int | None, limit: int | None, seed: int) -> Rows:
-        rows = self._rows(role)
-        chosen = list(range(len(rows.labels)))
-        if shots is not None and self.of_words:
-            chosen = sample_sentences([set(classes) for classes in rows.words], shots, seed, self.labels)
-        elif shots is not None:
-            chosen = sample_shots(rows.labels, shots, seed, self.labels)
-        if limit is not None and limit < len(chosen):
-            chosen = sorted(chosen[i] for i in permutation(len(chosen), seed)[:limit])
-        return rows if len(chosen) == len(rows.labels) else rows.select(chosen)
 
     def _raise_all(self, error: RowsError, role: str, processor: Any, config: PreTrainedConfig) -> None:
         """Raise the problems of some rows with those of all others, which a later stage finds."""

@@ -5,8 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from pimerge.tasks.examples import Batch, Examples
+from pimerge.tasks.examples import Batch, Examples, Rows
+from pimerge.tasks.schema import TaskFile
 from pimerge.tasks.types._templates import Text
+
+
+@dataclass(frozen=True)
+class TextRows:
+    """Rows in words.
+
+    Attributes:
+        rows: of the split.
+        texts: each row in words.
+        file: the task.
+        by_likelihood: whether the likeliest candidate is the answer, and not what the model writes.
+    """
+
+    rows: Rows
+    texts: Sequence[Text]
+    file: TaskFile
+    by_likelihood: bool
 
 
 def nothing_beside(place: int, ids: list[int], answered: int) -> Batch:

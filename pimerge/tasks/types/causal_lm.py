@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 from pimerge.core.errors import PimergeError
 from pimerge.tasks.examples import IGNORED, Batch, Examples, Rows
 from pimerge.tasks.task_type import TaskType
-from pimerge.tasks.types import _generation as generation
+from pimerge.tasks.types import _encoding as encoding
 from pimerge.tasks.types._generation import draw, read, score
 from pimerge.tasks.types._likelihood import nll
-from pimerge.tasks.types._templates import Text, check_texts, fill_in
-from pimerge.tasks.types._text_examples import Prompts, Writing
+from pimerge.tasks.types._templates import Text, check_texts
+from pimerge.tasks.types._text_examples import Prompts, TextRows, Writing
 from pimerge.tasks.types._tokenizer import load_processor, longest_input
 
 if TYPE_CHECKING:
@@ -23,99 +23,76 @@ if TYPE_CHECKING:
 
 def encode(rows: Rows, file: TaskFile, processor: Any, config: PreTrainedConfig) -> Examples:
     """Tokenize every row once; where prompt and answer are too long together, the prompt loses its beginning."""
-    return encode_texts(
-        rows, fill_in(rows, file), file, processor, config, by_likelihood=generation.by_likelihood(file)
-    )
+    return encode_texts(encoding.in_words(rows, file), processor, config)
 
 
-def encode_texts(
-    rows: Rows,
-    texts: Sequence[Text],
-    file: TaskFile,
-    processor: Any,
-    config: PreTrainedConfig,
-    *,
-    by_likelihood: bool,
-) -> Examples:
-    """Encode rows that are in words already; ``by_likelihood`` if the likeliest candidate is the answer."""
-    if file.chat:
+def encode_texts(worded: TextRows, processor: Any, config: PreTrainedConfig) -> Examples:
+    """Encode rows that are in words already."""
+    asked = [text.prompt for text in worded.texts]
+    if worded.file.chat:
         require_chat_template(processor)
-        tokens = [plain(processor, turn(processor, text.prompt)) for text in texts]
+        tokens = [plain(processor, turn(processor, prompt)) for prompt in asked]
     else:
-        tokens = running(processor, [text.prompt for text in texts], generation.end_token(processor, config))
+        tokens = running(processor, asked, encoding.end_token(processor, config))
 
     def cut(place: int, room: int) -> list[int]:
         begins = tokens[place][0] == processor.bos_token_id and room > 1
         return cut_front(tokens[place], room, int(begins))
 
-    prompts = Prompts(tokens, cut)
-    return encode_prompts(rows, texts, prompts, file, processor, processor, config, by_likelihood=by_likelihood)
+    return encode_prompts(worded, Prompts(tokens, cut), processor, processor, config)
 
 
 def encode_prompts(
-    rows: Rows,
-    texts: Sequence[Text],
+    worded: TextRows,
     prompts: Prompts,
-    file: TaskFile,
     processor: Any,
     tokenizer: Any,
     config: PreTrainedConfig,
     *,
-    by_likelihood: bool,
     content: Callable[[str], Any] = str,
 ) -> Examples:
     """Encode the answers to prompts that are in tokens already.
 
     Args:
         processor: has the chat template.
-        content: what a turn of a chat holds that says a text.
+        content: a text → the content of a turn of a chat that says it.
     """
     import torch
 
-    end, longest = generation.end_token(tokenizer, config), longest_input(tokenizer, config)
-    if file.chat:
+    end, longest = encoding.end_token(tokenizer, config), longest_input(tokenizer, config)
+    if worded.file.chat:
         end = _end_of_turn(processor, tokenizer, content, end)
-        answers = [[[*plain(tokenizer, answer), end] for answer in text.answers] for text in texts]
+        answers = [[[*plain(tokenizer, answer), end] for answer in text.answers] for text in worded.texts]
     else:
-        answers = [[[*ids, end] for ids in _continuations(tokenizer, text, end)] for text in texts]
-    tokens, truncated = generation.fit(
-        rows,
-        prompts,
-        answers,
-        texts,
-        longest - 1,  # of the prompt, one token at least
-        lambda answer: longest - answer,
-    )
+        answers = [[[*ids, end] for ids in _continuations(tokenizer, text, end)] for text in worded.texts]
+    # longest − 1: a prompt has at least one token
+    tokens, truncated = encoding.fit(worded, prompts, answers, longest - 1, lambda answer: longest - answer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end
 
     def reads(index: int, prompt: list[int], answer: list[int]) -> Batch:
         ids = [*prompt, *answer]
         mask = torch.ones(len(ids), dtype=torch.int64)
-        return {
-            "input_ids": torch.tensor(ids),
-            "attention_mask": mask,
-            **prompts.beside(index, ids, len(answer)),
-        }
+        return {"input_ids": torch.tensor(ids), "attention_mask": mask, **prompts.beside(index, ids, len(answer))}
 
     def answered(index: int, candidate: int) -> Batch:
-        # the model reads all but the end, and foretells the answer from the prompt's last token on
+        # the model reads all but the end, and predicts the answer from the prompt's last token on
         prompt, answer = tokens[index].prompt, tokens[index].answers[candidate]
         labels = torch.tensor([IGNORED] * (len(prompt) - 1) + answer)
         return {**reads(index, prompt, answer[:-1]), "labels": labels}
 
     def to_continue(kept: Sequence[list[int]]) -> Callable[[Sequence[int]], Batch]:
         # padded on the left, so that every answer follows its prompt
-        return lambda indices: generation.collate([reads(index, kept[index], []) for index in indices], pad, "left")
+        return lambda indices: encoding.collate([reads(index, kept[index], []) for index in indices], pad, "left")
 
     writing = None
-    if not by_likelihood:
-        most = generation.new_tokens(file, longest - 1, answers)
+    if not worded.by_likelihood:
+        most = encoding.new_tokens(worded.file, longest - 1, answers)
         short = [prompts.cut(place, min(len(row.prompt), longest - most)) for place, row in enumerate(tokens)]
-        decode = generation.decoding(tokenizer, answers)
+        decode = encoding.decoding(tokenizer, answers)
         writing = Writing(to_continue(short), decode, None, (end,), pad, most)
     asked = to_continue([row.prompt for row in tokens])
-    return generation.examples_of(
-        texts, tokens, answered, pad, truncated, writing, file.normalise == "tokens", prompts.alike, asked
+    return encoding.examples_of(
+        worded, prompts, tokens, truncated, answered=answered, pad=pad, writing=writing, asked=asked
     )
 
 
@@ -184,8 +161,8 @@ TASK_TYPE = TaskType(
     auto_model="AutoModelForCausalLM",
     peft_task="CAUSAL_LM",
     trains_head=False,
-    columns=generation.COLUMNS,
-    fields=generation.FIELDS | {"chat"},
+    columns=encoding.COLUMNS,
+    fields=encoding.FIELDS | {"chat"},
     check=check_texts,
     load_processor=load_processor,
     encode=encode,

@@ -14,12 +14,12 @@ from pimerge.core.errors import PimergeError
 from pimerge.tasks.examples import Batch, Examples, Rows
 from pimerge.tasks.row_errors import RowProblems
 from pimerge.tasks.task_type import TaskType
-from pimerge.tasks.types import _generation as generation
+from pimerge.tasks.types import _encoding as encoding
 from pimerge.tasks.types import causal_lm, seq2seq
 from pimerge.tasks.types._generation import draw, read, score
 from pimerge.tasks.types._images import decoder, mode_of, remembered
 from pimerge.tasks.types._likelihood import nll
-from pimerge.tasks.types._templates import Template, Text, check_texts, fill_in
+from pimerge.tasks.types._templates import Template, Text, check_texts
 from pimerge.tasks.types._text_examples import Prompts
 
 if TYPE_CHECKING:
@@ -64,18 +64,15 @@ def encode(rows: Rows, file: TaskFile, processor: Any, config: PreTrainedConfig)
 
     Of a prompt that is too long the part goes that goes in ``seq2seq`` or ``causal-lm``, but never an image.
     """
-    texts = fill_in(rows, file)
+    worded = encoding.in_words(rows, file)
     if file.chat:
         _require_chat(processor, config)
     reader = _Reader(processor, config, bool(file.chat))
-    prompts = _shown(rows, texts, reader) if "image" in rows.columns else _told(rows, texts, reader)
-    by_likelihood = generation.by_likelihood(file)
+    prompts = (_shown if "image" in rows.columns else _told)(rows, worded.texts, reader)
     tokenizer, text_config = processor.tokenizer, config.get_text_config()
     if config.is_encoder_decoder:
-        return seq2seq.encode_prompts(rows, texts, prompts, file, tokenizer, text_config, by_likelihood=by_likelihood)
-    return causal_lm.encode_prompts(
-        rows, texts, prompts, file, processor, tokenizer, text_config, by_likelihood=by_likelihood, content=_said
-    )
+        return seq2seq.encode_prompts(worded, prompts, tokenizer, text_config)
+    return causal_lm.encode_prompts(worded, prompts, processor, tokenizer, text_config, content=_said)
 
 
 def _require_chat(processor: Any, config: PreTrainedConfig) -> None:
@@ -225,7 +222,7 @@ TASK_TYPE = TaskType(
     peft_task=None,  # PEFT has none for images; its plain PeftModel serves them
     trains_head=False,
     columns={"image": False, "label": False},
-    fields=generation.FIELDS | {"chat"},
+    fields=encoding.FIELDS | {"chat"},
     check=check,
     load_processor=load_processor,
     encode=encode,

@@ -17,6 +17,7 @@ from pimerge.tasks.types import causal_lm, seq2seq
 from pimerge.tasks.types._generation import draw, read, score
 from pimerge.tasks.types._likelihood import nll
 from pimerge.tasks.types._templates import Template, Text, reader, require_columns
+from pimerge.tasks.types._text_examples import TextRows
 from pimerge.tasks.types._tokenizer import load_processor
 
 if TYPE_CHECKING:
@@ -47,12 +48,12 @@ def check(file: TaskFile) -> None:
 
 def encode(rows: Rows, file: TaskFile, processor: Any, config: PreTrainedConfig) -> Examples:
     """Encode every question with each of its choices, for an encoder-decoder or a causal model."""
-    texts = _texts(rows, file)
+    worded = TextRows(rows, _texts(rows, file), file, by_likelihood=True)
     if not config.is_encoder_decoder:
-        return causal_lm.encode_texts(rows, texts, file, processor, config, by_likelihood=True)
+        return causal_lm.encode_texts(worded, processor, config)
     if file.chat:
         raise PimergeError("'chat' is for causal models, and the base has an encoder and a decoder", "leave it out")
-    return seq2seq.encode_texts(rows, texts, file, processor, config, by_likelihood=True)
+    return seq2seq.encode_texts(worded, processor, config)
 
 
 def _texts(rows: Rows, file: TaskFile) -> list[Text]:

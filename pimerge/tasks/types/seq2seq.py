@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 from pimerge.core.errors import PimergeError
 from pimerge.tasks.examples import Batch, Examples, Rows
 from pimerge.tasks.task_type import TaskType
-from pimerge.tasks.types import _generation as generation
+from pimerge.tasks.types import _encoding as encoding
 from pimerge.tasks.types._generation import draw, read, score
 from pimerge.tasks.types._likelihood import nll
-from pimerge.tasks.types._templates import Text, check_texts, fill_in
-from pimerge.tasks.types._text_examples import Prompts, Writing
+from pimerge.tasks.types._templates import check_texts
+from pimerge.tasks.types._text_examples import Prompts, TextRows, Writing
 from pimerge.tasks.types._tokenizer import load_processor, longest_input
 
 if TYPE_CHECKING:
@@ -23,48 +23,28 @@ if TYPE_CHECKING:
 
 def encode(rows: Rows, file: TaskFile, processor: Any, config: PreTrainedConfig) -> Examples:
     """Tokenize every row once; a prompt that the encoder does not take whole loses its end."""
-    return encode_texts(
-        rows, fill_in(rows, file), file, processor, config, by_likelihood=generation.by_likelihood(file)
-    )
+    return encode_texts(encoding.in_words(rows, file), processor, config)
 
 
-def encode_texts(
-    rows: Rows,
-    texts: Sequence[Text],
-    file: TaskFile,
-    processor: Any,
-    config: PreTrainedConfig,
-    *,
-    by_likelihood: bool,
-) -> Examples:
-    """Encode rows that are in words already; ``by_likelihood`` if the likeliest candidate is the answer."""
-    asked = [text.prompt for text in texts]
+def encode_texts(worded: TextRows, processor: Any, config: PreTrainedConfig) -> Examples:
+    """Encode rows that are in words already."""
+    asked = [text.prompt for text in worded.texts]
     whole = processor(asked, truncation=False, verbose=False)["input_ids"]
     fitting = processor(asked, truncation=True, max_length=longest_input(processor, config))["input_ids"]
-    prompts = Prompts(whole, lambda place, room: fitting[place])
-    return encode_prompts(rows, texts, prompts, file, processor, config, by_likelihood=by_likelihood)
+    return encode_prompts(worded, Prompts(whole, lambda place, room: fitting[place]), processor, config)
 
 
-def encode_prompts(
-    rows: Rows,
-    texts: Sequence[Text],
-    prompts: Prompts,
-    file: TaskFile,
-    tokenizer: Any,
-    config: PreTrainedConfig,
-    *,
-    by_likelihood: bool,
-) -> Examples:
+def encode_prompts(worded: TextRows, prompts: Prompts, tokenizer: Any, config: PreTrainedConfig) -> Examples:
     """Encode the answers to prompts that are in tokens already."""
     import torch
 
-    end, longest = generation.end_token(tokenizer, config), longest_input(tokenizer, config)
+    end, longest = encoding.end_token(tokenizer, config), longest_input(tokenizer, config)
     start = _start_token(config)
     answers = [
         [_ended(ids, end) for ids in tokenizer(text_target=list(text.answers), verbose=False)["input_ids"]]
-        for text in texts
+        for text in worded.texts
     ]
-    tokens, truncated = generation.fit(rows, prompts, answers, texts, longest, lambda answer: longest)
+    tokens, truncated = encoding.fit(worded, prompts, answers, longest, lambda answer: longest)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end
 
     def source(index: int) -> Batch:
@@ -79,20 +59,18 @@ def encode_prompts(
         return {**source(index), **_target(start, tokens[index].answers[candidate])}
 
     writing = None
-    if not by_likelihood:
+    if not worded.by_likelihood:
 
         def to_answer(indices: Sequence[int]) -> Batch:
-            return generation.collate([source(index) for index in indices], pad)
+            return encoding.collate([source(index) for index in indices], pad)
 
-        most = generation.new_tokens(file, longest - 1, answers)
-        writing = Writing(to_answer, generation.decoding(tokenizer, answers), start, (end,), pad, most)
-    return generation.examples_of(
-        texts, tokens, answered, pad, truncated, writing, file.normalise == "tokens", prompts.alike
-    )
+        most = encoding.new_tokens(worded.file, longest - 1, answers)
+        writing = Writing(to_answer, encoding.decoding(tokenizer, answers), start, (end,), pad, most)
+    return encoding.examples_of(worded, prompts, tokens, truncated, answered=answered, pad=pad, writing=writing)
 
 
 def _target(start: int, answer: list[int]) -> Batch:
-    """The decoder reads the answer behind its start token, and foretells it one token ahead."""
+    """The decoder reads the answer behind its start token, and predicts it one token ahead."""
     import torch
 
     labels = torch.tensor(answer)
@@ -124,8 +102,8 @@ TASK_TYPE = TaskType(
     auto_model="AutoModelForSeq2SeqLM",
     peft_task="SEQ_2_SEQ_LM",
     trains_head=False,
-    columns=generation.COLUMNS,
-    fields=generation.FIELDS,
+    columns=encoding.COLUMNS,
+    fields=encoding.FIELDS,
     check=check_texts,
     load_processor=load_processor,
     encode=encode,
