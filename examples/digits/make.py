@@ -24,6 +24,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
+import pimerge
 from examples.digits.cut import (
     LOOP,
     PARITY,
@@ -40,9 +41,7 @@ from examples.digits.cut import (
 )
 from pimerge.checkpoints.base import find_base
 from pimerge.core.libraries import quiet_libraries
-from pimerge.tasks.task import open_task
 from pimerge.tuning.options import TrainingOptions
-from pimerge.tuning.tune import tune
 
 SEED = 0
 # scans per digit; the rest of its 174 to 183 is the test part
@@ -165,13 +164,16 @@ def jittered(pixels: Tensor) -> Tensor:
 
 def train_expert(folder: Path, name: str, options: TrainingOptions) -> None:
     """``pimerge tune --method scratch`` on one task; all experts start from one init."""
-    task = open_task(folder / "tasks" / name)
-    base = find_base("base", None, folder)
-    output = folder / "experts" / name
-    result = tune(method="scratch", target=task, base=base, output=output, options=options, device="cpu")
-    print(
-        f"{name}: held-out loss {result.outcome.held_out_loss:.3f} after {result.outcome.epochs:.0f} epochs", flush=True
+    result = pimerge.tune(
+        method="scratch",
+        target=folder / "tasks" / name,
+        base=find_base("base", None, folder),  # named 'base' in the adapters, wherever the folder is
+        options=options,
+        device="cpu",
+        output=folder / "experts" / name,
     )
+    outcome = result.outcome
+    print(f"{name}: held-out loss {outcome.held_out_loss:.3f} after {outcome.epochs:.0f} epochs", flush=True)
 
 
 if __name__ == "__main__":

@@ -29,8 +29,9 @@ from pimerge.cli.console import print_table
 from pimerge.core.libraries import quiet_libraries
 from pimerge.evaluation.scoring import BASE, score_experts
 from pimerge.tasks.task import open_task
+from pimerge.tuning.method import open_tune_method
 from pimerge.tuning.options import TrainingOptions
-from pimerge.tuning.tune import tune
+from pimerge.tuning.run import TuneInputs, run_tuning
 
 EPOCHS = 30
 LR = 1e-2  # make.py's
@@ -117,10 +118,17 @@ def accuracies(epochs: int, path: Path, seed: int) -> list[float]:
         def tuned(
             name: str, method: str, experts: list[Expert], own: Expert | None, options: TrainingOptions
         ) -> Expert:
-            output = Path(folder) / name
-            tune(
-                experts, method=method, target=own or task, base=best.base, output=output, options=options, device="cpu"
+            # not by pimerge.tune, which takes the task of the target's own expert: here that is an expert of another
+            inputs = TuneInputs(
+                method=open_tune_method(method),
+                task=task,
+                base=best.base,
+                experts=experts,
+                target=own,
+                options=options,
+                device="cpu",
             )
+            run_tuning(inputs, Path(folder) / name)
             return open_expert(Path(folder) / name, best.base.reference)
 
         own = tuned("own", "scratch", [], None, half)
@@ -130,13 +138,7 @@ def accuracies(epochs: int, path: Path, seed: int) -> list[float]:
                 tuned("as-it-is", "uniform", [best], None, options),
                 tuned("trained-on", "interpolated", [best], best, options),
                 *(
-                    tuned(
-                        f"pi-{number}",
-                        "interpolated",
-                        [open_ranked(one, path) for one in group],
-                        own,
-                        half,
-                    )
+                    tuned(f"pi-{number}", "interpolated", [open_ranked(one, path) for one in group], own, half)
                     for number, group in enumerate(groups)
                 ),
             ],

@@ -40,13 +40,12 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+import pimerge
 from examples.digits.cut import ATTRIBUTION, inverted, png
 from examples.digits.make import divide, jittered, read_scans
 from pimerge.checkpoints.base import find_base
 from pimerge.core.libraries import quiet_libraries
-from pimerge.tasks.task import open_task
 from pimerge.tuning.options import TrainingOptions
-from pimerge.tuning.tune import tune
 
 SEED = 0
 ONES = (  # noqa: SIM905
@@ -417,10 +416,15 @@ def answers_of(tokenizer: PreTrainedTokenizerFast, sentences: Sequence[str]) -> 
 
 def train_expert(folder: Path, task: str, name: str, form: Mapping[str, Any]) -> None:
     """``pimerge tune --method scratch`` on one task; all experts of a kind start from one init."""
-    base, opened = find_base("base", None, folder), open_task(folder / "tasks" / task)
-    options = TrainingOptions(epochs=POOL[task].epochs, lr=1e-2, batch_size=32, label_smoothing=0.0, **form)
-    output = folder / "experts" / name
-    outcome = tune(method="scratch", target=opened, base=base, output=output, options=options, device="cpu").outcome
+    result = pimerge.tune(
+        method="scratch",
+        target=folder / "tasks" / task,
+        base=find_base("base", None, folder),  # named 'base' in the adapters, wherever the folder is
+        options=TrainingOptions(epochs=POOL[task].epochs, lr=1e-2, batch_size=32, label_smoothing=0.0, **form),
+        device="cpu",
+        output=folder / "experts" / name,
+    )
+    outcome = result.outcome
     print(f"{name}: held-out loss {outcome.held_out_loss:.3f} after {outcome.epochs:.0f} epochs", flush=True)
 
 
