@@ -36,8 +36,7 @@ def main() -> None:
                 [
                     sys.executable,
                     "-c",
-                    "import pimerge.cli.merge.into, pimerge.merging.merge, pimerge.adapters.merge_into\n"
-                    "import pimerge.adapters.writer",
+                    "import pimerge.cli.merge.show, pimerge.adapters.merge_into\nimport pimerge.adapters.writer",
                 ],
                 folder,
             )

@@ -168,8 +168,9 @@ def merge_by_pimerge(adapters: list[Path], out: Path, job: str, arguments: argpa
     from pimerge.adapters.low_rank import Truncation
     from pimerge.checkpoints.safetensors_file import writing_tensors
     from pimerge.core.files import new_folder
-    from pimerge.merging.merge import prepare
     from pimerge.merging.method import open_method
+    from pimerge.merging.preparation import UpdateSettings, prepare
+    from pimerge.merging.request import EntrySpace
 
     name, *flags = job.split()
     given = dict(zip(flags[::2], flags[1::2], strict=True))
@@ -187,9 +188,9 @@ def merge_by_pimerge(adapters: list[Path], out: Path, job: str, arguments: argpa
             experts,
             method.weights(len(experts), None),
             method,
-            truncation=Truncation(rank),
-            space=given.get("--space", "core"),
-            dtype=torch.bfloat16,
+            UpdateSettings(
+                truncation=Truncation(rank), space=EntrySpace(given.get("--space", "core")), dtype=torch.bfloat16
+            ),
             selected=wanted.__contains__,
         )
         keys = [key for module in merge.names for key in (merge.layout(module).A, merge.layout(module).B)]

@@ -19,8 +19,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pimerge.adapters.expert import Expert, open_expert
-from pimerge.merging.merge import Merge, prepare
 from pimerge.merging.method import METHODS, open_method
+from pimerge.merging.preparation import UpdateSettings, prepare
+from pimerge.merging.update_merge import UpdateMerge
 
 MODULE = "q"
 
@@ -38,7 +39,9 @@ def main() -> None:
             method = open_method(name)
             chosen = experts[:2] if name == "slerp" else experts
             given = [1 / len(chosen)] * len(chosen) if name == "interpolated" else None
-            merge = prepare(chosen, method.weights(len(chosen), given), method, fisher=fisher, gram=gram)
+            merge = prepare(
+                chosen, method.weights(len(chosen), given), method, UpdateSettings(fisher=fisher, gram=gram)
+            )
             merged = merge.module(MODULE).factors
             reference = dense(merge)
             error = float((merged.B.double() @ merged.A.double() - reference).norm() / reference.norm())
@@ -70,7 +73,7 @@ def gram(expert: Expert, name: str) -> Tensor:
     return A.T @ A + torch.eye(A.shape[1])
 
 
-def dense(merge: Merge) -> Tensor:
+def dense(merge: UpdateMerge) -> Tensor:
     """The merged ΔW from dense matrices in float64."""
     method, weights = merge.method, torch.tensor(merge.weights[MODULE], dtype=torch.float64)
     parts = [expert.factors(MODULE) for expert in merge.experts]
@@ -99,7 +102,7 @@ def dense(merge: Merge) -> Tensor:
     return left @ core @ right.T
 
 
-def by_factor(merge: Merge, scaled: list[tuple[Tensor, Tensor]], weights: Tensor) -> Tensor:
+def by_factor(merge: UpdateMerge, scaled: list[tuple[Tensor, Tensor]], weights: Tensor) -> Tensor:
     """Merge every parameter of A and of B, weighted by its Fisher information."""
     merged = []
     for place, letter in ((0, "B"), (1, "A")):

@@ -64,6 +64,11 @@ def with_options_of(family: Family[Any]) -> Callable[[Callable[..., None]], Call
     return decorated
 
 
+def of(option: Option) -> Any:
+    """The Typer option of one that a function of the library checks."""
+    return typer.Option(option.flag, help=option.help, metavar="|".join(option.choices) or None)
+
+
 def _parameters(family: Family[Any]) -> list[inspect.Parameter]:
     """One keyword parameter for each name of an option, with the defaults of all strategies in its help text."""
     defaults: dict[str, dict[str, Any]] = {}

@@ -19,14 +19,14 @@ from pimerge.checkpoints.safetensors_file import is_finite
 from pimerge.checkpoints.writer import flat_pieces, write_like
 from pimerge.core.errors import Problems
 from pimerge.core.progress import Track, silent
-from pimerge.merging.checkpoint_plan import MergePlan
+from pimerge.merging.checkpoint_plan import CheckpointPlan
 from pimerge.merging.method import OpenedMethod, Space
 
 Weights = Mapping[str, Sequence[float]] | Sequence[float]
 
 
 @dataclass(frozen=True)
-class MergedCheckpoint:
+class MergedTensors:
     """What a merge of checkpoints wrote.
 
     Attributes:
@@ -60,24 +60,21 @@ class _Finite:
 
 
 def merge_checkpoints(
-    plan: MergePlan,
+    plan: CheckpointPlan,
     weights: Weights,
     method: OpenedMethod,
     output: Path,
     *,
     dtype: torch.dtype | None = None,
     track: Track = silent,
-) -> MergedCheckpoint:
+) -> MergedTensors:
     """Write the merged checkpoint: shards, names and order of the base.
 
     Args:
-        plan: of :func:`pimerge.merging.checkpoint_plan.plan_merge`.
+        plan: of :func:`pimerge.merging.checkpoint_plan.plan_checkpoints`.
         weights: one per expert; or key of the base → one per expert.
         output: an empty folder, or the path of a file if the base is a single file.
         dtype: of all floating tensors; None keeps the base's.
-
-    Raises:
-        PimergeError: with each tensor that holds NaN or Inf, when all have been read; the output is of no use then.
     """
     finite = _Finite()
 
@@ -99,10 +96,10 @@ def merge_checkpoints(
     size = write_like(plan.base, output, change, new=new, config=plan.config, dtype=dtype, track=track)
     finite.raise_any()
     kept = len(plan.base.home.keys() - plan.merged.keys() - plan.heads.keys())
-    return MergedCheckpoint(len(plan.merged), kept, plan.dropped, size)
+    return MergedTensors(len(plan.merged), kept, plan.dropped, size)
 
 
-def _linear(plan: MergePlan, key: str, weights: Tensor, method: OpenedMethod, finite: _Finite) -> Iterator[Tensor]:
+def _linear(plan: CheckpointPlan, key: str, weights: Tensor, method: OpenedMethod, finite: _Finite) -> Iterator[Tensor]:
     """(1 − Σc_n) W0 + Σ c_n W_n, piece by piece; a piece that is the same in all is the base's as it is."""
 
     def gram() -> Tensor:
@@ -127,7 +124,7 @@ def _linear(plan: MergePlan, key: str, weights: Tensor, method: OpenedMethod, fi
         yield total
 
 
-def _pieces(plan: MergePlan, key: str) -> Iterator[tuple[Tensor, list[Tensor]]]:
+def _pieces(plan: CheckpointPlan, key: str) -> Iterator[tuple[Tensor, list[Tensor]]]:
     """The base's numbers and those of each expert, in flat pieces of the same length."""
     count = math.prod(plan.base.entry(key).shape)
     sources = [(plan.base, key), *zip(plan.experts, plan.merged[key], strict=True)]
@@ -138,7 +135,7 @@ def _pieces(plan: MergePlan, key: str) -> Iterator[tuple[Tensor, list[Tensor]]]:
         yield base, experts
 
 
-def _whole(plan: MergePlan, key: str, weights: Tensor, method: OpenedMethod, finite: _Finite) -> Tensor:
+def _whole(plan: CheckpointPlan, key: str, weights: Tensor, method: OpenedMethod, finite: _Finite) -> Tensor:
     """The merged tensor of a method that looks at all of it: deltas, or with Fishers the parameters."""
     kind = torch.float64 if plan.base.entry(key).dtype == "F64" else torch.float32
     base = plan.base.read(key).to(kind)
@@ -163,13 +160,13 @@ def _whole(plan: MergePlan, key: str, weights: Tensor, method: OpenedMethod, fin
     return base.add_(method.merge(stacked, weights.to(kind), draws=draws, limit=limit)).view(-1)
 
 
-def _check(plan: MergePlan, key: str, values: Sequence[Tensor], finite: _Finite) -> None:
+def _check(plan: CheckpointPlan, key: str, values: Sequence[Tensor], finite: _Finite) -> None:
     finite.check(plan.base, key, values[0])
     for expert, name, value in zip(plan.experts, plan.merged[key], values[1:], strict=True):
         finite.check(expert, name, value)
 
 
-def _head(plan: MergePlan, key: str, finite: _Finite) -> Iterator[Tensor]:
+def _head(plan: CheckpointPlan, key: str, finite: _Finite) -> Iterator[Tensor]:
     """The target's tensor, or the mean of all, in float64."""
     parts = [(plan.experts[number], name) for number, name in plan.heads[key].items()]
     if len(parts) == 1:

@@ -14,13 +14,12 @@ from pimerge.checkpoints.key_mapping import Names, align, names_of
 from pimerge.checkpoints.safetensors_file import FLOATS, TensorFile, open_tensors
 from pimerge.core.errors import PimergeError, Problems
 from pimerge.merging.method import METHODS, OpenedMethod
-
-HEAD_POLICIES = ("target", "average", "none")
+from pimerge.merging.request import HeadPolicy
 
 
 @dataclass(frozen=True)
-class MergePlan:
-    """What a merge of checkpoints reads and writes; see :func:`plan_merge`.
+class CheckpointPlan:
+    """What a merge of checkpoints reads and writes; see :func:`plan_checkpoints`.
 
     Attributes:
         merged: key of the base → the key of each expert, for every tensor that is merged.
@@ -47,16 +46,16 @@ class _Sorted:
     head: dict[str, str] = field(default_factory=dict)
 
 
-def plan_merge(
+def plan_checkpoints(
     base: Checkpoint,
     experts: Sequence[Checkpoint],
     method: OpenedMethod,
     *,
     fishers: Sequence[Path] | None = None,
-    head: str = "none",
+    head: HeadPolicy = HeadPolicy.NONE,
     target: int | None = None,
     selected: Callable[[str], bool] | None = None,
-) -> MergePlan:
+) -> CheckpointPlan:
     """Check that checkpoints can be merged; nothing is computed or written.
 
     Args:
@@ -65,11 +64,6 @@ def plan_merge(
             its own), ``target`` takes the target's, ``average`` the mean.
         target: number of the target's expert.
         selected: keys of the base that are merged; None for all.
-
-    Raises:
-        PimergeError: with all that is wrong: a method that needs factors, quantised weights, another model,
-            shapes that differ, tensors that some experts lack, integers that differ, a head policy or
-            Fishers that do not fit.
     """
     _check_method(method)
     problems = Problems()
@@ -93,7 +87,7 @@ def plan_merge(
     problems.raise_any("the checkpoints cannot be merged")
     dropped = sorted({key for part in found for key in part.head} - heads.keys())
     config = _config(base, experts[target or 0]) if heads else None
-    return MergePlan(base, tuple(experts), merged, heads, tuple(dropped), files, config)
+    return CheckpointPlan(base, tuple(experts), merged, heads, tuple(dropped), files, config)
 
 
 def _check_method(method: OpenedMethod) -> None:
@@ -183,20 +177,18 @@ def _is_merged(
 
 
 def _choose_heads(
-    policy: str,
+    policy: HeadPolicy,
     target: int | None,
     experts: Sequence[Checkpoint],
     heads: Sequence[Mapping[str, str]],
     problems: Problems,
 ) -> dict[str, dict[int, str]]:
     """Written key → number of the expert → its key."""
-    if policy not in HEAD_POLICIES:
-        problems.add(f"--head is '{policy}'", f"expected {', '.join(HEAD_POLICIES)}")
-    if policy == "target" and target is None and any(heads):
+    if policy is HeadPolicy.TARGET and target is None and any(heads):
         problems.add("it is not known which expert is the target's", "pass --target, --head average or --head none")
-    if policy == "target" and target is not None:
+    if policy is HeadPolicy.TARGET and target is not None:
         return {key: {target: name} for key, name in heads[target].items()}
-    if policy == "average":
+    if policy is HeadPolicy.AVERAGE:
         _check_average(experts, heads, problems)
         every = heads[0].keys() if heads else set()
         return {key: {n: head[key] for n, head in enumerate(heads) if key in head} for key in every}

@@ -8,14 +8,15 @@ from dataclasses import dataclass
 from pimerge.adapters.expert import Expert
 from pimerge.adapters.low_rank import EVERYTHING
 from pimerge.adapters.writer import Head
-from pimerge.merging.merge import Merge
 from pimerge.merging.method import Space
+from pimerge.merging.request import EntrySpace
+from pimerge.merging.update_merge import UpdateMerge
 
 _FLOAT64 = 8
 
 
 @dataclass(frozen=True)
-class Plan:
+class UpdatePlan:
     """A merge in words and numbers.
 
     Attributes:
@@ -33,7 +34,7 @@ class Plan:
     size: int
 
 
-def plan_of(merge: Merge, given: Sequence[Expert], head: Head) -> Plan:
+def plan_of(merge: UpdateMerge, given: Sequence[Expert], head: Head) -> UpdatePlan:
     """The plan of a merge.
 
     Args:
@@ -41,7 +42,7 @@ def plan_of(merge: Merge, given: Sequence[Expert], head: Head) -> Plan:
         head: what goes in as the task head.
     """
     heads = sum(tensor.numel() * tensor.itemsize for tensor in head.tensors.values())
-    return Plan(
+    return UpdatePlan(
         len(merge.names),
         _handled(merge),
         _left_out(merge, given, head),
@@ -50,7 +51,7 @@ def plan_of(merge: Merge, given: Sequence[Expert], head: Head) -> Plan:
     )
 
 
-def _handled(merge: Merge) -> list[str]:
+def _handled(merge: UpdateMerge) -> list[str]:
     experts = merge.experts
     found = [f"'{name}' is given {count} times: its weights are added" for name, count in merge.joined.items()]
     reduced = [f"'{expert.name}' × {expert.strength:g}" for expert in experts if expert.strength != 1]
@@ -88,7 +89,7 @@ def _handled(merge: Merge) -> list[str]:
     return found
 
 
-def _left_out(merge: Merge, given: Sequence[Expert], head: Head) -> list[str]:
+def _left_out(merge: UpdateMerge, given: Sequence[Expert], head: Head) -> list[str]:
     every = sorted({name for expert in given for name in expert.modules})
     found = []
     dropped = [name for name in every if name not in merge.weights]
@@ -109,40 +110,45 @@ def _names(names: Sequence[str]) -> str:
     return ", ".join(f"'{name}'" for name in names)
 
 
-def _width(merge: Merge, name: str) -> int:
+def _width(merge: UpdateMerge, name: str) -> int:
     layout = merge.layout(name)
     return layout.d_out + layout.d_in
 
 
-def _numbers(merge: Merge, name: str) -> int:
+def _numbers(merge: UpdateMerge, name: str) -> int:
     """Of the result's factors and bias, at most."""
     return _rank(merge, name) * _width(merge, name) + (merge.layout(name).d_out if merge.has_bias else 0)
 
 
-def _stacked(merge: Merge, name: str) -> int:
+def _stacked(merge: UpdateMerge, name: str) -> int:
     """Σ r_n."""
     return sum(expert.modules[name].full_rank for expert in merge.experts if name in expert.modules)
 
 
-def _rank(merge: Merge, name: str) -> int:
+def _rank(merge: UpdateMerge, name: str) -> int:
     """The most that the result's rank can be."""
     layout = merge.layout(name)
     limit = min(layout.d_out, layout.d_in)
-    by_factor = merge.method.space is Space.FACTORS or merge.space == "factors"
-    most = layout.rank if by_factor else limit if merge.space == "delta" else min(limit, _stacked(merge, name))
+    most = (
+        layout.rank
+        if merge.by_factor
+        else limit
+        if merge.space is EntrySpace.DELTA
+        else min(limit, _stacked(merge, name))
+    )
     return min(most, merge.truncation.rank or most)
 
 
-def _memory(merge: Merge, name: str) -> int:
+def _memory(merge: UpdateMerge, name: str) -> int:
     """The tensors that are held at once for one module, about."""
     layout, count = merge.layout(name), len(merge.experts)
     stacked = _stacked(merge, name)
     inputs = stacked * _width(merge, name) * 4
     result = _rank(merge, name) * _width(merge, name) * merge.dtype.itemsize
-    if (merge.method.space is Space.LINEAR and merge.truncation == EVERYTHING) or merge.space == "factors":
+    if (merge.method.space is Space.LINEAR and merge.truncation == EVERYTHING) or merge.space is EntrySpace.FACTORS:
         return inputs + result
     basis = 2 * stacked * _width(merge, name) * _FLOAT64
-    if merge.space == "delta":
+    if merge.space is EntrySpace.DELTA:
         return inputs + (3 * count * 4 + 4 * _FLOAT64) * layout.d_out * layout.d_in
     if merge.method.space is Space.INPUTS:
         return inputs + basis + (count + 3) * layout.d_in**2 * _FLOAT64

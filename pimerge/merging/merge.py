@@ -1,328 +1,165 @@
-"""Merge experts module by module, each when it is asked for, without loading the base."""
+"""``pimerge.merge``: combine experts into one without training."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
-from functools import cached_property
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from pimerge.adapters.compatibility import require_alike, require_finite, require_shared_form
-from pimerge.adapters.expert import Expert
-from pimerge.adapters.lora_module import Factors, LoraModule
-from pimerge.adapters.low_rank import (
-    EVERYTHING,
-    MergedModule,
-    Truncated,
-    Truncation,
-    inner_products,
-    orthonormal_basis,
-    to_cores,
-    truncated,
-    truncated_dense,
-    weighted_bias,
-    weighted_sum,
-)
-from pimerge.checkpoints.safetensors_file import is_finite, torch_dtype
-from pimerge.core.errors import PimergeError, Problems
-from pimerge.merging.method import OpenedMethod, Space
+from pimerge.core.errors import Problems
+from pimerge.core.files import require_absent
+from pimerge.core.progress import Note, Track, silent, unheard
+from pimerge.merging.method import OpenedMethod, open_method
+from pimerge.merging.request import DTYPE, HEAD, SPACE, EntrySpace, HeadPolicy, MergeRequest, ResultDtype
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from pimerge.adapters.expert import Expert
+    from pimerge.adapters.ranking_document import Ranking
+    from pimerge.merging.merged import Merged
 
-SPACES = ("core", "delta", "factors")
-F64 = torch.float64
-
-
-@dataclass(frozen=True)
-class Merge:
-    """A merge that has been checked; see :func:`prepare`.
-
-    Attributes:
-        experts: those that are merged; equal ones are joined.
-        weights: module → one weight per expert, for the modules that are merged.
-        space: of an elementwise method: ``core``, ``delta`` or ``factors``.
-        dtype: of the result.
-        joined: expert's name → how often it was given, where that is more than once.
-    """
-
-    experts: Sequence[Expert]
-    weights: Mapping[str, Sequence[float]]
-    method: OpenedMethod
-    space: str
-    truncation: Truncation
-    dtype: torch.dtype
-    joined: Mapping[str, int]
-    fisher: Callable[[Expert, str], Tensor] | None
-    gram: Callable[[Expert, str], Tensor | None] | None
-    read: Callable[[Expert, str], Factors] = field(default=Expert.factors)
-
-    @cached_property
-    def has_bias(self) -> bool:
-        """Whether any module has a bias update; PEFT then expects one of each."""
-        return any(
-            expert.modules[name].bias for expert in self.experts for name in expert.modules.keys() & self.weights
-        )
-
-    @property
-    def _wide(self) -> torch.dtype:
-        """What entries are computed in: float32, or float64 for a result in float64."""
-        return torch.promote_types(self.dtype, torch.float32)
-
-    @property
-    def names(self) -> list[str]:
-        """The modules, in alphabetical order."""
-        return list(self.weights)
-
-    def layout(self, name: str) -> LoraModule:
-        """The layout of a module, from the first expert that has it."""
-        return next(expert.modules[name] for expert in self.experts if name in expert.modules)
-
-    def module(self, name: str) -> MergedModule:
-        """Merge one module.
-
-        Raises:
-            PimergeError: for NaN or Inf in an expert, and if the result is too large for its dtype.
-        """
-        is_light = "factors" in (self.space, self.method.space) or (
-            self.method.space is Space.LINEAR and self.truncation == EVERYTHING
-        )
-        with _one_thread() if is_light else nullcontext():
-            return self._module(name)
-
-    def _module(self, name: str) -> MergedModule:
-        layout, weights = self.layout(name), torch.tensor(self.weights[name], dtype=F64)
-        parts = [self._part(expert, name, layout) for expert in self.experts]
-        coefficients = self._coefficients(parts, weights)
-        found = self._merged(name, layout, parts, weights, coefficients)
-        summed = (weights if coefficients is None else coefficients).tolist()
-        bias = weighted_bias(parts, summed, self.dtype) if self.has_bias else None
-        factors = Factors(found.factors.A.to(self.dtype), found.factors.B.to(self.dtype), 1.0, bias)
-        if not all(tensor is None or is_finite(tensor) for tensor in (factors.A, factors.B, factors.bias)):
-            raise _too_large(name, self.dtype)
-        given = None if coefficients is None else tuple(coefficients.tolist())
-        return MergedModule(layout, factors, found.energy, found.lost, given)
-
-    def _part(self, expert: Expert, name: str, layout: LoraModule) -> Factors:
-        """An expert's update; zero, of rank 0, where it has none: the weights stay as they are."""
-        if name not in expert.modules:
-            return Factors(torch.zeros(0, layout.d_in), torch.zeros(layout.d_out, 0), 1.0)
-        part = self.read(expert, name)
-        if not all(tensor is None or is_finite(tensor) for tensor in (part.A, part.B, part.bias)):
-            require_finite(self.experts)  # names every such tensor of every expert
-            raise PimergeError(f"module '{name}' of '{expert.name}': its update is NaN or Inf")
-        return part
-
-    def _coefficients(self, parts: Sequence[Factors], weights: Tensor) -> Tensor | None:
-        if self.method.space is not Space.LINEAR:
-            return None
-        return self.method.coefficients(weights, lambda: inner_products(parts))
-
-    def _merged(
-        self, name: str, layout: LoraModule, parts: Sequence[Factors], weights: Tensor, coefficients: Tensor | None
-    ) -> Truncated:
-        limit = min(layout.d_out, layout.d_in)
-        if coefficients is not None:
-            return weighted_sum(parts, coefficients.tolist(), self.truncation, self.dtype)
-        match self.method.space:
-            case Space.INPUTS:
-                turned = self._transformed(name, parts, weights)
-                return weighted_sum(turned, [1.0] * len(turned), self.truncation, self.dtype)
-            case Space.FACTORS:
-                return self._by_factor(name, parts, weights, limit)
-            case Space.ROWS:
-                return self._by_rows(parts, weights, limit)
-            case Space.ELEMENTWISE if self.space == "factors":
-                return self._by_factor(name, parts, weights, limit)
-            case Space.ELEMENTWISE if self.space == "delta":
-                deltas = torch.stack([part.scaling * part.B.to(self._wide) @ part.A.to(self._wide) for part in parts])
-                return truncated_dense(self._apply(name, deltas, weights, limit), self.truncation)
-            case Space.ELEMENTWISE:
-                cores = to_cores(parts).canonical()
-                merged = self._apply(name, cores.stacked(self._wide), weights, limit)
-            case Space.REFERENCE:
-                cores = to_cores(parts).reference()
-                merged = self._apply(name, cores.stacked(), weights, limit)
-            case _:
-                cores = to_cores(parts)
-                merged = self._apply(name, cores.stacked(), weights, limit)
-        return truncated(merged, cores, self.truncation)
-
-    def _apply(self, name: str, deltas: Tensor, weights: Tensor, limit: int) -> Tensor:
-        drawn = self.experts if "generators" in self.method.needs else []
-        draws = [f"{expert.file.beginning} {name}" for expert in drawn]
-        merged = self.method.merge(deltas, weights.to(deltas.dtype), draws=draws, limit=limit)
-        if not is_finite(merged):
-            raise _too_large(name, merged.dtype)
-        return merged
-
-    def _by_rows(self, parts: Sequence[Factors], weights: Tensor, limit: int) -> Truncated:
-        U, left = orthonormal_basis([part.scaling * part.B.to(F64) for part in parts])
-        rows = torch.stack([own @ part.A.to(F64) for own, part in zip(left, parts, strict=True)])
-        within = truncated_dense(self.method.merge(rows, weights, limit=limit), self.truncation)
-        return replace(within, factors=Factors(within.factors.A, U.times(within.factors.B), 1.0))
-
-    def _by_factor(self, name: str, parts: Sequence[Factors], weights: Tensor, limit: int) -> Truncated:
-        """Parameter by parameter; the experts share an init, so that their entries mean the same."""
-        stacks = {
-            "A": torch.stack([part.A.to(self._wide) for part in parts]),
-            "B": torch.stack([part.scaling * part.B.to(self._wide) for part in parts]),
-        }
-        merged = {}
-        for letter, stack in stacks.items():
-            if self.method.space is Space.FACTORS:
-                fishers = self._fishers(name, letter, parts)
-                merged[letter] = self.method.merge(stack, weights.to(self._wide), fishers=fishers)
-            else:
-                merged[letter] = self._apply(f"{name} {letter}", stack, weights, limit)
-        if self.truncation == EVERYTHING:
-            return Truncated(Factors(merged["A"], merged["B"], 1.0), 0.0, 0.0)
-        cores = to_cores([Factors(merged["A"], merged["B"], 1.0)])
-        return truncated(cores.stacked()[0], cores, self.truncation)
-
-    def _fishers(self, name: str, letter: str, parts: Sequence[Factors]) -> Tensor:
-        """The diagonal Fisher of one factor; B carries the scaling here, so its Fisher is that of s·B.
-
-        It was measured at the expert's full strength, so its ``scale`` is no part of s: a weaker update says no more.
-        """
-        assert self.fisher is not None
-        found = []
-        for expert, part in zip(self.experts, parts, strict=True):
-            key = getattr(expert.modules[name], letter)
-            diagonal = self.fisher(expert, key).to(self._wide).reshape(part.A.shape if letter == "A" else part.B.shape)
-            scaling = part.scaling / expert.strength if expert.strength else 1.0
-            found.append(diagonal / scaling**2 if letter == "B" and scaling else diagonal)
-        return torch.stack(found)
-
-    def _transformed(self, name: str, parts: Sequence[Factors], weights: Tensor) -> list[Factors]:
-        """The factors with the rows of A turned by the inputs' statistics; embeddings and others: the plain sum."""
-        assert self.gram is not None
-        known = [self.gram(expert, name) for expert in self.experts]
-        present = [gram for gram in known if gram is not None]
-        if not present:
-            return [Factors(part.A, part.B * w, part.scaling) for part, w in zip(parts, weights.tolist(), strict=True)]
-        mean = sum(present, torch.zeros(())) / len(present)
-        rows = self.method.transformed(
-            [part.A.to(F64) for part in parts], weights, [mean if gram is None else gram for gram in known]
-        )
-        return [Factors(row, part.B, part.scaling) for row, part in zip(rows, parts, strict=True)]
+DEFAULT_METHOD, METHOD_OF_WEIGHTS = "uniform", "interpolated"
 
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Without linear algebra a module is so little work that handing it to threads takes longer than doing it."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-def prepare(
-    experts: Sequence[Expert],
-    weights: Mapping[str, Sequence[float]] | Sequence[float],
-    method: OpenedMethod,
+def merge(
+    experts: Sequence[str | Path | Expert] | Ranking | None = None,
     *,
-    truncation: Truncation = EVERYTHING,
+    method: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    weights: Sequence[float] | None = None,
+    rules: Sequence[str] = (),
+    alpha: float | None = None,
+    coefficients: str | Path | None = None,
     space: str = "core",
-    dtype: torch.dtype | None = None,
-    selected: Callable[[str], bool] = lambda name: True,
-    fisher: Callable[[Expert, str], Tensor] | None = None,
-    gram: Callable[[Expert, str], Tensor | None] | None = None,
-    read: Callable[[Expert, str], Factors] = Expert.factors,
-) -> Merge:
-    """Check a merge of experts; its modules are then computed one by one by :meth:`Merge.module`.
+    seed: int = 0,
+    rank: int | str = "max",
+    energy: float | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    head: str = "target",
+    dtype: str | None = None,
+    into: str | Path | None = None,
+    fisher: Sequence[str | Path] = (),
+    store: str | Path = "embeddings.json",
+    target: str | Path | None = None,
+    ranking: str | Path = "ranking.json",
+    base: str | Path | None = None,
+    verify: bool = False,
+    output: str | Path | None = "merged",
+    force: bool = False,
+    dry_run: bool = False,
+    track: Track = silent,
+    note: Note = unheard,
+) -> Merged:
+    """Combine experts into one without training, exactly in ΔW; the base model is not loaded.
 
-    An expert that does not adapt a module contributes a zero update there; the weights stay as they are. Equal
-    experts are joined and their weights added.
+    Adapters with updates ΔW become one LoRA adapter, or are added to a full checkpoint with ``into``; adapters of a
+    kind without ΔW become one of that kind; full checkpoints and plain state dicts become one of theirs. Modules are
+    merged one after the other, so memory does not grow with the model.
 
     Args:
-        weights: one per expert, or module → one per expert.
-        truncation: of the result's rank.
-        space: where an elementwise method looks at entries: ``core``, ``delta`` or ``factors``.
-        dtype: of the result; None for the experts' own, the wider if they differ.
-        selected: which modules to merge; the others are left out of the result.
-        fisher: the diagonal Fisher of an expert's tensor by key, for ``fisher``.
-        gram: the Gram matrix of a module's inputs on an expert's data, for ``regmean``.
-        read: gives the factors of an expert's module; by default as they are stored.
+        experts: folders, Hub ids (``org/name@revision``), experts that are open, full checkpoints (folders with a
+            ``config.json`` and weights), files of tensors, or a ranking, whose selected experts are taken. None: those
+            of the file ``ranking``. Methods that join the target take its own expert as well.
+        method: name of a merge method. None: ``interpolated`` if there are ``coefficients``, else ``uniform``.
+        options: options of the method, such as ``{"density": 0.3}``.
+        weights: one per expert, in their order; they need not sum to 1.
+        rules: weights by module, such as ``"experts/a:*.layers.1?.*=0.7"``; the last that matches decides.
+        alpha: weight of the target's expert, for methods that join it. The others divide the rest, by the softmax of
+            their scores where the method follows the ranking. None: 1/N.
+        coefficients: weights from a file: the ``coefficients.json`` of an output, or JSON of expert → weight or
+            expert → {glob: weight}.
+        space: where elementwise methods look at entries: ``core``, ``delta`` or ``factors``.
+        seed: decides every random draw.
+        rank: of the result: a number, ``max`` (nothing is lost) or ``auto`` (what ``energy`` needs).
+        energy: share of ‖ΔW‖² to keep by the least rank, module by module; ``auto`` has 0.99.
+        include: globs of modules or tensors; only those that match are merged.
+        exclude: globs of modules or tensors to leave out.
+        head: task head of the result: ``target``, ``average`` or ``none``.
+        dtype: ``float32``, ``bfloat16``, ``float16`` or ``float64``. None: the experts' own, the wider if they differ.
+        into: a full checkpoint to merge the result into: a folder or one safetensors file.
+        fisher: for full checkpoints, a file with the diagonal Fisher of each; LoRA experts have theirs in ``store``.
+        store: the store of embeddings, for methods that need Fisher information or input Grams.
+        target: an expert's folder or a task's. None: the ranking's target.
+        ranking: the ranking that names the target and the experts.
+        base: base model (folder or Hub id) in place of the experts' own.
+        verify: first send every expert through alone, and check that it comes back unchanged.
+        output: folder of the result. None: nothing is written before :meth:`Merged.save`.
+        force: replace ``output`` if it is there; inputs are never replaced.
+        dry_run: check everything and write nothing; see :attr:`Merged.plan`.
+        track: reports progress.
+        note: told what is handled and left out, a sentence at a time.
 
-    Raises:
-        PimergeError: if the experts do not fit each other, the weights do not match, or nothing is left.
+    Returns:
+        the merge, with ``path`` if it was written, and ``to_dict()``, ``save(path)`` and ``load(base_model)``.
+
+    Example::
+
+        merged = pimerge.merge(["experts/a", "experts/b"], method="ties", options={"density": 0.3}, head="none")
+        model = merged.load(base_model)
     """
-    if space not in SPACES:
-        raise PimergeError(f"--space is '{space}'", f"expected {', '.join(SPACES)}")
-    if space != "core" and method.space is not Space.ELEMENTWISE:
-        raise PimergeError(f"--space is for elementwise methods, and '{method.name}' is not", "leave it out")
-    require_alike(experts)
-    found = sorted({name for expert in experts for name in expert.modules})
-    names = [name for name in found if selected(name)]
-    if not names:
-        raise PimergeError(
-            "no module is left to merge", f"the experts have {len(found)}, such as '{found[0]}'; look at --include"
-        )
-    by_module = _weights_by_module(found, weights, len(experts))
-    kept, totals, joined = _joined(experts, {name: by_module[name] for name in names})
-    if method.space is Space.FACTORS or space == "factors":
-        require_shared_form(kept)
-    return Merge(kept, totals, method, space, truncation, dtype or _widest(experts), joined, fisher, gram, read)
+    from pimerge.adapters.ranking_document import Ranking
 
-
-def _too_large(name: str, dtype: torch.dtype) -> PimergeError:
-    wider = "float64" if dtype == torch.float32 else "float32"
-    return PimergeError(
-        f"module '{name}': the merged update is too large for {dtype}", f"pass --dtype {wider}, or smaller weights"
-    )
-
-
-def _joined(
-    experts: Sequence[Expert], weights: Mapping[str, Sequence[float]]
-) -> tuple[list[Expert], dict[str, list[float]], dict[str, int]]:
-    """Equal experts as one, with their weights added."""
-    first: dict[tuple[object, ...], int] = {}
-    places = [first.setdefault(_identity(expert, experts), len(first)) for expert in experts]
-    kept = [experts[places.index(place)] for place in range(len(first))]
-    totals = {}
-    for name, values in weights.items():
-        totals[name] = [0.0] * len(kept)
-        for place, value in zip(places, values, strict=True):
-            totals[name][place] += value
-    return kept, totals, {kept[p].name: places.count(p) for p in range(len(kept)) if places.count(p) > 1}
-
-
-def _identity(expert: Expert, experts: Sequence[Expert]) -> tuple[object, ...]:
-    """What equal experts share; the whole file is hashed only if another has the same beginning."""
-    begins = [other for other in experts if other.file.beginning == expert.file.beginning]
-    scalings = tuple(module.scaling for module in expert.modules.values())
-    meaning = tuple(expert.config.get(field) for field in expert.strategy.meaning_fields)
-    return expert.file.beginning, expert.kind, meaning, scalings, expert.sha256 if len(begins) > 1 else ""
-
-
-def _weights_by_module(
-    names: Sequence[str], weights: Mapping[str, Sequence[float]] | Sequence[float], count: int
-) -> dict[str, Sequence[float]]:
-    by_module = dict(weights) if isinstance(weights, Mapping) else dict.fromkeys(names, weights)
     problems = Problems()
-    unknown = sorted(set(by_module) - set(names))
-    if unknown:
-        problems.add(f"weights for {len(unknown)} modules that no expert has, such as '{unknown[0]}'")
-    missing = [name for name in names if name not in by_module]
-    if missing:
-        problems.add(f"no weights for {len(missing)} modules, such as '{missing[0]}'", "they belong to other experts")
-    for name, values in by_module.items():
-        if len(values) != count or not all(torch.isfinite(torch.tensor(value)) for value in values):
-            problems.add(f"{len(values)} weights ({', '.join(map(str, values))}) for {count} experts in '{name}'")
-            break
-    problems.raise_any("the weights do not match the experts")
-    return by_module
+    for option, value in ((SPACE, space), (HEAD, head), (DTYPE, dtype)):
+        if value is not None and (problem := option.problem(value)):
+            problems.add(problem)
+    problems.raise_any("options that cannot be taken")
+    request = MergeRequest(
+        experts=None if isinstance(experts, Ranking) else experts,
+        weights=weights,
+        rules=rules,
+        alpha=alpha,
+        coefficients=None if coefficients is None else Path(coefficients),
+        space=EntrySpace(space),
+        rank=rank,
+        energy=energy,
+        include=include,
+        exclude=exclude,
+        head=HeadPolicy(head),
+        dtype=None if dtype is None else ResultDtype(dtype),
+        into=None if into is None else Path(into),
+        fisher=list(map(Path, fisher)),
+        store=Path(store),
+        verify=verify,
+        target=None if target is None else str(target),
+        ranking=experts if isinstance(experts, Ranking) else Path(ranking),
+        base=None if base is None else str(base),
+        output=None if output is None else Path(output),
+        force=force,
+        dry_run=dry_run,
+        track=track,
+        note=note,
+    )
+    opened = open_method(method or (METHOD_OF_WEIGHTS if coefficients else DEFAULT_METHOD), options, seed)
+    written = None if dry_run else request.output
+    if written is not None:
+        require_absent(written, force)
+    merged = _checked(request, opened)
+    if written is not None:
+        merged.save(written, force=force)
+    return merged
 
 
-def _widest(experts: Sequence[Expert]) -> torch.dtype:
-    dtypes = [torch_dtype(dtype) for expert in experts for dtype in expert.dtypes]
-    widest = dtypes[0]
-    for dtype in dtypes[1:]:
-        widest = torch.promote_types(widest, dtype)
-    return widest
+def _checked(request: MergeRequest, method: OpenedMethod) -> Merged:
+    """The merge, with everything checked that can be before the first module is computed."""
+    from pimerge.checkpoints.checkpoint import is_checkpoint
+    from pimerge.merging.merged_checkpoint import merged_checkpoint, with_ranked_state_dicts
+
+    request = with_ranked_state_dicts(request, method)
+    if any(isinstance(reference, str | Path) and is_checkpoint(reference) for reference in request.experts or ()):
+        return merged_checkpoint(request, method)
+    from pimerge.merging.choice import choose
+    from pimerge.merging.merged_into import merged_into
+    from pimerge.merging.merged_tensor_sets import merged_tensor_sets
+    from pimerge.merging.merged_updates import merged_updates
+
+    request.truncation()  # refused before an expert is opened
+    chosen = choose(request, method)
+    request.require_globs_match(chosen.names)
+    chosen.refuse_over(request.output)
+    if chosen.experts[0].tensor_sets:
+        return merged_tensor_sets(request, method, chosen)
+    merged = (merged_updates if request.into is None else merged_into)(request, method, chosen)
+    if not request.dry_run:
+        merged.check()
+    return merged

@@ -10,8 +10,9 @@ from pimerge.adapters.lora_module import Factors
 from pimerge.adapters.low_rank import EVERYTHING, Truncation, to_cores
 from pimerge.core.errors import Problems
 from pimerge.core.progress import Track, silent
-from pimerge.merging.merge import Merge
 from pimerge.merging.method import Space, open_method
+from pimerge.merging.request import EntrySpace
+from pimerge.merging.update_merge import UpdateMerge
 
 # What one rounding to the dtype, and none before it, may change.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
@@ -30,19 +31,16 @@ class Verified:
     deviation: float
 
 
-def verify(merge: Merge, *, track: Track = silent) -> Verified:
+def verify(merge: UpdateMerge, *, track: Track = silent) -> Verified:
     """Send every expert alone, at weight 1, through the path of a merge and compare ΔW module by module.
 
     A method that changes a single expert by definition (``BREAKS``) is left out of the path: its experts are
     read, aligned, taken into the same space and back, and rounded. Nothing is cut off by rank.
-
-    Raises:
-        PimergeError: with each module that does not come back.
     """
     method = open_method("interpolated") if "identity" in merge.method.strategy.breaks else merge.method
     side_by_side = merge.method.space is Space.LINEAR and merge.truncation == EVERYTHING
     path = replace(
-        merge, method=method, truncation=EVERYTHING if side_by_side else Truncation(energy=1.0), space="core"
+        merge, method=method, truncation=EVERYTHING if side_by_side else Truncation(energy=1.0), space=EntrySpace.CORE
     )
     problems = Problems()
     largest = 0.0

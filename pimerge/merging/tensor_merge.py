@@ -16,15 +16,16 @@ from typing import TYPE_CHECKING
 import torch
 
 from pimerge.adapters.additive_tensors import F64, BaseTensor, at_strength, neutral, weighted
-from pimerge.adapters.compatibility import require_alike, require_finite
+from pimerge.adapters.compatibility import require_finite
 from pimerge.adapters.expert import Expert
 from pimerge.adapters.tensor_sets import TensorSet, TensorSlot, joined, read_slot
 from pimerge.checkpoints.base import Base
 from pimerge.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from pimerge.checkpoints.key_mapping import Names, match, names_of
-from pimerge.checkpoints.safetensors_file import is_finite, torch_dtype
+from pimerge.checkpoints.safetensors_file import is_finite
 from pimerge.core.errors import PimergeError
 from pimerge.merging.method import OpenedMethod, Space
+from pimerge.merging.update_merge import widest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,11 +57,7 @@ class TensorMerge:
         return self.experts[0].tensor_sets
 
     def tensors(self) -> dict[str, Tensor]:
-        """Key → merged tensor.
-
-        Raises:
-            PimergeError: for NaN or Inf in the result, and if the base is needed and has not the parameters.
-        """
+        """Key → merged tensor."""
         found: dict[tuple[str, str], Tensor] = {}
         for name, group in self.tensor_sets.items():
             parts = {slot: self._parts(name, slot) for slot in group.slots}
@@ -127,11 +124,7 @@ class TensorMerge:
     def _dtype_of(self, key: str) -> torch.dtype:
         if self.dtype is not None:
             return self.dtype
-        dtypes = [torch_dtype(expert.file.entries[key].dtype) for expert in self.experts]
-        widest = dtypes[0]
-        for dtype in dtypes[1:]:
-            widest = torch.promote_types(widest, dtype)
-        return widest
+        return widest([expert.file.entries[key].dtype] for expert in self.experts)
 
 
 def prepare_tensors(
@@ -143,19 +136,14 @@ def prepare_tensors(
     selected: Callable[[str], bool] = lambda name: True,
     fisher: Callable[[Expert, str], Tensor] | None = None,
 ) -> TensorMerge:
-    """Check a merge of experts without ΔW.
+    """Check a merge of experts without ΔW that fit each other.
 
     Args:
         weights: group → one per expert.
         dtype: of the result; None for the experts' own.
         selected: which groups to merge; the others stay neutral.
         fisher: the diagonal Fisher of an expert's tensor by key, for ``fisher``.
-
-    Raises:
-        PimergeError: if the experts do not fit each other, the method needs ΔW, or a group that is left out has no
-            neutral point.
     """
-    require_alike(experts)
     require_finite(experts)
     first = experts[0]
     if not method.space.takes_any_tensor:

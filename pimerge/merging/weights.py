@@ -48,9 +48,6 @@ class Rule:
 def parse_rule(text: str) -> Rule:
     """A rule of ``--weight``: ``EXPERT=NUMBER`` or ``EXPERT:GLOB=NUMBER``.
 
-    Raises:
-        PimergeError: if it is no such rule.
-
     >>> parse_rule("experts/a:*.layers.1?.*=0.7")
     Rule(expert='experts/a', modules='*.layers.1?.*', weight=0.7, said='experts/a:*.layers.1?.*=0.7')
     """
@@ -69,11 +66,7 @@ def parse_rule(text: str) -> Rule:
 
 
 def parse_rules(texts: Sequence[str]) -> list[Rule]:
-    """Several rules, with the problems of all of them at once.
-
-    Raises:
-        PimergeError: if any is no rule.
-    """
+    """Several rules, with the problems of all of them at once."""
     problems = Problems()
     rules = []
     for text in texts:
@@ -85,9 +78,6 @@ def parse_rules(texts: Sequence[str]) -> list[Rule]:
 
 def rules_of(document: Any, path: Path) -> list[Rule]:
     """The rules of a JSON file: expert → weight, or expert → {glob: weight}; a later glob goes before an earlier.
-
-    Raises:
-        PimergeError: with everything that is no weight.
 
     >>> [rule.said for rule in rules_of({"a": 0.5, "b": {"*": 0.1, "*.q_proj": 0.9}}, Path("w.json"))]
     ['a:*=0.5', 'b:*=0.1', 'b:*.q_proj=0.9']
@@ -120,9 +110,6 @@ def by_module(
         modules: every module of the experts.
         references: the experts as they were given, in the order of ``experts``.
         start: the weights where no rule matches; None if every weight must come from a rule.
-
-    Raises:
-        PimergeError: for a rule that matches no expert or no module, and for weights that are missing.
     """
     problems = Problems()
     weights = {module: list(start) if start is not None else [math.nan] * len(experts) for module in modules}
@@ -153,18 +140,14 @@ def by_module(
 
 
 def starting_weights(
-    method: OpenedMethod, count: int, given: list[float] | None, has_rules: bool
+    method: OpenedMethod, count: int, given: Sequence[float] | None, has_rules: bool
 ) -> list[float] | None:
-    """The weights where no rule decides; None for a method that needs weights, if all come from rules.
-
-    Raises:
-        PimergeError: if the method takes no weights or not these, or needs some.
-    """
+    """The weights where no rule decides; None for a method that needs weights, if all come from rules."""
     if not has_rules:
         return method.weights(count, given)
     method.weights(count, given or [1 / count] * count)  # refused by a method that takes none
     if given is not None:
-        return given
+        return list(given)
     try:
         return method.weights(count, None)
     except PimergeError:

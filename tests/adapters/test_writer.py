@@ -20,8 +20,8 @@ from pimerge.adapters.low_rank import Truncation
 from pimerge.adapters.writer import NO_HEAD, Coefficients, Documents, Head, Layout, choose_head, task_of, write_expert
 from pimerge.core.errors import PimergeError
 from pimerge.core.manifest import Manifest, inputs_of, library_versions
-from pimerge.merging.merge import prepare
 from pimerge.merging.method import open_method
+from pimerge.merging.preparation import UpdateSettings, prepare
 from pimerge.tasks.task import open_task
 from tests.support.bases import layers, model_for, save_base
 from tests.support.experts import HEADS, MakeExpert, layers_expert, raw_expert, set_config, updates_of
@@ -34,7 +34,7 @@ def export(
     folder: Path, experts: Sequence[Expert], weights: Sequence[float], head: Head = NO_HEAD, rank: int | None = None
 ) -> Path:
     """Merge and write, as the command does."""
-    prepared = prepare(experts, weights, open_method("interpolated"), truncation=Truncation(rank))
+    prepared = prepare(experts, weights, open_method("interpolated"), UpdateSettings(truncation=Truncation(rank)))
     coefficients = Coefficients(
         method="interpolated",
         granularity="global",

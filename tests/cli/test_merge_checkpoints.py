@@ -161,7 +161,7 @@ def test_what_does_not_go_with_checkpoints_is_said_at_once(
         "--space is for adapters",
         "--verify is for adapters",
         "--alpha is for adapters",
-        "'adapter' is no full checkpoint, and others are",
+        "'adapter' is not a full checkpoint, and others are",
         "full checkpoints merge against their base, and none is given",
     ):
         assert said in result.err
@@ -176,7 +176,7 @@ def test_what_does_not_go_with_checkpoints_is_said_at_once(
         (["--method", "interpolated", "--weight", "c=1"], "'c=1' names the expert 'c'"),
         (["--density", "0.5"], "'uniform' has no option --density"),
         (["--include", "*nothing*"], "--include '*nothing*' matches none of"),
-        (["--dtype", "int8"], "--dtype is 'int8'"),
+        (["--dtype", "int8"], "--dtype must be one of"),
         (["--target", "c"], "the target 'c' is not among the checkpoints given"),
         (["-o", "a", "--force"], "the output 'a' is the checkpoint 'a' or holds it"),
         (["--base", "org/gone"], "the base 'org/gone' is not on this machine"),

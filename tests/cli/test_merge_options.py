@@ -106,7 +106,7 @@ def test_ranks_and_errors_are_those_of_a_dense_svd(
         (["--energy", "1.5"], r"--energy is 1\.5"),
         (["--energy", "nan"], "--energy is nan"),
         (["--space", "delta"], "--space is for elementwise methods, and 'uniform' is not"),
-        (["--space", "dense", "--method", "ties"], "--space is 'dense'"),
+        (["--space", "dense", "--method", "ties"], "--space must be one of core, delta, factors; got 'dense'"),
         (["--include", "*k_proj"], r"--include '\*k_proj' matches none of 4 names"),
         (["--exclude", "*"], "no module is left to merge"),
         (["--weight", "c=1", "--method", "ties"], "'c=1' names the expert 'c'"),

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from pimerge.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from pimerge.core.errors import PimergeError
-from pimerge.merging.checkpoint_merge import MergedCheckpoint, merge_checkpoints
-from pimerge.merging.checkpoint_plan import plan_merge
+from pimerge.merging.checkpoint_merge import MergedTensors, merge_checkpoints
+from pimerge.merging.checkpoint_plan import plan_checkpoints
 from pimerge.merging.method import open_method
+from pimerge.merging.request import HeadPolicy
 from tests.support.checkpoints import Tensors, contents, set_checkpoint_config, shaken, tensors
 from tests.support.numerics import normal
 
@@ -30,12 +31,13 @@ def experts(bert_base: Path, tmp_path: Path) -> list[Path]:
 
 def merge(
     base: Path, experts: Sequence[Path], weights: Any, method: str, output: Path, **options: Any
-) -> MergedCheckpoint:
+) -> MergedTensors:
     """Plan and merge."""
     settings = {name: options.pop(name) for name in ("dtype",) if name in options}
     chosen = open_method(method, options.pop("options", None))
     opened = open_checkpoint(base)
-    plan = plan_merge(opened, [open_checkpoint(expert) for expert in experts], chosen, **options)
+    head = HeadPolicy(options.pop("head", "none"))
+    plan = plan_checkpoints(opened, [open_checkpoint(expert) for expert in experts], chosen, head=head, **options)
     if not opened.is_file:
         output.mkdir()
     return merge_checkpoints(plan, weights, chosen, output, **settings)
@@ -251,8 +253,8 @@ def test_every_problem_is_reported_at_once(bert_base: Path, tmp_path: Path) -> N
 
     paths = [shaken(bert_base, tmp_path / "a", 0, cut), shaken(bert_base, tmp_path / "b", 1)]
     with pytest.raises(PimergeError) as error:
-        merge(bert_base, paths, [0.5, 0.5], "uniform", tmp_path / "out", head="best")
-    for part in ("of 'a' is (5, 16)", "'pooler.dense.bias' of the base is not in a", "--head is 'best'"):
+        merge(bert_base, paths, [0.5, 0.5], "uniform", tmp_path / "out")
+    for part in ("of 'a' is (5, 16)", "'pooler.dense.bias' of the base is not in a"):
         assert part in str(error.value)
     with pytest.raises(PimergeError, match=r"'b' is a gpt2, the base 'bert' a bert"):
         merge(bert_base, [set_checkpoint_config(paths[1], model_type="gpt2")], [1.0], "uniform", tmp_path / "out")

@@ -11,9 +11,11 @@ import torch
 from pimerge.adapters.expert import Expert, open_expert
 from pimerge.adapters.low_rank import Truncation
 from pimerge.adapters.writer import NO_HEAD, Head
-from pimerge.merging.dry_run import Plan, plan_of
-from pimerge.merging.merge import Merge, prepare
+from pimerge.merging.dry_run import UpdatePlan, plan_of
 from pimerge.merging.method import METHODS, open_method
+from pimerge.merging.preparation import UpdateSettings, prepare
+from pimerge.merging.request import EntrySpace
+from pimerge.merging.update_merge import UpdateMerge
 from tests.support.experts import PREFIX, raw_expert, set_config, set_tensors, updates_of
 from tests.support.numerics import normal
 
@@ -26,10 +28,15 @@ def make(folder: Path, seed: int = 0, shapes: dict[str, tuple[int, int, int]] = 
     return open_expert(raw_expert(folder, updates_of(shapes, seed), **config))
 
 
-def planned(experts: list[Expert], weights: list[float] | None = None, head: Head = NO_HEAD, **settings: Any) -> Plan:
+def planned(
+    experts: list[Expert], weights: list[float] | None = None, head: Head = NO_HEAD, **settings: Any
+) -> UpdatePlan:
     """The plan of a uniform merge."""
     shares = weights or [1 / len(experts)] * len(experts)
-    return plan_of(prepare(experts, shares, open_method("interpolated"), **settings), experts, head)
+    split = {"selected": settings.pop("selected")} if "selected" in settings else {}
+    return plan_of(
+        prepare(experts, shares, open_method("interpolated"), UpdateSettings(**settings), **split), experts, head
+    )
 
 
 @pytest.fixture
@@ -116,7 +123,7 @@ def biased(folder: Path) -> list[Expert]:
     ]
 
 
-def true_size(merge: Merge) -> int:
+def true_size(merge: UpdateMerge) -> int:
     """Bytes of what the merge gives."""
     total = 0
     for name in merge.names:
@@ -134,7 +141,8 @@ def test_the_size_is_never_too_small(
 ) -> None:
     experts = [a, make(tmp_path / "b", 1), make(tmp_path / "c", 2)]
     for space in ("core", "delta") if open_method(name).space == "elementwise" else ("core",):
-        merge = prepare(experts, [1 / 3] * 3, open_method(name), truncation=Truncation(rank), space=space, dtype=dtype)
+        settings = UpdateSettings(truncation=Truncation(rank), space=EntrySpace(space), dtype=dtype)
+        merge = prepare(experts, [1 / 3] * 3, open_method(name), settings)
         size = plan_of(merge, experts, NO_HEAD).size
         assert size >= true_size(merge)
         if merge.method.space == "linear":
@@ -151,7 +159,7 @@ def test_memory_grows_with_what_is_dense(tmp_path: Path) -> None:
     experts = [make(tmp_path / str(seed), seed, {"q": (200, 2, 300)}) for seed in range(2)]
     ties = open_method("ties")
     linear, core, delta = (
-        plan_of(prepare(experts, [0.5, 0.5], method, space=space), experts, NO_HEAD).memory
+        plan_of(prepare(experts, [0.5, 0.5], method, UpdateSettings(space=EntrySpace(space))), experts, NO_HEAD).memory
         for method, space in ((open_method("uniform"), "core"), (ties, "core"), (ties, "delta"))
     )
     assert linear < core < delta

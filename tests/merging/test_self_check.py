@@ -14,8 +14,8 @@ from pimerge.adapters.expert import Expert, open_expert
 from pimerge.adapters.lora_module import Factors
 from pimerge.adapters.low_rank import Truncation
 from pimerge.core.errors import PimergeError
-from pimerge.merging.merge import prepare
 from pimerge.merging.method import METHODS, open_method
+from pimerge.merging.preparation import UpdateSettings, prepare
 from pimerge.merging.self_check import TOLERANCE, verify
 from tests.support.experts import PREFIX, raw_expert, set_tensors, updates_of
 from tests.support.numerics import normal
@@ -50,7 +50,7 @@ def statistics(method: str) -> dict[str, Any]:
 @pytest.mark.parametrize("name", NAMES)
 def test_every_method_gives_experts_back(name: str, rank: int | None, experts: list[Expert]) -> None:
     method = open_method(name)
-    merge = prepare(experts, [0.5, 0.5], method, truncation=Truncation(rank), **statistics(name))
+    merge = prepare(experts, [0.5, 0.5], method, UpdateSettings(truncation=Truncation(rank), **statistics(name)))
     seen: list[int] = []
 
     def track(*_: object) -> Any:
@@ -71,7 +71,7 @@ def test_every_method_gives_experts_back(name: str, rank: int | None, experts: l
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 def test_the_deviation_is_that_of_one_rounding(dtype: torch.dtype, experts: list[Expert]) -> None:
-    deviation = verify(prepare(experts, [1.0, 1.0], open_method("ties"), dtype=dtype)).deviation
+    deviation = verify(prepare(experts, [1.0, 1.0], open_method("ties"), UpdateSettings(dtype=dtype))).deviation
     assert deviation <= max(2 * torch.finfo(dtype).eps, 1e-14)
     assert (deviation > torch.finfo(dtype).eps / 100) or dtype == torch.float64
 
@@ -97,7 +97,7 @@ def drifting(factor: float) -> Callable[[Expert, str], Factors]:
 
 @pytest.mark.parametrize("name", ["uniform", "ties", "knots", "iso-c"])
 def test_a_broken_path_is_an_error_that_names_modules_and_experts(name: str, experts: list[Expert]) -> None:
-    merge = prepare(experts, [0.5, 0.5], open_method(name), read=drifting(1.01))
+    merge = prepare(experts, [0.5, 0.5], open_method(name), UpdateSettings(read=drifting(1.01)))
     with pytest.raises(PimergeError) as caught:
         verify(merge)
     assert str(caught.value).startswith("the merge is not written: experts do not come back from its path")
@@ -107,7 +107,9 @@ def test_a_broken_path_is_an_error_that_names_modules_and_experts(name: str, exp
 
 
 def test_a_drift_within_the_dtypes_rounding_passes(experts: list[Expert]) -> None:
-    merge = prepare(experts, [0.5, 0.5], open_method("ties"), dtype=torch.bfloat16, read=drifting(1.001))
+    merge = prepare(
+        experts, [0.5, 0.5], open_method("ties"), UpdateSettings(dtype=torch.bfloat16, read=drifting(1.001))
+    )
     assert verify(merge).deviation < TOLERANCE[torch.bfloat16]
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from pimerge.adapters.expert import Expert
 from pimerge.adapters.low_rank import MergedModule, Truncation
-from pimerge.merging.merge import prepare
 from pimerge.merging.method import open_method
+from pimerge.merging.preparation import UpdateSettings, prepare
+from pimerge.merging.request import EntrySpace
 
 
 def merge(
@@ -20,9 +21,12 @@ def merge(
     rank: int | None = None,
     energy: float | None = None,
     seed: int = 0,
+    space: str = "core",
+    selected: Callable[[str], bool] = lambda name: True,
     **settings: Any,
 ) -> list[MergedModule]:
     """Every module of a merge."""
     chosen = open_method(method, options, seed)
-    prepared = prepare(experts, weights, chosen, truncation=Truncation(rank, energy), **settings)
+    found = UpdateSettings(truncation=Truncation(rank, energy), space=EntrySpace(space), **settings)
+    prepared = prepare(experts, weights, chosen, found, selected)
     return [prepared.module(name) for name in prepared.names]

@@ -8,9 +8,10 @@ from typing import Annotated
 import typer
 
 from pimerge.cli import options
-from pimerge.cli.console import print_family
-from pimerge.cli.merge.request import Request, with_ranked_state_dicts
+from pimerge.cli.console import note, print_family, tracker
+from pimerge.cli.inputs import parse_numbers, parse_rank
 from pimerge.merging.method import METHODS
+from pimerge.merging.request import DTYPE, HEAD, SPACE
 
 
 @options.with_options_of(METHODS)
@@ -44,14 +45,7 @@ def merge(
         ),
     ] = None,
     settings: options.Settings = None,
-    space: Annotated[
-        str,
-        typer.Option(
-            help="Where elementwise methods look at entries: core (in the experts' own singular vectors, no dense "
-            "matrix), delta (the dense ΔW, one module at a time) or factors (A and B apart, as PEFT does: fast, and "
-            "only for experts of one init)."
-        ),
-    ] = "core",
+    space: Annotated[str, options.of(SPACE)] = "core",
     seed: options.Seed = 0,
     rank: Annotated[
         str, typer.Option(help="Rank of the result: a number, max (nothing is lost) or auto (what --energy needs).")
@@ -63,8 +57,8 @@ def merge(
         list[str] | None, typer.Option(help="Merge only modules that match a glob, such as '*.q_proj'.")
     ] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="Leave out modules that match a glob.")] = None,
-    head: Annotated[str, typer.Option(help="Task head of the result: target, average or none.")] = "target",
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. Default: the experts' own.")] = None,
+    head: Annotated[str, options.of(HEAD)] = "target",
+    dtype: Annotated[str | None, options.of(DTYPE)] = None,
     into: Annotated[
         Path | None,
         typer.Option(
@@ -99,17 +93,19 @@ def merge(
     if methods:
         print_family(METHODS, json)
         return
-    request = Request(
-        experts=experts,
-        method=method or ("interpolated" if coefficients else "uniform"),
-        options=settings or {},
-        weights=weights,
+    from pimerge.merging.merge import merge as merge_experts
+
+    merged = merge_experts(
+        experts,
+        method=method,
+        options=settings,
+        weights=None if weights is None else parse_numbers(weights, "--weights"),
         rules=weight or [],
         alpha=alpha,
         coefficients=coefficients,
         space=space,
         seed=seed,
-        rank=rank,
+        rank=rank if rank == "auto" else parse_rank(rank) or "max",
         energy=energy,
         include=include or [],
         exclude=exclude or [],
@@ -118,24 +114,16 @@ def merge(
         into=into,
         fisher=fisher or [],
         store=store,
-        dry_run=dry_run,
-        verify=verify,
         target=target,
         ranking=ranking,
         base=base,
+        verify=verify,
         output=output,
         force=force,
-        json=json,
-        quiet=quiet,
+        dry_run=dry_run,
+        track=tracker(quiet),
+        note=lambda message: note(message, quiet),
     )
-    from pimerge.checkpoints.checkpoint import is_checkpoint
+    from pimerge.cli.merge.show import show
 
-    request = with_ranked_state_dicts(request)
-    if request.experts and any(is_checkpoint(reference) for reference in request.experts):
-        from pimerge.cli.merge import checkpoints
-
-        checkpoints.run(request)
-    else:
-        from pimerge.cli.merge import adapters
-
-        adapters.run(request)
+    show(merged, as_json=json, say=lambda message: note(message, quiet))

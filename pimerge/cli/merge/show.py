@@ -1,167 +1,136 @@
-"""What is said and written about a merge of adapters: the plan, the manifest, the coefficients, the sources."""
+"""What ``pimerge merge`` prints of a merge: its plan, or what was written."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable
+from functools import singledispatch
 
-from pimerge.cli.console import print_json, print_table, size_text
-from pimerge.cli.merge.request import Request
+from pimerge.adapters.low_rank import relative_error
+from pimerge.cli.console import print_json, print_table, size_text, warn
+from pimerge.merging.merged import Merged, flat, range_text
+from pimerge.merging.merged_checkpoint import MergedCheckpoint
+from pimerge.merging.merged_into import MergedIntoCheckpoint
+from pimerge.merging.merged_tensor_sets import MergedTensorSets
+from pimerge.merging.merged_updates import MergedUpdates
 
-if TYPE_CHECKING:
-    from pimerge.adapters.expert import Expert
-    from pimerge.adapters.low_rank import Summary
-    from pimerge.adapters.model_card import Source
-    from pimerge.adapters.writer import Coefficients
-    from pimerge.core.manifest import Manifest
-    from pimerge.merging.dry_run import Plan
-    from pimerge.merging.merge import Merge
+LOSS_WARNING = 0.05
+Say = Callable[[str], None]
+"""Says something on standard error, unless the user wants quiet."""
 
 
-def print_plan(request: Request, merge: Merge, plan: Plan) -> None:
-    """What ``--dry-run`` says."""
-    experts: list[dict[str, Any]] = [
-        {
-            "name": expert.name,
-            "weight": weight_text(merge, place),
-            "scale": expert.strength,
-            "rank": "/".join(map(str, expert.ranks)),
-            "dtype": "/".join(expert.dtypes),
-            "sha256": expert.sha256,
-        }
-        for place, expert in enumerate(merge.experts)
-    ]
-    document = {
-        "output": str(request.output),
-        "method": merge.method.name,
-        "options": merge.method.options,
-        "experts": experts,
-        **asdict(plan),
-        "dtype": str(merge.dtype).removeprefix("torch."),
-    }
-    if request.json:
-        print_json(document)
-        return
+def show(merged: Merged, *, as_json: bool, say: Say) -> None:
+    """Print the results of a merge, or its plan where nothing was written."""
+    if merged.path and isinstance(merged, MergedUpdates) and not isinstance(merged, MergedIntoCheckpoint):
+        _warn_of_loss(merged)
+    if as_json:
+        print_json(merged.to_dict())
+    elif merged.path:
+        show_results(merged, say)
+    else:
+        show_plan(merged, say)
+
+
+def _warn_of_loss(merged: MergedUpdates) -> None:
+    error = relative_error(merged.summaries)
+    if error**2 > LOSS_WARNING:
+        warn(
+            f"the truncation drops {error**2:.1%} of the energy ‖ΔW‖² (error {error:.1%}): raise --rank, or keep all "
+            "with --rank max"
+        )
+
+
+@singledispatch
+def show_plan(merged: Merged, say: Say) -> None:
+    """Print what ``--dry-run`` says."""
+    raise NotImplementedError(type(merged))
+
+
+@show_plan.register
+def _(merged: MergedUpdates, say: Say) -> None:
+    plan = merged.plan
     print_table(
         ["expert", "weight", "rank", "dtype", "SHA-256"],
-        [[e["name"], e["weight"], e["rank"], e["dtype"], e["sha256"][:12]] for e in experts],
+        [[e["name"], e["weight"], e["rank"], e["dtype"], e["sha256"][:12]] for e in plan["experts"]],
         right=["weight", "rank"],
     )
-    rows = [["merged", f"{plan.modules} modules by '{merge.method.name}'"]]
-    rows += [["handled", sentence] for sentence in plan.handled]
-    rows += [["left out", sentence] for sentence in plan.left_out or ["nothing"]]
-    rows += [["memory", f"about {size_text(plan.memory)} for the largest module"]]
-    rows += [
-        ["output", f"{request.output}, at most {size_text(plan.size)} in {document['dtype']}; nothing is written now"]
-    ]
+    rows = [["merged", f"{plan['modules']} modules by '{plan['method']}'"]]
+    rows += [["handled", sentence] for sentence in plan["handled"]]
+    rows += [["left out", sentence] for sentence in plan["left_out"] or ["nothing"]]
+    rows += [["memory", f"about {size_text(plan['memory'])} for the largest module"]]
+    size = f"at most {size_text(plan['size'])} in {plan['dtype']}"
+    rows += [["output", f"{plan['output']}, {size}; nothing is written now"]]
     print_table(["", ""], rows)
 
 
-class Weighted(Protocol):
-    """A merge as far as its weights are concerned."""
-
-    @property
-    def experts(self) -> Sequence[Expert]:
-        """Those that are merged."""
-
-    @property
-    def weights(self) -> Mapping[str, Sequence[float]]:
-        """Module or group → one weight per expert."""
-
-
-def weight_text(merge: Weighted, place: int) -> str:
-    """An expert's weight as it was asked for, or its range over the modules."""
-    return range_text(list(merge.weights.values()), place)
-
-
-def range_text(rows: Sequence[Sequence[float]], place: int) -> str:
-    """A number of some rows, or its range if it is not the same in all."""
-    values = sorted({row[place] for row in rows})
-    return f"{values[0]:.3f}" if len(values) == 1 else f"{values[0]:.3f} to {values[-1]:.3f}"
-
-
-def flat_weights(merge: Weighted) -> list[float] | None:
-    """The weights, if they are the same in every module."""
-    rows = list(merge.weights.values())
-    return list(rows[0]) if all(list(row) == list(rows[0]) for row in rows) else None
-
-
-def manifest_of(request: Request, merge: Merge, summaries: Sequence[Summary], deviation: float | None) -> Manifest:
-    """The content of ``pimerge.json``, but for the hashes of what lies beside it."""
-    from pimerge.adapters.low_rank import relative_error
-    from pimerge.core.manifest import Manifest, inputs_of, library_versions
-
-    results: dict[str, Any] = {
-        "truncation": relative_error(summaries),
-        "modules": {s.name: {"rank": s.rank, "truncation": s.error} for s in summaries},
-    }
-    if deviation is not None:
-        results["verified"] = deviation
-    options = {
-        "method": request.method,
-        **merge.method.options,
-        "weights": flat_weights(merge) or {name: list(values) for name, values in merge.weights.items()},
-        "scales": [expert.strength for expert in merge.experts],
-        "space": request.space,
-        "seed": request.seed,
-        "rank": request.rank,
-        "energy": merge.truncation.energy,
-        "include": list(request.include),
-        "exclude": list(request.exclude),
-        "head": request.head,
-        "dtype": request.dtype or str(merge.dtype).removeprefix("torch."),
-    }
-    return Manifest(
-        command="merge",
-        options=options,
-        device="cpu",
-        versions=library_versions(),
-        inputs=inputs_of(merge.experts),
-        outputs={},
-        results=results,
+@show_plan.register
+def _(merged: MergedTensorSets, say: Say) -> None:
+    plan = merged.plan
+    print_table(
+        ["expert", "weight", "dtype", "SHA-256"],
+        [[e["name"], e["weight"], e["dtype"], e["sha256"][:12]] for e in plan["experts"]],
+        right=["weight"],
+    )
+    say(
+        f"{plan['parameters']} numbers in {plan['modules']} modules by '{plan['method']}', one by one; "
+        "nothing is written now"
     )
 
 
-def weights_of(merge: Merge, summaries: Sequence[Summary]) -> dict[str, list[float]]:
-    """Module → what each update was multiplied by, or the method's weights."""
-    return {s.name: list(s.coefficients or merge.weights[s.name]) for s in summaries}
-
-
-def coefficients_of(request: Request, experts: Sequence[Expert], weights: Mapping[str, list[float]]) -> Coefficients:
-    """The content of ``coefficients.json``.
-
-    Args:
-        weights: module or group → one number per expert.
-    """
-    from pimerge.adapters.writer import Coefficients
-    from pimerge.core.files import relative_to
-
-    rows = list(weights.values())
-    return Coefficients(
-        method=request.method,
-        granularity="global" if all(row == rows[0] for row in rows) else "matrix",
-        experts=[relative_to(expert.path, request.output) for expert in experts],
-        sha256=[expert.sha256 for expert in experts],
-        scales=[expert.strength for expert in experts],
-        experts_trained=False,
-        weights=dict(weights),
-    )
-
-
-def sources_of(merge: Weighted) -> list[Source]:
-    """The experts, for the model card."""
-    from pimerge.adapters.model_card import Source, licence_of
-
-    return [
-        Source(expert.name, expert.sha256, licence_of(expert.path), weight_text(merge, place), expert.strength)
-        for place, expert in enumerate(merge.experts)
+@show_plan.register
+def _(merged: MergedCheckpoint, say: Say) -> None:
+    plan, weights = merged.plan, flat(merged.weights)
+    kept, heads, dropped = plan["kept"], plan["heads"], plan["dropped"]
+    rows = [
+        ["experts", ", ".join(expert["name"] for expert in plan["experts"])],
+        ["weights", "by tensor" if weights is None else ", ".join(f"{value:.3f}" for value in weights)],
+        ["merged", f"{plan['merged']} tensors by '{plan['method']}'"],
+        ["kept", f"{len(kept)} tensors of the base" + (f", such as '{kept[0]}'" if kept else "")],
     ]
+    rows += [["heads", ", ".join(heads)]] if heads else []
+    rows += [["left out", f"the heads {', '.join(dropped)}: --head {merged.request.head}"]] if dropped else []
+    rows += [["memory", f"about {size_text(plan['memory'])} for the largest tensor"]]
+    rows += [["output", f"{plan['output']}, {size_text(plan['size'])}; nothing is written now"]]
+    print_table(["", ""], rows)
 
 
-def method_summary(method: str) -> str:
-    """One line on a method, for the model card."""
-    from pimerge.merging.method import METHODS
+@singledispatch
+def show_results(merged: Merged, say: Say) -> None:
+    """Print what was written."""
+    raise NotImplementedError(type(merged))
 
-    strategy = METHODS.load(method)
-    return f"{strategy.summary} {strategy.formula} ({strategy.paper})."
+
+@show_results.register
+def _(merged: MergedUpdates, say: Say) -> None:
+    summaries, error = merged.summaries, relative_error(merged.summaries)
+    print_table(
+        ["module", "rank", "error"],
+        [[s.name, str(s.rank), f"{s.error:.2%}"] for s in summaries]
+        + [["all", str(max(s.rank for s in summaries)), f"{error:.2%}"]],
+        right=["rank", "error"],
+    )
+    say(", ".join(f"{e.name} {range_text(merged.weights, i)}" for i, e in enumerate(merged.merge.experts)))
+    say(f"→ {merged.path}; error: ‖ΔW − ΔW_rank‖ / ‖ΔW‖; next: pimerge eval {merged.path}")
+
+
+@show_results.register
+def _(merged: MergedIntoCheckpoint, say: Say) -> None:
+    folded, error = merged.results["folded"], merged.results["truncation"]
+    rows = [[str(folded), size_text(merged.size), f"{error:.2%}"]]
+    print_table(["folded", "of", "error"], rows, right=["folded", "error"])
+    say(f"→ {merged.path}: a full checkpoint")
+
+
+@show_results.register
+def _(merged: MergedTensorSets, say: Say) -> None:
+    experts = merged.merge.experts
+    rows = [[expert.name, range_text(merged.weights, place)] for place, expert in enumerate(experts)]
+    print_table(["expert", "weight"], rows, right=["weight"])
+    say(f"→ {merged.path}, of kind {experts[0].kind}; next: pimerge eval {merged.path}")
+
+
+@show_results.register
+def _(merged: MergedCheckpoint, say: Say) -> None:
+    results, size = merged.results, merged.written.size if merged.written else 0
+    row = [str(results["merged"]), str(results["kept"]), str(len(results["dropped"])), size_text(size)]
+    print_table(["merged", "kept", "left out", "size"], [row], right=["merged", "kept", "left out"])
+    say(f"→ {merged.path}: a full checkpoint")

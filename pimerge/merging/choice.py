@@ -1,0 +1,163 @@
+"""Which adapters a merge takes, and with which weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pimerge.adapters.compatibility import refuse_over_inputs, require_alike
+from pimerge.adapters.selected import open_all, select
+from pimerge.core.errors import PimergeError, Problems
+from pimerge.merging.method import METHODS, OpenedMethod
+from pimerge.merging.request import HeadPolicy, MergeRequest
+from pimerge.merging.weights import Rule, by_module, parse_rules, rules_of, shares, starting_weights
+
+if TYPE_CHECKING:
+    from pimerge.adapters.expert import Expert
+
+
+@dataclass(frozen=True)
+class ChosenExperts:
+    """Experts that fit each other, their weights by module, and the target's own expert, if it is known."""
+
+    experts: list[Expert]
+    weights: dict[str, list[float]]
+    target: Expert | None
+
+    def refuse_over(self, output: Path | None) -> None:
+        """Refuse an output that would replace one of them, or a folder that holds one."""
+        if output is not None:
+            refuse_over_inputs(output, [*self.experts, *([self.target] if self.target else [])])
+
+    @property
+    def names(self) -> list[str]:
+        """Every module or tensor set of the experts, in alphabetical order."""
+        return sorted({name for expert in self.experts for name in expert.parts})
+
+
+def choose(request: MergeRequest, method: OpenedMethod) -> ChosenExperts:
+    """The experts and their weights, from the request, the ranking and files of coefficients."""
+    rules = parse_rules(request.rules)
+    if request.coefficients is not None:
+        if request.weights is not None or request.alpha is not None or rules:
+            raise PimergeError(
+                "--coefficients excludes --weights, --weight and --alpha", "it holds the weights already"
+            )
+        from pimerge.core.files import read_json
+
+        document = read_json(request.coefficients)
+        if isinstance(document, dict) and "experts_trained" in document:
+            return _alike(request, _from_coefficients(request, request.coefficients))
+        rules = rules_of(document, request.coefficients)
+    return _alike(request, _from_request(request, method, rules))
+
+
+def _alike(request: MergeRequest, chosen: ChosenExperts) -> ChosenExperts:
+    """The same, checked to fit each other, and the target whose head the result has."""
+    target = chosen.target if request.head is HeadPolicy.TARGET else None
+    require_alike([*chosen.experts, *([target] if target else [])])
+    return chosen
+
+
+def _from_coefficients(request: MergeRequest, path: Path) -> ChosenExperts:
+    from pimerge.adapters.writer import Coefficients
+    from pimerge.core.documents import parse_document
+
+    document: Coefficients = parse_document(Coefficients, path, "expected the coefficients.json of a tuned expert")
+    experts = open_all(
+        request.experts or [str(path.parent / expert) for expert in document.experts],
+        request.base,
+        convert=request.base is not None,
+    )
+    if [expert.sha256 for expert in experts] != document.sha256:
+        raise PimergeError(
+            f"the experts are not those of '{path}', or have changed since",
+            "expected in this order: " + ", ".join(document.experts),
+        )
+    experts = _at_strengths(experts, document.scales)
+    if document.experts_trained:
+        request.note("the experts were trained together with these weights, so the merge differs from what was tuned")
+    own = select(None, request.ranking, request.target, request.base, needed=False).target
+    return ChosenExperts(experts, document.weights, own)
+
+
+def _at_strengths(experts: list[Expert], strengths: list[float]) -> list[Expert]:
+    problems = Problems()
+    for expert, strength in zip(experts, strengths, strict=True):
+        if strength != 1 and any(module.conversions for module in expert.modules.values()):
+            problems.add(
+                f"'{expert.name}' is converted with the base's weights, and its scale is {strength:g}",
+                "only plain LoRA is scaled: set its scale to 1 and multiply its weights instead",
+            )
+    problems.raise_any("some experts cannot be scaled")
+    return [expert.with_strength(strength) for expert, strength in zip(experts, strengths, strict=True)]
+
+
+def _from_request(request: MergeRequest, method: OpenedMethod, rules: Sequence[Rule]) -> ChosenExperts:
+    convert = request.base is not None
+    chosen = select(request.experts, request.ranking, request.target, request.base, convert=convert)
+    experts, own, scores = chosen.experts, chosen.target, chosen.scores
+    if not experts:
+        raise PimergeError(
+            f"'{request.ranking_path}' expects no expert to help",
+            "run 'pimerge tune', which trains a fresh expert, name experts to merge all the same, or rank again with "
+            "'pimerge rank --no-gate'",
+        )
+    refuse_weights(request, method)
+    if method.strategy.joins_target and not request.experts and own is not None:
+        others = [i for i, expert in enumerate(experts) if expert.sha256 != own.sha256]
+        experts, scores = [own, *(experts[i] for i in others)], [None, *(scores[i] for i in others)]
+    references = [
+        str(reference if isinstance(reference, str | Path) else reference.path)
+        for reference in request.experts or experts
+    ]
+    given = request.weights
+    if given is None:
+        hashes = [expert.sha256 for expert in experts]
+        given = weights_by_score(request, method, hashes, own.sha256 if own else None, scores)
+    require_one_each(given, [expert.name for expert in experts])
+    start = starting_weights(method, len(experts), given, bool(rules))
+    names = sorted({name for expert in experts for name in expert.parts})
+    weights = by_module(names, experts, references, start, rules)
+    for row in sorted({tuple(row) for row in weights.values()}) if rules else ():
+        method.weights(len(experts), list(row))
+    alone = experts[0] if len(experts) == 1 else None  # a single one is its own target
+    return ChosenExperts(experts, weights, own or alone)
+
+
+def refuse_weights(request: MergeRequest, method: OpenedMethod) -> None:
+    """Refuse ``alpha`` for a method without the target's own expert, and beside ``weights``."""
+    if request.alpha is not None and not method.strategy.joins_target:
+        takers = " and ".join(f"'{other.name}'" for other in METHODS if other.joins_target)
+        raise PimergeError(f"--alpha is the target's weight in {takers}, not in '{method.name}'", "leave it out")
+    if request.weights is not None and request.alpha is not None:
+        raise PimergeError("--weights and --alpha exclude each other", "the weights hold the target's weight already")
+
+
+def weights_by_score(
+    request: MergeRequest,
+    method: OpenedMethod,
+    hashes: Sequence[str],
+    own: str | None,
+    scores: Sequence[float | None],
+) -> list[float] | None:
+    """Weights where none are given: α for the target's expert, the rest by the ranking's scores or evenly.
+
+    Args:
+        hashes: the SHA-256 of each expert; ``own``: of the target's.
+    """
+    by_score = method.strategy.weights_by_score
+    if not method.strategy.joins_target or not (by_score or request.alpha is not None):
+        return None
+    return shares(hashes, own, scores, request.alpha, by_score=by_score)
+
+
+def require_one_each(given: Sequence[float] | None, names: Sequence[str]) -> None:
+    """Check that there is one weight for each expert."""
+    if given is not None and len(given) != len(names):
+        raise PimergeError(
+            f"--weights holds {len(given)} numbers for {len(names)} experts ({', '.join(names)})",
+            "give one for each, in order",
+        )

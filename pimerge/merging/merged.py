@@ -1,0 +1,224 @@
+"""The result of a merge, and the documents that every sort of result is written with."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from pimerge.adapters.model_card import Source, card, licence_of
+from pimerge.adapters.writer import Coefficients, Head
+from pimerge.core.errors import PimergeError
+from pimerge.core.files import relative_to
+from pimerge.core.manifest import Hashed, Manifest, inputs_of, library_versions
+from pimerge.merging.choice import ChosenExperts
+from pimerge.merging.method import OpenedMethod
+from pimerge.merging.request import MergeRequest
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from torch import nn
+
+    from pimerge.adapters.expert import Expert
+
+Weights = Mapping[str, Sequence[float]]
+"""Module, tensor set or tensor → one weight per expert."""
+ADAPTER_LOADING = """
+from peft import PeftModel
+from transformers import AutoModel  # or the Auto class of your task
+
+model = PeftModel.from_pretrained(AutoModel.from_pretrained("{}"), "path/to/this/folder")
+"""
+FOLDER_LOADING = """
+from transformers import AutoModel  # or the Auto class of your task
+
+model = AutoModel.from_pretrained("path/to/this/folder")
+"""
+FILE_LOADING = """
+from safetensors.torch import load_file
+
+tensors = load_file("path/to/this/folder/{}")
+"""
+
+
+@dataclass
+class Merged(ABC):
+    """A merge that has been checked. It is computed, module by module, when it is saved or loaded.
+
+    Attributes:
+        request: what was asked for.
+        method: the merge method with its options.
+        path: the folder that it was saved to; None before.
+        results: what ``--json`` prints once it is saved; empty before.
+    """
+
+    request: MergeRequest
+    method: OpenedMethod
+    path: Path | None = field(default=None, init=False)
+    results: dict[str, Any] = field(default_factory=dict, init=False)
+
+    @property
+    @abstractmethod
+    def plan(self) -> dict[str, Any]:
+        """What is merged and how, and what it needs: the JSON document of ``--dry-run``."""
+
+    @abstractmethod
+    def _write(self) -> dict[str, Any]:
+        """Write the result to ``request.output``, whole or not at all; the results."""
+
+    @abstractmethod
+    def refuse_over_inputs(self) -> None:
+        """Refuse an output that is an input of the merge, or holds one."""
+
+    def save(self, output: str | Path, *, force: bool = False) -> Path:
+        """Compute the merge and write it to a new folder, whole or not at all.
+
+        Args:
+            force: replace what is there; an input of the merge is never replaced.
+        """
+        self.request = replace(self.request, output=Path(output), force=force)
+        self.refuse_over_inputs()
+        self.results = self._write()
+        self.path = Path(output)
+        return self.path
+
+    def load(self, base_model: nn.Module) -> PeftModel:
+        """The merged adapter in a base model that transformers has loaded."""
+        from peft import PeftModel
+
+        if not self.is_adapter:
+            raise PimergeError(
+                "a full checkpoint is not an adapter",
+                "save it, then load it with transformers: AutoModel.from_pretrained(FOLDER)",
+            )
+        if self.path is not None:
+            return PeftModel.from_pretrained(base_model, str(self.path))
+        before = self.request
+        with TemporaryDirectory() as folder:
+            self.request = replace(before, output=Path(folder) / "merged")
+            try:
+                self._write()
+                return PeftModel.from_pretrained(base_model, str(self.request.output))
+            finally:
+                self.request = before
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether it is an adapter; else it is a full checkpoint."""
+        return True
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON document: the results once it is saved, else the plan."""
+        return self.results or self.plan
+
+    @property
+    def _heading(self) -> dict[str, Any]:
+        """The first fields of its JSON documents."""
+        return {
+            "output": None if self.request.output is None else str(self.request.output),
+            "method": self.method.name,
+        }
+
+    def _manifest(
+        self, inputs: Sequence[Hashed], weights: Weights, results: Mapping[str, Any], **more: Any
+    ) -> Manifest:
+        """The content of ``pimerge.json``, apart from the hashes of what lies beside it."""
+        request = self.request
+        options = {
+            "method": self.method.name,
+            **self.method.options,
+            "weights": flat(weights) or {name: list(values) for name, values in weights.items()},
+            "seed": self.method.seed,
+            "include": list(request.include),
+            "exclude": list(request.exclude),
+            "head": request.head,
+            "dtype": request.dtype,
+            **more,
+        }
+        return Manifest(
+            command="merge",
+            options=options,
+            device="cpu",
+            versions=library_versions(),
+            inputs=inputs_of(inputs),
+            outputs={},
+            results=dict(results),
+        )
+
+    def _card(
+        self, base: str, sources: Sequence[Source], truncation: str, loading: str, kind: str | None = None, **more: Any
+    ) -> str:
+        """The content of ``README.md``.
+
+        Args:
+            truncation: what was lost, as a sentence.
+            loading: Python that loads the result.
+            kind: of an adapter; None for a full checkpoint.
+            more: settings beside the method's options.
+        """
+        method = self.method.strategy
+        summary = f"{method.summary} {method.formula} ({method.paper})."
+        options = {**self.method.options, **more, "seed": self.method.seed}
+        return card(
+            base,
+            sources,
+            method.name,
+            summary,
+            options,
+            truncation,
+            loading,
+            adapter=kind is not None,
+            kind=kind or "",
+        )
+
+
+@dataclass
+class MergedExperts(Merged):
+    """Merged adapters.
+
+    Attributes:
+        chosen: the experts as they were given, with the target's own.
+        head: the task head of the result.
+    """
+
+    chosen: ChosenExperts
+    head: Head
+
+    def refuse_over_inputs(self) -> None:
+        """Refuse an output that is an expert of the merge, or holds one."""
+        self.chosen.refuse_over(self.request.output)
+
+    def _coefficients(self, experts: Sequence[Expert], weights: Weights) -> Coefficients:
+        """The content of ``coefficients.json``."""
+        return Coefficients(
+            method=self.method.name,
+            granularity="matrix" if flat(weights) is None else "global",
+            experts=[relative_to(expert.path, self.request.folder) for expert in experts],
+            sha256=[expert.sha256 for expert in experts],
+            scales=[expert.strength for expert in experts],
+            experts_trained=False,
+            weights={name: list(values) for name, values in weights.items()},
+        )
+
+
+def sources_of(experts: Sequence[Expert], weights: Weights) -> list[Source]:
+    """The experts, for the model card."""
+    return [
+        Source(expert.name, expert.sha256, licence_of(expert.path), range_text(weights, place), expert.strength)
+        for place, expert in enumerate(experts)
+    ]
+
+
+def range_text(weights: Weights, place: int) -> str:
+    """An expert's weight, or its range over the modules."""
+    values = sorted({row[place] for row in weights.values()})
+    return f"{values[0]:.3f}" if len(values) == 1 else f"{values[0]:.3f} to {values[-1]:.3f}"
+
+
+def flat(weights: Weights) -> list[float] | None:
+    """The weights, if they are the same in every module."""
+    rows = {tuple(row) for row in weights.values()}
+    return list(rows.pop()) if len(rows) == 1 else None

@@ -1,0 +1,217 @@
+"""Merged full checkpoints: W = W0 + merge(W_n − W0), tensor by tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from pimerge.adapters.model_card import Source, licence_of
+from pimerge.checkpoints.base import find_base
+from pimerge.checkpoints.checkpoint import Checkpoint, is_checkpoint, is_state_dict, open_checkpoint
+from pimerge.core.errors import PimergeError, Problems
+from pimerge.core.files import hashes_of, json_text, new_folder, sha256_file, write_into
+from pimerge.core.manifest import MANIFEST_FILE
+from pimerge.merging.checkpoint_merge import MergedTensors, merge_checkpoints
+from pimerge.merging.checkpoint_plan import CheckpointPlan, plan_checkpoints
+from pimerge.merging.choice import require_one_each, weights_by_score
+from pimerge.merging.merged import FILE_LOADING, FOLDER_LOADING, Merged, flat
+from pimerge.merging.merged_into import refuse_checkpoint
+from pimerge.merging.method import METHODS, OpenedMethod, Space
+from pimerge.merging.request import HeadPolicy, MergeRequest
+from pimerge.merging.weights import by_module, parse_rules, starting_weights
+
+
+@dataclass
+class MergedCheckpoint(Merged):
+    """Merged full checkpoints, to be written in the layout of their base.
+
+    Attributes:
+        checkpoints: which tensors are merged, and which stay.
+        weights: key of the base → one weight per expert.
+        written: what was written, once it is saved.
+    """
+
+    checkpoints: CheckpointPlan
+    weights: dict[str, list[float]]
+    written: MergedTensors | None = field(default=None, init=False)
+
+    @property
+    def is_adapter(self) -> bool:
+        """It is a full checkpoint."""
+        return False
+
+    @property
+    def plan(self) -> dict[str, Any]:
+        """The JSON document of ``--dry-run``."""
+        plan = self.checkpoints
+        entries = [plan.base.entry(key) for key in plan.merged]
+        return {
+            **self._heading,
+            "experts": [{"name": expert.name, "sha256": expert.sha256} for expert in plan.experts],
+            "merged": len(plan.merged),
+            "kept": [key for key in plan.base.home if key not in plan.merged and key not in plan.heads],
+            "heads": sorted(plan.heads),
+            "dropped": list(plan.dropped),
+            "memory": (len(plan.experts) + 3) * 4 * max((entry.end - entry.start for entry in entries), default=0),
+            "size": plan.base.size,
+        }
+
+    def refuse_over_inputs(self) -> None:
+        """Refuse an output that is one of the checkpoints, or holds one."""
+        for checkpoint in (self.checkpoints.base, *self.checkpoints.experts):
+            refuse_checkpoint(self.request.output, checkpoint.path)
+
+    def _write(self) -> dict[str, Any]:
+        request, plan = self.request, self.checkpoints
+        with new_folder(request.folder, force=request.force) as partial:
+            self.written = merge_checkpoints(
+                plan,
+                self.weights,
+                self.method,
+                partial / plan.base.name if plan.base.is_file else partial,
+                dtype=request.torch_dtype(),
+                track=request.track,
+            )
+            write_into(partial, {"README.md": self._checkpoint_card()})
+            written = self.written
+            manifest = self._manifest(
+                plan.experts,
+                self.weights,
+                {"merged": written.merged, "kept": written.kept, "dropped": list(written.dropped)},
+                base=plan.base.name if request.base else None,
+                base_sha256=plan.base.sha256 if request.base else None,
+            ).model_copy(update={"outputs": hashes_of(partial)})
+            write_into(partial, {MANIFEST_FILE: json_text(manifest.model_dump())})
+        return {**self._heading, **manifest.results}
+
+    def _checkpoint_card(self) -> str:
+        plan, rows = self.checkpoints, flat(self.weights)
+        weights = ["by tensor"] * len(plan.experts) if rows is None else [f"{value:.3f}" for value in rows]
+        return self._card(
+            plan.base.name,
+            [
+                Source(expert.name, expert.sha256, licence_of(expert.path), weight)
+                for expert, weight in zip(plan.experts, weights, strict=True)
+            ],
+            "nothing is truncated.",
+            FILE_LOADING.format(plan.base.name) if plan.base.is_file else FOLDER_LOADING,
+        )
+
+
+def merged_checkpoint(request: MergeRequest, method: OpenedMethod) -> MergedCheckpoint:
+    """Check a merge of full checkpoints against their base."""
+    paths = [Path(str(reference)) for reference in request.experts or ()]
+    _refuse_other_options(request, method, paths)
+    base, experts = _open(request, paths)
+    target = _target(request, paths)
+    plan = plan_checkpoints(
+        base,
+        experts,
+        method,
+        fishers=list(request.fisher),
+        head=request.head if target is not None or request.head != HeadPolicy.TARGET else _head_of(base, experts),
+        target=target,
+        selected=request.selects,
+    )
+    request.require_globs_match(list(base.home))
+    if not plan.merged and not plan.heads:
+        raise PimergeError(
+            "no tensor is left to merge",
+            f"the base has {len(base.home)}, such as '{next(iter(base.home))}'; look at --include and --exclude",
+        )
+    rules = parse_rules(request.rules)
+    require_one_each(request.weights, [expert.name for expert in experts])
+    start = starting_weights(method, len(experts), request.weights, bool(rules))
+    weights = by_module(list(base.home), experts, list(map(str, request.experts or ())), start, rules)
+    sums = {round(sum(row), 9) for row in weights.values()}
+    if request.base is None and method.space is Space.LINEAR and sums != {1.0}:
+        raise PimergeError(
+            f"the weights sum to {sorted(sums)[0]:g}, and without a base only a mean has a meaning",
+            "pass weights that sum to 1, or --base",
+        )
+    return MergedCheckpoint(request, method, plan, weights)
+
+
+def _refuse_other_options(request: MergeRequest, method: OpenedMethod, paths: Sequence[Path]) -> None:
+    why = "is for adapters, and the experts are full checkpoints"
+    problems = request.problems_for_updates_only(why)
+    for option, value in (("--coefficients", request.coefficients), ("--alpha", request.alpha)):
+        if value is not None:
+            problems.add(f"{option} {why}", "leave it out")
+    for path in paths:
+        if not is_checkpoint(path):
+            problems.add(f"'{path}' is not a full checkpoint, and others are", "merge adapters in first, with --into")
+    # a base cancels in means of weights of sum 1
+    if request.base is None and not (method.strategy.averages and all(map(is_state_dict, paths))):
+        names = ", ".join(other.name for other in METHODS if other.averages)
+        problems.add(
+            "full checkpoints merge against their base, and none is given",
+            f"pass --base FOLDER_OR_HUB_ID; single .safetensors files do without by {names}",
+        )
+    problems.raise_any("these checkpoints cannot be merged")
+
+
+def _open(request: MergeRequest, paths: Sequence[Path]) -> tuple[Checkpoint, list[Checkpoint]]:
+    reference = request.base or str(paths[0])  # of files without a base, the first gives the layout
+    name, _, revision = reference.partition("@")
+    folder = Path(reference) if Path(reference).exists() else find_base(name, revision or None, Path.cwd()).folder
+    if folder is None:
+        raise PimergeError(f"the base '{request.base}' is not on this machine", "download it first: hf download NAME")
+    problems = Problems()
+    opened = []
+    for path in [folder, *paths]:
+        with problems.collected():
+            opened.append(open_checkpoint(path))
+        with problems.collected():
+            refuse_checkpoint(request.output, path)
+    problems.raise_any("some checkpoints cannot be opened")
+    return opened[0], opened[1:]
+
+
+def _target(request: MergeRequest, paths: Sequence[Path]) -> int | None:
+    """The number of the target's checkpoint among the experts; a single one is its own target."""
+    if request.target is None:
+        return 0 if len(paths) == 1 else None
+    wanted = Path(request.target).resolve()
+    for number, path in enumerate(paths):
+        if path.resolve() == wanted or path.name == request.target:
+            return number
+    raise PimergeError(f"the target '{request.target}' is not among the checkpoints given", "name one of them")
+
+
+def _head_of(base: Checkpoint, experts: Sequence[Checkpoint]) -> HeadPolicy:
+    """Without a target: the mean where all have the base's labels, so that there is nothing to choose."""
+    labels = {str(found.config.get("id2label")) for found in (base, *experts)}
+    return HeadPolicy.AVERAGE if len(labels) == 1 else HeadPolicy.TARGET
+
+
+def with_ranked_state_dicts(request: MergeRequest, method: OpenedMethod) -> MergeRequest:
+    """The request with the files that a ranking of plain state dicts selected, if no others are given.
+
+    As for adapters, the target's own joins them where the method says so.
+    """
+    from pimerge.adapters.ranking_document import read_ranking
+
+    if request.experts or request.coefficients is not None:
+        return request
+    if isinstance(request.ranking, Path) and not request.ranking.is_file():
+        return request
+    ranking = read_ranking(request.ranking) if isinstance(request.ranking, Path) else request.ranking
+    chosen, target = ranking.chosen(), ranking.target
+    if not chosen or not all(candidate.path.endswith(".safetensors") for candidate in chosen):
+        return replace(request, ranking=ranking)
+    taken = [target, *chosen] if method.strategy.joins_target else chosen
+    folder, problems = ranking.path.parent, Problems()
+    for reference in taken:
+        path = folder / reference.path
+        if not path.is_file() or sha256_file(path) != reference.sha256:
+            state = "has changed" if path.is_file() else "is gone"
+            problems.add(f"'{path}' {state} since '{ranking.path}' was written", "run 'pimerge rank' again")
+    problems.raise_any("the state dicts of the ranking cannot be merged")
+    weights = request.weights
+    if weights is None and not request.rules and method.strategy.weights_by_score:
+        hashes, scores = [each.sha256 for each in taken], [None, *(candidate.score for candidate in chosen)]
+        weights = weights_by_score(request, method, hashes, target.sha256, scores)
+    return replace(request, experts=[folder / reference.path for reference in taken], weights=weights)

@@ -1,0 +1,109 @@
+"""Merged tensor sets: the experts have no ΔW, and their tensors are combined number by number."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from pimerge.adapters.writer import Documents, base_reference, choose_head, write_tensor_sets
+from pimerge.merging.choice import ChosenExperts
+from pimerge.merging.merged import ADAPTER_LOADING, MergedExperts, Weights, flat, range_text, sources_of
+from pimerge.merging.method import OpenedMethod
+from pimerge.merging.preparation import statistics_of
+from pimerge.merging.request import MergeRequest
+from pimerge.merging.tensor_merge import TensorMerge, prepare_tensors
+
+_IMPORT = "\nimport pimerge.peft_methods  # pip install pimerge: PEFT has no such kind of its own"
+
+
+@dataclass
+class MergedTensorSets(MergedExperts):
+    """Merged experts without ΔW, to be written as an expert of their kind.
+
+    Attributes:
+        merge: computes the tensors.
+    """
+
+    merge: TensorMerge
+
+    @property
+    def plan(self) -> dict[str, Any]:
+        """The JSON document of ``--dry-run``."""
+        experts = [
+            {
+                "name": expert.name,
+                "weight": range_text(self.merge.weights, place),
+                "dtype": "/".join(expert.dtypes),
+                "sha256": expert.sha256,
+            }
+            for place, expert in enumerate(self.merge.experts)
+        ]
+        first = self.merge.experts[0]
+        return {
+            **self._heading,
+            "options": self.method.options,
+            "kind": first.kind,
+            "experts": experts,
+            "modules": len(self.merge.tensor_sets),
+            "parameters": first.parameters,
+        }
+
+    @property
+    def weights(self) -> Weights:
+        """Tensor set → what each expert was multiplied by, or the method's weights."""
+        return self.merge.coefficients or self.merge.weights
+
+    def _write(self) -> dict[str, Any]:
+        first = self.merge.experts[0]
+        written = write_tensor_sets(
+            self.request.folder,
+            self.merge.tensors,
+            self.head,
+            base=first.base,
+            like=self.chosen.target or first,
+            documents=self._documents,
+            force=self.request.force,
+        )
+        return {
+            **self._heading,
+            "kind": first.kind,
+            **written.manifest.results,
+            "experts": [expert.name for expert in self.merge.experts],
+            "weights": flat(self.merge.weights) or self.merge.weights,
+        }
+
+    def _documents(self) -> Documents:
+        merge, first = self.merge, self.merge.experts[0]
+        base, _ = base_reference(first.base, self.request.folder)
+        manifest = self._manifest(
+            merge.experts,
+            merge.weights,
+            {"parameters": first.parameters},
+            scales=[expert.strength for expert in merge.experts],
+            dtype=self.request.dtype or "the experts' own",
+        )
+        card = self._card(
+            base,
+            sources_of(merge.experts, merge.weights),
+            f"none; {first.parameters} numbers of kind {first.kind} were combined one by one.",
+            _IMPORT * first.strategy.needs_import + ADAPTER_LOADING.format(base),
+            first.kind,
+        )
+        return Documents(manifest, self._coefficients(merge.experts, self.weights), card)
+
+
+def merged_tensor_sets(request: MergeRequest, method: OpenedMethod, chosen: ChosenExperts) -> MergedTensorSets:
+    """Check a merge of experts without ΔW."""
+    kind = chosen.experts[0].kind
+    problems = request.problems_for_updates_only(f"is for updates ΔW, and experts of kind {kind} have none")
+    problems.raise_any(f"these experts of kind {kind} cannot be merged with these options")
+    merge = prepare_tensors(
+        chosen.experts,
+        chosen.weights,
+        method,
+        dtype=request.torch_dtype(),
+        selected=request.selects,
+        **statistics_of(request.store, chosen.experts, method),
+    )
+    head = choose_head(request.head, chosen.experts, chosen.target)
+    return MergedTensorSets(request, method, chosen, head, merge)

@@ -1,0 +1,156 @@
+"""Merged updates ΔW, written as a LoRA adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from pimerge.adapters.low_rank import MergedModule, Summary, relative_error
+from pimerge.adapters.writer import Documents, Layout, base_reference, choose_head, write_expert
+from pimerge.core.manifest import Manifest
+from pimerge.merging.choice import ChosenExperts
+from pimerge.merging.dry_run import UpdatePlan, plan_of
+from pimerge.merging.merged import ADAPTER_LOADING, MergedExperts, flat, range_text, sources_of
+from pimerge.merging.method import OpenedMethod
+from pimerge.merging.preparation import UpdateSettings, prepare, reader_of, statistics_of
+from pimerge.merging.request import MergeRequest
+from pimerge.merging.self_check import verify
+from pimerge.merging.update_merge import UpdateMerge
+
+
+@dataclass
+class MergedUpdates(MergedExperts):
+    """Merged updates ΔW, to be written as a LoRA adapter.
+
+    Attributes:
+        merge: computes the modules.
+        deviation: the largest deviation that ``verify`` found; None if it was not asked for.
+        summaries: how the merge of each module went, once it is saved.
+    """
+
+    merge: UpdateMerge
+    deviation: float | None = field(default=None, init=False)
+    summaries: list[Summary] = field(default_factory=list, init=False)
+
+    def update_plan(self) -> UpdatePlan:
+        """What is handled and left out, and what it needs."""
+        return plan_of(self.merge, self.chosen.experts, self.head)
+
+    @property
+    def plan(self) -> dict[str, Any]:
+        """The JSON document of ``--dry-run``."""
+        experts = [
+            {
+                "name": expert.name,
+                "weight": range_text(self.merge.weights, place),
+                "scale": expert.strength,
+                "rank": "/".join(map(str, expert.ranks)),
+                "dtype": "/".join(expert.dtypes),
+                "sha256": expert.sha256,
+            }
+            for place, expert in enumerate(self.merge.experts)
+        ]
+        return {
+            **self._heading,
+            "options": self.method.options,
+            "experts": experts,
+            **asdict(self.update_plan()),
+            "dtype": str(self.merge.dtype).removeprefix("torch."),
+        }
+
+    def check(self) -> None:
+        """Tell what is handled and left out, and verify the path of the merge if that was asked for."""
+        plan, request = self.update_plan(), self.request
+        for sentence in [*plan.handled, *(f"left out: {what}" for what in plan.left_out)]:
+            request.note(sentence)
+        if request.verify:
+            verified = verify(self.merge, track=request.track)
+            self.deviation = verified.deviation
+            request.note(f"verified: every expert comes back through '{verified.method}' to {verified.deviation:.1e}")
+
+    @property
+    def weights(self) -> dict[str, list[float]]:
+        """Module → what each update was multiplied by, or the method's weights."""
+        return {s.name: list(s.coefficients or self.merge.weights[s.name]) for s in self.summaries}
+
+    def _modules(self) -> Iterator[MergedModule]:
+        with self.request.track("merge", len(self.merge.names), "modules") as advance:
+            for name in self.merge.names:
+                yield self.merge.module(name)
+                advance(1)
+
+    def _write(self) -> dict[str, Any]:
+        merge, request = self.merge, self.request
+        experts = self.chosen.experts
+
+        def documents(summaries: Sequence[Summary]) -> Documents:
+            self.summaries = list(summaries)
+            return Documents(
+                self._manifest_of_updates(), self._coefficients(merge.experts, self.weights), self._adapter_card()
+            )
+
+        written = write_expert(
+            request.folder,
+            Layout([merge.layout(name) for name in merge.names], merge.dtype, merge.has_bias),
+            self._modules(),
+            self.head,
+            base=merge.experts[0].base,
+            like={
+                **(self.chosen.target or experts[0]).config,
+                "fan_in_fan_out": any(expert.config.get("fan_in_fan_out") for expert in experts),
+            },
+            documents=documents,
+            force=request.force,
+        )
+        return {
+            **self._heading,
+            **written.manifest.results,
+            "experts": [expert.name for expert in merge.experts],
+            "weights": flat(merge.weights) or merge.weights,
+        }
+
+    def _manifest_of_updates(self, **more: Any) -> Manifest:
+        merge, request = self.merge, self.request
+        results: dict[str, Any] = {
+            "truncation": relative_error(self.summaries),
+            "modules": {s.name: {"rank": s.rank, "truncation": s.error} for s in self.summaries},
+        }
+        if self.deviation is not None:
+            results["verified"] = self.deviation
+        settings = {
+            "scales": [expert.strength for expert in merge.experts],
+            "space": request.space,
+            "rank": str(request.rank),
+            "energy": merge.truncation.energy,
+            "dtype": request.dtype or str(merge.dtype).removeprefix("torch."),
+        }
+        return self._manifest(merge.experts, merge.weights, results, **settings, **more)
+
+    def _adapter_card(self) -> str:
+        error = relative_error(self.summaries)
+        base, _ = base_reference(self.merge.experts[0].base, self.request.folder)
+        ranks = "/".join(map(str, sorted({s.rank for s in self.summaries})))
+        return self._card(
+            base,
+            sources_of(self.merge.experts, self.merge.weights),
+            f"rank {ranks} of {len(self.summaries)} modules; "
+            + (f"{error:.2%} of ‖ΔW‖ is lost." if error else "nothing is lost."),
+            ADAPTER_LOADING.format(base),
+            "lora",
+            space=self.merge.space,
+        )
+
+
+def merged_updates(request: MergeRequest, method: OpenedMethod, chosen: ChosenExperts) -> MergedUpdates:
+    """Check a merge of experts with updates ΔW."""
+    settings = UpdateSettings(
+        truncation=request.truncation(),
+        space=request.space,
+        dtype=request.torch_dtype(),
+        read=reader_of(chosen.experts),
+        **statistics_of(request.store, chosen.experts, method),
+    )
+    merge = prepare(chosen.experts, chosen.weights, method, settings, request.selects)
+    head = choose_head(request.head, chosen.experts, chosen.target)
+    return MergedUpdates(request, method, chosen, head, merge)

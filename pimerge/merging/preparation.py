@@ -1,0 +1,160 @@
+"""Check a merge of updates ΔW before the first module is read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from pimerge.adapters.compatibility import require_shared_form
+from pimerge.adapters.expert import Expert
+from pimerge.adapters.lora_module import Factors
+from pimerge.adapters.low_rank import EVERYTHING, Truncation
+from pimerge.core.errors import PimergeError, Problems
+from pimerge.merging.method import OpenedMethod, Space
+from pimerge.merging.request import EntrySpace
+from pimerge.merging.update_merge import UpdateMerge, widest
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdateSettings:
+    """How updates are merged, apart from the method and the weights.
+
+    Attributes:
+        truncation: of the result's rank.
+        space: where an elementwise method looks at entries.
+        dtype: of the result; None for the experts' own, the wider if they differ.
+        fisher: the diagonal Fisher of an expert's tensor by key, for methods that need it.
+        gram: the Gram matrix of a module's inputs on an expert's data, for methods that need it.
+        read: gives the factors of an expert's module.
+    """
+
+    truncation: Truncation = EVERYTHING
+    space: EntrySpace = EntrySpace.CORE
+    dtype: torch.dtype | None = None
+    fisher: Callable[[Expert, str], Tensor] | None = None
+    gram: Callable[[Expert, str], Tensor | None] | None = None
+    read: Callable[[Expert, str], Factors] = Expert.factors
+
+
+def prepare(
+    experts: Sequence[Expert],
+    weights: Mapping[str, Sequence[float]] | Sequence[float],
+    method: OpenedMethod,
+    settings: UpdateSettings = UpdateSettings(),
+    selected: Callable[[str], bool] = lambda name: True,
+) -> UpdateMerge:
+    """Check a merge of experts that fit each other; :meth:`UpdateMerge.module` then computes its modules one by one.
+
+    An expert that does not adapt a module contributes a zero update there; the weights stay as they are. Equal
+    experts are joined and their weights added.
+
+    Args:
+        weights: one per expert, or module → one per expert.
+        selected: which modules to merge; the others are left out of the result.
+    """
+    if settings.space is not EntrySpace.CORE and method.space is not Space.ELEMENTWISE:
+        raise PimergeError(f"--space is for elementwise methods, and '{method.name}' is not", "leave it out")
+    found = sorted({name for expert in experts for name in expert.modules})
+    names = [name for name in found if selected(name)]
+    if not names:
+        raise PimergeError(
+            "no module is left to merge", f"the experts have {len(found)}, such as '{found[0]}'; look at --include"
+        )
+    by_module = _weights_by_module(found, weights, len(experts))
+    kept, totals, joined = _joined(experts, {name: by_module[name] for name in names})
+    chosen = {**vars(settings), "dtype": settings.dtype or widest(expert.dtypes for expert in experts)}
+    merge = UpdateMerge(experts=kept, weights=totals, method=method, joined=joined, **chosen)
+    if merge.by_factor:
+        require_shared_form(kept)
+    return merge
+
+
+def _joined(
+    experts: Sequence[Expert], weights: Mapping[str, Sequence[float]]
+) -> tuple[list[Expert], dict[str, list[float]], dict[str, int]]:
+    """Equal experts as one, with their weights added."""
+    first: dict[tuple[object, ...], int] = {}
+    places = [first.setdefault(_identity(expert, experts), len(first)) for expert in experts]
+    kept = [experts[places.index(place)] for place in range(len(first))]
+    totals = {}
+    for name, values in weights.items():
+        totals[name] = [0.0] * len(kept)
+        for place, value in zip(places, values, strict=True):
+            totals[name][place] += value
+    return kept, totals, {kept[p].name: places.count(p) for p in range(len(kept)) if places.count(p) > 1}
+
+
+def _identity(expert: Expert, experts: Sequence[Expert]) -> tuple[object, ...]:
+    """What equal experts share; the whole file is hashed only if another has the same beginning."""
+    begins = [other for other in experts if other.file.beginning == expert.file.beginning]
+    scalings = tuple(module.scaling for module in expert.modules.values())
+    meaning = tuple(expert.config.get(field) for field in expert.strategy.meaning_fields)
+    return expert.file.beginning, expert.kind, meaning, scalings, expert.sha256 if len(begins) > 1 else ""
+
+
+def _weights_by_module(
+    names: Sequence[str], weights: Mapping[str, Sequence[float]] | Sequence[float], count: int
+) -> dict[str, Sequence[float]]:
+    by_module = dict(weights) if isinstance(weights, Mapping) else dict.fromkeys(names, weights)
+    problems = Problems()
+    unknown = sorted(set(by_module) - set(names))
+    if unknown:
+        problems.add(f"weights for {len(unknown)} modules that no expert has, such as '{unknown[0]}'")
+    missing = [name for name in names if name not in by_module]
+    if missing:
+        problems.add(f"no weights for {len(missing)} modules, such as '{missing[0]}'", "they belong to other experts")
+    for name, values in by_module.items():
+        if len(values) != count or not all(torch.isfinite(torch.tensor(value)) for value in values):
+            problems.add(f"{len(values)} weights ({', '.join(map(str, values))}) for {count} experts in '{name}'")
+            break
+    problems.raise_any("the weights do not match the experts")
+    return by_module
+
+
+def reader_of(experts: Sequence[Expert]) -> Callable[[Expert, str], Factors]:
+    """What reads the experts' factors: with the base's weights where something has to be converted."""
+    from pimerge.adapters.base_weights import base_weights
+    from pimerge.adapters.conversion import converting
+
+    layouts = {name: module for e in experts for name, module in e.modules.items() if module.conversions}
+    if not layouts:
+        return Expert.factors
+    transposed = any(bool(expert.config.get("fan_in_fan_out")) for expert in experts)
+    return converting(base_weights(experts[0].base, layouts, fan_in_fan_out=transposed))
+
+
+def statistics_of(store_path: Path, experts: Sequence[Expert], method: OpenedMethod) -> dict[str, Any]:
+    """What the store knows that a method needs: ``fisher`` or ``gram`` of :class:`UpdateSettings`."""
+    if not {"fishers", "grams"} & set(method.needs):
+        return {}
+    from pimerge.embedding.store import open_store
+
+    store = open_store(store_path)
+    problems = Problems()
+    files = {}
+    has_grams = "grams" in method.needs
+    command = "pimerge embed --grams" if has_grams else "pimerge embed"
+    for expert in experts:
+        name = store.find_sha(expert.sha256)
+        if name is None:
+            problems.add(f"'{expert.name}' is not in the store '{store_path}'", f"run '{command} {expert.path}' first")
+            continue
+        with problems.collected(f"'{expert.name}': "):
+            files[expert.sha256] = store.grams(name) if has_grams else store.diagonal_file(name)
+    problems.raise_any(f"the store lacks what '{method.name}' needs")
+
+    def fisher(expert: Expert, key: str) -> Tensor:
+        return files[expert.sha256].read(key)
+
+    def gram(expert: Expert, module: str) -> Tensor | None:
+        file = files[expert.sha256]
+        return file.read(module) if module in file.entries else None
+
+    return {"gram": gram} if has_grams else {"fisher": fisher}

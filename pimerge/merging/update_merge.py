@@ -1,0 +1,238 @@
+"""A merge of updates ΔW, module by module, each computed when it is asked for, without loading the base."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from functools import cached_property, reduce
+from typing import TYPE_CHECKING
+
+import torch
+
+from pimerge.adapters.compatibility import require_finite
+from pimerge.adapters.expert import Expert
+from pimerge.adapters.lora_module import Factors, LoraModule
+from pimerge.adapters.low_rank import (
+    EVERYTHING,
+    MergedModule,
+    Truncated,
+    Truncation,
+    inner_products,
+    orthonormal_basis,
+    to_cores,
+    truncated,
+    truncated_dense,
+    weighted_bias,
+    weighted_sum,
+)
+from pimerge.checkpoints.safetensors_file import is_finite, torch_dtype
+from pimerge.core.errors import PimergeError
+from pimerge.merging.method import OpenedMethod, Space
+from pimerge.merging.request import EntrySpace
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+F64 = torch.float64
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdateMerge:
+    """A merge that has been checked; see :func:`pimerge.merging.preparation.prepare`.
+
+    Attributes:
+        experts: those that are merged; equal ones are joined.
+        weights: module → one weight per expert, for the modules that are merged.
+        space: of an elementwise method: where it looks at entries.
+        dtype: of the result.
+        joined: expert's name → how often it was given, where that is more than once.
+    """
+
+    experts: Sequence[Expert]
+    weights: Mapping[str, Sequence[float]]
+    method: OpenedMethod
+    space: EntrySpace
+    truncation: Truncation
+    dtype: torch.dtype
+    joined: Mapping[str, int]
+    fisher: Callable[[Expert, str], Tensor] | None
+    gram: Callable[[Expert, str], Tensor | None] | None
+    read: Callable[[Expert, str], Factors] = field(default=Expert.factors)
+
+    @cached_property
+    def has_bias(self) -> bool:
+        """Whether any module has a bias update; PEFT then expects one of each."""
+        return any(
+            expert.modules[name].bias for expert in self.experts for name in expert.modules.keys() & self.weights
+        )
+
+    @property
+    def _wide(self) -> torch.dtype:
+        """What entries are computed in: float32, or float64 for a result in float64."""
+        return torch.promote_types(self.dtype, torch.float32)
+
+    @property
+    def by_factor(self) -> bool:
+        """Whether A and B are merged apart."""
+        return self.method.space is Space.FACTORS or self.space is EntrySpace.FACTORS
+
+    @property
+    def names(self) -> list[str]:
+        """The modules, in alphabetical order."""
+        return list(self.weights)
+
+    def layout(self, name: str) -> LoraModule:
+        """The layout of a module, from the first expert that has it."""
+        return next(expert.modules[name] for expert in self.experts if name in expert.modules)
+
+    def module(self, name: str) -> MergedModule:
+        """Merge one module; NaN or Inf in an expert, and a result too large for its dtype, are refused."""
+        is_light = self.by_factor or (self.method.space is Space.LINEAR and self.truncation == EVERYTHING)
+        with _one_thread() if is_light else nullcontext():
+            return self._module(name)
+
+    def _module(self, name: str) -> MergedModule:
+        layout, weights = self.layout(name), torch.tensor(self.weights[name], dtype=F64)
+        parts = [self._part(expert, name, layout) for expert in self.experts]
+        coefficients = self._coefficients(parts, weights)
+        found = self._merged(name, layout, parts, weights, coefficients)
+        summed = (weights if coefficients is None else coefficients).tolist()
+        bias = weighted_bias(parts, summed, self.dtype) if self.has_bias else None
+        factors = Factors(found.factors.A.to(self.dtype), found.factors.B.to(self.dtype), 1.0, bias)
+        if not all(tensor is None or is_finite(tensor) for tensor in (factors.A, factors.B, factors.bias)):
+            raise _too_large(name, self.dtype)
+        given = None if coefficients is None else tuple(coefficients.tolist())
+        return MergedModule(layout, factors, found.energy, found.lost, given)
+
+    def _part(self, expert: Expert, name: str, layout: LoraModule) -> Factors:
+        """An expert's update; zero, of rank 0, where it has none: the weights stay as they are."""
+        if name not in expert.modules:
+            return Factors(torch.zeros(0, layout.d_in), torch.zeros(layout.d_out, 0), 1.0)
+        part = self.read(expert, name)
+        if not all(tensor is None or is_finite(tensor) for tensor in (part.A, part.B, part.bias)):
+            require_finite(self.experts)  # names every such tensor of every expert
+            raise PimergeError(f"module '{name}' of '{expert.name}': its update is NaN or Inf")
+        return part
+
+    def _coefficients(self, parts: Sequence[Factors], weights: Tensor) -> Tensor | None:
+        if self.method.space is not Space.LINEAR:
+            return None
+        return self.method.coefficients(weights, lambda: inner_products(parts))
+
+    def _merged(
+        self, name: str, layout: LoraModule, parts: Sequence[Factors], weights: Tensor, coefficients: Tensor | None
+    ) -> Truncated:
+        limit = min(layout.d_out, layout.d_in)
+        if coefficients is not None:
+            return weighted_sum(parts, coefficients.tolist(), self.truncation, self.dtype)
+        match self.method.space:
+            case Space.INPUTS:
+                turned = self._transformed(name, parts, weights)
+                return weighted_sum(turned, [1.0] * len(turned), self.truncation, self.dtype)
+            case Space.FACTORS:
+                return self._by_factor(name, parts, weights, limit)
+            case Space.ROWS:
+                return self._by_rows(parts, weights, limit)
+            case Space.ELEMENTWISE if self.space is EntrySpace.FACTORS:
+                return self._by_factor(name, parts, weights, limit)
+            case Space.ELEMENTWISE if self.space is EntrySpace.DELTA:
+                deltas = torch.stack([part.scaling * part.B.to(self._wide) @ part.A.to(self._wide) for part in parts])
+                return truncated_dense(self._apply(name, deltas, weights, limit), self.truncation)
+            case Space.ELEMENTWISE:
+                cores = to_cores(parts).canonical()
+                merged = self._apply(name, cores.stacked(self._wide), weights, limit)
+            case Space.REFERENCE:
+                cores = to_cores(parts).reference()
+                merged = self._apply(name, cores.stacked(), weights, limit)
+            case _:
+                cores = to_cores(parts)
+                merged = self._apply(name, cores.stacked(), weights, limit)
+        return truncated(merged, cores, self.truncation)
+
+    def _apply(self, name: str, deltas: Tensor, weights: Tensor, limit: int) -> Tensor:
+        drawn = self.experts if "generators" in self.method.needs else []
+        draws = [f"{expert.file.beginning} {name}" for expert in drawn]
+        merged = self.method.merge(deltas, weights.to(deltas.dtype), draws=draws, limit=limit)
+        if not is_finite(merged):
+            raise _too_large(name, merged.dtype)
+        return merged
+
+    def _by_rows(self, parts: Sequence[Factors], weights: Tensor, limit: int) -> Truncated:
+        U, left = orthonormal_basis([part.scaling * part.B.to(F64) for part in parts])
+        rows = torch.stack([own @ part.A.to(F64) for own, part in zip(left, parts, strict=True)])
+        within = truncated_dense(self.method.merge(rows, weights, limit=limit), self.truncation)
+        return replace(within, factors=Factors(within.factors.A, U.times(within.factors.B), 1.0))
+
+    def _by_factor(self, name: str, parts: Sequence[Factors], weights: Tensor, limit: int) -> Truncated:
+        """Parameter by parameter; the experts share an init, so that their entries mean the same."""
+        stacks = {
+            "A": torch.stack([part.A.to(self._wide) for part in parts]),
+            "B": torch.stack([part.scaling * part.B.to(self._wide) for part in parts]),
+        }
+        merged = {}
+        for letter, stack in stacks.items():
+            if self.method.space is Space.FACTORS:
+                fishers = self._fishers(name, letter, parts)
+                merged[letter] = self.method.merge(stack, weights.to(self._wide), fishers=fishers)
+            else:
+                merged[letter] = self._apply(f"{name} {letter}", stack, weights, limit)
+        if self.truncation == EVERYTHING:
+            return Truncated(Factors(merged["A"], merged["B"], 1.0), 0.0, 0.0)
+        cores = to_cores([Factors(merged["A"], merged["B"], 1.0)])
+        return truncated(cores.stacked()[0], cores, self.truncation)
+
+    def _fishers(self, name: str, letter: str, parts: Sequence[Factors]) -> Tensor:
+        """The diagonal Fisher of one factor; B carries the scaling here, so its Fisher is that of s·B.
+
+        It was measured at the expert's full strength, so the strength is not part of s: a weaker update
+        says no more.
+        """
+        assert self.fisher is not None
+        found = []
+        for expert, part in zip(self.experts, parts, strict=True):
+            key = getattr(expert.modules[name], letter)
+            diagonal = self.fisher(expert, key).to(self._wide).reshape(part.A.shape if letter == "A" else part.B.shape)
+            scaling = part.scaling / expert.strength if expert.strength else 1.0
+            found.append(diagonal / scaling**2 if letter == "B" and scaling else diagonal)
+        return torch.stack(found)
+
+    def _transformed(self, name: str, parts: Sequence[Factors], weights: Tensor) -> list[Factors]:
+        """The factors with the rows of A turned by the inputs' statistics; embeddings and others: the plain sum."""
+        assert self.gram is not None
+        known = [self.gram(expert, name) for expert in self.experts]
+        present = [gram for gram in known if gram is not None]
+        if not present:
+            return [Factors(part.A, part.B * w, part.scaling) for part, w in zip(parts, weights.tolist(), strict=True)]
+        mean = sum(present, torch.zeros(())) / len(present)
+        rows = self.method.transformed(
+            [part.A.to(F64) for part in parts], weights, [mean if gram is None else gram for gram in known]
+        )
+        return [Factors(row, part.B, part.scaling) for row, part in zip(rows, parts, strict=True)]
+
+
+def widest(dtypes: Iterable[Iterable[str]]) -> torch.dtype:
+    """The dtype that holds every number of some experts, by safetensors' names of the dtypes of each.
+
+    >>> widest([("F16",), ("BF16", "F16")])
+    torch.float32
+    """
+    return reduce(torch.promote_types, (torch_dtype(dtype) for each in dtypes for dtype in each))
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Without linear algebra a module is so little work that handing it to threads takes longer than doing it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _too_large(name: str, dtype: torch.dtype) -> PimergeError:
+    wider = "float64" if dtype == torch.float32 else "float32"
+    return PimergeError(
+        f"module '{name}': the merged update is too large for {dtype}", f"pass --dtype {wider}, or smaller weights"
+    )
