@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from pimerge.evaluation.compare import compare
     from pimerge.evaluation.comparison import Comparison
     from pimerge.evaluation.evaluate import Evaluation, evaluate
+    from pimerge.merging.merge import merge
+    from pimerge.merging.merged import Merged
     from pimerge.tasks.task import Task
     from pimerge.tuning.session import TuneResult
     from pimerge.tuning.tune import tune
@@ -46,6 +48,7 @@ __all__ = [
     "Comparison",
     "Evaluation",
     "Expert",
+    "Merged",
     "PimergeError",
     "Ranking",
     "Task",
@@ -54,6 +57,7 @@ __all__ = [
     "compare",
     "embed",
     "evaluate",
+    "merge",
     "tune",
 ]
 
@@ -61,6 +65,7 @@ _MODULES = {
     "Comparison": "pimerge.evaluation.comparison",
     "Evaluation": "pimerge.evaluation.evaluate",
     "Expert": "pimerge.adapters.expert",
+    "Merged": "pimerge.merging.merged",
     "PimergeError": "pimerge.core.errors",
     "Ranking": "pimerge.adapters.ranking_document",
     "Task": "pimerge.tasks.task",
@@ -68,6 +73,7 @@ _MODULES = {
     "compare": "pimerge.evaluation.compare",
     "embed": "pimerge.embedding.embed",
     "evaluate": "pimerge.evaluation.evaluate",
+    "merge": "pimerge.merging.merge",
     "tune": "pimerge.tuning.tune",
 }
 
