@@ -224,10 +224,16 @@ def test_it_lies_beside_its_task(run: Run, pool: Pool) -> None:
     assert (run.output / "task.json").is_file()
 
 
-def test_an_expert_has_a_head_and_can_join_a_pool(run: Run, pool: Pool) -> None:
-    if run.is_expert:
-        expert = open_expert(run.output)
-        assert expert.head.keys() == {"classifier.weight", "classifier.bias"}
+def test_what_was_written_has_a_head_and_its_experts_can_join_a_pool(run: Run, pool: Pool) -> None:
+    head = {"classifier.weight", "classifier.bias"}
+    folders = [file.parent for file in run.output.rglob("adapter_config.json")]
+    if run.method.plan.full:
+        assert not folders
+        assert head <= load_file(run.output / "model.safetensors").keys()
+    else:
+        assert folders == [run.output] if run.is_expert else len(folders) > 1
+    for expert in map(open_expert, folders):
+        assert expert.head.keys() == head
         assert expert.base.identity == pool.target.base.identity
 
 
@@ -246,17 +252,17 @@ def test_an_output_that_is_there_is_refused_and_kept(run: Run, pool: Pool) -> No
 
 
 def test_there_is_a_weight_for_each_expert(run: Run) -> None:
+    assert bool(run.result.weights) != run.method.plan.full
     for weights in run.result.weights.values():
         assert len(weights) == len(run.result.experts) == len(run.result.scales)
         if run.method.plan.mixture not in ("free", "channels"):
             assert sum(weights) == pytest.approx(1)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [method.name for method in METHODS if method.plan.experts])
 def test_a_method_that_composes_needs_experts(name: str, pool: Pool, tmp_path: Path) -> None:
-    if open_tune_method(name).plan.experts:
-        with pytest.raises(PimergeError, match=f"'{name}' needs experts to combine"):
-            tune(name, pool.session.task, pool.session.base, [], pool.target, tmp_path / "tuned", OPTIONS)
+    with pytest.raises(PimergeError, match=f"'{name}' needs experts to combine"):
+        tune(name, pool.session.task, pool.session.base, [], pool.target, tmp_path / "tuned", OPTIONS)
 
 
 QUICK = replace(OPTIONS, epochs=1, shots=3)

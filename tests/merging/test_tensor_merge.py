@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -84,41 +85,63 @@ def test_one_expert_and_copies_of_it_come_back_bit_for_bit(
                 assert torch.equal(tensor, file[key]), (method, copies, key)
 
 
+ANY_TENSOR = [method.name for method in METHODS if method.space.takes_any_tensor]
+"""Methods that merge tensors without a ΔW."""
+
+
+def weights_for(method: str) -> list[float]:
+    """One weight for each of as many experts as a method takes, with sum 1 where it takes weights."""
+    if method == "slerp":
+        return [0.5, 0.5]
+    with suppress(PimergeError):
+        return list(open_method(method).weights(3, [0.5, 0.25, 0.25]))
+    return list(open_method(method).weights(3, None))
+
+
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("method", METHODS.names())
-def test_every_method_keeps_its_laws_or_is_refused_by_name(
+@pytest.mark.parametrize("method", sorted({*METHODS.names()} - {*ANY_TENSOR}))
+def test_methods_that_need_an_update_are_refused_by_name(
     pool: Callable[[str], list[Path]], kind: str, method: str
 ) -> None:
-    folders = pool(kind)
-    opened = open_method(method)
-    if not opened.space.takes_any_tensor:
-        with pytest.raises(PimergeError, match=f"'{method}' works on .* have no ΔW"):
-            merged(folders, method, [1 / 3] * 3)
-        return
-    count = 2 if method == "slerp" else 3
-    weights = (
-        opened.weights(count, [0.5] * 2 if method == "slerp" else None) if method != "interpolated" else [1 / 3] * 3
-    )
-    found = merged(folders[:count], method, list(weights))
-    again = merged(folders[:count], method, list(weights))
+    with pytest.raises(PimergeError, match=f"'{method}' works on .* have no ΔW"):
+        merged(pool(kind), method, [1 / 3] * 3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("method", ANY_TENSOR)
+def test_a_merge_of_tensors_is_the_same_again_and_finite(
+    pool: Callable[[str], list[Path]], kind: str, method: str
+) -> None:
+    weights = weights_for(method)
+    folders = pool(kind)[: len(weights)]
+    found, again = (merged(folders, method, weights) for _ in range(2))
+    assert found
     for key, tensor in found.items():
         assert torch.equal(tensor, again[key])
         assert tensor.isfinite().all()
-    if "order" not in opened.strategy.breaks:
-        turned = merged(folders[:count][::-1], method, list(weights)[::-1])
-        for key, tensor in found.items():
-            torch.testing.assert_close(turned[key], tensor, rtol=1e-4, atol=1e-6)
-    if "copies" not in opened.strategy.breaks and method != "slerp":
-        same = merged(
-            [folders[0]] * count,
-            method,
-            list(opened.weights(count, [1 / count] * count) if method == "interpolated" else weights),
-        )
-        scale = sum(weights)
-        if abs(scale - 1) < 1e-9:
-            file = load_file(folders[0] / "adapter_model.safetensors")
-            for key, tensor in same.items():
-                torch.testing.assert_close(tensor, file[key], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("method", [name for name in ANY_TENSOR if "order" not in METHODS.load(name).breaks])
+def test_the_order_of_the_experts_does_not_matter(pool: Callable[[str], list[Path]], kind: str, method: str) -> None:
+    weights = weights_for(method)
+    folders = pool(kind)[: len(weights)]
+    turned = merged(folders[::-1], method, weights[::-1])
+    for key, tensor in merged(folders, method, weights).items():
+        torch.testing.assert_close(turned[key], tensor, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("method", [name for name in ANY_TENSOR if "copies" not in METHODS.load(name).breaks])
+def test_copies_with_weights_of_sum_one_give_the_expert(
+    pool: Callable[[str], list[Path]], kind: str, method: str
+) -> None:
+    weights = weights_for(method)
+    assert sum(weights) == pytest.approx(1)
+    folder = pool(kind)[0]
+    file = load_file(folder / "adapter_model.safetensors")
+    for key, tensor in merged([folder] * len(weights), method, weights).items():
+        torch.testing.assert_close(tensor, file[key], rtol=1e-4, atol=1e-6)
 
 
 def test_the_projections_of_a_position_share_one_coefficient_and_so_does_a_prefixs_layer(
