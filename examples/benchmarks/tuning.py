@@ -21,7 +21,7 @@ from pimerge.adapters.expert import find_experts, open_expert
 from pimerge.cli.console import print_line, print_table
 from pimerge.core.libraries import quiet_libraries
 from pimerge.evaluation.design import CONTROLS, ComparisonDesign, RankedExpert, shots_text
-from pimerge.evaluation.runner import run_comparison
+from pimerge.evaluation.runner import ComparisonRequest, run_comparison
 from pimerge.evaluation.scoring import BASE, score_experts
 from pimerge.tasks.task import open_task
 from pimerge.tuning.options import TrainingOptions
@@ -70,7 +70,9 @@ def run(experts: Path, name: str, work: Path, design: ComparisonDesign) -> dict[
     """(Shots, method) → mean accuracy over the seeds, for one target."""
     target = open_expert(experts / name)
     pool = [RankedExpert(open_expert(path)) for path in find_experts(experts) if path.name != name]
-    document = run_comparison(open_task(target.path), target.base, pool, design, work)
+    document = run_comparison(
+        ComparisonRequest(task=open_task(target.path), base=target.base, pool=pool, design=design, folder=work)
+    )
     assert document is not None
     return {(line.shots, line.method): line.mean for line in document.lines}
 

@@ -13,7 +13,7 @@ from pimerge.core.files import require_absent
 from pimerge.core.progress import Note, Track, silent, unheard
 from pimerge.evaluation.comparison import Comparison
 from pimerge.evaluation.design import ComparisonDesign, RankedExpert, check_names, usual_controls
-from pimerge.evaluation.runner import run_comparison
+from pimerge.evaluation.runner import ComparisonRequest, run_comparison
 from pimerge.evaluation.target import TargetSource, open_target
 from pimerge.tasks.task import TaskSource, open_task
 from pimerge.tuning.options import TrainingOptions
@@ -97,11 +97,11 @@ def compare(
         raise PimergeError("the target is not known", "pass --target FOLDER (an expert's or a task's)")
     pool = _open_pool(experts, own, Path(ranking), base)
     asked = usual_controls(task, tried) if controls is None else controls
-    document = run_comparison(
-        task,
-        base_of([each.expert for each in pool], own, base),
-        pool,
-        ComparisonDesign(
+    request = ComparisonRequest(
+        task=task,
+        base=base_of([each.expert for each in pool], own, base),
+        pool=pool,
+        design=ComparisonDesign(
             methods=list(dict.fromkeys([*asked, *tried])),
             shots=list(dict.fromkeys(shots)),
             seeds=seeds,
@@ -112,14 +112,12 @@ def compare(
             ranked_by=rank_by,
             split=draw_from,
         ),
-        output.with_suffix(".runs"),
+        folder=output.with_suffix(".runs"),
         also=[open_task(source) for source in also_test],
-        before=lambda: require_absent(output, force),
         device=device,
         dtype=dtype,
-        track=track,
-        note=note,
     )
+    document = run_comparison(request, before=lambda: require_absent(output, force), track=track, note=note)
     if document is None:
         return None
     found = Comparison(document)

@@ -127,9 +127,6 @@ def check_design(
         experts: how many there are, besides the target's own.
         also: further tasks whose test splits the results are scored on.
         note: told what the user should know.
-
-    Raises:
-        PimergeError: if the design does not fit the data or the experts.
     """
     check_options(design.options)
     problems = Problems()

@@ -11,7 +11,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from pimerge.checkpoints.base import Base
 from pimerge.core.documents import parse_document
 from pimerge.core.errors import Problems
 from pimerge.core.files import json_text, sha256_bytes, write_file
-from pimerge.core.progress import Track, silent
+from pimerge.core.progress import Note, Track, silent, unheard
 from pimerge.core.version import __version__
 from pimerge.embedding.features import FeatureReader, Sampling
 from pimerge.evaluation.design import (
@@ -53,49 +53,57 @@ _WAIT = 0.5
 _DISTRIBUTED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
-def run_comparison(
-    task: Task,
-    base: Base,
-    pool: Sequence[RankedExpert],
-    design: ComparisonDesign,
-    folder: Path,
-    *,
-    also: Sequence[Task] = (),
-    before: Callable[[], None] = lambda: None,
-    device: str = "auto",
-    dtype: str = "auto",
-    track: Track = silent,
-    note: Callable[[str], None] = lambda message: None,
-) -> ComparisonDocument | None:
-    """Run what has not run yet, and sum up.
+@dataclass(frozen=True, kw_only=True)
+class ComparisonRequest:
+    """What to compare, and where the runs are kept.
 
-    Under ``accelerate launch`` every process takes its share of the runs, on a device of its own; the first sums up.
+    Attributes:
+        task: the target's. The target's own expert has no part: it may have seen more examples.
+        pool: the experts, in the order of a ranking if ``design.ranked_by`` says so.
+        folder: holds the runs.
+        also: further tasks with the target's classes, whose test splits are scored as well.
+    """
+
+    task: Task
+    base: Base
+    pool: Sequence[RankedExpert]
+    design: ComparisonDesign
+    folder: Path
+    also: Sequence[Task] = ()
+    device: str = "auto"
+    dtype: str = "auto"
+
+
+def run_comparison(
+    request: ComparisonRequest,
+    *,
+    before: Callable[[], None] = lambda: None,
+    track: Track = silent,
+    note: Note = unheard,
+) -> ComparisonDocument | None:
+    """Make the runs that are missing, and sum up all of them.
+
+    Under ``accelerate launch`` every process makes its share of the runs on its own device; the first sums up.
 
     Args:
-        task: the target's. Its own expert, if it has one, has no part: it may have seen more examples.
-        pool: the experts, the target's own not among them; as a ranking has them, if ``design.ranked_by`` says so.
-        folder: of the runs.
-        also: further tasks whose test splits the results are scored on, with the target's classes.
-        before: called if anything is to be run, before it is.
+        before: called before the first run, if any is missing.
 
     Returns:
         None in a process that does not sum up.
-
-    Raises:
-        PimergeError: if the design does not fit the data or the experts, or a run fails.
     """
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    if world > 1 and device == "auto":
-        device = _own_device()
+    if world > 1 and request.device == "auto":
+        request = replace(request, device=_own_device())
     for name in _DISTRIBUTED:  # a run has one process
         os.environ.pop(name, None)
+    task, design = request.task, request.design
     if design.split is not None:
         splits = {**task.file.splits, "train": design.split}
-        task = replace(task, file=task.file.model_copy(update={"splits": splits}))
+        request = replace(request, task=replace(task, file=task.file.model_copy(update={"splits": splits})))
     methods = {name: open_tune_method("uniform" if name == SINGLE else name) for name in design.methods}
-    check_design(task, len(pool), design, methods, also, note)
+    check_design(request.task, len(request.pool), design, methods, request.also, note)
     cases = list(cases_of(design, methods))
-    runner = _ComparisonRunner(task, base, pool, design, methods, folder, [task, *also], device, dtype)
+    runner = _ComparisonRunner(request, methods)
     if any(runner.done(case) is None for case in cases):
         before()
     mine = [case for number, case in enumerate(cases) if number % world == rank]
@@ -105,18 +113,17 @@ def run_comparison(
             advance(1, f"{case.method}, {shots_text(case.shots)}, seed {case.seed}")
     if rank > 0:
         return None
-    while any(runner.done(case) is None for case in cases):  # what the other processes do
+    while any(runner.done(case) is None for case in cases):  # the other processes make them
         time.sleep(_WAIT)
-    shutil.rmtree(folder / FEATURES, ignore_errors=True)
-    return _summed_up(task, base, pool, design, [run for case in cases if (run := runner.done(case))])
+    shutil.rmtree(request.folder / FEATURES, ignore_errors=True)
+    return _summed_up(request, [run for case in cases if (run := runner.done(case))])
 
 
-def _summed_up(
-    task: Task, base: Base, pool: Sequence[RankedExpert], design: ComparisonDesign, runs: Sequence[ComparisonRun]
-) -> ComparisonDocument:
+def _summed_up(request: ComparisonRequest, runs: Sequence[ComparisonRun]) -> ComparisonDocument:
+    task, design = request.task, request.design
     return ComparisonDocument(
         target=task.name,
-        base=base.name,
+        base=request.base.name,
         metric=task.metrics[0],
         options={
             **asdict(design.options),
@@ -124,7 +131,7 @@ def _summed_up(
             "lrs": dict(design.lrs),
             "rank_by": design.ranked_by,
         },
-        experts=sorted(each.expert.name for each in pool),
+        experts=sorted(each.expert.name for each in request.pool),
         runs=list(runs),
         lines=lines_of(runs, design.controls),
         conclusion=conclusion(runs, design.controls, task.metrics[0]),
@@ -134,27 +141,17 @@ def _summed_up(
 class _ComparisonRunner:
     """The base in memory, the rankings of the draws, and the folder of the runs."""
 
-    def __init__(
-        self,
-        task: Task,
-        base: Base,
-        pool: Sequence[RankedExpert],
-        design: ComparisonDesign,
-        methods: Mapping[str, TuneMethod],
-        folder: Path,
-        tests: Sequence[Task],
-        device: str,
-        dtype: str,
-    ) -> None:
-        self.pool, self.design, self.methods, self.folder = pool, design, methods, folder
-        self.task, self.base, self.device, self.dtype = task, base, device, dtype
+    def __init__(self, request: ComparisonRequest, methods: Mapping[str, TuneMethod]) -> None:
+        self.methods, self.pool, self.design, self.folder = methods, request.pool, request.design, request.folder
+        self.task, self.base, self.device, self.dtype = request.task, request.base, request.device, request.dtype
+        tests = [request.task, *request.also]
         self.test_tasks = {"test": tests[0], **{each.name: each for each in tests[1:]}}
         self.inputs = [
             __version__,
             *(each.sha256() for each in tests),
-            base.identity,
-            [each.expert.sha256 for each in pool],
-            dtype,
+            self.base.identity,
+            [each.expert.sha256 for each in self.pool],
+            self.dtype,
         ]
         self.ranked = cache(self._ranked)
         self.runs: dict[PlannedRun, ComparisonRun] = {}

@@ -96,11 +96,7 @@ class ComparisonDocument(BaseModel):
 
 
 def read_comparison(path: Path) -> ComparisonDocument:
-    """Read ``comparison.json``.
-
-    Raises:
-        PimergeError: if it is not there or does not fit.
-    """
+    """Read ``comparison.json``."""
     if not path.is_file():
         raise PimergeError(f"there is no comparison '{path}'", "run 'pimerge compare --target NAME' first")
     return parse_document(ComparisonDocument, path, "run 'pimerge compare' again")

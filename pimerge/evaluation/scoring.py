@@ -101,7 +101,6 @@ def read_test_split(
     *,
     limit: int | None = None,
     seed: int = 0,
-    batch_tokens: int = BATCH_TOKENS,
     padded: bool = True,
     note: Callable[[str], None] = lambda message: None,
 ) -> TestSplit:
@@ -111,16 +110,13 @@ def read_test_split(
         limit: draw at most so many examples, by the seed.
         padded: off, the examples of a batch have one length.
         note: told how many examples were cut.
-
-    Raises:
-        PimergeError: if the split cannot be read or encoded.
     """
     examples, labels = task.examples("test", loaded.processor, loaded.config_for(experts), seed=seed, limit=limit)
     if examples.truncated:
         note(f"{examples.truncated} test examples are longer than the model takes and were cut")
     padded = padded and not most_virtual_tokens(experts)
     return TestSplit(
-        task, examples, examples.classes or labels, bucket_by_length(examples.lengths, batch_tokens, padded=padded)
+        task, examples, examples.classes or labels, bucket_by_length(examples.lengths, BATCH_TOKENS, padded=padded)
     )
 
 
@@ -132,7 +128,6 @@ def score_experts(
     *,
     device: str = "auto",
     dtype: str = "auto",
-    batch_tokens: int = BATCH_TOKENS,
     track: Track = silent,
     note: Callable[[str], None] = lambda message: None,
 ) -> list[Score]:
@@ -146,9 +141,6 @@ def score_experts(
         base: that of every expert.
         target: the target's own expert, if it is known.
         note: told what the user should know, a sentence at a time.
-
-    Raises:
-        PimergeError: if an expert has no head for the task's labels, another base, or does not fit it.
     """
     problems = Problems()
     single = [each for row in experts for each in (row.experts if isinstance(row, Ensemble) else [row])]
@@ -160,7 +152,7 @@ def score_experts(
     precision = resolve_dtype(dtype, resolved)
     scores = []
     loaded = load_base(base, task, resolved, precision)
-    split = read_test_split(task, loaded, single, batch_tokens=batch_tokens, note=note)
+    split = read_test_split(task, loaded, single, note=note)
     head, whose = _base_head(loaded, target, task)
     total = len(split.examples) * (len(experts) + (whose is not None))
     with track("evaluating", total, "examples") as advance:
@@ -190,9 +182,6 @@ def score_model(
 
     Args:
         whose: note on the head that answers.
-
-    Raises:
-        PimergeError: if its loss is not finite.
     """
     found = split.answers(model.eval(), advance)
     if endless := [row for row, cut in enumerate(found.cut) if cut]:
@@ -212,11 +201,7 @@ def score_checkpoint(
     track: Track = silent,
     note: Callable[[str], None] = lambda message: None,
 ) -> Score:
-    """Score a full checkpoint on the target's test split.
-
-    Raises:
-        PimergeError: if it has no head for the task's labels.
-    """
+    """Score a full checkpoint on the target's test split."""
     base = Base(str(path), None, path)
     rows = score_experts([], task, base, None, device=device, dtype=dtype, track=track, note=note)
     if not rows:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from pimerge.cli.app import app
 from tests.support.cli import SLOW, printed
+
+COMMANDS = [command.name for command in app.registered_commands]
 
 
 def test_the_command_line_imports_nothing_slow() -> None:
@@ -12,7 +15,7 @@ def test_the_command_line_imports_nothing_slow() -> None:
     assert printed(code) == "[]"
 
 
-@pytest.mark.parametrize("command", ["rank", "merge", "tune"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_the_help_of_a_command_imports_nothing_slow(command: str) -> None:
     slow = SLOW | {"pydantic", "numpy"}
     code = (

@@ -17,6 +17,7 @@ from torch import nn
 from pimerge.adapters.expert import Expert, open_expert
 from pimerge.checkpoints.base import find_base
 from pimerge.core.errors import PimergeError
+from pimerge.evaluation import scoring
 from pimerge.evaluation.scoring import BASE, Score, score_experts, wilson_interval
 from pimerge.models.heads import set_head
 from pimerge.tasks.intervals import Interval, bootstrap_interval
@@ -102,9 +103,12 @@ def scores_of(experts: list[Expert], target: Expert | None = None, **options: An
 
 @pytest.mark.parametrize("prefix", ["", "text-"])
 @pytest.mark.parametrize("batch_tokens", [1, 16_384])
-def test_scores_are_those_of_a_plain_loop(pool: Path, prefix: str, batch_tokens: int) -> None:
+def test_scores_are_those_of_a_plain_loop(
+    pool: Path, prefix: str, batch_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scoring, "BATCH_TOKENS", batch_tokens)
     experts = [open_expert(pool / f"{prefix}{name}") for name in ("x", "a")]
-    found = scores_of(experts, experts[0], batch_tokens=batch_tokens)
+    found = scores_of(experts, experts[0])
     assert list(found) == [BASE, f"{prefix}x", f"{prefix}a"]
     base = Path(experts[0].base.source)
     for expert in experts:

@@ -21,7 +21,8 @@ import pytest
 from scipy.stats import ttest_rel
 
 from pimerge.adapters.expert import Expert
-from pimerge.evaluation.design import ComparisonDesign, RankedExpert
+from pimerge.evaluation.design import ComparisonDesign
+from pimerge.evaluation.runner import ComparisonRequest
 from pimerge.evaluation.schema import ComparisonDocument, ComparisonRun
 from pimerge.tasks.task import Task
 from pimerge.tuning.run import TuneInputs
@@ -66,16 +67,10 @@ def compared(monkeypatch: pytest.MonkeyPatch) -> Compared:
     """The requested comparisons, in order; the scores are fake."""
     found: Compared = []
 
-    def compare(
-        task: Task,
-        base: object,
-        pool: list[RankedExpert],
-        design: ComparisonDesign,
-        folder: Path,
-        **more: Any,
-    ) -> ComparisonDocument:
-        tests = ["test", *(each.name for each in more["also"])]
-        found.append((_lasting(task), [_lasting(each.expert) for each in pool], design, tests))
+    def compare(request: ComparisonRequest, **more: Any) -> ComparisonDocument:
+        task, design = request.task, request.design
+        tests = ["test", *(each.name for each in request.also)]
+        found.append((_lasting(task), [_lasting(each.expert) for each in request.pool], design, tests))
         runs = [
             ComparisonRun(
                 method=method,

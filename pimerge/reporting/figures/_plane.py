@@ -67,11 +67,7 @@ class Plane:
 
     @classmethod
     def through(cls, experts: Sequence[Expert]) -> Plane:
-        """The plane through three experts.
-
-        Raises:
-            PimergeError: if they lie on one line.
-        """
+        """The plane through three experts."""
         products = inner_products(experts)
         square = DIFFERENCES @ sum(products.values(), np.zeros((3, 3))) @ DIFFERENCES.T  # (2 × 2)
         x = float(np.sqrt(max(square[0, 0], 0.0)))

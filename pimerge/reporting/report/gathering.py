@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,28 +14,22 @@ from pimerge.core.files import read_json
 from pimerge.core.manifest import MANIFEST_FILE, Manifest
 from pimerge.core.version import __version__
 from pimerge.reporting.figure import FIGURES
-from pimerge.reporting.report.document import Cell, LongText, Picture, Report, Section, Table
-from pimerge.tasks.metric import METRICS
+from pimerge.reporting.report import tables
+from pimerge.reporting.report.document import LongText, Picture, Report, Section
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
-    from pimerge.adapters.ranking_document import Ranking
     from pimerge.embedding.store import Store
-    from pimerge.evaluation.schema import ComparisonDocument
-    from pimerge.reporting.inspection import Finding
 
-MOST_ROWS = 1000
 MOST_PAIRS = 200  # of a larger pool it is not looked at who goes with whom
 LARGEST_DOCUMENT = 20_000_000
 LONGEST_CARD = 20_000
-LARGEST_NUMBER = 1e300  # beyond are no results, and NaN is not below it
 POOL, STORE = "experts", "embeddings.json"
-NONE = Cell(text="–")
 
 
 @dataclass
-class Found:
+class FolderDocuments:
     """The JSON documents of a folder by what they are, each with its path; and what could not be read."""
 
     rankings: list[tuple[Path, Any]] = field(default_factory=list)
@@ -47,11 +40,7 @@ class Found:
 
 
 def gather(folder: Path) -> Report:
-    """The report on a folder.
-
-    Raises:
-        PimergeError: if there is nothing in it to report on.
-    """
+    """The report on a folder."""
     if not folder.is_dir():
         raise PimergeError(f"there is no folder '{folder}'")
     found = sort_documents(folder)
@@ -71,9 +60,9 @@ def gather(folder: Path) -> Report:
     return Report(folder=folder.resolve().name, version=__version__, sections=sections)
 
 
-def sort_documents(folder: Path) -> Found:
+def sort_documents(folder: Path) -> FolderDocuments:
     """What each JSON file of a folder is, by its content; files of others are passed over."""
-    found = Found()
+    found = FolderDocuments()
     kinds: Sequence[tuple[list[tuple[Path, Any]], set[str]]] = [
         (found.plots, {"figure"}),
         (found.rankings, {"candidates", "selected", "measure"}),
@@ -110,18 +99,18 @@ def _pool(folder: Path) -> Section:
                     f"{len(paths)} experts: who goes with whom is shown by 'pimerge inspect' for pools of up to "
                     f"{MOST_PAIRS}"
                 )
-                findings = [one for path in paths[:MOST_ROWS] for one in inspect([path], None, store)]
+                findings = [one for path in paths[: tables.MOST_ROWS] for one in inspect([path], None, store)]
             else:
                 findings = inspect(paths, None, store)
         except PimergeError as error:
             section.problems += _messages(error)
         else:
-            section.tables.append(_experts_table(findings, store))
+            section.tables.append(tables.experts_table(findings, store))
             section.problems += [
                 f"{finding.path.name}: {problem.message}" for finding in findings for problem in finding.problems
             ]
     elif store is not None:
-        section.tables.append(_store_table(store))
+        section.tables.append(tables.store_table(store))
     else:
         section.missing.append(
             ("a pool of experts", "pimerge tune --method scratch --target TASK --output experts/NAME")
@@ -141,59 +130,12 @@ def _store(folder: Path, section: Section) -> Store | None:
         return None
 
 
-def _experts_table(findings: Sequence[Finding], store: Store | None) -> Table:
-    columns = ["expert", "kind", "base", "rank", "parameters", "dtype", "task", "ranks with", "merges with"]
-    fisher = ["Fisher: examples", "trace", "effective parameters"] if store else []
-    rows = []
-    for finding in findings:
-        expert, known = finding.expert, finding.fisher
-        if expert is None:
-            rows.append([Cell(text=finding.path.name), Cell(text="cannot be read"), *[NONE] * (7 + len(fisher))])
-            continue
-        row = [
-            Cell(text=expert.name),
-            Cell(text=expert.kind),
-            Cell(text=str(expert.config.get("base_model_name_or_path"))),
-            _number(max(expert.ranks), "/".join(map(str, expert.ranks))) if expert.ranks else NONE,
-            _number(expert.parameters, f"{expert.parameters:,}"),
-            Cell(text="/".join(expert.dtypes)),
-            Cell(text=finding.task.file.type if finding.task else "–"),
-            _number(len(finding.ranks_with)),
-            _number(len(finding.merges_with)),
-        ]
-        if store and known:
-            row += [
-                _number(known.examples),
-                _number(known.trace, f"{known.trace:.3g}"),
-                _number(known.effective, f"{known.effective:.1f}"),
-            ]
-        elif store:
-            row += [NONE] * len(fisher)
-        rows.append(row)
-    return _table("Experts", [*columns, *fisher], rows)
-
-
-def _store_table(store: Store) -> Table:
-    rows = [
-        [
-            Cell(text=name),
-            Cell(text=entry.kind),
-            Cell(text=str(entry.task.get("type", "–"))),
-            _number(entry.examples),
-            _number(entry.tokens),
-            _number(entry.trace, f"{entry.trace:.3g}"),
-        ]
-        for name, entry in store.experts.items()
-    ]
-    return _table("Experts of the store", ["expert", "kind", "task", "examples", "tokens", "Fisher trace"], rows)
-
-
-def _rankings(found: Found) -> Section:
+def _rankings(found: FolderDocuments) -> Section:
     from pimerge.adapters.ranking_document import Ranking
 
     section = Section(name="ranking", title="Who is expected to help")
     for path, ranking in _parsed(Ranking, found.rankings, section):
-        section.tables.append(_ranking_table(path, ranking))
+        section.tables.append(tables.ranking_table(path, ranking))
         section.sentences.append(f"{path.name}: {ranking.why}")
         section.sentences += ranking.notes
         if ranking.candidates and not ranking.selected:
@@ -203,27 +145,6 @@ def _rankings(found: Found) -> Section:
     return section
 
 
-def _ranking_table(path: Path, ranking: Ranking) -> Table:
-    rows = [
-        [
-            _number(place),
-            Cell(text=each.name),
-            _number(each.score, f"{each.score:.4f}"),
-            _number(each.low, f"{each.low:.4f} – {each.high:.4f}"),
-            _number(each.scale, f"{each.scale:g}"),
-            NONE if each.gain is None else _number(each.gain, f"{100 * each.gain:+.1f}"),
-            Cell(text="selected" if each.name in ranking.selected else "" if each.helps else "not expected to help"),
-        ]
-        for place, each in enumerate(ranking.candidates, 1)
-    ]
-    rows += [
-        [NONE, Cell(text=each.name), *[NONE] * 4, Cell(text=f"not comparable: {each.reason}")]
-        for each in ranking.not_comparable
-    ]
-    columns = ["", "expert", ranking.measure, "95 %", "scale", "expected gain, points", "verdict"]
-    return _table(f"{path.name}: for {ranking.target.name} by {ranking.measure}", columns, rows)
-
-
 def _outputs(folder: Path) -> Section:
     """Folders that pimerge has written."""
     section = Section(name="outputs", title="Merged and tuned")
@@ -231,7 +152,7 @@ def _outputs(folder: Path) -> Section:
     for path in sorted(folder.glob(f"*/{MANIFEST_FILE}")):
         try:
             manifest = parse_document(Manifest, path)
-            rows.append(_output_row(path.parent, manifest))
+            rows.append(tables.output_row(path.parent, manifest))
             if (path.parent / CARD_FILE).is_file():
                 content = (path.parent / CARD_FILE).read_text(encoding="utf-8", errors="replace")[:LONGEST_CARD]
                 section.texts.append(LongText(title=f"The model card of {path.parent.name}", content=content))
@@ -240,7 +161,7 @@ def _outputs(folder: Path) -> Section:
     if rows:
         columns = ["folder", "by", "for", "experts, mean weight", "seed", "examples", "train loss", "held-out loss"]
         columns += ["lost by truncation", "trained parameters"]
-        section.tables.append(_table("Outputs", columns, rows))
+        section.tables.append(tables.table("Outputs", columns, rows))
     commands = {str(row[1].text).partition(" ")[0] for row in rows}
     if "merge" not in commands:
         section.missing.append(("a merged expert", "pimerge merge --method uniform"))
@@ -249,44 +170,11 @@ def _outputs(folder: Path) -> Section:
     return section
 
 
-def _output_row(folder: Path, manifest: Manifest) -> list[Cell]:
-    options, results = manifest.options, manifest.results
-    weights = _mean_weights(folder)
-    names = [
-        f"{each.name} {weights[place]:.2f}" if place < len(weights) else each.name
-        for place, each in enumerate(manifest.inputs)
-    ]
-    return [
-        Cell(text=folder.name),
-        Cell(text=f"{manifest.command} {options.get('method', '')}".strip()),
-        Cell(text=str(options.get("target") or "–")),
-        Cell(text=", ".join(names) or "–"),
-        _maybe(options.get("seed"), "{:g}"),
-        _maybe(results.get("train_examples"), "{:,}"),
-        _maybe(results.get("train_loss"), "{:.4f}"),
-        _maybe(results.get("held_out_loss"), "{:.4f}"),
-        _maybe(results.get("truncation"), "{:.2%}"),
-        _maybe(results.get("trained_parameters"), "{:,}"),
-    ]
-
-
-def _mean_weights(folder: Path) -> list[float]:
-    """Of each expert over all modules, where the output has coefficients."""
-    from pimerge.adapters.writer import COEFFICIENTS_FILE, Coefficients
-
-    if not (folder / COEFFICIENTS_FILE).is_file():
-        return []
-    weights = parse_document(Coefficients, folder / COEFFICIENTS_FILE).weights.values()
-    if len({len(row) for row in weights}) > 1:
-        raise PimergeError(f"'{folder / COEFFICIENTS_FILE}' has rows of weights of different lengths")
-    return [statistics.fmean(each) for each in zip(*weights, strict=True)]
-
-
-def _scores(found: Found) -> Section:
+def _scores(found: FolderDocuments) -> Section:
     section = Section(name="scores", title="Scores on test splits")
     for path, content in found.scores:
         try:
-            section.tables.append(_scores_table(path, content))
+            section.tables.append(tables.scores_table(path, content))
         except (PimergeError, KeyError, TypeError, ValueError, AttributeError):  # no model says what it has to be
             section.problems.append(f"'{path}' is not what 'pimerge eval --output' writes")
     if not found.scores:
@@ -294,30 +182,13 @@ def _scores(found: Found) -> Section:
     return section
 
 
-def _scores_table(path: Path, content: Mapping[str, Any]) -> Table:
-    metrics = list(content["scores"][0]["metrics"]) if content["scores"] else []
-    styles = [METRICS.load(name).format for name in metrics]
-    rows = []
-    for score in content["scores"]:
-        row = [Cell(text=str(score["name"]))]
-        for name, style in zip(metrics, styles, strict=True):
-            known = score["metrics"][name]
-            row.append(_number(known["value"], format(known["value"], style)))
-            row.append(_number(known["low"], f"{known['low']:{style}} – {known['high']:{style}}"))
-        row.append(_number(score["loss"], f"{score['loss']:.3f}"))
-        row.append(_number(score["loss_low"], f"{score['loss_low']:.3f} – {score['loss_high']:.3f}"))
-        rows.append([*row, _number(score["examples"]), Cell(text=str(score["note"]))])
-    columns = ["expert", *(title for name in metrics for title in (name, "95 %")), "loss", "95 %", "n", "head"]
-    return _table(f"{path.name}: on the {content['split']} split of {content['target']}", columns, rows)
-
-
-def _comparisons(found: Found) -> Section:
+def _comparisons(found: FolderDocuments) -> Section:
     from pimerge.evaluation.schema import ComparisonDocument
 
     section = Section(name="comparison", title="Methods against controls")
     for path, comparison in _parsed(ComparisonDocument, found.comparisons, section):
         try:
-            section.tables.append(_comparison_table(path, comparison))
+            section.tables.append(tables.comparison_table(path, comparison))
             section.sentences.append(f"{path.name}: {comparison.conclusion}")
         except PimergeError as error:  # a metric that this version does not know
             section.problems += _messages(error)
@@ -326,33 +197,7 @@ def _comparisons(found: Found) -> Section:
     return section
 
 
-def _comparison_table(path: Path, comparison: ComparisonDocument) -> Table:
-    style = METRICS.load(comparison.metric).format
-    rows = [
-        [
-            Cell(text=line.method + (" (control)" if line.control else "")),
-            Cell(text="all") if line.shots is None else _number(line.shots),
-            _number(line.k),
-            Cell(text=line.test),
-            _number(line.seeds),
-            _number(line.mean, f"{line.mean:{style}}"),
-            _number(line.sd, f"{line.sd:{style}}"),
-            NONE if line.difference is None else _number(line.difference, f"{line.difference:+{style}}"),
-            NONE
-            if line.low is None or line.high is None
-            else _number(line.low, f"{line.low:+{style}} – {line.high:+{style}}"),
-            _number(line.trained_parameters, f"{line.trained_parameters:,}"),
-            _number(line.deployed_parameters, f"{line.deployed_parameters:,}"),
-            _number(line.seconds, f"{line.seconds:.1f}"),
-        ]
-        for line in comparison.lines
-    ]
-    columns = ["method", "shots", "k", "test set", "seeds", comparison.metric, "sd", "to best control", "95 %"]
-    columns += ["trained", "deployed", "seconds"]
-    return _table(f"{path.name}: {comparison.target} on {comparison.base}", columns, rows)
-
-
-def _plots(folder: Path, found: Found) -> Section:
+def _plots(folder: Path, found: FolderDocuments) -> Section:
     section = Section(name="plots", title="Plots")
     summaries = {figure.name: figure.summary for figure in FIGURES}
     drawn = set()
@@ -386,30 +231,3 @@ def _parsed(
 
 def _messages(error: PimergeError) -> list[str]:
     return [problem.message for problem in error.problems]
-
-
-def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> Table:
-    """A table; a column holds numbers if every cell of it that says something has one."""
-    numbers = [
-        any(row[place].value is not None for row in rows)
-        and all(row[place].value is not None or row[place].text in ("–", "all") for row in rows)
-        for place in range(len(columns))
-    ]
-    return Table(
-        title=title,
-        columns=list(columns),
-        numbers=numbers,
-        rows=[list(row) for row in rows[:MOST_ROWS]],
-        left_out=max(0, len(rows) - MOST_ROWS),
-    )
-
-
-def _number(value: float, text: str | None = None) -> Cell:
-    return Cell(text=str(value) if text is None else text, value=value if abs(value) < LARGEST_NUMBER else None)
-
-
-def _maybe(value: Any, style: str) -> Cell:
-    """A number of an option or a result that not every output has."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return NONE
-    return _number(value, style.format(value))

@@ -24,9 +24,6 @@ def page(report: Report, folder: Path) -> str:
 
     Args:
         folder: where the pictures lie.
-
-    Raises:
-        PimergeError: if it would have 5 MB or more.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 

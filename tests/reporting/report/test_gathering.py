@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from pimerge.core.errors import PimergeError
 from pimerge.reporting.figure import FIGURES
-from pimerge.reporting.report import gathering
+from pimerge.reporting.report import tables
 from pimerge.reporting.report.document import Report, Section, Table
 from pimerge.reporting.report.gathering import gather
 from pimerge.reporting.report.page import page
@@ -126,7 +126,7 @@ def test_documents_that_do_not_fit_are_problems_of_their_section(tmp_path: Path)
 
 
 def test_long_tables_are_cut_and_say_so(monkeypatch: pytest.MonkeyPatch, reported: Path) -> None:
-    monkeypatch.setattr(gathering, "MOST_ROWS", 2)
+    monkeypatch.setattr(tables, "MOST_ROWS", 2)
     report = gather(reported)
     (table,) = section(report, "ranking").tables
     assert (len(table.rows), table.left_out) == (2, 2)
