@@ -1,4 +1,4 @@
-"""Heads of a base model: their size, their values and their initial values."""
+"""Heads of a base model: their size and their values."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def head_of_size(loaded: LoadedBase, base: Base, task: Task, labels: int) -> Iterator[None]:
-    """The base with a head of zeros for so many labels; afterwards it has its own again.
+    """Give the base a head of zeros for a number of labels; afterwards it has its own head again.
 
     Args:
         task: of the type that the base was loaded for.
@@ -65,14 +65,14 @@ def set_head(model: nn.Module, head: Mapping[str, Tensor]) -> None:
 
 
 def initialise_head(loaded: LoadedBase, seed: int) -> None:
-    """Draw anew what the checkpoint has no values for, as :func:`load_base` draws it by this seed."""
+    """Initialise anew the head's parameters that the checkpoint lacks, as :func:`load_base` does with this seed."""
     model: Any = loaded.model
     for key in loaded.drawn:
         marked = [model.get_parameter_or_buffer(key)]
         while key:
             key = key.rpartition(".")[0]
-            marked.append(model.get_submodule(key))  # some models draw their head where they hold it
+            marked.append(model.get_submodule(key))  # some models initialise their head in the module that holds it
         for each in marked:
-            vars(each).pop("_is_hf_initialized", None)  # transformers draws what has no mark
+            vars(each).pop("_is_hf_initialized", None)  # transformers initialises what has no mark
     torch.manual_seed(seed)
     model.initialize_weights()

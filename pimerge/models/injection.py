@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def injected(expert: Expert, loaded: LoadedBase) -> Iterator[nn.Module]:
-    """PEFT's model of a base with an expert and its head, in eval mode; afterwards the base is as it was."""
+    """Put an expert and its head into a base: PEFT's model, in eval mode; afterwards the base is restored."""
     from peft import PeftModel
 
     from pimerge import peft_methods  # noqa: F401  PEFT has to know every kind
@@ -35,7 +35,7 @@ def injected(expert: Expert, loaded: LoadedBase) -> Iterator[nn.Module]:
 
 
 def peft_prefix(model: nn.Module) -> str:
-    """What PEFT's model puts before the names of the base's modules; nothing for a plain model."""
+    """The prefix of the base's module names in PEFT's model; empty for a plain model."""
     from peft import PeftModel
 
     if not isinstance(model, PeftModel):
@@ -45,12 +45,12 @@ def peft_prefix(model: nn.Module) -> str:
 
 @contextmanager
 def injected_sum(experts: Sequence[Expert], weights: Sequence[float], loaded: LoadedBase) -> Iterator[nn.Module]:
-    """PEFT's model of W0 + Σ w_n ΔW_n under the base's own head, in eval mode; afterwards the base is as it was.
+    """Put W0 + Σ w_n ΔW_n under the base's own head: PEFT's model, in eval mode; afterwards the base is restored.
 
     Experts without ΔW are summed number by number, see :mod:`pimerge.adapters.additive_tensors`.
 
     Args:
-        experts: each at its own scale.
+        experts: each at its own strength.
         weights: one for each.
     """
     from peft import PeftModel, set_peft_model_state_dict
@@ -77,7 +77,7 @@ def injected_sum(experts: Sequence[Expert], weights: Sequence[float], loaded: Lo
         for name, expert, weight in zip(names, experts, weights, strict=True):
             config, tensors, scale = _as_lora(expert)
             strength[name] = weight * scale
-            config.modules_to_save = config.task_type = None  # a task type brings modules to save of its own
+            config.modules_to_save = config.task_type = None  # a task type adds modules to save
             config.inference_mode = True
             if model is None:
                 model = PeftModel(loaded.model, config, adapter_name=name)
@@ -92,7 +92,7 @@ def injected_sum(experts: Sequence[Expert], weights: Sequence[float], loaded: Lo
 
 
 def _as_lora(expert: Expert) -> tuple[PeftConfig, dict[str, Tensor], float]:
-    """PEFT's config and tensors of an expert's update as a LoRA, and the strength that is not in them."""
+    """PEFT's config and tensors for an expert's update as a LoRA, and the strength that they do not include."""
     from peft import LoraConfig, PeftConfig
 
     if not expert.is_computed:
@@ -110,7 +110,7 @@ def _as_lora(expert: Expert) -> tuple[PeftConfig, dict[str, Tensor], float]:
 
 
 def fresh_adapter_like(expert: Expert, base_model: nn.Module) -> nn.Module:
-    """PEFT's model of a base with a fresh adapter of the form of an expert, in eval mode, under the base's own head."""
+    """PEFT's model of a base with a fresh adapter shaped like an expert, in eval mode, under the base's own head."""
     from peft import PeftConfig, PeftModel, get_peft_model
 
     from pimerge import peft_methods  # noqa: F401  PEFT has to know every kind
@@ -118,22 +118,22 @@ def fresh_adapter_like(expert: Expert, base_model: nn.Module) -> nn.Module:
     config = PeftConfig.from_pretrained(str(expert.path))
     config.inference_mode = True
     model: nn.Module
-    if config.is_prompt_learning:  # what its task type does is what puts the prompt in
+    if config.is_prompt_learning:  # the model class of its task type puts the prompt in
         model = get_peft_model(base_model, config)
     else:
-        config.modules_to_save = config.task_type = None  # a task type brings modules to save of its own
+        config.modules_to_save = config.task_type = None  # a task type adds modules to save
         model = PeftModel(base_model, config)
     return model.eval()
 
 
 @contextmanager
 def modules_restored(base_model: nn.Module) -> Iterator[None]:
-    """Take out whatever PEFT put into a base during the block."""
+    """Remove whatever PEFT puts into a base during the block."""
     before, attributes = dict(base_model.named_modules()), set(vars(base_model))
     try:
         yield
     finally:
-        for name in vars(base_model).keys() - attributes:  # PEFT notes its adapters there, and takes them up again
+        for name in vars(base_model).keys() - attributes:  # PEFT records its adapters there and would reuse them
             delattr(base_model, name)
         for name, module in before.items():  # PEFT's unload would leave an expert's head in place of the base's
             if base_model.get_submodule(name) is not module:
@@ -143,7 +143,7 @@ def modules_restored(base_model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def tensors_restored(tensors: Iterable[Tensor]) -> Iterator[None]:
-    """Give parameters and buffers their values and dtypes back after the block, frozen and without gradients."""
+    """Restore the values and dtypes of parameters and buffers after the block, frozen and without gradients."""
     before = [(tensor, tensor.detach().clone()) for tensor in tensors]
     try:
         yield

@@ -61,7 +61,7 @@ def fit_probe(vectors: Tensor, labels: Tensor, classes: int, penalty: float = 1.
     Args:
         vectors: (n × d) float64.
         labels: (n) int64.
-        classes: how many classes the probe tells apart.
+        classes: the number of classes.
         penalty: above 0.
 
     >>> x = torch.tensor([[-1.0], [-0.9], [0.9], [1.0]], dtype=torch.float64)
@@ -183,7 +183,7 @@ def standardised(vectors: Tensor, weights: Tensor) -> Tensor:
 
 
 def _centre_and_scale(vectors: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean (d) and root mean square distance from it; that is infinite, as a divisor, if there is no difference."""
+    """Mean (d) and root mean square distance from it, as a divisor: infinite if the examples do not differ."""
     shares = weights / weights.sum()
     centre = shares @ vectors
     spread = (shares @ (vectors - centre).square().sum(1)).sqrt()

@@ -23,10 +23,10 @@ class LoadedBase:
     Attributes:
         model: in eval mode, nothing in it requires a gradient.
         processor: tokenizer or image processor.
-        head: names of the modules that a task trains besides its expert: those outside the backbone, and
-            any other that the checkpoint has no weights for; none where the base answers in text.
-        has_own_head: whether the checkpoint holds a head for just these labels, or answers in text.
-        drawn: names of the head's parameters that the checkpoint has no values for: they were drawn by the seed.
+        head: names of the modules that a task trains besides its expert: those outside the
+            architecture's body, and others that the checkpoint has no weights for; none where the base answers in text.
+        has_own_head: whether the checkpoint holds a head for exactly these labels, or answers in text.
+        drawn: names of the head's parameters that the checkpoint lacks, so that they were initialised at random.
     """
 
     model: nn.Module
@@ -42,11 +42,11 @@ class LoadedBase:
 
     @property
     def width(self) -> int | None:
-        """Numbers that a layer hands to the next, the hidden size; None where the config has no such."""
+        """The hidden size; None where the config names none."""
         return hidden_size(self.model)
 
     def config_for(self, experts: Sequence[Expert]) -> Any:
-        """The config with room for what the experts put before a text."""
+        """The config, with fewer positions where experts put vectors before a text."""
         taken = max((expert.positions for expert in experts), default=0)
         positions = getattr(self.config, "max_position_embeddings", None)
         if not taken or positions is None:
@@ -56,7 +56,7 @@ class LoadedBase:
         return found
 
     def head_parameters(self) -> list[nn.Parameter]:
-        """What a task trains besides its expert."""
+        """The parameters that a task trains besides its expert."""
         return [parameter for name, parameter in self.model.named_parameters() if in_head(name, self.head)]
 
     def head_tensors(self) -> dict[str, Tensor]:
@@ -66,9 +66,9 @@ class LoadedBase:
 
 
 def most_virtual_tokens(experts: Sequence[Expert]) -> int:
-    """How many vectors some expert puts before a text; a batch of such must not be padded.
+    """The most vectors that an expert puts before a text; if there are any, batches must not be padded.
 
-    A causal model looks for the last token that is no padding among the tokens, which it does not see behind vectors.
+    A causal model looks for the last token that is not padding among the tokens, and does not find it behind vectors.
     """
     return max((expert.virtual_tokens for expert in experts), default=0)
 

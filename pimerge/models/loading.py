@@ -56,7 +56,7 @@ def load_base(base: Base, task: Task, device: torch.device, dtype: torch.dtype, 
     """Load a base model, with a head for the task's labels where it trains one; remote code is never run.
 
     Args:
-        seed: of weights that the checkpoint does not hold, such as the head.
+        seed: for weights that the checkpoint lacks, such as the head.
     """
     import transformers
 
@@ -100,14 +100,14 @@ def load_base(base: Base, task: Task, device: torch.device, dtype: torch.dtype, 
     )
     if not trains_head:
         for part in (model.config, model.config.get_text_config()):
-            part.use_cache = False  # only generation has a use for it, and asks for it
+            part.use_cache = False  # only generation uses it, and asks for it
     model.requires_grad_(False)
     drawn = frozenset(key for key in replaced if in_head(key, head))
     return LoadedBase(model.to(device).eval(), processor, head, has_own_head, drawn)
 
 
 def _not_loaded(base: Base, task: Task, message: str) -> PimergeError:
-    """What to tell of an error of transformers."""
+    """The error to raise for one of transformers."""
     where = "a folder" if base.folder else f"the Hub id, revision {base.revision or 'main'}"
     reason = message.strip().partition("\n")[0]
     hint = "check the base's folder or Hub id, or pass --base"
@@ -119,7 +119,7 @@ def _not_loaded(base: Base, task: Task, message: str) -> PimergeError:
 
 
 def _classes(labels: Sequence[str]) -> dict[str, Any]:
-    """What a config says of a head's classes."""
+    """The fields of a config for a head's classes."""
     return {
         "num_labels": len(labels),
         "id2label": dict(enumerate(labels)),
@@ -128,7 +128,7 @@ def _classes(labels: Sequence[str]) -> dict[str, Any]:
 
 
 class Bases:
-    """Loads a base once for as long as consecutive experts need the same one.
+    """Keeps a base loaded while consecutive experts need the same one.
 
     Attributes:
         checked: forms of expert for which the fast Fisher was compared with the loop in this run.
@@ -141,7 +141,7 @@ class Bases:
         self._loaded: LoadedBase | None = None
 
     def load(self, base: Base, task: Task) -> LoadedBase:
-        """The base with a head of as many labels as the task has; see :func:`load_base`."""
+        """The base, with a head for the task's labels; see :func:`load_base`."""
         key = (base.identity, task.file.type, len(task.labels) if task.type.trains_head else 0)
         if self._loaded is None or self._key != key:
             self._loaded = None  # two bases are never held at once
@@ -151,7 +151,7 @@ class Bases:
 
 
 def _head_modules(model: nn.Module, missing: set[str]) -> tuple[str, ...]:
-    """The modules outside the backbone, and those whose weights the checkpoint lacks."""
+    """The modules outside the architecture's body, and those whose weights the checkpoint lacks."""
     names = heads_of(model)
     for key in sorted(missing):
         module = key.rpartition(".")[0]

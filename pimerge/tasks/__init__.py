@@ -1,1 +1,1 @@
-"""Tasks: task.json, reading rows, drawing few labels; one file per task type and per metric."""
+"""Tasks: task.json, reading rows, sampling few labels; one file per task type and per metric."""

@@ -13,18 +13,18 @@ if TYPE_CHECKING:
 Batch: TypeAlias = "dict[str, Tensor]"
 
 IGNORED = -100
-"""The label of a token that is no target."""
+"""The label of a token that is not a target."""
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of one split that are to be encoded.
+    """Rows of one split, before they are encoded.
 
     Attributes:
         table: a ``datasets.Dataset``.
         columns: role → column.
         labels: the class index of each row.
-        numbers: the place of each row in its split, for messages.
+        numbers: the position of each row in its split, for messages.
         where: the split, in words.
         words: the class indices of each row's words, where words have classes.
     """
@@ -53,12 +53,12 @@ class Rows:
 
 @dataclass(frozen=True)
 class Scored:
-    """How a model did on some examples.
+    """A model's answers to some examples, and whether they are right.
 
     Attributes:
         losses: −log p(y|x) of each, (n).
         right: whether its answer is right, of each.
-        chosen: the class that it answers, of each, or the classes of its words; None where it is none of them.
+        chosen: the class that it answers, of each, or the classes of its words; None where the answer is not a class.
         texts: what it answers in words, of each; empty for a type that answers in classes only.
         cut: whether it was generated up to the most tokens, without an end, of each; empty where none is generated.
     """
@@ -78,11 +78,11 @@ class Examples:
         lengths: tokens (or patches) of each example, for batches of bounded size.
         get: example i as tensors without a batch axis, ``labels`` among them.
         collate: several examples → one padded batch.
-        truncated: how many were longer than the model takes and were cut.
+        truncated: the number of examples that were longer than the model takes and were cut.
         references: the texts that are right for each; none for a type that answers in classes only.
-        alike: whether a batch has as much of every example, but for padded tokens; not so of images of several sizes
-            where a model takes them as they are.
-        classes: of the words of each, where words have classes; without those that were cut.
+        alike: whether all examples fill a batch equally except for padded tokens; false for images of several sizes
+            where the model does not resize them.
+        classes: of each example's words, where words have classes; without words that were cut.
     """
 
     lengths: Sequence[int]

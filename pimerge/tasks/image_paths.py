@@ -14,16 +14,16 @@ from pimerge.tasks.row_errors import some
 
 
 def holds_paths(rows: Any, column: str) -> bool:
-    """Whether a column of a ``datasets.Dataset`` is one of texts, which for images are paths."""
+    """Whether a column of a ``datasets.Dataset`` holds texts, which for images are paths."""
     return column in rows.features and getattr(rows.features[column], "dtype", None) in ("string", "large_string")
 
 
 def with_images(rows: Any, column: str, folders: Sequence[Path], where: str) -> Any:
-    """The same rows with the images themselves, which ``datasets`` decodes when they are asked for.
+    """The same rows with images in place of paths; ``datasets`` decodes each when it is read.
 
     Args:
         column: of paths.
-        folders: of the data files; relative paths are looked for there.
+        folders: of the data files; relative paths start there.
         where: the rows, in words.
     """
     import datasets
@@ -35,7 +35,7 @@ def with_images(rows: Any, column: str, folders: Sequence[Path], where: str) -> 
 
 
 def resolved(names: Sequence[str | None], folders: Sequence[Path], where: str) -> list[Path | None]:
-    """The paths that a column means."""
+    """The absolute paths of a column; relative ones among several folders are an error."""
     relative = [place for place, name in enumerate(names) if name is not None and not Path(name).is_absolute()]
     if relative and len(folders) > 1:
         raise PimergeError(
@@ -47,7 +47,7 @@ def resolved(names: Sequence[str | None], folders: Sequence[Path], where: str) -
 
 
 def content_hash(paths: Sequence[Path | None]) -> str:
-    """A hash of what the images of a split hold, in order; of one that is not there, that it is not."""
+    """A hash of the content of a split's images, in order; a missing image counts as empty."""
     there = sorted({path for path in paths if path is not None and path.is_file()})
     known = dict(zip(there, sha256_files(there), strict=True))
     return sha256_bytes("\n".join(known.get(path, "") if path else "" for path in paths).encode())

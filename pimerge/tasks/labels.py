@@ -1,4 +1,4 @@
-"""The classes that the data's labels mean."""
+"""The classes of the labels in the data."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def class_indices(rows: Any, column: str, names: Sequence[str], where: str, numb
 
     Args:
         where: the split, in words.
-        numbers: of the rows, in that split.
+        numbers: the positions of the rows in that split.
     """
     values = [[value] for value in rows[column]]
     return [index for [index] in _lookup(values, rows.features[column], names, RowProblems(where, numbers), "rows")]

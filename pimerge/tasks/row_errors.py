@@ -1,4 +1,4 @@
-"""What is wrong with single rows of a split."""
+"""Errors about single rows of a split."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ def some(places: Sequence[int], most: int = _SHOWN) -> str:
 
 
 class RowsError(PimergeError):
-    """An error about some rows, so that the others can still be looked at.
+    """An error about some rows; the other rows can still be checked.
 
     Attributes:
-        told: each problem behind the number of the first row that has it.
-        rows: the numbers of all rows that have one.
+        told: the number of the first row that has a problem, and the problem.
+        rows: the numbers of all rows with a problem.
     """
 
     def __init__(self, where: str, told: Sequence[tuple[int, Problem]], rows: Iterable[int]) -> None:
@@ -40,7 +40,7 @@ class RowsError(PimergeError):
 
 
 def _first_of_each_sort(told: Sequence[tuple[int, Problem]]) -> list[Problem]:
-    """A few problems in the order of their rows, no sort of which is left out for more of another.
+    """A few problems in the order of their rows, with at least one of each sort.
 
     Problems with one hint are of one sort.
     """
@@ -55,11 +55,11 @@ def _first_of_each_sort(told: Sequence[tuple[int, Problem]]) -> list[Problem]:
 
 
 class RowProblems:
-    """Collects the problems of single rows; the first of each sort are told, and how many there are.
+    """Collects the problems of single rows; the error shows the first of each sort and their number.
 
     Args:
         where: the split, in words.
-        numbers: of the rows, in that split.
+        numbers: the positions of the rows in that split.
 
     >>> problems = RowProblems("the train split", [0, 4])
     >>> with problems.row(1):
@@ -87,7 +87,7 @@ class RowProblems:
 
     @contextmanager
     def row(self, position: int) -> Iterator[None]:
-        """Collect what is wrong with one row."""
+        """Note the problems of one row that the block raises, and continue."""
         try:
             yield
         except PimergeError as error:
@@ -99,14 +99,14 @@ class RowProblems:
 
     @contextmanager
     def collected(self) -> Iterator[None]:
-        """Note what a block finds wrong with rows, and go on."""
+        """Note the problems of rows that a block raises, and continue."""
         try:
             yield
         except RowsError as error:
             self.extend(error)
 
     def extend(self, error: RowsError) -> None:
-        """Note what an error says of rows."""
+        """Note the problems of an error."""
         self.told += error.told
         self.rows |= error.rows
 
@@ -114,7 +114,7 @@ class RowProblems:
         """Raise all problems in one error, or return if there are none.
 
         Args:
-            others: problems that are not about rows; with such, the error is no :class:`RowsError`.
+            others: problems that are not about rows; with any, the error is not a :class:`RowsError`.
         """
         if others:
             problems = [*others, *_first_of_each_sort(self.told)]

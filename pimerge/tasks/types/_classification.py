@@ -1,4 +1,4 @@
-"""What the classification types share: p(y|x) is the softmax of the logits, and y a class index."""
+"""Classification: p(y|x) is the softmax of the logits, and y a class index."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def nll(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def draw(model: nn.Module, examples: Examples, indices: Sequence[int], uniform: Tensor) -> list[int]:
-    """y of each example drawn from p(·|x) by inverting its distribution function at ``uniform`` (n)."""
+    """Draw y of each example from p(·|x), by inverting its distribution function at ``uniform`` (n)."""
     import torch
 
     with torch.no_grad():
@@ -48,7 +48,7 @@ def draw(model: nn.Module, examples: Examples, indices: Sequence[int], uniform: 
 
 
 def drawn(answers: Tensor, uniform: Tensor) -> list[int]:
-    """A class of each row of logits (n × classes), where the distribution function passes ``uniform`` (n).
+    """The class of each row of logits (n × classes) at which the distribution function passes ``uniform`` (n).
 
     >>> import torch
     >>> drawn(torch.tensor([[0.0, 0.0], [0.0, 0.0]]), torch.tensor([0.4, 0.6]))
@@ -63,7 +63,7 @@ def drawn(answers: Tensor, uniform: Tensor) -> list[int]:
 
 
 def score(model: nn.Module, examples: Examples, indices: Sequence[int]) -> Scored:
-    """−log p(y|x), and whether the most likely class is y."""
+    """Score examples: −log p(y|x), and whether the most likely class is y."""
     import torch
     from torch.nn.functional import cross_entropy
 
@@ -77,7 +77,7 @@ def score(model: nn.Module, examples: Examples, indices: Sequence[int]) -> Score
 def read(
     model: nn.Module, reading: Mapping[str, nn.Module], examples: Examples, indices: Sequence[int], answers: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """The vectors that the head reads, and what it answers."""
+    """The vectors that the head reads, and the logits if they are asked for."""
     import torch
 
     batch = on_device(examples.batch(indices), next(model.parameters()).device)

@@ -77,7 +77,7 @@ def collate(examples: Sequence[Batch], pad: int, side: str = "right") -> Batch:
 
 
 def _joined(values: Sequence[Tensor]) -> Tensor:
-    """Tensors one after the other on their first axis, filled up with zeros to the largest on the others.
+    """Concatenate tensors on their first axis, padded with zeros to the largest on the others.
 
     >>> import torch
     >>> _joined([torch.ones(1, 1), torch.ones(1, 2)]).tolist()
@@ -100,11 +100,11 @@ def fit(
     longest: int,
     room: Callable[[int], int],
 ) -> tuple[list[Tokens], int]:
-    """Cut prompts that are too long, never answers; and how many were.
+    """Cut prompts that are too long, never answers; return how many were cut.
 
     Args:
-        longest: tokens of an answer.
-        room: tokens of a row's longest candidate → tokens that its prompt has room for.
+        longest: the most tokens of an answer.
+        room: tokens of a row's longest candidate → the most tokens of its prompt.
     """
     problems = RowProblems(worded.rows.where, worded.rows.numbers)
     found, truncated = [], 0
@@ -123,10 +123,10 @@ def fit(
 
 
 def new_tokens(file: TaskFile, longest: int, answers: Sequence[list[list[int]]]) -> int:
-    """The most tokens that are generated: what the task says, else enough for each of its answers.
+    """The most tokens to generate: the task's setting, else enough for each of its answers.
 
     Args:
-        longest: tokens that there is room for.
+        longest: the most tokens that there is room for.
     """
     if file.max_new_tokens is not None:
         if file.max_new_tokens > longest:
@@ -139,9 +139,9 @@ def new_tokens(file: TaskFile, longest: int, answers: Sequence[list[list[int]]])
 
 
 def decoding(tokenizer: Any, answers: Sequence[list[list[int]]]) -> Callable[[list[int]], str]:
-    """Tokens that were written → text without special tokens, unless answers have some that say something.
+    """A function that decodes written tokens, without special tokens unless the answers contain some with content.
 
-    Such are Florence-2's places, ``<loc_12>``.
+    Florence-2's positions, ``<loc_12>``, are such tokens.
     """
     named = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
     control = {getattr(tokenizer, f"{name}_token_id", None) for name in named}

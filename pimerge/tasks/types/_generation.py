@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def _token_counts(examples: TextExamples, indices: Sequence[int]) -> Tensor:
-    """Tokens of each candidate, its end among them: (n × candidates), 1 where there is none."""
+    """Tokens of each candidate including its end, (n × candidates); 1 where there is none."""
     import torch
     from torch.nn.utils.rnn import pad_sequence
 
@@ -30,7 +30,7 @@ def _token_counts(examples: TextExamples, indices: Sequence[int]) -> Tensor:
 
 
 def draw(model: nn.Module, examples: Examples, indices: Sequence[int], uniform: Tensor) -> list[int]:
-    """The candidate of each example drawn from softmax(log p(candidate|x)) at ``uniform`` (n)."""
+    """Draw a candidate of each example from softmax(log p(candidate|x)) at ``uniform`` (n)."""
     assert isinstance(examples, TextExamples)
     if any(len(examples.tokens[index].answers) < 2 for index in indices):
         raise PimergeError(
@@ -42,7 +42,7 @@ def draw(model: nn.Module, examples: Examples, indices: Sequence[int], uniform: 
 
 
 def score(model: nn.Module, examples: Examples, indices: Sequence[int]) -> Scored:
-    """−log p(y|x), and the answer: the likeliest candidate, or what the model writes."""
+    """Score examples: −log p(y|x), and the answer, which is the likeliest candidate or what the model writes."""
     import torch
 
     assert isinstance(examples, TextExamples)
@@ -64,7 +64,7 @@ def score(model: nn.Module, examples: Examples, indices: Sequence[int]) -> Score
 def generate(model: Any, writing: Writing, indices: Sequence[int]) -> tuple[list[str], list[bool]]:
     """What the model writes to each prompt, and whether the answer reached the most tokens without an end.
 
-    By the model's own generation config, but never sampled.
+    Uses the model's own generation config, without sampling.
     """
     batch = on_device(writing.prompts(indices), next(model.parameters()).device)
     lengths = batch["attention_mask"].sum(1).tolist()
@@ -73,7 +73,7 @@ def generate(model: Any, writing: Writing, indices: Sequence[int]) -> tuple[list
     own = model.generation_config.eos_token_id
     ends = {*writing.ends, *(own if isinstance(own, list) else [] if own is None else [own])}
     start = {} if writing.start is None else {"decoder_start_token_id": writing.start}
-    # BART's config forces an end on the last token, where one would not see that the answer is cut
+    # BART's config forces an end as the last token, which would hide that the answer is cut
     forced = model.generation_config.forced_eos_token_id is not None
     written = model.generate(
         **batch,
@@ -95,7 +95,7 @@ def generate(model: Any, writing: Writing, indices: Sequence[int]) -> tuple[list
 
 
 def _puts_vectors_before(model: Any) -> bool:
-    """Whether PEFT puts a prompt before the text: left padding would lie between, and shift the text's positions."""
+    """Whether PEFT puts a prompt before the text; left padding between the two would shift the text's positions."""
     config = getattr(model, "active_peft_config", None)
     return config is not None and config.peft_type == "PROMPT_TUNING"
 
@@ -103,7 +103,7 @@ def _puts_vectors_before(model: Any) -> bool:
 def _generate_by_length(
     model: Any, writing: Writing, indices: Sequence[int], lengths: Sequence[int]
 ) -> tuple[list[str], list[bool]]:
-    """As :func:`generate`, with prompts of one length at a time, so without padding."""
+    """As :func:`generate`, with prompts of one length at a time, and so without padding."""
     words, cut = [""] * len(indices), [False] * len(indices)
     for length in sorted(set(lengths)):
         places = [place for place, own in enumerate(lengths) if own == length]
@@ -116,7 +116,7 @@ def _generate_by_length(
 def read(
     model: nn.Module, reading: Mapping[str, nn.Module], examples: Examples, indices: Sequence[int], answers: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """What the output layer reads where the answer begins, and log p(candidate|x) if the likeliest is the answer."""
+    """The vectors that the output layer reads where the answer begins, and log p(candidate|x) if asked for."""
     import torch
 
     assert isinstance(examples, TextExamples)
@@ -132,7 +132,7 @@ def read(
         return seen[0][:, -1], found
     begin = getattr(text_config(model), "bos_token_id", None)
     labels = _with_first_candidates(examples, indices)["labels"]
-    begins = labels == (IGNORED if begin is None else begin)  # BART's answers begin with a token that says nothing
+    begins = labels == (IGNORED if begin is None else begin)  # BART's answers begin with a token without content
     first = ((labels != IGNORED) & ~begins).int().argmax(1)
     states = seen[0][:, -labels.shape[1] :]
     return states[torch.arange(len(states), device=states.device), first.to(states.device)], found

@@ -1,4 +1,4 @@
-"""What the types of images share: decoding, and keeping what was made of an image for the next epoch."""
+"""Decode images, and keep processed ones for the next epoch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _KEPT_BYTES = 256 * 2**20
 
 
 def mode_of(config: Any) -> str:
-    """The mode of the images that a model takes, by its channels.
+    """The colour mode of the images that a model takes, by its number of channels.
 
     >>> from types import SimpleNamespace
     >>> mode_of(SimpleNamespace(num_channels=1)), mode_of(SimpleNamespace())
@@ -27,7 +27,7 @@ def mode_of(config: Any) -> str:
 
 
 def decoder(rows: Rows, mode: str) -> Callable[[int], Any]:
-    """What decodes the image of a row, by its place; it raises a PimergeError if there is none that can be."""
+    """A function that decodes the image of a row by its position; it raises a PimergeError if it cannot."""
     images = rows.table[rows.columns["image"]]
 
     def decode(place: int) -> Any:
@@ -41,7 +41,7 @@ def decoder(rows: Rows, mode: str) -> Callable[[int], Any]:
                 "paths are relative to the data file: mend it or leave the row out",
             ) from error
         except Exception as error:  # whatever a broken file makes the library for images do
-            reason = str(error).partition(" <_io")[0]  # where Pillow's buffer lies tells nobody anything
+            reason = str(error).partition(" <_io")[0]  # the address of Pillow's buffer helps nobody
             raise PimergeError(
                 f"the image cannot be decoded: {reason}", "mend the file or leave the row out"
             ) from error
@@ -54,7 +54,7 @@ def decoder(rows: Rows, mode: str) -> Callable[[int], Any]:
 
 
 def tell_broken(rows: Rows, decode: Callable[[int], Any]) -> None:
-    """Decode every image of a split."""
+    """Decode every image of a split, and raise the problems of all rows at once."""
     problems = RowProblems(rows.where, rows.numbers)
     for place in range(len(rows.labels)):
         with problems.row(place):
@@ -63,7 +63,7 @@ def tell_broken(rows: Rows, decode: Callable[[int], Any]) -> None:
 
 
 def have_heads(rows: Rows) -> bool:
-    """Whether all files look like images at their beginning, which is read without decoding them."""
+    """Whether all files begin like images; they are not decoded."""
     import datasets
     from PIL import Image
 
@@ -80,7 +80,7 @@ def have_heads(rows: Rows) -> bool:
 
 
 def remembered(compute: Callable[[int], Batch]) -> Callable[[int], Batch]:
-    """The same function of a place; the first 256 MB of what it gives are kept, the rest is computed each time."""
+    """The same function of a position; its first 256 MB of results are kept, others are computed each time."""
     kept: dict[int, Batch] = {}
     free = _KEPT_BYTES
 

@@ -1,6 +1,6 @@
-"""p(y|x) of answers in text, and of several answers to one prompt, which is read once.
+"""p(y|x) of answers in text; a prompt with several answers is read once.
 
-Layout: ``labels`` (batch × tokens) stand where the model's output foretells them, −100 elsewhere.
+Layout: ``labels`` (batch × tokens) stand where the model's output predicts them, −100 elsewhere.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from pimerge.tasks.types._text_examples import TextExamples
 
 _FIXED_ROPES = ("default", "linear", "llama3", "yarn")
-"""Rotary positions whose frequencies do not hang on the length of what is read."""
+"""Rotary embeddings whose frequencies do not depend on the length of the input."""
 
 
 def logits(model: nn.Module, batch: Batch) -> Tensor:
-    """The logits (batch × tokens × vocabulary) in the model's dtype, but for those of vectors put before a text."""
+    """The logits (batch × tokens × vocabulary) in the model's dtype, without those of vectors put before a text."""
     output: Tensor = model(**{name: value for name, value in batch.items() if name != "labels"}).logits
     return output[:, -batch["labels"].shape[1] :]
 
@@ -47,8 +47,8 @@ def _nll(found: Tensor, labels: Tensor) -> Tensor:
 def likelihoods(model: nn.Module, examples: TextExamples, indices: Sequence[int]) -> Tensor:
     """log p(candidate|x): (n × candidates), −inf where an example has fewer candidates than another.
 
-    What comes before a candidate is read once for all of them: by a causal model the prompt, into a cache of keys and
-    values; else what the encoder and the image's tower make of it.
+    What precedes the candidates is computed once for all of them: the prompt's keys and values in a causal model, else
+    the output of the encoder and of the image tower.
     """
     import torch
 
@@ -76,14 +76,16 @@ def _one_by_one(
 
 @contextmanager
 def _read_once(model: nn.Module) -> Iterator[None]:
-    """The encoder and the image's tower run once in the block; what they gave then they give again.
+    """Run the encoder and the image tower once in the block, and reuse their output.
 
-    Nothing that they read may change in the block: no example, and none of its padding.
+    Their input must not change in the block, neither the examples nor their padding.
     """
     base = plain(model)
     parts = [base.get_encoder()] if base.config.is_encoder_decoder else []
     parts.append(base.get_encoder("image"))
-    before = [(part, vars(part).get("forward")) for part in parts if part is not base]  # base: there is no such part
+    before = [
+        (part, vars(part).get("forward")) for part in parts if part is not base
+    ]  # then the model has no such part
     for part, _ in before:
         part.forward = _remembering(part.forward)
     try:
@@ -107,15 +109,15 @@ def _remembering(forward: Any) -> Any:
 
 
 def plain(model: Any) -> Any:
-    """The model of transformers, without what PEFT put around it."""
+    """The model of transformers inside PEFT's."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def begins_behind_prompts(model: Any, examples: TextExamples) -> bool:
-    """Whether prompts can be read apart from the answers, with the same numbers.
+    """Whether prompts can be read apart from the answers, with the same result.
 
-    Not where PEFT puts vectors before every text that is read, nor where a position means something else than how far
-    two tokens are apart (but for GPT-2, which counts from 0), or a layer keeps another memory than keys and values.
+    They cannot where PEFT puts vectors before every text, where attention depends on more than the distance of two
+    tokens (except GPT-2, which counts from 0), or where a layer caches anything besides keys and values.
     """
     if examples.asked is None or getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
         return False
@@ -142,7 +144,7 @@ def ask(model: nn.Module, examples: TextExamples, indices: Sequence[int]) -> tup
     assert examples.asked is not None
     batch = on_device(examples.asked(indices), next(model.parameters()).device)
     mask = batch["attention_mask"]
-    cache = DynamicCache()  # of all tokens: a window's masks tell which of them are seen
+    cache = DynamicCache()  # of all tokens: the mask of a window hides those outside it
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     output = model(**batch, position_ids=positions, past_key_values=cache, use_cache=True)
     return cache, output.logits[:, -1], mask

@@ -1,4 +1,4 @@
-"""The vectors that a model's head takes in, as hooks catch them."""
+"""The inputs of a model's head, caught by hooks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def catching(modules: Iterable[nn.Module]) -> Iterator[list[Tensor]]:
-    """What some modules take in during the block, in the order in which they run."""
+    """Catch the inputs of some modules during the block, in the order in which they run."""
     seen: list[Tensor] = []
     handles = [
         module.register_forward_pre_hook(
@@ -28,18 +28,18 @@ def catching(modules: Iterable[nn.Module]) -> Iterator[list[Tensor]]:
 
 
 def text_config(model: Any) -> Any:
-    """The part of a model's config that says which tokens are special."""
+    """The part of a model's config that names the special tokens."""
     return model.config.get_text_config()
 
 
 def read_position(states: Tensor, real: Tensor | None, *, causal: bool) -> Tensor:
     """The vector of each example that a head reads: (batch × tokens × d) → (batch × d).
 
-    A causal model's head answers at every token, of which transformers takes the last that is no padding; any other
-    reads the first. A head that takes no tokens, but (batch × d) or (batch × d × 1 × 1), reads all of it.
+    A causal model's head answers at every token, of which transformers takes the last that is not padding; any other
+    head reads the first token. An input without tokens, (batch × d) or (batch × d × 1 × 1), is read whole.
 
     Args:
-        real: (batch × tokens) which tokens are no padding; None if all are.
+        real: (batch × tokens), which tokens are not padding; None if there is no padding.
 
     >>> import torch
     >>> states = torch.tensor([[[1.0], [2.0], [3.0]]])

@@ -1,8 +1,8 @@
 """Prompts and answers from Jinja2 templates over a row's columns, in a sandbox.
 
 A template sees every column by its name (an image as its width and height), and the row's class by its name as
-``label``. What it prints must be there: a
-column that the data lacks and a value that is null are errors, and nothing in it is random.
+``label``. A missing column and a null value
+are errors, and no filter is random.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class Text:
 
     Attributes:
         prompt: what is asked.
-        answers: the candidates: the text of each class, or the one answer where there are no classes.
-        right: which of them is the row's.
+        answers: the candidates: the text of each class, or the only answer where there are no classes.
+        right: the index of the row's own answer.
         references: every answer that counts as right.
     """
 
@@ -78,7 +78,7 @@ class Template:
         return str(self._filled(self._template.render, values))
 
     def values(self, values: Mapping[str, Any]) -> list[str]:
-        """As :meth:`text`, each item by itself where the template is one expression for a list."""
+        """As :meth:`text`, but one text per item where the template is a single expression that gives a list."""
         if self._value is not None:
             found = self._filled(self._value, values)
             if isinstance(found, Sequence) and not isinstance(found, str):
@@ -102,7 +102,7 @@ def _environment() -> ImmutableSandboxedEnvironment:
     found = ImmutableSandboxedEnvironment(
         undefined=StrictUndefined, autoescape=False, finalize=_present, keep_trailing_newline=True
     )
-    # what is drawn at random would be another task each time
+    # randomness would make another task each time
     del found.globals["lipsum"], found.filters["random"]
     return found
 
@@ -114,7 +114,7 @@ def _present(value: Any) -> Any:
 
 
 def check_texts(file: TaskFile) -> None:
-    """Check what ``task.json`` says of prompts and answers."""
+    """Check the prompt, answers and metrics of a ``task.json``; all problems are raised at once."""
     problems = Problems()
     if file.prompt is None:
         problems.add("there is no prompt", "write what the model is asked, such as 'Review: {{ text }}'")
@@ -162,7 +162,7 @@ def _check_labelled(
 
 
 def fill_in(rows: Rows, file: TaskFile) -> list[Text]:
-    """Every row in words."""
+    """Fill in the templates for every row."""
     assert file.prompt is not None
     prompt = Template("prompt", file.prompt)
     answer = None if file.answer is None else Template("answer", file.answer)
@@ -205,7 +205,7 @@ def _required(field: str, text: str) -> str:
 
 
 def require_columns(rows: Rows, names: Iterable[str]) -> None:
-    """Check that the columns are there that templates name."""
+    """Check that the columns named in templates exist."""
     problems = Problems()
     columns = list(rows.table.column_names)
     for name in sorted(set(names) - set(columns)):
@@ -214,7 +214,7 @@ def require_columns(rows: Rows, names: Iterable[str]) -> None:
 
 
 def reader(rows: Rows, columns: Iterable[str]) -> Callable[[int], Mapping[str, Any]]:
-    """What reads a row, by its place, as templates see it: these columns, and of an image only its width and height.
+    """A function that reads some columns of a row by its position; an image becomes its width and height.
 
     It raises a PimergeError if the row cannot be read.
     """

@@ -28,19 +28,19 @@ class TextRows:
 
 
 def nothing_beside(place: int, ids: list[int], answered: int) -> Batch:
-    """What a model of text alone reads besides tokens."""
+    """The inputs besides tokens of a model that reads only text."""
     return {}
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """What the model is asked in each row.
+    """The prompt of each row in tokens.
 
     Attributes:
-        tokens: each prompt, whole.
-        cut: place of a row, tokens that there is room for → its prompt without what there is no room for.
-        beside: place of a row, what is read in tokens, how many of these are the answer's → what is read besides, such
-            as an image; a tensor of one dimension has a number for each token, any other its examples first.
+        tokens: each prompt, uncut.
+        cut: position of a row, room in tokens → its prompt, cut to fit.
+        beside: position of a row, its input tokens, the number of those that belong to the answer → other inputs, such
+            as an image; a tensor of one dimension has a number for each token, any other has the examples first.
         alike: as :class:`Examples` has it.
     """
 
@@ -57,7 +57,7 @@ class Tokens:
     Attributes:
         prompt: what the model reads.
         answers: each candidate, with its end.
-        right: which of them is the row's.
+        right: the index of the row's own answer.
     """
 
     prompt: list[int]
@@ -72,10 +72,10 @@ class Writing:
     Attributes:
         prompts: the prompts of some examples as ``generate`` takes them.
         decode: tokens → text.
-        start: what an encoder-decoder's answer starts from; None for a causal model.
+        start: the first token of an encoder-decoder's answer; None for a causal model.
         ends: tokens that end an answer.
-        pad: what fills up after the end.
-        most: tokens of an answer.
+        pad: the token after the end.
+        most: the most tokens of an answer.
     """
 
     prompts: Callable[[Sequence[int]], Batch]
@@ -92,11 +92,11 @@ class TextExamples(Examples):
 
     Attributes:
         tokens: of each example.
-        answered: place of an example, one of its candidates → the example as the model takes it.
+        answered: position of an example, index of a candidate → the model's input with this answer.
         texts: each example in words.
         writing: how answers are generated; None where the likeliest candidate is the answer.
-        per_token: whether the likeliest is so by the mean over its tokens, not by their sum.
-        asked: some examples → their prompts alone, padded on the left; None for a base with an encoder and a decoder.
+        per_token: whether candidates are compared by the mean of log p over their tokens, not by the sum.
+        asked: some examples → only their prompts, padded on the left; None for a base with an encoder and a decoder.
     """
 
     tokens: Sequence[Tokens]

@@ -1,4 +1,4 @@
-"""What the types of text share: the base's tokenizer, and how much it takes."""
+"""The base's tokenizer, and its longest input."""
 
 from __future__ import annotations
 
@@ -21,6 +21,6 @@ def load_processor(source: str, revision: str | None) -> Any:
 
 
 def longest_input(tokenizer: Any, config: PreTrainedConfig) -> int:
-    """Tokens that the model takes; many have no bound, which is a very large number here."""
+    """The most tokens that the model takes; a very large number where there is no bound."""
     positions = getattr(config, "max_position_embeddings", None) or _NO_BOUND
     return int(min(tokenizer.model_max_length, positions, _NO_BOUND))

@@ -97,7 +97,7 @@ def encode_prompts(
 
 
 def cut_front(prompt: list[int], room: int, kept: int) -> list[int]:
-    """The prompt's first ``kept`` tokens, and of the others as many of the last as there is room for.
+    """A prompt cut to ``room`` tokens: its first ``kept`` ones, and the last of the others.
 
     >>> cut_front([1, 5, 6, 7], 3, kept=1), cut_front([5, 6, 7], 2, kept=0)
     ([1, 6, 7], [6, 7])
@@ -106,15 +106,15 @@ def cut_front(prompt: list[int], room: int, kept: int) -> list[int]:
 
 
 def running(processor: Any, texts: list[str], end: int) -> list[list[int]]:
-    """Texts that go on: with the token that begins a text, without one that ends it."""
+    """Tokens of unfinished texts: with the token that begins a text, without one that ends it."""
     found = processor(texts, verbose=False)["input_ids"]
     return [ids[:-1] if len(ids) > 1 and ids[-1] == end else ids for ids in found]
 
 
 def _continuations(processor: Any, text: Text, end: int) -> list[list[int]]:
-    """The answers' tokens as they are in the running text, a space before them unless the prompt ends in white space.
+    """The answers' tokens as they follow the prompt, after a space unless the prompt ends in white space.
 
-    Where the tokenizer would merge across the border, an answer's own.
+    Where the tokenizer would merge across the border, the answer is tokenized by itself.
     """
     space = "" if text.prompt[-1].isspace() else " "
     prompt, *whole = running(processor, [text.prompt, *(text.prompt + space + answer for answer in text.answers)], end)
@@ -125,7 +125,7 @@ def _continuations(processor: Any, text: Text, end: int) -> list[list[int]]:
 
 
 def plain(processor: Any, text: str) -> list[int]:
-    """A text's own tokens."""
+    """The tokens of a text by itself."""
     ids: list[int] = processor(text, add_special_tokens=False, verbose=False)["input_ids"]
     return ids
 
@@ -139,7 +139,7 @@ def require_chat_template(processor: Any) -> None:
 
 
 def turn(processor: Any, content: Any) -> str:
-    """A user's turn, and the beginning of the assistant's."""
+    """The text of a user's turn and of the beginning of the assistant's."""
     text: str = processor.apply_chat_template(
         [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
     )
@@ -147,7 +147,7 @@ def turn(processor: Any, content: Any) -> str:
 
 
 def _end_of_turn(processor: Any, tokenizer: Any, content: Callable[[str], Any], end: int) -> int:
-    """What the chat template puts behind an answer, if that is one special token; else the end of a text."""
+    """The special token that the chat template puts after an answer; else the token that ends a text."""
     turns = [{"role": "user", "content": content("question")}, {"role": "assistant", "content": content("answer")}]
     _, found, behind = processor.apply_chat_template(turns, tokenize=False).rpartition("answer")
     following = plain(tokenizer, behind) if found else []

@@ -26,7 +26,7 @@ def load_processor(source: str, revision: str | None) -> Any:
 
 
 def encode(rows: Rows, file: TaskFile, processor: Any, config: PreTrainedConfig) -> Examples:
-    """Decode and process an image when it is asked for; up to 256 MB of them are kept for the next epoch."""
+    """Decode and process each image when it is read; up to 256 MB of them are kept for the next epoch."""
     import torch
 
     decode = decoder(rows, mode_of(config))
@@ -53,7 +53,7 @@ def encode(rows: Rows, file: TaskFile, processor: Any, config: PreTrainedConfig)
 
 
 def _tokens(config: PreTrainedConfig, pixel_values: Tensor) -> int:
-    """Patches of an image, and one for the class token; models without patches count 16 × 16 pixels as one."""
+    """The patches of an image and one class token; models without patches count 16 × 16 pixels as one."""
     patch = getattr(config, "patch_size", None)
     patch = patch if isinstance(patch, int) and patch > 0 else 16
     _, height, width = pixel_values.shape

@@ -1,7 +1,7 @@
 """Answers in text about an image and a prompt, or a prompt alone (``image``; Florence-2, LLaVA, Qwen2-VL, SmolVLM).
 
-What the base's own processor makes of image and prompt is read; an image without a place in the prompt goes before it.
-A base with an encoder and a decoder is asked as in ``seq2seq``, any other as in ``causal-lm``.
+The base's own processor prepares image and prompt; an image without a place in the prompt goes before it. A base with
+an encoder and a decoder is prompted as in ``seq2seq``, any other as in ``causal-lm``.
 """
 
 from __future__ import annotations
@@ -60,9 +60,9 @@ def load_processor(source: str, revision: str | None) -> Any:
 
 
 def encode(rows: Rows, file: TaskFile, processor: Any, config: PreTrainedConfig) -> Examples:
-    """Process every row once; up to 256 MB of the images are kept, the others are processed whenever they are needed.
+    """Process every row once; up to 256 MB of the images are kept, the others are processed again when needed.
 
-    Of a prompt that is too long the part goes that goes in ``seq2seq`` or ``causal-lm``, but never an image.
+    A prompt that is too long is cut as in ``seq2seq`` or ``causal-lm``, but never its image.
     """
     worded = encoding.in_words(rows, file)
     if file.chat:
@@ -87,7 +87,7 @@ def _said(text: str) -> list[dict[str, str]]:
 
 @dataclass(frozen=True)
 class _Reader:
-    """How a base's processor reads."""
+    """A base's processor, and how it is used."""
 
     processor: Any
     config: PreTrainedConfig
@@ -95,7 +95,7 @@ class _Reader:
 
     @property
     def image_token(self) -> int | None:
-        """Stands for a piece of an image."""
+        """The token that stands for a piece of an image."""
         found: int | None = getattr(self.processor, "image_token_id", None)
         return found if found is not None else getattr(self.config, "image_token_id", None)
 
@@ -113,7 +113,7 @@ class _Reader:
         return self._going_on(ids)
 
     def with_image(self, text: str, image: Any, before: str) -> Batch:
-        """What the processor makes of a prompt and an image.
+        """The processor's output for a prompt and an image.
 
         Args:
             before: goes before a prompt that has no place for the image; empty if the processor makes one.
@@ -133,11 +133,11 @@ class _Reader:
 
     @property
     def reads_prompts_both_ways(self) -> bool:
-        """Whether a token of the prompt sees those behind it, so that the model has to know where the answer begins."""
+        """Whether tokens of the prompt attend to later ones, so that the model must know where the answer begins."""
         return bool(self.config.model_type == "paligemma")
 
     def types(self, ids: list[int], answered: int) -> Tensor:
-        """What kind each token is of: 1 for a piece of an image, or for PaliGemma of the answer."""
+        """The type of each token: 1 for a piece of an image, or for the answer where prompts are read both ways."""
         import torch
 
         if self.reads_prompts_both_ways:
@@ -155,12 +155,12 @@ class _Reader:
         return self.image_token is None or self.image_token in found["input_ids"][0].tolist()
 
     def _going_on(self, ids: list[int]) -> list[int]:
-        """A causal prompt does not end a text."""
+        """The tokens without the end of a text, for a causal model."""
         causal = not self.config.is_encoder_decoder
         return ids[:-1] if causal and len(ids) > 1 and ids[-1] == self.processor.tokenizer.eos_token_id else ids
 
     def cut(self, ids: list[int], room: int) -> list[int]:
-        """A prompt without what there is no room for: a causal one's first words, an encoder's last ones."""
+        """A prompt cut to fit: a causal one loses its first words, an encoder's its last ones."""
         if len(ids) <= room:
             return ids
         shown = 1 + max((place for place, token in enumerate(ids) if token == self.image_token), default=-1)

@@ -1,4 +1,4 @@
-"""Which of a row's choices answers its question, by likelihood (columns ``question``, ``choices``, ``answer``).
+"""The likeliest of a row's choices (columns ``question``, ``choices``, ``answer``).
 
 Where no column holds all choices, the template ``choices`` gives a list of them.
 """
@@ -102,7 +102,7 @@ def _choices(value: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def _right(answer: Any, choices: Sequence[str], keys: Sequence[str]) -> int:
-    """Which choice the answer means: by its key, by its place from 0, or by its text.
+    """The index of the choice that the answer names by its key, its position from 0, or its text.
 
     >>> _right("B", ["red", "blue"], ["A", "B"]), _right(0, ["red", "blue"], []), _right("blue", ["red", "blue"], [])
     (1, 0, 1)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def encode(rows: Rows, file: TaskFile, processor: Any, config: PreTrainedConfig) -> Examples:
-    """Tokenize every row once; a prompt that the encoder does not take whole loses its end."""
+    """Tokenize every row once; a prompt that is too long for the encoder loses its end."""
     return encode_texts(encoding.in_words(rows, file), processor, config)
 
 
@@ -86,7 +86,7 @@ def _ended(ids: list[int], end: int) -> list[int]:
 
 
 def _start_token(config: PreTrainedConfig) -> int:
-    """What the decoder starts from; T5 takes the padding."""
+    """The decoder's first token; T5 uses the padding token."""
     start = getattr(config, "decoder_start_token_id", None)
     start = start if start is not None else getattr(config, "pad_token_id", None)
     if start is None:

@@ -48,7 +48,7 @@ def encode(rows: Rows, file: TaskFile, processor: Any, config: PreTrainedConfig)
 
 
 def _require_ends(texts: Sequence[Sequence[int]], rows: Rows, config: PreTrainedConfig) -> None:
-    """Check for the end token that such a head reads, as often in every text, as transformers asks for."""
+    """Check that every text has the same number of end tokens, of which transformers' head reads the last."""
     ends = [list(ids).count(config.eos_token_id) for ids in texts]
     usual = max(set(ends), key=ends.count)
     if not usual:

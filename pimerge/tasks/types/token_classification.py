@@ -1,6 +1,6 @@
 """A class for each word of a sentence (columns ``tokens`` and ``labels``, two lists of one length).
 
-The first token of a word answers for it; −log p(y|x) of a sentence is the sum over its words.
+The first token of a word predicts its class; −log p(y|x) of a sentence is the sum over its words.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class WordExamples(Examples):
     """Sentences whose words have classes."""
 
     def labelled(self, index: int, label: Sequence[int]) -> Batch:
-        """Sentence i with other classes of its words."""
+        """Sentence i with other classes for its words."""
         import torch
 
         example = self.get(index)
@@ -38,7 +38,7 @@ class WordExamples(Examples):
 
 
 def load_processor(source: str, revision: str | None) -> Any:
-    """The base's tokenizer, which has to say which word a token is of.
+    """The base's tokenizer, which must map tokens to words.
 
     Raises:
         ValueError: if it does not.
@@ -50,7 +50,7 @@ def load_processor(source: str, revision: str | None) -> Any:
 
 
 def encode(rows: Rows, file: TaskFile, processor: Any, config: PreTrainedConfig) -> Examples:
-    """Tokenize every sentence once; of one that is longer than the model takes the last words are cut."""
+    """Tokenize every sentence once; one that is longer than the model takes loses its last words."""
     import torch
     from torch.nn.utils.rnn import pad_sequence
 
@@ -95,7 +95,7 @@ def _require_words(words: Any, classes: Sequence[int]) -> None:
 
 
 def _split(words: Sequence[str], processor: Any, **options: Any) -> Any:
-    """A sentence in tokens; where a tokenizer's words take in the space before them, each has one."""
+    """The tokens of a sentence; where a tokenizer's words include the space before them, each word gets one."""
     space = " " if "ByteLevel" in repr(processor.backend_tokenizer.pre_tokenizer) else ""
     return processor([space + word for word in words], is_split_into_words=True, **options)
 
@@ -114,7 +114,7 @@ def _first_tokens(word_ids: Sequence[int | None]) -> dict[int, int]:
 
 
 def _kept_words(words: Sequence[str], firsts: Mapping[int, int], processor: Any, longest: int) -> int:
-    """How many words there is room for."""
+    """The number of words that fit."""
     kept = max(firsts, default=-1) + 1
     if kept < len(words):  # cut off, unless these words have no tokens at all
         whole = _first_tokens(_split(words, processor, verbose=False).word_ids())
@@ -131,7 +131,7 @@ def _kept_words(words: Sequence[str], firsts: Mapping[int, int], processor: Any,
 
 
 def draw(model: nn.Module, examples: Examples, indices: Sequence[int], uniform: Tensor) -> list[list[int]]:
-    """The class of every word, each by a number of its own that the sentence's in ``uniform`` (n) is the seed of."""
+    """Draw the class of every word; a sentence's number in ``uniform`` (n) seeds the numbers of its words."""
     import torch
 
     found = []
@@ -167,8 +167,8 @@ def _of_words(model: nn.Module, examples: Examples, indices: Sequence[int]) -> l
 def read(
     model: nn.Module, reading: Mapping[str, nn.Module], examples: Examples, indices: Sequence[int], answers: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Nothing: a sentence has a vector for each word, and a ranking by examples looks at one for each example."""
-    raise PimergeError("the words of a sentence are no examples of a ranking", "rank by a measure of the store")
+    """Refuse: a sentence has a vector for each word, and a ranking by examples needs one for each example."""
+    raise PimergeError("a sentence has no single vector to rank by", "rank by a measure of the store")
 
 
 TASK_TYPE = TaskType(
