@@ -12,8 +12,8 @@ import pytest
 
 import pimerge
 
-FUNCTIONS = ["compare", "embed", "evaluate", "tune"]
-TYPES = ["Comparison", "Evaluation", "Expert", "PimergeError", "Ranking", "Task", "TuneResult"]
+FUNCTIONS = ["compare", "embed", "evaluate", "merge", "tune"]
+TYPES = ["Comparison", "Evaluation", "Expert", "Merged", "PimergeError", "Ranking", "Task", "TuneResult"]
 
 
 def fresh(code: str) -> str:
