@@ -26,19 +26,3 @@ def pool(cli: Cli, tmp_path: Path, made: Path) -> dict[str, Expert]:
     """The three in ./experts (as deep as they were made, so that their tasks are found), opened, by name."""
     shutil.copytree(made, tmp_path / "experts")
     return {name: open_expert(tmp_path / "experts" / name) for name in NAMES}
-
-
-@pytest.fixture(scope="session")
-def twins(tmp_path_factory: pytest.TempPathFactory, vit_base: Path, parity_task: Path, make_expert: MakeExpert) -> Path:
-    """Two experts ``a`` and ``b`` of one rank and one init, made once."""
-    folder = tmp_path_factory.mktemp("twins") / "experts"
-    for seed, name in enumerate("ab"):
-        make_expert(folder / name, vit_base, parity_task, seed=seed, r=2)
-    return folder
-
-
-@pytest.fixture
-def pair(cli: Cli, tmp_path: Path, twins: Path) -> dict[str, Expert]:
-    """The twins in ./experts, opened, by name."""
-    shutil.copytree(twins, tmp_path / "experts")
-    return {name: open_expert(tmp_path / "experts" / name) for name in "ab"}

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import math
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
+from pimerge.adapters.expert import open_expert
 from pimerge.cli.app import app
 from pimerge.core.errors import PimergeError
 from pimerge.merging.method import METHODS, OpenedMethod, open_method
+from tests.support.experts import dense_deltas, raw_expert, updates_of
 
 NAMES = METHODS.names()
 F64 = torch.float64
@@ -127,3 +133,61 @@ def test_a_linear_method_is_given_inner_products_only_if_it_needs_them() -> None
     assert torch.equal(open_method("task-arithmetic", {"scale": 3.0}).coefficients(weights, never), 3 * weights)
     found = open_method("slerp").coefficients(weights, lambda: torch.eye(2, dtype=F64))
     torch.testing.assert_close(found, torch.full((2,), 0.5**0.5, dtype=F64))
+
+
+NEW = '''
+"""The negated mean."""
+
+from pimerge.core.plugins import Option
+from pimerge.merging.method import MergeMethod, Space
+from pimerge.merging.methods._weights import mean
+
+PUSH = Option("push", float, "How far to push.", lambda push: push > 0, "above 0")
+
+
+def coefficients(weights, *, push=2.0):
+    return -push * weights
+
+
+METHOD = MergeMethod(
+    name="push-away",
+    summary="The negated mean.",
+    formula="ΔW = −push · Σ w_n ΔW_n",
+    paper="this test",
+    space=Space.LINEAR,
+    weights=mean,
+    coefficients=coefficients,
+    options={PUSH: 2.0},
+)
+'''
+
+
+def test_a_file_is_all_that_a_new_method_needs(tmp_path: Path) -> None:
+    methods = tmp_path / "methods"
+    methods.mkdir()
+    (methods / "push_away.py").write_text(NEW)
+    for seed, name in enumerate("ab"):
+        raw_expert(tmp_path / name, updates_of({"q": (5, 2, 4)}, seed))
+
+    def run(*arguments: str) -> str:
+        code = f"""
+import sys, pimerge.merging.methods as methods
+methods.__path__.append({str(methods)!r})
+from pimerge.cli.app import main
+sys.argv = ["pimerge", "merge", *{arguments!r}]
+main()
+"""
+        environment = {**os.environ, "COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"}
+        command = [sys.executable, "-c", code]
+        return subprocess.run(
+            command, check=True, capture_output=True, text=True, cwd=tmp_path, env=environment, encoding="utf-8"
+        ).stdout
+
+    assert re.search(r"--push +<float> +How far to push\. Default: 2\.0 \(push-away\)\.", run("--help"))
+    assert "push-away" in run("--help")
+    assert re.search(
+        r"push-away +The negated mean\. +ΔW = −push · Σ w_n ΔW_n +this test +--push 2\.0", run("--methods")
+    )
+    run("a", "b", "--method", "push-away", "--push", "3", "-q")
+    a, b, found = (dense_deltas(open_expert(tmp_path / name))["q"] for name in ("a", "b", "merged"))
+    torch.testing.assert_close(found, -1.5 * (a + b), rtol=0, atol=1e-6)

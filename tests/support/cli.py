@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -14,8 +15,10 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
+from pimerge.adapters.expert import Expert, open_expert
 from pimerge.cli.app import app, main
 from pimerge.core.progress import Advance, Track
+from tests.support.experts import MakeExpert
 
 
 @pytest.fixture
@@ -107,3 +110,19 @@ def printed(code: str) -> str:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
+
+
+@pytest.fixture(scope="session")
+def twins(tmp_path_factory: pytest.TempPathFactory, vit_base: Path, parity_task: Path, make_expert: MakeExpert) -> Path:
+    """Two experts ``a`` and ``b`` of one rank and one init, made once."""
+    folder = tmp_path_factory.mktemp("twins") / "experts"
+    for seed, name in enumerate("ab"):
+        make_expert(folder / name, vit_base, parity_task, seed=seed, r=2)
+    return folder
+
+
+@pytest.fixture
+def pair(cli: Cli, tmp_path: Path, twins: Path) -> dict[str, Expert]:
+    """The twins in ./experts, opened, by name."""
+    shutil.copytree(twins, tmp_path / "experts")
+    return {name: open_expert(tmp_path / "experts" / name) for name in "ab"}
