@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import ast
+from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import pimerge
 from pimerge.core.plugins import Family
 from tests.support.cli import SLOW, printed
 
+PACKAGE = Path(pimerge.__file__).parent
 FAMILIES = {
     "pimerge.adapters.kinds": "pimerge.adapters.kind.KINDS",
     "pimerge.tasks.types": "pimerge.tasks.task_type.TASK_TYPES",
     "pimerge.tasks.metrics": "pimerge.tasks.metric.METRICS",
     "pimerge.merging.methods": "pimerge.merging.method.METHODS",
     "pimerge.tuning.methods": "pimerge.tuning.method.METHODS",
+    "pimerge.ranking.measures": "pimerge.ranking.measure.MEASURES",
     "pimerge.reporting.figures": "pimerge.reporting.figure.FIGURES",
 }
+OTHER_MEANINGS = {"prompt", "fisher", "marginals", "experts", "history", "delta", "likelihood", "loss", "accuracy"}
+"""Also a field of a task or of every score, what a measure needs, a space of merging, a way of scoring, a log's entry."""
 
 
 def family_of(package: str) -> Family[Any]:
@@ -59,3 +66,36 @@ def test_defaults_of_options_are_in_their_range(package: str) -> None:
         for option, default in strategy.options.items():
             if default is not None:
                 assert option.problem(default) == "", f"{strategy.name} {option.flag}"
+
+
+def branches(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Line and text of each string that a comparison or a ``case`` asks for.
+
+    >>> list(branches(ast.parse("if name == 'ties' or name in ('a', 'b'): ...")))
+    [(1, 'ties'), (1, 'a'), (1, 'b')]
+    """
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Compare):
+            asked = [node.left, *node.comparators]
+        elif isinstance(node, ast.MatchValue):
+            asked = [node.value]
+        else:
+            continue
+        for each in asked:
+            inner = each.elts if isinstance(each, ast.Tuple | ast.List | ast.Set) else [each]
+            yield from (
+                (node.lineno, c.value) for c in inner if isinstance(c, ast.Constant) and isinstance(c.value, str)
+            )
+
+
+@pytest.mark.parametrize("package", FAMILIES)
+def test_no_branch_outside_a_strategys_file_asks_for_its_name(package: str) -> None:
+    """What differs between strategies is a field or a function of the object."""
+    names, folder = set(family_of(package).names()), Path(import_module(package).__path__[0])
+    found = [
+        f"{file.relative_to(PACKAGE)}:{line}: {text}"
+        for file in PACKAGE.rglob("*.py")
+        for line, text in branches(ast.parse(file.read_text(encoding="utf-8")))
+        if text in names - OTHER_MEANINGS and file != folder / f"{text.replace('-', '_')}.py"
+    ]
+    assert found == []
