@@ -25,7 +25,7 @@ FAMILIES = {
     "pimerge.reporting.figures": "pimerge.reporting.figure.FIGURES",
 }
 OTHER_MEANINGS = {"prompt", "fisher", "marginals", "experts", "history", "delta", "likelihood", "loss", "accuracy"}
-"""Also a field of a task or of every score, what a measure needs, a space of merging, a way of scoring, a log's entry."""
+"""Also a field of a task, of every score or of a log, what a measure needs, a space of merging, a way of scoring."""
 
 
 def family_of(package: str) -> Family[Any]:
