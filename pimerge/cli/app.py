@@ -32,7 +32,7 @@ class Commands(TyperGroup):
         """The option --help of ``pimerge`` itself."""
         option = super().get_help_option(ctx)
         if option is not None:
-            option.default = False  # Typer 0.29 has None, and takes pydantic to tell that this is no True
+            option.default = False  # Typer 0.29 has None, and imports pydantic to tell that this is not True
         return option
 
 

@@ -19,38 +19,40 @@ def compare(
         typer.Argument(help="The pool: experts, or folders of them. Default: the candidates of the ranking."),
     ] = None,
     target: options.TargetReference = None,
-    shots: Annotated[str, typer.Option(help="Training examples of each class, such as 1,5,20,all.")] = "5",
-    seeds: Annotated[int, typer.Option(help="Draws of the examples: seeds 0, 1, ….")] = 3,
+    shots: Annotated[str, typer.Option(help="Training examples per class, such as 1,5,20,all.")] = "5",
+    seeds: Annotated[int, typer.Option(help="Number of samplings of the examples, with the seeds 0, 1, ….")] = 3,
     methods: Annotated[
-        str, typer.Option(help="Tune methods, with commas ('pimerge tune --methods' lists them).")
+        str, typer.Option(help="Tune methods, separated by commas; 'pimerge tune --methods' lists them.")
     ] = "guided,learned,interpolated",
     controls: Annotated[
         str | None,
         typer.Option(
-            help="Controls, with commas: head, scratch, named, full, single, uniform, random; or none. Default: all "
-            "but random, and named where a method takes the names of classes as examples."
+            help="Controls, separated by commas: head, scratch, named, full, single, uniform, random; or none. "
+            "Default: all but random, and named where a method takes the names of classes as examples."
         ),
     ] = None,
     counts: Annotated[
-        str, typer.Option("--experts", help="How many of the ranked experts are at hand, such as 1,2,4.")
+        str, typer.Option("--experts", help="Numbers of ranked experts that a method gets, such as 1,2,4.")
     ] = "2",
     also_test: Annotated[
-        list[str] | None, typer.Option(help="Score on the test split of this task, too; once for each.")
+        list[str] | None, typer.Option(help="Also score on the test split of this task; repeatable.")
     ] = None,
     draw_from: Annotated[
-        str | None, typer.Option(help="Split of the data that the shots are drawn from. Default: the train split.")
+        str | None, typer.Option(help="Split of the data that examples are sampled from. Default: the train split.")
     ] = None,
     rank_by: Annotated[
-        str, typer.Option(help="draws: rank the pool on the examples of each draw; ranking: take the ranking's order.")
+        str,
+        typer.Option(help="draws: rank the pool on the examples of each sampling; ranking: take the ranking's order."),
     ] = "draws",
     select: Annotated[
-        str, typer.Option(help="fixed: learning rates as given; cv: each method's chosen on folds of the examples.")
+        str, typer.Option(help="fixed: learning rates as given; cv: choose each method's by cross-validation.")
     ] = "fixed",
     epochs: Annotated[float, typer.Option(help="Passes over the training examples, the same for all.")] = 30,
     lr: Annotated[
-        list[str] | None, typer.Option(help="METHOD=NUMBER: its learning rate. Default: as 'pimerge tune' has it.")
+        list[str] | None,
+        typer.Option(help="METHOD=NUMBER: learning rate of a method; repeatable. Default: as for 'pimerge tune'."),
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Examples of a step.")] = 16,
+    batch_size: Annotated[int, typer.Option(help="Examples per step.")] = 16,
     class_names: options.ClassNames = None,
     holdout: Annotated[float, typer.Option(help="Share of the examples kept for early stopping.")] = 0.0,
     ranking: options.RankingPath = Path("ranking.json"),
@@ -58,16 +60,16 @@ def compare(
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="The document; a .md and a .csv of that name go beside it.")
+        Path, typer.Option("--output", "-o", help="The document; a .md and a .csv of that name are written beside it.")
     ] = Path("comparison.json"),
     force: options.Force = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Run tune methods and controls on draws of the target's examples, at equal budget, and say which is best.
+    """Run tune methods and controls on samples of the target's examples, at equal budget, and say which is best.
 
-    Every run is kept beside the output: a comparison that was interrupted goes on, and one with more methods, shots or
-    seeds runs what is new alone. Under 'accelerate launch' every process takes its share of the runs.
+    Every run is kept beside the output: an interrupted comparison continues, and one with more methods, shots or seeds
+    makes only the new runs. Under 'accelerate launch' the processes share the runs.
     """
     quiet_libraries()
     from pimerge.evaluation.compare import compare as run

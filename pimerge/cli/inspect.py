@@ -30,7 +30,7 @@ def inspect(
     base: options.BaseReference = None,
     store: Annotated[
         Path | None,
-        typer.Option(help=f"A store with the experts' Fisher information. Default: {DEFAULT_STORE}, if it is there."),
+        typer.Option(help=f"A store with the experts' Fisher information. Default: {DEFAULT_STORE}, if it exists."),
     ] = None,
     json: options.Json = False,
     quiet: options.Quiet = False,

@@ -12,18 +12,18 @@ from pimerge.cli.console import note, print_json
 
 
 def report(
-    folder: Annotated[Path, typer.Argument(help="Where the other commands have written.")] = Path(),
+    folder: Annotated[Path, typer.Argument(help="The folder that the other commands wrote to.")] = Path(),
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Where the page goes. Default: report.html in the folder.")
+        Path | None, typer.Option("--output", "-o", help="The page. Default: report.html in the folder.")
     ] = None,
     force: options.Force = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Put what lies in a folder into one HTML page: pool, rankings, outputs, scores, comparisons, plots.
+    """Summarise a folder in one HTML page: pool, rankings, outputs, scores, comparisons, plots.
 
-    The page needs nothing else and no network, its tables are sorted by a click, and it says which command makes what
-    is missing.
+    The page needs no other file and no network. A click on a column sorts its table. For what is missing the page names
+    the command that makes it.
     """
     from pimerge.core.files import require_absent, write_file
     from pimerge.reporting.report.gathering import gather

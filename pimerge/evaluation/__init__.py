@@ -1,1 +1,1 @@
-"""Score experts on a task's test split, and compare methods over draws of few labels."""
+"""Score experts on a task's test split, and compare methods over several samplings of few labels."""

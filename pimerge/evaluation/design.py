@@ -1,4 +1,4 @@
-"""What ``pimerge compare`` compares: methods and controls, on draws of so many examples, with so many experts."""
+"""The design of a comparison: methods and controls, numbers of training examples and of experts."""
 
 from __future__ import annotations
 
@@ -23,18 +23,19 @@ RANKED_BY = ("draws", "ranking")
 
 @dataclass(frozen=True)
 class ComparisonDesign:
-    """What is compared.
+    """The methods to compare, and on what.
 
     Attributes:
         methods: tune methods and controls (:data:`CONTROLS`), in the order of the table.
         shots: examples of each class; None for all.
-        seeds: so many draws, 0, 1, ….
-        experts: numbers of ranked experts that are at hand.
+        seeds: number of samplings of the examples, with the seeds 0, 1, ….
+        experts: numbers of ranked experts that a method gets.
         options: of every training; shots and seed are each run's.
         select: as :func:`pimerge.tuning.tune.tune` takes it.
         lrs: method → learning rate, where it is not the method's usual one.
-        ranked_by: ``draws``: the experts are ranked on the examples of each draw; ``ranking``: as they come.
-        split: of the data, that the examples are drawn from; None for the task's train split.
+        ranked_by: ``draws``: the experts are ranked on the examples of each sampling; ``ranking``: they keep
+            their order.
+        split: the split of the data that examples are sampled from; None for the task's train split.
     """
 
     methods: Sequence[str]
@@ -73,10 +74,10 @@ class PlannedRun:
 
 
 def usual_controls(task: Task, methods: Sequence[str]) -> list[str]:
-    """The controls of some methods where none are asked for.
+    """The default controls of some methods.
 
-    Where a method takes the names of classes as examples, a fresh LoRA that does is one: what names gain is no merit of
-    the experts.
+    Where a method takes the names of classes as examples, a fresh LoRA that does so as well is a control: what the
+    names gain is not due to the experts.
     """
     with_names = any(may_take_names(task, open_tune_method(name).plan) for name in methods if name != SINGLE)
     return [*USUAL_CONTROLS, *(["named"] if with_names else [])]
@@ -96,7 +97,7 @@ def check_names(methods: Sequence[str], controls: Sequence[str]) -> None:
 
 
 def shots_text(shots: int | None) -> str:
-    """How many examples, as people say it.
+    """The number of training examples per class, in words.
 
     >>> shots_text(1), shots_text(5), shots_text(None)
     ('1 shot', '5 shots', 'all examples')
@@ -105,7 +106,7 @@ def shots_text(shots: int | None) -> str:
 
 
 def cases_of(design: ComparisonDesign, methods: Mapping[str, TuneMethod]) -> Iterator[PlannedRun]:
-    """All runs; a method without experts has one for each draw, whatever the numbers of experts."""
+    """All runs; a method without experts has one for each sampling, whatever the numbers of experts."""
     for shots in design.shots:
         for seed in range(design.seeds):
             for name in design.methods:
@@ -139,7 +140,7 @@ def check_design(
             "name more experts or a pool, or pass a smaller --experts",
         )
     if composing and design.ranked_by == "draws" and (reason := why_not(task)):
-        problems.add(f"the experts cannot be ranked on each draw: {reason}", "pass --rank-by ranking")
+        problems.add(f"the experts cannot be ranked on each sampling: {reason}", "pass --rank-by ranking")
     for other in also:
         if other.labels != task.labels or other.file.type != task.file.type:
             problems.add(

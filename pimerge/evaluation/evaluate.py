@@ -13,15 +13,17 @@ from pimerge.core.errors import PimergeError
 from pimerge.core.progress import Note, Track, silent, unheard
 from pimerge.evaluation.scoring import Score, score_checkpoint, score_experts
 from pimerge.evaluation.target import TargetSource, open_target, task_beside
+from pimerge.merging.merged import Merged
 from pimerge.tasks.task import Task
 from pimerge.tuning.ensemble import Ensemble, is_ensemble, open_ensemble
+from pimerge.tuning.session import TuneResult
 
 if TYPE_CHECKING:
     from pimerge.tasks.inference import SplitRows
 
 DEFAULT_OUTPUTS = ("tuned", "merged")
-Scorable: TypeAlias = "str | Path | Expert | Ensemble"
-"""An expert or an ensemble, or the path or Hub id of one; or the folder of a full checkpoint."""
+Scorable: TypeAlias = "str | Path | Expert | Ensemble | TuneResult | Merged"
+"""An expert or an ensemble, the path or Hub id of one, the folder of a full checkpoint, or what tune or merge wrote."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +71,9 @@ def evaluate(
     expert. Without either it has no score.
 
     Args:
-        experts: what to score: experts, ensembles or full checkpoints, as paths, Hub ids or opened; by default the
-            folders ``tuned`` and ``merged``, where they exist.
+        experts: what to score: experts, ensembles or full checkpoints, as paths, Hub ids or opened, and what
+            ``pimerge.tune`` and ``pimerge.merge`` returned; by default the folders ``tuned`` and ``merged``, where they
+            exist.
         target: what to score on: an expert's or a task's folder, an expert, a task, a ``datasets.Dataset`` or a list of
             dicts. By default the ranking's target, else the task of the first expert that has one.
         test: rows of the test split, where ``target`` is rows.
@@ -89,7 +92,8 @@ def evaluate(
         scores = pimerge.evaluate(["tuned", "merged"], target="experts/X")
         scores["tuned"].accuracy, scores["tuned"].accuracy_low, scores["tuned"].accuracy_high
     """
-    given = [experts] if isinstance(experts, str | Path | Expert | Ensemble) else list(experts or _default_outputs())
+    several = _default_outputs() if experts is None else experts if isinstance(experts, Sequence) else [experts]
+    given = [_written(each) for each in ([several] if isinstance(several, str) else several)]
     checkpoints = [Path(each) for each in given if isinstance(each, str | Path) and _is_checkpoint(each)]
     rows = _opened([each for each in given if not _is_checkpoint(each)], base)
     opened = [expert for row in rows for expert in (row.experts if isinstance(row, Ensemble) else [row])]
@@ -116,14 +120,25 @@ def _default_outputs() -> list[str]:
     return [name for name in DEFAULT_OUTPUTS if Path(name).is_dir()]
 
 
-def _is_checkpoint(given: Scorable) -> bool:
+def _written(given: Scorable) -> str | Path | Expert | Ensemble:
+    """The folder of what was tuned or merged; everything else unchanged."""
+    if isinstance(given, TuneResult):
+        return given.output
+    if not isinstance(given, Merged):
+        return given
+    if given.path is None:
+        raise PimergeError("the merge is not saved, so it cannot be scored", "call its save(FOLDER) first")
+    return given.path
+
+
+def _is_checkpoint(given: object) -> bool:
     """Whether something is the folder of a full checkpoint, not of an adapter."""
     if not isinstance(given, str | Path):
         return False
     return (Path(given) / "config.json").is_file() and not (Path(given) / "adapter_config.json").is_file()
 
 
-def _opened(given: Sequence[Scorable], base: str | None) -> list[Expert | Ensemble]:
+def _opened(given: Sequence[str | Path | Expert | Ensemble], base: str | None) -> list[Expert | Ensemble]:
     """The experts and ensembles, opened, in their order; the problems of all experts are raised at once."""
     found: dict[int, Expert | Ensemble] = {}
     references: dict[int, str] = {}

@@ -1,7 +1,7 @@
-"""Tune methods and controls on draws of a target's examples, at equal budget, in one process.
+"""Tune methods and controls on samples of a target's examples, at equal budget, in one process.
 
-The base is loaded once. Of every draw the experts are ranked once, and all methods take that ranking. Rankings and runs
-lie in a folder, a file for each, so that a comparison that was killed goes on, and a larger one runs what is new alone.
+The base is loaded once. The experts are ranked once for every sampling, and all methods take that ranking. Each ranking
+and each run is a file in a folder, so an interrupted comparison continues, and a larger one makes only the new runs.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def _summed_up(request: ComparisonRequest, runs: Sequence[ComparisonRun]) -> Com
 
 
 class _ComparisonRunner:
-    """The base in memory, the rankings of the draws, and the folder of the runs."""
+    """Makes the runs of a comparison: the base in memory, the rankings of the samplings, and the folder of the runs."""
 
     def __init__(self, request: ComparisonRequest, methods: Mapping[str, TuneMethod]) -> None:
         self.methods, self.pool, self.design, self.folder = methods, request.pool, request.design, request.folder
@@ -168,7 +168,7 @@ class _ComparisonRunner:
         return {name: read_test_split(task, self.session.loaded, experts) for name, task in self.test_tasks.items()}
 
     def done(self, case: PlannedRun) -> ComparisonRun | None:
-        """What a run gave, if it has been made."""
+        """The result of a run, if it has been made."""
         if case not in self.runs and (file := self._file(case)).is_file():
             self.runs[case] = parse_document(ComparisonRun, file, ANEW)
         return self.runs.get(case)
@@ -220,7 +220,7 @@ class _ComparisonRunner:
         shutil.rmtree(work, ignore_errors=True)
 
     def _ranked(self, shots: int | None, seed: int) -> Sequence[RankedExpert]:
-        """The pool on the examples of a draw, best first, each at its best strength."""
+        """The pool ranked on the examples of a sampling, best first, each expert at its best strength."""
         if self.design.ranked_by == "ranking":
             return self.pool
         file = self.folder / RANKINGS / f"{_digest([shots, seed, self.inputs])}.json"

@@ -1,4 +1,4 @@
-"""The document ``comparison.json``: runs of tune methods and controls at equal budget, and what they amount to."""
+"""The document ``comparison.json``: runs of tune methods and controls at equal budget, and their summary."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ class ComparisonRun(BaseModel):
     Attributes:
         method: a tune method or a control, as ``--methods`` names it.
         shots: training examples of each class; None for all. ``seed`` decides which, and all else.
-        k: how many of the ranked experts were at hand.
-        experts: those that are in the result.
+        k: how many of the ranked experts the method had.
+        experts: the experts in the result.
         scores: of the task's first metric, by test set: ``test``, and the name of each further one.
         losses: mean −log p(y|x) in nats, by test set.
         trained_parameters: numbers that trained; ``deployed_parameters``: that the result adds to the base.
         seconds: from composing to the trained result, without its scoring.
-        class_names: whether the names of the classes were examples, too.
+        class_names: whether the names of the classes were examples as well.
     """
 
     model_config = ConfigDict(extra="forbid")

@@ -77,7 +77,7 @@ class TestSplit:
     batches: Sequence[Sequence[int]]
 
     def answers(self, model: nn.Module, advance: Advance) -> Scored:
-        """How a model does on all examples, in their order."""
+        """Score a model on all examples, in their order."""
         order: list[int] = []
         parts: list[Scored] = []
         for indices in self.batches:
@@ -107,7 +107,7 @@ def read_test_split(
     """Encode the test split for a base with some experts.
 
     Args:
-        limit: draw at most so many examples, by the seed.
+        limit: the most examples, sampled by the seed; None for all.
         padded: off, the examples of a batch have one length.
         note: told how many examples were cut.
     """
@@ -187,7 +187,7 @@ def score_model(
     if endless := [row for row, cut in enumerate(found.cut) if cut]:
         note(
             f"{name}: {len(endless)} answers were cut at max_new_tokens, in rows {some(endless)} (from 0): "
-            "if they are no babble, raise it in task.json"
+            "raise it in task.json if they should be longer"
         )
     return _score(name, found, split, whose)
 
@@ -239,7 +239,7 @@ def _require_answers(expert: Expert, task: Task, base: Base) -> None:
 
 
 def _base_head(loaded: LoadedBase, target: Expert | None, task: Task) -> tuple[Mapping[str, Tensor], str | None]:
-    """The head for the bare base, and a note on it; no note means that there is no head to be had."""
+    """The head for the bare base, and a note on it; the note is None if there is no head for it."""
     if loaded.has_own_head:
         return {}, "its own head" if loaded.head else ""
     if target is None or not target.head:

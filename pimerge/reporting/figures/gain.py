@@ -77,7 +77,7 @@ def collect(source: tuple[Ranking, PathData], inputs: FigureInputs) -> GainData:
     """Join a ranking with the paths, by the experts' tensors."""
     ranking, paths = source
     if ranking.target.sha256 != paths.target_sha256:
-        same = " as it is now" if paths.shown.target == ranking.target.name else ""
+        same = ", which has changed since" if paths.shown.target == ranking.target.name else ""
         raise PimergeError(
             f"the paths are those of '{paths.shown.target}', the ranking is for '{ranking.target.name}'{same}",
             "run 'pimerge plot path --force' again",

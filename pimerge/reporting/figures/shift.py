@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Drop(FigureData):
-    """On one test set: the mean score, and the mean and standard deviation of what it is below the target's own."""
+    """The mean score on one test set, and the mean and standard deviation of its drop from the target's own."""
 
     test: str
     score: float

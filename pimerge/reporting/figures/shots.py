@@ -1,6 +1,6 @@
 """Score over the number of examples of each class, a line per method with a band of ± one standard deviation.
 
-From ``comparison.json``; the deviation is over seeds, each with another draw of examples.
+From ``comparison.json``; the deviation is over seeds, each with another sample of examples.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class ShotsSeries(FigureData):
 
 @dataclass(frozen=True, kw_only=True)
 class ShotsData(FigureData):
-    """What the plot shows; ``k`` experts of the ranking were at hand."""
+    """What the plot shows; the methods had ``k`` experts of the ranking."""
 
     target: str
     metric: str

@@ -1,1 +1,1 @@
-"""One HTML page of what lies in a folder: what it says (``document``), where that comes from, how it looks."""
+"""One HTML page about the documents in a folder: its content, where that comes from, and how it looks."""

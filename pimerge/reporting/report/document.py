@@ -1,4 +1,4 @@
-"""What a report says: sections with tables, pictures, sentences, and commands for what is missing."""
+"""The content of a report: sections with tables, pictures, sentences, and commands for what is missing."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class Section(BaseModel):
 
     @property
     def is_empty(self) -> bool:
-        """Whether there is nothing to show but what is missing."""
+        """Whether the section has nothing to show except what is missing."""
         return not (self.tables or self.pictures or self.problems)
 
 

@@ -123,7 +123,8 @@ def test_without_three_points_there_is_no_correlation() -> None:
 
 
 @pytest.mark.parametrize(
-    ("ranking", "expected"), [(ranked([0.1], "other"), "as it is now"), (ranked([]), "has none of the experts")]
+    ("ranking", "expected"),
+    [(ranked([0.1], "other"), "which has changed since"), (ranked([]), "has none of the experts")],
 )
 def test_paths_of_another_target_are_refused(ranking: Ranking, expected: str) -> None:
     with pytest.raises(PimergeError, match=expected) as error:
