@@ -1,6 +1,6 @@
-"""The names of a task's classes as further examples, one of each class, where what is classified is a text.
+"""The names of a task's classes as further examples, one for each class, where texts are classified.
 
-Somebody chose a name to tell what its class is about; with few labels that is worth several of them.
+A name was chosen to say what its class is about; where labels are few, it is worth several of them.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     from pimerge.tuning.plan import MixturePlan
 
 MOST = 500
-"""Examples that the names are tried on."""
+"""The most examples on which the names are tried."""
 _WORD = re.compile(r"[^\W\d_]{2,}")
 
 
 def class_texts(task: Task) -> list[str]:
-    """The name of each class as a text; none where the task does not classify single texts, or they tell nothing.
+    """The name of each class as a text; empty where the task does not classify single texts, or the names say nothing.
 
-    They tell nothing where one is a number, some differ by numbers alone, or most of them have no word of two letters.
+    Names say nothing where one is a number, some differ only by numbers, or most have no word of two letters.
 
     >>> from pathlib import Path
     >>> from pimerge.tasks.task import Task
@@ -49,17 +49,13 @@ def class_texts(task: Task) -> list[str]:
 
 
 def class_names(task: Task, processor: Any, config: PreTrainedConfig) -> Examples:
-    """The names of the classes, encoded as the task's texts are, each labelled with its class.
-
-    Raises:
-        PimergeError: if they are no texts.
-    """
+    """Encode the names of the classes like the task's texts, each labelled with its class."""
     import datasets
 
     texts = class_texts(task)
     if not texts:
         raise PimergeError(
-            f"the classes of '{task.path}' have no names that are texts as its examples are",
+            f"the classes of '{task.path}' have no names that are texts like its examples",
             "leave --class-names out: it is for text-classification of single texts into classes named by words",
         )
     table = datasets.Dataset.from_dict({task.columns[task.type.class_name_role]: texts})
@@ -70,15 +66,12 @@ def class_names(task: Task, processor: Any, config: PreTrainedConfig) -> Example
 
 
 def names_predict(loaded: LoadedBase, task: Task, examples: Examples) -> bool:
-    """Whether a probe of the bare base's features, fitted on the names alone, foretells the examples.
+    """Whether a probe of the bare base's features, fitted on the names alone, predicts the examples.
 
     That is, whether the mean of p(y_i|x_i) over the examples (at most :data:`MOST`, evenly chosen) is above 1/C.
 
     Args:
         loaded: the base with a head for the task.
-
-    Raises:
-        PimergeError: if the names are no texts.
     """
     found = class_layer(loaded, task)
     if found is None:
@@ -92,5 +85,5 @@ def names_predict(loaded: LoadedBase, task: Task, examples: Examples) -> bool:
 
 
 def may_take_names(task: Task, plan: MixturePlan) -> bool:
-    """Whether a method takes the names of a task's classes, if they foretell the examples and the user does not say."""
+    """Whether a method uses the names of a task's classes, provided that they predict the examples."""
     return plan.class_names and bool(class_texts(task))

@@ -1,4 +1,4 @@
-"""An exponential moving average of what trains, in place of it whenever the model is evaluated."""
+"""An exponential moving average of the trained parameters, which replaces them whenever the model is evaluated."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ PREFIX = "average."
 
 
 class EmaModel(nn.Module):
-    """A model whose trained parameters p have an average m ← β m + (1 − β) p, which answers in eval mode.
+    """A model that answers in eval mode with the average m ← β m + (1 − β) p of its trained parameters p.
 
     The first steps count as much as later ones: β is the smaller of the given one and (1 + t) / (10 + t) at step t.
-    Averages are part of the state, so that a run that was killed goes on with them.
+    The averages are part of the state, so that a run that was killed continues with them.
 
     Args:
         decay: β.
@@ -30,18 +30,18 @@ class EmaModel(nn.Module):
     (2.0, 1.5)
     """
 
-    accepts_loss_kwargs = False  # this and the next are what the Trainer asks a model for
+    accepts_loss_kwargs = False  # the Trainer asks a model for this and the next
     _keys_to_ignore_on_save = None
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         super().__init__()
         self.model, self.decay = model, decay
         self.config = getattr(model, "config", None)
-        self.in_place = False  # whether the averages are where the parameters were
+        self.in_place = False  # whether the averages are in place of the parameters
         self.reset()
 
     def reset(self) -> None:
-        """Start from the parameters as they are."""
+        """Restart the averages at the current parameters."""
         self._averages = {
             name: parameter.detach().clone()
             for name, parameter in self.model.named_parameters()
@@ -50,18 +50,18 @@ class EmaModel(nn.Module):
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Take a step of training into the averages."""
+        """Add a step of training to the averages."""
         decay = min(self.decay, (1 + step) / (10 + step))
         parameters = dict(self.model.named_parameters())
         for name, average in self._averages.items():
             average.lerp_(parameters[name], 1 - decay)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the model."""
+        """Call the model."""
         return self.model(*args, **kwargs)
 
     def train(self, mode: bool = True) -> EmaModel:
-        """In eval mode the averages are where the parameters were."""
+        """Put the averages in place of the parameters in eval mode."""
         super().train(mode)
         if self.in_place == mode:
             self._exchange()
@@ -93,7 +93,7 @@ class EmaModel(nn.Module):
         return state | {PREFIX + name: averages[name].detach().clone() for name in self._averages}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Put back what :meth:`state_dict` gave."""
+        """Restore what :meth:`state_dict` returned."""
         with self._parameters_in_place():
             for name, average in self._averages.items():
                 average.copy_(state_dict[PREFIX + name])

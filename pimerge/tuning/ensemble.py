@@ -33,7 +33,7 @@ ENSEMBLE_FILE = "ensemble.json"
 
 
 class EnsembleExpert(BaseModel):
-    """An expert of an ensemble: its folder, relative to the file's, what it was, and its share of the probability."""
+    """An expert of an ensemble: its folder, relative to the file's, its hash, and its weight."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -64,26 +64,22 @@ class Ensemble:
 
     @property
     def name(self) -> str:
-        """Of its folder."""
+        """The name of its folder."""
         return self.path.name
 
     @property
     def base(self) -> Base:
-        """Of its experts."""
+        """The base of its experts."""
         return self.experts[0].base
 
 
 def is_ensemble(path: str | Path) -> bool:
-    """Whether a folder holds one."""
+    """Whether a folder holds an ensemble."""
     return (Path(path) / ENSEMBLE_FILE).is_file()
 
 
 def open_ensemble(path: Path, base: str | None = None) -> Ensemble:
-    """Open an ensemble's experts.
-
-    Raises:
-        PimergeError: if its document does not fit, or an expert is gone or has changed.
-    """
+    """Open an ensemble's experts."""
     document = parse_document(EnsembleDocument, path / ENSEMBLE_FILE, "tune it again")
     problems = Problems()
     experts = []
@@ -93,18 +89,18 @@ def open_ensemble(path: Path, base: str | None = None) -> Ensemble:
             if expert.sha256 != member.sha256:
                 raise PimergeError(f"'{expert.path}' has changed since the ensemble was written", "tune it again")
             experts.append(expert)
-    problems.raise_any(f"the ensemble '{path}' is not whole")
+    problems.raise_any(f"the ensemble '{path}' is incomplete")
     return Ensemble(path, experts, [member.weight for member in document.members])
 
 
 class EnsembleModel(nn.Module):
-    """The logarithm of the mean of some experts' probabilities, as logits.
+    """A model whose logits are the logarithm of the mean of several experts' probabilities.
 
     Args:
         model: the module that answers, with all experts in it.
         loaded: the base in it, which has the head.
         switch: chooses one of them.
-        heads: of each that answers: which expert (None for the bare base) and its head.
+        heads: (expert, head) of each that answers; None is the bare base.
         weights: of the probabilities; they sum to one.
     """
 
@@ -122,7 +118,7 @@ class EnsembleModel(nn.Module):
         self.config = loaded.config
 
     def forward(self, **batch: Tensor) -> Any:
-        """One forward for each that answers."""
+        """Run one forward pass for each expert that answers."""
         from transformers.modeling_outputs import SequenceClassifierOutput
 
         found = []
@@ -137,11 +133,7 @@ class EnsembleModel(nn.Module):
 
 @contextmanager
 def ensemble_in_base(ensemble: Ensemble, loaded: LoadedBase) -> Iterator[nn.Module]:
-    """An ensemble in a base, in eval mode; afterwards the base is as it was.
-
-    Raises:
-        PimergeError: if an expert does not fit the base.
-    """
+    """Put an ensemble into a base, in eval mode; afterwards the base is restored."""
     experts = ensemble.experts
     with tensors_restored(loaded.head_parameters()), modules_restored(loaded.model):
         switch = Switch(sorted({part for expert in experts for part in expert.parts}), len(experts))

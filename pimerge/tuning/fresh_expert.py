@@ -1,4 +1,4 @@
-"""Experts that nobody has trained yet, of kinds other than LoRA: PEFT puts them into a base by its own defaults."""
+"""Untrained experts of kinds other than LoRA, which PEFT puts into a base by its own defaults."""
 
 from __future__ import annotations
 
@@ -29,15 +29,12 @@ _OTHER_KIND = "take another --kind"
 def fresh_expert(
     kind: str, loaded: LoadedBase, base: Base, task: Task, size: int | None = None, modules: Sequence[str] | None = None
 ) -> Iterator[Expert]:
-    """A fresh expert of a kind, in a temporary folder that goes with the block; the base comes back as it was.
+    """Make a fresh expert of a kind in a temporary folder, deleted afterwards; the base is unchanged afterwards.
 
     Args:
         kind: one other than LoRA; those that have a ΔW come as the tensors that are trained.
         size: numbers in the middle of a bottleneck, or vectors of a prefix or prompt; None for the usual.
         modules: names or name endings; None for those that PEFT adapts in this architecture.
-
-    Raises:
-        PimergeError: if the kind has no place in the base, or a size or modules mean nothing to it.
     """
     from peft import PEFT_TYPE_TO_CONFIG_MAPPING, get_peft_model
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LoraComponent:
-    """An expert of the sum: its layout and factors by module."""
+    """An expert of a mixture: its layout and factors by module."""
 
     name: str
     modules: Mapping[str, LoraModule]
@@ -42,7 +42,7 @@ class MixedLinear(nn.Module):
 
     Args:
         layer: the base's layer, frozen.
-        parts: each expert's update of this layer; None for an expert without it (its update is zero).
+        parts: each expert's update of this layer; None for an expert without one (its update is zero).
         trained: whether the factors train.
     """
 
@@ -82,7 +82,7 @@ class MixedLinear(nn.Module):
         return self.layer.bias  # type: ignore[return-value]
 
     def weighted(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Scale of each row of A (R), the factors B (d_out × R), and the update of the bias (d_out), as they count now.
+        """Current scale of each row of A (R), factors B (d_out × R), and update of the bias (d_out).
 
         The weights of the experts are in the scale, or where each output has its own, in B.
         """
@@ -112,9 +112,9 @@ class MixedLinear(nn.Module):
         return output + bias_update.to(dtype) if self.has_bias else output
 
     def parts(self, count: int) -> list[Factors | None]:
-        """Each expert's update as it is now, with its scaling; the inverse of the constructor.
+        """Each expert's current update, with its scaling; the inverse of the constructor.
 
-        Weights of every output are in the factors B and the biases, already.
+        Weights of single outputs are part of the factors B and the biases.
         """
         weights = self.mixture(self.name).detach()
         found: list[Factors | None] = []
@@ -162,13 +162,10 @@ class MixedConvolution(MixedLinear):
 def mix_lora(
     model: nn.Module, components: Sequence[LoraComponent], mixture: Mixture, trained: bool
 ) -> dict[str, MixedLinear]:
-    """Replace every adapted layer of a model by its composition.
+    """Replace every adapted layer of a model by a mixed one.
 
     Returns:
         module name → mixed layer, in alphabetical order.
-
-    Raises:
-        PimergeError: with each module that the model lacks, whose layer is not handled, or whose shape differs.
     """
     layers = dict(model.named_modules())
     problems = Problems()
@@ -202,13 +199,9 @@ def mix_lora(
 
 
 def _mixed_type(layer: nn.Module | None) -> type[MixedLinear]:
-    """How a layer of the base is mixed.
-
-    Raises:
-        PimergeError: if it is not there, or none that PEFT runs a LoRA on as a sum.
-    """
+    """The class of mixed layer for a layer of the base."""
     if layer is None:
-        raise PimergeError("is not there", "pass the base that the experts were trained on with --base")
+        raise PimergeError("does not exist", "pass the base that the experts were trained on with --base")
     if type(layer) is nn.Linear or type(layer).__name__ == "Conv1D":
         return MixedLinear
     if isinstance(layer, nn.Embedding) and (type(layer) is nn.Embedding or hasattr(layer, "embed_scale")):
@@ -225,6 +218,4 @@ def _mixed_type(layer: nn.Module | None) -> type[MixedLinear]:
                 "leave the experts that adapt it out",
             )
         return MixedConvolution
-    raise PimergeError(
-        f"is a {type(layer).__name__}", "tuning composes Linear, Conv1D, Embedding and convolution layers"
-    )
+    raise PimergeError(f"is a {type(layer).__name__}", "tuning mixes Linear, Conv1D, Embedding and convolution layers")

@@ -1,6 +1,6 @@
 """A task head that starts from a linear probe: its last layer fitted in closed form on what it reads.
 
-Of few examples a head that is drawn at random costs most of the steps, and its first gradients spoil what the experts
+With few examples, a randomly initialised head costs most of the steps, and its first gradients spoil what the experts
 know; a probe with an L2 penalty (:func:`pimerge.models.linear_probe.fit_probe`) is the optimum of the frozen features
 at once.
 """
@@ -55,7 +55,7 @@ def read_vectors(
         model: the module that answers; it is left in eval mode.
         layer: as :func:`class_layer` gives it.
     """
-    alike = isinstance(model, ByLength)  # it takes batches apart, of which the layer would be seen to read one alone
+    alike = isinstance(model, ByLength)  # it splits batches, and the hook would see only the last part
     model = model.model if isinstance(model, ByLength) else model
     model.eval()
     vectors: list[Tensor] = [torch.empty(0)] * len(examples)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def at_worst(parameters: Sequence[nn.Parameter], radius: float) -> Iterator[None]:
-    """Move to w + ρ g / ‖g‖₂ for a block, and forget the gradients g there (equation 2); afterwards back to w.
+    """Move to w + ρ g / ‖g‖₂ for a block and clear the gradients g there (equation 2); afterwards move back to w.
 
     Args:
         radius: ρ.
@@ -45,7 +45,7 @@ def at_worst(parameters: Sequence[nn.Parameter], radius: float) -> Iterator[None
 
 
 def sharpness_aware(trainer: type[Trainer], radius: float) -> type[Trainer]:
-    """The Trainer with two forwards and backwards a step, the second at the worst point nearby."""
+    """Make a Trainer with two forward and backward passes per step, the second at the worst point nearby."""
 
     class SharpnessAware(trainer):  # type: ignore[misc]
         """A Trainer whose gradients are SAM's."""

@@ -55,13 +55,13 @@ class TuningSession:
 
     @contextmanager
     def restored(self, seed: int) -> Iterator[ExitStack]:
-        """Draw the head by the seed; after the block take out whatever was put into the base.
+        """Initialise the head by the seed; after the block, remove whatever was put into the base.
 
         Yields:
-            where a method leaves what else is to be undone.
+            a stack on which a method leaves what else is to be undone.
         """
         model = self.loaded.model
-        changing = [*self.loaded.head_parameters(), *model.buffers()]  # training counts in some buffers
+        changing = [*self.loaded.head_parameters(), *model.buffers()]  # training changes some buffers
         try:
             with tensors_restored(changing), modules_restored(model), ExitStack() as undo:
                 # what trains is in float32, and the Trainer casts for itself alone
@@ -147,7 +147,7 @@ class TuneRequest:
             "train", loaded.processor, config, shots=options.shots, seed=options.seed
         )
         if examples.truncated:
-            self.note(f"{examples.truncated} training examples are longer than the model takes and were cut")
+            self.note(f"{examples.truncated} training examples are longer than the model accepts and were truncated")
         if self.fold is not None:
             kept, held_out = split_fold(labels, *self.fold, options.seed)
         else:

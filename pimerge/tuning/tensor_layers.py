@@ -1,7 +1,7 @@
 """Several experts without ΔW inside one model: every tensor is Σ_n α_n φ_n, computed in the forward.
 
 PEFT's model has one adapter, each of whose parameters is parametrised by the experts' own, stacked (N × shape), and the
-softmax weights α of its group. So tuning costs one adapter's forward, and what is exported is the sum as it stands.
+softmax weights α of its tensor set. So tuning costs one adapter's forward pass, and the export is the sum itself.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TensorComponent:
-    """An expert of the sum: its tensors by key, at its strength."""
+    """An expert of a mixture: its tensors by key, at its strength."""
 
     name: str
     tensors: Mapping[str, Tensor]
@@ -39,8 +39,8 @@ class MixedTensor(nn.Module):
 
     Args:
         stack: (N, *shape) the experts' tensors.
-        groups: name → columns of the tensor that share its weights; None for all.
-        neutral: (*shape) what changes nothing: φ0 of Σ_n α_n φ_n + (1 − Σ_n α_n) φ0.
+        groups: name of a tensor set → columns of the tensor that share its weights; None for all.
+        neutral: (*shape) the neutral point φ0 of Σ_n α_n φ_n + (1 − Σ_n α_n) φ0.
         trained: whether the experts' tensors train.
     """
 
@@ -74,14 +74,14 @@ class MixedTensor(nn.Module):
 
 
 class ByLength(nn.Module):
-    """A classifier whose batches are taken apart into texts of one length, without padding, on either side."""
+    """A classifier whose batches are split into texts of one length, so that nothing is padded."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, attention_mask: Tensor, **batch: Tensor) -> Any:
-        """The logits of every text, as the model gives them of each alone."""
+        """The logits of every text, as the model gives them for each text alone."""
         from transformers.modeling_outputs import SequenceClassifierOutput
 
         real = attention_mask.bool()
@@ -109,27 +109,19 @@ class TensorMixture:
     mixed: Mapping[str, MixedTensor]
 
     def collapsed(self) -> dict[str, Tensor]:
-        """Key → the sum as it is now, in float32."""
+        """Map each key to the current sum, in float32."""
         with torch.no_grad():
             return {key: each(each.stack[0]).float().cpu() for key, each in self.mixed.items()}
 
 
 def component_of(expert: Expert, loaded: LoadedBase) -> TensorComponent:
-    """An expert of the sum.
-
-    Raises:
-        PimergeError: if it does not fit the base.
-    """
+    """Make an expert a component of a mixture."""
     check_fits(expert, loaded.model, head=False)
     return TensorComponent(expert.name, sum_of([expert], [1.0], loaded.model.get_parameter))
 
 
 def fresh_component(like: Expert, loaded: LoadedBase, seed: int, name: str = "fresh") -> TensorComponent:
-    """A fresh expert of the form of another with PEFT's own init; the base comes back as it was.
-
-    Raises:
-        PimergeError: if that form does not fit the base.
-    """
+    """Make a fresh component of the form of an expert, with PEFT's own init; the base is unchanged afterwards."""
     check_fits(like, loaded.model, head=False)
     torch.manual_seed(seed)
     with modules_restored(loaded.model):
@@ -142,7 +134,7 @@ def fresh_component(like: Expert, loaded: LoadedBase, seed: int, name: str = "fr
 def mix_tensors(
     loaded: LoadedBase, form: Expert, components: Sequence[TensorComponent], mixture: Mixture, trained: bool
 ) -> TensorMixture:
-    """Put the weighted sum of some experts into a base.
+    """Put the weighted sum of several experts into a base.
 
     Args:
         form: an expert whose form all of them have.
@@ -166,7 +158,9 @@ def mix_tensors(
         mixed[key] = MixedTensor(stack, neutral[key].to(stack), columns[key], mixture, trained)
         owner, _, name = path.rpartition(".")
         register_parametrization(model.get_submodule(owner), name, mixed[key])
-    behind_vectors = form.virtual_tokens and "score" in loaded.head  # where a causal model cannot tell padding
+    behind_vectors = (
+        form.virtual_tokens and "score" in loaded.head
+    )  # behind which a causal model cannot recognise padding
     return TensorMixture(ByLength(model) if behind_vectors else model, mixed)
 
 

@@ -204,7 +204,7 @@ def test_a_fresh_one_for_texts_learns_from_the_names_of_the_classes(
 def test_names_of_classes_are_no_images(tune: Shell, folder: Path) -> None:
     result = tune("--class-names")
     assert result.code == 3
-    assert "have no names that are texts as its examples are" in result.err
+    assert "have no names that are texts like its examples" in result.err
     assert not (folder / "tuned").exists()
 
 

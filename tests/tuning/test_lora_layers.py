@@ -520,7 +520,7 @@ def test_modules_that_cannot_be_mixed_are_all_named(
     with pytest.raises(PimergeError) as caught:
         mixed(bert_base, [words, biased, other], [0.0, 0.0, 0.0])
     assert "'bert.embeddings.word_embeddings' is an embedding" in str(caught.value)
-    assert "'transformer.h.0.attn.c_attn' of the base is not there" in str(caught.value)
+    assert "'transformer.h.0.attn.c_attn' of the base does not exist" in str(caught.value)
 
 
 class Shifted(nn.Embedding):
