@@ -20,7 +20,7 @@ import torch
 
 from pimerge.adapters.expert import find_experts, open_expert
 from pimerge.core.libraries import quiet_libraries
-from pimerge.embedding.embed import default_batch_tokens, factors_of
+from pimerge.embedding.embed_expert import default_batch_tokens, factors_of
 from pimerge.embedding.fisher import diagonal_fisher, fisher_by_loop
 from pimerge.models.injection import injected
 from pimerge.models.loading import Bases, resolve_device, resolve_dtype

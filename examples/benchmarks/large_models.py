@@ -43,7 +43,7 @@ from pimerge.checkpoints.base import find_base
 from pimerge.cli.console import print_table
 from pimerge.core.libraries import quiet_libraries
 from pimerge.core.progress import Advance
-from pimerge.embedding.embed import EmbedOutcome, embed_expert
+from pimerge.embedding.embed_expert import EmbedOutcome, embed_expert
 from pimerge.embedding.store import Store
 from pimerge.embedding.store_schema import EmbedSettings
 from pimerge.models.loading import Bases, resolve_device, resolve_dtype

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from pimerge.adapters.expert import CONFIG, WEIGHTS, open_expert
 from pimerge.core.files import json_text, sha256_file, write_file
-from pimerge.embedding.embed import projections_of, updates_of
+from pimerge.embedding.embed_expert import projections_of, updates_of
 from pimerge.embedding.random_projection import DIRECTIONS, from_texts
 from pimerge.embedding.store import SIDECARS, open_store
 from pimerge.embedding.store_schema import Embedding, EmbedSettings, Sidecar, StoreDocument

@@ -39,7 +39,7 @@ from pimerge.adapters.compatibility import check_expert
 from pimerge.adapters.expert import Expert, open_expert
 from pimerge.checkpoints.base import Base, find_base
 from pimerge.core.libraries import quiet_libraries
-from pimerge.embedding.embed import embed_expert
+from pimerge.embedding.embed_expert import embed_expert
 from pimerge.embedding.features import STRENGTHS, FeatureReader, Sampling, TargetFeatures
 from pimerge.embedding.store import Store
 from pimerge.embedding.store_schema import EmbedSettings

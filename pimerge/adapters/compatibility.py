@@ -20,8 +20,11 @@ SHARED_INIT_DEVIATIONS = 5.0
 INIT_MODULES = 16
 
 
-def check_expert(expert: Expert) -> Task:
-    """Everything that can be checked of an expert before its base is loaded.
+def check_expert(expert: Expert, task: Task | None = None) -> Task:
+    """Check everything that can be checked of an expert before its base is loaded.
+
+    Args:
+        task: in place of the one in its folder.
 
     Returns:
         its task.
@@ -32,11 +35,10 @@ def check_expert(expert: Expert) -> Task:
     from pimerge.adapters.base_fit import check_fits_on_disk  # imports torch, which comparing experts needs not
 
     problems = Problems()
-    task = None
     with problems.collected():
         expert.require_handled()
     with problems.collected():
-        task = open_task(expert.path)
+        task = task or open_task(expert.path)
     with problems.collected():
         _ = expert.base.identity
         if task is not None and not expert.unhandled:

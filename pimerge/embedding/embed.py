@@ -1,221 +1,187 @@
-"""Experts → their Fisher embeddings in the store."""
+"""``pimerge.embed``: a pool of experts → their Fisher embeddings in the store."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
-import torch
-from torch import nn
-
-from pimerge.adapters.expert import CONFIG, Expert
-from pimerge.checkpoints.architecture import lora_targets
-from pimerge.core.errors import PimergeError
-from pimerge.core.files import sha256_file
-from pimerge.core.progress import Track, silent
-from pimerge.embedding.fisher import Fisher, diagonal_fisher
-from pimerge.embedding.input_grams import input_grams, linear_layers
-from pimerge.embedding.layer_moments import SecondMoments
-from pimerge.embedding.random_projection import project, to_text, update_embedding
-from pimerge.embedding.store import DIAGONAL, GRAMS, SECOND_MOMENTS, Store
-from pimerge.embedding.store_schema import EmbedSettings
-from pimerge.embedding.store_view import GRADIENT, UPDATE
-from pimerge.models.injection import injected, peft_prefix
-from pimerge.models.loading import Bases
-from pimerge.tasks.examples import Batch, Examples, bucket_by_length, on_device
-from pimerge.tasks.task import Task
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-LABEL_MODES = ("true", "sampled")
+from pimerge.adapters.compatibility import check_expert
+from pimerge.adapters.expert import Expert, open_expert
+from pimerge.adapters.selected import pool_members
+from pimerge.core.errors import PimergeError, Problems
+from pimerge.core.libraries import quiet_libraries
+from pimerge.core.progress import Note, Track, silent, unheard
+from pimerge.embedding.embed_expert import EmbedOutcome, LabelMode, embed_expert
+from pimerge.embedding.store import Store
+from pimerge.embedding.store_schema import Embedding, EmbedSettings
+from pimerge.models.loading import Bases, resolve_device, resolve_dtype
+from pimerge.tasks.task import Task, TaskSource, open_task
 
 
 @dataclass(frozen=True)
-class EmbedOutcome:
-    """What became of one expert.
+class EmbedResult:
+    """What :func:`embed` did.
 
     Attributes:
-        computed: False if the store had it already.
-        fisher: None if it was not computed.
-        truncated: examples longer than the model takes.
+        store: the ``embeddings.json``.
+        experts: name → entry of the store, of the experts that were asked for.
+        computed: the names of those that were computed now; the others were in the store, unchanged.
+        skipped: why some experts could not be embedded.
+        stored: how many experts the store holds now.
     """
 
-    name: str
-    computed: bool
-    fisher: Fisher | None = None
-    truncated: int = 0
+    store: Path
+    experts: dict[str, Embedding]
+    computed: list[str]
+    skipped: list[str]
+    stored: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """What ``pimerge embed --json`` prints."""
+        return {
+            "store": str(self.store),
+            "computed": self.computed,
+            "skipped": self.skipped,
+            "experts": {name: entry.model_dump(exclude={"settings"}) for name, entry in self.experts.items()},
+        }
 
 
-def embed_expert(
-    expert: Expert,
-    task: Task,
-    store: Store,
-    settings: EmbedSettings,
-    bases: Bases,
+def embed(
+    experts: str | Path | Expert | Sequence[str | Path | Expert] = "experts",
     *,
-    batch_tokens: int | None = None,
+    store: str | Path = "embeddings.json",
+    task: TaskSource | None = None,
+    examples: int = 1000,
+    labels: str = LabelMode.TRUE,
+    shots: int | None = None,
+    seed: int = 0,
     grams: bool = False,
+    batch_tokens: int | None = None,
+    base: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    skip_broken: bool = False,
     force: bool = False,
     track: Track = silent,
-) -> EmbedOutcome:
-    """Embed one expert by the diagonal Fisher information of its factors or groups on its own training split.
+    note: Note = unheard,
+    warn: Note = unheard,
+) -> EmbedResult:
+    """Embed every expert of a pool by the Fisher information of its parameters, into the store.
 
-    The head serves the likelihood and is no part of the embedding.
+        F_i = (1/M) Σ_m (∂ log p(y_m | x_m) / ∂φ_i)²        (π-Tuning, arXiv 2304.14381, eq. 3)
+
+    over M examples of the training split of the expert's task, the square taken per example; and what the measures of
+    ``rank`` compare beside it (:mod:`pimerge.embedding.layer_moments`). Each expert is written as soon as it is
+    computed, and an unchanged expert is not computed again, so an interrupted call continues when it is repeated.
 
     Args:
-        settings: label mode, examples, seed.
-        bases: loads the base on its device, in its dtype.
-        batch_tokens: most tokens of a batch; None for :func:`default_batch_tokens`.
-        grams: with the Gram matrices of the layers' inputs; an expert that has them already keeps having them.
-        force: compute it even if the store has it already.
+        experts: pools (folders of experts), experts' folders, Hub ids (``org/name@revision``) or open experts.
+        store: the ``embeddings.json`` to extend; its tensors lie in the folder ``embeddings`` beside it.
+        task: the task of all these experts in place of the ``task.json`` that each of them has: a folder, a task, or
+            rows in memory (a ``datasets.Dataset`` or a list of dicts).
+        examples: most examples of each expert's training split.
+        labels: ``true`` (those of the data) or ``sampled`` (drawn from what the model predicts).
+        shots: training examples per class; None for all.
+        seed: of the sampling.
+        grams: collect the input Gram matrices as well, for ``merge(method="regmean")``.
+        batch_tokens: most tokens of a batch; by default as the device needs.
+        base: the base model, a folder or Hub id, in place of the one that each expert names.
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:1`` …
+        dtype: ``auto`` (bfloat16 on a GPU, else float32), ``float32``, ``bfloat16`` or ``float64``.
+        skip_broken: embed the others if some experts have a problem.
+        force: compute what the store has already.
+        track: shows progress.
+        note: receives what is worth knowing, a sentence at a time.
+        warn: receives what has to be known, a sentence at a time.
 
-    Raises:
-        PimergeError: if the expert has no head, or its task or the disk has a problem.
+    Returns:
+        the entries of the store, and which of them were computed now.
+
+    Example:
+        In a folder that holds ``experts/``::
+
+            result = pimerge.embed("experts", shots=16)
+            {name: entry.norm for name, entry in result.experts.items()}
     """
-    settings = settings.model_copy(update={"dtype": str(bases.dtype).removeprefix("torch.")})
-    fields: dict[str, Any] = {
-        "path": store.path_of(expert),
-        "sha256": expert.sha256,
-        "config_sha256": sha256_file(expert.path / CONFIG),
-        "task_sha256": task.sha256(),
-        "kind": expert.kind,
-        "base": expert.base.identity,
-        "settings": settings,
-    }
-    # they serve merging in ΔW; and a merge by them must not fail as soon as somebody embeds the pool once more
-    grams = bool(expert.modules) and (grams or store.has_grams(expert.name))
-    if not force and store.is_current(expert.name, fields, grams):
-        return EmbedOutcome(expert.name, computed=False)
-    loaded = bases.load(expert.base, task)
-    if not expert.head and not loaded.has_own_head:
-        raise PimergeError(
-            f"the expert '{expert.name}' has no head for its task, and its base has none for these labels",
-            "train it with modules_to_save, or pass the --base that it was trained on",
-        )
-    examples, _ = task.examples(
-        "train",
-        loaded.processor,
-        loaded.config_for([expert]),
-        shots=settings.shots,
-        seed=settings.seed,
-        limit=settings.max_examples,
-    )
-    tokens = batch_tokens or default_batch_tokens(bases.device, loaded.config)
-    batches = bucket_by_length(examples.lengths, tokens if examples.alike else 1, padded=not expert.virtual_tokens)
-    # the fast path is checked once for each base and form of expert in a run
-    form = (
-        expert.base.identity,
-        expert.kind,
-        *((m.name, m.layer, m.bias is None) for m in expert.modules.values()),
-        *((group.name, *group.slots) for group in expert.tensor_sets.values()),
-    )
-    make_plain = partial(_on_device, examples, bases.device)
-    tensors: dict[str, dict[str, Tensor]] = {}
-    with injected(expert, loaded) as model:
-        # those of LoRA for kinds without ΔW, so that all kinds compare there
-        layers = linear_layers(model, expert.modules or lora_targets(loaded.model))
-        make = _batch_maker(model, task, examples, batches, make_plain, settings)
-        # PEFT's wrapper, since the base's own layer may compute nothing that needs a gradient
-        prefix = peft_prefix(model)
-        watched = {name: model.get_submodule(prefix + name) for name in layers}
-        moments = SecondMoments(watched, expert.virtual_tokens)
-        fisher = diagonal_fisher(
-            model,
-            factors_of(expert, model),
-            batches,
-            lambda indices: moments.of(make(indices)),
-            task.type.nll,
-            check=form not in bases.checked,
-            during=moments.recording(),
-            track=track,
-        )
-        tensors |= {DIAGONAL: fisher.diagonal, SECOND_MOMENTS: moments.means() | updates_of(expert)}
-        if grams:
-            tensors[GRAMS] = input_grams(layers, batches, make_plain, partial(task.type.nll, model), track=track)
-    if fisher.route == "rules":
-        bases.checked.add(form)
-    fields |= {
-        "task": {"type": task.file.type, "labels": task.labels},
-        "examples": fisher.examples,
-        "tokens": sum(examples.lengths),
-        "device": bases.device.type,
-        "route": fisher.route,
-        "sketches": projections_of(tensors[SECOND_MOMENTS]),
-    }
-    store.add(expert.name, fields, tensors)
-    return EmbedOutcome(expert.name, True, fisher, examples.truncated)
+    if labels not in list(LabelMode):
+        raise PimergeError(f"--labels is '{labels}'", f"expected {' or '.join(LabelMode)}")
+    target = Store(Path(store))
+    members = [experts] if isinstance(experts, str | Path | Expert) else list(experts)
+    ready, problems = _checked(members, base, None if task is None else open_task(task))
+    if not skip_broken or not ready:
+        problems.raise_any("some experts cannot be embedded (--skip-broken embeds the others)")
+    for problem in problems.found:
+        warn(f"skipped {problem.message}")
+    for name in [name for name in target.experts if not target.folder_of(name).is_dir()]:
+        target.drop(name)
+        note(f"{name}: its folder is gone; dropped from the store")
+    quiet_libraries()
+    resolved = resolve_device(device)
+    bases = Bases(resolved, resolve_dtype(dtype, resolved))
+    # experts of one base and as many labels follow each other, so that it is loaded once
+    ready.sort(key=lambda pair: (pair[0].base.identity, pair[1].file.type, len(pair[1].labels)))
+    settings = EmbedSettings(labels=labels, max_examples=examples, shots=shots, seed=seed)
+    computed = []
+    try:
+        for number, (expert, own) in enumerate(ready, 1):
+            note(f"[{number}/{len(ready)}] {expert.name}")
+            outcome = embed_expert(
+                expert,
+                own,
+                target,
+                settings,
+                bases,
+                batch_tokens=batch_tokens,
+                grams=grams,
+                force=force,
+                track=track,
+            )
+            if outcome.computed:
+                computed.append(expert.name)
+            for remark in _remarks(outcome):
+                note(f"{expert.name}: {remark}")
+    except KeyboardInterrupt:
+        note("interrupted: what is embedded is in the store, and the same command continues from there")
+        raise
+    entries = {expert.name: target.experts[expert.name] for expert, _ in ready}
+    if grams:
+        note(f"Gram matrices: {sum(map(target.grams_size, entries)) / 1e6:.1f} MB")
+    skipped = [problem.message for problem in problems.found]
+    return EmbedResult(target.path, entries, computed, skipped, len(target.experts))
 
 
-embed = embed_expert
+def _checked(
+    members: Sequence[str | Path | Expert], base: str | None, task: Task | None
+) -> tuple[list[tuple[Expert, Task]], Problems]:
+    """The experts of some pools with their tasks, and the problems of those that cannot be embedded."""
+    found: list[str | Path | Expert] = []
+    for member in members:
+        found += [member] if isinstance(member, Expert) else pool_members([str(member)])
+    problems = Problems()
+    ready: list[tuple[Expert, Task]] = []
+    folders: dict[str, Path] = {}
+    for reference in found:
+        with problems.collected(f"{reference}: " if len(found) > 1 and not isinstance(reference, Expert) else ""):
+            expert = reference if isinstance(reference, Expert) else open_expert(reference, base)
+            own = check_expert(expert, task)
+            if expert.name in folders:
+                raise PimergeError(
+                    f"its name '{expert.name}' is also that of '{folders[expert.name]}'", "rename one of the folders"
+                )
+            folders[expert.name] = expert.path
+            ready.append((expert, own))
+    return ready, problems
 
 
-def default_batch_tokens(device: torch.device, config: Any) -> int:
-    """Tokens of a batch that keep a device busy; on a CPU, activations that stay in its cache.
-
-    >>> from types import SimpleNamespace
-    >>> [default_batch_tokens(torch.device("cpu"), SimpleNamespace(hidden_size=width)) for width in (48, 384, 4096)]
-    [8192, 1024, 256]
-    """
-    if device.type == "cuda":
-        return 16_384
-    width = getattr(config, "hidden_size", None)
-    return min(8_192, max(256, 1_024 * 384 // width)) if isinstance(width, int) else 1_024
-
-
-def factors_of(expert: Expert, model: nn.Module) -> dict[str, nn.Parameter]:
-    """Key in the adapter's file → the model's parameter; only these require gradients."""
-    key_of = expert.strategy.key_of_parameter
-    keys = set(expert.keys)
-    model.requires_grad_(False)
-    found = {key_of(name): parameter for name, parameter in model.named_parameters() if key_of(name) in keys}
-    for parameter in found.values():
-        parameter.requires_grad_(True)
+def _remarks(outcome: EmbedOutcome) -> list[str]:
+    """What a user should know about how an expert was embedded."""
+    if not outcome.computed:
+        return ["unchanged since it was embedded"]
+    found = []
+    if outcome.fisher and outcome.fisher.why_loop:
+        found.append(f"one example at a time, since {outcome.fisher.why_loop}")
+    if outcome.truncated:
+        found.append(f"{outcome.truncated} examples are longer than the model takes and were cut")
     return found
-
-
-def updates_of(expert: Expert) -> dict[str, Tensor]:
-    """What is kept of the expert's updates beside the second moments: ``update.MODULE`` → ΔW in random directions."""
-    return {f"{UPDATE}.{name}": update for name, update in update_embedding(expert).items()}
-
-
-def projections_of(moments: Mapping[str, Tensor]) -> dict[str, str]:
-    """The two parts of the measure ``fisher``, small enough for the document: name → text."""
-    gradients = {key: value / value.norm().clamp(min=1e-30) for key, value in _parts(moments, GRADIENT)}
-    parts = {"gradients": gradients, "update": dict(_parts(moments, UPDATE))}
-    return {name: to_text(project(part)) for name, part in parts.items()}
-
-
-def _parts(moments: Mapping[str, Tensor], part: str) -> list[tuple[str, Tensor]]:
-    return [(key, value) for key, value in moments.items() if key.startswith(f"{part}.")]
-
-
-def _on_device(examples: Examples, device: torch.device, indices: Sequence[int]) -> Batch:
-    return on_device(examples.batch(indices), device)
-
-
-def _batch_maker(
-    model: nn.Module,
-    task: Task,
-    examples: Examples,
-    batches: Sequence[Sequence[int]],
-    make_plain: Callable[[Sequence[int]], Batch],
-    settings: EmbedSettings,
-) -> Callable[[Sequence[int]], Batch]:
-    """Batches with true labels, or with labels drawn by the uniform number of each example."""
-    if settings.labels != "sampled":
-        return make_plain
-    generator = torch.Generator().manual_seed(settings.seed)
-    uniform = torch.rand(len(examples), generator=generator, dtype=torch.float64)
-    drawn: dict[int, Any] = {}
-    for indices in batches:
-        drawn |= zip(indices, task.type.draw(model, examples, indices, uniform[list(indices)]), strict=True)
-
-    device = next(model.parameters()).device
-
-    def make(indices: Sequence[int]) -> Batch:
-        return on_device(examples.collate([examples.labelled(index, drawn[index]) for index in indices]), device)
-
-    return make

@@ -27,7 +27,7 @@ from pimerge.checkpoints.safetensors_file import open_tensors
 from pimerge.core.errors import PimergeError
 from pimerge.core.files import sha256_bytes, sha256_file, write_file
 from pimerge.core.progress import Advance
-from pimerge.embedding.embed import default_batch_tokens
+from pimerge.embedding.embed_expert import default_batch_tokens
 from pimerge.models.heads import head_of_size, set_head
 from pimerge.models.injection import injected_sum, peft_prefix
 from pimerge.models.loaded_base import LoadedBase, in_head, most_virtual_tokens

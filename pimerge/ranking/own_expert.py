@@ -112,7 +112,7 @@ def _init_of(pool: Sequence[Expert], store: Store) -> str:
 def _embed(asked: RankTarget, store: Store, request: RankRequest, track: Track) -> None:
     """Embed the target's expert as the others were, but with no more examples than are to be looked at."""
     from pimerge.adapters.compatibility import check_expert
-    from pimerge.embedding.embed import embed_expert
+    from pimerge.embedding.embed_expert import embed_expert
     from pimerge.models.loading import Bases, resolve_device, resolve_dtype
 
     expert = asked.expert

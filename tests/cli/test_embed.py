@@ -11,7 +11,7 @@ import pytest
 from safetensors import safe_open
 
 from pimerge.adapters.expert import open_expert
-from pimerge.embedding import embed as embedding
+from pimerge.embedding import embed_expert as embedding
 from tests.support.cli import Finished, Shell
 from tests.support.experts import MakeExpert, edit_tensors
 from tests.support.tasks import write_json

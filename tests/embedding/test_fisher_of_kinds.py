@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 
 from pimerge.adapters.expert import open_expert
-from pimerge.embedding.embed import factors_of
+from pimerge.embedding.embed_expert import factors_of
 from pimerge.embedding.fisher import diagonal_fisher
 from pimerge.tasks.examples import bucket_by_length
 from pimerge.tasks.task import open_task

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from pimerge.adapters.compatibility import check_expert
 from pimerge.adapters.expert import open_expert
 from pimerge.adapters.keys import PREFIX
-from pimerge.embedding import embed as embedding
-from pimerge.embedding.embed import embed_expert
+from pimerge.embedding import embed_expert as embedding
+from pimerge.embedding.embed_expert import embed_expert
 from pimerge.embedding.input_grams import linear_layers
 from pimerge.embedding.layer_moments import SecondMoments
 from pimerge.embedding.random_projection import DIRECTIONS, projection

@@ -15,7 +15,7 @@ from sklearn.datasets import load_digits
 
 from pimerge.adapters.compatibility import check_expert
 from pimerge.adapters.expert import find_experts, open_expert
-from pimerge.embedding.embed import embed_expert
+from pimerge.embedding.embed_expert import embed_expert
 from pimerge.embedding.store import Store
 from pimerge.embedding.store_schema import EmbedSettings
 from pimerge.models.loading import Bases, resolve_device, resolve_dtype

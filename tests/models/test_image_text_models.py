@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from pimerge.adapters.expert import Expert, open_expert
 from pimerge.checkpoints.base import find_base
 from pimerge.core.errors import PimergeError
-from pimerge.embedding.embed import embed_expert
+from pimerge.embedding.embed_expert import embed_expert
 from pimerge.embedding.features import FeatureReader, Sampling
 from pimerge.embedding.fisher import diagonal_fisher
 from pimerge.embedding.input_grams import linear_layers

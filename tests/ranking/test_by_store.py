@@ -13,7 +13,7 @@ from pimerge.adapters.compatibility import check_expert
 from pimerge.adapters.expert import Expert, open_expert
 from pimerge.adapters.ranking_document import Target
 from pimerge.core.errors import PimergeError
-from pimerge.embedding.embed import embed_expert
+from pimerge.embedding.embed_expert import embed_expert
 from pimerge.embedding.store import Store
 from pimerge.embedding.store_schema import EmbedSettings, MeasuredGains
 from pimerge.models.loading import Bases

@@ -16,7 +16,7 @@ from torch import Tensor
 from pimerge.adapters.expert import CONFIG, open_expert
 from pimerge.core.errors import PimergeError
 from pimerge.core.files import sha256_file
-from pimerge.embedding.embed import projections_of, updates_of
+from pimerge.embedding.embed_expert import projections_of, updates_of
 from pimerge.embedding.random_projection import from_texts, project, to_text, update_embedding
 from pimerge.embedding.store import DIAGONAL, SECOND_MOMENTS, Store
 from pimerge.embedding.store_schema import EmbedSettings

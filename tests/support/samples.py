@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pimerge.adapters.expert import Expert
 from pimerge.checkpoints.safetensors_file import open_tensors
-from pimerge.embedding.embed import updates_of
+from pimerge.embedding.embed_expert import updates_of
 from pimerge.embedding.features import TargetFeatures
 from pimerge.embedding.random_projection import DIRECTIONS
 from pimerge.embedding.store_view import StoreView

@@ -13,7 +13,7 @@ from pimerge.adapters.compatibility import check_expert, differing_form, init_co
 from pimerge.adapters.expert import Expert, open_expert
 from pimerge.checkpoints.base import Base, find_base
 from pimerge.core.errors import PimergeError
-from pimerge.embedding.embed import embed_expert
+from pimerge.embedding.embed_expert import embed_expert
 from pimerge.embedding.store import Store
 from pimerge.embedding.store_schema import EmbedSettings
 from pimerge.models.heads import set_head

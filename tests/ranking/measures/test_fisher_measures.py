@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pimerge.adapters.expert import Expert, open_expert
 from pimerge.checkpoints.safetensors_file import open_tensors
-from pimerge.embedding.embed import updates_of
+from pimerge.embedding.embed_expert import updates_of
 from pimerge.embedding.random_projection import update_embedding
 from pimerge.embedding.store_view import StoreView
 from pimerge.ranking.measures import fisher, fisher_factors, fisher_raw, marginals, task2vec

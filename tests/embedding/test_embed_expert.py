@@ -17,8 +17,8 @@ from torch import Tensor
 from pimerge.adapters.compatibility import check_expert
 from pimerge.adapters.expert import open_expert
 from pimerge.core.errors import PimergeError
-from pimerge.embedding import embed as embedding
-from pimerge.embedding.embed import EmbedOutcome, embed_expert
+from pimerge.embedding import embed_expert as embedding
+from pimerge.embedding.embed_expert import EmbedOutcome, embed_expert
 from pimerge.embedding.random_projection import from_texts
 from pimerge.embedding.store import Store
 from pimerge.embedding.store_schema import EmbedSettings

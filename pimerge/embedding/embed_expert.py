@@ -1,0 +1,246 @@
+"""Embed one expert: its Fisher information and what is measured beside it, into the store."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from pimerge.adapters.expert import CONFIG, Expert
+from pimerge.checkpoints.architecture import lora_targets
+from pimerge.core.errors import PimergeError
+from pimerge.core.files import sha256_file
+from pimerge.core.progress import Track, silent
+from pimerge.embedding.fisher import Fisher, diagonal_fisher
+from pimerge.embedding.input_grams import input_grams, linear_layers
+from pimerge.embedding.layer_moments import SecondMoments
+from pimerge.embedding.random_projection import project, to_text, update_embedding
+from pimerge.embedding.store import DIAGONAL, GRAMS, SECOND_MOMENTS, Store
+from pimerge.embedding.store_schema import EmbedSettings
+from pimerge.embedding.store_view import GRADIENT, UPDATE
+from pimerge.models.injection import injected, peft_prefix
+from pimerge.models.loaded_base import LoadedBase
+from pimerge.models.loading import Bases
+from pimerge.tasks.examples import Batch, Examples, bucket_by_length, on_device
+from pimerge.tasks.task import Task
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class LabelMode(StrEnum):
+    """Which labels the Fisher information is taken at."""
+
+    TRUE = "true"
+    """The labels of the data: the empirical Fisher."""
+    SAMPLED = "sampled"
+    """Labels drawn from what the model predicts."""
+
+
+@dataclass(frozen=True)
+class EmbedOutcome:
+    """What became of one expert.
+
+    Attributes:
+        computed: False if the store had it already.
+        fisher: None if it was not computed.
+        truncated: examples longer than the model takes.
+    """
+
+    name: str
+    computed: bool
+    fisher: Fisher | None = None
+    truncated: int = 0
+
+
+def embed_expert(
+    expert: Expert,
+    task: Task,
+    store: Store,
+    settings: EmbedSettings,
+    bases: Bases,
+    *,
+    batch_tokens: int | None = None,
+    grams: bool = False,
+    force: bool = False,
+    track: Track = silent,
+) -> EmbedOutcome:
+    """Embed one expert by the diagonal Fisher information of its parameters on the training split of its task.
+
+    The head serves the likelihood and is not part of the embedding.
+
+    Args:
+        settings: label mode, examples, seed.
+        bases: loads the base on its device, in its dtype.
+        batch_tokens: most tokens of a batch; None for :func:`default_batch_tokens`.
+        grams: with the Gram matrices of the layers' inputs; an expert that has them already keeps them.
+        force: compute it even if the store has it already.
+    """
+    settings = settings.model_copy(update={"dtype": str(bases.dtype).removeprefix("torch.")})
+    fields: dict[str, Any] = {
+        "path": store.path_of(expert),
+        "sha256": expert.sha256,
+        "config_sha256": sha256_file(expert.path / CONFIG),
+        "task_sha256": task.sha256(),
+        "kind": expert.kind,
+        "base": expert.base.identity,
+        "settings": settings,
+    }
+    # they serve merging in ΔW; and a merge by them must not fail as soon as somebody embeds the pool once more
+    grams = bool(expert.modules) and (grams or store.has_grams(expert.name))
+    if not force and store.is_current(expert.name, fields, grams):
+        return EmbedOutcome(expert.name, computed=False)
+    loaded = bases.load(expert.base, task)
+    if not expert.head and not loaded.has_own_head:
+        raise PimergeError(
+            f"the expert '{expert.name}' has no head for its task, and its base has none for these labels",
+            "train it with modules_to_save, or pass the --base that it was trained on",
+        )
+    examples, _ = task.examples(
+        "train",
+        loaded.processor,
+        loaded.config_for([expert]),
+        shots=settings.shots,
+        seed=settings.seed,
+        limit=settings.max_examples,
+    )
+    tokens = batch_tokens or default_batch_tokens(bases.device, loaded.config)
+    batches = bucket_by_length(examples.lengths, tokens if examples.alike else 1, padded=not expert.virtual_tokens)
+    fisher, tensors = _measure(
+        expert, loaded, EncodedBatches(task, examples, batches, bases.device), bases, settings, grams, track
+    )
+    fields |= {
+        "task": {"type": task.file.type, "labels": task.labels},
+        "examples": fisher.examples,
+        "tokens": sum(examples.lengths),
+        "device": bases.device.type,
+        "route": fisher.route,
+        "sketches": projections_of(tensors[SECOND_MOMENTS]),
+    }
+    store.add(expert.name, fields, tensors)
+    return EmbedOutcome(expert.name, True, fisher, examples.truncated)
+
+
+@dataclass(frozen=True)
+class EncodedBatches:
+    """The examples of a task, encoded, and their batches.
+
+    Attributes:
+        batches: the indices of the examples of each.
+        device: where the batches go.
+    """
+
+    task: Task
+    examples: Examples
+    batches: Sequence[Sequence[int]]
+    device: torch.device
+
+    def plain(self, indices: Sequence[int]) -> Batch:
+        """The batch of some examples, with the labels of the data."""
+        return on_device(self.examples.batch(indices), self.device)
+
+    def with_labels(self, model: nn.Module, settings: EmbedSettings) -> Callable[[Sequence[int]], Batch]:
+        """Batches with the labels of the data, or with labels drawn by a uniform number for each example."""
+        if settings.labels != LabelMode.SAMPLED:
+            return self.plain
+        examples = self.examples
+        generator = torch.Generator().manual_seed(settings.seed)
+        uniform = torch.rand(len(examples), generator=generator, dtype=torch.float64)
+        drawn: dict[int, Any] = {}
+        for indices in self.batches:
+            labels = self.task.type.draw(model, examples, indices, uniform[list(indices)])
+            drawn |= zip(indices, labels, strict=True)
+
+        def make(indices: Sequence[int]) -> Batch:
+            labelled = [examples.labelled(index, drawn[index]) for index in indices]
+            return on_device(examples.collate(labelled), self.device)
+
+        return make
+
+
+def _measure(
+    expert: Expert,
+    loaded: LoadedBase,
+    data: EncodedBatches,
+    bases: Bases,
+    settings: EmbedSettings,
+    grams: bool,
+    track: Track,
+) -> tuple[Fisher, dict[str, dict[str, Tensor]]]:
+    """The Fisher information of an expert, and the tensors of its sidecars."""
+    # the fast path is checked once for each base and form of expert in a run
+    form = (
+        expert.base.identity,
+        expert.kind,
+        *((m.name, m.layer, m.bias is None) for m in expert.modules.values()),
+        *((each.name, *each.slots) for each in expert.tensor_sets.values()),
+    )
+    nll = data.task.type.nll
+    with injected(expert, loaded) as model:
+        # those of LoRA for kinds without ΔW, so that all kinds compare there
+        layers = linear_layers(model, expert.modules or lora_targets(loaded.model))
+        make = data.with_labels(model, settings)
+        # PEFT's wrapper, since the base's own layer may compute nothing that needs a gradient
+        prefix = peft_prefix(model)
+        moments = SecondMoments({name: model.get_submodule(prefix + name) for name in layers}, expert.virtual_tokens)
+        fisher = diagonal_fisher(
+            model,
+            factors_of(expert, model),
+            data.batches,
+            lambda indices: moments.of(make(indices)),
+            nll,
+            check=form not in bases.checked,
+            during=moments.recording(),
+            track=track,
+        )
+        tensors = {DIAGONAL: fisher.diagonal, SECOND_MOMENTS: moments.means() | updates_of(expert)}
+        if grams:
+            tensors[GRAMS] = input_grams(layers, data.batches, data.plain, partial(nll, model), track=track)
+    if fisher.route == "rules":
+        bases.checked.add(form)
+    return fisher, tensors
+
+
+def default_batch_tokens(device: torch.device, config: Any) -> int:
+    """Tokens of a batch that keep a device busy; on a CPU, activations that stay in its cache.
+
+    >>> from types import SimpleNamespace
+    >>> [default_batch_tokens(torch.device("cpu"), SimpleNamespace(hidden_size=width)) for width in (48, 384, 4096)]
+    [8192, 1024, 256]
+    """
+    if device.type == "cuda":
+        return 16_384
+    width = getattr(config, "hidden_size", None)
+    return min(8_192, max(256, 1_024 * 384 // width)) if isinstance(width, int) else 1_024
+
+
+def factors_of(expert: Expert, model: nn.Module) -> dict[str, nn.Parameter]:
+    """Key in the adapter's file → the model's parameter; only these require gradients."""
+    key_of = expert.strategy.key_of_parameter
+    keys = set(expert.keys)
+    model.requires_grad_(False)
+    found = {key_of(name): parameter for name, parameter in model.named_parameters() if key_of(name) in keys}
+    for parameter in found.values():
+        parameter.requires_grad_(True)
+    return found
+
+
+def updates_of(expert: Expert) -> dict[str, Tensor]:
+    """What is kept of the expert's updates beside the second moments: ``update.MODULE`` → ΔW in random directions."""
+    return {f"{UPDATE}.{name}": update for name, update in update_embedding(expert).items()}
+
+
+def projections_of(moments: Mapping[str, Tensor]) -> dict[str, str]:
+    """The two parts of the measure ``fisher``, small enough for the document: name → text."""
+    gradients = {key: value / value.norm().clamp(min=1e-30) for key, value in _parts(moments, GRADIENT)}
+    parts = {"gradients": gradients, "update": dict(_parts(moments, UPDATE))}
+    return {name: to_text(project(part)) for name, part in parts.items()}
+
+
+def _parts(moments: Mapping[str, Tensor], part: str) -> list[tuple[str, Tensor]]:
+    return [(key, value) for key, value in moments.items() if key.startswith(f"{part}.")]
