@@ -56,9 +56,7 @@ def task_graph(path: Path, measure: str) -> tuple[list[str], Graph]:
     graph = {
         (name, candidate.name): candidate.score
         for name in names
-        for candidate in rank_by_store(
-            store, name, MEASURES.load(measure), SelectionRule(gate=False), path.parent
-        ).candidates
+        for candidate in rank_by_store(store, name, MEASURES.load(measure), SelectionRule(gate=False)).candidates
     }
     return names, graph
 

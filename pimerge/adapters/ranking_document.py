@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 
 from pimerge.adapters.expert import Expert, open_expert
 from pimerge.core.documents import parse_document
 from pimerge.core.errors import PimergeError
-from pimerge.core.files import json_text, require_same_or_absent, write_file
+from pimerge.core.files import json_text, relative_to, require_same_or_absent, write_file
 
 SCHEMA = 2
 
@@ -22,6 +23,9 @@ class Reference(BaseModel):
     name: str
     path: str
     sha256: str
+
+
+AnyReference = TypeVar("AnyReference", bound=Reference)
 
 
 class Target(Reference):
@@ -113,6 +117,32 @@ class Ranking(BaseModel):
         ranking._path = path
         return ranking
 
+    def to_dict(self) -> dict[str, Any]:
+        """The content of ``ranking.json``."""
+        return self.model_dump()
+
+    def save(self, path: str | Path, *, force: bool = False) -> Ranking:
+        """Write ``ranking.json``; the same ranking may be written again.
+
+        Args:
+            force: replace another ranking.
+
+        Returns:
+            the ranking as it was written, its paths relative to the folder of that file.
+        """
+        path = Path(path)
+        old, new = self.path.parent, path.parent
+
+        def moved(reference: AnyReference) -> AnyReference:
+            return reference.model_copy(update={"path": relative_to(old / reference.path, new)})
+
+        update = {"target": moved(self.target), "candidates": [moved(each) for each in self.candidates]}
+        written = self.model_copy(update=update).at(path)
+        content = json_text(written.to_dict())
+        require_same_or_absent(path, content, force)
+        write_file(path, content)
+        return written
+
     def with_notes(self, *notes: str) -> Ranking:
         """The same with more to be said, first."""
         return self.model_copy(update={"notes": [*notes, *self.notes]})
@@ -123,23 +153,8 @@ class Ranking(BaseModel):
         return [by_name[name] for name in self.selected]
 
 
-def write_ranking(ranking: Ranking, path: Path, force: bool) -> None:
-    """Write ``ranking.json``; the same ranking again is no overwriting.
-
-    Raises:
-        PimergeError: if another ranking is there and ``force`` is off.
-    """
-    content = json_text(ranking.model_dump())
-    require_same_or_absent(path, content, force)
-    write_file(path, content)
-
-
 def read_ranking(path: Path) -> Ranking:
-    """Read a ranking.
-
-    Raises:
-        PimergeError: if it is not there or does not fit.
-    """
+    """Read a ranking."""
     if not path.is_file():
         raise PimergeError(
             f"there is no ranking '{path}'", "run 'pimerge rank --target NAME' first, or name the experts"
@@ -148,11 +163,7 @@ def read_ranking(path: Path) -> Ranking:
 
 
 def open_ranked(reference: Reference, ranking_path: Path, base: str | None = None) -> Expert:
-    """Open an expert that a ranking names, at its scale, and check that it is the one that was ranked.
-
-    Raises:
-        PimergeError: if it is gone or has changed.
-    """
+    """Open an expert that a ranking names, at its strength, and check that it is the one that was ranked."""
     expert = open_expert(ranking_path.parent / reference.path, base)
     if expert.sha256 != reference.sha256:
         raise PimergeError(

@@ -15,11 +15,11 @@ from dataclasses import asdict, dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
 
-from pimerge.adapters.ranking_document import Ranking, Target, write_ranking
+from pimerge.adapters.ranking_document import Ranking, Target
 from pimerge.checkpoints.base import Base
 from pimerge.core.documents import parse_document
 from pimerge.core.errors import Problems
-from pimerge.core.files import json_text, sha256_bytes, write_file
+from pimerge.core.files import json_text, relative_to, sha256_bytes, write_file
 from pimerge.core.progress import Note, Track, silent, unheard
 from pimerge.core.version import __version__
 from pimerge.embedding.features import FeatureReader, Sampling
@@ -225,7 +225,7 @@ class _ComparisonRunner:
             return self.pool
         file = self.folder / RANKINGS / f"{_digest([shots, seed, self.inputs])}.json"
         if not file.is_file():
-            write_ranking(self._rank(shots, seed), file, force=True)
+            self._rank(shots, seed).save(file, force=True)
         ranking = parse_document(Ranking, file, ANEW)
         experts = {each.expert.name: each.expert for each in self.pool}
         held_out = ranking.measure == BY_EXAMPLES
@@ -241,10 +241,9 @@ class _ComparisonRunner:
         )
         measure = MEASURES.load(BY_EXAMPLES if reader.holds_out else BY_ONE_EXAMPLE)
         experts = {each.expert.name: each.expert for each in self.pool}
-        target = Target(name=session.task.name, path=".", sha256=session.task.sha256(), expert=False)
-        return rank_by_examples(
-            reader, experts, {}, target, None, measure, SelectionRule(len(experts), gate=False), self.folder / RANKINGS
-        )
+        here = relative_to(self.folder / RANKINGS, Path())
+        target = Target(name=session.task.name, path=here, sha256=session.task.sha256(), expert=False)
+        return rank_by_examples(reader, experts, {}, target, None, measure, SelectionRule(len(experts), gate=False))
 
     def _file(self, case: PlannedRun) -> Path:
         design = self.design

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -37,7 +36,6 @@ def rank_by_examples(
     own: Expert | None,
     measure: Measure,
     rule: SelectionRule,
-    folder: Path,
     prior: Mapping[str, float] | None = None,
 ) -> Ranking:
     """Rank experts by what they make of the target's examples.
@@ -48,12 +46,9 @@ def rank_by_examples(
         own: the target's own expert, if it has one.
         measure: one that needs examples.
         prior: name → gain that the store predicts, see :func:`judge`.
-
-    Raises:
-        PimergeError: if the measure cannot be had from these examples.
     """
     verdict = judge(reader, experts, measure, own, prior)
-    candidates = [candidate_of(name, experts[name], found, folder) for name, found in verdict.judged.items()]
+    candidates = [candidate_of(name, experts[name], found) for name, found in verdict.judged.items()]
     candidates.sort(key=lambda candidate: (-candidate.score, candidate.name))
     helpful = [candidate for candidate in candidates if candidate.helps or not rule.gate]
     notes = reader.notes()
@@ -124,9 +119,6 @@ def judge(
         prior: name → gain at full strength that the store predicts, see
             :func:`pimerge.ranking.measures.combined.store_weight`.
         seed: of the bootstrap over the examples.
-
-    Raises:
-        PimergeError: if the measure cannot be had from these examples at all.
     """
     base = reader.base_features()
     one = torch.ones(1, len(base.labels), dtype=torch.float64)

@@ -24,23 +24,19 @@ from pimerge.ranking.selection import (
 )
 
 
-def rank_by_store(store: Store, target: str, measure: Measure, rule: SelectionRule, folder: Path) -> Ranking:
+def rank_by_store(store: Store, target: str, measure: Measure, rule: SelectionRule) -> Ranking:
     """Rank the experts of a store by how close they are to one of them.
 
     Args:
         target: a name in the store.
         measure: one that needs the store alone.
-        folder: where the ranking will lie; its paths are relative to that.
-
-    Raises:
-        PimergeError: if the target itself has changed.
     """
     compared = compare(store, target, measure)
     scores, errors = _scores(compared)
     candidates = [
         Candidate(
             name=name,
-            path=relative_to(expert.path, folder),
+            path=relative_to(expert.path, Path()),
             sha256=expert.sha256,
             score=score,
             low=max(-1.0, score - Z95 * error),
@@ -63,7 +59,7 @@ def rank_by_store(store: Store, target: str, measure: Measure, rule: SelectionRu
     if compared.experts and (remark := measure.remark([own, *compared.experts.values()])):
         notes.append(remark)
     return document(
-        Target(name=target, path=relative_to(own.path, folder), sha256=own.sha256),
+        Target(name=target, path=relative_to(own.path, Path()), sha256=own.sha256),
         measure.name,
         count,
         candidates,
@@ -81,16 +77,12 @@ def rank_by_history(
     target: Target,
     measure: Measure,
     rule: SelectionRule,
-    folder: Path,
 ) -> Ranking:
     """Rank experts by the gains that they had for the other targets of the store.
 
     Args:
         experts: name → expert of the target's base.
         excluded: name → why it is none of them.
-
-    Raises:
-        PimergeError: if the store has no such gains.
     """
     history = {name: gains for name, gains in store.history().items() if name != target.name}
     if not history:
@@ -111,7 +103,7 @@ def rank_by_history(
         scale, gain, error = found
         error = min(error, 1.0)
         judged = GainEstimate(scale, gain, error, gain, error, least_errors=LEAST_ERRORS_OF_HISTORY)
-        candidates.append(candidate_of(name, expert, judged, folder))
+        candidates.append(candidate_of(name, expert, judged))
     candidates.sort(key=lambda candidate: (-candidate.score, candidate.name))
     every = [candidate for candidate in candidates if candidate.helps or not rule.gate]
     notes: list[str] = []

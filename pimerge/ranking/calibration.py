@@ -3,11 +3,55 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 from pimerge.adapters.expert import Expert
-from pimerge.embedding.features import FeatureReader, TargetFeatures
+from pimerge.core.errors import PimergeError, Problems
+from pimerge.embedding.features import STRENGTHS, FeatureReader, TargetFeatures
+from pimerge.embedding.store import Store, open_store
 from pimerge.embedding.store_schema import MeasuredGains
 from pimerge.models.linear_probe import held_out_log_probabilities
+from pimerge.ranking.target import RankRequest, RankTarget, pool_base, pool_of
+from pimerge.ranking.target_examples import feature_reader
+
+
+def calibrate_store(request: RankRequest) -> dict[str, dict[str, dict[float, float]]]:
+    """Measure the gain of every expert of the store for every other's task, and keep them in the store.
+
+    A target whose task and sources are as they were measured is not measured again, but for ``--force``; one that
+    cannot be measured is left out.
+
+    Returns:
+        target → source → scale → gain.
+    """
+    store = open_store(Path(request.store))
+    done = {} if request.force else store.history()
+    problems = Problems()
+    for number, name in enumerate(store.experts, 1):
+        with problems.collected(f"'{name}': "):
+            request.note(f"[{number}/{len(store.experts)}] {name}")
+            _calibrate(name, store, done.get(name, {}), request)
+    if len(problems.found) >= len(store.experts):
+        problems.raise_any("no expert's task can be measured")
+    for problem in problems.found:
+        request.warn(f"left out: {problem.message}")
+    return store.history()
+
+
+def _calibrate(name: str, store: Store, done: Mapping[str, Mapping[float, float]], request: RankRequest) -> None:
+    """Measure the gains for one target, unless they are known."""
+    target = RankTarget(name, store.open(name), store.folder_of(name), stored=True)
+    if target.task().sha256() != store.experts[name].task_sha256:
+        raise PimergeError("its task has changed since it was embedded", "run 'pimerge embed' again")
+    experts, _ = pool_of(store, target, pool_base(store, target, request.base))
+    if not experts:
+        raise PimergeError("no other expert of the store has its base", "embed the whole pool into one store")
+    if done.keys() == experts.keys():
+        return
+    reader = feature_reader(target, store, request)
+    with request.track("candidates", (1 + len(experts) * len(STRENGTHS)) * len(reader.labels), "examples") as advance:
+        reader.advance = advance
+        store.add_gains(name, measure_gains(reader, experts))
 
 
 def measure_gains(reader: FeatureReader, experts: Mapping[str, Expert]) -> MeasuredGains:
@@ -18,9 +62,6 @@ def measure_gains(reader: FeatureReader, experts: Mapping[str, Expert]) -> Measu
 
     Args:
         experts: name → expert, the target's own left out.
-
-    Raises:
-        PimergeError: if no class has two examples, or an expert gives no finite features.
     """
     base = held_out_accuracy(reader.base_features())
     sources = {
@@ -36,5 +77,5 @@ def measure_gains(reader: FeatureReader, experts: Mapping[str, Expert]) -> Measu
 def held_out_accuracy(sample: TargetFeatures) -> float:
     """The share of right answers among the examples that can be held out."""
     found = held_out_log_probabilities(sample.vectors, sample.labels, sample.classes)
-    asked = found.isfinite().all(1)
-    return float((found.argmax(1) == sample.labels)[asked].double().mean())
+    target = found.isfinite().all(1)
+    return float((found.argmax(1) == sample.labels)[target].double().mean())

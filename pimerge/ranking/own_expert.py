@@ -14,7 +14,6 @@ from pimerge.adapters.expert import Expert, open_expert
 from pimerge.core.errors import PimergeError, Problems
 from pimerge.core.files import require_absent
 from pimerge.core.libraries import quiet_libraries
-from pimerge.core.progress import Track
 from pimerge.embedding.store import Store
 from pimerge.ranking.nearest import SHORTLIST
 from pimerge.ranking.target import RankRequest, RankTarget, folder_for, names_on, open_all, pool_base
@@ -25,65 +24,56 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def store_with_target(asked: RankTarget, store: Store, request: RankRequest, track: Track) -> Iterator[Store]:
-    """A store that has the target: this one with its expert, or a temporary one on top with the pool's init.
-
-    Raises:
-        PimergeError: if the expert cannot be embedded, or there is no init to start from.
-    """
+def store_with_target(target: RankTarget, store: Store, request: RankRequest) -> Iterator[Store]:
+    """A store that has the target: this one with its expert, or a temporary one on top with the pool's init."""
+    if target.stored:
+        yield store
+        return
     quiet_libraries()
-    if asked.expert is not None:
-        _embed(asked, store, request, track)
+    if target.expert is not None:
+        _embed(target, store, request)
         yield store
         return
     from pimerge.tuning.target_expert import initial_expert
 
-    start_from = _start(asked, store, request)
-    with tempfile.TemporaryDirectory() as folder, initial_expert(start_from, track) as start:
+    start_from = _start(target, store, request)
+    with tempfile.TemporaryDirectory() as folder, initial_expert(start_from, request.track) as start:
         request.note(
-            f"{asked.name} has no expert: its Fisher is taken at {_init_of(start_from.pool, store)} "
+            f"{target.name} has no expert: its Fisher is taken at {_init_of(start_from.pool, store)} "
             "(--train-target trains one)"
         )
         overlay = store.overlay(Path(folder))
-        _embed(replace(asked, expert=start, folder=start.path), overlay, request, track)
+        _embed(replace(target, expert=start, folder=start.path), overlay, request)
         yield overlay
 
 
-def trained(asked: RankTarget, store: Store, request: RankRequest, track: Track) -> RankTarget:
-    """The target with an expert of its own in the store, trained on its examples from the pool's init.
-
-    Raises:
-        PimergeError: if there is no init to start from, the task has a problem, or something else has its place.
-    """
+def trained(target: RankTarget, store: Store, request: RankRequest) -> RankTarget:
+    """The target with an expert of its own in the store, trained on its examples from the pool's init."""
     quiet_libraries()
-    output = folder_for(store, asked.name)
-    _refuse_namesake(replace(asked, folder=output), store)
-    if output.is_dir() and open_task(output).sha256() == asked.task().sha256():
-        request.note(f"{asked.name}: the expert that was trained before, '{output}'")
+    output = folder_for(store, target.name)
+    _refuse_namesake(replace(target, folder=output), store)
+    if output.is_dir() and open_task(output).sha256() == target.task().sha256():
+        request.note(f"{target.name}: the expert that was trained before, '{output}'")
     else:
         from pimerge.tuning.target_expert import train_expert
 
         require_absent(output, request.force)
-        start = _start(asked, store, request)
+        start = _start(target, store, request)
         init = _init_of(start.pool, store)
-        request.note(f"{asked.name} has no expert: training one from {init} into '{output}'")
-        train_expert(start, output, force=request.force, track=track)
-    own = RankTarget(asked.name, open_expert(output, request.base), output, stored=True)
-    _embed(own, store, request, track)
+        request.note(f"{target.name} has no expert: training one from {init} into '{output}'")
+        train_expert(start, output, force=request.force, track=request.track)
+    own = RankTarget(target.name, open_expert(output, request.base), output, stored=True)
+    _embed(own, store, request)
     return own
 
 
-def _start(asked: RankTarget, store: Store, request: RankRequest) -> NewTarget:
-    """What an expert for the target starts from, of the kind that most experts have, and how it is trained.
-
-    Raises:
-        PimergeError: if the store has no expert of the target's base.
-    """
+def _start(target: RankTarget, store: Store, request: RankRequest) -> NewTarget:
+    """What an expert for the target starts from, of the kind that most experts have, and how it is trained."""
     from pimerge.tuning.options import TrainingOptions
     from pimerge.tuning.target_expert import NewTarget
 
-    base = pool_base(store, asked, request.base)
-    names, excluded = names_on(store, asked, base)
+    base = pool_base(store, target, request.base)
+    names, excluded = names_on(store, target, base)
     kinds = Counter(store.experts[name].kind for name in names)
     if kinds:  # of several kinds the one with the most experts
         names = [name for name in names if store.experts[name].kind == kinds.most_common(1)[0][0]]
@@ -92,10 +82,10 @@ def _start(asked: RankTarget, store: Store, request: RankRequest) -> NewTarget:
         problems = Problems()
         for name, reason in (excluded | broken).items():
             problems.add(f"'{name}': {reason}", "rank by the store that holds experts of the target's base")
-        problems.raise_any(f"'{asked.name}' has no expert, and the store none for it to start from")
+        problems.raise_any(f"'{target.name}' has no expert, and the store none for it to start from")
     return NewTarget(
         pool=list(pool.values()),
-        task=asked.task(),
+        task=target.task(),
         base=base,
         options=TrainingOptions(shots=request.shots, seed=request.seed),
         device=request.device,
@@ -109,27 +99,32 @@ def _init_of(pool: Sequence[Expert], store: Store) -> str:
     return f"the init of the pool's most frequent kind, {pool[0].kind}" if several else "the pool's init"
 
 
-def _embed(asked: RankTarget, store: Store, request: RankRequest, track: Track) -> None:
+def _embed(target: RankTarget, store: Store, request: RankRequest) -> None:
     """Embed the target's expert as the others were, but with no more examples than are to be looked at."""
     from pimerge.adapters.compatibility import check_expert
     from pimerge.embedding.embed_expert import embed_expert
     from pimerge.models.loading import Bases, resolve_device, resolve_dtype
 
-    expert = asked.expert
+    expert = target.expert
     assert expert is not None
-    _refuse_namesake(asked, store)
-    request.note(f"{asked.name} is not in the store yet: embedding it")
+    _refuse_namesake(target, store)
+    request.note(f"{target.name} is not in the store yet: embedding it")
     like = next(iter(store.experts.values())).settings
     settings = like.model_copy(update={"shots": request.shots, "seed": request.seed}) if request.shots else like
     device = resolve_device(request.device)
     embed_expert(
-        expert, check_expert(expert), store, settings, Bases(device, resolve_dtype(like.dtype, device)), track=track
+        expert,
+        check_expert(expert, target.given),
+        store,
+        settings,
+        Bases(device, resolve_dtype(like.dtype, device)),
+        track=request.track,
     )
 
 
-def _refuse_namesake(asked: RankTarget, store: Store) -> None:
-    if asked.name in store.experts and store.folder_of(asked.name).resolve() != asked.folder.resolve():
+def _refuse_namesake(target: RankTarget, store: Store) -> None:
+    if target.name in store.experts and store.folder_of(target.name).resolve() != target.folder.resolve():
         raise PimergeError(
-            f"'{store.path}' has another expert of the name '{asked.name}': {store.folder_of(asked.name)}",
+            f"'{store.path}' has another expert of the name '{target.name}': {store.folder_of(target.name)}",
             "rename one of the folders",
         )

@@ -1,4 +1,4 @@
-"""What ``pimerge rank`` does with a target: find it, choose the measure, rank; and say why."""
+"""``pimerge.rank``: find the target, choose the measure, rank the experts of the store; and explain a place."""
 
 from __future__ import annotations
 
@@ -8,68 +8,85 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pimerge.adapters.ranking_document import Ranking
-from pimerge.core.errors import PimergeError
-from pimerge.core.progress import Track
+from pimerge.adapters.expert import Expert
+from pimerge.adapters.ranking_document import Candidate, Ranking
+from pimerge.core.errors import PimergeError, nearest
+from pimerge.core.progress import Note, Track, silent, unheard
 from pimerge.embedding.store import Store, open_store
 from pimerge.ranking.by_store import rank_by_history, rank_by_store
 from pimerge.ranking.measure import BY_STORE, MEASURES, Needs
 from pimerge.ranking.nearest import compare
+from pimerge.ranking.own_expert import store_with_target, trained
+from pimerge.ranking.state_dicts import ranked_state_dicts
 from pimerge.ranking.target import AUTO, RankRequest, RankTarget, find_target, folder_for, pool_base, pool_of
+from pimerge.ranking.target_examples import by_default, by_examples, gains_of
+from pimerge.tasks.task import TaskSource
 
 
-@dataclass(frozen=True)
-class RankingContext:
-    """A ranking, and what it came from.
+def rank(
+    target: Expert | TaskSource,
+    *,
+    store: str | Path = "embeddings.json",
+    k: int | None = 2,
+    measure: str = AUTO,
+    shots: int | None = None,
+    examples: int = 500,
+    seed: int = 0,
+    gate: bool = True,
+    train_target: bool = False,
+    base: str | None = None,
+    device: str = "auto",
+    dtype: str = "float32",
+    force: bool = False,
+    track: Track = silent,
+    note: Note = unheard,
+    warn: Note = unheard,
+) -> Ranking:
+    """Rank the experts of a store by how much they are expected to help a target, and select the first k.
 
-    Attributes:
-        store: the store that was asked; ``compared_in`` the one that has the target, if there is one.
-    """
-
-    ranking: Ranking
-    asked: RankTarget
-    store: Store
-    compared_in: Store | None
-    request: RankRequest
-
-
-@contextmanager
-def ranked(target: str, request: RankRequest, folder: Path, track: Track) -> Iterator[RankingContext]:
-    """Rank the experts of the store for a target.
-
-    Without a measure given, a target with an expert is ranked by the store where its examples cannot be used, but not
-    where ``--shots`` asks for them; and a target whose expert ``--train-target`` has trained, since that is its use.
+    Where the target's examples can be read, every expert is tried on them at four strengths; otherwise the store alone
+    decides. Without a measure given, a target with an expert of its own is ranked by the store where its examples
+    cannot be used, unless ``shots`` asks for them; and so is a target whose expert ``train_target`` has trained.
 
     Args:
-        folder: where the ranking will lie.
+        target: an expert's name in the store, its folder, or the folder of a task; an open expert or task; or rows in
+            memory (a ``datasets.Dataset`` or a list of dicts). A ``.safetensors`` file without a config is ranked among
+            the other files of its folder, without a store.
+        store: the ``embeddings.json`` that ``embed`` wrote.
+        k: how many experts to select; None chooses the number, by the gain of their means or the gaps between scores.
+        measure: ``auto`` is ``combined`` if the target's examples can be read, else ``fisher``; ``pimerge rank
+            --measures`` lists the others.
+        shots: training examples per class of the target to look at; None for all.
+        examples: most examples of the target to look at.
+        seed: of the sampling.
+        gate: select only experts that are expected to help.
+        train_target: train an expert for a target that has none, and rank by the store.
+        base: the base model, a folder or Hub id, in place of the target's own.
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:1`` …
+        dtype: ``float32``, ``bfloat16``, ``float64`` or ``auto`` (bfloat16 on a GPU, else float32).
+        force: replace an expert that ``train_target`` trained before.
+        track: shows progress.
+        note: receives what is worth knowing, a sentence at a time.
+        warn: receives what has to be known, a sentence at a time.
 
-    Raises:
-        PimergeError: if the target or its examples do not serve the measure that was asked for.
+    Returns:
+        the candidates in descending order of their scores, with strengths, expected gains and intervals; ``selected``
+        names the chosen ones, and is empty if no expert is expected to help. ``save(path)`` writes ``ranking.json``.
+
+    Example:
+        In a folder with an ``embeddings.json``::
+
+            ranking = pimerge.rank([{"text": "oh no", "label": "bad"}, …], k=3)
+            ranking.save("ranking.json")
     """
-    if request.measure != AUTO:
-        MEASURES.load(request.measure)
-    store = open_store(request.store)
-    asked = find_target(target, store, request.base)
-    if asked.expert is None and request.train_target:
-        from pimerge.ranking.own_expert import trained
-
-        asked = trained(asked, store, request, track)
-    if request.train_target and request.measure == AUTO and asked.folder == folder_for(store, asked.name):
-        request = replace(request, measure=BY_STORE)
-    found = _without_comparing(asked, store, request, folder, track)
-    if isinstance(found, Ranking):
-        yield RankingContext(found, asked, store, store if asked.stored else None, request)
-        return
-    measure = BY_STORE if request.measure == AUTO else request.measure
-    with _target_in_store(asked, store, request, track) as where:
-        ranking = rank_by_store(where, asked.name, MEASURES.load(measure), request.rule, folder)
-        notes = [f"{found}: ranked by '{measure}' from the store"] if found else []
-        if asked.expert is None:
-            head = ", with a head of its examples" if asked.task().type.trains_head else ""
-            kind = where.experts[asked.name].kind
-            notes.append(f"the target has no expert: its Fisher is that at the pool's init of the kind {kind}{head}")
-        ranking = ranking.model_copy(update={"target": asked.named_from(folder)}).with_notes(*notes)
-        yield RankingContext(ranking, asked, store, where, request)
+    request = RankRequest(
+        store, k, measure, shots, examples, seed, gate, train_target, base, device, dtype, force, track, note, warn
+    )
+    states = ranked_state_dicts(str(target), request) if isinstance(target, str | Path) else None
+    if states is not None:
+        return states
+    with _ranked(target, request) as found:
+        return found.ranking
 
 
 @dataclass(frozen=True)
@@ -77,68 +94,108 @@ class Explanation:
     """Why a candidate has its place.
 
     Attributes:
-        scales: scale → measure of the examples → what it gives above the bare base; empty without examples.
-        by: the measure of the store whose parts follow.
+        candidate: as the ranking has it.
+        strengths: strength → measure of the examples → what it gives above the bare base; empty without examples.
+        measure: the measure of the store that the tensors' parts are of.
         tensors: tensor → what it adds to the score by that measure; empty if that does not compare the two.
     """
 
-    scales: dict[float, dict[str, float]]
-    by: str
+    candidate: Candidate
+    strengths: dict[float, dict[str, float]]
+    measure: str
     tensors: dict[str, float]
 
-    def document(self) -> dict[str, Any]:
-        """For ``--json``."""
-        return {"by_scale": self.scales, "measure": self.by, "by_tensor": self.tensors}
+    def to_dict(self) -> dict[str, Any]:
+        """What ``pimerge rank --explain NAME --json`` prints."""
+        return {
+            "candidate": self.candidate.model_dump(),
+            "by_scale": self.strengths,
+            "measure": self.measure,
+            "by_tensor": self.tensors,
+        }
 
 
-def explain(found: RankingContext, name: str) -> Explanation:
-    """What makes a candidate's score: by scale on the examples, and by tensor in the store."""
-    measure = found.ranking.measure
-    by = measure if MEASURES.load(measure).compares_embeddings else BY_STORE
-    tensors: dict[str, float] = {}
-    if found.compared_in is not None:
-        compared = compare(found.compared_in, found.asked.name, MEASURES.load(by))
-        if compared.similarity is not None and name in compared.experts:
-            added = compared.similarity.contributions()[list(compared.experts).index(name)].tolist()
-            tensors = dict(zip(compared.similarity.tensors, added, strict=True))
-    if found.ranking.seen is None:
-        return Explanation({}, by, tensors)
-    from pimerge.ranking.rank_by_examples import strengths_of
+def explain(target: Expert | TaskSource, name: str, request: RankRequest) -> Explanation:
+    """Explain the place of a candidate: by strength on the examples, and by tensor in the store."""
+    with _ranked(target, request) as found:
+        candidate = _candidate(found.ranking, name)
+        own = found.ranking.measure
+        by = own if MEASURES.load(own).compares_embeddings else BY_STORE
+        tensors: dict[str, float] = {}
+        if found.compared_in is not None:
+            compared = compare(found.compared_in, found.target.name, MEASURES.load(by))
+            if compared.similarity is not None and name in compared.experts:
+                added = compared.similarity.contributions()[list(compared.experts).index(name)].tolist()
+                tensors = dict(zip(compared.similarity.tensors, added, strict=True))
+        seen = found.ranking.seen is not None
+        strengths = gains_of(found.target, found.store, name, request) if seen else {}
+        return Explanation(candidate, strengths, by, tensors)
 
-    return Explanation(strengths_of(found.asked, found.store, name, found.request), by, tensors)
+
+def _candidate(ranking: Ranking, name: str) -> Candidate:
+    """A candidate of a ranking by its name."""
+    for candidate in ranking.candidates:
+        if candidate.name == name:
+            return candidate
+    for other in ranking.not_comparable:
+        if other.name == name:
+            raise PimergeError(f"'{name}' cannot be compared with '{ranking.target.name}': {other.reason}")
+    raise PimergeError(
+        f"there is no candidate '{name}' for '{ranking.target.name}'",
+        nearest(name, [each.name for each in ranking.candidates]),
+    )
 
 
-def _without_comparing(
-    asked: RankTarget, store: Store, request: RankRequest, folder: Path, track: Track
-) -> Ranking | str:
-    """The ranking, unless the target's expert has to be compared with the others; then why, if it was not asked for."""
-    if request.measure == AUTO:
-        from pimerge.ranking.rank_by_examples import by_default
+@dataclass(frozen=True)
+class _RankingContext:
+    """A ranking and what it came from; ``compared_in`` is a store that has the target, if there is one."""
 
-        return by_default(asked, store, request, folder, track)
-    measure = MEASURES.load(request.measure)
-    if measure.needs is Needs.EXAMPLES:
-        from pimerge.ranking.rank_by_examples import by_examples
-
-        return by_examples(asked, store, measure, request, folder, track)
-    if measure.needs is Needs.HISTORY:
-        experts, excluded = pool_of(store, asked, pool_base(store, asked, request.base))
-        return rank_by_history(store, experts, excluded, asked.named_from(folder), measure, request.rule, folder)
-    if measure.needs is Needs.EXPERTS and asked.expert is None:
-        raise PimergeError(
-            f"the target '{asked.name}' has no expert, and '{request.measure}' compares experts",
-            "pass --train-target to train one, or a measure of its examples (--measure combined)",
-        )
-    return ""
+    ranking: Ranking
+    target: RankTarget
+    store: Store
+    compared_in: Store | None
 
 
 @contextmanager
-def _target_in_store(asked: RankTarget, store: Store, request: RankRequest, track: Track) -> Iterator[Store]:
-    """A store that has the target."""
-    if asked.stored:
-        yield store
+def _ranked(source: Expert | TaskSource, request: RankRequest) -> Iterator[_RankingContext]:
+    """Rank the experts of the store; a temporary store that holds the target exists during the block."""
+    if request.measure != AUTO:
+        MEASURES.load(request.measure)
+    store = open_store(Path(request.store))
+    target = find_target(source, store, request.base)
+    if target.expert is None and request.train_target:
+        target = trained(target, store, request)
+    if request.train_target and request.measure == AUTO and target.folder == folder_for(store, target.name):
+        request = replace(request, measure=BY_STORE)
+    found = _without_comparing(target, store, request)
+    if isinstance(found, Ranking):
+        yield _RankingContext(found, target, store, store if target.stored else None)
         return
-    from pimerge.ranking.own_expert import store_with_target
+    measure = MEASURES.load(BY_STORE if request.measure == AUTO else request.measure)
+    with store_with_target(target, store, request) as where:
+        ranking = rank_by_store(where, target.name, measure, request.rule)
+        notes = [f"{found}: ranked by '{measure.name}' from the store"] if found else []
+        if target.expert is None:
+            head = ", with a head of its examples" if target.task().type.trains_head else ""
+            kind = where.experts[target.name].kind
+            notes.append(f"the target has no expert: its Fisher is that at the pool's init of the kind {kind}{head}")
+        ranking = ranking.model_copy(update={"target": target.reference()}).with_notes(*notes)
+        yield _RankingContext(ranking, target, store, where)
 
-    with store_with_target(asked, store, request, track) as where:
-        yield where
+
+def _without_comparing(target: RankTarget, store: Store, request: RankRequest) -> Ranking | str:
+    """The ranking, unless the target's expert has to be compared with the others; then why, if it was not asked for."""
+    if request.measure == AUTO:
+        return by_default(target, store, request)
+    measure = MEASURES.load(request.measure)
+    if measure.needs is Needs.EXAMPLES:
+        return by_examples(target, store, measure, request)
+    if measure.needs is Needs.HISTORY:
+        experts, excluded = pool_of(store, target, pool_base(store, target, request.base))
+        return rank_by_history(store, experts, excluded, target.reference(), measure, request.rule)
+    if measure.needs is Needs.EXPERTS and target.expert is None:
+        raise PimergeError(
+            f"the target '{target.name}' has no expert, and '{measure.name}' compares experts",
+            "pass --train-target to train one, or a measure of its examples (--measure combined)",
+        )
+    return ""

@@ -66,11 +66,11 @@ class GainEstimate:
         return self.tested and not self.helps and self.gain - Z95 * self.gain_error > LEAST_GAIN
 
 
-def candidate_of(name: str, expert: Expert, found: GainEstimate, folder: Path) -> Candidate:
-    """A candidate as the ranking in a folder names it."""
+def candidate_of(name: str, expert: Expert, found: GainEstimate) -> Candidate:
+    """A candidate as the ranking names it."""
     return Candidate(
         name=name,
-        path=relative_to(expert.path, folder),
+        path=relative_to(expert.path, Path()),
         sha256=expert.sha256,
         score=found.score,
         low=found.score - Z95 * found.error,

@@ -44,11 +44,7 @@ class StateDict:
 
 
 def open_state_dict(path: Path) -> StateDict:
-    """Open a state dict; its header is read and checked.
-
-    Raises:
-        PimergeError: for a pickle, a damaged file, or one without numbers.
-    """
+    """Open a state dict; its header is read and checked."""
     if path.suffix in PICKLES:
         raise PimergeError(
             f"'{path}' is a pickle, which can run code when it is read; only {SUFFIX} files are read",
@@ -60,17 +56,18 @@ def open_state_dict(path: Path) -> StateDict:
     return found
 
 
+def are_state_dicts(target: str, store: Path) -> bool:
+    """Whether a target is among plain state dicts: it is such a file, or the store is a folder of them."""
+    return store.is_dir() or names_state_dict(target)
+
+
 def names_state_dict(path: str) -> bool:
     """Whether a path is that of a plain state dict, or of a pickle that might hold one."""
     return Path(path).suffix in (SUFFIX, *PICKLES) and Path(path).is_file()
 
 
 def find_state_dict(name: str, folder: Path) -> Path:
-    """The file of a pool by its name, with or without its suffix.
-
-    Raises:
-        PimergeError: if it is not there.
-    """
+    """The file of a pool by its name, with or without its suffix."""
     for path in (folder / name, folder / f"{name}{SUFFIX}"):
         if path.is_file():
             return path
@@ -78,17 +75,12 @@ def find_state_dict(name: str, folder: Path) -> Path:
     raise PimergeError(f"there is no state dict '{name}' in '{folder}'", nearest(name, known))
 
 
-def ranked_state_dicts(target: str, request: RankRequest, folder: Path) -> Ranking | None:
-    """The ranking of plain state dicts, if the target or the store names some; else None.
-
-    Args:
-        folder: where the ranking will lie; its paths are relative to that.
-    """
-    path, pool = Path(target), request.store
-    if not pool.is_dir():
-        if not names_state_dict(target):
-            return None
-        pool = path.parent
+def ranked_state_dicts(target: str, request: RankRequest) -> Ranking | None:
+    """The ranking of plain state dicts, if the target or the store names some; else None."""
+    path, pool = Path(target), Path(request.store)
+    if not are_state_dicts(target, pool):
+        return None
+    pool = pool if pool.is_dir() else path.parent
     measure = MEASURES.load(BY_FILES if request.measure == AUTO else request.measure)
     problems = Problems()
     if measure.of_files is None:
@@ -105,11 +97,11 @@ def ranked_state_dicts(target: str, request: RankRequest, folder: Path) -> Ranki
     problems.raise_any("these state dicts cannot be ranked")
     if not path.is_file():
         path = find_state_dict(target, pool)
-    return rank_state_dicts(path, pool, request.k, folder, base, measure=measure)
+    return rank_state_dicts(path, pool, request.k, base, measure=measure)
 
 
 def rank_state_dicts(
-    path: Path, pool: Path, k: int | None, folder: Path, base: Path | None = None, *, measure: Measure | None = None
+    path: Path, pool: Path, k: int | None, base: Path | None = None, *, measure: Measure | None = None
 ) -> Ranking:
     """Rank the other state dicts of a folder by how close their numbers are to the target's.
 
@@ -120,7 +112,6 @@ def rank_state_dicts(
         path: the target's file.
         pool: the folder.
         k: how many to select; None for those before the widest gap.
-        folder: where the ranking will lie; its paths are relative to that.
         base: the file that all were trained from, θ0; then θ − θ0 is compared.
         measure: one that compares plain files; None for the default.
     """
@@ -152,13 +143,13 @@ def rank_state_dicts(
     candidates, excluded = [], {}
     for each in others:
         try:
-            candidates.append(_candidate(measure, target, open_state_dict(each), folder, origin))
+            candidates.append(_candidate(measure, target, open_state_dict(each), origin))
         except PimergeError as error:
             excluded[each.name.removesuffix(SUFFIX)] = error.problems[0].message
     candidates.sort(key=lambda candidate: (-candidate.score, candidate.name))
     count = k if k is not None else widest_gap([candidate.score for candidate in candidates])
     return document(
-        Target(name=target.name, path=relative_to(path, folder), sha256=sha256_file(path)),
+        Target(name=target.name, path=relative_to(path, Path()), sha256=sha256_file(path)),
         measure.name,
         count,
         candidates,
@@ -176,9 +167,7 @@ def _similarity(
     return measure.of_files([target.file, *(other.file for other in others)], list(target.form), start)
 
 
-def _candidate(
-    measure: Measure, target: StateDict, other: StateDict, folder: Path, start: TensorFile | None
-) -> Candidate:
+def _candidate(measure: Measure, target: StateDict, other: StateDict, start: TensorFile | None) -> Candidate:
     """A candidate; it must have the target's tensors, without NaN or Inf, and not be the start itself."""
     if other.form != target.form:
         raise PimergeError(_difference(target, other))
@@ -191,7 +180,7 @@ def _candidate(
     score, error = float(similarity.scores()[0]), float(similarity.errors()[0])
     return Candidate(
         name=other.name,
-        path=relative_to(path, folder),
+        path=relative_to(path, Path()),
         sha256=sha256_file(path),
         score=score,
         low=max(-1.0, score - Z95 * error),

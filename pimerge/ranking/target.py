@@ -1,4 +1,4 @@
-"""What ``pimerge rank`` is asked: its options, the target that is meant, and the pool for it."""
+"""What ``pimerge rank`` is target: its options, the target that is meant, and the pool for it."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from pimerge.adapters.ranking_document import Target
 from pimerge.checkpoints.base import Base, find_base
 from pimerge.core.errors import PimergeError, Problems
 from pimerge.core.files import relative_to
-from pimerge.core.progress import Note, unheard
+from pimerge.core.progress import Note, Track, silent, unheard
 from pimerge.embedding.store import Store, unknown_target
 from pimerge.ranking.selection import SelectionRule
-from pimerge.tasks.task import TASK_FILE, Task, open_task
+from pimerge.tasks.task import TASK_FILE, Task, TaskSource, open_task
 
 AUTO = "auto"
 TARGETS = "targets"
@@ -22,26 +22,27 @@ TARGETS = "targets"
 
 @dataclass(frozen=True)
 class RankRequest:
-    """The options of ``pimerge rank``, by their names there."""
+    """The options of :func:`pimerge.ranking.rank.rank`, by their names there."""
 
-    store: Path
-    measure: str
-    k: int | None
-    gate: bool
-    shots: int | None
-    examples: int
-    seed: int
-    train_target: bool
-    base: str | None
-    device: str
-    dtype: str
-    force: bool
+    store: str | Path = "embeddings.json"
+    k: int | None = 2
+    measure: str = AUTO
+    shots: int | None = None
+    examples: int = 500
+    seed: int = 0
+    gate: bool = True
+    train_target: bool = False
+    base: str | None = None
+    device: str = "auto"
+    dtype: str = "float32"
+    force: bool = False
+    track: Track = silent
     note: Note = unheard
     warn: Note = unheard
 
     @property
     def rule(self) -> SelectionRule:
-        """How many, and whether gated."""
+        """How many experts are selected, and whether they must be expected to help."""
         return SelectionRule(self.k, self.gate)
 
 
@@ -52,57 +53,63 @@ class RankTarget:
     Attributes:
         name: in the store, if it is there.
         expert: its own, if it has one.
-        folder: of the expert or of the task.
+        folder: of the expert or of the task; for rows in memory the task's name.
         stored: whether the expert is in the store.
+        given: its task, if that was given as an object.
     """
 
     name: str
     expert: Expert | None
     folder: Path
     stored: bool
+    given: Task | None = None
 
     def task(self) -> Task:
-        """Its task.
+        """Its task."""
+        return self.given or open_task(self.folder)
 
-        Raises:
-            PimergeError: if there is none, or it does not fit.
-        """
-        return open_task(self.folder)
-
-    def named_from(self, folder: Path) -> Target:
-        """As the ranking in a folder names it."""
+    def reference(self) -> Target:
+        """As the ranking names it."""
         sha256 = self.expert.sha256 if self.expert else self.task().sha256()
-        path = relative_to(self.folder, folder)
+        path = relative_to(self.folder, Path())
         return Target(name=self.name, path=path, sha256=sha256, expert=self.expert is not None)
 
 
-def find_target(target: str, store: Store, base: str | None) -> RankTarget:
-    """A target by its name in the store, an expert's folder or a task's.
+def find_target(target: Expert | TaskSource, store: Store, base: str | None) -> RankTarget:
+    """Find a target: a name in the store, the folder of an expert or of a task, or an expert, a task or rows in memory.
 
     A task for which ``--train-target`` has trained an expert has that one, as long as the task is the same.
 
     Args:
         base: in place of the one that an expert outside the store names.
-
-    Raises:
-        PimergeError: if it is none of these.
     """
-    known = store.find(target)
+    if isinstance(target, Expert):
+        known = store.find(str(target.path))
+        return RankTarget(known or target.name, target, target.path, stored=known is not None)
+    if not isinstance(target, str | Path):
+        task = open_task(target)
+        return _of_task(task, store) or RankTarget(task.name, None, task.path, stored=False, given=task)
+    known = store.find(str(target))
     if known is not None:
         return RankTarget(known, store.open(known), store.folder_of(known), stored=True)
     path = Path(target)
     folder = path.parent if path.is_file() and path.name == TASK_FILE else path
     if not folder.is_dir():
-        raise unknown_target(target, store)
+        raise unknown_target(str(target), store)
     if (folder / CONFIG).is_file():
         expert = open_expert(folder, base)
         return RankTarget(expert.name, expert, folder, stored=False)
     task = open_task(folder)
+    return _of_task(task, store) or RankTarget(task.name, None, folder, stored=False)
+
+
+def _of_task(task: Task, store: Store) -> RankTarget | None:
+    """The expert that ``--train-target`` has trained for a task, if it is in the store."""
     trained = folder_for(store, task.name)
     known = store.find(str(trained))
     if known is not None and trained.is_dir() and store.experts[known].task_sha256 == task.sha256():
-        return RankTarget(known, store.open(known), trained, stored=True)
-    return RankTarget(task.name, None, folder, stored=False)
+        return RankTarget(known, store.open(known), trained, stored=True, given=task)
+    return None
 
 
 def folder_for(store: Store, task: str) -> Path:
@@ -110,17 +117,13 @@ def folder_for(store: Store, task: str) -> Path:
     return store.path.parent / TARGETS / task
 
 
-def pool_base(store: Store, asked: RankTarget, reference: str | None) -> Base:
-    """The base given, else the target expert's, else that of all experts of the store.
-
-    Raises:
-        PimergeError: if the experts have several bases and none is given, or none of them can be opened.
-    """
+def pool_base(store: Store, target: RankTarget, reference: str | None) -> Base:
+    """The base given, else the target expert's, else that of all experts of the store."""
     if reference is not None:
         name, _, revision = reference.partition("@")
         return find_base(name, revision or None, Path.cwd())
-    if asked.expert is not None:
-        return asked.expert.base
+    if target.expert is not None:
+        return target.expert.base
     count = len({entry.base for entry in store.experts.values()})
     if count > 1:
         raise PimergeError(
@@ -135,11 +138,11 @@ def pool_base(store: Store, asked: RankTarget, reference: str | None) -> Base:
     raise AssertionError("unreachable: a store has experts")
 
 
-def names_on(store: Store, asked: RankTarget, base: Base) -> tuple[list[str], dict[str, str]]:
+def names_on(store: Store, target: RankTarget, base: Base) -> tuple[list[str], dict[str, str]]:
     """The names in the store on a base, the target left out, and why the others are not among them."""
     names, excluded = [], {}
     for name, entry in store.experts.items():
-        if asked.stored and name == asked.name:
+        if target.stored and name == target.name:
             continue
         if entry.base == base.identity:
             names.append(name)
@@ -159,8 +162,8 @@ def open_all(store: Store, names: Sequence[str]) -> tuple[dict[str, Expert], dic
     return experts, excluded
 
 
-def pool_of(store: Store, asked: RankTarget, base: Base) -> tuple[dict[str, Expert], dict[str, str]]:
+def pool_of(store: Store, target: RankTarget, base: Base) -> tuple[dict[str, Expert], dict[str, str]]:
     """The experts of the store on a base, the target left out, and why the others are not among them."""
-    names, others = names_on(store, asked, base)
+    names, others = names_on(store, target, base)
     experts, broken = open_all(store, names)
     return experts, others | broken

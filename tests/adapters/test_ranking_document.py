@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pimerge.adapters.compatibility import check_expert
 from pimerge.adapters.expert import open_expert
-from pimerge.adapters.ranking_document import Ranking, open_ranked, read_ranking, write_ranking
+from pimerge.adapters.ranking_document import Ranking, open_ranked, read_ranking
 from pimerge.core.errors import PimergeError
 from pimerge.embedding.embed_expert import embed_expert
 from pimerge.embedding.store import Store
@@ -84,7 +84,7 @@ def folder(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def rank_in(folder: Path, target: str = "x", measure: str = "fisher", k: int = 2) -> Ranking:
     return rank_by_store(
-        Store(folder / "embeddings.json"), target, MEASURES.load(measure), SelectionRule(k, gate=False), folder
+        Store(folder / "embeddings.json"), target, MEASURES.load(measure), SelectionRule(k, gate=False)
     )
 
 
@@ -220,12 +220,11 @@ def test_wrong_options_are_named(template: Path, arguments: dict[str, Any], expe
 
 
 def test_a_ranking_reads_back_and_its_paths_are_relative_to_it(folder: Path) -> None:
-    ranking = rank_by_store(
-        Store(folder / "embeddings.json"), "x", MEASURES.load("delta"), SelectionRule(2), folder / "deep"
-    )
-    write_ranking(ranking, folder / "deep" / "ranking.json", force=False)
+    ranking = rank_by_store(Store(folder / "embeddings.json"), "x", MEASURES.load("delta"), SelectionRule(2))
+    written = ranking.save(folder / "deep" / "ranking.json")
     again = read_ranking(folder / "deep" / "ranking.json")
-    assert again == ranking
+    assert again == written
+    assert again.path == folder / "deep" / "ranking.json"
     assert again.target.path == "../pool/x"
     moved = folder.with_name(folder.name + "-moved")
     folder.rename(moved)
@@ -239,19 +238,19 @@ def test_an_expert_that_changed_since_it_was_ranked_is_not_opened(
     chosen = rank_in(folder).chosen()[0]
     make_expert(folder / "pool" / chosen.name, vit_base, seed=9)
     with pytest.raises(PimergeError, match="has changed since"):
-        open_ranked(chosen, folder / "ranking.json")
+        open_ranked(chosen, Path("ranking.json"))
 
 
 def test_the_same_ranking_may_be_written_again_and_another_needs_force(folder: Path) -> None:
     path = folder / "ranking.json"
-    write_ranking(rank_in(folder), path, force=False)
+    rank_in(folder).save(path)
     content = path.read_bytes()
-    write_ranking(rank_in(folder), path, force=False)
+    rank_in(folder).save(path)
     assert path.read_bytes() == content
     with pytest.raises(PimergeError, match="--force"):
-        write_ranking(rank_in(folder, k=1), path, force=False)
+        rank_in(folder, k=1).save(path)
     assert path.read_bytes() == content
-    write_ranking(rank_in(folder, k=1), path, force=True)
+    rank_in(folder, k=1).save(path, force=True)
     assert len(read_ranking(path).selected) == 1
 
 

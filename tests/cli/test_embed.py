@@ -165,7 +165,7 @@ def test_two_experts_of_one_name_are_refused(pool: Path, embed: Shell, tmp_path:
     shutil.copytree(pool, tmp_path / "others")
     result = embed("experts/a", "others/a")
     assert result.code == 3
-    assert "its name 'a' is that of" in result.err
+    assert "its name 'a' is also that of" in result.err
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from pimerge.adapters.expert import Expert, open_expert
-from pimerge.adapters.ranking_document import Candidate, Ranking, Target, write_ranking
+from pimerge.adapters.ranking_document import Candidate, Ranking, Target
 from pimerge.core.errors import PimergeError
 from pimerge.merging.method import METHODS
 from pimerge.tasks.task import open_task
@@ -59,7 +59,7 @@ def rank(
         ],
         not_comparable=[],
     )
-    write_ranking(ranking, Path("ranking.json"), force=True)
+    ranking.save(Path("ranking.json"), force=True)
 
 
 def assert_weights(output: str, pool: dict[str, Expert], weights: dict[str, float], atol: float = 1e-6) -> None:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pimerge.adapters.expert import Expert, open_expert
-from pimerge.adapters.ranking_document import Candidate, Ranking, Target, write_ranking
+from pimerge.adapters.ranking_document import Candidate, Ranking, Target
 from tests.support.bases import model_for
 from tests.support.cli import Cli, Shell
 from tests.support.experts import dense_deltas, raw_expert, set_config, updates_of
@@ -81,7 +81,7 @@ def test_experts_of_the_ranking_are_folded_at_its_scales(cli: Cli, pair: dict[st
         candidates=[Candidate(**b, score=1.0, low=0.0, high=2.0, scale=0.5)],
         not_comparable=[],
     )
-    write_ranking(ranking, Path("ranking.json"), force=False)
+    ranking.save(Path("ranking.json"), force=False)
     result = cli("merge", "--head", "none", "--into", vit_base, "-o", "full")
     assert result.exit_code == 0, result.exception
     assert "'b' × 0.5" in result.stderr

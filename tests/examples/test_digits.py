@@ -81,9 +81,7 @@ def test_related_experts_are_nearest(tmp_path: Path) -> None:
         expert = open_expert(folder)
         embed_expert(expert, check_expert(expert), store, EmbedSettings(), bases)
     for target, related in RELATED.items():
-        ranking = rank_by_store(
-            store, target, MEASURES.load("fisher"), SelectionRule(len(related), gate=False), tmp_path
-        )
+        ranking = rank_by_store(store, target, MEASURES.load("fisher"), SelectionRule(len(related), gate=False))
         assert set(ranking.selected) == related
         assert not ranking.not_comparable
 

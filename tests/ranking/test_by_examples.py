@@ -71,7 +71,7 @@ def ranked(rule: SelectionRule, measure: str = BY_EXAMPLES, means: Sequence[floa
     reader: Any = Viewed(signals, means)
     experts: Any = {name: Named(name) for name in signals}
     gone = {"gone": "its folder is gone"}
-    return by_examples.rank_by_examples(reader, experts, gone, TARGET, None, MEASURES.load(measure), rule, Path())
+    return by_examples.rank_by_examples(reader, experts, gone, TARGET, None, MEASURES.load(measure), rule)
 
 
 def test_the_best_that_are_expected_to_help_are_selected_at_their_scale() -> None:
@@ -131,7 +131,7 @@ def test_auto_takes_the_first_so_many_whose_mean_gains_most() -> None:
     reader: Any = Viewed({"a": 2.0, "b": 1.5, "c": 1.2, "d": 0.0}, means=[1.0, 2.0, 0.5])
     experts: Any = {name: Named(name) for name in reader.signals}
     ranking = by_examples.rank_by_examples(
-        reader, experts, {}, TARGET, None, MEASURES.load(BY_EXAMPLES), SelectionRule(None), Path()
+        reader, experts, {}, TARGET, None, MEASURES.load(BY_EXAMPLES), SelectionRule(None)
     )
     assert reader.summed == [[(name, 0.5) for name in "abc"[:count]] for count in (1, 2, 3)]
     assert ranking.selected == ["a", "b"]

@@ -49,15 +49,15 @@ def store(pool: dict[str, Expert], tmp_path: Path) -> Store:
 def test_by_the_store_the_gate_is_the_measures_own(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    off = rank_by_store(store, "x", MEASURES.load("fisher"), SelectionRule(3, gate=False), tmp_path)
+    off = rank_by_store(store, "x", MEASURES.load("fisher"), SelectionRule(3, gate=False))
     scores = {candidate.name: candidate.score for candidate in off.candidates}
     changed = replace(MEASURES.load("fisher"), threshold=list(scores.values())[1])
     monkeypatch.setattr("pimerge.ranking.measures.fisher.MEASURE", changed)
-    gated = rank_by_store(store, "x", MEASURES.load("fisher"), SelectionRule(3), tmp_path)
+    gated = rank_by_store(store, "x", MEASURES.load("fisher"), SelectionRule(3))
     assert gated.selected == list(scores)[:1]
     assert [candidate.helps for candidate in gated.candidates] == [True, False, False]
     assert off.selected == list(scores)
-    auto = rank_by_store(store, "x", MEASURES.load("fisher"), SelectionRule(None, gate=False), tmp_path)
+    auto = rank_by_store(store, "x", MEASURES.load("fisher"), SelectionRule(None, gate=False))
     gaps = [first - second for first, second in itertools.pairwise(scores.values())]
     assert auto.selected == list(scores)[: 1 + gaps.index(max(gaps))]
 
@@ -85,7 +85,7 @@ def test_by_history_the_mean_gain_for_others_counts(store: Store, pool: dict[str
     experts = {name: expert for name, expert in pool.items() if name != "x"}
     target = Target(name="x", path="tasks/x", sha256="0", expert=False)
     ranking = rank_by_history(
-        with_gains(store, pool, GAINS), experts, {}, target, MEASURES.load("history"), SelectionRule(3), tmp_path
+        with_gains(store, pool, GAINS), experts, {}, target, MEASURES.load("history"), SelectionRule(3)
     )
     assert [candidate.name for candidate in ranking.candidates] == ["a", "b", "c"]
     assert [candidate.scale for candidate in ranking.candidates] == [1.0, 0.5, 0.5]
@@ -104,7 +104,7 @@ def test_by_history_a_single_gain_has_no_error_to_stand_out_from(
     one = with_gains(store, pool, {"a": GAINS["a"]})
     experts = {name: expert for name, expert in pool.items() if name != "x"}
     own = Target(name="x", path="x", sha256=pool["x"].sha256)
-    ranking = rank_by_history(one, experts, {}, own, MEASURES.load("history"), SelectionRule(3), tmp_path)
+    ranking = rank_by_history(one, experts, {}, own, MEASURES.load("history"), SelectionRule(3))
     assert ranking.selected == []
     assert [candidate.name for candidate in ranking.candidates] == ["b", "c"]
     assert all(candidate.high - candidate.low == pytest.approx(2 * 1.96, rel=1e-3) for candidate in ranking.candidates)
@@ -114,5 +114,5 @@ def test_by_history_a_single_gain_has_no_error_to_stand_out_from(
 
 def test_without_any_history_it_says_what_to_run(store: Store, pool: dict[str, Expert], tmp_path: Path) -> None:
     with pytest.raises(PimergeError, match="has no gains") as caught:
-        rank_by_history(store, pool, {}, TARGET, MEASURES.load("history"), SelectionRule(), tmp_path)
+        rank_by_history(store, pool, {}, TARGET, MEASURES.load("history"), SelectionRule())
     assert "--calibrate" in str(caught.value)

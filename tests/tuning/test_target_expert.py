@@ -100,9 +100,7 @@ def test_its_fisher_of_B_compares_with_the_pools_and_that_of_A_is_zero(
             embed_expert(member, check_expert(member), store, EmbedSettings(max_examples=8), bases)
         diagonal = store.diagonal(expert.name)
         assert all(bool(value.any()) == ("lora_B" in key) for key, value in diagonal.items())
-        ranking = rank_by_store(
-            store, expert.name, MEASURES.load("fisher-factors"), SelectionRule(3, gate=False), tmp_path
-        )
+        ranking = rank_by_store(store, expert.name, MEASURES.load("fisher-factors"), SelectionRule(3, gate=False))
         assert len(ranking.selected) == 3
 
 
@@ -162,7 +160,7 @@ def test_a_trained_one_compares_with_the_pool_factor_by_factor(
     for member in (*pool, expert):
         embed_expert(member, check_expert(member), store, EmbedSettings(max_examples=8), bases)
     for measure in ("parameters", "fisher-factors"):
-        ranking = rank_by_store(store, "new", MEASURES.load(measure), SelectionRule(), tmp_path)
+        ranking = rank_by_store(store, "new", MEASURES.load(measure), SelectionRule())
         assert ranking.not_comparable == []
         assert {candidate.name for candidate in ranking.candidates} == {"a", "b", "c"}
     with pytest.raises(PimergeError, match="--force"):

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from pimerge.cli import options
 from pimerge.cli.console import note, print_json, tracker, warn
 from pimerge.core.errors import PimergeError
-
-if TYPE_CHECKING:
-    from pimerge.adapters.ranking_document import Ranking
 
 AUTO = "auto"
 
@@ -62,64 +59,55 @@ def rank(
     Plain state dicts, .safetensors files in one folder, need no store: pass the target's file. They are ranked by
     'parameters'.
     """
-    from pimerge.cli.rank.show import print_explanation, print_gains, print_measures
+    from pimerge.cli.rank.show import print_explanation, print_gains, print_measures, print_ranking
 
     if measures:
         print_measures(json)
         return
-    from pimerge.ranking.rank import ranked
-    from pimerge.ranking.state_dicts import ranked_state_dicts
+    from pimerge.ranking.rank import explain as explain_place
+    from pimerge.ranking.rank import rank as rank_pool
+    from pimerge.ranking.state_dicts import are_state_dicts
     from pimerge.ranking.target import RankRequest
 
     request = RankRequest(
         store,
-        measure,
         _count(k),
-        gate,
+        measure,
         shots,
         examples,
         seed,
+        gate,
         train_target,
         base,
         device,
         dtype,
         force,
+        track=tracker(quiet),
         note=partial(note, quiet=quiet),
         warn=warn,
     )
+    plain = target is not None and are_state_dicts(target, store)
+    if plain and (explain is not None or calibrate):
+        raise PimergeError("--explain and --calibrate do not apply to plain state dicts", "leave them out")
     if calibrate:
-        from pimerge.ranking.rank_by_examples import calibrate_store
+        from pimerge.ranking.calibration import calibrate_store
 
-        gains = calibrate_store(request, tracker(quiet))
+        gains = calibrate_store(request)
         if target is None:
             print_gains(gains, str(store), json)
             note(f"→ {store}; next: pimerge rank --measure history --target NAME", quiet)
             return
     if target is None:
         raise PimergeError("the target is not given", "pass --target NAME, an expert's folder or a task's folder")
-    states = ranked_state_dicts(target, request, output.resolve().parent)
-    if states is not None:
-        if explain is not None or calibrate:
-            raise PimergeError("--explain and --calibrate do not apply to plain state dicts", "leave them out")
-        _write(states, output, request.k, force, json, quiet, "merge --method uniform")
+    if explain is not None:
+        print_explanation(explain_place(target, explain, request), json)
         return
-    with ranked(target, request, output.resolve().parent, tracker(quiet)) as found:
-        if explain is not None:
-            print_explanation(found, explain, json)
-            return
-    _write(found.ranking, output, request.k, force, json, quiet, "tune")
-
-
-def _write(ranking: Ranking, output: Path, k: int | None, force: bool, json: bool, quiet: bool, after: str) -> None:
-    from pimerge.adapters.ranking_document import write_ranking
-    from pimerge.cli.rank.show import print_ranking
-
-    write_ranking(ranking, output, force)
+    ranking = rank_pool(target, **vars(request)).save(output, force=force)
     if json:
-        print_json(ranking.model_dump())
+        print_json(ranking.to_dict())
         return
-    print_ranking(ranking, k, quiet)
-    note(f"→ {output}; next: pimerge {after}", quiet)
+    print_ranking(ranking, request.k, quiet)
+    note(f"→ {output}; next: pimerge {'merge --method uniform' if plain else 'tune'}", quiet)
 
 
 def _count(k: str) -> int | None:

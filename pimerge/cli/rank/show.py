@@ -6,12 +6,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from pimerge.cli.console import note, print_json, print_table
-from pimerge.core.errors import PimergeError, nearest
 from pimerge.ranking.measure import MEASURES
 
 if TYPE_CHECKING:
     from pimerge.adapters.ranking_document import Candidate, Ranking
-    from pimerge.ranking.rank import RankingContext
+    from pimerge.ranking.rank import Explanation
 
 SHOWN = 12
 GAIN = "expected gain, points"
@@ -89,31 +88,16 @@ def print_gains(gains: Mapping[str, Mapping[str, Mapping[float, float]]], store:
     print_table(["target \\ source, points at its best scale", *sources], rows, right=sources)
 
 
-def print_explanation(ranked: RankingContext, name: str, json: bool) -> None:
-    """Why a candidate has its score: by tensor for a measure of the store, by measure and scale for examples.
-
-    Raises:
-        PimergeError: if the ranking has no such candidate.
-    """
-    from pimerge.ranking.rank import explain
-
-    ranking = ranked.ranking
-    candidate = next((each for each in ranking.candidates if each.name == name), None)
-    if candidate is None:
-        reason = next((each.reason for each in ranking.not_comparable if each.name == name), None)
-        if reason is not None:
-            raise PimergeError(f"'{name}' cannot be compared with '{ranking.target.name}': {reason}")
-        raise PimergeError(
-            f"there is no candidate '{name}' for '{ranking.target.name}'",
-            nearest(name, [each.name for each in ranking.candidates]),
-        )
-    found = explain(ranked, name)
+def print_explanation(found: Explanation, json: bool) -> None:
+    """Why a candidate has its score: by tensor for a measure of the store, by measure and strength for examples."""
     if json:
-        print_json({"candidate": candidate.model_dump(), **found.document()})
+        print_json(found.to_dict())
         return
-    if found.scales:
-        parts = list(next(iter(found.scales.values())))
-        rows = [[f"{scale:g}", *(f"{values[part]:+.4f}" for part in parts)] for scale, values in found.scales.items()]
+    if found.strengths:
+        parts = list(next(iter(found.strengths.values())))
+        rows = [
+            [f"{scale:g}", *(f"{values[part]:+.4f}" for part in parts)] for scale, values in found.strengths.items()
+        ]
         print_table(["scale", *parts], rows, right=["scale", *parts])
     if found.tensors:
         total = sum(found.tensors.values())
@@ -122,4 +106,4 @@ def print_explanation(ranked: RankingContext, name: str, json: bool) -> None:
         if len(ordered) > SHOWN:
             rows.append([f"{len(ordered) - SHOWN} others", f"{sum(v for _, v in ordered[SHOWN:]):+.4f}"])
         rows.append(["sum", f"{total:+.4f}"])
-        print_table(["tensor", f"adds to '{found.by}'"], rows, right=[f"adds to '{found.by}'"])
+        print_table(["tensor", f"adds to '{found.measure}'"], rows, right=[f"adds to '{found.measure}'"])
