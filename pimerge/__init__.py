@@ -34,18 +34,20 @@ if TYPE_CHECKING:
     from pimerge.adapters.expert import Expert
     from pimerge.adapters.ranking_document import Ranking
     from pimerge.core.errors import PimergeError
-    from pimerge.embedding.embed import embed
+    from pimerge.embedding.embed import EmbedResult, embed
     from pimerge.evaluation.compare import compare
     from pimerge.evaluation.comparison import Comparison
     from pimerge.evaluation.evaluate import Evaluation, evaluate
     from pimerge.merging.merge import merge
     from pimerge.merging.merged import Merged
+    from pimerge.ranking.rank import rank
     from pimerge.tasks.task import Task
     from pimerge.tuning.session import TuneResult
     from pimerge.tuning.tune import tune
 
 __all__ = [
     "Comparison",
+    "EmbedResult",
     "Evaluation",
     "Expert",
     "Merged",
@@ -58,11 +60,13 @@ __all__ = [
     "embed",
     "evaluate",
     "merge",
+    "rank",
     "tune",
 ]
 
 _MODULES = {
     "Comparison": "pimerge.evaluation.comparison",
+    "EmbedResult": "pimerge.embedding.embed",
     "Evaluation": "pimerge.evaluation.evaluate",
     "Expert": "pimerge.adapters.expert",
     "Merged": "pimerge.merging.merged",
@@ -74,6 +78,7 @@ _MODULES = {
     "embed": "pimerge.embedding.embed",
     "evaluate": "pimerge.evaluation.evaluate",
     "merge": "pimerge.merging.merge",
+    "rank": "pimerge.ranking.rank",
     "tune": "pimerge.tuning.tune",
 }
 

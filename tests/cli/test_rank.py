@@ -420,7 +420,7 @@ def test_the_measures_are_listed_with_what_they_need(shell: Shell) -> None:
     listed = {row["measure"]: row["needs"] for row in shell("rank", "--measures", "--json").document}
     assert listed["combined"] == "a few labelled examples of the target"
     assert "head" in listed["leep"]
-    assert "two of a class" in listed["probe"]
+    assert "at least 2 of a class" in listed["probe"]
     assert "--calibrate" in listed["history"]
     assert listed["fisher"] == "the store"
     table = shell("rank", "--measures").out
