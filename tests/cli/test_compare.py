@@ -76,7 +76,7 @@ def _accuracy(output: Path, like: Expert) -> float:
     return rows[-1].accuracy
 
 
-def test_names_of_classes_go_to_guided_and_its_control_or_to_all(
+def test_class_names_are_examples_of_guided_and_its_control_or_of_all(
     shell: Shell, make_expert: MakeExpert, bert_base: Path, text_task: Path, tmp_path: Path
 ) -> None:
     for seed, name in enumerate("xyz"):
@@ -128,7 +128,7 @@ def test_the_same_again_runs_nothing_and_changes_nothing(compare: Any, monkeypat
     assert Path("comparison.json").read_bytes() == before
 
 
-def test_a_larger_one_runs_what_is_new_alone(compare: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_larger_comparison_makes_only_the_new_runs(compare: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert compare(*QUICK, "--methods", "learned", "--controls", "head").code == 0
     first = scores()
     refused = compare(*QUICK, "--methods", "learned,uniform", "--controls", "head")
@@ -155,7 +155,7 @@ def test_another_ranking_is_another_run(compare: Any, shell: Shell) -> None:
     assert len(list(Path("comparison.runs").glob("uniform-*"))) == 4
 
 
-def test_killed_it_goes_on_where_it_was(compare: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_comparison_continues(compare: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = (*QUICK, "--methods", "learned", "--controls", "head")
     done = 0
     score = comparing.score_model
@@ -239,7 +239,7 @@ def test_a_run_that_fails_is_named_and_those_before_it_are_kept(compare: Any, mo
     assert [path.name.partition("-")[0] for path in Path("comparison.runs").glob("*.json")] == ["head"]
 
 
-def test_what_is_damaged_among_the_runs_is_named(compare: Any) -> None:
+def test_a_damaged_run_is_named(compare: Any) -> None:
     arguments = (*QUICK, "--methods", "learned", "--controls", "head")
     assert compare(*arguments).code == 0
     (damaged, *_) = Path("comparison.runs").glob("head-*.json")

@@ -60,7 +60,7 @@ def test_without_a_target_the_first_experts_task_is_taken(folder: Path, shell: S
     assert document["target"] == "merged"
 
 
-def test_the_result_can_be_written_too(folder: Path, shell: Shell) -> None:
+def test_the_result_can_be_written(folder: Path, shell: Shell) -> None:
     result = shell("eval", "tuned", "--target", "x", "-o", "scores.json", "--json")
     assert json.loads((folder / "scores.json").read_text()) == result.document
     refused = shell("eval", "tuned", "--target", "x", "-o", "scores.json")

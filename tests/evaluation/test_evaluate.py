@@ -11,6 +11,7 @@ from pimerge.adapters.expert import open_expert
 from pimerge.core.errors import PimergeError
 from pimerge.evaluation.evaluate import Evaluation, evaluate
 from pimerge.evaluation.scoring import score_experts
+from pimerge.merging.merge import merge
 from pimerge.tasks.task import open_task
 from tests.support.experts import MakeExpert
 
@@ -61,3 +62,12 @@ def test_problems_of_all_experts_are_told_at_once(pool: dict[str, Path]) -> None
     with pytest.raises(PimergeError) as error:
         evaluate([pool["a"], "nowhere/1", "nowhere/2"], target=pool["x"])
     assert all(name in str(error.value) for name in ("nowhere/1", "nowhere/2"))
+
+
+def test_a_merge_is_scored_once_it_is_saved(pool: dict[str, Path], by_path: Evaluation, tmp_path: Path) -> None:
+    merged = merge([pool["a"]], target=pool["x"], output=None)
+    with pytest.raises(PimergeError, match="the merge is not saved"):
+        evaluate(merged, target=pool["x"])
+    merged.save(tmp_path / "merged")
+    found = evaluate([merged], target=pool["x"])
+    assert [score.name for score in found] == ["(base)", "merged"]

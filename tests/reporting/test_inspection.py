@@ -62,7 +62,7 @@ def test_another_base_does_not_merge(pool: Path) -> None:
     assert "which is another model" in found["first"].not_merged["other_base"]
 
 
-def test_what_cannot_be_read_is_a_finding_and_no_error(pool: Path) -> None:
+def test_an_unreadable_expert_is_a_finding_not_an_error(pool: Path) -> None:
     found = findings_of(pool, "broken", "first")
     assert found["broken"].expert is None
     assert "adapter_config.json" in found["broken"].problems[0].message

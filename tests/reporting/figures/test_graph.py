@@ -71,7 +71,7 @@ def test_similarities_are_those_of_the_measure(store: Store) -> None:
             assert found_in(data, name, other) == pytest.approx(score, abs=1e-9)
 
 
-def test_kin_are_nearest_and_beside_each_other(store: Store) -> None:
+def test_experts_of_a_family_are_nearest_and_side_by_side(store: Store) -> None:
     data = graph.FIGURE.compute(store, measure="delta")
     names = [node.name for node in data.experts]
     for node in data.experts:
@@ -99,7 +99,9 @@ def test_experts_that_are_named_are_shown_alone_and_the_store_stays(store: Store
         (("f0-0", "nobody"), "fisher", "there is no expert 'nobody'"),
     ],
 )
-def test_what_cannot_be_shown_is_said(store: Store, experts: tuple[str, ...], measure: str, expected: str) -> None:
+def test_experts_and_measures_that_do_not_fit_are_refused(
+    store: Store, experts: tuple[str, ...], measure: str, expected: str
+) -> None:
     with pytest.raises(PimergeError, match=expected):
         graph.FIGURE.compute(store, FigureInputs(experts=experts), measure=measure)
 

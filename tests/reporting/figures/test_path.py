@@ -58,7 +58,7 @@ def test_a_target_without_a_head_is_refused(study: Study, pool: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["lora", "ia3"])
-def test_bases_that_answer_in_text_have_paths_too(
+def test_bases_that_answer_in_text_have_paths(
     tmp_path: Path, language_base: object, make_expert: MakeExpert, kind: str
 ) -> None:
     base = language_base("t5")  # type: ignore[operator]
