@@ -18,7 +18,8 @@ from pathlib import Path
 
 import torch
 
-from pimerge.adapters.expert import find_experts, open_expert
+from pimerge.adapters.expert import open_expert
+from pimerge.adapters.expert_files import find_experts
 from pimerge.core.libraries import quiet_libraries
 from pimerge.embedding.embed_expert import default_batch_tokens, factors_of
 from pimerge.embedding.fisher import diagonal_fisher, fisher_by_loop

@@ -27,7 +27,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pimerge.adapters.expert import CONFIG, WEIGHTS, open_expert
+from pimerge.adapters.expert import open_expert
+from pimerge.adapters.expert_files import CONFIG, WEIGHTS
 from pimerge.core.files import json_text, sha256_file, write_file
 from pimerge.embedding.embed_expert import projections_of, updates_of
 from pimerge.embedding.random_projection import DIRECTIONS, from_texts

@@ -17,7 +17,8 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from pimerge.adapters.expert import find_experts, open_expert
+from pimerge.adapters.expert import open_expert
+from pimerge.adapters.expert_files import find_experts
 from pimerge.cli.console import print_line, print_table
 from pimerge.core.libraries import quiet_libraries
 from pimerge.evaluation.design import CONTROLS, ComparisonDesign, RankedExpert, shots_text

@@ -79,3 +79,29 @@ def base_weights(base: Base, layouts: Mapping[str, LoraModule], *, fan_in_fan_ou
         return weight.T if keys[name] in plan.transposed else weight
 
     return read
+
+
+def require_same_base(
+    base: Base, copies: Mapping[str, LoraModule], read: Callable[[str], Tensor], *, fan_in_fan_out: bool
+) -> None:
+    """Check the copies of the base's weights that PEFT saves beside the factors of its embeddings.
+
+    Args:
+        copies: the modules that have one, by name.
+        read: gives the adapter's tensor of a key.
+    """
+    hint = (
+        "save it with model.save_pretrained(FOLDER, save_embedding_layers=False) if the embeddings are the base's own"
+    )
+    problems = Problems()
+    try:
+        weight_of = base_weights(base, copies, fan_in_fan_out=fan_in_fan_out)
+    except PimergeError as error:
+        found = error.problems[0].message
+        raise PimergeError(f"it holds a copy of the base's weight of {', '.join(copies)}: {found}", hint) from error
+    for name, module in copies.items():
+        copy, weight = read(str(module.base_copy)), weight_of(name)
+        weight = weight.T if module.layer == "embedding" else weight
+        if copy.shape != weight.shape or not copy.to(weight.dtype).equal(weight):
+            problems.add(f"{module.base_copy} is not the weight of the base '{base.name}'", hint)
+    problems.raise_any("it holds other weights than its base")

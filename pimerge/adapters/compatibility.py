@@ -75,8 +75,8 @@ def require_alike(experts: Sequence[Expert]) -> None:
                 f"'{expert.name}' is of kind {expert.kind}, '{first.name}' of kind {first.kind}: {reason}",
                 "only experts that all have a ΔW are summed across kinds: combine those of one kind",
             )
-        elif expert.tensor_sets and (why := differing_form(first, expert)):
-            problems.add(f"'{expert.name}': {why.replace('the target', repr(first.name))}", "leave it out")
+        elif expert.tensor_sets and (why := differing_form(first, expert, f"'{first.name}'")):
+            problems.add(f"'{expert.name}': {why}", "leave it out")
         for name, module in expert.modules.items():
             form = (module.layer, module.d_out, module.d_in, module.shape_A[2:])
             _, owner, known = shapes.setdefault(name, (name, expert, form))
@@ -138,27 +138,31 @@ def _key_of_slot(expert: Expert, part: str) -> Mapping[str, str]:
     return expert.modules[part].key_of_slot
 
 
-def differing_form(first: Expert, second: Expert) -> str:
-    """Why two experts cannot be compared number by number; empty if they can be."""
+def differing_form(first: Expert, second: Expert, name_of_first: str = "the target") -> str:
+    """Why two experts cannot be compared number by number; empty if they can be.
+
+    Args:
+        name_of_first: what the first is called in the reason.
+    """
     if first.kind != second.kind:
-        return f"its kind is {second.kind}, the target's {first.kind}"
+        return f"its kind is {second.kind}, that of {name_of_first} is {first.kind}"
     if first.parts != second.parts:
-        return "it adapts other modules than the target"
+        return f"it adapts other modules than {name_of_first}"
     for name, group in first.tensor_sets.items():
         if group.form != second.tensor_sets[name].form:
-            return f"its tensors of '{name}' have other shapes than the target's"
+            return f"its tensors of '{name}' have other shapes than those of {name_of_first}"
     for field in first.strategy.meaning_fields:
         if first.config.get(field) != second.config.get(field):
-            return f"its {field} is {second.config.get(field)}, the target's {first.config.get(field)}"
+            return f"its {field} is {second.config.get(field)}, that of {name_of_first} is {first.config.get(field)}"
     for name, module in first.modules.items():
         if module.form != second.modules[name].form:
-            return f"its tensors of '{name}' have other shapes than the target's"
+            return f"its tensors of '{name}' have other shapes than those of {name_of_first}"
     if first.ranks != second.ranks or any(
         first.modules[name].rank != second.modules[name].rank for name in first.modules
     ):
-        return f"its rank is {_listed(second.ranks)}, the target's {_listed(first.ranks)}"
+        return f"its rank is {_listed(second.ranks)}, that of {name_of_first} is {_listed(first.ranks)}"
     if _has_bias(first) != _has_bias(second):
-        return "only one of it and the target has biases in its factors (lora_bias)"
+        return f"only one of it and {name_of_first} has biases in its factors (lora_bias)"
     return ""
 
 
@@ -178,7 +182,7 @@ def require_shared_form(experts: Sequence[Expert]) -> None:
             )
     problems.raise_any("the factors of these experts cannot be compared entry by entry")
     for expert in experts[1:]:
-        why = differing_form(first, expert).replace("the target", f"'{first.name}'")
+        why = differing_form(first, expert, f"'{first.name}'")
         if not why:
             cosine, least = init_cosine(first, expert)
             if cosine < least:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from pimerge.adapters.lora_module import Factors, LoraModule
+from pimerge.adapters.lora_module import Factors
 from pimerge.core.errors import PimergeError
 
 if TYPE_CHECKING:
@@ -80,46 +80,6 @@ class Truncated:
     factors: Factors
     energy: float
     lost: float
-
-
-@dataclass(frozen=True)
-class Summary:
-    """How the merge of one module went; see :class:`MergedModule`."""
-
-    name: str
-    rank: int
-    energy: float
-    lost: float
-    coefficients: tuple[float, ...] | None
-
-    @property
-    def error(self) -> float:
-        """‖ΔW − ΔW_r‖ / ‖ΔW‖, in [0, 1]."""
-        return relative_error([self])
-
-
-@dataclass(frozen=True)
-class MergedModule:
-    """One module's merged update.
-
-    Attributes:
-        module: its layout, taken from an expert that has it.
-        factors: A (r × d_in), B (d_out × r), with scaling 1.
-        energy: ‖ΔW‖² before the truncation; 0 where nothing had to be computed for it.
-        lost: the part of it that the truncation dropped.
-        coefficients: what each update was multiplied by, for a linear method; None for another.
-    """
-
-    module: LoraModule
-    factors: Factors
-    energy: float = 0.0
-    lost: float = 0.0
-    coefficients: tuple[float, ...] | None = None
-
-    @property
-    def summary(self) -> Summary:
-        """Everything but the tensors."""
-        return Summary(self.module.name, len(self.factors.A), self.energy, self.lost, self.coefficients)
 
 
 @dataclass(frozen=True)
@@ -281,12 +241,6 @@ def weighted_bias(parts: Sequence[Factors], coefficients: Sequence[float], dtype
         if part.bias is not None:
             total += c * part.scaling * part.bias.to(F64)
     return total.to(dtype)
-
-
-def relative_error(parts: Sequence[Summary]) -> float:
-    """The relative truncation error over some modules: √(Σ lost / Σ energy), ‖ΔW − ΔW_r‖ / ‖ΔW‖."""
-    energy = sum(part.energy for part in parts)
-    return (sum(part.lost for part in parts) / energy) ** 0.5 if energy > 0 else 0.0
 
 
 def _side_by_side(parts: Sequence[Factors], coefficients: Sequence[float], dtype: torch.dtype) -> Factors:

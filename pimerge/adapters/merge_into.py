@@ -13,8 +13,9 @@ from torch import Tensor
 
 from pimerge.adapters.lora_module import Factors, LoraModule
 from pimerge.checkpoints.checkpoint import Checkpoint, require_weights
+from pimerge.checkpoints.dtypes import FLOATS, dtype_name
 from pimerge.checkpoints.key_mapping import Names, is_fan_in_first, match, match_modules, names_of, skeleton
-from pimerge.checkpoints.safetensors_file import FLOATS, PIECE, dtype_name
+from pimerge.checkpoints.safetensors_file import PIECE
 from pimerge.checkpoints.writer import flat_pieces, write_like
 from pimerge.core.errors import PimergeError, Problems
 from pimerge.core.progress import Track, silent

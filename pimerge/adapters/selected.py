@@ -152,7 +152,8 @@ def _target(
     convert: bool,
 ) -> tuple[Expert | None, Path | None]:
     """The target's own expert and its task's folder, each None where there is none."""
-    from pimerge.adapters.expert import CONFIG, Expert, open_expert
+    from pimerge.adapters.expert import Expert, open_expert
+    from pimerge.adapters.expert_files import CONFIG
     from pimerge.tasks.task import Task
 
     if target is None:
@@ -202,7 +203,8 @@ def base_of(experts: Sequence[Expert], target: Expert | None, base: str | None) 
 
 def pool_members(references: list[str]) -> list[str | Path]:
     """The experts of every pool, in order; a Hub id stands for itself."""
-    from pimerge.adapters.expert import find_experts, is_hub_reference
+    from pimerge.adapters.expert_files import find_experts
+    from pimerge.adapters.hub import is_hub_reference
 
     found: list[str | Path] = []
     for reference in references:

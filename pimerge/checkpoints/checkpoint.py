@@ -9,7 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pimerge.checkpoints.safetensors_file import FLOATS, Entry, TensorFile, open_tensors
+from pimerge.checkpoints.dtypes import FLOATS
+from pimerge.checkpoints.safetensors_file import Entry, TensorFile, open_tensors
 from pimerge.core.errors import PimergeError, Problems
 from pimerge.core.files import read_json, sha256_bytes, sha256_files
 

@@ -16,28 +16,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
+from pimerge.checkpoints.dtypes import dtype_name, numpy_name, size_of, torch_dtype
 from pimerge.core.errors import PimergeError
 from pimerge.core.files import sha256_bytes
 
 if TYPE_CHECKING:
-    import torch
     from numpy.typing import NDArray
     from torch import Tensor
 
-FLOATS = ("F64", "F32", "F16", "BF16")
-_SIZES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
-_NAMES = {  # in torch and NumPy, which has no bfloat16
-    "F64": "float64",
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "I64": "int64",
-    "I32": "int32",
-    "I16": "int16",
-    "I8": "int8",
-    "U8": "uint8",
-    "BOOL": "bool",
-}
 PIECE = 16 * 2**20  # bytes of a large tensor that are held at once where it is not needed whole
 _BEGINNING_BYTES = 2**18
 _ENTRY_BYTES = 160  # of the header beside a tensor's name: dtype, shape and offsets of any size
@@ -172,28 +158,6 @@ def open_tensors(path: Path) -> TensorFile:
     return TensorFile(path, entries, metadata)
 
 
-def torch_dtype(name: str) -> torch.dtype:
-    """The dtype that safetensors names so.
-
-    >>> torch_dtype("BF16")
-    torch.bfloat16
-    """
-    import torch
-
-    found: torch.dtype = getattr(torch, _NAMES[name])
-    return found
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """How safetensors names a dtype.
-
-    >>> import torch
-    >>> dtype_name(torch.bfloat16)
-    'BF16'
-    """
-    return next(name for name, known in _NAMES.items() if known == str(dtype).removeprefix("torch."))
-
-
 def is_finite(tensor: Tensor) -> bool:
     """Whether a tensor holds neither NaN nor Inf.
 
@@ -298,15 +262,6 @@ def writing_tensors(
         os.fsync(file.fileno())
 
 
-def size_of(dtype: str) -> int:
-    """Bytes of one number of a dtype as safetensors names it; 1 for those of a byte or less.
-
-    >>> size_of("BF16"), size_of("BOOL")
-    (2, 1)
-    """
-    return _SIZES.get(dtype, 1)
-
-
 def bytes_of(tensor: Tensor) -> memoryview:
     """The bytes of a tensor on the CPU, flattened."""
     import torch
@@ -333,7 +288,7 @@ def _numbers(data: NDArray[Any], dtype: str) -> NDArray[Any]:
 
     if dtype == "BF16":  # the upper half of a float32
         return (data.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
-    numbers = data.view(_NAMES[dtype])
+    numbers = data.view(numpy_name(dtype))
     return numbers.astype(np.float32) if dtype == "F16" else numbers
 
 

@@ -9,17 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from pimerge.checkpoints.checkpoint import CONFIG, INDEX, Checkpoint, weights_file
-from pimerge.checkpoints.safetensors_file import (
-    FLOATS,
-    PIECE,
-    TensorFile,
-    TensorWriter,
-    bytes_of,
-    dtype_name,
-    size_of,
-    torch_dtype,
-    writing_tensors,
-)
+from pimerge.checkpoints.dtypes import FLOATS, dtype_name, size_of, torch_dtype
+from pimerge.checkpoints.safetensors_file import PIECE, TensorFile, TensorWriter, bytes_of, writing_tensors
 from pimerge.core.files import disk_errors, json_text, read_json
 from pimerge.core.progress import Advance, Track, silent
 

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from pimerge.adapters.expert import CONFIG, Expert
+from pimerge.adapters.expert import Expert
+from pimerge.adapters.expert_files import CONFIG
 from pimerge.checkpoints.architecture import lora_targets
 from pimerge.core.errors import PimergeError
 from pimerge.core.files import sha256_file

@@ -19,9 +19,10 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from pimerge.adapters.expert import CONFIG, Expert
+from pimerge.adapters.expert import Expert
+from pimerge.adapters.expert_files import CONFIG
+from pimerge.adapters.head import task_of
 from pimerge.adapters.ranking_document import Seen
-from pimerge.adapters.writer import task_of
 from pimerge.checkpoints.base import Base
 from pimerge.checkpoints.safetensors_file import open_tensors
 from pimerge.core.errors import PimergeError

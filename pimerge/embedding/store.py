@@ -19,7 +19,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pimerge.adapters.expert import CONFIG, Expert, open_expert
+from pimerge.adapters.expert import Expert, open_expert
+from pimerge.adapters.expert_files import CONFIG
 from pimerge.checkpoints.safetensors_file import TensorFile, open_tensors
 from pimerge.core.errors import PimergeError, nearest
 from pimerge.core.files import disk_errors, json_text, read_json, relative_to, sha256_bytes, sha256_file, write_file

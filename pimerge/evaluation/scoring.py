@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from pimerge.adapters.expert import Expert
-from pimerge.adapters.writer import task_of
+from pimerge.adapters.head import task_of
 from pimerge.checkpoints.base import Base
 from pimerge.core.errors import PimergeError, Problems
 from pimerge.core.progress import Advance, Track, silent

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from pimerge.checkpoints.checkpoint import Checkpoint, require_weights
+from pimerge.checkpoints.dtypes import FLOATS
 from pimerge.checkpoints.key_mapping import Names, align, names_of
-from pimerge.checkpoints.safetensors_file import FLOATS, TensorFile, open_tensors
+from pimerge.checkpoints.safetensors_file import TensorFile, open_tensors
 from pimerge.core.errors import PimergeError, Problems
 from pimerge.merging.method import METHODS, OpenedMethod
 from pimerge.merging.request import HeadPolicy

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pimerge.adapters.expert import Expert
+from pimerge.adapters.head import Head
 from pimerge.adapters.low_rank import EVERYTHING
-from pimerge.adapters.writer import Head
 from pimerge.merging.method import Space
 from pimerge.merging.request import EntrySpace
 from pimerge.merging.update_merge import UpdateMerge

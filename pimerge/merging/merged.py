@@ -9,8 +9,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from pimerge.adapters.head import Head
 from pimerge.adapters.model_card import Source, card, licence_of
-from pimerge.adapters.writer import Coefficients, Head
+from pimerge.adapters.writer import Coefficients
 from pimerge.core.errors import PimergeError
 from pimerge.core.files import relative_to
 from pimerge.core.manifest import Hashed, Manifest, inputs_of, library_versions

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
+from pimerge.adapters.head import Head
 from pimerge.adapters.lora_module import Factors
-from pimerge.adapters.low_rank import Summary, relative_error
 from pimerge.adapters.merge_into import MergeIntoPlan, fold, label_fields, plan_merge_into
-from pimerge.adapters.writer import COEFFICIENTS_FILE, Head
+from pimerge.adapters.merged_module import Summary, relative_error
+from pimerge.adapters.writer import COEFFICIENTS_FILE
 from pimerge.checkpoints.base import Base, find_base
 from pimerge.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from pimerge.core.errors import PimergeError

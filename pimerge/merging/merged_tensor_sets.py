@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from pimerge.adapters.writer import Documents, base_reference, choose_head, write_tensor_sets
+from pimerge.adapters.head import choose_head
+from pimerge.adapters.writer import Documents, base_reference, write_tensor_sets
 from pimerge.merging.choice import ChosenExperts
 from pimerge.merging.merged import ADAPTER_LOADING, MergedExperts, Weights, flat, range_text, sources_of
 from pimerge.merging.method import OpenedMethod

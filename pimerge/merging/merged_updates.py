@@ -6,8 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from pimerge.adapters.low_rank import MergedModule, Summary, relative_error
-from pimerge.adapters.writer import Documents, Layout, base_reference, choose_head, write_expert
+from pimerge.adapters.head import choose_head
+from pimerge.adapters.merged_module import MergedModule, Summary, relative_error
+from pimerge.adapters.writer import Documents, Layout, base_reference, write_expert
 from pimerge.core.manifest import Manifest
 from pimerge.merging.choice import ChosenExperts
 from pimerge.merging.dry_run import UpdatePlan, plan_of

@@ -15,7 +15,6 @@ from pimerge.adapters.expert import Expert
 from pimerge.adapters.lora_module import Factors, LoraModule
 from pimerge.adapters.low_rank import (
     EVERYTHING,
-    MergedModule,
     Truncated,
     Truncation,
     inner_products,
@@ -26,7 +25,9 @@ from pimerge.adapters.low_rank import (
     weighted_bias,
     weighted_sum,
 )
-from pimerge.checkpoints.safetensors_file import is_finite, torch_dtype
+from pimerge.adapters.merged_module import MergedModule
+from pimerge.checkpoints.dtypes import torch_dtype
+from pimerge.checkpoints.safetensors_file import is_finite
 from pimerge.core.errors import PimergeError
 from pimerge.merging.method import OpenedMethod, Space
 from pimerge.merging.request import EntrySpace

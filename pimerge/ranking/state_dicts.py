@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pimerge.adapters.ranking_document import Candidate, Ranking, Target
-from pimerge.checkpoints.safetensors_file import FLOATS, TensorFile, open_tensors
+from pimerge.checkpoints.dtypes import FLOATS
+from pimerge.checkpoints.safetensors_file import TensorFile, open_tensors
 from pimerge.core.errors import PimergeError, Problems, nearest
 from pimerge.core.files import relative_to, sha256_file
 from pimerge.ranking.cosine import Similarity

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pimerge.adapters.expert import CONFIG, Expert, open_expert
+from pimerge.adapters.expert import Expert, open_expert
+from pimerge.adapters.expert_files import CONFIG
 from pimerge.adapters.ranking_document import Target
 from pimerge.checkpoints.base import Base, find_base
 from pimerge.core.errors import PimergeError, Problems

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pimerge.adapters.compatibility import check_expert, differing_form, init_cosine, require_alike, require_finite
-from pimerge.adapters.expert import CONFIG, Expert, open_expert
+from pimerge.adapters.expert import Expert, open_expert
+from pimerge.adapters.expert_files import CONFIG
 from pimerge.core.errors import PimergeError, Problem
 from pimerge.core.files import sha256_file
 from pimerge.embedding.store import Store

@@ -12,7 +12,8 @@ from pimerge.adapters.compatibility import require_alike, require_finite
 from pimerge.adapters.expert import Expert
 from pimerge.adapters.kind import KINDS, AdapterHeader
 from pimerge.adapters.kinds.lora import parse
-from pimerge.adapters.low_rank import DEFAULT_ENERGY, MergedModule, Truncation, relative_error, weighted_sum
+from pimerge.adapters.low_rank import DEFAULT_ENERGY, Truncation, weighted_sum
+from pimerge.adapters.merged_module import MergedModule, relative_error
 from pimerge.checkpoints.architecture import inside, lora_targets
 from pimerge.core.errors import PimergeError, Problems
 from pimerge.core.progress import Note

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from pimerge.adapters.expert import Expert
-from pimerge.adapters.low_rank import Summary, relative_error
-from pimerge.adapters.writer import Coefficients, Documents, Head
+from pimerge.adapters.head import Head
+from pimerge.adapters.merged_module import Summary, relative_error
+from pimerge.adapters.writer import Coefficients, Documents
 from pimerge.core.files import relative_to
 from pimerge.core.manifest import Manifest
 from pimerge.tasks.examples import Examples

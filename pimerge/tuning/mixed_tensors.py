@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pimerge.adapters.expert import Expert
-from pimerge.adapters.writer import Documents, Head, write_tensor_sets
+from pimerge.adapters.head import Head
+from pimerge.adapters.writer import Documents, write_tensor_sets
 from pimerge.core.errors import PimergeError
 from pimerge.tuning.components import tensor_components
 from pimerge.tuning.method import TuneMethod

@@ -8,9 +8,11 @@ from pathlib import Path
 import torch
 
 from pimerge.adapters.expert import Expert
+from pimerge.adapters.head import Head
 from pimerge.adapters.lora_module import Factors
-from pimerge.adapters.low_rank import MergedModule, Truncation, weighted_bias, weighted_sum
-from pimerge.adapters.writer import Documents, Head, Layout, write_expert
+from pimerge.adapters.low_rank import Truncation, weighted_bias, weighted_sum
+from pimerge.adapters.merged_module import MergedModule
+from pimerge.adapters.writer import Documents, Layout, write_expert
 from pimerge.tuning.components import lora_components
 from pimerge.tuning.lora_layers import mix_lora
 from pimerge.tuning.method import TuneMethod

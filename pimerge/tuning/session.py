@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from pimerge.adapters.expert import CONFIG, TASK, Expert
+from pimerge.adapters.expert import Expert
+from pimerge.adapters.expert_files import CONFIG, TASK
 from pimerge.checkpoints.base import Base
 from pimerge.core.errors import PimergeError
 from pimerge.core.files import hashes_of, json_text, write_into

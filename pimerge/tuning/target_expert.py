@@ -18,7 +18,8 @@ import torch
 
 from pimerge.adapters.additive_tensors import sum_of
 from pimerge.adapters.compatibility import differing_form, init_cosine
-from pimerge.adapters.expert import CONFIG, TASK, WEIGHTS, Expert, open_expert
+from pimerge.adapters.expert import Expert, open_expert
+from pimerge.adapters.expert_files import CONFIG, TASK, WEIGHTS
 from pimerge.checkpoints.base import Base
 from pimerge.core.errors import PimergeError
 from pimerge.core.files import json_text, write_folder

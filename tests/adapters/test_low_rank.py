@@ -12,17 +12,16 @@ from pimerge.adapters.lora_module import Factors
 from pimerge.adapters.low_rank import (
     EVERYTHING,
     Cores,
-    Summary,
     Truncated,
     Truncation,
     inner_products,
     orthonormal_basis,
-    relative_error,
     to_cores,
     truncated_dense,
     weighted_bias,
     weighted_sum,
 )
+from pimerge.adapters.merged_module import Summary, relative_error
 from pimerge.core.errors import PimergeError
 from tests.support.numerics import normal, small
 

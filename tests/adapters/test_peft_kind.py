@@ -22,7 +22,8 @@ from peft import (
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from pimerge.adapters.expert import WEIGHTS, open_expert
+from pimerge.adapters.expert import open_expert
+from pimerge.adapters.expert_files import WEIGHTS
 from pimerge.adapters.kind import KINDS
 from pimerge.core.errors import PimergeError
 from pimerge.embedding.features import STRENGTHS, models_at_strengths

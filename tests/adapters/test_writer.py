@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pimerge.adapters.expert import Expert, open_expert
+from pimerge.adapters.head import NO_HEAD, Head, choose_head, task_of
 from pimerge.adapters.low_rank import Truncation
-from pimerge.adapters.writer import NO_HEAD, Coefficients, Documents, Head, Layout, choose_head, task_of, write_expert
+from pimerge.adapters.writer import Coefficients, Documents, Layout, write_expert
 from pimerge.core.errors import PimergeError
 from pimerge.core.manifest import Manifest, inputs_of, library_versions
 from pimerge.merging.method import open_method

@@ -16,15 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pimerge.checkpoints import safetensors_file
-from pimerge.checkpoints.safetensors_file import (
-    bytes_of,
-    dtype_name,
-    is_finite,
-    open_tensors,
-    size_of,
-    torch_dtype,
-    writing_tensors,
-)
+from pimerge.checkpoints.dtypes import dtype_name, size_of, torch_dtype
+from pimerge.checkpoints.safetensors_file import bytes_of, is_finite, open_tensors, writing_tensors
 from pimerge.core.errors import PimergeError
 from tests.support.numerics import normal, small
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 from typer.testing import Result
 
-from pimerge.adapters.expert import CONFIG, open_expert
+from pimerge.adapters.expert import open_expert
+from pimerge.adapters.expert_files import CONFIG
 from pimerge.core.errors import PimergeError
 from pimerge.core.files import sha256_file
 from pimerge.embedding.store import DIAGONAL, SECOND_MOMENTS, Store

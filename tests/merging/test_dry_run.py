@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from pimerge.adapters.expert import Expert, open_expert
+from pimerge.adapters.head import NO_HEAD, Head
 from pimerge.adapters.low_rank import Truncation
-from pimerge.adapters.writer import NO_HEAD, Head
 from pimerge.merging.dry_run import UpdatePlan, plan_of
 from pimerge.merging.method import METHODS, open_method
 from pimerge.merging.preparation import UpdateSettings, prepare

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import pimerge.merging.merge
 from pimerge.adapters.expert import Expert, open_expert
-from pimerge.adapters.low_rank import MergedModule
+from pimerge.adapters.merged_module import MergedModule
 from pimerge.core.errors import PimergeError
 from pimerge.merging.method import METHODS, open_method
 from pimerge.merging.methods import interpolated, uniform

@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pimerge.adapters.expert import CONFIG, open_expert
+from pimerge.adapters.expert import open_expert
+from pimerge.adapters.expert_files import CONFIG
 from pimerge.core.errors import PimergeError
 from pimerge.core.files import sha256_file
 from pimerge.embedding.embed_expert import projections_of, updates_of
@@ -219,7 +220,7 @@ def test_those_that_cannot_be_compared_say_why(store: Store, tmp_path: Path) -> 
     }
     kind = {"f1-3": "its kind is other, the target's lora"}
     labels = {"f1-1": "its Fisher has sampled labels, the target's true"}
-    rank = {"f1-0": "its rank is 3, the target's 2"}
+    rank = {"f1-0": "its rank is 3, that of the target is 2"}
     for measure, reasons in (
         (fisher, shared | labels),
         (marginals, shared | labels),

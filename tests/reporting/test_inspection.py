@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pimerge.adapters.expert import CONFIG, Expert, open_expert
+from pimerge.adapters.expert import Expert, open_expert
+from pimerge.adapters.expert_files import CONFIG
 from pimerge.core.files import sha256_file
 from pimerge.embedding.store import DIAGONAL, SECOND_MOMENTS, Store
 from pimerge.embedding.store_schema import EmbedSettings
@@ -45,7 +46,7 @@ def test_pairs_are_ranked_and_merged_where_that_is_right(pool: Path) -> None:
     assert first.ranks_with == ("like_it",)
     assert first.merges_with == ("like_it", "other_init", "other_rank")
     assert first.not_merged == {}
-    assert first.not_ranked["other_rank"] == "its rank is 2, the target's 4"
+    assert first.not_ranked["other_rank"] == "its rank is 2, that of the target is 4"
     assert first.not_ranked["other_init"].startswith("its init differs")
 
 

@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from pimerge.adapters.expert import Expert
-from pimerge.adapters.low_rank import MergedModule, Truncation
+from pimerge.adapters.low_rank import Truncation
+from pimerge.adapters.merged_module import MergedModule
 from pimerge.merging.method import open_method
 from pimerge.merging.preparation import UpdateSettings, prepare
 from pimerge.merging.request import EntrySpace

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import singledispatch
 
-from pimerge.adapters.low_rank import relative_error
+from pimerge.adapters.merged_module import relative_error
 from pimerge.cli.console import print_json, print_table, size_text, warn
 from pimerge.merging.merged import Merged, flat, range_text
 from pimerge.merging.merged_checkpoint import MergedCheckpoint

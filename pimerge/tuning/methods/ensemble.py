@@ -23,7 +23,7 @@ BASE = "(base)"
 
 def fit(request: TuneRequest) -> TuneResult:
     """Train the heads."""
-    from pimerge.adapters.low_rank import relative_error
+    from pimerge.adapters.merged_module import relative_error
     from pimerge.adapters.writer import Documents
     from pimerge.tuning.session import TuneResult, write_with_manifest
 

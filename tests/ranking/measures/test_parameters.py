@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 from torch import Tensor
 
-from pimerge.adapters.expert import WEIGHTS, Expert, open_expert
+from pimerge.adapters.expert import Expert, open_expert
+from pimerge.adapters.expert_files import WEIGHTS
 from pimerge.embedding.store_view import StoreView
 from pimerge.ranking.measures.parameters import similarity
 from tests.support.experts import MakeExpert, edit_tensors

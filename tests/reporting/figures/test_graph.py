@@ -48,7 +48,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
             "route": "rules",
             "sketches": {},
         }
-        from pimerge.adapters.expert import CONFIG
+        from pimerge.adapters.expert_files import CONFIG
         from pimerge.core.files import sha256_file
 
         fields["config_sha256"] = sha256_file(expert.path / CONFIG)

@@ -1,0 +1,61 @@
+"""The files of an expert's folder, and the experts of a pool."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pimerge.checkpoints.safetensors_file import TensorFile, open_tensors
+from pimerge.core.errors import PimergeError
+
+if TYPE_CHECKING:
+    pass
+
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+TASK = "task.json"
+_PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth", "pytorch_model.bin")
+
+
+def find_experts(pool: Path) -> list[Path]:
+    """The experts of a pool: each folder in it that holds an adapter, or the folder itself if it is one.
+
+    Raises:
+        PimergeError: if the folder is not there or holds no expert.
+    """
+    if not pool.is_dir():
+        raise PimergeError(f"there is no folder '{pool}'", "name the folder that holds the experts")
+    if looks_like_expert(pool):
+        return [pool]
+    found = sorted(child for child in pool.iterdir() if not child.name.startswith(".") and looks_like_expert(child))
+    if not found and any(pool.glob("*.safetensors")):
+        raise PimergeError(
+            f"'{pool}' holds plain state dicts and no expert",
+            f"those need no store: pimerge rank --target {pool}/NAME.safetensors, pimerge merge FILE FILE",
+        )
+    if not found:
+        raise PimergeError(
+            f"'{pool}' holds no expert",
+            f"expected folders with {CONFIG} and {WEIGHTS}, as PEFT's save_pretrained writes them",
+        )
+    return found
+
+
+def looks_like_expert(folder: Path) -> bool:
+    names = (CONFIG, WEIGHTS, *_PICKLES[:3])
+    return folder.is_dir() and any((folder / name).exists() for name in names)
+
+
+def tensors_of(path: Path) -> TensorFile:
+    """The expert's tensors; only the header is read."""
+    file = path / WEIGHTS
+    if file.is_file():
+        return open_tensors(file)
+    pickle = next((name for name in _PICKLES if (path / name).is_file()), None)
+    if pickle:
+        raise PimergeError(
+            f"'{path / pickle}' is a pickle, which can run code when it is read; only {WEIGHTS} is read",
+            "load it with PEFT where you trust it, and save it again: model.save_pretrained(FOLDER)",
+        )
+    raise PimergeError(f"'{file}' is not there", "save the adapter with PEFT: model.save_pretrained(FOLDER)")

@@ -1,0 +1,99 @@
+"""The task head of a merged expert: the target's, the mean, or none."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pimerge.adapters.expert import Expert
+from pimerge.adapters.expert_files import TASK
+from pimerge.core.errors import PimergeError, Problems
+from pimerge.tasks.task import Task, open_task
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+HEAD_POLICIES = ("target", "average", "none")
+
+
+@dataclass(frozen=True)
+class Head:
+    """A task head to write beside the factors.
+
+    Attributes:
+        tensors: parameter name in the base model → tensor.
+        modules: ``modules_to_save`` that they belong to.
+        task: what the head answers, or the base itself in text; None if that is not known.
+    """
+
+    tensors: Mapping[str, Tensor]
+    modules: Sequence[str]
+    task: Task | None
+
+
+NO_HEAD = Head({}, (), None)
+
+
+def choose_head(policy: str, experts: Sequence[Expert], target: Expert | None) -> Head:
+    """The head of a merged expert.
+
+    Args:
+        policy: ``target`` (the target's own), ``average`` (the mean, if all answer the same labels) or ``none``.
+        target: the target's expert, if it is known.
+
+    Raises:
+        PimergeError: if the policy cannot be followed.
+    """
+    import torch
+
+    if policy not in HEAD_POLICIES:
+        raise PimergeError(f"--head is '{policy}'", f"expected {', '.join(HEAD_POLICIES)}")
+    if policy != "none" and target is not None and (task := task_of(target)) and not task.type.trains_head:
+        return Head({}, (), task)
+    if policy == "none" or not any(expert.head for expert in experts):
+        return NO_HEAD
+    if policy == "target":
+        if target is None:
+            raise PimergeError(
+                "the experts have heads, and it is not known which is the target's",
+                "pass --target NAME_OR_FOLDER, --head average (if all answer the same labels) or --head none",
+            )
+        return Head(target.head_tensors(), _head_modules(target), task_of(target))
+    tasks = {expert.name: task_of(expert) for expert in experts}
+    problems = Problems()
+    first = experts[0]
+    labels = tasks[first.name]
+    for expert in experts:
+        task = tasks[expert.name]
+        if task is None or labels is None or task.labels != labels.labels:
+            problems.add(
+                f"the head of '{expert.name}' answers {task.labels if task else 'labels that no task.json names'}, "
+                f"that of '{first.name}' {labels.labels if labels else 'labels that no task.json names'}",
+                "pass --head target or --head none",
+            )
+        elif _shapes(expert) != _shapes(first):
+            problems.add(f"the head of '{expert.name}' has other tensors than that of '{first.name}'")
+    problems.raise_any("the heads cannot be averaged")
+    mean = {
+        name: torch.stack([expert.tensor(expert.head[name]).double() for expert in experts])
+        .mean(0)
+        .to(first.tensor(key).dtype)
+        for name, key in first.head.items()
+    }
+    return Head(mean, _head_modules(first), labels)
+
+
+def task_of(expert: Expert) -> Task | None:
+    """The task of an expert, if its folder says so."""
+    return open_task(expert.path) if (expert.path / TASK).is_file() else None
+
+
+def _head_modules(expert: Expert) -> list[str]:
+    saved: list[str] = expert.config.get("modules_to_save") or []
+    return [name for name in saved if any(f".{name}." in f".{parameter}" for parameter in expert.head)]
+
+
+def _shapes(expert: Expert) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(expert.tensor(key).shape) for name, key in expert.head.items()}

@@ -1,0 +1,91 @@
+"""Experts from the Hugging Face Hub: the snapshot in the local cache, downloaded if need be."""
+
+from __future__ import annotations
+
+import re
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pimerge.checkpoints.base import is_hub_id
+from pimerge.core.errors import PimergeError
+
+if TYPE_CHECKING:
+    pass
+from pimerge.adapters.expert_files import CONFIG, TASK, WEIGHTS
+
+_HUB_FILES = (CONFIG, WEIGHTS, TASK, "pimerge.json")
+_CARD = "README.md"  # for its licence
+_ONLINE = "run it once with the network and without HF_HUB_OFFLINE, so that it is downloaded"
+_HUB_REFERENCE = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
+
+
+def is_hub_reference(reference: str) -> bool:
+    """Whether a reference can be a Hub id; a folder of that name goes first.
+
+    >>> is_hub_reference("org/adapter@main"), is_hub_reference("./experts/a")
+    (True, False)
+    """
+    match = _HUB_REFERENCE.fullmatch(reference)
+    return match is not None and is_hub_id(match["id"])
+
+
+def download(reference: str) -> Path:
+    """The snapshot of a Hub id in the local cache, downloaded if need be."""
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HTTPError as NetworkError  # type: ignore[attr-defined]  # httpx's, or httpx2's
+
+    match = _HUB_REFERENCE.fullmatch(reference)
+    assert match
+    download = partial(snapshot_download, match["id"], revision=match["revision"])
+    try:
+        path = Path(download(allow_patterns=[*_HUB_FILES, _CARD]))
+    except (NetworkError, HFValidationError, OSError) as error:
+        found = None
+        if isinstance(error, LocalEntryNotFoundError):
+            with suppress(LocalEntryNotFoundError):  # that the cache lacks no more than the card is no reason to stop
+                found = download(allow_patterns=list(_HUB_FILES), local_files_only=True)
+        if found is None:
+            reason, hint = _why_no_download(error, match["id"], match["revision"])
+            raise PimergeError(
+                f"'{reference}' is no folder here and cannot be had from the Hub: {reason}", hint
+            ) from error
+        path = Path(found)
+    missing = " and no ".join(name for name in (CONFIG, WEIGHTS) if not (path / name).is_file())
+    if missing and constants.HF_HUB_OFFLINE:
+        raise PimergeError(f"the Hub's local cache has no {missing} of '{reference}'", _ONLINE)
+    if missing:
+        raise PimergeError(
+            f"'{reference}' is no adapter: its repository on the Hub has no {missing}",
+            "expected what PEFT's save_pretrained writes, as safetensors; a pickle (adapter_model.bin) is not read",
+        )
+    return path
+
+
+def _why_no_download(error: Exception, name: str, revision: str | None) -> tuple[str, str]:
+    """What went wrong with a download, and what to do about it."""
+    from huggingface_hub import errors
+
+    # behind "not in the local cache" stands why the Hub itself was of no help
+    cause = error.__cause__ if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ else error
+    page = f"https://huggingface.co/{name}"
+    if isinstance(cause, errors.GatedRepoError):
+        return "the repository is gated", f"accept its terms at {page}, then log in with 'hf auth login'"
+    if isinstance(cause, errors.RepositoryNotFoundError):  # the Hub tells a stranger no more than that
+        return (
+            "there is no such repository, or it is private",
+            f"check the name '{name}'; if it is private, log in with 'hf auth login' as someone who may read it",
+        )
+    if isinstance(cause, errors.RevisionNotFoundError):
+        return f"the repository has no revision '{revision or 'main'}'", f"see {page}/tree/main for its branches"
+    if isinstance(cause, errors.OfflineModeIsEnabled):
+        return "it is not in the local cache, or not whole, and HF_HUB_OFFLINE is set", _ONLINE
+    if isinstance(cause, errors.HfHubHTTPError):
+        status = cause.response.status_code
+        hint = "log in again with 'hf auth login'" if status in (401, 403) else "try again later"
+        return f"the Hub answers with status {status}", hint
+    if isinstance(error, errors.LocalEntryNotFoundError):
+        return "the Hub cannot be reached, and it is not in the local cache, or not whole", "check the network"
+    return str(error).strip().partition("\n")[0], "check the name, the network and the disk"
