@@ -171,11 +171,11 @@ def test_two_experts_of_one_name_are_refused(pool: Path, embed: Shell, tmp_path:
 @pytest.mark.parametrize(
     ("arguments", "code", "expected"),
     [
-        (["nowhere/./at all"], 3, "there is no folder 'nowhere/at all'"),
+        (["nowhere/./at all"], 3, "'nowhere/at all'"),
         (["--labels", "flase"], 3, "--labels is 'flase'"),
-        (["--dtype", "half"], 3, "dtype is 'half'"),
-        (["--device", "gpu"], 3, "the device 'gpu' cannot be used"),
-        (["--shots", "1000"], 3, "the class 'even' has"),
+        (["--dtype", "half"], 3, "'half'"),
+        (["--device", "gpu"], 3, "'gpu'"),
+        (["--shots", "1000"], 3, "'even'"),
         (["--batch-tokens", "0"], 2, "--batch-tokens"),
         (["--no-such-option"], 2, "--no-such-option"),
     ],
@@ -194,7 +194,7 @@ def test_a_store_of_something_else_is_refused_and_kept(pool: Path, embed: Shell,
     write_json(tmp_path / "embeddings.json", {"mine": 1})
     result = embed()
     assert result.code == 3
-    assert "schema version None" in result.err
+    assert "embeddings.json" in result.err
     assert json.loads((tmp_path / "embeddings.json").read_text()) == {"mine": 1}
 
 

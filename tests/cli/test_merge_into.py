@@ -169,11 +169,11 @@ def test_the_checkpoint_is_never_replaced(output: str, shell: Shell, pair: dict[
     given = ["--head", "none", "--into", base, "--base", base]
     result = shell("merge", *TWO, *given, "-o", target, "--force")
     assert result.code == 3
-    assert "or holds it" in result.err
+    assert f"'{target}'" in result.err
     assert (base / "model.safetensors").read_bytes() == before
     gone = shell("merge", *TWO, "--head", "none", "--into", "org/gone", "-o", "full")
     assert gone.code == 3
-    assert "'org/gone' is not on this machine" in gone.err
+    assert "'org/gone'" in gone.err
 
 
 def test_tied_weights_are_written_apart(cli: Cli, gpt2_base: Path) -> None:

@@ -144,7 +144,7 @@ def test_dropping_removes_the_entry_and_its_sidecars(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        ("{", "not valid JSON"),
+        ("{", "embeddings.json"),
         ("[]", "schema version None"),
         ("{}", "schema version None"),
         ('{"schema_version": 99, "experts": {}}', "schema version 99, expected 4"),

@@ -94,9 +94,9 @@ def test_experts_that_are_named_are_shown_alone_and_the_store_stays(store: Store
     ("experts", "measure", "expected"),
     [
         ((), "combined", "take .*delta"),
-        ((), "fischer", "did you mean 'fisher'"),
+        ((), "fischer", "'fisher'"),
         (("f0-0",), "fisher", "the graph of 1 experts"),
-        (("f0-0", "nobody"), "fisher", "there is no expert 'nobody'"),
+        (("f0-0", "nobody"), "fisher", "'nobody'"),
     ],
 )
 def test_experts_and_measures_that_do_not_fit_are_refused(

