@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -85,18 +85,6 @@ def print_family(family: Family[Any], as_json: bool) -> None:
         defaults = [f"{option.flag} {value}" for option, value in strategy.options.items()]
         rows.append([strategy.name, strategy.summary, strategy.formula, strategy.paper, " ".join(defaults)])
     print_table(["method", "what it does", "formula", "source", "options"], rows)
-
-
-def print_methods(summaries: Mapping[str, str], defaults: Mapping[str, Mapping[str, Any]], as_json: bool) -> None:
-    """List a folder's methods with their options; :func:`print_family` does it for strategies that are objects."""
-    if as_json:
-        print_json([{"name": n, "summary": s, "options": dict(defaults[n])} for n, s in summaries.items()])
-        return
-    rows = [
-        [name, summary, " ".join(f"--{option.replace('_', '-')} {value}" for option, value in defaults[name].items())]
-        for name, summary in summaries.items()
-    ]
-    print_table(["method", "what it does", "options"], rows)
 
 
 def size_text(count: float) -> str:

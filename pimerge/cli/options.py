@@ -11,27 +11,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from pimerge.core import plugins
 from pimerge.core.plugins import Family, Option
-
-
-def listing(package: str) -> str:
-    """``name: summary`` of each strategy, for ``--help``."""
-    return " ".join(f"[bold]{name}[/]: {summary}" for name, summary in plugins.summaries(package).items())
-
-
-def names(package: str) -> str:
-    """The names of a folder's plugins."""
-    return ", ".join(plugins.summaries(package))
-
-
-def flag(option: str) -> str:
-    """How an option is typed that a strategy names.
-
-    >>> flag("label_share")
-    '--label-share'
-    """
-    return "--" + option.replace("_", "-")
 
 
 def with_options_of(family: Family[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -130,14 +110,14 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document inst
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no hints.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")]
 Dtype = Annotated[str, typer.Option(help="auto (bfloat16 on a GPU, else float32), float32, bfloat16 or float64.")]
-Seed = Annotated[int, typer.Option(help="Decides every draw.")]
-Shots = Annotated[int | None, typer.Option(help="Draw so many training examples of each class. Default: all.")]
+Seed = Annotated[int, typer.Option(help="Seed of every random draw.")]
+Shots = Annotated[int | None, typer.Option(help="Training examples per class, sampled. Default: all.")]
 ClassNames = Annotated[
     bool | None,
     typer.Option(
-        help="The names of the classes are examples, too, where texts are classified. Default: for guided and named, "
-        "if they foretell the others."
+        help="Also learn from the names of the classes, where texts are classified. Default: for guided and named, if "
+        "the names predict the examples."
     ),
 ]
-BatchTokens = Annotated[int | None, typer.Option(help="Most tokens of a batch. Default: by device.", min=1)]
+BatchTokens = Annotated[int | None, typer.Option(help="Tokens per batch, at most. Default: by device.", min=1)]
 Rank = Annotated[str, typer.Option(help="Rank of the result: a number, or max (nothing is lost).")]

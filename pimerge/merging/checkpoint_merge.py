@@ -100,7 +100,7 @@ def merge_checkpoints(
 
 
 def _linear(plan: CheckpointPlan, key: str, weights: Tensor, method: OpenedMethod, finite: _Finite) -> Iterator[Tensor]:
-    """(1 − Σc_n) W0 + Σ c_n W_n, piece by piece; a piece that is the same in all is the base's as it is."""
+    """(1 − Σc_n) W0 + Σ c_n W_n, piece by piece; a piece that is the same in all is the base's own."""
 
     def gram() -> Tensor:
         total = torch.zeros(len(weights), len(weights), dtype=torch.float64)

@@ -159,7 +159,7 @@ def _is_merged(
     own: Names,
     problems: Problems,
 ) -> bool:
-    """Whether a tensor of the base has a counterpart in every expert; one that none has stays as it is."""
+    """Whether a tensor of the base has a counterpart in every expert; one that no expert has is not merged."""
     having = [number for number, part in enumerate(found) if key in part.same]
     if base.entry(key).dtype not in FLOATS:
         value = base.read(key)

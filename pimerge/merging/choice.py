@@ -12,7 +12,7 @@ from pimerge.adapters.selected import open_all, select
 from pimerge.core.errors import PimergeError, Problems
 from pimerge.merging.method import METHODS, OpenedMethod
 from pimerge.merging.request import HeadPolicy, MergeRequest
-from pimerge.merging.weights import Rule, by_module, parse_rules, rules_of, shares, starting_weights
+from pimerge.merging.weights import Rule, by_module, parse_rules, rules_of, starting_weights, target_weights
 
 if TYPE_CHECKING:
     from pimerge.adapters.expert import Expert
@@ -151,7 +151,7 @@ def weights_by_score(
     by_score = method.strategy.weights_by_score
     if not method.strategy.joins_target or not (by_score or request.alpha is not None):
         return None
-    return shares(hashes, own, scores, request.alpha, by_score=by_score)
+    return target_weights(hashes, own, scores, request.alpha, by_score=by_score)
 
 
 def require_one_each(given: Sequence[float] | None, names: Sequence[str]) -> None:

@@ -1,9 +1,9 @@
-"""Merge experts without ΔW, whose tensors are combined number by number, group by group.
+"""Merge experts without ΔW, whose tensors are combined number by number, one tensor set after the other.
 
-A linear method gives each group one coefficient per expert, so that the projections of a bottleneck share it, and so do
+A linear method gives each tensor set one coefficient per expert: the projections of a bottleneck share it, and so do
 the keys and values of a prefix's layer. An elementwise method sees φ_n − φ0 of one tensor after the other, around the
-kind's neutral point φ0 (0 where it has none). ``fisher`` sees the numbers themselves. What looks at singular vectors or
-at a layer's inputs needs ΔW, and is refused.
+kind's neutral point φ0 (0 where it has none). ``fisher`` sees the numbers themselves. Methods that need singular
+vectors or a layer's inputs need ΔW and are refused.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ class TensorMerge:
 
     Attributes:
         experts: of one form.
-        weights: group → one weight per expert; all 0 for a group that stays neutral.
+        weights: tensor set → one weight per expert; all 0 for one that stays neutral.
         dtype: of the result; None for that of each tensor, the widest of the experts'.
         base: reads the base's parameters.
-        coefficients: group → what each expert was multiplied by, for linear methods; filled by :meth:`tensors`.
+        coefficients: tensor set → what each expert was multiplied by, for linear methods; filled by :meth:`tensors`.
     """
 
     experts: Sequence[Expert]
@@ -59,9 +59,9 @@ class TensorMerge:
     def tensors(self) -> dict[str, Tensor]:
         """Key → merged tensor."""
         found: dict[tuple[str, str], Tensor] = {}
-        for name, group in self.tensor_sets.items():
-            parts = {slot: self._parts(name, slot) for slot in group.slots}
-            coefficients = self._linear(name, group, parts)
+        for name, tensor_set in self.tensor_sets.items():
+            parts = {slot: self._parts(name, slot) for slot in tensor_set.slots}
+            coefficients = self._linear(name, tensor_set, parts)
             for slot, each in parts.items():
                 found[name, slot] = self._merged(name, slot, each, coefficients)
         merged = joined(self.tensor_sets, found)
@@ -73,24 +73,24 @@ class TensorMerge:
                 )
         return rounded
 
-    def _slot(self, group: str, slot: str) -> TensorSlot:
-        return self.tensor_sets[group].slots[slot]
+    def _slot(self, name: str, slot: str) -> TensorSlot:
+        return self.tensor_sets[name].slots[slot]
 
-    def _zero(self, group: str, slot: str) -> Tensor:
-        return neutral(self._slot(group, slot), self.base)
+    def _zero(self, name: str, slot: str) -> Tensor:
+        return neutral(self._slot(name, slot), self.base)
 
-    def _parts(self, group: str, slot: str) -> list[Tensor]:
-        return [at_strength(expert, expert.tensor_sets[group].slots[slot], self.base) for expert in self.experts]
+    def _parts(self, name: str, slot: str) -> list[Tensor]:
+        return [at_strength(expert, expert.tensor_sets[name].slots[slot], self.base) for expert in self.experts]
 
-    def _linear(self, name: str, group: TensorSet, parts: Mapping[str, Sequence[Tensor]]) -> list[float] | None:
-        """The coefficients of a linear method; inner products are those of φ_n − φ0 over the whole group."""
+    def _linear(self, name: str, tensor_set: TensorSet, parts: Mapping[str, Sequence[Tensor]]) -> list[float] | None:
+        """The coefficients of a linear method; inner products are those of φ_n − φ0 over the whole tensor set."""
         if self.method.space is not Space.LINEAR:
             return None
 
         def inner() -> Tensor:
             flat = torch.stack(
                 [
-                    torch.cat([(parts[slot][index] - self._zero(name, slot)).flatten() for slot in group.slots])
+                    torch.cat([(parts[slot][index] - self._zero(name, slot)).flatten() for slot in tensor_set.slots])
                     for index in range(len(self.experts))
                 ]
             )
@@ -101,24 +101,24 @@ class TensorMerge:
         self.coefficients[name] = found.tolist()
         return self.coefficients[name]
 
-    def _merged(self, group: str, slot: str, parts: Sequence[Tensor], coefficients: Sequence[float] | None) -> Tensor:
-        weights = self.weights[group]
+    def _merged(self, name: str, slot: str, parts: Sequence[Tensor], coefficients: Sequence[float] | None) -> Tensor:
+        weights = self.weights[name]
         if coefficients is not None:
-            return weighted(parts, coefficients, lambda: self._zero(group, slot))
+            return weighted(parts, coefficients, lambda: self._zero(name, slot))
         if not any(weights):
-            return self._zero(group, slot)
+            return self._zero(name, slot)
         tensor = torch.tensor(weights, dtype=F64)
         if self.method.space is Space.FACTORS:
-            return self.method.merge(torch.stack(list(parts)), tensor, fishers=self._fishers(group, slot))
-        zero = self._zero(group, slot)
+            return self.method.merge(torch.stack(list(parts)), tensor, fishers=self._fishers(name, slot))
+        zero = self._zero(name, slot)
         deltas = torch.stack([part - zero for part in parts])
-        draws = [f"{expert.file.beginning} {group} {slot}" for expert in self.experts]
+        draws = [f"{expert.file.beginning} {name} {slot}" for expert in self.experts]
         return zero + self.method.merge(deltas, tensor, draws=draws, limit=min(zero.shape))
 
-    def _fishers(self, group: str, slot: str) -> Tensor:
+    def _fishers(self, name: str, slot: str) -> Tensor:
         read = self.fisher
         assert read is not None
-        own = self._slot(group, slot)
+        own = self._slot(name, slot)
         return torch.stack([read_slot(own, partial(read, expert)).to(F64) for expert in self.experts])
 
     def _dtype_of(self, key: str) -> torch.dtype:
@@ -139,9 +139,9 @@ def prepare_tensors(
     """Check a merge of experts without ΔW that fit each other.
 
     Args:
-        weights: group → one per expert.
+        weights: tensor set → one per expert.
         dtype: of the result; None for the experts' own.
-        selected: which groups to merge; the others stay neutral.
+        selected: which tensor sets to merge; the others stay neutral.
         fisher: the diagonal Fisher of an expert's tensor by key, for ``fisher``.
     """
     require_finite(experts)

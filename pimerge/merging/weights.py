@@ -93,7 +93,7 @@ def rules_of(document: Any, path: Path) -> list[Rule]:
                 )
             else:
                 rules.append(Rule(expert, glob, float(weight), f"{expert}:{glob}={weight}"))
-    problems.raise_any(f"'{path}' holds what is no weight")
+    problems.raise_any(f"'{path}' holds values that are not weights")
     return rules
 
 
@@ -154,7 +154,7 @@ def starting_weights(
         return None
 
 
-def shares(
+def target_weights(
     experts: Sequence[str], own: str | None, scores: Sequence[float | None], alpha: float | None, *, by_score: bool
 ) -> list[float] | None:
     """α for the target's expert, and (1 − α) for the others by the softmax of their scores or evenly.
@@ -166,7 +166,7 @@ def shares(
         own: that of the target's expert; None if it is not known.
         alpha: None for 1/N.
 
-    >>> shares(["x", "a", "b"], "x", [None, 0.3, 0.3], 0.5, by_score=True)
+    >>> target_weights(["x", "a", "b"], "x", [None, 0.3, 0.3], 0.5, by_score=True)
     [0.5, 0.25, 0.25]
     """
     others = [i for i, sha256 in enumerate(experts) if sha256 != own]
@@ -175,10 +175,10 @@ def shares(
         return None
     has_own = len(others) < len(experts)
     if alpha is not None and not has_own:
-        raise PimergeError("--alpha is the target's share, and the target's expert is not among the experts")
+        raise PimergeError("--alpha is the weight of the target's expert, which is not among the experts")
     if alpha is not None and not 0 <= alpha <= 1:
-        raise PimergeError(f"--alpha is {alpha}", "expected a share from 0 to 1")
-    share = (1 / len(experts) if alpha is None else alpha) if has_own else 0.0
+        raise PimergeError(f"--alpha is {alpha}", "expected a number from 0 to 1")
+    target_weight = (1 / len(experts) if alpha is None else alpha) if has_own else 0.0
     exponentials = [math.exp(score - max(known)) for score in known]
-    soft = iter([(1 - share) * value / sum(exponentials) for value in exponentials])
-    return [next(soft) if i in others else share for i in range(len(experts))]
+    soft = iter([(1 - target_weight) * value / sum(exponentials) for value in exponentials])
+    return [next(soft) if i in others else target_weight for i in range(len(experts))]

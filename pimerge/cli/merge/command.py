@@ -29,13 +29,13 @@ def merge(
     ] = None,
     weight: Annotated[
         list[str] | None,
-        typer.Option(help="A weight by module, as often as you like: 'EXPERT=0.5' or 'experts/a:*.layers.1?.*=0.7'."),
+        typer.Option(help="A weight by module, repeatable: 'EXPERT=0.5' or 'experts/a:*.layers.1?.*=0.7'."),
     ] = None,
     alpha: Annotated[
         float | None,
         typer.Option(
-            help="The target's share in 'interpolated' and 'fisher'; in 'interpolated' the others divide the rest by "
-            "the softmax of their scores, else evenly. Default: 1/(k+1)."
+            help="Weight of the target's expert, for 'interpolated' and 'fisher'. The others divide the rest: in "
+            "'interpolated' by the softmax of their scores, else evenly. Default: 1/(k+1)."
         ),
     ] = None,
     coefficients: Annotated[
@@ -62,19 +62,20 @@ def merge(
     into: Annotated[
         Path | None,
         typer.Option(
-            help="Fold the result into this full checkpoint (a folder, or one .safetensors file) and write that."
+            help="Merge the result into this full checkpoint (a folder or a .safetensors file) and write that."
         ),
     ] = None,
     fisher: Annotated[
         list[Path] | None,
         typer.Option(
-            help="A file with the diagonal Fisher for each full checkpoint given, in order. LoRA: the store's."
+            help="File with the diagonal Fisher of a full checkpoint; one for each, in order. LoRA: the store's."
         ),
     ] = None,
     store: options.StorePath = Path("embeddings.json"),
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be done, and write nothing.")] = False,
     verify: Annotated[
-        bool, typer.Option("--verify", help="First send every expert through alone: it must come back as it is.")
+        bool,
+        typer.Option("--verify", help="First merge every expert alone, and check that it comes back unchanged."),
     ] = False,
     target: options.TargetReference = None,
     ranking: options.RankingPath = Path("ranking.json"),
@@ -86,7 +87,7 @@ def merge(
 ) -> None:
     """Combine experts into one without training, exactly in ΔW; the base model is not loaded.
 
-    Default experts: those that the ranking selected; for 'interpolated' and 'fisher' the target's own expert, too.
+    Default experts: those that the ranking selected; for 'interpolated' and 'fisher' also the target's own expert.
     Full checkpoints (folders with a config.json and weights) merge against their --base by the linear and
     elementwise methods and 'fisher'.
     """

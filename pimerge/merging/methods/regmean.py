@@ -3,7 +3,7 @@
 G_n = XᵀX is the Gram matrix of the inputs of the layer on the data of expert n (eq. 2). Its off-diagonal entries
 are scaled by ``offdiagonal``, the paper's α (section 4.1). Two things are added: weights w_n, of which only the
 ratios count, and a ridge of 1e-6 of the mean diagonal entry, the same for every G_n. So the sum can be inverted,
-one expert comes back as it is, and an input that the data never use gets the weighted mean.
+one expert comes back unchanged, and an input that the data never use gets the weighted mean.
 """
 
 from __future__ import annotations
