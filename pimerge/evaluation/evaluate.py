@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from pimerge.adapters.expert import Expert
 from pimerge.adapters.selected import base_of, open_all
+from pimerge.checkpoints.checkpoint import is_checkpoint
 from pimerge.core.errors import PimergeError
 from pimerge.core.progress import Note, Track, silent, unheard
 from pimerge.evaluation.scoring import Score, score_checkpoint, score_experts
@@ -132,10 +133,8 @@ def _written(given: Scorable) -> str | Path | Expert | Ensemble:
 
 
 def _is_checkpoint(given: object) -> bool:
-    """Whether something is the folder of a full checkpoint, not of an adapter."""
-    if not isinstance(given, str | Path):
-        return False
-    return (Path(given) / "config.json").is_file() and not (Path(given) / "adapter_config.json").is_file()
+    """Whether something is the path of a full checkpoint, not of an adapter."""
+    return isinstance(given, str | Path) and is_checkpoint(given)
 
 
 def _opened(given: Sequence[str | Path | Expert | Ensemble], base: str | None) -> list[Expert | Ensemble]:

@@ -106,12 +106,6 @@ class Merged(ABC):
             finally:
                 self.request = before
 
-    def __fspath__(self) -> str:
-        """The folder that it was saved to, so that the result can be given wherever a path is expected."""
-        if self.path is None:
-            raise PimergeError("the merge was not saved", "call .save(FOLDER) first, or merge with an output")
-        return str(self.path)
-
     @property
     def is_adapter(self) -> bool:
         """Whether it is an adapter; else it is a full checkpoint."""
