@@ -6,7 +6,6 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from pimerge.adapters.base_fit import check_fits
 from pimerge.adapters.computed_module import as_tensor_sets
@@ -18,9 +17,6 @@ from pimerge.core.errors import PimergeError
 from pimerge.models.injection import modules_restored
 from pimerge.models.loaded_base import LoadedBase
 from pimerge.tasks.task import Task
-
-if TYPE_CHECKING:
-    pass
 
 _OTHER_KIND = "take another --kind"
 
