@@ -11,8 +11,8 @@ import pytest
 import pimerge
 from tests.support.cli import SLOW, printed
 
-FUNCTIONS = ["compare", "embed", "evaluate", "merge", "tune"]
-TYPES = ["Comparison", "Evaluation", "Expert", "Merged", "PimergeError", "Ranking", "Task", "TuneResult"]
+FUNCTIONS = ["compare", "embed", "evaluate", "merge", "rank", "tune"]
+TYPES = ["Comparison", "EmbedResult", "Evaluation", "Expert", "Merged", "PimergeError", "Ranking", "Task", "TuneResult"]
 
 
 def test_import_loads_nothing_slow() -> None:
