@@ -19,9 +19,6 @@ def check_fits(expert: Expert, base_model: nn.Module, *, head: bool = True) -> N
 
     Args:
         head: whether its head has to fit, too.
-
-    Raises:
-        PimergeError: with each module that the base lacks and each shape that differs.
     """
     problems = Problems()
     hint = "the expert was trained on another base: pass its own with --base"
@@ -76,9 +73,6 @@ def check_fits_on_disk(expert: Expert, task: Task) -> None:
     """As :func:`check_fits`, with the base's shapes alone: no weight is read or downloaded.
 
     A base that is not on this machine is not checked.
-
-    Raises:
-        PimergeError: as :func:`check_fits`, or if the base's config does not serve the task.
     """
     base = expert.base
     if base.folder is None:

@@ -26,9 +26,6 @@ def layer_shapes(base: Base, modules: Sequence[str], *, fan_in_fan_out: bool = F
 
     Args:
         fan_in_fan_out: of an adapter's config: how weights are stored if the model does not tell.
-
-    Raises:
-        PimergeError: if the base is not on this machine, or with each module that has no matrix there.
     """
     if base.folder is None:
         raise PimergeError(
@@ -60,11 +57,7 @@ def _names(folder: Path) -> Names:
 
 
 def base_weights(base: Base, layouts: Mapping[str, LoraModule], *, fan_in_fan_out: bool) -> Callable[[str], Tensor]:
-    """A reader of a base's weights by module, (d_out × d_in) whatever way it stores them.
-
-    Raises:
-        PimergeError: if the base is not on this machine, is quantised, or does not have these modules.
-    """
+    """A reader of a base's weights by module, (d_out × d_in) whatever way it stores them."""
     if base.folder is None:
         raise PimergeError(
             f"the base '{base.name}' is not on this machine, and its weights are needed to convert the experts",

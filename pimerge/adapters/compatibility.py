@@ -28,9 +28,6 @@ def check_expert(expert: Expert, task: Task | None = None) -> Task:
 
     Returns:
         its task.
-
-    Raises:
-        PimergeError: with each problem: no task, no base, shapes that differ from it, NaN or Inf in a tensor.
     """
     from pimerge.adapters.base_fit import check_fits_on_disk  # imports torch, which comparing experts needs not
 
@@ -53,9 +50,6 @@ def check_expert(expert: Expert, task: Task | None = None) -> Task:
 def require_alike(experts: Sequence[Expert]) -> None:
     """Check that experts can be summed: one base, and updates ΔW of one shape and layer type in each module, whatever
     their kinds; or, without ΔW, one kind and the same tensors.
-
-    Raises:
-        PimergeError: with each difference.
     """
     problems = Problems()
     first = experts[0]
@@ -90,11 +84,7 @@ def require_alike(experts: Sequence[Expert]) -> None:
 
 
 def require_finite(experts: Sequence[Expert]) -> None:
-    """Check every tensor of several experts for NaN and Inf.
-
-    Raises:
-        PimergeError: naming each tensor that holds one.
-    """
+    """Check every tensor of several experts for NaN and Inf."""
     problems = Problems()
     for expert in experts:
         with problems.collected(f"'{expert.name}': "):
@@ -167,11 +157,7 @@ def differing_form(first: Expert, second: Expert, name_of_first: str = "the targ
 
 
 def require_shared_form(experts: Sequence[Expert]) -> None:
-    """Check that single entries of the factors of some experts mean the same: one form and one init.
-
-    Raises:
-        PimergeError: with each expert that differs from the first.
-    """
+    """Check that single entries of the factors of some experts mean the same: one form and one init."""
     problems = Problems()
     first = experts[0]
     for expert in experts:
@@ -201,11 +187,7 @@ def _has_bias(expert: Expert) -> bool:
 
 
 def refuse_over_inputs(output: Path, experts: Sequence[Expert]) -> None:
-    """Refuse an output that would replace an expert that it is made from, or a folder that holds one.
-
-    Raises:
-        PimergeError: naming the expert.
-    """
+    """Refuse an output that would replace an expert that it is made from, or a folder that holds one."""
     for expert in experts:
         if expert.path.resolve().is_relative_to(output.resolve()):
             raise PimergeError(

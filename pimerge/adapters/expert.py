@@ -130,11 +130,7 @@ class Expert:
         return any(module.is_computed for module in self.modules.values())
 
     def with_strength(self, strength: float) -> Expert:
-        """The same expert at another strength: strength · ΔW in every module; strengths multiply over calls.
-
-        Raises:
-            PimergeError: if its kind has but one strength.
-        """
+        """The same expert at another strength: strength · ΔW in every module; strengths multiply over calls."""
         if strength == 1:
             return self
         if not self.has_strength:
@@ -177,11 +173,7 @@ class Expert:
         return {name: self.tensor(key) for name, key in self.head.items()}
 
     def require_finite(self) -> None:
-        """Check every tensor for NaN and Inf.
-
-        Raises:
-            PimergeError: naming each tensor that holds one.
-        """
+        """Check every tensor for NaN and Inf."""
         problems = Problems()
         for key in self.file.entries:
             tensor = self.tensor(key)
@@ -194,11 +186,7 @@ class Expert:
         problems.raise_any("NaN or Inf weights")
 
     def require_handled(self) -> None:
-        """Refuse an expert that can only be looked at.
-
-        Raises:
-            PimergeError: saying why.
-        """
+        """Refuse an expert that can only be looked at."""
         if self.unhandled:
             kinds = KINDS.names()
             known = "download it first (hf download NAME), or pass --base with its folder"
@@ -219,10 +207,6 @@ def open_expert(
         convert: accept what has to be converted with the base's weights (DoRA, PiSSA, OLoRA).
         only_look: accept kinds of PEFT's that cannot be combined, and those that cannot without a base that is not
             there, too; they say why in ``unhandled``.
-
-    Raises:
-        PimergeError: with every problem of its files: missing or truncated safetensors, a pickle, JSON that
-            does not fit, a kind that is not handled, shapes that do not fit each other.
     """
     path = _folder(reference)
     problems = Problems()

@@ -19,11 +19,7 @@ _PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth", "pytor
 
 
 def find_experts(pool: Path) -> list[Path]:
-    """The experts of a pool: each folder in it that holds an adapter, or the folder itself if it is one.
-
-    Raises:
-        PimergeError: if the folder is not there or holds no expert.
-    """
+    """The experts of a pool: each folder in it that holds an adapter, or the folder itself if it is one."""
     if not pool.is_dir():
         raise PimergeError(f"there is no folder '{pool}'", "name the folder that holds the experts")
     if looks_like_expert(pool):

@@ -42,9 +42,6 @@ def choose_head(policy: str, experts: Sequence[Expert], target: Expert | None) -
     Args:
         policy: ``target`` (the target's own), ``average`` (the mean, if all answer the same labels) or ``none``.
         target: the target's expert, if it is known.
-
-    Raises:
-        PimergeError: if the policy cannot be followed.
     """
     import torch
 

@@ -142,11 +142,7 @@ def stored(module: LoraModule, merged: Factors) -> dict[str, Tensor]:
 
 
 def refuse_biased_embeddings(modules: Iterable[LoraModule], has_bias: bool) -> None:
-    """Refuse an expert of these modules with biases (``lora_bias``) if one is an embedding.
-
-    Raises:
-        PimergeError: naming the embedding.
-    """
+    """Refuse an expert of these modules with biases (``lora_bias``) if one is an embedding."""
     embeddings = [module.name for module in modules if module.layer == "embedding"]
     if has_bias and embeddings:
         raise PimergeError(

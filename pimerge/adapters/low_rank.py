@@ -37,9 +37,6 @@ class Truncation:
     Attributes:
         rank: most directions; None for all.
         energy: keep the least rank with this share of ‖ΔW‖² (at most ``rank``); None for no such choice.
-
-    Raises:
-        PimergeError: if either is out of range.
     """
 
     rank: int | None = None

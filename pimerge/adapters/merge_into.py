@@ -77,10 +77,6 @@ def plan_merge_into(
         fan_in_fan_out: of the adapter's config: how a square weight is stored if the model does not tell.
         head: parameter name → tensor, in place of the checkpoint's or added.
         fields: of ``config.json``, such as ``id2label``, that the head needs.
-
-    Raises:
-        PimergeError: if the checkpoint is quantised; with each module that no single tensor answers, each
-            shape that differs, each bias update without a bias, and weights that cannot be untied.
     """
     require_weights(checkpoint)
     stored = None if head or fan_in_fan_out else _as_stored(checkpoint, layouts)
@@ -274,11 +270,7 @@ def _shares(names: Names, touched: set[str]) -> bool:
 
 
 def _untied(checkpoint: Checkpoint, names: Names, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config of a model whose shared weights are apart.
-
-    Raises:
-        PimergeError: if transformers would still share some, or the model computes otherwise without it.
-    """
+    """The config of a model whose shared weights are apart."""
     shared = ", ".join(sorted(names.shared or ()))
     hint = "merge into an adapter instead, or leave the module that shares its weight out"
     if config.get("is_encoder_decoder"):

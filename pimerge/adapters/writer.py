@@ -107,9 +107,6 @@ def write_expert(
         modules: each is taken when the one before is on the disk.
         like: config fields to keep: ``task_type``, ``auto_mapping``, ``fan_in_fan_out``.
         documents: gives what is written beside the tensors, once all modules are done.
-
-    Raises:
-        PimergeError: if the folder is there and ``force`` is off, or the disk refuses.
     """
     refuse_biased_embeddings(layout.modules, layout.has_bias)
     return _write_folder(
@@ -141,9 +138,6 @@ def write_tensor_sets(
         tensors: gives key → tensor, once the folder can be written.
         like: an expert of the same form, whose config it has, but for the base and the head.
         documents: as of :func:`write_expert`.
-
-    Raises:
-        PimergeError: as :func:`write_expert`.
     """
     prefix = like.strategy.prefix
 

@@ -59,9 +59,6 @@ def find_base(name: str | None, revision: str | None, near: Path) -> Base:
     Args:
         name: ``base_model_name_or_path`` of the adapter's config.
         near: the expert's folder.
-
-    Raises:
-        PimergeError: if there is no name, or it can be neither a folder nor a Hub id.
     """
     if not name:
         raise PimergeError(

@@ -96,10 +96,6 @@ def open_checkpoint(path: Path) -> Checkpoint:
     Args:
         path: a folder with ``config.json`` and ``model.safetensors`` or an index and its shards (or the names of
             diffusers), or a single ``.safetensors`` file.
-
-    Raises:
-        PimergeError: with all that is wrong: nothing there, pickles only, missing shards, keys that the index
-            and the shards do not agree on.
     """
     if path.is_file():
         if path.suffix in _PICKLES:
@@ -128,11 +124,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def require_weights(checkpoint: Checkpoint) -> None:
-    """Check that its weights are plain floating numbers.
-
-    Raises:
-        PimergeError: if it is quantised, naming what shows it.
-    """
+    """Check that its weights are plain floating numbers."""
     method = checkpoint.config.get("quantization_config")
     shown = [f"quantization_config in {CONFIG}"] if method else []
     for key in checkpoint.home:
@@ -149,11 +141,7 @@ def require_weights(checkpoint: Checkpoint) -> None:
 
 
 def weights_file(folder: Path) -> Path:
-    """The safetensors file or the index that transformers would load.
-
-    Raises:
-        PimergeError: if there is none, or it is not clear which.
-    """
+    """The safetensors file or the index that transformers would load."""
     for name in _NAMES:
         for path in (folder / name, folder / (name + INDEX)):
             if path.is_file():

@@ -48,11 +48,7 @@ class Names:
 
 
 def names_of(checkpoint: Checkpoint) -> Names:
-    """The names in memory, from the model that the config describes; no weight is read.
-
-    Raises:
-        PimergeError: if the config does not describe a model.
-    """
+    """The names in memory, from the model that the config describes; no weight is read."""
     model = skeleton(checkpoint, checkpoint.config)
     if model is None:
         return Names({key: key for key in checkpoint.home}, shared={})
@@ -77,11 +73,7 @@ def names_of(checkpoint: Checkpoint) -> Names:
 
 
 def skeleton(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Any:
-    """The model that a config describes, without weights; None if transformers does not know it.
-
-    Raises:
-        PimergeError: if the config does not describe a model.
-    """
+    """The model that a config describes, without weights; None if transformers does not know it."""
     import transformers
 
     architecture = next(iter(config.get("architectures") or ()), "")
@@ -101,11 +93,7 @@ def skeleton(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Any:
 
 
 def match_modules(names: Names, modules: Iterable[str]) -> dict[str, str]:
-    """The key of each module's weight; of one that shares a stored tensor, its own name.
-
-    Raises:
-        PimergeError: with each module that no key, or more than one, or only a converted one answers.
-    """
+    """The key of each module's weight; of one that shares a stored tensor, its own name."""
     problems = Problems()
     found = {}
     for module in modules:
@@ -123,9 +111,6 @@ def match_modules(names: Names, modules: Iterable[str]) -> dict[str, str]:
 def match(names: Names, name: str, what: str) -> str:
     """The key that a parameter's name means: the very name, with or without the backbone's prefix, or, for a
     model that transformers does not know, the name with other separators.
-
-    Raises:
-        PimergeError: as :func:`match_modules`.
     """
     index = _index(names)
     prefix = names.prefix + "."

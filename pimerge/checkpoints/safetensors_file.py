@@ -58,11 +58,7 @@ class TensorFile:
             return sha256_bytes(file.read(_BEGINNING_BYTES))
 
     def read(self, key: str) -> Tensor:
-        """Read one tensor.
-
-        Raises:
-            PimergeError: if the file is no longer the one that was opened.
-        """
+        """Read one tensor."""
         import torch
 
         entry = self.entries[key]
@@ -86,9 +82,6 @@ class TensorFile:
         """Read several tensors; F16 and BF16 become float32, which holds their numbers.
 
         The file is opened once, and neighbours are read at once: of small tensors it is the calls that take time.
-
-        Raises:
-            PimergeError: as :meth:`read`.
         """
         import numpy as np
 
@@ -131,11 +124,7 @@ class TensorFile:
 
 
 def open_tensors(path: Path) -> TensorFile:
-    """Open a safetensors file: its header is read and checked, no tensor is.
-
-    Raises:
-        PimergeError: if it is truncated or no safetensors file.
-    """
+    """Open a safetensors file: its header is read and checked, no tensor is."""
     from safetensors import SafetensorError, safe_open
 
     try:

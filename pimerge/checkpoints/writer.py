@@ -49,9 +49,6 @@ def write_like(
 
     Returns:
         bytes of the tensors.
-
-    Raises:
-        PimergeError: if the disk refuses.
     """
     with disk_errors(output):
         return _write_all(checkpoint, output, change, new or {}, config, dtype, track)

@@ -98,6 +98,9 @@ def test_what_is_converted_merges_with_plain_lora_by_any_method(cli: Cli, bert_b
         expected = 0.5 * (dora[key] - value) + 0.5 * (plain[key] - value)
         torch.testing.assert_close(found[key] - value, expected, rtol=0, atol=1e-6)
     assert cli("merge", "dora", "plain", "--base", bert_base, "--method", "ties", "--force").exit_code == 0
+    merged = weights_of(plugged(bert_base, "merged"))
+    changed = {key for key, value in start.items() if not torch.equal(merged[key], value)}
+    assert changed == {key for key, value in start.items() if not torch.equal(dora[key], value)} > set()
 
 
 def test_a_target_may_be_converted_too(cli: Cli, bert_base: Path) -> None:

@@ -33,9 +33,6 @@ def parse_prompt(
 
     Args:
         expected: what each dimension has to be: a product of the config's fields.
-
-    Raises:
-        PimergeError: with all that is wrong.
     """
     problems = Problems()
     faulty = faulty_fields(Fields, config, problems)
@@ -61,9 +58,6 @@ def parse_prompt(
 
 def fresh_fields(size: int | None, modules: Sequence[str] | None) -> dict[str, Any]:
     """What PEFT's config says of a fresh expert: so many vectors, 16 if no size is given.
-
-    Raises:
-        PimergeError: if modules are named.
 
     >>> fresh_fields(4, None)
     {'num_virtual_tokens': 4}

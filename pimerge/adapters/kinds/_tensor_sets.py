@@ -16,9 +16,6 @@ from pimerge.core.errors import PimergeError, Problems
 def fresh_fields(size: int | None, modules: Sequence[str] | None) -> dict[str, Any]:
     """What PEFT's config says of a fresh expert of a kind that has no size; see :mod:`pimerge.adapters.kind`.
 
-    Raises:
-        PimergeError: if a size is asked for.
-
     >>> fresh_fields(None, ["q_proj"])
     {'target_modules': ['q_proj']}
     """
@@ -47,9 +44,6 @@ def parse_tensor_sets(
         slot: (module, slot, key, shape) → the slot, or what is wrong with its shape.
         needed: the slots that every module has.
         fields: of the config that are read.
-
-    Raises:
-        PimergeError: with all that is wrong, by name.
     """
 
     def slot_of(key: str) -> tuple[str, str] | None:

@@ -75,6 +75,24 @@ def _slot_of(key: str) -> tuple[str, str] | None:
     return match["module"], next(match[slot] for slot in slots if match[slot])
 
 
+def _shapes_of_factors(
+    name: str, keys: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]], problems: Problems
+) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """The shapes of A and B; None, and a problem, if they are not those of a pair of factors."""
+    missing = {"A", "B"} - set(keys)
+    if missing:
+        problems.add(f"module '{name}' has no factor {' and '.join(sorted(missing))}", "save the adapter again")
+        return None
+    shape_A, shape_B = shapes[keys["A"]], shapes[keys["B"]]
+    if len(shape_A) < 2 or len(shape_B) < 2 or 0 in (*shape_A, *shape_B) or shape_B[1] != shape_A[0]:
+        problems.add(
+            f"module '{name}': A is {shape_A} and B is {shape_B}, expected (r, d_in, …) and (d_out, r, …)",
+            "a grouped convolution is not handled; otherwise save the adapter again",
+        )
+        return None
+    return shape_A, shape_B
+
+
 def _module(
     name: str,
     keys: Mapping[str, str],
@@ -84,19 +102,11 @@ def _module(
     *,
     convert: bool,
 ) -> LoraModule | None:
-    missing = {"A", "B"} - set(keys)
-    if missing:
-        problems.add(f"module '{name}' has no factor {' and '.join(sorted(missing))}", "save the adapter again")
+    pair = _shapes_of_factors(name, keys, shapes, problems)
+    if pair is None:
         return None
-    shape_A, shape_B = shapes[keys["A"]], shapes[keys["B"]]
-    rank = shape_A[0] if shape_A else 0
-    empty = 0 in (*shape_A, *shape_B)
-    if len(shape_A) < 2 or len(shape_B) < 2 or empty or shape_B[1] != rank:
-        problems.add(
-            f"module '{name}': A is {shape_A} and B is {shape_B}, expected (r, d_in, …) and (d_out, r, …)",
-            "a grouped convolution is not handled; otherwise save the adapter again",
-        )
-        return None
+    shape_A, shape_B = pair
+    rank = shape_A[0]
     stated = pattern_value(config.get("rank_pattern") or {}, name, config.get("r", rank))
     if stated != rank:
         problems.add(
@@ -110,6 +120,11 @@ def _module(
     layer = "embedding" if "lora_embedding_" in keys["A"] else "conv" if len(shape_A) > 2 else "linear"
     scaling = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
     magnitude, conversions = keys.get("magnitude"), conversions_of(config)
+    if conversions and (layer != "linear" or (OLORA in conversions and config.get("fan_in_fan_out"))):
+        problems.add(
+            f"module '{name}': {' with '.join(conversions)} is converted for Linear layers only",
+            "merge it into a base of its own with PEFT",
+        )
     if magnitude and (DORA not in conversions or shapes[magnitude] != shape_B[:1]):
         problems.add(
             f"{magnitude} is {shapes[magnitude]}, and use_dora is {'on' if DORA in conversions else 'off'}",
@@ -117,11 +132,6 @@ def _module(
         )
     elif DORA in conversions and not magnitude and convert:
         problems.add(f"module '{name}' has no lora_magnitude_vector, and use_dora is on", "save the adapter again")
-    if conversions and (layer != "linear" or (OLORA in conversions and config.get("fan_in_fan_out"))):
-        problems.add(
-            f"module '{name}': {' with '.join(conversions)} is converted for Linear layers only",
-            "merge it into a base of its own with PEFT",
-        )
     return LoraModule(
         name,
         keys["A"],

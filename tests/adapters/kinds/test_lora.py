@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +143,6 @@ def plain(folder: Path, **config: Any) -> Path:
         ("target_parameters", ["w"], "target_parameters"),
         ("trainable_token_indices", [1], "trained tokens"),
         ("a_field_of_tomorrow", True, "a_field_of_tomorrow"),
-        ("peft_type", "ADALORA", "AdaLoRA"),
         ("peft_type", None, "None"),
         ("r", 3, "the tensors have rank 2, adapter_config.json says 3"),
         ("rank_pattern", {"q": 1}, "the tensors have rank 2, adapter_config.json says 1"),
@@ -250,3 +251,19 @@ def test_keys_of_parameters_are_those_of_the_file(tmp_path: Path, vit_base: Path
     model = PeftModel.from_pretrained(model_for(vit_base), str(folder), is_trainable=True)
     names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert {lora.key_of_parameter(name) for name in names} == set(load_file(folder / "adapter_model.safetensors"))
+
+
+def test_merging_plain_loras_imports_neither_peft_nor_transformers(tmp_path: Path) -> None:
+    folders = [layers_expert(tmp_path / name, target_modules=["proj"]) for name in "ab"]
+    code = (
+        "import sys\n"
+        "import torch\n"
+        "from pimerge.adapters.expert import open_expert\n"
+        "from pimerge.adapters.low_rank import EVERYTHING, weighted_sum\n"
+        f"experts = [open_expert(folder) for folder in {[str(folder) for folder in folders]}]\n"
+        "for name in experts[0].modules:\n"
+        "    weighted_sum([each.factors(name) for each in experts], [0.5, 0.5], EVERYTHING, torch.float32)\n"
+        "print(sorted({'peft', 'transformers'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
