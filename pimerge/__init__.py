@@ -18,7 +18,7 @@ In a folder that holds ``experts/``::
     ranking = pimerge.rank("X", k=2)
     merged = pimerge.merge(ranking, method="uniform")
     tuned = pimerge.tune(ranking, method="learned")
-    print(pimerge.evaluate(["tuned", "merged"]))
+    print(pimerge.evaluate([tuned, merged]))
 
 Names are imported at their first use, so ``import pimerge`` itself loads no torch.
 """
