@@ -1,14 +1,13 @@
 """Rank, merge and tune the PEFT adapters ("experts") of a pool for a new task with few labels.
 
-Six functions follow each other; each reads what the one before wrote, and each is the command of the same name
-(``evaluate`` is ``pimerge eval``):
+Six functions follow each other. Each is what the command of the same name calls (``evaluate`` is ``pimerge eval``):
 
-``embed``     compute the Fisher embedding of every expert of a pool
-``rank``      find the experts that help a target task
-``merge``     combine the selected experts without training
-``tune``      combine them and train the result on the target's examples
-``evaluate``  score experts on the target's test split, beside the bare base
-``compare``   compare methods with controls over several samplings of few labels
+``embed``     computes the Fisher embedding of every expert of a pool
+``rank``      finds the experts that help a target
+``merge``     combines the selected experts without training
+``tune``      combines them and trains the result on the target's examples
+``evaluate``  scores experts on the target's test split, beside the bare base
+``compare``   compares tune methods with controls over several samplings of few labels
 
 In a folder that holds ``experts/``::
 
@@ -18,7 +17,8 @@ In a folder that holds ``experts/``::
     ranking = pimerge.rank("X", k=2)
     merged = pimerge.merge(ranking, method="uniform")
     tuned = pimerge.tune(ranking, method="learned")
-    print(pimerge.evaluate([tuned, merged]))
+    for score in pimerge.evaluate([tuned, merged], ranking=ranking):
+        print(score.name, score.accuracy)
 
 Names are imported at their first use, so ``import pimerge`` itself loads no torch.
 """

@@ -39,6 +39,24 @@ def test_the_type_checker_sees_the_same_modules() -> None:
     assert shown == pimerge._MODULES
 
 
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_functions_are_documented_and_keyword_only(name: str) -> None:
+    function = getattr(pimerge, name)
+    documentation = inspect.getdoc(function) or ""
+    for section in ("Args:", "Returns:", "Example"):
+        assert section in documentation
+    first, *rest = inspect.signature(function).parameters.values()
+    assert first.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
+    assert {each.kind for each in rest} <= {inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD}
+    described = documentation.partition("Args:")[2].partition("Returns:")[0]
+    assert [each.name for each in (first, *rest) if f"{each.name}:" not in described] == []
+
+
+@pytest.mark.parametrize("name", ["Comparison", "EmbedResult", "Evaluation", "Merged", "Ranking", "TuneResult"])
+def test_results_have_a_document(name: str) -> None:
+    assert callable(getattr(pimerge, name).to_dict)
+
+
 def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="module 'pimerge' has no attribute 'marge'"):
         _ = pimerge.marge

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pimerge.adapters.expert import Expert
-from pimerge.adapters.ranking_document import open_ranked, read_ranking
+from pimerge.adapters.ranking_document import Ranking, open_ranked, read_ranking
 from pimerge.adapters.selected import base_of, open_all, pool_members
 from pimerge.core.errors import PimergeError, Problems
 from pimerge.core.files import require_absent
@@ -37,7 +37,7 @@ def compare(
     batch_size: int = 16,
     class_names: bool | None = None,
     holdout: float = 0.0,
-    ranking: str | Path = "ranking.json",
+    ranking: str | Path | Ranking = "ranking.json",
     base: str | None = None,
     device: str = "auto",
     dtype: str = "auto",
@@ -70,7 +70,7 @@ def compare(
         batch_size: examples per step.
         class_names: whether the names of the classes are examples; by default the method decides.
         holdout: share of the examples kept for early stopping.
-        ranking: the file that names the target and the experts.
+        ranking: the ranking, or its file, that names the target and the experts.
         base: a base model's folder or Hub id, in place of the one that the experts name.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
         dtype: ``auto`` (bfloat16 on a GPU, else float32), ``float32``, ``bfloat16`` or ``float64``.
@@ -95,7 +95,7 @@ def compare(
     own, task = open_target(target, ranking, base)
     if task is None:
         raise PimergeError("the target is not known", "pass --target FOLDER (an expert's or a task's)")
-    pool = _open_pool(experts, own, Path(ranking), base)
+    pool = _open_pool(experts, own, ranking, base)
     asked = usual_controls(task, tried) if controls is None else controls
     request = ComparisonRequest(
         task=task,
@@ -126,7 +126,7 @@ def compare(
 
 
 def _open_pool(
-    given: Sequence[str | Path | Expert] | None, own: Expert | None, ranking: Path, base: str | None
+    given: Sequence[str | Path | Expert] | None, own: Expert | None, ranking: str | Path | Ranking, base: str | None
 ) -> list[RankedExpert]:
     """The experts given, else the ranking's candidates; without the target's own expert."""
     pool = []
@@ -136,8 +136,9 @@ def _open_pool(
         pool += [RankedExpert(expert) for expert in opened]
     else:
         problems = Problems()
-        for candidate in read_ranking(ranking).candidates:
+        ranked = ranking if isinstance(ranking, Ranking) else read_ranking(Path(ranking))
+        for candidate in ranked.candidates:
             with problems.collected():
-                pool.append(RankedExpert(open_ranked(candidate, ranking, base), candidate.score, candidate.gain))
+                pool.append(RankedExpert(open_ranked(candidate, ranked.path, base), candidate.score, candidate.gain))
         problems.raise_any("some experts of the ranking cannot be opened")
     return [each for each in pool if own is None or each.expert.sha256 != own.sha256]

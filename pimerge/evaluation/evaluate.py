@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from pimerge.adapters.expert import Expert
+from pimerge.adapters.ranking_document import Ranking
 from pimerge.adapters.selected import base_of, open_all
 from pimerge.checkpoints.checkpoint import is_checkpoint
 from pimerge.core.errors import PimergeError
@@ -59,7 +60,7 @@ def evaluate(
     *,
     target: TargetSource | None = None,
     test: SplitRows | None = None,
-    ranking: str | Path = "ranking.json",
+    ranking: str | Path | Ranking = "ranking.json",
     base: str | None = None,
     device: str = "auto",
     dtype: str = "auto",
@@ -78,7 +79,7 @@ def evaluate(
         target: what to score on: an expert's or a task's folder, an expert, a task, a ``datasets.Dataset`` or a list of
             dicts. By default the ranking's target, else the task of the first expert that has one.
         test: rows of the test split, where ``target`` is rows.
-        ranking: the file that names the target.
+        ranking: the ranking, or its file, that names the target.
         base: a base model's folder or Hub id, in place of the one that the experts name.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
         dtype: ``auto`` (bfloat16 on a GPU, else float32), ``float32``, ``bfloat16`` or ``float64``.

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from pimerge.adapters.expert import Expert
+from pimerge.adapters.ranking_document import Ranking
 from pimerge.adapters.selected import select
 from pimerge.tasks.task import Task, TaskSource, open_task
 
@@ -15,7 +16,7 @@ TargetSource: TypeAlias = "Expert | TaskSource"
 
 
 def open_target(
-    target: TargetSource | None, ranking: str | Path, base: str | None
+    target: TargetSource | None, ranking: str | Path | Ranking, base: str | None
 ) -> tuple[Expert | None, Task | None]:
     """The target's own expert and its task; None for what there is not.
 
@@ -26,7 +27,8 @@ def open_target(
         return target, open_task(target.path)
     if target is not None and not isinstance(target, str | Path):
         return None, open_task(target)
-    chosen = select(None, Path(ranking), None if target is None else str(target), base, needed=False)
+    ranked = ranking if isinstance(ranking, Ranking) else Path(ranking)
+    chosen = select(None, ranked, None if target is None else str(target), base, needed=False)
     return chosen.target, open_task(chosen.task_folder) if chosen.task_folder else None
 
 
