@@ -205,7 +205,7 @@ def shortlist(path: Path, distinct: int) -> None:
     """Print the error of the random projections, and how many of the exact best 10 the shortlist contains."""
     store = open_store(path)
     names = [name for name in list(store.experts)[:distinct] if name != TARGET]
-    members = [store.member(name, store.open(name), "marginals") for name in (TARGET, *names)]
+    members = [store.view(name, store.open(name), moments=True) for name in (TARGET, *names)]
     exact = fisher.similarity(members, len(names), []).scores()  # without centring
     estimated = np.zeros(len(names))
     for part in ("gradients", "update"):

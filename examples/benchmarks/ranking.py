@@ -40,9 +40,10 @@ from pimerge.adapters.expert import Expert, open_expert
 from pimerge.checkpoints.base import Base, find_base
 from pimerge.core.libraries import quiet_libraries
 from pimerge.embedding.embed_expert import embed_expert
-from pimerge.embedding.features import STRENGTHS, FeatureReader, Sampling, TargetFeatures
+from pimerge.embedding.features import FeatureReader, Sampling, TargetFeatures
 from pimerge.embedding.store import Store
 from pimerge.embedding.store_schema import EmbedSettings
+from pimerge.embedding.strengths import STRENGTHS
 from pimerge.evaluation.scoring import score_experts
 from pimerge.models.linear_probe import fit_probe
 from pimerge.models.loading import Bases, load_base

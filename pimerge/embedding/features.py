@@ -1,17 +1,15 @@
 """Candidates forwarded over the target's examples: the vectors that the task head reads, and its answers.
 
-Every candidate is an expert at a strength in :data:`STRENGTHS`, W0 + scale · ΔW, or neutral + scale · (φ − neutral) for
-one without ΔW; where there is no neutral point, at full strength alone. One pass per strength gives the
-vectors and the answers of the candidate's own head; they are cached by the hashes of expert, base and data, so
+Every candidate is an expert at one of its strengths (:mod:`pimerge.embedding.strengths`). One pass per strength gives
+the vectors and the answers of the candidate's own head; they are cached by the hashes of expert, base and data, so
 ranking again, or by another measure, forwards nothing.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,11 +22,12 @@ from pimerge.adapters.expert_files import CONFIG
 from pimerge.adapters.head import task_of
 from pimerge.adapters.ranking_document import Seen
 from pimerge.checkpoints.base import Base
-from pimerge.checkpoints.safetensors_file import open_tensors
 from pimerge.core.errors import PimergeError
-from pimerge.core.files import sha256_bytes, sha256_file, write_file
+from pimerge.core.files import sha256_file
 from pimerge.core.progress import Advance
 from pimerge.embedding.embed_expert import default_batch_tokens
+from pimerge.embedding.feature_cache import FeatureCache
+from pimerge.embedding.strengths import models_at_strengths, strengths_of
 from pimerge.models.heads import head_of_size, set_head
 from pimerge.models.injection import injected_sum, peft_prefix
 from pimerge.models.loaded_base import LoadedBase, in_head, most_virtual_tokens
@@ -37,8 +36,6 @@ from pimerge.tasks.task import Task
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-STRENGTHS = (0.25, 0.5, 0.75, 1.0)
 
 
 @dataclass(frozen=True)
@@ -73,9 +70,9 @@ class Sampling:
 
     Attributes:
         role: ``train`` or ``test``.
-        shots: so many of each class; None for all.
-        limit: at most so many in all.
-        seed: of both draws.
+        shots: examples per class; None for all.
+        limit: most examples in all; None for no limit.
+        seed: of the sampling.
     """
 
     role: str = "train"
@@ -91,13 +88,11 @@ class FeatureReader:
         loaded: the base with a head for the target's labels.
         base: its identity.
         task: the target's.
-        draw: which examples.
+        sampling: which examples.
         cache: a folder for what has been computed; None computes every time, and so does one that cannot be
             written to.
         advance: told how many examples were forwarded.
 
-    Raises:
-        PimergeError: if the examples cannot be read, or all of them are of one class.
     """
 
     def __init__(
@@ -105,16 +100,20 @@ class FeatureReader:
         loaded: LoadedBase,
         base: Base,
         task: Task,
-        draw: Sampling,
+        sampling: Sampling,
         cache: Path | None = None,
         advance: Advance = lambda count: None,
     ) -> None:
-        self.loaded, self.base, self.task, self.draw, self.cache = loaded, base, task, draw, cache
+        self.loaded, self.base, self.task, self.sampling = loaded, base, task, sampling
         self.advance = advance
         self._trains_head: bool = task.type.trains_head
-        self._uncached: list[str] = []
         self.examples, labels = task.examples(
-            draw.role, loaded.processor, loaded.config, shots=draw.shots, seed=draw.seed, limit=draw.limit
+            sampling.role,
+            loaded.processor,
+            loaded.config,
+            shots=sampling.shots,
+            seed=sampling.seed,
+            limit=sampling.limit,
         )
         if reason := why_not(task):
             raise PimergeError(reason, "take a measure of the store, such as --measure fisher")
@@ -129,7 +128,8 @@ class FeatureReader:
         self._device, self._dtype = parameter.device, parameter.dtype
         self._tokens = default_batch_tokens(self._device, loaded.config)
         self._encoded: dict[int | None, Examples] = {self._room(): self.examples}
-        self._data = [task.sha256(), draw.role, draw.shots, draw.limit, draw.seed, base.identity, str(self._dtype)]
+        data = [task.sha256(), *astuple(sampling), base.identity, str(self._dtype)]
+        self._cache = FeatureCache(cache, data)
 
     def seen(self) -> Seen:
         """Which examples these are, for the ranking."""
@@ -137,9 +137,9 @@ class FeatureReader:
         return Seen(
             examples=len(self.labels),
             per_class=dict(zip(self.task.labels, counts, strict=True)),
-            shots=self.draw.shots,
-            limit=self.draw.limit,
-            seed=self.draw.seed,
+            shots=self.sampling.shots,
+            limit=self.sampling.limit,
+            seed=self.sampling.seed,
         )
 
     @property
@@ -151,7 +151,7 @@ class FeatureReader:
         """What a reader of the ranking should know about the examples."""
         counts = self.labels.bincount(minlength=len(self.task.labels)).tolist()
         missing = [name for name, count in zip(self.task.labels, counts, strict=True) if not count]
-        found = list(self._uncached)
+        found = list(self._cache.notes)
         if self.examples.truncated:
             found.append(f"{self.examples.truncated} examples are longer than the model takes and were cut")
         if missing:
@@ -164,18 +164,18 @@ class FeatureReader:
         return found
 
     def base_features(self) -> TargetFeatures:
-        """What the bare base makes of the examples; the scale 0 of every expert."""
-        return self._sample(self._cached("base", lambda: self._read(self.loaded.model)), "")
+        """What the bare base makes of the examples; the strength 0 of every expert."""
+        return self._features(self._cache.get("base", lambda: self._read(self.loaded.model)), "")
 
     def features(self, expert: Expert) -> dict[float, TargetFeatures]:
-        """Scale → what the base with the expert makes of the examples."""
-        found = self._cached(_identity(expert), lambda: self._candidate(expert))
-        return {scale: self._sample(found, f"{scale}.") for scale in strengths_of(expert)}
+        """Strength → what the base with the expert makes of the examples."""
+        found = self._cache.get(_identity(expert), lambda: self._candidate(expert))
+        return {scale: self._features(found, f"{scale}.") for scale in strengths_of(expert)}
 
     def with_losses(
         self, expert: Expert, samples: Mapping[float, TargetFeatures], target: Expert | None
     ) -> dict[float, TargetFeatures]:
-        """The samples with losses: by the candidate's own head if it has the target's labels, else by the target's.
+        """The features with losses: by the candidate's own head if it has the target's labels, else by the target's.
 
         Args:
             target: the target's own expert, if it has one; its head answers on the candidate's vectors.
@@ -185,22 +185,22 @@ class FeatureReader:
             if target is None or not self._answers(target):
                 return dict(samples)
             key = f"{_identity(expert)} answered by {_identity(target)}"
-            found = self._cached(key, lambda: self._candidate(expert, target))
-            samples = {scale: self._sample(found, f"{scale}.") for scale in strengths_of(expert)}
+            found = self._cache.get(key, lambda: self._candidate(expert, target))
+            samples = {scale: self._features(found, f"{scale}.") for scale in strengths_of(expert)}
         if any(sample.logits is None for sample in samples.values()):  # answers that are generated have no likelihoods
             return dict(samples)
         return {scale: _lossy(sample) for scale, sample in samples.items()}
 
     def mean_features(self, experts: Sequence[Expert]) -> TargetFeatures:
-        """What the base with the mean of several experts, each at its scale, makes of the examples."""
+        """What the base with the mean of several experts, each at its strength, makes of the examples."""
 
         def compute() -> dict[str, Tensor]:
             with injected_sum(experts, [1 / len(experts)] * len(experts), self.loaded) as model:
                 return self._read(model, experts)
 
-        return self._sample(self._cached("mean of " + " + ".join(map(_identity, experts)), compute), "")
+        return self._features(self._cache.get("mean of " + " + ".join(map(_identity, experts)), compute), "")
 
-    def _sample(self, found: Mapping[str, Tensor], prefix: str) -> TargetFeatures:
+    def _features(self, found: Mapping[str, Tensor], prefix: str) -> TargetFeatures:
         logits = found.get(f"{prefix}logits")
         return TargetFeatures(
             found[f"{prefix}vectors"].double(),
@@ -221,7 +221,7 @@ class FeatureReader:
         )
 
     def _candidate(self, expert: Expert, head_of: Expert | None = None) -> dict[str, Tensor]:
-        """One pass per scale, with the expert's own head or with another's."""
+        """One pass per strength, with the expert's own head or with another's."""
         answering = head_of or expert
         answers = self._answers(answering)
         own = task_of(answering) if answers and self._trains_head else None
@@ -241,15 +241,15 @@ class FeatureReader:
 
     def _examples_for(self, experts: Sequence[Expert]) -> Examples:
         """The examples, cut a little more where they have to leave room."""
-        room, draw = self._room(experts), self.draw
+        room, sampling = self._room(experts), self.sampling
         if room not in self._encoded:
             self._encoded[room], _ = self.task.examples(
-                draw.role,
+                sampling.role,
                 self.loaded.processor,
                 self.loaded.config_for(experts),
-                shots=draw.shots,
-                seed=draw.seed,
-                limit=draw.limit,
+                shots=sampling.shots,
+                seed=sampling.seed,
+                limit=sampling.limit,
             )
         return self._encoded[room]
 
@@ -288,57 +288,10 @@ class FeatureReader:
         names, prefix = dict(model.named_modules()), peft_prefix(model)
         return {name: names[prefix + name] for name in self.loaded.head if prefix + name in names}
 
-    def _cached(self, key: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        if self.cache is None:
-            return compute()
-        file = self.cache / f"{sha256_bytes(json.dumps([key, *self._data]).encode())[:32]}.safetensors"
-        with suppress(PimergeError):  # a damaged file is computed again
-            if file.is_file():
-                tensors = open_tensors(file)
-                return {name: tensors.read(name) for name in tensors.entries}
-        from safetensors.torch import save
-
-        found = compute()
-        try:
-            write_file(file, save({name: value.contiguous() for name, value in found.items()}, {"format": "pt"}))
-        except PimergeError as error:  # the ranking itself may well go elsewhere
-            self._uncached.append(f"ranking again computes all again: {error.problems[0].message}")
-            self.cache = None
-        return found
-
 
 def _identity(expert: Expert) -> str:
     """Whatever decides what an expert adds to its base: tensors, scalings, strength."""
     return f"{expert.sha256} {sha256_file(expert.path / CONFIG)} {expert.strength}"
-
-
-def strengths_of(expert: Expert) -> tuple[float, ...]:
-    """The strengths at which an expert is tried."""
-    return STRENGTHS if expert.has_strength else (1.0,)
-
-
-def models_at_strengths(expert: Expert, loaded: LoadedBase) -> Iterator[tuple[float, nn.Module]]:
-    """PEFT's model of the base with an expert at each of its strengths, one after the other."""
-    if expert.tensor_sets:
-        for scale in strengths_of(expert):
-            with injected_sum([expert.with_strength(scale)], [1.0], loaded) as model:
-                yield scale, model
-        return
-    with injected_sum([expert], [1.0], loaded) as model:
-        for scale in _strengths(model):
-            yield scale, model
-
-
-def _strengths(model: nn.Module) -> Iterator[float]:
-    """Set PEFT's model to W0 + scale · ΔW for each of :data:`STRENGTHS`; it ends at scale 1."""
-    from peft.tuners.lora import LoraLayer
-
-    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
-    full = [dict(layer.scaling) for layer in layers]
-    for scale in STRENGTHS:
-        for layer, scaling in zip(layers, full, strict=True):
-            layer.scaling.update({name: scale * value for name, value in scaling.items()})
-        yield scale
 
 
 def _lossy(sample: TargetFeatures) -> TargetFeatures:

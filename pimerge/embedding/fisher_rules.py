@@ -127,9 +127,8 @@ def _linear(module: nn.Linear, owned: Owned, examples: int) -> AbstractContextMa
 
 def _layer_norm(module: nn.LayerNorm, owned: Owned, examples: int) -> AbstractContextManager[None]:
     def forward(x: Tensor) -> Tensor:
-        return _apply(
-            _SquaringScale, examples, layer_norm(x, module.normalized_shape, eps=module.eps), module.weight, module.bias
-        )
+        normalised = layer_norm(x, module.normalized_shape, eps=module.eps)
+        return _apply(_SquaringScale, examples, normalised, module.weight, module.bias)
 
     return _forward(module, forward)
 

@@ -1,12 +1,10 @@
 """The store of embeddings: ``embeddings.json`` and a sidecar of tensors for each expert.
 
-The sidecar ``embeddings/NAME.safetensors`` holds the full diagonal, one tensor per parameter, under the keys
-of the adapter's own file; ``embeddings/NAME.marginals.safetensors`` the second moments of each adapted layer
-(:mod:`pimerge.embedding.layer_moments`) and its update in random directions
-(:mod:`pimerge.embedding.random_projection`);
-``embeddings/NAME.grams.safetensors``, where it was asked for, the Gram matrix of each adapted layer's inputs, under
-the module's name. A sidecar is written before the document that names it, so the store is whole at any moment; it
-grows by one expert at a time, and several processes may extend it at once.
+``embeddings/NAME.safetensors`` holds the full diagonal, one tensor per parameter, under the keys of the adapter's own
+file; ``NAME.marginals.safetensors`` the second moments of each adapted layer (:mod:`pimerge.embedding.layer_moments`)
+and its update in random directions (:mod:`pimerge.embedding.random_projection`); ``NAME.grams.safetensors``, where it
+was asked for, the Gram matrix of each adapted layer's inputs, under the module's name. A sidecar is written before the
+document that names it, so the store is whole at any moment; several processes may extend it at once.
 """
 
 from __future__ import annotations
@@ -32,9 +30,8 @@ if TYPE_CHECKING:
 
 SIDECARS = "embeddings"
 DIAGONAL, SECOND_MOMENTS, GRAMS = "diagonal", "marginals", "grams"
-_TENSOR = re.compile(
-    r"\.(?:lora|ia3|ln_tuning|bitfit|bottleneck|hada|lokr|vera|randlora|fourierft)_.*"
-)  # behind a module's name
+# what follows a module's name in a key
+_TENSOR = re.compile(r"\.(?:lora|ia3|ln_tuning|bitfit|bottleneck|hada|lokr|vera|randlora|fourierft)_.*")
 TRACES = "traces"  # of the modules, in the metadata of the diagonal: in the document they were most of it
 
 
@@ -43,9 +40,6 @@ class Store:
 
     Args:
         path: the JSON document; it need not be there yet.
-
-    Raises:
-        PimergeError: if the document does not fit.
     """
 
     def __init__(self, path: Path) -> None:
@@ -68,11 +62,7 @@ class Store:
         return self.path.parent / self.document.experts[name].path
 
     def open(self, name: str) -> Expert:
-        """Open an expert of the store and check that it is the one that was embedded.
-
-        Raises:
-            PimergeError: if its folder is gone, or its tensors or its config have changed.
-        """
+        """Open an expert of the store and check that it is the one that was embedded."""
         if not self.folder_of(name).is_dir():
             raise PimergeError(f"the folder '{self.folder_of(name)}' is gone", "run 'pimerge embed' again")
         expert, entry = open_expert(self.folder_of(name)), self.document.experts[name]
@@ -100,57 +90,33 @@ class Store:
         return next((name for name, entry in self.experts.items() if entry.sha256 == sha256), None)
 
     def diagonal(self, name: str) -> dict[str, Tensor]:
-        """The full diagonal of one expert: key → tensor.
-
-        Raises:
-            PimergeError: as :meth:`diagonal_file`.
-        """
+        """The full diagonal of one expert: key → tensor."""
         file = self.diagonal_file(name)
         return {key: file.read(key) for key in file.entries}
 
     def diagonal_file(self, name: str) -> TensorFile:
-        """The full diagonal of one expert, to be read one tensor at a time.
-
-        Raises:
-            PimergeError: if the sidecar is gone or is not the one that the document names.
-        """
+        """The full diagonal of one expert, to be read one tensor at a time."""
         return self._checked(self.document.experts[name].sidecars[DIAGONAL], "run 'pimerge embed' again")
 
     def traces(self, name: str) -> dict[str, float]:
-        """Module → trace of its Fisher, of one expert.
-
-        Raises:
-            PimergeError: as :meth:`diagonal_file`.
-        """
+        """Module → trace of its Fisher, of one expert."""
         found: dict[str, float] = json.loads(self.diagonal_file(name).metadata[TRACES])
         return found
 
     def second_moments_file(self, name: str) -> TensorFile:
-        """The second moments of one expert's layers.
-
-        Raises:
-            PimergeError: if the sidecar is gone or is not the one that the document names.
-        """
+        """The second moments of one expert's layers."""
         return self._checked(self.document.experts[name].sidecars[SECOND_MOMENTS], "run 'pimerge embed' again")
 
-    def member(self, name: str, expert: Expert, needs: str) -> StoreView:
-        """An expert of the store with what a measure ``NEEDS``.
-
-        Raises:
-            PimergeError: if a sidecar that it needs is gone or has changed.
-        """
+    def view(self, name: str, expert: Expert, *, diagonal: bool = False, moments: bool = False) -> StoreView:
+        """An expert of the store with the sidecars that a measure reads."""
         return StoreView(
             expert,
-            self.diagonal_file(name) if needs == "fisher" else None,
-            self.second_moments_file(name) if needs == "marginals" else None,
+            self.diagonal_file(name) if diagonal else None,
+            self.second_moments_file(name) if moments else None,
         )
 
     def grams(self, name: str) -> TensorFile:
-        """The Gram matrices of the inputs of one expert's layers: module → (d_in × d_in), to be read one by one.
-
-        Raises:
-            PimergeError: if there are none, or the sidecar is gone or is not the one that the document names.
-        """
+        """The Gram matrices of the inputs of one expert's layers: module → (d_in × d_in), to be read one by one."""
         hint = f"run 'pimerge embed --grams {self.folder_of(name)}'"
         if not self.has_grams(name):
             raise PimergeError(f"the store '{self.path}' has no Gram matrices of '{name}'", hint)
@@ -184,9 +150,6 @@ class Store:
         Args:
             fields: of the entry, but for those that follow from the diagonal.
             tensors: ``diagonal``, ``marginals`` and maybe ``grams`` → name → tensor.
-
-        Raises:
-            PimergeError: if the disk refuses.
         """
         diagonal = tensors[DIAGONAL]
         traces: dict[str, float] = {}
@@ -321,11 +284,7 @@ def _safetensors(tensors: Mapping[str, Tensor], metadata: dict[str, str] | None)
 
 
 def open_store(path: Path) -> Store:
-    """Open a store that has to be there.
-
-    Raises:
-        PimergeError: if it is not there, is empty or does not fit.
-    """
+    """Open a store that has to be there."""
     if not path.is_file():
         raise PimergeError(f"there is no store '{path}'", "run 'pimerge embed ./experts' first, or pass --store")
     store = Store(path)

@@ -100,11 +100,7 @@ class StoreDocument(BaseModel):
 
 
 def read_document(path: Path) -> StoreDocument:
-    """Read the document, experts in alphabetical order; an empty one if it is not there.
-
-    Raises:
-        PimergeError: if it does not fit.
-    """
+    """Read the document, experts in alphabetical order; an empty one if it is not there."""
     if not path.exists():
         return StoreDocument()
     document = None

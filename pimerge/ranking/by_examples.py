@@ -1,6 +1,6 @@
 """The target's few labelled examples and a pool → the ranking by what the experts make of the examples.
 
-A candidate is an expert at one of the strengths of :data:`pimerge.embedding.features.STRENGTHS`; of each expert the
+A candidate is an expert at one of the strengths of :data:`pimerge.embedding.strengths.STRENGTHS`; of each expert the
 strength with the highest score stands for it. Whatever the measure, each candidate's expected gain in accuracy over
 the bare base comes from the measure ``combined``, and a candidate is expected to help if that gain is above three of
 its errors.

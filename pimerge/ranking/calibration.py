@@ -7,9 +7,10 @@ from pathlib import Path
 
 from pimerge.adapters.expert import Expert
 from pimerge.core.errors import PimergeError, Problems
-from pimerge.embedding.features import STRENGTHS, FeatureReader, TargetFeatures
+from pimerge.embedding.features import FeatureReader, TargetFeatures
 from pimerge.embedding.store import Store, open_store
 from pimerge.embedding.store_schema import MeasuredGains
+from pimerge.embedding.strengths import STRENGTHS
 from pimerge.models.linear_probe import held_out_log_probabilities
 from pimerge.ranking.target import RankRequest, RankTarget, pool_base, pool_of
 from pimerge.ranking.target_examples import feature_reader

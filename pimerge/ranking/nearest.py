@@ -51,9 +51,6 @@ def compare(store: Store, target: str, measure: Measure) -> StoreComparison:
     Args:
         target: a name in the store.
         measure: one of ``measures/`` that needs the store alone.
-
-    Raises:
-        PimergeError: if the target itself has changed, or a score is not finite.
     """
     opened = store.open(target)
     if measure.needs_update and not opened.modules:
@@ -61,7 +58,7 @@ def compare(store: Store, target: str, measure: Measure) -> StoreComparison:
             f"the measure compares updates ΔW, and '{target}' is of kind {opened.kind}, which has none",
             "take --measure fisher, marginals or fisher-raw",
         )
-    own = store.member(target, opened, measure.needs)
+    own = _view(store, target, opened, measure)
     names, others = _alike(store, target, measure)
     sampled: list[str] = []
     if len(names) > SHORTLIST:
@@ -93,7 +90,7 @@ def _comparable(
         try:
             expert = store.open(name)
             reason = _difference(store, target, own.expert, name, expert, measure)
-            return reason or store.member(name, expert, measure.needs)
+            return reason or _view(store, name, expert, measure)
         except PimergeError as error:
             return error.problems[0].message
 
@@ -102,6 +99,12 @@ def _comparable(
         found = dict(zip(names, threads.map(opened, names), strict=True))
     members = {name: each for name, each in found.items() if isinstance(each, StoreView)}
     return members, {name: each for name, each in found.items() if isinstance(each, str)}
+
+
+def _view(store: Store, name: str, expert: Expert, measure: Measure) -> StoreView:
+    """An expert of the store with what a measure reads."""
+    needs = measure.needs
+    return store.view(name, expert, diagonal=needs is Needs.FISHER, moments=needs is Needs.SECOND_MOMENTS)
 
 
 def by_projection(store: Store, target: str, others: Sequence[str]) -> list[str]:
@@ -126,21 +129,24 @@ def _alike(store: Store, target: str, measure: Measure) -> tuple[list[str], dict
 
     They have the target's base and its kind, unless the measure looks at the layers' second moments or at ΔW alone.
     """
-    by_layers = measure.needs is Needs.SECOND_MOMENTS and not measure.same_basis
-    by_update = measure.needs_update and not measure.same_basis
     entries = store.document.experts
     own, alike, others = entries[target], [], {}
     for name, entry in entries.items():
         if entry.base != own.base:
             bases = [store.base_name(each) for each in (name, target)]
             others[name] = f"its base is {bases[0]}, another model than the target's {bases[1]}"
-        elif entry.kind != own.kind and not (by_layers or (by_update and _has_update(entry) and _has_update(own))):
+        elif entry.kind != own.kind and not _compare_across_kinds(measure, entry, own):
             others[name] = (
                 f"its kind is {entry.kind}, the target's {own.kind}; '--measure marginals' compares experts of any kind"
             )
         elif name != target:
             alike.append(name)
     return alike, others
+
+
+def _compare_across_kinds(measure: Measure, entry: Embedding, own: Embedding) -> bool:
+    """Whether a measure compares two experts of different kinds."""
+    return measure.any_kind and (not measure.needs_update or (_has_update(entry) and _has_update(own)))
 
 
 def _has_update(entry: Embedding) -> bool:

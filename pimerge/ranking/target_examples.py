@@ -7,8 +7,9 @@ from contextlib import suppress
 from pimerge.adapters.ranking_document import Ranking
 from pimerge.core.errors import PimergeError
 from pimerge.core.libraries import quiet_libraries
-from pimerge.embedding.features import STRENGTHS, FeatureReader, Sampling, why_not
+from pimerge.embedding.features import FeatureReader, Sampling, why_not
 from pimerge.embedding.store import Store
+from pimerge.embedding.strengths import STRENGTHS
 from pimerge.models.loading import load_base, resolve_device, resolve_dtype
 from pimerge.ranking.by_examples import gains_by_strength, rank_by_examples
 from pimerge.ranking.measure import BY_EXAMPLES, BY_STORE, MEASURES, Measure

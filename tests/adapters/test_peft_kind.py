@@ -26,8 +26,8 @@ from pimerge.adapters.expert import open_expert
 from pimerge.adapters.expert_files import WEIGHTS
 from pimerge.adapters.kind import KINDS
 from pimerge.core.errors import PimergeError
-from pimerge.embedding.features import STRENGTHS, models_at_strengths
 from pimerge.embedding.store import Store
+from pimerge.embedding.strengths import STRENGTHS, models_at_strengths
 from pimerge.models.heads import set_head
 from pimerge.models.injection import injected, injected_sum
 from pimerge.tasks.task import open_task

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from pimerge.adapters.expert import Expert, open_expert
 from pimerge.checkpoints.base import find_base
 from pimerge.core.errors import PimergeError
-from pimerge.embedding.features import STRENGTHS, FeatureReader, Sampling
+from pimerge.embedding.features import FeatureReader, Sampling
+from pimerge.embedding.strengths import STRENGTHS
 from pimerge.models.loading import load_base
 from pimerge.tasks.task import open_task
 from pimerge.tasks.types._reading import read_position
@@ -250,8 +251,8 @@ def test_whatever_changes_the_features_is_computed_anew(
     with counting(changed) as forwarded:
         found = changed.features(expert)[1.0].vectors
     assert sum(forwarded) == len(STRENGTHS) * len(changed.labels)
-    changed.cache = None
-    assert torch.equal(found, changed.features(expert)[1.0].vectors)
+    uncached = FeatureReader(load_base(identity, opened, CPU, dtype), identity, opened, draw)
+    assert torch.equal(found, uncached.features(expert)[1.0].vectors)
 
 
 def test_a_damaged_file_is_computed_again(
@@ -277,7 +278,7 @@ def test_a_folder_that_cannot_be_written_is_said_and_does_not_matter(
     reader.base_features()
     assert torch.equal(found, reader_of(bert_base, text_task).features(expert)[1.0].vectors)
     (sentence,) = reader.notes()
-    assert "ranking again computes all again: cannot write" in sentence
+    assert "ranking again computes everything again: cannot write" in sentence
     assert str(tmp_path / "file") in sentence
 
 

@@ -192,17 +192,17 @@ def test_an_entry_is_current_only_with_all_its_fields_and_its_sidecars(tmp_path:
 def test_a_measure_gets_what_it_needs_and_no_more(filed: tuple[Store, Path]) -> None:
     store, _ = filed
     expert = store.open("x")
-    by_needs = {needs: store.member("x", expert, needs) for needs in ("fisher", "marginals", "experts")}
-    assert [member.expert for member in by_needs.values()] == [expert] * 3
-    assert [member.diagonal is not None for member in by_needs.values()] == [True, False, False]
-    assert [member.second_moments is not None for member in by_needs.values()] == [False, True, False]
+    views = [store.view("x", expert, diagonal=True), store.view("x", expert, moments=True), store.view("x", expert)]
+    assert [view.expert for view in views] == [expert] * 3
+    assert [view.diagonal is not None for view in views] == [True, False, False]
+    assert [view.second_moments is not None for view in views] == [False, True, False]
     key = KEY.format("q")
-    assert by_needs["fisher"].fisher([key])[key].tolist() == diagonal_of(0)[key].tolist()
-    assert by_needs["marginals"].layers("output") == ["q", "v"]
-    output = by_needs["marginals"].moments(["output.v"])["output.v"]
+    assert views[0].fisher([key])[key].tolist() == diagonal_of(0)[key].tolist()
+    assert views[1].layers("output") == ["q", "v"]
+    output = views[1].moments(["output.v"])["output.v"]
     assert output.tolist() == moments_of(0)["output.v"].tolist()
     factors = {key for key in expert.file.entries if ".lora_" in key}
-    assert by_needs["experts"].parameters == sorted(factors)
+    assert views[2].parameters == sorted(factors)
 
 
 def test_a_store_that_is_not_there_or_empty_says_what_to_run(tmp_path: Path) -> None:

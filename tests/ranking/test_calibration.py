@@ -12,7 +12,8 @@ from sklearn.linear_model import LogisticRegression
 from pimerge.adapters.expert import open_expert
 from pimerge.checkpoints.base import find_base
 from pimerge.core.errors import PimergeError
-from pimerge.embedding.features import STRENGTHS, FeatureReader, Sampling, TargetFeatures
+from pimerge.embedding.features import FeatureReader, Sampling, TargetFeatures
+from pimerge.embedding.strengths import STRENGTHS
 from pimerge.models.linear_probe import PENALTIES, probe_folds
 from pimerge.models.loading import load_base
 from pimerge.ranking.calibration import held_out_accuracy, measure_gains

@@ -14,7 +14,8 @@ from torch import Tensor
 from pimerge.adapters.expert import open_expert
 from pimerge.checkpoints.base import find_base
 from pimerge.core.errors import PimergeError
-from pimerge.embedding.features import STRENGTHS, FeatureReader, Sampling, TargetFeatures
+from pimerge.embedding.features import FeatureReader, Sampling, TargetFeatures
+from pimerge.embedding.strengths import STRENGTHS
 from pimerge.models.linear_probe import held_out_probability
 from pimerge.models.loading import load_base
 from pimerge.ranking.by_examples import DRAWS, bootstrap, gains_by_strength, gains_of_means, judge

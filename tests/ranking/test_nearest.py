@@ -108,7 +108,7 @@ def test_a_small_store_is_compared_whole(template: Path) -> None:
     assert list(compared.experts) == NAMES[1:]
     assert compared.excluded == {}
     assert compared.shortlisted_from is None
-    members = [store.member(name, store.open(name), "marginals") for name in NAMES]
+    members = [store.view(name, store.open(name), moments=True) for name in NAMES]
     expected = fisher.similarity(members, len(NAMES) - 1, range(len(NAMES))).scores().tolist()
     assert list(scores(compared).values()) == pytest.approx(expected, abs=1e-12)
     assert set(first(compared, 3)) == {"f0-1", "f0-2", "f0-3"}
@@ -179,7 +179,7 @@ def test_the_nearest_by_sketch_are_those_of_the_sketches_centred_cosines(templat
 
 def test_sketches_are_those_of_the_two_parts_of_fisher(template: Path) -> None:
     store = Store(template / "embeddings.json")
-    member = store.member(TARGET, store.open(TARGET), "marginals")
+    member = store.view(TARGET, store.open(TARGET), moments=True)
     unit = {}
     for name, seen in member.moments(f"gradient.{layer}" for layer in member.layers("gradient")).items():
         unit[name] = torch.from_numpy(seen / np.linalg.norm(seen))

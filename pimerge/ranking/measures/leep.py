@@ -27,9 +27,6 @@ def scores(features: TargetFeatures, weights: Tensor) -> Tensor:
     Returns:
         (draws) float64, at most 0.
 
-    Raises:
-        PimergeError: if the expert has no head.
-
     >>> import torch
     >>> from pimerge.embedding.features import TargetFeatures
     >>> logits = torch.tensor([[5.0, 0.0], [5.0, 0.0], [0.0, 5.0], [0.0, 5.0]])

@@ -27,9 +27,6 @@ def scores(features: TargetFeatures, weights: Tensor) -> Tensor:
     Returns:
         (draws) float64, 0 to 1.
 
-    Raises:
-        PimergeError: if every class has one example.
-
     >>> import torch
     >>> from pimerge.embedding.features import TargetFeatures
     >>> x = torch.tensor([[-1.0], [1.0], [-0.9], [0.9]], dtype=torch.float64)

@@ -23,9 +23,6 @@ def scores(features: TargetFeatures, weights: Tensor) -> Tensor:
     Returns:
         (draws) float64.
 
-    Raises:
-        PimergeError: if no head knows the target's labels.
-
     >>> import torch
     >>> from pimerge.embedding.features import TargetFeatures
     >>> features = TargetFeatures(torch.zeros(2, 1), torch.tensor([0, 1]), 2, losses=torch.tensor([1.0, 3.0]))

@@ -19,7 +19,7 @@ from pimerge.adapters.kind import KINDS as ALL_KINDS
 from pimerge.adapters.tensor_sets import joined, read_slot
 from pimerge.adapters.unhandled import NO_RULE, why_unhandled
 from pimerge.core.errors import PimergeError
-from pimerge.embedding.features import models_at_strengths, strengths_of
+from pimerge.embedding.strengths import models_at_strengths, strengths_of
 from pimerge.models.heads import set_head
 from pimerge.models.injection import injected, injected_sum
 from pimerge.models.loaded_base import LoadedBase

@@ -1,0 +1,53 @@
+"""Features kept on the disk by the hashes of whatever they depend on, so that nothing is forwarded twice."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pimerge.checkpoints.safetensors_file import open_tensors
+from pimerge.core.errors import PimergeError
+from pimerge.core.files import sha256_bytes, write_file
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class FeatureCache:
+    """A folder of features, one file for each candidate.
+
+    Args:
+        folder: created when it is first written to; None keeps nothing. From the first failed write on, nothing more is
+            kept, and ``notes`` says why.
+        data: what all features depend on: the examples and the base.
+    """
+
+    def __init__(self, folder: Path | None, data: Sequence[Any]) -> None:
+        self._folder, self._data = folder, data
+        self.notes: list[str] = []
+
+    def get(self, key: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """The tensors of a candidate, computed if they are not in the folder.
+
+        Args:
+            key: what the candidate's features depend on beside the data.
+        """
+        if self._folder is None:
+            return compute()
+        file = self._folder / f"{sha256_bytes(json.dumps([key, *self._data]).encode())[:32]}.safetensors"
+        with suppress(PimergeError):  # a damaged file is computed again
+            if file.is_file():
+                tensors = open_tensors(file)
+                return {name: tensors.read(name) for name in tensors.entries}
+        from safetensors.torch import save
+
+        found = compute()
+        try:
+            write_file(file, save({name: value.contiguous() for name, value in found.items()}, {"format": "pt"}))
+        except PimergeError as error:  # the ranking itself may well go elsewhere
+            self.notes.append(f"ranking again computes everything again: {error.problems[0].message}")
+            self._folder = None
+        return found
