@@ -50,7 +50,7 @@ _HARMLESS = frozenset(
 )
 
 
-class _Fields(CommonFields):
+class _LoraFields(CommonFields):
     """The fields of ``adapter_config.json`` that are read, with their types."""
 
     r: int = 8
@@ -66,7 +66,7 @@ class _Fields(CommonFields):
 
 def well_typed(config: Mapping[str, Any], problems: Problems) -> dict[str, Any]:
     """The config without the fields of a wrong type, which are problems."""
-    faulty = faulty_fields(_Fields, config, problems)
+    faulty = faulty_fields(_LoraFields, config, problems)
     for field in {"rank_pattern", "alpha_pattern"} - faulty:
         for key in config.get(field) or {}:
             try:

@@ -23,7 +23,7 @@ _KEY = re.compile(r"(?P<module>.+)\.bottleneck_(?P<slot>(?:down|up)\.(?:weight|b
 _SLOTS = frozenset({"down.weight", "down.bias", "up.weight", "up.bias"})
 
 
-class _Fields(CommonFields):
+class _BottleneckFields(CommonFields):
     bottleneck_dim: int = 64
     activation: str = "relu"
     scale: float = 1.0
@@ -46,7 +46,7 @@ def parse(header: AdapterHeader) -> Parts:
             return f"adapter_config.json says bottleneck_dim {d}"
         return TensorSlot(key, shape, neutral=0.0 if name.startswith("up") else None)
 
-    groups, head = parse_tensor_sets(header, _KEY, "bottleneck adapters", slot, _SLOTS, fields=_Fields)
+    groups, head = parse_tensor_sets(header, _KEY, "bottleneck adapters", slot, _SLOTS, fields=_BottleneckFields)
     problems = Problems()
     for group in groups.values():
         widths = {group.slots["down.weight"].shape[1], group.slots["up.weight"].shape[0], *group.slots["up.bias"].shape}
@@ -62,7 +62,7 @@ def fresh_fields(size: int | None, modules: Sequence[str] | None) -> dict[str, A
     >>> fresh_fields(8, None)
     {'bottleneck_dim': 8}
     """
-    return {"bottleneck_dim": size or _Fields.model_fields["bottleneck_dim"].default, **placed(None, modules)}
+    return {"bottleneck_dim": size or _BottleneckFields.model_fields["bottleneck_dim"].default, **placed(None, modules)}
 
 
 def usual_places(model: nn.Module) -> dict[str, Any]:
