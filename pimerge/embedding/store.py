@@ -31,7 +31,9 @@ if TYPE_CHECKING:
 SIDECARS = "embeddings"
 DIAGONAL, SECOND_MOMENTS, GRAMS = "diagonal", "marginals", "grams"
 # what follows a module's name in a key
-_TENSOR = re.compile(r"\.(?:lora|ia3|ln_tuning|bitfit|bottleneck|hada|lokr|vera|randlora|fourierft)_.*")
+_TENSOR = re.compile(
+    r"\.(?:\w*(?:lora|vera)|ia3|ln_tuning|bitfit|bottleneck|hada|hira|lokr|fourierft|c3a|miss|shira|waveft)_.*"
+)
 TRACES = "traces"  # of the modules, in the metadata of the diagonal: in the document they were most of it
 
 
@@ -53,9 +55,8 @@ class Store:
 
     @property
     def sidecars(self) -> Path:
-        """The folder of the sidecars: ``embeddings``, for ``embeddings.json``; of each other store one of its own."""
-        stem = self.path.stem
-        return self.path.with_name(SIDECARS if stem == SIDECARS else f"{stem}-{SIDECARS}")
+        """The folder of the sidecars: ``embeddings`` for ``embeddings.json``, ``NAME-embeddings`` for another store."""
+        return self.path.with_name(SIDECARS if self.path.stem == SIDECARS else f"{self.path.stem}-{SIDECARS}")
 
     def folder_of(self, name: str) -> Path:
         """The folder of an expert in the store."""
@@ -109,11 +110,8 @@ class Store:
 
     def view(self, name: str, expert: Expert, *, diagonal: bool = False, moments: bool = False) -> StoreView:
         """An expert of the store with the sidecars that a measure reads."""
-        return StoreView(
-            expert,
-            self.diagonal_file(name) if diagonal else None,
-            self.second_moments_file(name) if moments else None,
-        )
+        second_moments = self.second_moments_file(name) if moments else None
+        return StoreView(expert, self.diagonal_file(name) if diagonal else None, second_moments)
 
     def grams(self, name: str) -> TensorFile:
         """The Gram matrices of the inputs of one expert's layers: module → (d_in × d_in), to be read one by one."""

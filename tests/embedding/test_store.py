@@ -132,6 +132,14 @@ def test_norm_trace_and_modules_are_those_of_the_tensors(tmp_path: Path) -> None
     assert store.traces("n1") == {"q": 16, "v": 16}
 
 
+@pytest.mark.parametrize("name", ["lora_A.weight", "delora_lambda", "vblora_logits_A", "waveft_spectrum", "c3a_kernel"])
+def test_a_trace_is_that_of_a_module_whatever_the_kind(tmp_path: Path, name: str) -> None:
+    store, tensors = Store(tmp_path / "embeddings.json"), tensors_of(1)
+    tensors[DIAGONAL] = {f"base_model.model.layers.0.q_proj.{name}": torch.ones(3)}
+    store.add("n1", fields_of("n1"), tensors)
+    assert store.traces("n1") == {"layers.0.q_proj": 3}
+
+
 def test_dropping_removes_the_entry_and_its_sidecars(tmp_path: Path) -> None:
     fill(tmp_path / "embeddings.json", "n", 2)
     store = Store(tmp_path / "embeddings.json")
