@@ -21,7 +21,7 @@ class Selection:
     """Experts to merge or tune, and the target that they are for.
 
     Attributes:
-        experts: at the scale that the ranking found for them, those that were named at their own; empty if the
+        experts: at the strength that the ranking found for them, those that were named at their own; empty if the
             ranking expects none to help.
         target: the target's own expert; None if it has none or none is known.
         task_folder: the folder of the target's task.json; None if no target is known, or its task is open already.

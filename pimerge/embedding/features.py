@@ -170,7 +170,7 @@ class FeatureReader:
     def features(self, expert: Expert) -> dict[float, TargetFeatures]:
         """Strength → what the base with the expert makes of the examples."""
         found = self._cache.get(_identity(expert), lambda: self._candidate(expert))
-        return {scale: self._features(found, f"{scale}.") for scale in strengths_of(expert)}
+        return {strength: self._features(found, f"{strength}.") for strength in strengths_of(expert)}
 
     def with_losses(
         self, expert: Expert, samples: Mapping[float, TargetFeatures], target: Expert | None
@@ -186,10 +186,10 @@ class FeatureReader:
                 return dict(samples)
             key = f"{_identity(expert)} answered by {_identity(target)}"
             found = self._cache.get(key, lambda: self._candidate(expert, target))
-            samples = {scale: self._features(found, f"{scale}.") for scale in strengths_of(expert)}
+            samples = {strength: self._features(found, f"{strength}.") for strength in strengths_of(expert)}
         if any(sample.logits is None for sample in samples.values()):  # answers that are generated have no likelihoods
             return dict(samples)
-        return {scale: _lossy(sample) for scale, sample in samples.items()}
+        return {strength: _lossy(sample) for strength, sample in samples.items()}
 
     def mean_features(self, experts: Sequence[Expert]) -> TargetFeatures:
         """What the base with the mean of several experts, each at its strength, makes of the examples."""
@@ -229,10 +229,10 @@ class FeatureReader:
         with ExitStack() as stack:
             if own is not None:
                 stack.enter_context(head_of_size(self.loaded, self.base, self.task, len(own.labels)))
-            for scale, model in models_at_strengths(expert, self.loaded):
+            for strength, model in models_at_strengths(expert, self.loaded):
                 if own is not None:
                     set_head(model, answering.head_tensors())
-                found |= self._read(model, [expert], f"{scale}.", answers=answers)
+                found |= self._read(model, [expert], f"{strength}.", answers=answers)
         return found
 
     def _room(self, experts: Sequence[Expert] = ()) -> int | None:

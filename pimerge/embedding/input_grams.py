@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from pimerge.tasks.examples import Batch
 
-# As transformers names them, in T5 and in BART and its kin.
+# The names in transformers, in T5 and in BART-like models.
 _CROSS_ATTENTION = {"EncDecAttention", "encoder_attn", "crossattention", "cross_attn"}
 _KEYS_AND_VALUES = {"k", "v", "k_proj", "v_proj", "key", "value"}
 # What reads tokens in a model that is shown images; all else reads pieces of these.

@@ -1,11 +1,11 @@
-"""Small sketches of large embeddings, for finding the nearest of thousands without reading them.
+"""Random projections of large embeddings, for finding the nearest of thousands without reading them.
 
-Two transforms of Johnson–Lindenstrauss type, whose draws follow from names, so that sketches made at different times
+Two transforms of Johnson–Lindenstrauss type, which follow from names, so that projections made at different times
 compare:
 
 - :func:`projection` restricts a layer's outputs or inputs to 64 random directions (all of them up to 64);
 - :func:`project` adds every number of an embedding, with a random sign, to one random place in each of four blocks of
-  128 (sparse, Kane and Nelson, arXiv 1012.1577). The inner product of two sketches is that of the embeddings, in the
+  128 (sparse, Kane and Nelson, arXiv 1012.1577). The inner product of two projections is that of the embeddings, in the
   mean over the draws; its standard deviation is at most √(2/512) ≈ 0.063 of ‖a‖‖b‖ (0.044 for orthogonal ones).
   Rounding to eight bits adds about 0.005.
 """
@@ -88,7 +88,7 @@ def project(embedding: Mapping[str, Tensor]) -> Tensor:
 
 
 def to_text(values: Tensor) -> str:
-    """A sketch in 688 characters: its largest magnitude as float32, then eight bits a number, in base64."""
+    """A projection in 688 characters: its largest magnitude as float32, then eight bits a number, in base64."""
     import torch
 
     largest = values.abs().max().float()
@@ -97,7 +97,7 @@ def to_text(values: Tensor) -> str:
 
 
 def from_texts(texts: Sequence[str]) -> NDArray[np.float32]:
-    """(n × 512), the sketches that :func:`to_text` wrote.
+    """(n × 512), the projections that :func:`to_text` wrote.
 
     >>> import torch
     >>> values = torch.linspace(-1, 1, SIZE)

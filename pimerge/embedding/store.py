@@ -134,7 +134,7 @@ class Store:
         """Whether the entry has these fields and its sidecars are whole.
 
         Args:
-            grams: whether it must have its Gram matrices, whole, too.
+            grams: whether it must also have its Gram matrices, whole.
         """
         entry = self.document.experts.get(name)
         if entry is None or any(getattr(entry, field) != value for field, value in expected.items()):
@@ -192,11 +192,11 @@ class Store:
             document.gains[target] = gains
 
     def history(self) -> dict[str, dict[str, dict[float, float]]]:
-        """Target → source → scale → gain, of experts and tasks that are as they were measured."""
+        """Target → source → strength → gain, of experts and tasks that are as they were measured."""
         entries = self.document.experts
         return {
             target: {
-                name: {float(scale): gain for scale, gain in by_scale.items()}
+                name: {float(strength): gain for strength, gain in by_scale.items()}
                 for name, (sha256, by_scale) in gains.sources.items()
                 if name in entries and entries[name].sha256 == sha256
             }

@@ -79,7 +79,7 @@ class MeasuredGains(BaseModel):
     Attributes:
         task_sha256: of the target's task and data, as they were.
         examples: of the target that were looked at.
-        sources: name → the sha256 of its tensors, and the gain in accuracy over the bare base at each scale.
+        sources: name → the sha256 of its tensors, and the gain in accuracy over the bare base at each strength.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -112,7 +112,7 @@ def read_document(path: Path) -> StoreDocument:
         if found != SCHEMA:
             raise PimergeError(
                 f"'{path}' has the schema version {found}, expected {SCHEMA}",
-                "it is no store, or another version's: remove it, or choose another --store",
+                "it is not a store, or one of another version: remove it, or choose another --store",
             )
         document = parse_document(StoreDocument, path, "remove the file and run 'pimerge embed' again")
     document.experts = dict(sorted(document.experts.items()))

@@ -68,8 +68,8 @@ def rank_by_examples(
         unsure = [each.name for each in candidates if verdict.judged[each.name].is_unsure]
         if rule.gate and unsure and len(helpful) < count:
             notes.append(
-                f"not selected: {', '.join(unsure)}: the best of so many candidates gains something by luck, so a gain "
-                "has to be above three of its errors (--no-gate selects all the same)"
+                f"not selected: {', '.join(unsure)}: the best of many candidates gains something by luck, so a gain "
+                "has to be above three of its errors (--no-gate selects them anyway)"
             )
     return document(
         target,
@@ -136,19 +136,19 @@ def judge(
             samples = reader.features(expert)
             if measure.reads_answers:
                 samples = reader.with_losses(expert, samples, target)
-            predicted = {scale: scale * (prior or {}).get(name, 0.0) for scale in samples}
+            predicted = {strength: strength * (prior or {}).get(name, 0.0) for strength in samples}
             found = {
-                scale: float(measure.scores(sample, one)) + (predicted[scale] if measure.is_gain else 0.0)
-                for scale, sample in samples.items()
+                strength: float(measure.scores(sample, one)) + (predicted[strength] if measure.is_gain else 0.0)
+                for strength, sample in samples.items()
             }
         except PimergeError as error:
             excluded[name] = error.problems[0].message
             continue
-        scale = max(found, key=lambda scale: (found[scale], -scale))
-        gains = combined.scores(samples[scale], weights) - base_gains + predicted[scale]
-        scores = gains if measure.is_gain else measure.scores(samples[scale], weights)
+        strength = max(found, key=lambda strength: (found[strength], -strength))
+        gains = combined.scores(samples[strength], weights) - base_gains + predicted[strength]
+        scores = gains if measure.is_gain else measure.scores(samples[strength], weights)
         judged[name] = GainEstimate(
-            scale, *_with_error(scores), *_with_error(gains), tested=combined.part_of(base).measure.held_out
+            strength, *_with_error(scores), *_with_error(gains), tested=combined.part_of(base).measure.held_out
         )
     return PoolEstimate(base_score, judged, excluded)
 
@@ -167,18 +167,18 @@ def gains_by_strength(reader: FeatureReader, expert: Expert, prior: float = 0.0)
     base = reader.base_features()
     one = torch.ones(1, len(base.labels), dtype=torch.float64)
     part, found = combined.part_of(base), {}
-    for scale, sample in reader.features(expert).items():
+    for strength, sample in reader.features(expert).items():
         above = float(part.measure.scores(sample, one) - part.measure.scores(base, one))
-        store = {"store": scale * prior} if prior else {}
-        found[scale] = {part.measure.name: above, **store, "expected gain": part.weight * above + scale * prior}
+        store = {"store": strength * prior} if prior else {}
+        found[strength] = {part.measure.name: above, **store, "expected gain": part.weight * above + strength * prior}
     return found
 
 
 def gains_of_means(reader: FeatureReader, experts: Sequence[Expert], priors: Sequence[float]) -> list[float]:
-    """Expected gain of the mean of the first 1, 2, … of some experts, each at its scale; without its own error.
+    """Expected gain of the mean of the first 1, 2, … of some experts, each at its strength; without its own error.
 
     Args:
-        priors: what the store predicts of each, at its scale.
+        priors: what the store predicts of each, at its strength.
     """
     base = reader.base_features()
     one = torch.ones(1, len(base.labels), dtype=torch.float64)

@@ -52,8 +52,8 @@ def rank_by_store(store: Store, target: str, measure: Measure, rule: SelectionRu
     count = rule.k if rule.k is not None else widest_gap([candidate.score for candidate in helpful])
     if compared.shortlisted_from is not None:
         notes.append(
-            f"the {len(candidates) + len(compared.excluded)} nearest of {compared.shortlisted_from} by their sketches "
-            "were compared exactly"
+            f"the {len(candidates) + len(compared.excluded)} nearest of {compared.shortlisted_from} by their "
+            "random projections were compared exactly"
         )
     own = store.open(target)
     if compared.experts and (remark := measure.remark([own, *compared.experts.values()])):
@@ -100,9 +100,9 @@ def rank_by_history(
         if found is None:
             unknown[name] = "it was not there when 'pimerge rank --calibrate' ran"
             continue
-        scale, gain, error = found
+        strength, gain, error = found
         error = min(error, 1.0)
-        judged = GainEstimate(scale, gain, error, gain, error, least_errors=LEAST_ERRORS_OF_HISTORY)
+        judged = GainEstimate(strength, gain, error, gain, error, least_errors=LEAST_ERRORS_OF_HISTORY)
         candidates.append(candidate_of(name, expert, judged))
     candidates.sort(key=lambda candidate: (-candidate.score, candidate.name))
     every = [candidate for candidate in candidates if candidate.helps or not rule.gate]

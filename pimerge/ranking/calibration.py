@@ -23,7 +23,7 @@ def calibrate_store(request: RankRequest) -> dict[str, dict[str, dict[float, flo
     cannot be measured is left out.
 
     Returns:
-        target → source → scale → gain.
+        target → source → strength → gain.
     """
     store = open_store(Path(request.store))
     done = {} if request.force else store.history()
@@ -56,7 +56,7 @@ def _calibrate(name: str, store: Store, done: Mapping[str, Mapping[float, float]
 
 
 def measure_gains(reader: FeatureReader, experts: Mapping[str, Expert]) -> MeasuredGains:
-    """Gains in accuracy over the bare base on a target's examples, at every scale of every expert.
+    """Gains in accuracy over the bare base on a target's examples, at every strength of every expert.
 
     The head is a linear probe, and every example is answered by one that has not seen it
     (:func:`pimerge.models.linear_probe.held_out_log_probabilities`); the folds are the same for all.
@@ -68,7 +68,7 @@ def measure_gains(reader: FeatureReader, experts: Mapping[str, Expert]) -> Measu
     sources = {
         name: (
             expert.sha256,
-            {str(scale): held_out_accuracy(sample) - base for scale, sample in reader.features(expert).items()},
+            {str(strength): held_out_accuracy(sample) - base for strength, sample in reader.features(expert).items()},
         )
         for name, expert in experts.items()
     }

@@ -96,7 +96,7 @@ class InnerProducts:
             total: (N) those with the sum of the embeddings in ``pool``.
             sampled: whether ``pool`` is a random sample e_1 … e_n of a much larger one, whose mean is meant. The
                 squared norm of the sample's mean is too large by 1/n of the variance of the embeddings, in the mean
-                over samples, which would lift every score alike, over the gate. Without bias is that of all
+                over samples, which would lift every score alike, above the threshold. Without bias is that of all
                 ⟨e_i, e_j⟩ with i ≠ j,
 
                     (‖Σ_j e_j‖² − Σ_j ‖e_j‖²) / (n (n − 1)).

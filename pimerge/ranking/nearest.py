@@ -1,7 +1,7 @@
 """A target of the store against the store's other experts: which of them compare, and how close they are.
 
-Up to :data:`SHORTLIST` experts are compared one by one. Of a larger store the sketches choose the nearest so many,
-which are then compared exactly; the pool's mean is that of a systematic sample, from the nearest to the farthest.
+Up to :data:`SHORTLIST` experts are compared one by one. Of a larger store the random projections choose the nearest
+100, which are then compared exactly; the pool's mean is that of a systematic sample, from the nearest to the farthest.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class StoreComparison:
         experts: name → expert, those that were compared.
         similarity: of the target with each of them, in their order; None if there is none.
         excluded: name → why it cannot be compared.
-        shortlisted_from: how many experts the sketches chose from; None if all were compared.
+        shortlisted_from: how many experts the random projections chose from; None if all were compared.
     """
 
     experts: dict[str, Expert]
@@ -108,16 +108,16 @@ def _view(store: Store, name: str, expert: Expert, measure: Measure) -> StoreVie
 
 
 def by_projection(store: Store, target: str, others: Sequence[str]) -> list[str]:
-    """Names of the store in descending order of how near their sketches are to the target's, around the mean sketch.
+    """Names of the store in descending order of the similarity of their random projections to the target's, centred.
 
-    The error of an inner product of sketches is stated in :mod:`pimerge.embedding.random_projection`: an expert of the
-    true first few that stands out by more than that is among the first.
+    :mod:`pimerge.embedding.random_projection` states the error of an inner product of projections: one of the truly
+    nearest experts that stands out by more than that is among the first.
     """
     entries = [store.document.experts[name] for name in (target, *others)]
     scores = np.zeros(len(others), np.float32)
     for part in entries[0].sketches:
-        sketches = from_texts([entry.sketches[part] for entry in entries])
-        centred = sketches - sketches.mean(0)
+        projections = from_texts([entry.sketches[part] for entry in entries])
+        centred = projections - projections.mean(0)
         norms = np.linalg.norm(centred, axis=1)
         scale = norms[1:] * norms[0]
         scores += centred[1:] @ centred[0] / np.where(scale > 0, scale, np.inf)
@@ -155,7 +155,7 @@ def _has_update(entry: Embedding) -> bool:
 
 
 def _spread(ordered: Sequence[str]) -> list[str]:
-    """Every so many-th of the experts from the nearest to the farthest: a sample like the whole, for its mean."""
+    """A systematic sample of the experts from the nearest to the farthest, for the mean."""
     return [ordered[round(len(ordered) * (place + 0.5) / MEAN_OF - 0.5)] for place in range(MEAN_OF)]
 
 

@@ -77,7 +77,7 @@ def _start(target: RankTarget, store: Store, request: RankRequest) -> NewTarget:
     kinds = Counter(store.experts[name].kind for name in names)
     if kinds:  # of several kinds the one with the most experts
         names = [name for name in names if store.experts[name].kind == kinds.most_common(1)[0][0]]
-    pool, broken = open_all(store, names[:SHORTLIST])  # the mean init of so many is that of all
+    pool, broken = open_all(store, names[:SHORTLIST])  # the mean init of these is that of all
     if not pool:
         problems = Problems()
         for name, reason in (excluded | broken).items():

@@ -1,4 +1,4 @@
-"""Which of the ranked experts are selected: what is asked for, the gate, how many; and the ranking that says so."""
+"""Select experts of a ranking: what is asked for, which are expected to help, how many; and the document."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from pimerge.core.files import relative_to
 
 MOST = 8
 Z95 = 1.959963984540054
-# The gate opens above so many standard errors of the expected gain. By examples the best of some dozens of candidates,
-# experts at several strengths, stands there partly by luck: three errors are what such a choice needs.
+# An expert is expected to help if its gain is above this many standard errors. By examples, the best of some dozens of
+# candidates (experts at several strengths) is the best partly by luck, so such a choice needs three.
 LEAST_ERRORS = 3.0
 LEAST_ERRORS_OF_HISTORY = 1.0
 # Features are computed in float32: a gain below this is rounding.
@@ -39,15 +39,15 @@ class GainEstimate:
     """One expert as the target's examples judge it.
 
     Attributes:
-        scale: its best strength.
+        strength: its best one.
         score, error: by the measure, at that strength, and its standard error over draws of the examples; of
             ``combined`` they are those of the gain.
         gain, gain_error: expected gain in accuracy over the bare base (0.01 is a point), and its standard error.
-        tested: whether the gain rests on examples that were held out; without, the gate stays shut.
+        tested: whether the gain rests on examples that were held out; if not, no expert is expected to help.
         least_errors: how many of its errors the gain has to be above zero.
     """
 
-    scale: float
+    strength: float
     score: float
     error: float
     gain: float
@@ -57,12 +57,12 @@ class GainEstimate:
 
     @property
     def helps(self) -> bool:
-        """Whether the gate opens: the gain stands out from zero."""
+        """Whether the gain is above the threshold."""
         return self.tested and self.gain > max(self.least_errors * self.gain_error, LEAST_GAIN)
 
     @property
     def is_unsure(self) -> bool:
-        """Whether the gate stays shut though the interval of the gain is above zero."""
+        """Whether the gain is below the threshold though its interval is above zero."""
         return self.tested and not self.helps and self.gain - Z95 * self.gain_error > LEAST_GAIN
 
 
@@ -75,7 +75,7 @@ def candidate_of(name: str, expert: Expert, found: GainEstimate) -> Candidate:
         score=found.score,
         low=found.score - Z95 * found.error,
         high=found.score + Z95 * found.error,
-        scale=found.scale,
+        scale=found.strength,
         gain=found.gain,
         gain_low=found.gain - Z95 * found.gain_error,
         gain_high=found.gain + Z95 * found.gain_error,

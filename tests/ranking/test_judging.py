@@ -76,7 +76,7 @@ GOOD = {0.25: sample_of(0.5), 0.5: sample_of(1.5), 0.75: sample_of(0.9), 1.0: sa
 def test_the_best_scale_stands_for_an_expert_with_its_error_over_resampled_examples(measure: Any) -> None:
     verdict = judged_by(measure, BASE, good=GOOD)
     found = verdict.judged["good"]
-    assert found.scale == max(GOOD, key=lambda scale: plain(measure, GOOD[scale])) == 0.5
+    assert found.strength == max(GOOD, key=lambda scale: plain(measure, GOOD[scale])) == 0.5
     assert found.score == pytest.approx(plain(measure, GOOD[0.5]), abs=1e-9)
     assert verdict.base_score == pytest.approx(plain(measure, BASE), abs=1e-9)
     draws = bootstrap(LABELS, DRAWS, seed=0)
@@ -103,16 +103,16 @@ def test_what_the_store_foretells_is_added_in_proportion_to_the_scale() -> None:
     verdict = judge(reader, experts, combined.MEASURE, None, {"good": 3.0})
     assert verdict.judged["other"] == plainly
     found = verdict.judged["good"]
-    assert found.scale == 1.0  # 3 · (1 − 0.5) is more than what the examples see in the scale 0.5
+    assert found.strength == 1.0  # 3 · (1 − 0.5) is more than what the examples see in the scale 0.5
     by_examples = gains_by_hand(GOOD[1.0], BASE, torch.ones(1, 30))[0]
     assert found.gain == found.score == pytest.approx(3 + by_examples, abs=1e-9)
     by_logme = judge(reader, experts, logme.MEASURE, None, {"good": 3.0}).judged["good"]
-    assert by_logme.scale == max(GOOD, key=lambda scale: plain(logme, GOOD[scale])) == 0.5
+    assert by_logme.strength == max(GOOD, key=lambda scale: plain(logme, GOOD[scale])) == 0.5
     assert by_logme.gain == pytest.approx(1.5 + plainly.gain, abs=1e-9)
 
 
 def test_equal_scores_go_to_the_smallest_scale() -> None:
-    assert judged_by(combined, BASE, same=dict.fromkeys(STRENGTHS, GOOD[0.5])).judged["same"].scale == 0.25
+    assert judged_by(combined, BASE, same=dict.fromkeys(STRENGTHS, GOOD[0.5])).judged["same"].strength == 0.25
 
 
 def test_the_gate_opens_for_a_gain_above_three_of_its_errors() -> None:

@@ -1,6 +1,6 @@
 """Expected gain over the bare base in accuracy, from held-out answers and, with few examples, the store (default).
 
-    gain = w_l · (likelihood(candidate) − likelihood(base)) + w_s · (1/K − 1/K_e) · scale · fisher(target, candidate)
+    gain = w_l · (likelihood(candidate) − likelihood(base)) + w_s · (1/K − 1/K_e) · strength · fisher(target, candidate)
 
 The first part is that of the measure ``likelihood`` on the K examples a class that are looked at. The second counts
 where the target has an expert in the store that saw more, K_e a class: the measure ``fisher`` then knows what these few

@@ -19,18 +19,18 @@ TEMPERATURE = 0.1
 def predicted(
     gains: Mapping[str, Mapping[str, Mapping[float, float]]], similarities: Mapping[str, float], source: str
 ) -> tuple[float, float, float] | None:
-    """The best scale of a source, its expected gain there and the standard error of that weighted mean.
+    """The best strength of a source, its expected gain there and the standard error of that weighted mean.
 
     Args:
-        gains: target → source → scale → gain in accuracy (0.01 is a point).
+        gains: target → source → strength → gain in accuracy (0.01 is a point).
         similarities: target → similarity to the target that is asked about; the others count as 0.
 
     Returns:
         None if the source was measured for no target; the error is infinite if it was for one alone.
 
     >>> gains = {"a": {"s": {1.0: 0.02}}, "b": {"s": {1.0: 0.04}}}
-    >>> scale, gain, error = predicted(gains, {}, "s")
-    >>> scale, round(gain, 4), round(error, 4)
+    >>> strength, gain, error = predicted(gains, {}, "s")
+    >>> strength, round(gain, 4), round(error, 4)
     (1.0, 0.03, 0.01)
     """
     known = {target: sources[source] for target, sources in gains.items() if target != source and source in sources}
@@ -39,9 +39,11 @@ def predicted(
     weights = {target: math.exp(similarities.get(target, 0.0) / TEMPERATURE) for target in known}
     whole = sum(weights.values())
     shares = {target: weight / whole for target, weight in weights.items()}
-    scales = sorted(set.intersection(*(set(by_scale) for by_scale in known.values())))
-    means = {scale: sum(share * known[target][scale] for target, share in shares.items()) for scale in scales}
-    best = max(scales, key=lambda scale: means[scale])
+    strengths = sorted(set.intersection(*(set(by_scale) for by_scale in known.values())))
+    means = {
+        strength: sum(share * known[target][strength] for target, share in shares.items()) for strength in strengths
+    }
+    best = max(strengths, key=lambda strength: means[strength])
     return best, means[best], _standard_error([(shares[t], known[t][best]) for t in known], means[best])
 
 

@@ -31,7 +31,7 @@ def scores(features: TargetFeatures, weights: Tensor) -> Tensor:
     """
     if features.losses is None:
         raise PimergeError(
-            "no head knows the target's labels, so there is no loss of them",
+            "no head knows the target's labels, so their loss cannot be computed",
             "take --measure probe, which fits a head to the examples",
         )
     return -(weights @ features.losses.double()) / weights.sum(1)
