@@ -1,4 +1,4 @@
-"""A merged LoRA update into a full checkpoint: W' = W + s·B·A, row block by row block."""
+"""Merge a LoRA update into a full checkpoint: W' = W + s·B·A, in blocks of rows."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from pimerge.core.progress import Track, silent
 
 @dataclass(frozen=True)
 class MergeIntoPlan:
-    """What a fold changes; see :func:`plan_merge_into`.
+    """The tensors of a checkpoint that a merge changes; see :func:`plan_merge_into`.
 
     Attributes:
         weights, biases: key → module whose update is added.
-        heads: key → parameter name of the head tensor that takes its place.
-        copies: keys that are added → key of the stored tensor that they shared until now.
-        transposed: keys of ``weights`` that store (ΔW)ᵀ.
-        untied: whether weights that were one become two.
-        config: the changed content of ``config.json``; None if it stays byte for byte.
+        heads: key → parameter name of the head tensor that replaces it.
+        copies: keys that are added → key of the stored tensor that they shared before.
+        transposed: keys of ``weights`` that are stored as (d_in × d_out).
+        untied: whether tied weights become separate tensors.
+        config: the changed content of ``config.json``; None keeps the file byte for byte.
     """
 
     checkpoint: Checkpoint
@@ -44,18 +44,18 @@ class MergeIntoPlan:
     config: dict[str, Any] | None
 
     def source(self, key: str) -> str:
-        """The key on disk that a written tensor starts from."""
+        """The stored key whose values a written tensor starts from."""
         return self.copies.get(key, key)
 
 
 @dataclass(frozen=True)
 class MergedInto:
-    """What a fold wrote.
+    """The checkpoint that :func:`merge_into` wrote.
 
     Attributes:
-        modules: whose update was added.
-        untied: whether weights that were one became two.
-        size: bytes of the tensors.
+        modules: number of modules whose update was added.
+        untied: whether tied weights became separate tensors.
+        size: bytes of all tensors.
     """
 
     modules: int
@@ -74,9 +74,10 @@ def plan_merge_into(
     """Check that an adapter fits a checkpoint; nothing is computed or written.
 
     Args:
-        fan_in_fan_out: of the adapter's config: how a square weight is stored if the model does not tell.
-        head: parameter name → tensor, in place of the checkpoint's or added.
-        fields: of ``config.json``, such as ``id2label``, that the head needs.
+        fan_in_fan_out: the field of the adapter's config; it decides how a square weight is stored where the model
+            is unknown.
+        head: parameter name → tensor that replaces the checkpoint's or is added.
+        fields: fields of ``config.json`` that the head needs, such as ``id2label``.
     """
     require_weights(checkpoint)
     stored = None if head or fan_in_fan_out else _as_stored(checkpoint, layouts)
@@ -97,7 +98,7 @@ def plan_merge_into(
             with problems.collected():
                 biases[_bias(checkpoint, names, module)] = module
     heads = _heads(checkpoint, names, head or {}, {**weights, **biases}, problems)
-    problems.raise_any(f"the adapter cannot be folded into '{checkpoint.path}'")
+    problems.raise_any(f"the adapter cannot be merged into '{checkpoint.path}'")
     touched = weights.keys() | biases.keys() | heads.keys()
     untied = _shares(names, touched)
     config = {**checkpoint.config, **(fields or {})}
@@ -108,7 +109,7 @@ def plan_merge_into(
     return MergeIntoPlan(checkpoint, weights, biases, heads, copies, frozenset(transposed), untied, changed)
 
 
-def fold(
+def merge_into(
     plan: MergeIntoPlan,
     update: Callable[[str], Factors],
     output: Path,
@@ -117,16 +118,16 @@ def fold(
     dtype: torch.dtype | None = None,
     track: Track = silent,
 ) -> MergedInto:
-    """Write a checkpoint with an adapter's update added, and every other tensor as it was.
+    """Write a checkpoint with an adapter's update added; all other tensors stay unchanged.
 
-    W' = W + s·B·A in float32 (float64 for F64), rounded once. Memory: the factors of one module and a block of
-    rows, whatever the size of W.
+    W' = W + s·B·A is computed in float32 (float64 for F64) and rounded once. Memory: the factors of one module and a
+    block of rows, whatever the size of W.
 
     Args:
-        update: module → its merged factors, asked for in the order of the checkpoint.
+        update: module → its merged factors; called in the order of the checkpoint.
         output: an empty folder, or the path of a file if the checkpoint is a single file.
         head: as for :func:`plan_merge_into`.
-        dtype: of all floating tensors; None keeps each one's own.
+        dtype: dtype of all floating tensors; None keeps the dtype of each.
     """
     tensors = head or {}
 
@@ -152,11 +153,11 @@ def fold(
 
 
 def _as_stored(checkpoint: Checkpoint, layouts: Mapping[str, LoraModule]) -> dict[str, str] | None:
-    """Key → module where the tensors on disk tell all by themselves; None where the model has to be asked.
+    """Key → module, if the tensors on disk are enough to tell; None if the model's architecture is needed.
 
     Building the model's skeleton takes seconds. It is not needed if every module's weight is stored under its own
-    name, as (d_out × d_in) without doubt (a square one may be a Conv1D's, but those have a bias), and none can be
-    tied to another or has a bias update.
+    name, is certainly (d_out × d_in) (a square one may be a Conv1D's, but those have a bias), cannot be tied to
+    another, and has no bias update.
     """
     texts = [checkpoint.config, *(part for part in checkpoint.config.values() if isinstance(part, dict))]
     vocabulary = {part.get("vocab_size") for part in texts}
@@ -175,7 +176,7 @@ def _as_stored(checkpoint: Checkpoint, layouts: Mapping[str, LoraModule]) -> dic
 
 
 def label_fields(labels: list[str]) -> dict[str, Any]:
-    """The fields of ``config.json`` that say what a classifier answers.
+    """The fields of ``config.json`` that name a classifier's labels.
 
     >>> label_fields(["cat"])
     {'id2label': {'0': 'cat'}, 'label2id': {'cat': 0}}
@@ -187,7 +188,7 @@ def label_fields(labels: list[str]) -> dict[str, Any]:
 
 
 def _weight(plan: MergeIntoPlan, key: str, factors: Factors) -> Iterator[Tensor]:
-    """W + s·B·A in blocks of rows of the weight as it is stored, (rows · columns) each."""
+    """W + s·B·A in blocks of rows of the stored weight, flattened."""
     source = plan.source(key)
     file = plan.checkpoint.home[source]
     entry = file.entries[source]
@@ -195,7 +196,7 @@ def _weight(plan: MergeIntoPlan, key: str, factors: Factors) -> Iterator[Tensor]
     A, B = factors.A.cpu().to(kind), factors.B.cpu().to(kind)
     left, right = (A.T, B.T) if key in plan.transposed else (B, A)
     rows, columns = len(left), right.shape[1]
-    step = max(1, PIECE // (16 * columns))  # a quarter of it in float32: several are held at once
+    step = max(1, PIECE // (16 * columns))  # a quarter of PIECE in float32, since several blocks are in memory at once
     for start in range(0, rows, step):
         stop = min(start + step, rows)
         block = file.read_part(source, start * columns, stop * columns).to(kind).view(-1, columns)
@@ -203,7 +204,7 @@ def _weight(plan: MergeIntoPlan, key: str, factors: Factors) -> Iterator[Tensor]
 
 
 def _plus_bias(bias: Tensor, factors: Factors) -> Tensor:
-    """b + s·bias; a module whose merged update has none keeps b."""
+    """b + s·bias; a module whose merged update has no bias keeps b."""
     if factors.bias is None:
         return bias
     kind = torch.float64 if bias.dtype == torch.float64 else torch.float32
@@ -239,7 +240,7 @@ def _bias(checkpoint: Checkpoint, names: Names, module: str) -> str:
         return match(names, f"{module}.bias", f"the bias of module '{module}'")
     except PimergeError as error:
         raise PimergeError(
-            f"module '{module}' has a bias update (lora_bias), its layer in the checkpoint has no bias",
+            f"module '{module}' has a bias update (lora_bias), but its layer in the checkpoint has no bias",
             "merge into an adapter instead, or train without lora_bias",
         ) from error
 
@@ -247,7 +248,7 @@ def _bias(checkpoint: Checkpoint, names: Names, module: str) -> str:
 def _heads(
     checkpoint: Checkpoint, names: Names, head: Mapping[str, Tensor], updated: Mapping[str, str], problems: Problems
 ) -> dict[str, str]:
-    """Key → parameter name of each head tensor; one that the checkpoint lacks is added under its own name."""
+    """Key → parameter name of each head tensor; a tensor that the checkpoint lacks is added under its own name."""
     found: dict[str, str] = {}
     for name in head:
         key = name
@@ -258,21 +259,21 @@ def _heads(
                 if name in names.known or name in names.converted:
                     raise
             if key in found or key in updated:
-                problems.add(f"'{key}' would be both replaced by the head and changed by another part of the adapter")
+                problems.add(f"'{key}' would be replaced by the head and also changed by another part of the adapter")
             found[key] = name
     return found
 
 
 def _shares(names: Names, touched: set[str]) -> bool:
-    """Whether a tensor that several parameters share is among those that change."""
+    """Whether any of the changed tensors is shared by several parameters."""
     keys = {name: key for key, name in names.parameter.items()}
     return any(keys.get(name, name) in touched for group in names.groups for name in group)
 
 
 def _untied(checkpoint: Checkpoint, names: Names, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config of a model whose shared weights are apart."""
+    """The config of the model with its tied weights separated."""
     shared = ", ".join(sorted(names.shared or ()))
-    hint = "merge into an adapter instead, or leave the module that shares its weight out"
+    hint = "merge into an adapter instead, or leave out the module that shares its weight"
     if config.get("is_encoder_decoder"):
         raise PimergeError(f"{shared} share one tensor, which cannot be untied in an encoder-decoder", hint)
     changed = {

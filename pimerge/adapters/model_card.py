@@ -1,4 +1,4 @@
-"""The model card of an output: its README.md, with what the Hub reads at its top."""
+"""The model card of an output: a README.md whose front matter the Hub reads."""
 
 from __future__ import annotations
 
@@ -13,13 +13,12 @@ UNKNOWN = "not stated"
 
 @dataclass(frozen=True)
 class Source:
-    """What went in.
+    """An expert or checkpoint that was merged.
 
     Attributes:
-        name: an expert's or a checkpoint's.
-        sha256: of its tensors.
-        licence: as its own card says; ``not stated`` if it does not.
-        weight: what it was weighted with, as text.
+        sha256: hash of its tensors.
+        licence: the licence on its own card; ``not stated`` without one.
+        weight: its weight in the merge, as text.
         scale: strength of its update before it was merged.
     """
 
@@ -31,7 +30,7 @@ class Source:
 
 
 def licence_of(folder: Path) -> str:
-    """The licence that the card in a folder states.
+    """Read the licence from the card in a folder.
 
     >>> licence_of(Path("/no/such/folder"))
     'not stated'
@@ -41,7 +40,7 @@ def licence_of(folder: Path) -> str:
 
     try:
         metadata: Any = metadata_load(folder / CARD_FILE)
-    except (OSError, ValueError, YAMLError):  # no card, no text, or one that nobody can parse
+    except (OSError, ValueError, YAMLError):  # no card, not UTF-8, or invalid YAML
         return UNKNOWN
     licence = metadata.get("license") if isinstance(metadata, dict) else None
     if licence == "other" and metadata.get("license_name"):
@@ -57,30 +56,30 @@ def card(
     options: Mapping[str, Any],
     truncation: str,
     loading: str,
-    *,
-    adapter: bool,
-    kind: str = "lora",
+    kind: str | None = "lora",
 ) -> str:
-    """A README.md.
+    """Compose a README.md.
 
     Args:
-        base: the base model's name.
+        base: name of the base model.
         summary: one line on the method, with its source.
-        truncation: what was lost, as a sentence.
-        loading: Python that loads the result.
-        adapter: whether it is an adapter; else a full model.
-        kind: of the adapter.
+        truncation: the truncation error, as a sentence.
+        loading: Python code that loads the result.
+        kind: kind of an adapter; None for a full model.
     """
     from huggingface_hub import ModelCardData
 
     known = {source.licence for source in sources}
     front = ModelCardData(
         base_model=base,
-        library_name="peft" if adapter else "transformers",
+        library_name="peft" if kind else "transformers",
         license=known.pop() if len(known) == 1 and UNKNOWN not in known else None,
-        tags=["merge", "pimerge", *([kind] if adapter else [])],
+        tags=["merge", "pimerge", *([kind] if kind else [])],
     )
-    rows = "\n".join(f"| {s.name} | {_strength(s)} | {s.licence} | `{s.sha256}` |" for s in sources)
+    rows = "\n".join(
+        f"| {s.name} | {s.weight}{'' if s.scale == 1 else f' at scale {s.scale:g}'} | {s.licence} | `{s.sha256}` |"
+        for s in sources
+    )
     chosen = ", ".join(f"{name} {value}" for name, value in options.items()) or "none"
     return f"""---
 {front.to_yaml()}
@@ -88,7 +87,7 @@ def card(
 
 # {base.rpartition("/")[2]}, merged by {method}
 
-{"An adapter" if adapter else "A model"} merged from {len(sources)} {"expert" if len(sources) == 1 else "experts"} \
+{"An adapter" if kind else "A model"} merged from {len(sources)} {"expert" if len(sources) == 1 else "experts"} \
 for the base `{base}` by pimerge.
 
 | source | weight | licence | SHA-256 of its tensors |
@@ -99,8 +98,8 @@ for the base `{base}` by pimerge.
 - **Options**: {chosen}
 - **Truncation**: {truncation}
 
-The weights by module are in `coefficients.json` where there are any; every option, version and hash is in \
-`pimerge.json`. Whether the result may be used as you mean to depends on the licences of all sources and of the base.
+The weights by module, if there are any, are in `coefficients.json`; every option, version and hash is in \
+`pimerge.json`. The licences of all sources and of the base limit how the result may be used.
 
 ## Loading
 
@@ -108,7 +107,3 @@ The weights by module are in `coefficients.json` where there are any; every opti
 {loading.strip()}
 ```
 """
-
-
-def _strength(source: Source) -> str:
-    return source.weight if source.scale == 1 else f"{source.weight} at scale {source.scale:g}"

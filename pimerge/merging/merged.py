@@ -163,17 +163,7 @@ class Merged(ABC):
         method = self.method.strategy
         summary = f"{method.summary} {method.formula} ({method.paper})."
         options = {**self.method.options, **more, "seed": self.method.seed}
-        return card(
-            base,
-            sources,
-            method.name,
-            summary,
-            options,
-            truncation,
-            loading,
-            adapter=kind is not None,
-            kind=kind or "",
-        )
+        return card(base, sources, method.name, summary, options, truncation, loading, kind)
 
 
 @dataclass

@@ -10,7 +10,7 @@ import torch
 
 from pimerge.adapters.head import Head
 from pimerge.adapters.lora_module import Factors
-from pimerge.adapters.merge_into import MergeIntoPlan, fold, label_fields, plan_merge_into
+from pimerge.adapters.merge_into import MergeIntoPlan, label_fields, merge_into, plan_merge_into
 from pimerge.adapters.merged_module import Summary, relative_error
 from pimerge.adapters.writer import COEFFICIENTS_FILE
 from pimerge.checkpoints.base import Base, find_base
@@ -68,7 +68,7 @@ class MergedIntoCheckpoint(MergedUpdates):
             return merged.factors
 
         with new_folder(request.folder, force=request.force) as partial:
-            written = fold(
+            written = merge_into(
                 self.into,
                 update,
                 partial / checkpoint.name if checkpoint.is_file else partial,

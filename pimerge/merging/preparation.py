@@ -65,7 +65,8 @@ def prepare(
     names = [name for name in found if selected(name)]
     if not names:
         raise PimergeError(
-            "no module is left to merge", f"the experts have {len(found)}, such as '{found[0]}'; look at --include"
+            "no module is left to merge",
+            f"the experts have {len(found)}, such as '{found[0]}'; look at --include and --exclude",
         )
     by_module = _weights_by_module(found, weights, len(experts))
     kept, totals, joined = _joined(experts, {name: by_module[name] for name in names})

@@ -159,7 +159,9 @@ def prepare_tensors(
             "leave out --include and --exclude",
         )
     if len(left_out) == len(first.tensor_sets):
-        raise PimergeError("no module is left to merge", f"they are named like '{left_out[0]}'; look at --include")
+        raise PimergeError(
+            "no module is left to merge", f"they are named like '{left_out[0]}'; look at --include and --exclude"
+        )
     chosen = {name: [0.0] * len(experts) if name in left_out else weights[name] for name in first.tensor_sets}
     return TensorMerge(experts, chosen, method, dtype, base_reader(first.base), fisher)
 

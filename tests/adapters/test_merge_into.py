@@ -1,4 +1,4 @@
-"""Folding an adapter into its base, against PEFT's model of the two."""
+"""Merging an adapter into a full checkpoint, against PEFT's model of the two."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from pimerge.adapters.expert import Expert, open_expert
-from pimerge.adapters.merge_into import MergedInto, fold, label_fields, plan_merge_into
+from pimerge.adapters.merge_into import MergedInto, label_fields, merge_into, plan_merge_into
 from pimerge.checkpoints.checkpoint import open_checkpoint
 from pimerge.core.errors import PimergeError
 from tests.support.bases import model_for
@@ -23,8 +23,8 @@ from tests.support.experts import MakeExpert, raw_expert
 from tests.support.numerics import normal
 
 
-def folded(base: Path, expert: Expert, output: Path, **options: Any) -> MergedInto:
-    """Fold one expert as it is."""
+def merged_into(base: Path, expert: Expert, output: Path, **options: Any) -> MergedInto:
+    """Merge one expert into a checkpoint."""
     head, fields = options.pop("head", expert.head_tensors()), options.pop("fields", None)
     checkpoint = open_checkpoint(base)
     plan = plan_merge_into(
@@ -36,7 +36,7 @@ def folded(base: Path, expert: Expert, output: Path, **options: Any) -> MergedIn
     )
     if not checkpoint.is_file:
         output.mkdir()
-    return fold(plan, expert.factors, output, head=head, **options)
+    return merge_into(plan, expert.factors, output, head=head, **options)
 
 
 def transformers_class(base: Path) -> Any:
@@ -57,7 +57,7 @@ def test_folded_checkpoint_answers_as_the_adapter(
 ) -> None:
     base = request.getfixturevalue(f"{kind}_base")
     expert = open_expert(make_expert(tmp_path / "expert", base, target_modules=ALL[kind], use_rslora=True))
-    done = folded(base, expert, tmp_path / "out", fields=label_fields(["x", "y"]))
+    done = merged_into(base, expert, tmp_path / "out", fields=label_fields(["x", "y"]))
     loaded: Any = transformers_class(base).from_pretrained(tmp_path / "out")
     loaded.config.pad_token_id = 0
     wanted = logits(PeftModel.from_pretrained(model_for(base), expert.path), kind)
@@ -72,7 +72,7 @@ def test_folded_checkpoint_answers_as_the_adapter(
 
 def test_bias_update_is_added(bert_base: Path, tmp_path: Path, make_expert: MakeExpert) -> None:
     expert = open_expert(make_expert(tmp_path / "expert", bert_base, lora_bias=True))
-    folded(bert_base, expert, tmp_path / "out")
+    merged_into(bert_base, expert, tmp_path / "out")
     loaded: Any = transformers_class(bert_base).from_pretrained(tmp_path / "out")
     wanted = logits(PeftModel.from_pretrained(model_for(bert_base), expert.path), "bert")
     assert (logits(loaded, "bert") - wanted).abs().max() < 1e-5
@@ -97,7 +97,7 @@ def test_the_backbones_prefix_may_be_on_either_side(
         model.save_pretrained(tmp_path / "expert")
         expert, base = tmp_path / "expert", full
     opened = open_expert(expert)
-    folded(base, opened, tmp_path / "out")
+    merged_into(base, opened, tmp_path / "out")
     before, after = tensors(base), tensors(tmp_path / "out")
     module, factors = "encoder.layer.1.attention.self.query", None
     for name in opened.modules:
@@ -113,7 +113,7 @@ def test_the_backbones_prefix_may_be_on_either_side(
 def test_modules_by_the_names_of_older_and_newer_transformers(name: str, vit_base: Path, tmp_path: Path) -> None:
     update = (normal(2, 16), normal(16, 2))
     expert = open_expert(raw_expert(tmp_path / "e", {name: update}))
-    folded(vit_base, expert, tmp_path / "out")
+    merged_into(vit_base, expert, tmp_path / "out")
     key = "layers.1.attention.q_proj.weight"
     before, after = (transformers.ViTModel.from_pretrained(path).state_dict() for path in (vit_base, tmp_path / "out"))
     assert torch.allclose(after[key], before[key] + update[1] @ update[0], atol=1e-6)
@@ -124,7 +124,7 @@ def test_sharded_and_generation_config(gpt2_base: Path, tmp_path: Path, make_exp
     transformers.GPT2Model.from_pretrained(gpt2_base).save_pretrained(base, max_shard_size="8KB")
     (base / "generation_config.json").write_text('{ "max_length":7}')
     expert = open_expert(make_expert(tmp_path / "expert", gpt2_base, head=False))
-    folded(base, expert, tmp_path / "out")
+    merged_into(base, expert, tmp_path / "out")
     before, after = contents(base), contents(tmp_path / "out")
     assert before.keys() == after.keys()
     assert all(before[name] == after[name] for name in before if not name.endswith(".safetensors"))
@@ -171,7 +171,7 @@ def test_tied_weights_are_untied_only_if_one_changes(
             parameter.data.copy_(normal(*parameter.shape, seed=index, scale=0.3))
     wanted = logits(model, "gpt2")
     model.save_pretrained(tmp_path / "expert", save_embedding_layers=False)
-    done = folded(tied, open_expert(tmp_path / "expert"), tmp_path / "out")
+    done = merged_into(tied, open_expert(tmp_path / "expert"), tmp_path / "out")
     loaded = transformers.Qwen2ForCausalLM.from_pretrained(tmp_path / "out")
     assert (logits(loaded, "gpt2") - wanted).abs().max() < 1e-5
     assert done.untied is untied
@@ -185,7 +185,7 @@ def test_rounded_once(tmp_path: Path, dtype: torch.dtype) -> None:
     (A, B), W = (normal(2, 6, seed=1), normal(8, 2, seed=2)), normal(8, 6).to(dtype)
     save_file({"unet.a.weight": W}, tmp_path / "x.safetensors")
     expert = open_expert(raw_expert(tmp_path / "e", {"a": (A, B)}))
-    folded(tmp_path / "x.safetensors", expert, tmp_path / "y.safetensors")
+    merged_into(tmp_path / "x.safetensors", expert, tmp_path / "y.safetensors")
     found = load_file(tmp_path / "y.safetensors")["unet.a.weight"]
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     assert torch.equal(found, torch.addmm(W.to(wide), B.to(wide), A.to(wide)).to(dtype))
@@ -197,7 +197,7 @@ def test_diffusion_file_by_other_separators_and_conv(tmp_path: Path) -> None:
     save_file({**weights, "vae.x.weight": normal(2, 2)}, tmp_path / "x.safetensors")
     updates = {"down_0_to_q": (normal(2, 6), normal(4, 2)), "unet.down.0.conv": (normal(2, 18), normal(4, 2))}
     expert = open_expert(raw_expert(tmp_path / "e", updates))
-    folded(tmp_path / "x.safetensors", expert, tmp_path / "y.safetensors")
+    merged_into(tmp_path / "x.safetensors", expert, tmp_path / "y.safetensors")
     after = load_file(tmp_path / "y.safetensors")
     for (key, W), (A, B) in zip(weights.items(), updates.values(), strict=True):
         assert torch.allclose(after[key], W + (B @ A).view(W.shape), atol=1e-6)
@@ -208,7 +208,7 @@ def test_square_weights_follow_fan_in_fan_out(tmp_path: Path, turned: bool) -> N
     A, B, W = normal(2, 5, seed=1), normal(5, 2, seed=2), normal(5, 5)
     save_file({"a.weight": W}, tmp_path / "x.safetensors")
     expert = open_expert(raw_expert(tmp_path / "e", {"a": (A, B)}, fan_in_fan_out=turned))
-    folded(tmp_path / "x.safetensors", expert, tmp_path / "y.safetensors")
+    merged_into(tmp_path / "x.safetensors", expert, tmp_path / "y.safetensors")
     delta = (B @ A).T if turned else B @ A
     assert torch.allclose(load_file(tmp_path / "y.safetensors")["a.weight"], W + delta, atol=1e-6)
 

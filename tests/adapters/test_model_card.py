@@ -16,7 +16,7 @@ def source(name: str, licence: str = UNKNOWN) -> Source:
     return Source(name, "0" * 64, licence, "0.500")
 
 
-def written(folder: Path, licences: list[str], adapter: bool = True, **changed: Any) -> tuple[dict[str, Any], str]:
+def written(folder: Path, licences: list[str], **changed: Any) -> tuple[dict[str, Any], str]:
     """The front matter as the Hub reads it, and the whole text."""
     sources = [source(f"e{index}", licence) for index, licence in enumerate(licences)]
     settings = {
@@ -27,7 +27,7 @@ def written(folder: Path, licences: list[str], adapter: bool = True, **changed: 
         "truncation": "nothing is lost.",
         "loading": "\nimport peft\n",
     }
-    text = card(sources=sources, adapter=adapter, **(settings | changed))
+    text = card(sources=sources, **(settings | changed))
     (folder / CARD_FILE).write_text(text)
     metadata = metadata_load(folder / CARD_FILE)
     assert metadata is not None
@@ -60,7 +60,7 @@ def test_the_front_matter_is_yaml_whatever_the_base_is_called(tmp_path: Path) ->
     assert (metadata["library_name"], metadata["tags"]) == ("peft", ["merge", "pimerge", "lora"])
     assert "# some: base #1, merged by ties" in text
     assert "An adapter merged from 1 expert for the base" in text
-    metadata, text = written(tmp_path, ["mit", "mit"], adapter=False)
+    metadata, text = written(tmp_path, ["mit", "mit"], kind=None)
     assert (metadata["library_name"], metadata["tags"]) == ("transformers", ["merge", "pimerge"])
     assert "A model merged from 2 experts for the base" in text
 
