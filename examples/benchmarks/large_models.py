@@ -43,7 +43,7 @@ from pimerge.checkpoints.base import find_base
 from pimerge.cli.console import print_table
 from pimerge.core.libraries import quiet_libraries
 from pimerge.core.progress import Advance
-from pimerge.embedding.embed_expert import EmbedOutcome, embed_expert
+from pimerge.embedding.embed_expert import EmbedOptions, EmbedOutcome, embed_expert
 from pimerge.embedding.store import Store
 from pimerge.embedding.store_schema import EmbedSettings
 from pimerge.models.loading import Bases, resolve_device, resolve_dtype
@@ -167,7 +167,7 @@ def measure(shape: str, folder: Path, arguments: argparse.Namespace) -> list[lis
         "embed",
         1,
         lambda watch: embed_expert(
-            experts[0], own, store, settings, bases, batch_tokens=arguments.batch_tokens, track=watch
+            experts[0], own, store, settings, bases, EmbedOptions(arguments.batch_tokens), track=watch
         ),
     )
     return rows

@@ -13,7 +13,7 @@ from pimerge.adapters.selected import pool_members
 from pimerge.core.errors import PimergeError, Problems
 from pimerge.core.libraries import quiet_libraries
 from pimerge.core.progress import Note, Track, silent, unheard
-from pimerge.embedding.embed_expert import EmbedOutcome, LabelMode, embed_expert
+from pimerge.embedding.embed_expert import EmbedOptions, EmbedOutcome, LabelMode, embed_expert
 from pimerge.embedding.store import Store
 from pimerge.embedding.store_schema import Embedding, EmbedSettings
 from pimerge.models.loading import Bases, resolve_device, resolve_dtype
@@ -123,21 +123,12 @@ def embed(
     # experts of one base and as many labels follow each other, so that it is loaded once
     ready.sort(key=lambda pair: (pair[0].base.identity, pair[1].file.type, len(pair[1].labels)))
     settings = EmbedSettings(labels=labels, max_examples=examples, shots=shots, seed=seed)
+    options = EmbedOptions(batch_tokens, grams, force)
     computed = []
     try:
         for number, (expert, own) in enumerate(ready, 1):
             note(f"[{number}/{len(ready)}] {expert.name}")
-            outcome = embed_expert(
-                expert,
-                own,
-                target,
-                settings,
-                bases,
-                batch_tokens=batch_tokens,
-                grams=grams,
-                force=force,
-                track=track,
-            )
+            outcome = embed_expert(expert, own, target, settings, bases, options, track=track)
             if outcome.computed:
                 computed.append(expert.name)
             for remark in _remarks(outcome):

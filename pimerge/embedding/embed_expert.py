@@ -44,6 +44,21 @@ class LabelMode(StrEnum):
 
 
 @dataclass(frozen=True)
+class EmbedOptions:
+    """How an expert is embedded, beside the settings that its embedding depends on.
+
+    Attributes:
+        batch_tokens: most tokens of a batch; None for :func:`default_batch_tokens`.
+        grams: with the Gram matrices of the layers' inputs; an expert that has them already keeps them.
+        force: compute what the store has already.
+    """
+
+    batch_tokens: int | None = None
+    grams: bool = False
+    force: bool = False
+
+
+@dataclass(frozen=True)
 class EmbedOutcome:
     """What became of one expert.
 
@@ -65,10 +80,8 @@ def embed_expert(
     store: Store,
     settings: EmbedSettings,
     bases: Bases,
+    options: EmbedOptions = EmbedOptions(),  # noqa: B008: it is frozen
     *,
-    batch_tokens: int | None = None,
-    grams: bool = False,
-    force: bool = False,
     track: Track = silent,
 ) -> EmbedOutcome:
     """Embed one expert by the diagonal Fisher information of its parameters on the training split of its task.
@@ -78,9 +91,6 @@ def embed_expert(
     Args:
         settings: label mode, examples, seed.
         bases: loads the base on its device, in its dtype.
-        batch_tokens: most tokens of a batch; None for :func:`default_batch_tokens`.
-        grams: with the Gram matrices of the layers' inputs; an expert that has them already keeps them.
-        force: compute it even if the store has it already.
     """
     settings = settings.model_copy(update={"dtype": str(bases.dtype).removeprefix("torch.")})
     fields: dict[str, Any] = {
@@ -93,8 +103,8 @@ def embed_expert(
         "settings": settings,
     }
     # they serve merging in ΔW; and a merge by them must not fail as soon as somebody embeds the pool once more
-    grams = bool(expert.modules) and (grams or store.has_grams(expert.name))
-    if not force and store.is_current(expert.name, fields, grams):
+    grams = bool(expert.modules) and (options.grams or store.has_grams(expert.name))
+    if not options.force and store.is_current(expert.name, fields, grams):
         return EmbedOutcome(expert.name, computed=False)
     loaded = bases.load(expert.base, task)
     if not expert.head and not loaded.has_own_head:
@@ -110,7 +120,7 @@ def embed_expert(
         seed=settings.seed,
         limit=settings.max_examples,
     )
-    tokens = batch_tokens or default_batch_tokens(bases.device, loaded.config)
+    tokens = options.batch_tokens or default_batch_tokens(bases.device, loaded.config)
     batches = bucket_by_length(examples.lengths, tokens if examples.alike else 1, padded=not expert.virtual_tokens)
     fisher, tensors = _measure(
         expert, loaded, EncodedBatches(task, examples, batches, bases.device), bases, settings, grams, track

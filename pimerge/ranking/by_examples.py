@@ -71,7 +71,7 @@ def rank_by_examples(
                 f"not selected: {', '.join(unsure)}: the best of many candidates gains something by luck, so a gain "
                 "has to be above three of its errors (--no-gate selects them anyway)"
             )
-    return document(
+    ranking = document(
         target,
         measure.name,
         count,
@@ -80,9 +80,8 @@ def rank_by_examples(
         helpful[:count],
         f"of {len(candidates)} experts by '{measure.name}' on {len(reader.labels)} examples: " + measure.summary,
         notes,
-        verdict.base_score,
-        reader.seen(),
     )
+    return ranking.model_copy(update={"base_score": verdict.base_score, "seen": reader.seen()})
 
 
 @dataclass(frozen=True)

@@ -45,11 +45,8 @@ def rank_by_store(store: Store, target: str, measure: Measure, rule: SelectionRu
         )
         for (name, expert), score, error in zip(compared.experts.items(), scores, errors, strict=True)
     ]
-    candidates.sort(key=lambda candidate: (-candidate.score, candidate.name))
     notes: list[str] = []
-    every = [candidate for candidate in candidates if candidate.helps or not rule.gate]
-    helpful = of_first_kind(every, compared.experts, notes)
-    count = rule.k if rule.k is not None else widest_gap([candidate.score for candidate in helpful])
+    count, helpful = _helpful(candidates, compared.experts, rule, notes)
     if compared.shortlisted_from is not None:
         notes.append(
             f"the {len(candidates) + len(compared.excluded)} nearest of {compared.shortlisted_from} by their "
@@ -104,11 +101,8 @@ def rank_by_history(
         error = min(error, 1.0)
         judged = GainEstimate(strength, gain, error, gain, error, least_errors=LEAST_ERRORS_OF_HISTORY)
         candidates.append(candidate_of(name, expert, judged))
-    candidates.sort(key=lambda candidate: (-candidate.score, candidate.name))
-    every = [candidate for candidate in candidates if candidate.helps or not rule.gate]
     notes: list[str] = []
-    helpful = of_first_kind(every, experts, notes)
-    count = rule.k if rule.k is not None else widest_gap([candidate.score for candidate in helpful])
+    count, helpful = _helpful(candidates, experts, rule, notes)
     weighted = "weighted by their similarity to it" if similarities else "weighted alike, since it is not in the store"
     return document(
         target,
@@ -119,8 +113,17 @@ def rank_by_history(
         helpful[:count],
         f"of {len(candidates)} experts by '{measure.name}': {measure.summary}",
         [f"from the gains for {len(history)} other targets, {weighted}", *notes],
-        0.0,
-    )
+    ).model_copy(update={"base_score": 0.0})
+
+
+def _helpful(
+    candidates: list[Candidate], experts: Mapping[str, Expert], rule: SelectionRule, notes: list[str]
+) -> tuple[int, list[Candidate]]:
+    """Sort the candidates; how many are selected, and from which."""
+    candidates.sort(key=lambda candidate: (-candidate.score, candidate.name))
+    every = [candidate for candidate in candidates if candidate.helps or not rule.gate]
+    helpful = of_first_kind(every, experts, notes)
+    return rule.k if rule.k is not None else widest_gap([candidate.score for candidate in helpful]), helpful
 
 
 def _scores(compared: StoreComparison) -> tuple[list[float], list[float]]:

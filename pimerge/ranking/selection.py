@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pimerge.adapters.expert import Expert
-from pimerge.adapters.ranking_document import Candidate, NotComparable, Ranking, Seen, Target
+from pimerge.adapters.ranking_document import Candidate, NotComparable, Ranking, Target
 from pimerge.core.files import relative_to
 
 MOST = 8
@@ -122,8 +122,6 @@ def document(
     selected: Sequence[Candidate],
     what: str,
     notes: list[str],
-    base_score: float | None = None,
-    seen: Seen | None = None,
 ) -> Ranking:
     """The document, with the sentence on why these experts are selected."""
     if selected:
@@ -139,8 +137,6 @@ def document(
         selected=[candidate.name for candidate in selected],
         why=why,
         notes=notes,
-        base_score=base_score,
-        seen=seen,
         candidates=candidates,
         not_comparable=[NotComparable(name=name, reason=reason) for name, reason in excluded.items()],
     )

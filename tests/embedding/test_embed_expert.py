@@ -18,7 +18,7 @@ from pimerge.adapters.compatibility import check_expert
 from pimerge.adapters.expert import open_expert
 from pimerge.core.errors import PimergeError
 from pimerge.embedding import embed_expert as embedding
-from pimerge.embedding.embed_expert import EmbedOutcome, embed_expert
+from pimerge.embedding.embed_expert import EmbedOptions, EmbedOutcome, embed_expert
 from pimerge.embedding.random_projection import from_texts
 from pimerge.embedding.store import Store
 from pimerge.embedding.store_schema import EmbedSettings
@@ -40,9 +40,7 @@ def embed_into(store: Store, folder: Path, dtype: torch.dtype = torch.float32, *
     settings = EmbedSettings(**{"max_examples": LIMIT, **options})
     expert = open_expert(folder)
     bases = Bases(torch.device("cpu"), dtype)
-    return embed_expert(
-        expert, check_expert(expert), store, settings, bases, batch_tokens=tokens, grams=grams, force=force
-    )
+    return embed_expert(expert, check_expert(expert), store, settings, bases, EmbedOptions(tokens, grams, force))
 
 
 def own_fisher(folder: Path, base: Path, draw_seed: int | None = None) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from pimerge.adapters.compatibility import check_expert
 from pimerge.adapters.expert import open_expert
 from pimerge.adapters.keys import PREFIX
 from pimerge.embedding import embed_expert as embedding
-from pimerge.embedding.embed_expert import embed_expert
+from pimerge.embedding.embed_expert import EmbedOptions, embed_expert
 from pimerge.embedding.input_grams import linear_layers
 from pimerge.embedding.layer_moments import SecondMoments
 from pimerge.embedding.random_projection import DIRECTIONS, projection
@@ -197,7 +197,7 @@ def embedded(folder: Path, store: Path, **options: Any) -> dict[str, Tensor]:
         found,
         EmbedSettings(max_examples=LIMIT, labels=labels),
         bases,
-        batch_tokens=tokens,
+        EmbedOptions(tokens),
     )
     file = found.second_moments_file(expert.name)
     return {key: file.read(key) for key in file.entries if not key.startswith("update.")}

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from pimerge.adapters.expert import Expert, open_expert
 from pimerge.checkpoints.base import find_base
 from pimerge.core.errors import PimergeError
-from pimerge.embedding.embed_expert import embed_expert
+from pimerge.embedding.embed_expert import EmbedOptions, embed_expert
 from pimerge.embedding.features import FeatureReader, Sampling
 from pimerge.embedding.fisher import diagonal_fisher
 from pimerge.embedding.input_grams import linear_layers
@@ -170,7 +170,7 @@ def test_images_of_several_sizes_are_embedded_one_by_one(
         expected += sum(float(gradient.square().sum()) for gradient in gradients) / 6
     store = Store(tmp_path / "embeddings.json")
     settings = EmbedSettings(labels="true", max_examples=6, shots=None, seed=0)
-    outcome = embed_expert(case.expert, case.task, store, settings, Bases(CPU, torch.float32), batch_tokens=1000)
+    outcome = embed_expert(case.expert, case.task, store, settings, Bases(CPU, torch.float32), EmbedOptions(1000))
     assert outcome.fisher is not None
     found = sum(float(value.sum()) for value in outcome.fisher.diagonal.values())
     assert found == pytest.approx(expected, rel=1e-3)

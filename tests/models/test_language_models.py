@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pimerge.adapters.expert import Expert, open_expert
 from pimerge.checkpoints.base import find_base
 from pimerge.core.errors import PimergeError
-from pimerge.embedding.embed_expert import embed_expert
+from pimerge.embedding.embed_expert import EmbedOptions, embed_expert
 from pimerge.embedding.features import FeatureReader, Sampling
 from pimerge.embedding.fisher import diagonal_fisher
 from pimerge.embedding.input_grams import linear_layers
@@ -114,7 +114,7 @@ def test_an_embedding_does_not_depend_on_the_batches_and_knows_sampled_labels(ca
     for labels, tokens in (("true", 1), ("true", 1000), ("sampled", 1), ("sampled", 1000)):
         store = Store(tmp_path / f"{labels}-{tokens}.json")
         settings = EmbedSettings(labels=labels, max_examples=COUNT, shots=None, seed=0)
-        outcome = embed_expert(case.expert, case.task, store, settings, Bases(CPU, torch.float32), batch_tokens=tokens)
+        outcome = embed_expert(case.expert, case.task, store, settings, Bases(CPU, torch.float32), EmbedOptions(tokens))
         assert outcome.fisher is not None
         assert outcome.fisher.route == "rules"
         diagonals[labels, tokens] = torch.cat([v.flatten() for _, v in sorted(outcome.fisher.diagonal.items())])
