@@ -191,7 +191,7 @@ class Expert:
             kinds = KINDS.names()
             known = "download it first (hf download NAME), or pass --base with its folder"
             raise PimergeError(
-                f"'{self.name}' is of PEFT's kind {self.kind}, which is only looked at: {self.unhandled}",
+                f"'{self.name}' is of PEFT's kind {self.kind}, which pimerge can only inspect: {self.unhandled}",
                 known if self.kind in kinds else f"pimerge combines the kinds: {', '.join(kinds)}",
             )
 
@@ -214,7 +214,7 @@ def open_expert(
     with problems.collected():
         config = read_json(path / CONFIG)
         if not isinstance(config, dict):
-            raise PimergeError(f"'{path / CONFIG}' is no JSON object", "save the adapter again with PEFT")
+            raise PimergeError(f"'{path / CONFIG}' is not a JSON object", "save the adapter again with PEFT")
     file = None
     with problems.collected():
         file = tensors_of(path)
@@ -234,7 +234,7 @@ def _folder(reference: str | Path) -> Path:
         if not looks_like_expert(path):
             inside = [str(each) for each in sorted(path.iterdir()) if looks_like_expert(each)]
             raise PimergeError(
-                f"'{path}' is no expert: it has no {CONFIG} and no {WEIGHTS}",
+                f"'{path}' is not an expert: it has no {CONFIG} and no {WEIGHTS}",
                 f"name one of those in it: {', '.join(inside[:5])}" if inside else "",
             )
         return path

@@ -50,7 +50,7 @@ def download(reference: str) -> Path:
         if found is None:
             reason, hint = _why_no_download(error, match["id"], match["revision"])
             raise PimergeError(
-                f"'{reference}' is no folder here and cannot be had from the Hub: {reason}", hint
+                f"'{reference}' is not a folder here and cannot be downloaded from the Hub: {reason}", hint
             ) from error
         path = Path(found)
     missing = " and no ".join(name for name in (CONFIG, WEIGHTS) if not (path / name).is_file())
@@ -58,7 +58,7 @@ def download(reference: str) -> Path:
         raise PimergeError(f"the Hub's local cache has no {missing} of '{reference}'", _ONLINE)
     if missing:
         raise PimergeError(
-            f"'{reference}' is no adapter: its repository on the Hub has no {missing}",
+            f"'{reference}' is not an adapter: its repository on the Hub has no {missing}",
             "expected what PEFT's save_pretrained writes, as safetensors; a pickle (adapter_model.bin) is not read",
         )
     return path

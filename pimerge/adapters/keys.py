@@ -42,7 +42,7 @@ def sort_keys(
         shown = ", ".join(unknown[:5]) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
         problems.add(
             f"tensors that are neither {what} nor in modules_to_save: {shown}",
-            "save the adapter with PEFT (for embeddings: save_embedding_layers=False); nothing is dropped in silence",
+            "save the adapter with PEFT (for embeddings: save_embedding_layers=False); nothing is dropped silently",
         )
     if not keys and not problems.found:
         problems.add(f"it holds no {what}", "save the adapter again: model.save_pretrained(FOLDER)")

@@ -200,7 +200,7 @@ def _check_shard(
 def _object(path: Path) -> dict[str, Any]:
     document = read_json(path)
     if not isinstance(document, dict):
-        raise PimergeError(f"'{path}' is no JSON object", "download or save the checkpoint again")
+        raise PimergeError(f"'{path}' is not a JSON object", "download or save the checkpoint again")
     return document
 
 

@@ -135,7 +135,7 @@ def open_tensors(path: Path) -> TensorFile:
             header = json.loads(file.read(size))
     except (SafetensorError, OSError) as error:
         raise PimergeError(
-            f"'{path}' is truncated or no safetensors file ({error})", "copy or save the file again"
+            f"'{path}' is truncated or not a safetensors file ({error})", "copy or save the file again"
         ) from error
     metadata = header.pop("__metadata__", None) or {}
     begin = 8 + size

@@ -39,7 +39,7 @@ class Commands(TyperGroup):
 app = typer.Typer(
     name="pimerge",
     cls=Commands,
-    help="Choose, merge and tune experts (LoRA adapters) from a pool for a new task with few labels.",
+    help="Rank, merge and tune experts (PEFT adapters) from a pool for a new task with few labels.",
     epilog="pimerge embed ./experts · pimerge rank --target X -k 2 · pimerge tune --method learned",
     no_args_is_help=True,
     add_completion=False,

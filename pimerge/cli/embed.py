@@ -17,7 +17,7 @@ def embed(
         list[str] | None, typer.Argument(help="Pools (folders of experts), experts, or Hub ids. Default: ./experts.")
     ] = None,
     store: options.StorePath = Path("embeddings.json"),
-    examples: Annotated[int, typer.Option(min=1, help="Most examples of each expert's training split.")] = 1000,
+    examples: Annotated[int, typer.Option(min=1, help="Maximum number of training examples per expert.")] = 1000,
     labels: Annotated[str, typer.Option(help="true: the data's labels; sampled: drawn from the model.")] = "true",
     shots: options.Shots = None,
     seed: options.Seed = 0,
@@ -29,8 +29,10 @@ def embed(
     base: options.BaseReference = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
-    skip_broken: Annotated[bool, typer.Option("--skip-broken", help="Embed the others and say which.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Compute what the store has already.")] = False,
+    skip_broken: Annotated[
+        bool, typer.Option("--skip-broken", help="Skip and report experts that cannot be embedded.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Recompute what the store already has.")] = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:

@@ -25,6 +25,6 @@ def parse_numbers(text: str, option: str) -> list[float]:
         except ValueError:
             number = math.nan
         if not math.isfinite(number):
-            raise PimergeError(f"{option} holds '{part}'", "expected numbers with commas between, such as 0.6,0.4")
+            raise PimergeError(f"{option} holds '{part}'", "expected numbers separated by commas, such as 0.6,0.4")
         numbers.append(number)
     return numbers

@@ -105,12 +105,12 @@ TargetReference = Annotated[
 BaseReference = Annotated[
     str | None, typer.Option("--base", help="Base model (folder or Hub id[@revision]), in place of the experts' own.")
 ]
-Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace existing output.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no hints.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")]
 Dtype = Annotated[str, typer.Option(help="auto (bfloat16 on a GPU, else float32), float32, bfloat16 or float64.")]
-Seed = Annotated[int, typer.Option(help="Seed of every random draw.")]
+Seed = Annotated[int, typer.Option(help="Seed of all random numbers.")]
 Shots = Annotated[int | None, typer.Option(help="Training examples per class, sampled. Default: all.")]
 ClassNames = Annotated[
     bool | None,
@@ -119,5 +119,5 @@ ClassNames = Annotated[
         "the names predict the examples."
     ),
 ]
-BatchTokens = Annotated[int | None, typer.Option(help="Tokens per batch, at most. Default: by device.", min=1)]
+BatchTokens = Annotated[int | None, typer.Option(help="Maximum tokens per batch. Default: by device.", min=1)]
 Rank = Annotated[str, typer.Option(help="Rank of the result: a number, or max (nothing is lost).")]

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 def tune(
     experts: options.Experts = None,
     method: Annotated[
-        str, typer.Option(help=f"How to combine and train; --methods says more: {', '.join(METHODS.names())}.")
+        str, typer.Option(help=f"How to combine and train; --methods explains each: {', '.join(METHODS.names())}.")
     ] = "guided",
     methods: Annotated[
         bool, typer.Option("--methods", help="List the methods, each with its formula and source.")
@@ -32,7 +32,7 @@ def tune(
     ranking: options.RankingPath = Path("ranking.json"),
     base: options.BaseReference = None,
     shots: options.Shots = None,
-    epochs: Annotated[float, typer.Option(help="Most passes over the training examples.")] = 30,
+    epochs: Annotated[float, typer.Option(help="Maximum number of passes over the training examples.")] = 30,
     lr: Annotated[
         float | None,
         typer.Option(
@@ -48,7 +48,9 @@ def tune(
         typer.Option(help="Share of the training examples kept for early stopping. Default: 0 for guided, else 0.2."),
     ] = None,
     patience: Annotated[int, typer.Option(help="Epochs without a lower held-out loss before training ends.")] = 8,
-    label_smoothing: Annotated[float, typer.Option(help="Share of the target spread over all classes.")] = 0.1,
+    label_smoothing: Annotated[
+        float, typer.Option(help="Share of the target probability spread over all classes.")
+    ] = 0.1,
     select: Annotated[
         str,
         typer.Option(
@@ -60,7 +62,8 @@ def tune(
         str, typer.Option(help="What weights decay towards: zero, or the start of the training.")
     ] = "zero",
     ema: Annotated[
-        float | None, typer.Option(help="Keep a moving average of what trains, with this decay, such as 0.99.")
+        float | None,
+        typer.Option(help="Keep a moving average of trained parameters with this decay, such as 0.99."),
     ] = None,
     sam: Annotated[
         float | None, typer.Option(help="Sharpness-aware minimisation with this radius, such as 0.05: twice the time.")

@@ -47,7 +47,7 @@ class TargetFeatures:
         labels: (n) int64, the target's classes 0 … classes − 1.
         classes: how many classes the target has; at least two of them are in ``labels``.
         logits: (n × classes of the candidate's own head), what that head answers; None without a head.
-        losses: (n) −log p(y|x) of the target's labels by a head that knows them; None without one.
+        losses: (n) −log p(y|x) of the target's labels, by a head for these labels; None without one.
     """
 
     vectors: Tensor
@@ -116,7 +116,7 @@ class FeatureReader:
             limit=sampling.limit,
         )
         if reason := why_not(task):
-            raise PimergeError(reason, "take a measure of the store, such as --measure fisher")
+            raise PimergeError(reason, "use a measure of the store, such as --measure fisher")
         if len(set(labels)) < 2:
             raise PimergeError(
                 f"all {len(labels)} examples of '{task.path}' are of the class '{task.labels[labels[0]]}'",

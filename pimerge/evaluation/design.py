@@ -183,4 +183,4 @@ def _check_data(
                 f"pass --shots {least} or all, or --draw-from with a larger split",
             )
     if design.seeds > 1 and any(shots is None or set(counts.values()) == {shots} for shots in design.shots):
-        note("where all examples are taken, seeds differ in init and order alone")
+        note("with all examples, the seeds differ only in init and order")

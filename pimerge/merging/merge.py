@@ -68,10 +68,10 @@ def merge(
             their scores where the method follows the ranking. None: 1/N.
         coefficients: weights from a file: the ``coefficients.json`` of an output, or JSON of expert → weight or
             expert → {glob: weight}.
-        space: where elementwise methods look at entries: ``core``, ``delta`` or ``factors``.
+        space: where elementwise methods work: ``core``, ``delta`` or ``factors``.
         seed: decides every random draw.
         rank: of the result: a number, ``max`` (nothing is lost) or ``auto`` (what ``energy`` needs).
-        energy: share of ‖ΔW‖² to keep by the least rank, module by module; ``auto`` has 0.99.
+        energy: share of ‖ΔW‖² to keep with the lowest rank, module by module; ``auto`` has 0.99.
         include: globs of modules or tensors; only those that match are merged.
         exclude: globs of modules or tensors to leave out.
         head: task head of the result: ``target``, ``average`` or ``none``.

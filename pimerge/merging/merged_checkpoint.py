@@ -128,7 +128,7 @@ def merged_checkpoint(request: MergeRequest, method: OpenedMethod) -> MergedChec
     sums = {round(sum(row), 9) for row in weights.values()}
     if request.base is None and method.space is Space.LINEAR and sums != {1.0}:
         raise PimergeError(
-            f"the weights sum to {sorted(sums)[0]:g}, and without a base only a mean has a meaning",
+            f"the weights sum to {sorted(sums)[0]:g}, and without a base only a mean is defined",
             "pass weights that sum to 1, or --base",
         )
     return MergedCheckpoint(request, method, plan, weights)

@@ -28,7 +28,7 @@ class EntrySpace(StrEnum):
     """Where an elementwise method looks at entries.
 
     ``CORE``: in the experts' own singular vectors, without a dense matrix. ``DELTA``: in the dense ΔW, one module at a
-    time. ``FACTORS``: in A and B apart, as PEFT does, for experts of one init.
+    time. ``FACTORS``: in A and B separately, as PEFT does, for experts of one init.
     """
 
     CORE = "core"
@@ -56,8 +56,8 @@ class ResultDtype(StrEnum):
 SPACE = Option(
     "space",
     EntrySpace,
-    "Where elementwise methods look at entries: core (in the experts' own singular vectors, without a dense matrix), "
-    "delta (in the dense ΔW, one module at a time) or factors (in A and B apart, as PEFT does: fast, and only for "
+    "Basis of elementwise methods: core (in the experts' own singular vectors, without a dense matrix), "
+    "delta (in the dense ΔW, one module at a time) or factors (in A and B separately, as PEFT does: fast, and only for "
     "experts of one init).",
 )
 HEAD = Option("head", HeadPolicy, "Task head of the result: the target's, the average, or none.")

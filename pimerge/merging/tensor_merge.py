@@ -150,12 +150,12 @@ def prepare_tensors(
         what = "a layer's inputs" if method.space is Space.INPUTS else "the singular vectors of ΔW"
         raise PimergeError(
             f"'{method.name}' works on {what}, and experts of kind {first.kind} have no ΔW",
-            "take a linear method such as uniform or interpolated, fisher, or an elementwise one such as ties",
+            "use a linear method such as uniform or interpolated, fisher, or an elementwise one such as ties",
         )
     left_out = [name for name in first.tensor_sets if not selected(name)]
     if left_out and not first.has_strength:
         raise PimergeError(
-            f"'{left_out[0]}' cannot be left out: nothing stands for a {first.kind} that changes nothing",
+            f"'{left_out[0]}' cannot be left out: nothing stands for a {first.kind} that leaves the base unchanged",
             "leave out --include and --exclude",
         )
     if len(left_out) == len(first.tensor_sets):
@@ -173,7 +173,7 @@ def base_reader(base: Base) -> BaseTensor:
     def opened() -> tuple[Checkpoint, Names]:
         if base.folder is None:
             raise PimergeError(
-                f"the base '{base.name}' is not on this machine, and its own values are needed to merge so",
+                f"the base '{base.name}' is not on this machine, and this merge needs its values",
                 "download it first (hf download NAME), pass --base with its folder, or take weights that sum to 1",
             )
         checkpoint = open_checkpoint(base.folder)

@@ -200,7 +200,7 @@ def probe_folds(labels: Tensor, folds: int, seed: int) -> Tensor:
     if largest < 2:
         raise PimergeError(
             "every class has one example, so none can be held out to test a probe",
-            "give at least two examples of a class, or take a measure that holds nothing out, such as logme",
+            "give at least two examples of a class, or use a measure that holds nothing out, such as logme",
         )
     return torch.tensor(stratified_folds(labels.tolist(), min(folds, largest), seed, level=True))
 

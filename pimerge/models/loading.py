@@ -84,7 +84,7 @@ def load_base(base: Base, task: Task, device: torch.device, dtype: torch.dtype, 
         raise PimergeError(
             f"the base model '{base.name}' has no weights for {', '.join(sorted(missing)[:5])}, "
             f"so it cannot answer in text ({task.file.type})",
-            "take a base that was trained as a language model",
+            "use a base that was trained as a language model",
         )
     head = _head_modules(model, missing) if trains_head else ()
     stray = sorted(key for key, *_ in info["mismatched_keys"] if not in_head(key, head))

@@ -56,7 +56,7 @@ def compare(store: Store, target: str, measure: Measure) -> StoreComparison:
     if measure.needs_update and not opened.modules:
         raise PimergeError(
             f"the measure compares updates ΔW, and '{target}' is of kind {opened.kind}, which has none",
-            "take --measure fisher, marginals or fisher-raw",
+            "use --measure fisher, marginals or fisher-raw",
         )
     own = _view(store, target, opened, measure)
     names, others = _alike(store, target, measure)

@@ -87,7 +87,7 @@ def ranked_state_dicts(target: str, request: RankRequest) -> Ranking | None:
     if measure.of_files is None:
         problems.add(
             f"'{measure.name}' needs experts with a config, and these are plain state dicts",
-            f"take --measure {BY_FILES}",
+            f"use --measure {BY_FILES}",
         )
     given = {"--shots": request.shots is not None, "--train-target": request.train_target}
     for option in [option for option, is_given in given.items() if is_given]:
@@ -137,7 +137,7 @@ def rank_state_dicts(
     own = _similarity(measure, target, [], origin)
     if not np.isfinite(own.own).all():
         raise PimergeError(
-            f"{_unusable(own.tensors, own.own)} of the target '{path}' holds NaN or Inf", "its training diverged"
+            f"{_unusable(own.tensors, own.own)} of the target '{path}' holds NaN or Inf", "the training diverged"
         )
     if start is not None and not own.own.any():
         raise PimergeError(f"the target '{path}' holds the same numbers as the base", "pass what it was trained from")

@@ -58,7 +58,7 @@ def fresh_expert(
             reason = str(error).strip().partition("\n")[0]
             raise PimergeError(
                 f"a fresh expert of kind {kind} cannot be put into {type(loaded.model).__name__}: {reason}",
-                "name layers with --modules, or take another --kind",
+                "name layers with --modules, or use another --kind",
             ) from error
         expert = open_expert(folder, base.reference)
         if expert.is_computed:

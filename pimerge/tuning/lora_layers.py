@@ -209,7 +209,7 @@ def _mixed_type(layer: nn.Module | None) -> type[MixedLinear]:
     if type(layer) in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
         if max(layer.dilation) > 1 and max(layer.kernel_size) > 1:  # type: ignore[arg-type]
             raise PimergeError(
-                f"is a {type(layer).__name__} with dilation {layer.dilation}, without which PEFT runs the factors",
+                f"is a {type(layer).__name__} with dilation {layer.dilation}, which PEFT ignores with the factors",
                 "leave the experts that adapt it out",
             )
         if layer.groups != 1:

@@ -26,7 +26,7 @@ class MixedTensors(MixedExpert):
         if method.plan.mixture == MixtureKind.CHANNELS:
             raise PimergeError(
                 f"'{method.name}' scales the outputs of updates ΔW, and experts of kind {form.kind} have none",
-                "take another --method, such as anisotropic",
+                "use another --method, such as anisotropic",
             )
         components = tensor_components(method.plan, request, form, chosen)
         super().__init__(request, method, chosen, [component.name for component in components], examples)

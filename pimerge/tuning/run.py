@@ -159,7 +159,7 @@ def _check_kind(method: TuneMethod, options: TrainingOptions) -> None:
     if method.plan.experts or not method.plan.train_experts:
         raise PimergeError(
             f"--kind is only for a fresh expert, and '{method.name}' trains none",
-            "leave it out, or take --method scratch",
+            "leave it out, or use --method scratch",
         )
     if kind.stores_factors:
         return

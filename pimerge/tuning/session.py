@@ -224,7 +224,7 @@ class TuneResult:
         if not (self.output / CONFIG).is_file():
             raise PimergeError(
                 f"'{self.output}' of the method '{self.method}' is not one adapter",
-                "score it with 'pimerge eval', or take another method",
+                "score it with 'pimerge eval', or use another method",
             )
         return PeftModel.from_pretrained(base_model, str(self.output))
 

@@ -101,7 +101,7 @@ def test_a_file_cut_at_any_byte_is_refused(tmp_path: Path, data: st.DataObject) 
     content = (folder / WEIGHTS).read_bytes()
     cut = data.draw(st.integers(0, len(content) - 1))
     (folder / WEIGHTS).write_bytes(content[:cut])
-    with pytest.raises(PimergeError, match="is truncated or no safetensors file"):
+    with pytest.raises(PimergeError, match="is truncated or not a safetensors file"):
         open_expert(folder)
 
 
@@ -227,7 +227,7 @@ def test_what_is_no_expert_is_refused_by_name(reference: str, tmp_path: Path, mo
 def test_a_file_and_an_empty_folder_are_no_experts(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(PimergeError, match="is a file, expected the folder"):
         open_expert(folder / WEIGHTS)
-    with pytest.raises(PimergeError, match="is no expert: it has no adapter_config"):
+    with pytest.raises(PimergeError, match="is not an expert: it has no adapter_config"):
         open_expert(tmp_path)
 
 
@@ -305,7 +305,7 @@ def test_a_folder_of_a_hub_ids_name_goes_first(cached: Path, tmp_path: Path, mon
 
 @pytest.mark.parametrize("reference", ["org/gone", "org/adapter@gone"])
 def test_a_hub_id_that_cannot_be_had_is_named(reference: str, cached: Path) -> None:
-    with pytest.raises(PimergeError, match=f"'{reference}' is no folder here and cannot be had from the Hub"):
+    with pytest.raises(PimergeError, match=f"'{reference}' is not a folder here and cannot be downloaded from the Hub"):
         open_expert(reference)
 
 

@@ -175,7 +175,7 @@ def test_what_was_downloaded_opens_offline(hub: Hub, monkeypatch: pytest.MonkeyP
 def test_a_gated_repository_says_where_its_terms_are(hub: Hub, field: str, status: int) -> None:
     setattr(hub, field, (status, "GatedRepo"))
     message = refusal(NAME)
-    assert f"'{NAME}' is no folder here and cannot be had from the Hub: the repository is gated" in message
+    assert f"'{NAME}' is not a folder here and cannot be downloaded from the Hub: the repository is gated" in message
     assert f"accept its terms at https://huggingface.co/{NAME}, then log in with 'hf auth login'" in message
     assert "gated" in refusal(NAME)  # nor is what the first attempt left behind taken for an expert
 
@@ -194,7 +194,7 @@ def test_a_misspelt_repository_is_named(hub: Hub) -> None:
 
 def test_a_missing_revision_is_named(hub: Hub) -> None:
     message = refusal(f"{NAME}@v3")
-    assert f"'{NAME}@v3' is no folder here and cannot be had from the Hub" in message
+    assert f"'{NAME}@v3' is not a folder here and cannot be downloaded from the Hub" in message
     assert "the repository has no revision 'v3'" in message
     assert f"https://huggingface.co/{NAME}/tree/main" in message
 
@@ -207,7 +207,7 @@ def test_a_repository_that_holds_no_adapter_is_named(hub: Hub, gone: list[str], 
     for file in gone:
         (hub.folders["main"] / file).rename(hub.folders["main"] / f"pytorch_{file}")
     message = refusal(NAME)
-    assert f"'{NAME}' is no adapter: its repository on the Hub has no {named}\n" in message
+    assert f"'{NAME}' is not an adapter: its repository on the Hub has no {named}\n" in message
     assert "expected what PEFT's save_pretrained writes, as safetensors" in message
 
 

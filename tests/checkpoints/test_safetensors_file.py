@@ -206,14 +206,14 @@ def test_integers_are_finite() -> None:
 def test_a_truncated_file_is_refused(size: int, tmp_path: Path) -> None:
     path = write(tmp_path / "x.safetensors", {"a": normal(100)})
     path.write_bytes(path.read_bytes()[:size])
-    with pytest.raises(PimergeError, match="is truncated or no safetensors file"):
+    with pytest.raises(PimergeError, match="is truncated or not a safetensors file"):
         open_tensors(path)
 
 
 def test_a_file_that_is_none_or_not_there_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.safetensors").write_bytes(b"PK\x03\x04" + bytes(200))
     for name in ("x.safetensors", "gone.safetensors"):
-        with pytest.raises(PimergeError, match=f"'.*{name}' is truncated or no safetensors file"):
+        with pytest.raises(PimergeError, match=f"'.*{name}' is truncated or not a safetensors file"):
             open_tensors(tmp_path / name)
 
 

@@ -171,7 +171,7 @@ def test_another_measure_and_output(folder: Path, shell: Shell) -> None:
     assert {candidate["path"] for candidate in result.document["candidates"]} == {
         f"../experts/{name}" for name in ("a", "b", "other-rank")
     }
-    assert "comparable: 3, of 9 that were asked for" in shell(*line).err
+    assert "comparable: 3, of 9 requested" in shell(*line).err
 
 
 def test_nobody_to_compare_with_is_a_valid_answer(folder: Path, shell: Shell) -> None:
@@ -335,7 +335,7 @@ def test_heads_that_are_missing_are_named_one_by_one(
     result = shell("rank", "--target", "tasks/new", "--measure", "loss", "--json").document
     assert result["candidates"] == []  # theirs are for other labels, and the target has no head
     assert {other["name"] for other in result["not_comparable"]} == set(NAMES)
-    assert all("no head knows the target's labels" in other["reason"] for other in result["not_comparable"])
+    assert all("no head has the target's labels" in other["reason"] for other in result["not_comparable"])
     leep = shell("rank", "--target", "tasks/new", "--measure", "leep", "--json", "-o", "leep.json").document
     assert {candidate["name"] for candidate in leep["candidates"]} == set(NAMES)
 

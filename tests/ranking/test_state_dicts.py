@@ -136,7 +136,7 @@ def test_files_that_do_not_compare_say_why(states: States, shell: Shell) -> None
         (["--target", "states/nan.safetensors"], "'b' of the target 'states/nan.safetensors' holds NaN or Inf"),
         (["--target", "alone/x.safetensors"], "'alone' holds no other state dict than the target"),
         (["--store", "states", "--target", "xx"], "there is no state dict 'xx' in 'states'\n  → did you mean 'x'?"),
-        (["--target", "states/x.safetensors", "--measure", "fisher"], "take --measure parameters"),
+        (["--target", "states/x.safetensors", "--measure", "fisher"], "use --measure parameters"),
         (["--target", "states/x.safetensors", "--shots", "2", "--train-target"], "--train-target does not apply"),
         (["--target", "states/x.safetensors", "--explain", "y"], "--explain and --calibrate do not apply"),
     ],

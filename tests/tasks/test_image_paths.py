@@ -99,7 +99,7 @@ def test_every_row_with_a_bad_image_is_told_at_once(
     first, second, third = caught.value.problems
     assert "row 1 (from 0) of the train split" in first.message
     assert f"there is no image '{pictures / '1.png'}'" in first.message
-    assert first.hint == "paths are relative to the data file: mend it or leave the row out"
+    assert first.hint == "paths are relative to the data file: fix it or leave the row out"
     assert "row 2 (from 0)" in second.message
     assert "cannot be decoded: cannot identify image file" in second.message
     assert "row 4 (from 0)" in third.message

@@ -73,7 +73,7 @@ def well_typed(config: Mapping[str, Any], problems: Problems) -> dict[str, Any]:
                 re.compile(key)
             except re.error as error:
                 faulty.add(field)
-                problems.add(f"{field} in adapter_config.json: '{key}' is no regular expression ({error})")
+                problems.add(f"{field} in adapter_config.json: '{key}' is not a regular expression ({error})")
     return {field: value for field, value in config.items() if field not in faulty}
 
 
@@ -116,7 +116,7 @@ def refuse_unhandled(config: Mapping[str, Any], problems: Problems, *, convert: 
         )
     if (config.get("bias") or "none") != "none":
         problems.add(
-            f"bias is '{config['bias']}': trained biases of the base are no update that can be added",
+            f"bias is '{config['bias']}': trained biases of the base are not an update that can be added",
             "train with bias='none'; lora_bias=True is handled",
         )
     for field in sorted(set(config) - _HARMLESS - set(_NOT_LINEAR)):

@@ -64,7 +64,7 @@ def fresh_fields(size: int | None, modules: Sequence[str] | None) -> dict[str, A
     """
     if modules:
         raise PimergeError(
-            f"--modules is {','.join(modules)}, and a prompt or prefix stands before the text, in no module",
+            f"--modules is {','.join(modules)}, and a prompt or prefix comes before the text, not in a module",
             "leave it out",
         )
     return {"num_virtual_tokens": size or _USUAL_VECTORS}

@@ -19,7 +19,7 @@ def merge(
     experts: options.Experts = None,
     method: Annotated[
         str | None,
-        typer.Option(help=f"How to merge; --methods says more: {', '.join(METHODS.names())}. Default: uniform."),
+        typer.Option(help=f"How to merge; --methods explains each: {', '.join(METHODS.names())}. Default: uniform."),
     ] = None,
     methods: Annotated[
         bool, typer.Option("--methods", help="List the methods, each with its formula and source.")
@@ -51,7 +51,7 @@ def merge(
         str, typer.Option(help="Rank of the result: a number, max (nothing is lost) or auto (what --energy needs).")
     ] = "max",
     energy: Annotated[
-        float | None, typer.Option(help="Share of ‖ΔW‖² to keep by the least rank, module by module. auto: 0.99.")
+        float | None, typer.Option(help="Share of ‖ΔW‖² to keep with the lowest rank, module by module. auto: 0.99.")
     ] = None,
     include: Annotated[
         list[str] | None, typer.Option(help="Merge only modules that match a glob, such as '*.q_proj'.")

@@ -27,7 +27,7 @@ def rank(
         str, typer.Option(help="combined if the target's examples can be read, else fisher; see --measures.")
     ] = AUTO,
     shots: options.Shots = None,
-    examples: Annotated[int, typer.Option(min=2, help="Most examples of the target to look at.")] = 500,
+    examples: Annotated[int, typer.Option(min=2, help="Maximum number of the target's examples to use.")] = 500,
     seed: options.Seed = 0,
     gate: Annotated[
         bool, typer.Option("--gate/--no-gate", help="Select only experts that are expected to help.")
@@ -36,17 +36,21 @@ def rank(
         bool, typer.Option("--train-target", help="Train an expert of a target that has none, and rank by the store.")
     ] = False,
     explain: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Show why this expert has its place; writes nothing.")
+        str | None, typer.Option(metavar="NAME", help="Explain the rank of this expert; writes nothing.")
     ] = None,
     calibrate: Annotated[
-        bool, typer.Option("--calibrate", help="Measure who helps whom within the store, for --measure history.")
+        bool,
+        typer.Option(
+            "--calibrate",
+            help="Measure how much the store's experts help each other's tasks, for --measure history.",
+        ),
     ] = False,
     measures: Annotated[bool, typer.Option("--measures", help="List the measures and what they need.")] = False,
     store: options.StorePath = Path("embeddings.json"),
     base: options.BaseReference = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "float32",
-    output: Annotated[Path, typer.Option("--output", "-o", help="Where the ranking goes.")] = Path("ranking.json"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="The file of the ranking.")] = Path("ranking.json"),
     force: options.Force = False,
     json: options.Json = False,
     quiet: options.Quiet = False,

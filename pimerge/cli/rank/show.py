@@ -48,11 +48,11 @@ def print_ranking(ranking: Ranking, k: int | None, quiet: bool) -> None:
     if ranking.candidates and not ranking.selected:
         note("'pimerge tune' will train a fresh expert (--no-gate selects anyway)", quiet)
     elif k is not None and len(ranking.candidates) < k:
-        note(f"comparable: {len(ranking.candidates)}, of {k} that were asked for", quiet)
+        note(f"comparable: {len(ranking.candidates)}, of {k} requested", quiet)
     elif k is not None and len(ranking.selected) < k:
         helpful = sum(each.helps for each in ranking.candidates)
         if helpful < k:
-            note(f"expected to help: {helpful}, of {k} that were asked for", quiet)
+            note(f"expected to help: {helpful}, of {k} requested", quiet)
 
 
 def _points(candidate: Candidate) -> str:

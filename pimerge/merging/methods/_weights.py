@@ -39,7 +39,7 @@ def ratios(count: int, given: Sequence[float] | None) -> list[float]:
     if min(weights) < 0 or not any(weights):
         raise PimergeError(
             f"the weights are {', '.join(f'{weight:g}' for weight in weights)}",
-            "expected none below 0, and at least one above: only their ratios count here",
+            "expected none below 0, and at least one above 0: only their ratios count",
         )
     return weights
 

@@ -16,7 +16,7 @@ from pimerge.merging.methods._weights import ratios, weighted_sum
 if TYPE_CHECKING:
     from torch import Tensor
 
-FLOOR = Option("floor", float, "Least Fisher information.", lambda floor: floor >= 0, "at least 0")
+FLOOR = Option("floor", float, "Lower bound on the Fisher information.", lambda floor: floor >= 0, "at least 0")
 
 
 def merge(deltas: Tensor, weights: Tensor, *, fishers: Tensor, floor: float = 1e-6) -> Tensor:

@@ -1,4 +1,4 @@
-"""Cosine of the updates ΔW around the pool's mean, through the factors; not bound to rank, init or basis.
+"""Cosine of the updates ΔW around the pool's mean, by the factors; for any rank, init and basis.
 
 ⟨ΔW_a, ΔW_b⟩ = s_a s_b Σ (B_aᵀB_b) ⊙ (A_aA_bᵀ), summed over modules, so no ΔW is formed. A module that only
 one of the two adapts contributes to its norm alone. What all experts share says nothing about which of them fit
@@ -81,7 +81,7 @@ def _rows(stack: Array) -> Array:
 
 MEASURE = Measure(
     name="delta",
-    summary="Cosine of the updates ΔW around the pool's mean, through the factors; not bound to rank, init or basis.",
+    summary="Cosine of the updates ΔW around the pool's mean, by the factors; for any rank, init and basis.",
     needs=Needs.EXPERTS,
     similarity=similarity,
     needs_update=True,

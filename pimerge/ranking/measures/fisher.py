@@ -1,4 +1,4 @@
-"""Cosines of the gradients' second moments and of the updates ΔW, each around the pool's mean, halved (default).
+"""Mean of two cosines, of the gradients' second moments and of the updates ΔW, around the pool's mean (default).
 
     score = ½ cos(G_target − Ḡ, G_n − Ḡ) + ½ cos(ΔW_target − Δ̄, ΔW_n − Δ̄)
 
@@ -52,7 +52,7 @@ def similarity(members: Sequence[StoreView], candidates: int, pool: Sequence[int
 MEASURE = Measure(
     name="fisher",
     summary=(
-        "Cosines of the gradients' second moments and of the updates ΔW, each around the pool's mean, halved (default)."
+        "Mean of two cosines, of the gradients' second moments and of the updates ΔW, around the pool's mean (default)."
     ),
     needs=Needs.SECOND_MOMENTS,
     similarity=similarity,

@@ -1,4 +1,4 @@
-"""Linear CKA of the features and the labels: how far examples are near each other where their labels agree.
+"""Linear CKA of the features and the labels: whether examples with the same label have similar features.
 
 With X the features and Y the one-hot labels, both centred: ‖YᵀX‖²_F / (‖XᵀX‖_F ‖YᵀY‖_F) (arXiv 1905.00414,
 section 3). It depends on neither rotation nor scale of the features.
@@ -56,7 +56,7 @@ def _score(vectors: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
 
 MEASURE = Measure(
     name="label-cka",
-    summary="Linear CKA of the features and the labels: how far examples are near each other where their labels agree.",
+    summary="Linear CKA of the features and the labels: whether examples with the same label have similar features.",
     needs=Needs.EXAMPLES,
     scores=scores,
 )

@@ -40,8 +40,8 @@ def scores(features: TargetFeatures, weights: Tensor) -> Tensor:
 
     if features.logits is None:
         raise PimergeError(
-            "the expert gives no probabilities of classes, so leep has no answers of it to look at",
-            "train it with its head saved (modules_to_save), score by likelihood, or take a measure of features: logme",
+            "the expert gives no class probabilities, which leep needs",
+            "train it with its head saved (modules_to_save), score by likelihood, or use a measure of features: logme",
         )
     answers = features.logits.double().softmax(1)
     targets = one_hot(features.labels, features.classes).double()

@@ -1,4 +1,4 @@
-"""Cosine of the numbers themselves, as they are stored: of a LoRA the factors A and B.
+"""Cosine of the parameters as stored; for a LoRA, of the factors A and B.
 
 The cosine is taken over all modules together: the numbers of A, of B and of a bias of B form one long vector,
 and no scaling is applied. One (BR, R⁻¹A) of the same ΔW has other numbers, so it tells something only among
@@ -32,7 +32,7 @@ def of_files(files: Sequence[TensorFile], keys: Sequence[str], start: TensorFile
 
 MEASURE = Measure(
     name="parameters",
-    summary="Cosine of the numbers themselves, as they are stored: of a LoRA the factors A and B.",
+    summary="Cosine of the parameters as stored; for a LoRA, of the factors A and B.",
     needs=Needs.EXPERTS,
     similarity=similarity,
     threshold=-1.0,  # without a mean to compare with it cannot tell that an expert does not help

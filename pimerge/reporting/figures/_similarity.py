@@ -40,7 +40,7 @@ def similarities(store: Store, measure: Measure, track: Track, note: Note) -> Ar
                 found[row, columns] = compared.similarity.scores()
             advance()
     for name, reason in reasons.items():
-        note(f"{name} is compared with nobody: {reason}")
+        note(f"{name} cannot be compared with any other expert: {reason}")
     with np.errstate(invalid="ignore"):
         found = (found + found.T) / 2
     if np.isnan(found).all():

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 BASE = "(base)"
 INPUTS = ("experts", "target", "ranking", "base", "device", "dtype")
-LIMIT = Option("limit", int, "Most test examples of the target.", lambda limit: limit >= 1, "at least 1")
+LIMIT = Option("limit", int, "Maximum number of test examples of the target.", lambda limit: limit >= 1, "at least 1")
 SEED = Option("seed", int, "Seed of the sampling of test examples.")
 SAMPLING = {LIMIT: 500, SEED: 0}
 """Options of figures that score test examples, with their defaults."""

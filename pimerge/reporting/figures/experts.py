@@ -1,4 +1,4 @@
-"""Score over the number of experts at hand, a line per method (π-Tuning, fig. 5).
+"""Score by number of experts, one line per method (π-Tuning, fig. 5).
 
 From ``comparison.json``, at one number of shots. What does not depend on the number of experts, such as most controls,
 is a level line.
@@ -115,7 +115,7 @@ def draw(data: ExpertsData) -> Drawing:
 
 FIGURE = Figure(
     name="experts",
-    summary="Score over the number of experts at hand, a line per method (π-Tuning, fig. 5).",
+    summary="Score by number of experts, one line per method (π-Tuning, fig. 5).",
     options={SHOTS: None},
     data=ExpertsData,
     inputs=INPUTS,

@@ -1,4 +1,4 @@
-"""Scores of the ranking against what the other experts gave on the way (π-Tuning, fig. 3b).
+"""Scores of the ranking against the best accuracy on each expert's path (π-Tuning, fig. 3b).
 
 The gain of an expert is the highest accuracy on its path above that of the target's expert alone (α = 0), and as much
 lower the loss can get. If the ranking is right, the points rise from left to right. An accuracy has a standard error
@@ -150,7 +150,7 @@ def _correlation(scores: list[float], gains: list[float]) -> Correlation:
 
 FIGURE = Figure(
     name="gain",
-    summary="Scores of the ranking against what the other experts gave on the way (π-Tuning, fig. 3b).",
+    summary="Scores of the ranking against the best accuracy on each expert's path (π-Tuning, fig. 3b).",
     data=GainData,
     inputs=("ranking", "path"),
     open=open_paths,

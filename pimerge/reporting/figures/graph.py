@@ -1,4 +1,4 @@
-"""Similarity of all experts of the store, clustered, and the graph of who is nearest to whom (π-Tuning, fig. 1).
+"""Similarity of all experts of the store, clustered, and the graph of nearest neighbours (π-Tuning, fig. 1).
 
 The similarity of two experts is a measure of the store's, around the mean of the experts that are shown. Rows and
 columns are in the order of a hierarchical clustering (average linkage of 1 − similarity). In the graph an arrow leads
@@ -218,7 +218,7 @@ def _draw_graph(axes: Axes, data: GraphData) -> None:
 
 FIGURE = Figure(
     name="graph",
-    summary="Similarity of all experts of the store, clustered, and the graph of who is nearest to whom (π-Tuning, "
+    summary="Similarity of all experts of the store, clustered, and the graph of nearest neighbours (π-Tuning, "
     "fig. 1).",
     options={MEASURE: "fisher"},
     data=GraphData,

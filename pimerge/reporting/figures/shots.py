@@ -1,4 +1,4 @@
-"""Score over the number of examples of each class, a line per method with a band of ± one standard deviation.
+"""Score by number of examples per class, one line per method with a band of ± one standard deviation.
 
 From ``comparison.json``; the deviation is over seeds, each with another sample of examples.
 """

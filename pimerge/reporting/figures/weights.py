@@ -1,4 +1,4 @@
-"""Learned weights of every layer, beside how like the tuned model's features are the experts' (2402.15414, figs. 7, 8).
+"""Learned weights of every layer, and the CKA of the tuned model's features with the experts' (2402.15414, figs. 7, 8).
 
 The weights are those of ``tuned/coefficients.json``. The likeness is the linear CKA of the layer's outputs, meaned over
 tokens, on the target's test examples (X of the base with an expert, Y of the base with the tuned one, columns centred):
@@ -240,7 +240,7 @@ def _outputs(modules: dict[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
 
 FIGURE = Figure(
     name="weights",
-    summary="Learned weights of every layer, beside how like the tuned model's features are the experts' (2402.15414, "
+    summary="Learned weights of every layer, and the CKA of the tuned model's features with the experts' (2402.15414, "
     "figs. 7, 8).",
     options=SAMPLING,
     data=WeightsData,

@@ -30,7 +30,7 @@ def _hits(text: str, reference: str) -> float:
     if right is None:
         raise PimergeError(
             f"box-accuracy: the right answer '{reference}' holds no box",
-            "let the answers end in four whole numbers, or take another metric",
+            "let the answers end in four whole numbers, or use another metric",
         )
     found = box_of(text)
     return float(found is not None and intersection_over_union(found, right) > 0.5)

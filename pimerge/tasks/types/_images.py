@@ -38,16 +38,14 @@ def decoder(rows: Rows, mode: str) -> Callable[[int], Any]:
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
             raise PimergeError(
                 f"there is no image '{error.filename}'",
-                "paths are relative to the data file: mend it or leave the row out",
+                "paths are relative to the data file: fix it or leave the row out",
             ) from error
         except Exception as error:  # whatever a broken file makes the library for images do
             reason = str(error).partition(" <_io")[0]  # the address of Pillow's buffer helps nobody
-            raise PimergeError(
-                f"the image cannot be decoded: {reason}", "mend the file or leave the row out"
-            ) from error
+            raise PimergeError(f"the image cannot be decoded: {reason}", "fix the file or leave the row out") from error
         raise PimergeError(
             f"the column '{rows.columns['image']}' holds no image, but {image!r}",
-            "take a column of paths, parquet with a column of images, or a folder of images with a metadata.jsonl",
+            "use a column of paths, parquet with a column of images, or a folder of images with a metadata.jsonl",
         )
 
     return decode

@@ -90,7 +90,7 @@ class Template:
             return fill(values)
         except Exception as error:  # whatever a user's template may do wrong
             raise PimergeError(
-                f"the {self.field} cannot be filled in: {error}", "mend the template or the row"
+                f"the {self.field} cannot be filled in: {error}", "fix the template or the row"
             ) from error
 
 
@@ -225,7 +225,7 @@ def reader(rows: Rows, columns: Iterable[str]) -> Callable[[int], Mapping[str, A
         try:
             found: Mapping[str, Any] = _plain(table[place])
         except Exception as error:  # whatever a broken image does to the library that decodes it
-            raise PimergeError(f"it cannot be read: {error}", "mend the file or leave the row out") from error
+            raise PimergeError(f"it cannot be read: {error}", "fix the file or leave the row out") from error
         return found
 
     return read

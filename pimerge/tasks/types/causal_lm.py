@@ -134,7 +134,7 @@ def require_chat_template(processor: Any) -> None:
     """Check that the base has a chat template."""
     if not processor.chat_template:
         raise PimergeError(
-            "the base's tokenizer has no chat template", "leave out 'chat' in task.json, or take an instruct model"
+            "the base's tokenizer has no chat template", "leave out 'chat' in task.json, or use an instruct model"
         )
 
 

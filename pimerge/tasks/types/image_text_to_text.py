@@ -39,7 +39,7 @@ def check(file: TaskFile) -> None:
     if file.prompt is not None and file.columns.get("image") in Template("prompt", file.prompt).names:
         raise PimergeError(
             f"the prompt names the column '{file.columns['image']}', which holds the image",
-            "leave it out: the model is shown the image besides",
+            "leave it out: the model is shown the image anyway",
         )
 
 
@@ -128,7 +128,7 @@ class _Reader:
         try:
             found = self.processor(text=[text], images=[image], return_tensors="pt", **special)
         except ValueError as error:  # such as Florence-2's of a task's name among other words
-            raise PimergeError(f"the base's processor does not take the prompt: {error}", "mend the prompt") from error
+            raise PimergeError(f"the base's processor does not take the prompt: {error}", "fix the prompt") from error
         return {**found, _PROMPT: torch.tensor(self._going_on(found[_PROMPT][0].tolist()))}
 
     @property

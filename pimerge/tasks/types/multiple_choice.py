@@ -33,7 +33,7 @@ def check(file: TaskFile) -> None:
     """Check the templates and the metrics."""
     problems = Problems()
     if file.labels is not None:
-        problems.add("labels are the same for all rows, and here each has its choices", "leave the labels out")
+        problems.add("labels are the same for all rows, but here each row has its own choices", "leave the labels out")
     with problems.collected():
         Template("prompt", file.prompt or _PROMPT)
     if file.choices is not None:

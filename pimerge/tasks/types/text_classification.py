@@ -55,7 +55,7 @@ def _require_ends(texts: Sequence[Sequence[int]], rows: Rows, config: PreTrained
         raise PimergeError(
             f"the base's tokenizer puts no end token ({config.eos_token_id}) behind a text, which is what the head of "
             "a base with an encoder and a decoder reads",
-            "take a tokenizer that does, or a task of the type seq2seq",
+            "use a tokenizer that does, or a task of the type seq2seq",
         )
     problems = RowProblems(rows.where, rows.numbers)
     for position, count in enumerate(ends):

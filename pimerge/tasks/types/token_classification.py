@@ -126,7 +126,7 @@ def _kept_words(words: Sequence[str], firsts: Mapping[int, int], processor: Any,
             f"the word {missing[0]} (from 0), {words[missing[0]]!r}, has no token", "leave it out, and its label"
         )
     if not kept:
-        raise PimergeError(f"there is room for {longest} tokens, and so for no word", "take another base")
+        raise PimergeError(f"there is room for {longest} tokens, which is not enough for one word", "use another base")
     return kept
 
 

@@ -119,8 +119,12 @@ METHOD = TuneMethod(
     options={
         Option("teacher", Teacher, "Whose votes count: those of all alike, or weighted by the ranking."): "mean",
         Option(
-            "label_share", float, "Weight λ of the labels beside the teacher.", lambda x: 0 <= x <= 1, "from 0 to 1"
+            "label_share",
+            float,
+            "Weight λ of the labels against the teacher.",
+            lambda x: 0 <= x <= 1,
+            "from 0 to 1",
         ): 0.5,
-        Option("unlabelled", int, "Most inputs without a label to learn from.", lambda n: n >= 0, "at least 0"): 500,
+        Option("unlabelled", int, "Maximum number of unlabelled inputs.", lambda n: n >= 0, "at least 0"): 500,
     },
 )

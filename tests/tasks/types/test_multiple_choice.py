@@ -151,7 +151,7 @@ def test_a_row_that_is_no_question_is_told(
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"labels": ["a", "b"]}, "each has its choices"),
+        ({"labels": ["a", "b"]}, "each row has its own choices"),
         ({"prompt": "{{"}, "prompt: line 1"),
         ({"choices": "{{"}, "choices: line 1"),
         ({"choices": "{{ [a] }}", "columns": {"choices": "b"}}, "both choices and columns say"),
