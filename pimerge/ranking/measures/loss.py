@@ -1,4 +1,4 @@
-"""Minus the mean loss, −log p(y|x) in nats, of the target's labels by a head that knows them."""
+"""Minus the mean loss, −log p(y|x) in nats, of the target's labels, by a head for these labels."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ def scores(features: TargetFeatures, weights: Tensor) -> Tensor:
     """
     if features.losses is None:
         raise PimergeError(
-            "no head knows the target's labels, so their loss cannot be computed",
-            "take --measure probe, which fits a head to the examples",
+            "no head has the target's labels, so their loss cannot be computed",
+            "use --measure probe, which fits a head to the examples",
         )
     return -(weights @ features.losses.double()) / weights.sum(1)
 
 
 MEASURE = Measure(
     name="loss",
-    summary="Minus the mean loss, −log p(y|x) in nats, of the target's labels by a head that knows them.",
+    summary="Minus the mean loss, −log p(y|x) in nats, of the target's labels, by a head for these labels.",
     needs=Needs.EXAMPLES,
     scores=scores,
     reads_answers=True,
