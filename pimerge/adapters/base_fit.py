@@ -58,7 +58,7 @@ def _misfit(expert: Expert, group: TensorSet, base_model: nn.Module) -> str:
 
 @cache
 def skeleton(source: str, revision: str | None, task_type: TaskType, labels: int) -> nn.Module:
-    """A base's model without weights, with a head for so many labels if there are any."""
+    """A base's model without weights, with a head for a number of labels, if any."""
     import transformers
 
     names = {"id2label": {index: str(index) for index in range(labels)}} if labels else {}
@@ -70,7 +70,7 @@ def skeleton(source: str, revision: str | None, task_type: TaskType, labels: int
 
 
 def check_fits_on_disk(expert: Expert, task: Task) -> None:
-    """As :func:`check_fits`, with the base's shapes alone: no weight is read or downloaded.
+    """As :func:`check_fits`, but only with the base's shapes: no weight is read or downloaded.
 
     A base that is not on this machine is not checked.
     """

@@ -22,7 +22,7 @@ _ONE_AT_A_TIME = Lock()  # transformers looks up its renamings when they are fir
 
 
 def layer_shapes(base: Base, modules: Sequence[str], *, fan_in_fan_out: bool = False) -> dict[str, tuple[int, ...]]:
-    """The shape of each module's weight, (d_out, d_in, *kernel) whatever way the base stores it.
+    """The shape of each module's weight, (d_out, d_in, *kernel), however the base stores it.
 
     Args:
         fan_in_fan_out: of an adapter's config: how weights are stored if the model does not tell.
@@ -57,7 +57,7 @@ def _names(folder: Path) -> Names:
 
 
 def base_weights(base: Base, layouts: Mapping[str, LoraModule], *, fan_in_fan_out: bool) -> Callable[[str], Tensor]:
-    """A reader of a base's weights by module, (d_out × d_in) whatever way it stores them."""
+    """A reader of a base's weights by module, (d_out × d_in), however it stores them."""
     if base.folder is None:
         raise PimergeError(
             f"the base '{base.name}' is not on this machine, and its weights are needed to convert the experts",

@@ -98,7 +98,7 @@ def _why_no_update(expert: Expert) -> str:
 
 
 def init_cosine(first: Expert, second: Expert) -> tuple[float, float]:
-    """Cosine of what tells the inits of two experts, and the least that a shared init can be told by.
+    """Cosine of the tensors that identify two experts' inits, and the threshold above which the init is shared.
 
     Those are the tensors in the kind's ``init_slots`` (of LoRA the factors A); a kind without any always starts from
     the same point. Training moves these little, so experts from one init have much in common; experts from

@@ -69,7 +69,7 @@ class ComputedModule(LoraModule):
 
     @property
     def form(self) -> tuple[object, ...]:
-        """What two modules must share to be compared number by number."""
+        """The properties that two modules must share to be compared parameter by parameter."""
         return tuple(self.shapes.items())
 
     def factors(self, read: Read, weight: Tensor | None = None) -> Factors:
@@ -109,7 +109,7 @@ def factorised(delta: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def as_tensor_sets(modules: Mapping[str, LoraModule]) -> dict[str, TensorSet]:
-    """The tensors themselves, one set for each module: what a fresh expert of the kind trains."""
+    """The stored tensors, one set for each module, as a fresh expert of the kind trains them."""
     return {
         name: TensorSet(name, {slot: TensorSlot(key, module.shapes[slot]) for slot, key in module.slots.items()})
         for name, module in modules.items()

@@ -1,4 +1,4 @@
-"""DoRA, PiSSA and OLoRA → ΔW against the published base, which their factors alone do not give."""
+"""Convert DoRA, PiSSA and OLoRA to ΔW against the published base."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ F64 = torch.float64
 
 
 def converting(weight_of: Callable[[str], Tensor]) -> Callable[[Expert, str], Factors]:
-    """A reader of experts' factors that converts what is no plain LoRA.
+    """A reader of experts' factors that converts everything that is not a plain LoRA.
 
     Args:
         weight_of: the base's weight of a module, (d_out × d_in).

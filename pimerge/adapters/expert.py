@@ -70,7 +70,7 @@ class Expert:
 
     @property
     def strategy(self) -> Kind:
-        """What its kind says of its tensors; there is none for one that is only looked at."""
+        """The rules of its kind; an adapter that can only be inspected has none."""
         return KINDS.load(self.kind)
 
     @cached_property

@@ -65,7 +65,7 @@ def download(reference: str) -> Path:
 
 
 def _why_no_download(error: Exception, name: str, revision: str | None) -> tuple[str, str]:
-    """What went wrong with a download, and what to do about it."""
+    """Explain why a download failed, and what to do about it."""
     from huggingface_hub import errors
 
     # behind "not in the local cache" stands why the Hub itself was of no help

@@ -1,4 +1,4 @@
-"""What the key names of all kinds have in common."""
+"""Rules for key names that all kinds share."""
 
 from __future__ import annotations
 

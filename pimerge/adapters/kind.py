@@ -31,7 +31,7 @@ def _no_layers(modules: Sequence[str]) -> Shapes:
 
 @dataclass(frozen=True)
 class AdapterHeader:
-    """What is known of an adapter before a tensor is read.
+    """Everything known about an adapter before a tensor is read.
 
     Attributes:
         config: the content of ``adapter_config.json``.
@@ -103,7 +103,7 @@ class Kind(Strategy):
 
     @property
     def prefix(self) -> str:
-        """What PEFT's model puts before the names of the base's parameters."""
+        """The prefix that PEFT's model adds to the names of the base's parameters."""
         return PROMPT_PREFIX if self.before_text else PREFIX
 
 

@@ -63,7 +63,7 @@ class LoraModule:
 
     @property
     def is_computed(self) -> bool:
-        """Whether its factors are computed from other tensors, so that they are nobody's to compare or train."""
+        """Whether its factors are computed from other tensors, so that they cannot be compared or trained."""
         return False
 
     @property
@@ -74,7 +74,7 @@ class LoraModule:
 
     @property
     def form(self) -> tuple[object, ...]:
-        """What two modules must share to be compared number by number, beside their rank and bias."""
+        """The properties, besides rank and bias, that two modules must share to be compared parameter by parameter."""
         return ()
 
     @property
@@ -152,7 +152,7 @@ def refuse_biased_embeddings(modules: Iterable[LoraModule], has_bias: bool) -> N
 
 
 def rank_fields(ranks: Mapping[str, int]) -> dict[str, Any]:
-    """What PEFT's config says of a LoRA of these modules and ranks, with scaling 1.
+    """PEFT config fields of a LoRA of these modules and ranks, with scaling 1.
 
     >>> rank_fields({"q": 2, "v": 4, "k": 2})
     {'r': 2, 'lora_alpha': 2, 'rank_pattern': {'k': 2, 'q': 2, 'v': 4}, 'alpha_pattern': {'k': 2, 'q': 2, 'v': 4}, \

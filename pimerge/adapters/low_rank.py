@@ -66,7 +66,7 @@ EVERYTHING = Truncation()
 
 @dataclass(frozen=True)
 class Truncated:
-    """Factors of an update and what was cut off.
+    """Factors of an update, and the energy that a truncation dropped.
 
     Attributes:
         factors: A (r × d_in), B (d_out × r), scaling 1.

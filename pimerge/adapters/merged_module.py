@@ -1,4 +1,4 @@
-"""How the merge of a module went: its factors, and what a truncation dropped."""
+"""The merge of one module: its factors, and the loss from truncation."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ def peft_kind(how: PeftDelta, **fields: Any) -> Kind:
 
 
 def fresh_fields(size: int | None, modules: Sequence[str] | None, name: str = "r", **more: Any) -> dict[str, Any]:
-    """What PEFT's config says of a fresh expert.
+    """PEFT config fields of a fresh expert.
 
     Args:
         name: the field that holds the size.
@@ -150,7 +150,7 @@ def _weights(how: PeftDelta, header: AdapterHeader, shapes: Mapping[str, Shapes]
 
 
 def _fields(how: PeftDelta, config: Mapping[str, Any], problems: Problems) -> dict[str, Any]:
-    """What PEFT's layers are made with; a field that is unknown or of a wrong type is a problem."""
+    """The config fields of PEFT's layers; an unknown field or one of a wrong type is a problem."""
     from peft import PEFT_TYPE_TO_CONFIG_MAPPING, __version__
 
     from pimerge.adapters.kinds._config_fields import CommonFields, faulty_fields

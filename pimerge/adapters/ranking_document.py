@@ -70,7 +70,7 @@ class NotComparable(BaseModel):
 
 
 class Seen(BaseModel):
-    """The target's examples that were looked at: how many, and how they were drawn."""
+    """The target's examples that were used: how many, and how they were sampled."""
 
     model_config = ConfigDict(extra="forbid")
 

@@ -173,7 +173,7 @@ def _target(
 
 
 def _ranked_target(ranking: Ranking, ranking_path: Path, base: str | None) -> tuple[Expert | None, Path]:
-    """What the ranking was made for, checked to be the same still."""
+    """The ranking's target: its expert and folder; an error if it has changed since it was ranked."""
     from pimerge.adapters.ranking_document import open_ranked
 
     if ranking.target.expert:

@@ -58,7 +58,7 @@ class TensorSet:
 
     @property
     def form(self) -> tuple[object, ...]:
-        """What two groups must share to be combined."""
+        """The properties that two tensor sets must share to be combined."""
         return tuple((name, slot.shape) for name, slot in self.slots.items())
 
 
@@ -69,7 +69,7 @@ def read_slot(slot: TensorSlot, read: Callable[[str], Tensor]) -> Tensor:
 
 
 def joined(groups: Mapping[str, TensorSet], tensors: Mapping[tuple[str, str], Tensor]) -> dict[str, Tensor]:
-    """Key → tensor as it is stored, from (group, slot) → tensor: the inverse of :func:`read_slot`."""
+    """Key → tensor as stored, from (tensor set, slot) → tensor: the inverse of :func:`read_slot`."""
     import torch
 
     parts: dict[str, list[tuple[int, Tensor]]] = {}

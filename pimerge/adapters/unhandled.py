@@ -55,7 +55,7 @@ def why_unhandled(peft_type: str) -> str:
 
 
 def parse(header: AdapterHeader) -> Parts:
-    """Every tensor that is no head's, by the module that its name says."""
+    """All tensors except those of the head, by the module in their names."""
     saved = header.config.get("modules_to_save")
     heads = saved if isinstance(saved, list) else []
     found: dict[str, dict[str, TensorSlot]] = {}

@@ -60,7 +60,7 @@ class Coefficients(BaseModel):
 
 @dataclass(frozen=True)
 class Documents:
-    """What is written beside the tensors; it can tell how the merge of each module went.
+    """The documents written beside the tensors, such as the results of a merge by module.
 
     Attributes:
         manifest: its ``outputs`` are filled in by :func:`write_expert`.
@@ -75,7 +75,7 @@ class Documents:
 
 @dataclass(frozen=True)
 class Layout:
-    """What the expert's file will hold, known before the first tensor is.
+    """The layout of the expert's file, known before its first tensor.
 
     Attributes:
         modules: the modules to come.
@@ -169,7 +169,7 @@ def _write_folder(
     documents: Callable[[Sequence[Summary]], Documents],
     force: bool,
 ) -> Documents:
-    """Tensors first, then what is known when they are written."""
+    """Write the tensors first, then the documents that depend on them."""
     with new_folder(path, force=force) as partial:
         summaries = write_tensors(partial / WEIGHTS)
         written = documents(summaries)

@@ -1,4 +1,4 @@
-"""What of a model of transformers is its backbone, and the layers in it that an adapter has places at."""
+"""The backbone of a transformers model, and the layers in it that adapters use."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ QUERIES_AND_VALUES = ("q_proj", "v_proj", "query", "value", "q_lin", "v_lin", "q
 
 
 def heads_of(model: nn.Module) -> list[str]:
-    """The names of the modules that stand on the backbone, a task's head or what gives out the words.
+    """The names of the modules outside the backbone: a task's head or the language model head.
 
     The backbone is the child that transformers names so; where there is none, as in CLIP's classifier and in T5, all
     that holds layers, or embeds.
@@ -34,7 +34,7 @@ def heads_of(model: nn.Module) -> list[str]:
 
 
 def hidden_size(model: nn.Module) -> int | None:
-    """Numbers that a layer hands to the next, where a model has several parts in that of texts; None if it says none.
+    """The hidden size, of the text part if a model has several; None if the config does not state it.
 
     >>> from transformers import T5Config, T5ForConditionalGeneration
     >>> hidden_size(T5ForConditionalGeneration(T5Config(d_model=8, num_layers=1, vocab_size=4)))
@@ -47,7 +47,7 @@ def hidden_size(model: nn.Module) -> int | None:
 
 
 def inside(modules: Sequence[str]) -> str | None:
-    """The regular expression of these modules and all in them, as PEFT takes it; None of none.
+    """A regular expression, for PEFT, that matches these modules and everything inside them; None if there are none.
 
     >>> inside(["classifier", "pooler"])
     '(classifier|pooler)(\\\\..*)?'
@@ -56,13 +56,13 @@ def inside(modules: Sequence[str]) -> str | None:
 
 
 def layers_within(model: nn.Module) -> dict[str, nn.Module]:
-    """Full name → module, of those in the backbone."""
+    """Full name → module, for all modules in the backbone."""
     heads = tuple(f"{name}." for name in heads_of(model))
     return {name: module for name, module in model.named_modules() if not f"{name}.".startswith(heads)}
 
 
 def named_layers(model: nn.Module, ends: Sequence[str]) -> list[str]:
-    """The modules of the backbone whose names end so.
+    """The modules of the backbone whose names end in one of these.
 
     >>> block = nn.ModuleDict({"q_proj": nn.Linear(1, 1)})
     >>> named_layers(nn.ModuleDict({"layers": nn.ModuleList([block])}), ["q_proj", "v_proj"])
@@ -83,7 +83,7 @@ def norms(model: nn.Module) -> list[str]:
 
 
 def lora_targets(model: nn.Module) -> list[str]:
-    """The modules that PEFT adapts by LoRA in this architecture, such as q and v, or where it knows none, the same."""
+    """The modules that PEFT adapts by LoRA in this architecture; q and v where PEFT knows no default."""
     from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as TARGETS
 
     ends = TARGETS.get(str(model.config.model_type), QUERIES_AND_VALUES)  # type: ignore[union-attr]

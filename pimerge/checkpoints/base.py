@@ -27,7 +27,7 @@ class Base:
 
     @cached_property
     def identity(self) -> str:
-        """What tells two bases apart: the content's hash for a folder, the commit for a Hub id.
+        """The identity of a base: the hash of its content for a folder, the commit for a Hub id.
 
         A base that is not on this machine is known by name and revision only.
         """
@@ -39,7 +39,7 @@ class Base:
 
     @property
     def source(self) -> str:
-        """What transformers loads: the folder if there is one, else the Hub id."""
+        """The argument for transformers: the folder if there is one, else the Hub id."""
         return str(self.folder or self.name)
 
     @property

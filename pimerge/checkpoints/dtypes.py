@@ -25,7 +25,7 @@ _NAMES = {  # in torch and NumPy, which has no bfloat16
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """The dtype that safetensors names so.
+    """The dtype with this name in safetensors.
 
     >>> torch_dtype("BF16")
     torch.bfloat16

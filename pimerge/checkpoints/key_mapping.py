@@ -1,4 +1,4 @@
-"""What transformers calls the tensors of a checkpoint, and which tensor an adapter's module means."""
+"""Map the tensors of a checkpoint to their names in transformers, and adapter modules to tensors."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ def _only(keys: list[str], what: str) -> str:
 
 
 def _loose(name: str) -> str:
-    """A name without what programs write differently.
+    """A name in the form that all programs share.
 
     >>> _loose("model.diffusion_model.down.0.to_q.weight") == _loose("unet_down_0_to_q.weight")
     True

@@ -156,7 +156,7 @@ def _write_others(
 
 
 def _others(checkpoint: Checkpoint) -> Iterator[Path]:
-    """The files besides the weights that loading needs; a README says what was merged and is the caller's."""
+    """The files besides the weights that loading needs; the README is written by the caller."""
     folder = checkpoint.path
     for path in sorted(folder.iterdir()):
         licence = path.name.upper().startswith(("LICENSE", "NOTICE"))

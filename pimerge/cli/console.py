@@ -1,4 +1,4 @@
-"""What the user sees: results on standard output, progress and hints on standard error."""
+"""Console output: results on standard output, progress and hints on standard error."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def note(message: str, quiet: bool) -> None:
 
 
 def warn(message: str) -> None:
-    """Say on standard error what the user has to know, also when quiet."""
+    """Print a warning on standard error, also with ``--quiet``."""
     console = stderr()
     console.print("[bold yellow]warning:[/] ", end="")
     console.print(message, markup=False)

@@ -167,7 +167,7 @@ def _checked(
 
 
 def _remarks(outcome: EmbedOutcome) -> list[str]:
-    """What a user should know about how an expert was embedded."""
+    """Remarks on how an expert was embedded."""
     if not outcome.computed:
         return ["unchanged since it was embedded"]
     found = []

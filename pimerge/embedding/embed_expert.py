@@ -60,7 +60,7 @@ class EmbedOptions:
 
 @dataclass(frozen=True)
 class EmbedOutcome:
-    """What became of one expert.
+    """The result of embedding one expert.
 
     Attributes:
         computed: False if the store had it already.
@@ -242,7 +242,7 @@ def factors_of(expert: Expert, model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def updates_of(expert: Expert) -> dict[str, Tensor]:
-    """What is kept of the expert's updates beside the second moments: ``update.MODULE`` → ΔW in random directions."""
+    """Random projections of the expert's updates: ``update.MODULE`` → ΔW in random directions."""
     return {f"{UPDATE}.{name}": update for name, update in update_embedding(expert).items()}
 
 

@@ -1,4 +1,4 @@
-"""Features kept on the disk by the hashes of whatever they depend on, so that nothing is forwarded twice."""
+"""A disk cache of features, keyed by hashes of everything that they depend on."""
 
 from __future__ import annotations
 

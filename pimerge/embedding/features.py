@@ -148,7 +148,7 @@ class FeatureReader:
         return int(self.labels.bincount().max()) > 1
 
     def notes(self) -> list[str]:
-        """What a reader of the ranking should know about the examples."""
+        """Remarks on the examples for readers of the ranking."""
         counts = self.labels.bincount(minlength=len(self.task.labels)).tolist()
         missing = [name for name, count in zip(self.task.labels, counts, strict=True) if not count]
         found = list(self._cache.notes)
@@ -164,11 +164,11 @@ class FeatureReader:
         return found
 
     def base_features(self) -> TargetFeatures:
-        """What the bare base makes of the examples; the strength 0 of every expert."""
+        """The examples' features under the bare base, which is strength 0 of every expert."""
         return self._features(self._cache.get("base", lambda: self._read(self.loaded.model)), "")
 
     def features(self, expert: Expert) -> dict[float, TargetFeatures]:
-        """Strength → what the base with the expert makes of the examples."""
+        """Strength → the examples' features under the base with the expert."""
         found = self._cache.get(_identity(expert), lambda: self._candidate(expert))
         return {strength: self._features(found, f"{strength}.") for strength in strengths_of(expert)}
 
@@ -192,7 +192,7 @@ class FeatureReader:
         return {strength: _lossy(sample) for strength, sample in samples.items()}
 
     def mean_features(self, experts: Sequence[Expert]) -> TargetFeatures:
-        """What the base with the mean of several experts, each at its strength, makes of the examples."""
+        """The examples' features under the base with the mean of several experts, each at its strength."""
 
         def compute() -> dict[str, Tensor]:
             with injected_sum(experts, [1 / len(experts)] * len(experts), self.loaded) as model:
@@ -236,7 +236,7 @@ class FeatureReader:
         return found
 
     def _room(self, experts: Sequence[Expert] = ()) -> int | None:
-        """Tokens that are left for a text behind what some experts put before it; None where there is no bound."""
+        """Tokens left for a text after the vectors that experts put before it; None if there is no limit."""
         return getattr(self.loaded.config_for(experts), "max_position_embeddings", None)
 
     def _examples_for(self, experts: Sequence[Expert]) -> Examples:
@@ -282,7 +282,7 @@ class FeatureReader:
         return found
 
     def _reading(self, model: nn.Module) -> dict[str, nn.Module]:
-        """The modules of which the first to run takes in what is looked at: the head, or what gives out the words."""
+        """The modules whose input is the feature (the first one that runs): the head, or the language model head."""
         if not self._trains_head:
             return {"output": self.loaded.model.get_output_embeddings()}  # type: ignore[operator]
         names, prefix = dict(model.named_modules()), peft_prefix(model)
@@ -290,7 +290,7 @@ class FeatureReader:
 
 
 def _identity(expert: Expert) -> str:
-    """Whatever decides what an expert adds to its base: tensors, scalings, strength."""
+    """A text that identifies an expert's update: hashes of its files, and its strength."""
     return f"{expert.sha256} {sha256_file(expert.path / CONFIG)} {expert.strength}"
 
 

@@ -167,7 +167,7 @@ def _zeros(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
 
 
 def _harvest(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """Take what backward left in ``.grad``; a parameter that no loss depends on has the gradient 0."""
+    """Collect ``.grad`` after a backward pass; a parameter that no loss depends on has gradient 0."""
     found = {}
     for name, parameter in parameters.items():
         gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad

@@ -125,7 +125,7 @@ class _Sum:
 
 @contextmanager
 def _recording(layers: Mapping[str, nn.Module], sums: Mapping[str, _Sum], batch: Batch) -> Iterator[None]:
-    """Add up what enters the layers during the block; what they compute stays the same."""
+    """Accumulate the inputs of the layers during the block; their outputs do not change."""
     handles = [
         layer.register_forward_pre_hook(partial(_record, sums[name], real_tokens(batch, name)))
         for name, layer in layers.items()
@@ -151,7 +151,7 @@ def real_rows(x: Tensor, real: Tensor | None) -> Tensor:
 
 
 def real_tokens(batch: Batch, layer: str, virtual: int = 0) -> Tensor | None:
-    """(batch × tokens) of what enters a layer: False for padding; None if there can be none, as with images.
+    """(batch × tokens) mask of a layer's inputs: False for padding; None if there is none, as with images.
 
     Args:
         virtual: tokens that an expert puts before a text, which the decoder beside an encoder does not see; they count,

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 class SecondMoments:
-    """Sums of squares of what enters layers and of the gradients that come back, over the batches of a block.
+    """Sums of squares of layer inputs and of output gradients, over the batches of a block.
 
     Args:
         layers: name → layer. An output that requires no gradient, since nothing before it trains, is made to.
@@ -60,7 +60,7 @@ class SecondMoments:
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Add up during the block; what the layers compute stays the same."""
+        """Accumulate during the block; the layers' outputs do not change."""
         handles = []
         for name, layer in self._layers.items():
             handles.append(layer.register_forward_hook(self._watch(name)))

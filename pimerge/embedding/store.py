@@ -72,7 +72,7 @@ class Store:
         return expert
 
     def base_name(self, name: str) -> str:
-        """What an expert calls its base; the base's identity where its folder is gone."""
+        """The base that an expert names; the base's identity if its folder is gone."""
         with suppress(PimergeError):
             return str(read_json(self.folder_of(name) / CONFIG)["base_model_name_or_path"])
         return self.document.experts[name].base
@@ -187,7 +187,7 @@ class Store:
                 gains.sources.pop(name, None)
 
     def add_gains(self, target: str, gains: MeasuredGains) -> None:
-        """Write what the experts are worth for a target."""
+        """Write the measured gains of the experts for a target."""
         with self._changing() as document:
             document.gains[target] = gains
 
@@ -224,7 +224,7 @@ class Store:
         return Store(folder / self.path.name)
 
     def path_of(self, expert: Expert) -> str:
-        """An expert's folder as the document has it."""
+        """An expert's folder as written in the document."""
         return relative_to(expert.path, self.path.parent)
 
     def _is_whole(self, sidecar: Sidecar) -> bool:
@@ -241,7 +241,7 @@ class Store:
 
     @contextmanager
     def _changing(self) -> Iterator[StoreDocument]:
-        """Change the document under a lock, starting from what other processes have written meanwhile.
+        """Change the document under a lock, starting from its current content on disk.
 
         Sidecars that it no longer names are removed.
         """

@@ -1,4 +1,4 @@
-"""The document ``embeddings.json``: an entry for each expert, and what the experts are worth for each other."""
+"""The document ``embeddings.json``: an entry for each expert, and the experts' gains for each other."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SCHEMA = 4
 
 
 class EmbedSettings(BaseModel):
-    """What was asked for; an embedding made with other settings is computed anew."""
+    """The settings of an embedding; with other settings it is computed anew."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -74,7 +74,7 @@ class Embedding(BaseModel):
 
 
 class MeasuredGains(BaseModel):
-    """What the store's experts were measured to be worth for one target (``pimerge rank --calibrate``).
+    """Measured gains of the store's experts for one target (``pimerge rank --calibrate``).
 
     Attributes:
         task_sha256: of the target's task and data, as they were.

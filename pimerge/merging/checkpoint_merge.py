@@ -27,7 +27,7 @@ Weights = Mapping[str, Sequence[float]] | Sequence[float]
 
 @dataclass(frozen=True)
 class MergedTensors:
-    """What a merge of checkpoints wrote.
+    """The result of a merge of checkpoints.
 
     Attributes:
         merged: tensors that were merged.

@@ -20,7 +20,7 @@ from pimerge.merging.request import HeadPolicy
 
 @dataclass(frozen=True)
 class CheckpointPlan:
-    """What a merge of checkpoints reads and writes; see :func:`plan_checkpoints`.
+    """The plan of a merge of checkpoints; see :func:`plan_checkpoints`.
 
     Attributes:
         merged: key of the base → the key of each expert, for every tensor that is merged.

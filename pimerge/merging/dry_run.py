@@ -1,4 +1,4 @@
-"""What a merge will do, before it does it: what is handled and how, what is left out and why, memory and size."""
+"""The plan of a merge: what is handled and how, what is left out and why, memory and size."""
 
 from __future__ import annotations
 

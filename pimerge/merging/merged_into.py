@@ -140,7 +140,7 @@ def refuse_checkpoint(output: Path | None, path: Path) -> None:
 
 
 def _head_fields(checkpoint: Checkpoint, head: Head) -> dict[str, Any]:
-    """What config.json has to say of a head: its labels, and the class that has one."""
+    """The fields of config.json for a head: its labels, and the model class."""
     if head.task is None or not head.tensors or checkpoint.is_file:
         return {}
     import transformers

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Space(StrEnum):
-    """What a merge method works on.
+    """The space that a merge method works in.
 
     - ``LINEAR``: a weighted sum. The method has ``coefficients`` in place of ``merge``, so that the sum is taken on
       the factors: nothing is lost, no ΔW is formed.
@@ -114,12 +114,12 @@ class OpenedMethod:
 
     @property
     def space(self) -> Space:
-        """What it works on."""
+        """The space that it works in."""
         return self.strategy.space
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """What it takes besides the updates and the weights."""
+        """Its arguments besides the updates and the weights."""
         return self.strategy.needs
 
     def weights(self, count: int, given: Sequence[float] | None) -> list[float]:

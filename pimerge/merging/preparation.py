@@ -93,7 +93,7 @@ def _joined(
 
 
 def _identity(expert: Expert, experts: Sequence[Expert]) -> tuple[object, ...]:
-    """What equal experts share; the whole file is hashed only if another has the same beginning."""
+    """A key that equal experts share; a file is hashed completely only if another has the same beginning."""
     begins = [other for other in experts if other.file.beginning == expert.file.beginning]
     scalings = tuple(module.scaling for module in expert.modules.values())
     meaning = tuple(expert.config.get(field) for field in expert.strategy.meaning_fields)

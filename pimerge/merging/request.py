@@ -1,4 +1,4 @@
-"""What a merge is asked to do."""
+"""The request for a merge."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether the path that a merge takes gives each expert back that goes through it alone."""
+"""Check that each expert, merged alone, comes back unchanged."""
 
 from __future__ import annotations
 

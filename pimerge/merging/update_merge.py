@@ -70,7 +70,7 @@ class UpdateMerge:
 
     @property
     def _wide(self) -> torch.dtype:
-        """What entries are computed in: float32, or float64 for a result in float64."""
+        """The dtype of the computation: float32, or float64 for a result in float64."""
         return torch.promote_types(self.dtype, torch.float32)
 
     @property
@@ -223,7 +223,7 @@ def widest(dtypes: Iterable[Iterable[str]]) -> torch.dtype:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Without linear algebra a module is so little work that handing it to threads takes longer than doing it."""
+    """Use one thread during the block: without linear algebra, a module is too little work for several."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -1,4 +1,4 @@
-"""Members of PEFT's list of types, which an enumeration does not let anyone add."""
+"""Add members to PEFT's enumeration of types."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ class BitFitConfig(PeftConfig):  # type: ignore[misc]
 
 
 class BitFitLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
-    """A layer with another bias; what else it computes is the base's."""
+    """A layer of the base with another bias."""
 
     adapter_layer_names = ("bitfit_bias",)
     active_adapters: list[str]

@@ -112,7 +112,7 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the module gives, adapted."""
+        """The module's output, adapted."""
         output = self.base_layer(*args, **kwargs)
         if self.disable_adapters:
             return output
@@ -130,7 +130,7 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         return y
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Refused: the adapter is no change of its module's weights."""
+        """Refused: the adapter does not change its module's weights."""
         raise NotImplementedError("a bottleneck adapter is not linear, so it cannot be merged into the base's weights")
 
     def unmerge(self) -> None:

@@ -38,7 +38,7 @@ def rank_by_examples(
     rule: SelectionRule,
     prior: Mapping[str, float] | None = None,
 ) -> Ranking:
-    """Rank experts by what they make of the target's examples.
+    """Rank experts by the target's examples.
 
     Args:
         experts: name → expert of the target's base.
@@ -86,7 +86,7 @@ def rank_by_examples(
 
 @dataclass(frozen=True)
 class PoolEstimate:
-    """What the examples say about all candidates.
+    """Scores and gains of all candidates on the examples.
 
     Attributes:
         base_score: of the bare base by the measure, 0 by ``combined``; None if the measure has no score for it.

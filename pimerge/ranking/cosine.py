@@ -178,7 +178,7 @@ def _inner(rows: Array, others: Array) -> Array:
 
 
 def _without_noise(values: Array, noise: float) -> Array:
-    """What cancels but for rounding is zero: else copies of one expert would get scores from noise."""
+    """Set values that cancel up to rounding to zero; otherwise copies of one expert get scores from noise."""
     return np.where(np.abs(values) <= noise, 0.0, values)  # NaN stays, and is seen
 
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class Needs(StrEnum):
-    """What a measure is computed from."""
+    """The inputs of a measure."""
 
     FISHER = "fisher"
     SECOND_MOMENTS = "marginals"
@@ -35,7 +35,7 @@ class Needs(StrEnum):
 
     @property
     def text(self) -> str:
-        """What the user must have."""
+        """The inputs that the user must have."""
         return {
             Needs.FISHER: "the store",
             Needs.SECOND_MOMENTS: "the store",
@@ -127,7 +127,7 @@ class Measure(Strategy):
 
     @property
     def requirements(self) -> str:
-        """What the user must have, for listings."""
+        """The inputs that the user must have, for listings."""
         return "; ".join(
             [
                 self.needs.text + (f", at least {self.least_per_class} of a class" if self.least_per_class > 1 else ""),

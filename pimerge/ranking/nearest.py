@@ -125,7 +125,7 @@ def by_projection(store: Store, target: str, others: Sequence[str]) -> list[str]
 
 
 def _alike(store: Store, target: str, measure: Measure) -> tuple[list[str], dict[str, str]]:
-    """Those that the measure can compare with the target, by the document alone; and why it cannot each of the others.
+    """The experts that the measure can compare with the target, and the reason for each of the others.
 
     They have the target's base and its kind, unless the measure looks at the layers' second moments or at ΔW alone.
     """

@@ -94,7 +94,7 @@ def _start(target: RankTarget, store: Store, request: RankRequest) -> NewTarget:
 
 
 def _init_of(pool: Sequence[Expert], store: Store) -> str:
-    """What a target starts from, in words: where the pool has several kinds of expert, which."""
+    """A description of the init that a target starts from; names the kind if the pool has several."""
     several = len({entry.kind for entry in store.experts.values()}) > 1
     return f"the init of the pool's most frequent kind, {pool[0].kind}" if several else "the pool's init"
 

@@ -84,7 +84,7 @@ def candidate_of(name: str, expert: Expert, found: GainEstimate) -> Candidate:
 
 
 def of_first_kind(candidates: Sequence[Candidate], experts: Mapping[str, Expert], notes: list[str]) -> list[Candidate]:
-    """Those that can be summed with the first, so that whatever is selected can be merged or tuned together.
+    """The candidates that can be combined with the first, so that all selected ones can be merged or tuned together.
 
     All that have a ΔW can, whatever their kinds; the others with those of their kind.
 

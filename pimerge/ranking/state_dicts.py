@@ -195,7 +195,7 @@ def _unusable(tensors: list[str], squares: NDArray[np.float64]) -> str:
 
 
 def _difference(target: StateDict, other: StateDict) -> str:
-    """What tells the tensors of two files apart."""
+    """The differences between the tensors of two files."""
     lacking, extra = sorted(target.form.keys() - other.form.keys()), sorted(other.form.keys() - target.form.keys())
     if lacking:
         return f"it has no '{lacking[0]}'" + (f" and {len(lacking) - 1} more of the target's" if lacking[1:] else "")

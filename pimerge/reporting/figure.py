@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class FigureInputs:
-    """What a figure is made from: the documents of other commands, experts, and where a model runs.
+    """The inputs of a figure: documents of other commands, experts, and the device of a model.
 
     Attributes:
         experts: names in the store or the ranking, or folders; empty for all.

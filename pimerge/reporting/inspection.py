@@ -1,4 +1,4 @@
-"""What each expert of a pool is, which of them go together, and what the store knows of their Fisher information."""
+"""Inspect a pool: each expert, which of them can be combined, and their Fisher information in the store."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class FisherStatistics:
 
 
 def fisher_statistics(entry: Embedding, traces: Mapping[str, float], parameters: int) -> FisherStatistics:
-    """What the store says of an expert's Fisher information; shares of a zero trace are 0.
+    """Statistics of an expert's Fisher information; shares of a zero trace are 0.
 
     Args:
         traces: module → its part of the trace.
@@ -156,7 +156,7 @@ def _finding(one: _Opened, others: Sequence[_Opened], names: Mapping[str, int], 
 
 
 def _fisher(expert: Expert | None, store: Store | None) -> FisherStatistics | str:
-    """What the store knows of an expert, else why it knows nothing."""
+    """The store's statistics of an expert, or the reason why there are none."""
     if expert is None or store is None:
         return "it cannot be read" if expert is None else "no store was given"
     name = store.find(str(expert.path.resolve()))

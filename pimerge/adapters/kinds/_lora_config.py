@@ -1,4 +1,4 @@
-"""``adapter_config.json`` of a LoRA: what its fields may be, and which of them change what the tensors mean."""
+"""``adapter_config.json`` of a LoRA: the allowed fields, and those that change the meaning of the tensors."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def well_typed(config: Mapping[str, Any], problems: Problems) -> dict[str, Any]:
 
 
 def conversions_of(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """What has to be converted with the base's weights before it is a plain LoRA: ``DoRA``, ``PiSSA``, ``OLoRA``.
+    """The variants that are converted with the base's weights to a plain LoRA: ``DoRA``, ``PiSSA``, ``OLoRA``.
 
     >>> conversions_of({"use_dora": True, "init_lora_weights": "pissa"})
     ('PiSSA', 'DoRA')
@@ -89,7 +89,7 @@ def conversions_of(config: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def refuse_unhandled(config: Mapping[str, Any], problems: Problems, *, convert: bool) -> None:
-    """Note every field that changes what the tensors mean.
+    """Report every field that changes the meaning of the tensors.
 
     Args:
         convert: whether DoRA, PiSSA and OLoRA are fine, since they will be converted.

@@ -1,4 +1,4 @@
-"""What prompt tuning and prefix tuning share: one tensor ``prompt_embeddings``, before a text."""
+"""Code that prompt tuning and prefix tuning share: both have one tensor ``prompt_embeddings``."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def parse_prompt(
 
 
 def fresh_fields(size: int | None, modules: Sequence[str] | None) -> dict[str, Any]:
-    """What PEFT's config says of a fresh expert: so many vectors, 16 if no size is given.
+    """PEFT config fields of a fresh expert: its number of vectors, 16 by default.
 
     >>> fresh_fields(4, None)
     {'num_virtual_tokens': 4}
@@ -85,7 +85,7 @@ def takes_text(model: nn.Module) -> bool:
 
 
 def reads_an_end(model: Any) -> bool:
-    """Whether a base has an encoder and a decoder and classifies by what stands at the end of the text.
+    """Whether a base has an encoder and a decoder and classifies by the end token of the text.
 
     transformers lets nothing be put before the text of such a base.
     """

@@ -1,4 +1,4 @@
-"""What the parsers of experts without ΔW share."""
+"""Code that the parsers of experts without ΔW share."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pimerge.core.errors import PimergeError, Problems
 
 
 def fresh_fields(size: int | None, modules: Sequence[str] | None) -> dict[str, Any]:
-    """What PEFT's config says of a fresh expert of a kind that has no size; see :mod:`pimerge.adapters.kind`.
+    """PEFT config fields of a fresh expert of a kind that has no size; see :mod:`pimerge.adapters.kind`.
 
     >>> fresh_fields(None, ["q_proj"])
     {'target_modules': ['q_proj']}

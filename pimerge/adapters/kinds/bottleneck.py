@@ -57,7 +57,7 @@ def parse(header: AdapterHeader) -> Parts:
 
 
 def fresh_fields(size: int | None, modules: Sequence[str] | None) -> dict[str, Any]:
-    """What PEFT's config says of a fresh expert: d = 64 if no size is given.
+    """PEFT config fields of a fresh expert: d = 64 by default.
 
     >>> fresh_fields(8, None)
     {'bottleneck_dim': 8}
@@ -66,7 +66,7 @@ def fresh_fields(size: int | None, modules: Sequence[str] | None) -> dict[str, A
 
 
 def usual_places(model: nn.Module) -> dict[str, Any]:
-    """What PEFT's config says of a fresh expert in an architecture that is not in the table of known ones.
+    """PEFT config fields of a fresh expert in an architecture that is not in the table of known ones.
 
     All that has a name of the output projections of known ones, such as those of a LLaVA's tower and words.
     """

@@ -52,7 +52,7 @@ def parse(header: AdapterHeader) -> Parts:
 
 
 def fresh_fields(size: int | None, modules: Sequence[str] | None) -> dict[str, Any]:
-    """What PEFT's config says of a fresh expert; of modules that are named, the outputs are scaled.
+    """PEFT config fields of a fresh expert; the outputs of named modules are scaled.
 
     >>> fresh_fields(None, ["k"])
     {'target_modules': ['k'], 'feedforward_modules': []}
@@ -61,7 +61,7 @@ def fresh_fields(size: int | None, modules: Sequence[str] | None) -> dict[str, A
 
 
 def usual_places(model: nn.Module) -> dict[str, Any]:
-    """What PEFT's config says of a fresh expert where PEFT knows no layers of the architecture.
+    """PEFT config fields of a fresh expert in an architecture that PEFT does not know.
 
     As in the paper: keys, values, and what enters the last layer of a feed-forward block.
     """

@@ -32,7 +32,7 @@ def parse(header: AdapterHeader) -> Parts:
 
 
 def usual_places(model: nn.Module) -> dict[str, Any]:
-    """What PEFT's config says of a fresh expert where PEFT knows no layers of the architecture: all normalisations."""
+    """PEFT config fields of a fresh expert in an architecture that PEFT does not know: all normalisations."""
     from peft.utils import TRANSFORMERS_MODELS_TO_LNTUNING_TARGET_MODULES_MAPPING as KNOWN
 
     from pimerge.checkpoints.architecture import norms  # imports torch, which reading a file needs not

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def _delta(layer: Any, weight: Tensor) -> Tensor:
-    """PEFT gives W + ΔW, but for the variant "bat", and changes what it is given."""
+    """ΔW from PEFT, which returns W + ΔW except for the variant "bat"; it changes its argument, so it gets a copy."""
     weight = weight.double()
     if layer.miss_fn == "bat":
         delta: Tensor = layer.get_delta_weight("default", weight.clone())

@@ -64,7 +64,7 @@ def misfit(group: TensorSet, model: nn.Module, config: Mapping[str, Any]) -> str
 
 
 def usual_places(model: nn.Module) -> dict[str, Any]:
-    """What PEFT's config says of a fresh prefix where a head has not its share of the hidden size, as in T5's of 11 B.
+    """PEFT config fields of a fresh prefix where heads × head size differs from the hidden size, as in T5-11B.
 
     PEFT takes the keys' width for the hidden size, or without grouped queries for what it is told.
     """
@@ -80,7 +80,7 @@ def _width(model: nn.Module) -> int:
 
 
 def _takes_past(model: nn.Module) -> bool:
-    """Whether the model, or the backbone in it, takes keys and values of what went before."""
+    """Whether the model, or its backbone, accepts past keys and values."""
     return any(
         "past_key_values" in inspect.signature(module.forward).parameters for module in (model, *model.children())
     )

@@ -1,4 +1,4 @@
-"""What ``pimerge merge`` prints of a merge: its plan, or what was written."""
+"""Output of ``pimerge merge``: the plan, or the results."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ GAIN = "expected gain, points"
 
 
 def print_ranking(ranking: Ranking, k: int | None, quiet: bool) -> None:
-    """The candidates, best first, those that are not comparable, and the bare base; then what is to be said of them.
+    """Print the candidates, best first, those that are not comparable, and the bare base; then remarks.
 
     Args:
         k: how many were asked for; None for auto.

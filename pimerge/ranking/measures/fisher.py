@@ -24,7 +24,7 @@ from pimerge.ranking.measures.marginals import parts_of, unit_parts
 
 
 def remark(experts: Sequence[Expert]) -> str:
-    """What a reader should know of a comparison of some experts, the target among them; empty if nothing."""
+    """A remark on a comparison of some experts, the target among them; empty if there is none."""
     without = sorted({expert.kind for expert in experts if not expert.modules})
     return f"{', '.join(without)} have no ΔW, so all were compared by their gradients alone" if without else ""
 

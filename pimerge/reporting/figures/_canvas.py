@@ -1,4 +1,4 @@
-"""What all plots have in common: size, colours that colour-blind people can tell apart, files of the same bytes."""
+"""Code shared by all plots: size, colours that colour-blind people can tell apart, reproducible files."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _STYLE: Any = {
 
 
 def require_libraries() -> None:
-    """Check that the libraries that draw are installed."""
+    """Check that the plotting libraries are installed."""
     missing = [name for name in LIBRARIES if find_spec(name) is None]
     if missing:
         raise PimergeError(

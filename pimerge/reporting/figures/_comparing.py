@@ -1,4 +1,4 @@
-"""What is chosen from a comparison of methods: numbers of shots and of experts, and each method's lines."""
+"""Choose shots, numbers of experts and each method's rows from a comparison."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ class ExpertsSeries(FigureData):
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertsData(FigureData):
-    """What the plot shows."""
+    """The data of the plot."""
 
     target: str
     metric: str

@@ -53,7 +53,7 @@ class Correlation(FigureData):
 
 @dataclass(frozen=True, kw_only=True)
 class GainData(FigureData):
-    """What the plot shows; ``error`` is one standard error of the accuracy at α = 0."""
+    """The data of the plot; ``error`` is one standard error of the accuracy at α = 0."""
 
     target: str
     measure: str

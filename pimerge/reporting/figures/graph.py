@@ -42,7 +42,7 @@ class GraphNode(FigureData):
 
 @dataclass(frozen=True, kw_only=True)
 class GraphData(FigureData):
-    """What the plot shows.
+    """The data of the plot.
 
     Attributes:
         experts: in the order of the clustering.

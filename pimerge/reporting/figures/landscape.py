@@ -60,7 +60,7 @@ class MarkedPoint(FigureData):
 
 @dataclass(frozen=True, kw_only=True)
 class LandscapeData(FigureData):
-    """What the plot shows; ``grid`` has a row of points for each of ``y``."""
+    """The data of the plot; ``grid`` has a row of points for each of ``y``."""
 
     shown: ShownExamples
     experts: list[str]

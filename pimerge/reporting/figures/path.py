@@ -54,7 +54,7 @@ class ExpertPath(FigureData):
 
 @dataclass(frozen=True, kw_only=True)
 class PathData(FigureData):
-    """What the plot shows; ``left_out`` says which candidates cannot be combined with the target's expert, and why."""
+    """The data of the plot; ``left_out`` says which candidates cannot be combined with the target's expert, and why."""
 
     shown: ShownExamples
     target_sha256: str

@@ -56,7 +56,7 @@ class MethodShift(FigureData):
 
 @dataclass(frozen=True, kw_only=True)
 class ShiftData(FigureData):
-    """What the plot shows."""
+    """The data of the plot."""
 
     target: str
     metric: str

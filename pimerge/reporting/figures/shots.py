@@ -46,7 +46,7 @@ class ShotsSeries(FigureData):
 
 @dataclass(frozen=True, kw_only=True)
 class ShotsData(FigureData):
-    """What the plot shows; the methods had ``k`` experts of the ranking."""
+    """The data of the plot; the methods had ``k`` experts of the ranking."""
 
     target: str
     metric: str

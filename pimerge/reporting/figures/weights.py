@@ -33,7 +33,7 @@ _LAYER = re.compile(r"(.*?\.\d+)(?:\.(.*))?$")
 
 @dataclass(frozen=True, kw_only=True)
 class WeightsData(FigureData):
-    """What the plot shows.
+    """The data of the plot.
 
     Attributes:
         tuned: the folder's name; ``method`` is that of ``pimerge tune``.
