@@ -11,6 +11,7 @@ from pimerge.adapters.expert import Expert, open_expert
 from pimerge.core.documents import parse_document
 from pimerge.core.errors import PimergeError
 from pimerge.core.files import json_text, relative_to, require_same_or_absent, write_file
+from pimerge.tasks.task import Task
 
 SCHEMA = 2
 
@@ -105,6 +106,7 @@ class Ranking(BaseModel):
     candidates: list[Candidate]
     not_comparable: list[NotComparable]
     _path: Path = PrivateAttr(default=Path("ranking.json"))
+    _task: Task | None = PrivateAttr(default=None)
 
     @property
     def path(self) -> Path:
@@ -115,6 +117,17 @@ class Ranking(BaseModel):
         """The same ranking with the paths of experts relative to the folder of another file."""
         ranking = self.model_copy()
         ranking._path = path
+        return ranking
+
+    @property
+    def task(self) -> Task | None:
+        """The target's task, if it was given as rows in memory or as an open task: no file holds it."""
+        return self._task
+
+    def with_task(self, task: Task | None) -> Ranking:
+        """The same ranking for a task that is open."""
+        ranking = self.model_copy()
+        ranking._task = task
         return ranking
 
     def to_dict(self) -> dict[str, Any]:

@@ -89,6 +89,8 @@ def select(
     ranking_path = ranked.path if isinstance(ranked, Ranking) else ranked
     if ranking is None and (ranking_path.is_file() or (not references and needed)):
         ranking = read_ranking(ranking_path)
+    if target is None and ranking is not None:
+        target = ranking.task
     task = target if isinstance(target, Task) else None
     own, folder = _target(target, ranking, ranking_path, base, convert=convert)
     if references:

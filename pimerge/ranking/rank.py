@@ -86,7 +86,7 @@ def rank(
     if states is not None:
         return states
     with _ranked(target, request) as found:
-        return found.ranking
+        return found.ranking.with_task(found.target.given)
 
 
 @dataclass(frozen=True)
