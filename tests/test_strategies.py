@@ -68,6 +68,14 @@ def test_defaults_of_options_are_in_their_range(package: str) -> None:
                 assert option.problem(default) == "", f"{strategy.name} {option.flag}"
 
 
+@pytest.mark.parametrize("package", FAMILIES)
+def test_options_of_one_name_share_type_and_help(package: str) -> None:
+    seen: dict[str, tuple[str, str]] = {}
+    for option in family_of(package).options():
+        own = (option.type.__name__, option.help)
+        assert seen.setdefault(option.name, own) == own, option.flag
+
+
 def branches(tree: ast.AST) -> Iterator[tuple[int, str]]:
     """Line and text of each string that a comparison or a ``case`` asks for.
 
