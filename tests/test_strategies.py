@@ -24,8 +24,8 @@ FAMILIES = {
     "pimerge.ranking.measures": "pimerge.ranking.measure.MEASURES",
     "pimerge.reporting.figures": "pimerge.reporting.figure.FIGURES",
 }
-OTHER_MEANINGS = {"prompt", "fisher", "marginals", "experts", "history", "delta", "likelihood", "loss", "accuracy"}
-"""Also a field of a task, of every score or of a log, what a measure needs, a space of merging, a way of scoring."""
+OTHER_MEANINGS = {"prompt", "fisher", "marginals", "experts", "history", "delta", "likelihood", "loss"}
+"""Also a field of a task, of a log, what a measure needs, a space of merging, a way of scoring."""
 
 
 def family_of(package: str) -> Family[Any]:

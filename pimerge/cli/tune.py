@@ -12,8 +12,7 @@ from pimerge.cli import options
 from pimerge.cli.console import note, print_family, print_json, print_table, tracker, warn
 from pimerge.cli.inputs import parse_rank
 from pimerge.core.libraries import quiet_libraries
-from pimerge.tuning.method import METHODS
-from pimerge.tuning.plan import Granularity
+from pimerge.tuning.method import METHODS, Granularity
 
 if TYPE_CHECKING:
     from pimerge.tuning.session import TuneResult

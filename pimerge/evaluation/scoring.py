@@ -22,7 +22,7 @@ from pimerge.models.loaded_base import LoadedBase, in_head, most_virtual_tokens
 from pimerge.models.loading import load_base, resolve_device, resolve_dtype
 from pimerge.tasks.examples import Examples, Scored, bucket_by_length
 from pimerge.tasks.intervals import Interval, bootstrap_interval
-from pimerge.tasks.metric import Answers
+from pimerge.tasks.metric import METRICS, Answers
 from pimerge.tasks.row_errors import some
 from pimerge.tasks.task import Task
 from pimerge.tuning.ensemble import Ensemble, ensemble_in_base
@@ -271,7 +271,8 @@ def _score(name: str, found: Scored, split: TestSplit, note: str) -> Score:
         else Interval(right / total, *wilson_interval(right, total))
     )
     metrics = {
-        metric: accuracy if metric == "accuracy" else bootstrap_interval(metric, answers) for metric in task.metrics
+        metric: accuracy if METRICS.load(metric).counts_right else bootstrap_interval(metric, answers)
+        for metric in task.metrics
     }
     share, low, high = accuracy.value, accuracy.low, accuracy.high
     return Score(name, share, low, high, mean, mean - half, mean + half, total, note, metrics)

@@ -67,7 +67,7 @@ def set_head(model: nn.Module, head: Mapping[str, Tensor]) -> None:
 def initialise_head(loaded: LoadedBase, seed: int) -> None:
     """Initialise anew the head's parameters that the checkpoint lacks, as :func:`load_base` does with this seed."""
     model: Any = loaded.model
-    for key in loaded.drawn:
+    for key in loaded.randomly_initialised:
         marked = [model.get_parameter_or_buffer(key)]
         while key:
             key = key.rpartition(".")[0]

@@ -26,14 +26,14 @@ class LoadedBase:
         head: names of the modules that a task trains besides its expert: those outside the
             architecture's body, and others that the checkpoint has no weights for; none where the base answers in text.
         has_own_head: whether the checkpoint holds a head for exactly these labels, or answers in text.
-        drawn: names of the head's parameters that the checkpoint lacks, so that they were initialised at random.
+        randomly_initialised: names of the head's parameters that the checkpoint lacks.
     """
 
     model: nn.Module
     processor: Any
     head: tuple[str, ...]
     has_own_head: bool
-    drawn: frozenset[str] = frozenset()
+    randomly_initialised: frozenset[str] = frozenset()
 
     @property
     def config(self) -> Any:

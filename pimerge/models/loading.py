@@ -102,8 +102,8 @@ def load_base(base: Base, task: Task, device: torch.device, dtype: torch.dtype, 
         for part in (model.config, model.config.get_text_config()):
             part.use_cache = False  # only generation uses it, and asks for it
     model.requires_grad_(False)
-    drawn = frozenset(key for key in replaced if in_head(key, head))
-    return LoadedBase(model.to(device).eval(), processor, head, has_own_head, drawn)
+    fresh = frozenset(key for key in replaced if in_head(key, head))
+    return LoadedBase(model.to(device).eval(), processor, head, has_own_head, fresh)
 
 
 def _not_loaded(base: Base, task: Task, message: str) -> PimergeError:

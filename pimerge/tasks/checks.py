@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pimerge.core.errors import PimergeError, Problems, nearest
+from pimerge.tasks.metric import check_metrics
 from pimerge.tasks.schema import COMMON, ROLES, TaskFile
 from pimerge.tasks.task_type import TASK_TYPES
 
@@ -31,4 +32,6 @@ def check_fields(file: TaskFile, where: str) -> None:
         problems.add(f"{where}: labels has a name twice", "give each class a name of its own")
     with problems.collected(f"{where}: "):
         kind.check(file)
+    with problems.collected(f"{where}: "):
+        check_metrics(file.metrics or [], kind.answer_forms(file))
     problems.raise_any(f"{where} does not fit")

@@ -37,8 +37,8 @@ class TaskData(Protocol):
     def content(self) -> Any:
         """A JSON value that is the same for the same content, wherever it lies."""
 
-    def field_for(self, folder: Path) -> Any:
-        """The field ``data`` of a ``task.json`` in a folder that means the same data; None if no file can name it."""
+    def fields_for(self, folder: Path) -> dict[str, Any]:
+        """The fields of a ``task.json`` in a folder that name the same data."""
 
 
 @dataclass(frozen=True)
@@ -126,10 +126,10 @@ class NamedData:
         return sorted({(here / name).parent for name in names})
 
     def content(self) -> Any:
-        """Hashes of the files by split, or by their place in the data's folder; the id of a Hub data set."""
+        """Hashes of the files by split, or by path in the data's folder; the id of a Hub data set; hashes of rows."""
         data, folder = self.file.data, self.path.parent
         if data is None:
-            return None
+            return self.file.rows
         if isinstance(data, str):
             path = folder / data
             if path.is_dir():
@@ -141,19 +141,21 @@ class NamedData:
             for split, names in self._files(data).items()
         }
 
-    def field_for(self, folder: Path) -> Any:
-        """The same data, with paths relative to another folder."""
+    def fields_for(self, folder: Path) -> dict[str, Any]:
+        """The field ``data``, with paths relative to another folder."""
         data = self.file.data
 
         def moved(name: str) -> str:
             path = self.path.parent / name
             return relative_to(path, folder) if path.exists() else name
 
-        if data is None or isinstance(data, str):
-            return data if data is None else moved(data)
+        if not isinstance(data, dict):
+            return {} if data is None else {"data": moved(data)}
         return {
-            split: moved(value) if isinstance(value, str) else [moved(name) for name in value]
-            for split, value in data.items()
+            "data": {
+                split: moved(value) if isinstance(value, str) else [moved(name) for name in value]
+                for split, value in data.items()
+            }
         }
 
 
@@ -198,9 +200,9 @@ class RowsInMemory:
         """A hash of each split's rows."""
         return {split: _hash(rows) for split, rows in self.splits.items()}
 
-    def field_for(self, folder: Path) -> None:
-        """None: no file holds the rows."""
-        return
+    def fields_for(self, folder: Path) -> dict[str, Any]:
+        """The field ``rows``: hashes, by which the task is recognised again."""
+        return {"rows": self.content()}
 
 
 def _hash(rows: datasets.Dataset) -> str:

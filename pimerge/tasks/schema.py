@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-COMMON = frozenset({"type", "data", "subset", "revision", "splits", "columns", "labels", "description"})
+COMMON = frozenset({"type", "data", "subset", "revision", "rows", "splits", "columns", "labels", "description"})
 """The fields of every type; each type says which of the others it uses (``FIELDS``)."""
 
 UNLABELLED = "unlabelled"
@@ -22,6 +22,7 @@ class TaskFile(BaseModel):
         data: a file or folder (relative to ``task.json``), split → file(s), or the Hub id of a data set; None where the
             rows were in memory.
         subset: of a data set on the Hub, or in a folder of that form. revision: on the Hub.
+        rows: split → SHA-256 of its rows, for rows that were in memory; written by pimerge.
         splits: role (``train``, ``test``) → split of the data set, in its slicing syntax (``train[:80%]``).
         columns: role (``text``, ``image``, ``label``) → column.
         labels: the names of the classes; label i in the data is the i-th of them. None where answers are free, or where
@@ -44,6 +45,7 @@ class TaskFile(BaseModel):
     data: str | dict[str, str | list[str]] | None = None
     subset: str | None = None
     revision: str | None = None
+    rows: dict[str, str] | None = None
     splits: dict[str, str] = Field(default_factory=dict)
     columns: dict[str, str] = Field(default_factory=dict)
     labels: Annotated[list[str], Field(min_length=2)] | None = None

@@ -15,14 +15,8 @@ from pimerge.tasks.checks import check_fields, require_type
 from pimerge.tasks.data import NamedData, RowsInMemory, TaskData
 from pimerge.tasks.examples import Examples, Rows
 from pimerge.tasks.image_paths import hashes_of_named, holds_paths, with_images
-from pimerge.tasks.inference import (
-    SplitRows,
-    class_names_of,
-    infer_columns,
-    infer_labels,
-    infer_type,
-    rows_by_split,
-)
+from pimerge.tasks.inference import SplitRows, class_names_of, infer_columns, infer_labels, infer_type, rows_by_split
+from pimerge.tasks.metric import default_metric
 from pimerge.tasks.reading import SplitReader, sample_rows
 from pimerge.tasks.row_errors import RowProblems, RowsError
 from pimerge.tasks.schema import COMMON, UNLABELLED, TaskFile
@@ -75,7 +69,7 @@ class Task:
 
         Returns:
             a task that every stage takes in place of a path. A ``task.json`` that is written beside an output
-            describes it without its data.
+            describes it without its rows, but with their hashes.
 
         >>> rows = [{"text": "oh no", "label": "bad"}, {"text": "hooray", "label": "good"}]
         >>> task = Task.from_rows(rows, test=rows[:1])
@@ -87,9 +81,7 @@ class Task:
         kind = infer_type(first) if type is None else type
         content = {"type": kind, "labels": labels and list(labels), **fields}
         where = f"the task '{name}'"
-        if set(fields) & {"data", "subset", "revision"}:
-            raise PimergeError(f"{where} has rows in memory, and data besides", "pass one of the two")
-        if set(fields) & {"data", "subset", "revision"}:
+        if set(fields) & {"data", "subset", "revision", "rows"}:
             raise PimergeError(f"{where} has rows in memory, and data besides", "pass one of the two")
         require_type(kind, where)
         content["columns"] = infer_columns(kind, first, columns)
@@ -122,9 +114,8 @@ class Task:
 
     @property
     def metrics(self) -> list[str]:
-        """What ``eval`` shows besides the loss."""
-        chosen = self.labels or "choices" in self.type.columns
-        return self.file.metrics or ["accuracy" if chosen else "exact-match"]
+        """Names of the metrics that ``eval`` shows besides the loss."""
+        return self.file.metrics or [default_metric(self.type.answer_forms(self.file)[0])]
 
     @property
     def of_words(self) -> bool:
@@ -157,16 +148,15 @@ class Task:
     def sha256(self) -> str:
         """SHA-256 of the meaning of ``task.json`` and of the data, unless a Hub id names it; paths do not count."""
         unset = set(TaskFile.model_fields) - COMMON - self.file.given()
-        meaning = self.file.model_dump_json(exclude={"data", "description"} | unset)
+        meaning = self.file.model_dump_json(exclude={"data", "rows", "description"} | unset)
         parts = [meaning, json.dumps(self.data.content(), sort_keys=True)]
         if "image" in self.columns:
             parts += hashes_of_named(self.data, self.columns["image"], [self._split("train"), self._split("test")])
         return sha256_bytes("\n".join(parts).encode())
 
     def document_for(self, folder: Path) -> dict[str, Any]:
-        """The content of a ``task.json`` in another folder that means the same task; rows in memory are left out."""
-        data = self.data.field_for(folder)
-        return {**self.file.model_dump(exclude_none=True), **({} if data is None else {"data": data})}
+        """The content of a ``task.json`` in another folder for the same task; of rows in memory it holds the hashes."""
+        return {**self.file.model_dump(exclude_none=True), **self.data.fields_for(folder)}
 
     def has_split(self, role: str) -> bool:
         """Whether the task has a split for a role that it may lack."""

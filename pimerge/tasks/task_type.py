@@ -51,7 +51,8 @@ class TaskType(Strategy):
         usual_columns: role → names by which rows in memory are recognised as being of this type.
         fields: the fields of ``task.json`` that it has besides those of every type.
         class_name_role: the role of a column in which the name of a class could stand, as one more example of it.
-        check: raises what does not fit in a ``task.json``.
+        answers: forms of answer besides a class: ``choices`` of a row, ``texts``.
+        check: raises an error for fields of ``task.json`` that do not fit.
         load_processor: source and revision of a base → its tokenizer or processor.
         encode: rows → examples.
         nll: −log p(y|x) of each example of a batch, summed over its target tokens, (batch).
@@ -68,13 +69,18 @@ class TaskType(Strategy):
     usual_columns: Mapping[str, Sequence[str]] = field(default_factory=dict)
     fields: frozenset[str]
     class_name_role: str = ""
-    check: Callable[[TaskFile], None]
+    answers: tuple[str, ...] = ()
+    check: Callable[[TaskFile], None] = lambda file: None
     load_processor: Callable[[str, str | None], Any]
     encode: Callable[[Rows, TaskFile, Any, PreTrainedConfig], Examples]
     nll: Callable[[nn.Module, Batch], Tensor]
     draw: Callable[[nn.Module, Examples, Sequence[int], Tensor], Sequence[Any]]
     score: Callable[[nn.Module, Examples, Sequence[int]], Scored]
     read: Reading
+
+    def answer_forms(self, file: TaskFile) -> list[str]:
+        """The forms of answer to a task, its main one first: ``classes``, ``choices`` or ``texts``."""
+        return [*(["classes"] if self.trains_head or file.labels else []), *self.answers]
 
     def auto_model_for(self, config: Any) -> str:
         """The class of transformers that loads a base of this config."""

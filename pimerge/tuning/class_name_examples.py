@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from pimerge.models.loaded_base import LoadedBase
     from pimerge.tasks.task import Task
-    from pimerge.tuning.plan import MixturePlan
+    from pimerge.tuning.method import MixturePlan
 
 MOST = 500
 """The most examples on which the names are tried."""

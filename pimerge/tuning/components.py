@@ -1,4 +1,4 @@
-"""The components of a mixture: the chosen experts, the target's own, and fresh ones."""
+"""The components of a mixture: the chosen experts, the target's own expert, and fresh ones."""
 
 from __future__ import annotations
 
@@ -10,23 +10,21 @@ import torch
 
 from pimerge.adapters.compatibility import require_alike, require_finite
 from pimerge.adapters.expert import Expert
-from pimerge.adapters.kind import KINDS, AdapterHeader
-from pimerge.adapters.kinds.lora import parse
+from pimerge.adapters.kind import KINDS
 from pimerge.adapters.low_rank import DEFAULT_ENERGY, Truncation, weighted_sum
 from pimerge.adapters.merged_module import MergedModule, relative_error
-from pimerge.checkpoints.architecture import inside, lora_targets
+from pimerge.checkpoints.architecture import lora_targets
 from pimerge.core.errors import PimergeError, Problems
 from pimerge.core.progress import Note
 from pimerge.models.loaded_base import LoadedBase, in_head
-from pimerge.tuning.fresh_expert import fresh_expert
+from pimerge.tuning.fresh_expert import fresh_expert, fresh_lora, fresh_lora_like
 from pimerge.tuning.lora_layers import LoraComponent
-from pimerge.tuning.method import TuneMethod
-from pimerge.tuning.plan import MixturePlan
+from pimerge.tuning.method import MixturePlan, TuneMethod
 from pimerge.tuning.session import TuneRequest
 from pimerge.tuning.tensor_layers import TensorComponent, component_of, fresh_component
 
 TEMPERATURE = 0.1
-"""Temperature of the softmax of expected gains with one labelled example; it falls with the gains' standard error."""
+"""Temperature of the softmax of expected gains with one labelled example; it shrinks as 1/√examples."""
 NO_EXPERT = "the target has no expert of its own: a fresh one takes its place"
 
 
@@ -46,7 +44,7 @@ def chosen_experts(method: TuneMethod, experts: Sequence[Expert], target: Expert
 
 
 def require_heads_alone(experts: Sequence[Expert], loaded: LoadedBase) -> None:
-    """Refuse experts that have more than updates and a head, since nothing else is summed or trained."""
+    """Refuse experts that saved trained modules other than a head: tuning neither sums nor trains them."""
     problems = Problems()
     for expert in {expert.path: expert for expert in experts}.values():
         stray = sorted({name.rpartition(".")[0] for name in expert.head if not in_head(name, loaded.head)})
@@ -56,17 +54,17 @@ def require_heads_alone(experts: Sequence[Expert], loaded: LoadedBase) -> None:
                 "and would be lost",
                 "leave it out, or merge instead: pimerge merge keeps what the target saved",
             )
-    problems.raise_any("these experts are more than updates and heads")
+    problems.raise_any("these experts hold trained modules besides updates and heads")
 
 
 def start_logits(
     plan: MixturePlan, count: int, request: TuneRequest, chosen: Sequence[Expert], examples: int
 ) -> list[float]:
-    """Logits whose softmax the weights start from: the scores, and 1/N for a component without one.
+    """Logits whose softmax gives the initial weights: the ranking's scores, and 1/N for a component without a score.
 
     Args:
-        count: how many components the mixture has.
-        examples: how many labelled ones the ranking's gains rest on.
+        count: number of components of the mixture.
+        examples: number of labelled examples from which the ranking estimated the gains.
     """
     ranked = _known(request.scores, request, chosen)
     if plan.start_by_gain and (gains := _known(request.gains, request, chosen)):
@@ -81,7 +79,7 @@ def start_logits(
 
 
 def gain_logits(gains: Sequence[float], examples: int) -> list[float]:
-    """Expected gains over the temperature 0.1 / √examples: the fewer labelled examples, the less reliable the gains.
+    """Expected gains divided by the temperature 0.1 / √examples: with fewer labelled examples, gains are less reliable.
 
     >>> gain_logits([0.04, 0.0], examples=25)
     [2.0, 0.0]
@@ -98,17 +96,14 @@ def _known(values: Sequence[float | None] | None, request: TuneRequest, chosen: 
 
 @contextmanager
 def form_of(plan: MixturePlan, request: TuneRequest, chosen: Sequence[Expert]) -> Iterator[Expert | None]:
-    """An expert whose form the mixture has, if it is of a kind without ΔW; None for LoRA."""
-    options, session = request.options, request.session
-    kind = options.fresh_kind
-    if kind is None:
+    """Yield an expert that defines the tensors of a mixture without ΔW; None for a mixture of updates ΔW."""
+    options = request.options
+    if options.fresh_kind is None:
         yield _known_form(plan, request, chosen)
-    elif KINDS.load(kind).stores_factors:
+    elif KINDS.load(options.fresh_kind).stores_factors:
         yield None
     else:
-        with fresh_expert(
-            kind, session.loaded, session.base, session.task, options.fresh_rank, options.fresh_modules
-        ) as form:
+        with fresh_expert(options.fresh_kind, request.session, options.fresh_rank, options.fresh_modules) as form:
             yield form
 
 
@@ -118,9 +113,9 @@ def _known_form(plan: MixturePlan, request: TuneRequest, chosen: Sequence[Expert
     if form is None or not form.tensor_sets:
         return None
     if not plan.experts and (options.fresh_rank or options.fresh_modules or options.fresh_alpha):
-        return None  # a fresh LoRA is asked for
+        return None  # these options ask for a fresh LoRA
     if not plan.experts and not plan.train_experts and not form.has_strength:
-        return None  # a fresh prompt that is not trained would change the base
+        return None  # an untrained fresh prompt would change the base's answers
     if options.rank is not None:
         raise PimergeError(f"--rank is for updates ΔW, and experts of kind {form.kind} have none", "leave it out")
     return form
@@ -129,7 +124,7 @@ def _known_form(plan: MixturePlan, request: TuneRequest, chosen: Sequence[Expert
 def tensor_components(
     plan: MixturePlan, request: TuneRequest, form: Expert, chosen: Sequence[Expert]
 ) -> list[TensorComponent]:
-    """The components of a mixture of experts without ΔW, a fresh one first."""
+    """Components of a mixture of experts without ΔW; a fresh one comes first."""
     loaded, seed = request.session.loaded, request.options.init_seed
     found = [component_of(expert, loaded) for expert in chosen]
     if plan.random_experts:
@@ -142,13 +137,13 @@ def tensor_components(
 
 
 def lora_components(plan: MixturePlan, request: TuneRequest, chosen: Sequence[Expert]) -> list[LoraComponent]:
-    """The components of a mixture of updates ΔW, a fresh one first."""
+    """Components of a mixture of updates ΔW; a fresh one comes first."""
     options, loaded = request.options, request.session.loaded
     found = [_component(expert, options.rank, request.note) for expert in chosen]
     if plan.random_experts:
         own = found[: plan.target and request.target is not None]
         found = own + [
-            _random_like(component, loaded, options.init_seed + number, f"random {number}")
+            fresh_lora_like(component, loaded, options.init_seed + number, f"random {number}")
             for number, component in enumerate(found[len(own) :], 1)
         ]
     return [_fresh_for(plan, request), *found] if _needs_fresh(plan, request) else found
@@ -162,66 +157,25 @@ def _needs_fresh(plan: MixturePlan, request: TuneRequest) -> bool:
 
 
 def _fresh_for(plan: MixturePlan, request: TuneRequest) -> LoraComponent:
-    """A fresh LoRA of the size that the options ask for, else that of the expert it shall be like."""
+    """A fresh LoRA of the size in the options, by default that of the expert whose form it takes."""
     options, loaded, like = request.options, request.session.loaded, request.like
-    places = tuple(sorted(like.modules)) if like and like.modules else lora_targets(loaded.model)
-    like = like if like and like.strategy.stores_factors else None  # others have no rank
+    modules = tuple(sorted(like.modules)) if like and like.modules else lora_targets(loaded.model)
+    like = like if like and like.strategy.stores_factors else None  # other kinds have no rank
     rank = options.fresh_rank or (max(like.ranks) if like else 8)
     alpha = options.fresh_alpha
     if alpha is None:
         alpha = max((module.alpha for module in like.modules.values()), default=float(rank)) if like else float(rank)
         alpha = alpha * rank / max(like.ranks) if like else alpha
     return fresh_lora(
-        loaded, rank if plan.train_experts else 1, alpha, options.fresh_modules or places, options.init_seed
+        loaded, rank if plan.train_experts else 1, alpha, options.fresh_modules or modules, options.init_seed
     )
-
-
-def fresh_lora(
-    loaded: LoadedBase, rank: int, alpha: float, modules: Sequence[str] | None, seed: int, name: str = "fresh"
-) -> LoraComponent:
-    """Make a fresh LoRA expert with PEFT's own init (A Kaiming-uniform, B zero); the base is unchanged afterwards.
-
-    Args:
-        modules: names or name endings; None for those that PEFT adapts in this architecture.
-    """
-    from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
-
-    torch.manual_seed(seed)
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=alpha,
-        target_modules=list(modules) if modules else None,
-        exclude_modules=inside(loaded.head),
-        base_model_name_or_path="",
-    )
-    try:
-        model = get_peft_model(loaded.model, config)
-    except ValueError as error:
-        raise PimergeError(
-            f"no modules to adapt in {type(loaded.model).__name__}: {str(error).partition(chr(10))[0]}",
-            "pass --modules with the names of its projections, such as q_proj,v_proj",
-        ) from error
-    tensors = {key: value.detach().clone() for key, value in get_peft_model_state_dict(model).items()}
-    model.unload()
-    loaded.model.requires_grad_(False)
-    shapes = {key: tuple(value.shape) for key, value in tensors.items()}
-    layouts, _ = parse(AdapterHeader({"r": rank, "lora_alpha": alpha}, shapes))
-    factors = {module: layout.factors(lambda key: tensors[key].float()) for module, layout in layouts.items()}
-    return LoraComponent(name, layouts, factors)
-
-
-def _random_like(component: LoraComponent, loaded: LoadedBase, seed: int, name: str) -> LoraComponent:
-    """A fresh LoRA on the modules of another, of its highest rank."""
-    rank = max(module.rank for module in component.modules.values())
-    alpha = rank * max(factors.scaling for factors in component.factors.values())
-    return fresh_lora(loaded, rank, alpha, sorted(component.modules), seed, name)
 
 
 def _component(expert: Expert, rank: int | None, note: Note) -> LoraComponent:
-    """An expert as a component; an expert of another kind than LoRA becomes a LoRA.
+    """Turn an expert into a component; an expert of a kind other than LoRA is converted to a LoRA.
 
     Args:
-        rank: the highest that it then has; None for one that keeps most of ΔW.
+        rank: highest rank of a converted expert; None keeps most of ΔW.
     """
     if not expert.is_computed:
         return LoraComponent(expert.name, expert.modules, {name: expert.factors(name) for name in expert.modules})

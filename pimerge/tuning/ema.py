@@ -1,22 +1,25 @@
-"""An exponential moving average of the trained parameters, which replaces them whenever the model is evaluated."""
+"""An exponential moving average of the trained parameters, used whenever the model is evaluated."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback, TrainingArguments
 
 PREFIX = "average."
 
 
 class EmaModel(nn.Module):
-    """A model that answers in eval mode with the average m ← β m + (1 − β) p of its trained parameters p.
+    """A model whose eval mode uses the average m ← β m + (1 − β) p of its trained parameters p.
 
-    The first steps count as much as later ones: β is the smaller of the given one and (1 + t) / (10 + t) at step t.
-    The averages are part of the state, so that a run that was killed continues with them.
+    At step t, β is at most (1 + t) / (10 + t), so early averages are not dominated by the start. The averages are part
+    of the state dict, so an interrupted run continues with them.
 
     Args:
         decay: β.
@@ -30,23 +33,19 @@ class EmaModel(nn.Module):
     (2.0, 1.5)
     """
 
-    accepts_loss_kwargs = False  # the Trainer asks a model for this and the next
+    accepts_loss_kwargs = False  # the Trainer reads this attribute and the next
     _keys_to_ignore_on_save = None
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         super().__init__()
         self.model, self.decay = model, decay
         self.config = getattr(model, "config", None)
-        self.in_place = False  # whether the averages are in place of the parameters
+        self.in_place = False  # whether the averages currently replace the parameters
         self.reset()
 
     def reset(self) -> None:
         """Restart the averages at the current parameters."""
-        self._averages = {
-            name: parameter.detach().clone()
-            for name, parameter in self.model.named_parameters()
-            if parameter.requires_grad
-        }
+        self._averages = {name: p.detach().clone() for name, p in self.model.named_parameters() if p.requires_grad}
 
     @torch.no_grad()
     def update(self, step: int) -> None:
@@ -61,7 +60,7 @@ class EmaModel(nn.Module):
         return self.model(*args, **kwargs)
 
     def train(self, mode: bool = True) -> EmaModel:
-        """Put the averages in place of the parameters in eval mode."""
+        """Use the averages in place of the parameters in eval mode."""
         super().train(mode)
         if self.in_place == mode:
             self._exchange()
@@ -99,3 +98,14 @@ class EmaModel(nn.Module):
                 average.copy_(state_dict[PREFIX + name])
             plain = {name: value for name, value in state_dict.items() if not name.startswith(PREFIX)}
             return self.model.load_state_dict(plain, strict=False)
+
+
+def average_parameters(model: EmaModel) -> TrainerCallback:
+    """Make a Trainer callback that adds every step to the moving average."""
+    from transformers import TrainerCallback
+
+    class Averaging(TrainerCallback):  # type: ignore[misc]
+        def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+            model.update(state.global_step)
+
+    return Averaging()

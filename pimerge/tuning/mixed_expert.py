@@ -13,27 +13,31 @@ from torch import Tensor, nn
 
 from pimerge.adapters.expert import Expert
 from pimerge.adapters.head import Head
-from pimerge.adapters.merged_module import Summary, relative_error
-from pimerge.adapters.writer import Coefficients, Documents
+from pimerge.adapters.lora_module import Factors
+from pimerge.adapters.low_rank import Truncation, weighted_bias, weighted_sum
+from pimerge.adapters.merged_module import MergedModule, Summary, relative_error
+from pimerge.adapters.writer import Coefficients, Documents, Layout, write_expert, write_tensor_sets
+from pimerge.core.errors import PimergeError
 from pimerge.core.files import relative_to
 from pimerge.core.manifest import Manifest
 from pimerge.tasks.examples import Examples
-from pimerge.tuning.components import start_logits
-from pimerge.tuning.method import TuneMethod
-from pimerge.tuning.mixture import Mixture, make_mixture
-from pimerge.tuning.plan import Granularity, MixtureKind
+from pimerge.tuning.components import lora_components, start_logits, tensor_components
+from pimerge.tuning.lora_layers import mix_lora
+from pimerge.tuning.method import Granularity, MixtureKind, TuneMethod
+from pimerge.tuning.mixture import ChannelMixture, Mixture, make_mixture
 from pimerge.tuning.session import TuneRequest, TuneResult
+from pimerge.tuning.tensor_layers import mix_tensors
 from pimerge.tuning.trainer import TrainingOutcome, untrained
 
 
 @dataclass(frozen=True)
 class Collapsed:
-    """A sum of experts as one expert, independent of the model in which it was trained.
+    """A weighted sum of experts as one expert, independent of the model in which it was trained.
 
     Attributes:
-        summaries: one for each module, with what cutting its rank lost; none for kinds without ΔW.
-        size: how many numbers it has, without a head.
-        write: (folder, head, documents, whether to replace what is there) writes it.
+        summaries: one for each module, with its truncation error; empty for kinds without ΔW.
+        size: number of parameters, without a head.
+        write: (folder, head, documents, force) → writes it.
     """
 
     summaries: Sequence[Summary]
@@ -50,10 +54,10 @@ class MixedExpert(ABC):
     """A weighted sum of experts in the base of a session.
 
     Attributes:
-        mixture: the weights.
-        model: the module that answers.
-        names: the experts in the sum; a fresh one is the first.
-        parts: names of what has weights: modules, or tensor sets.
+        mixture: the experts' weights.
+        model: the module to call.
+        names: names of the experts; a fresh one comes first.
+        parts: names of the modules or tensor sets that have weights.
     """
 
     mixture: Mixture
@@ -81,21 +85,21 @@ class MixedExpert(ABC):
 
     @property
     def fresh(self) -> int:
-        """How many of the experts no folder holds; they come first."""
+        """Number of fresh experts, which are in no folder and come first."""
         return len(self.names) - len(self.chosen)
 
     @property
     def trains(self) -> bool:
-        """Whether anything trains: the head, weights or experts."""
+        """Whether the head, weights or experts train."""
         parameters = (*self.mixture.parameters(), *self.model.parameters())
         return bool(self.request.session.loaded.head) or any(parameter.requires_grad for parameter in parameters)
 
     def train(self, kept: Examples, held_out: Examples | None, *, part: str = "", **changes: Any) -> TrainingOutcome:
-        """Train what the plan says on these examples, from the current state.
+        """Train the parameters in the plan, from the current state.
 
         Args:
-            part: folder of the checkpoints inside that of the request.
-            changes: training options that differ from those of the request.
+            part: subfolder of the checkpoints in the request's folder.
+            changes: training options that override those of the request.
         """
         request = self.request.with_options(part, **changes)
         if not self.trains:
@@ -107,7 +111,7 @@ class MixedExpert(ABC):
         return request.train(self.model, self.mixture, kept, held_out)
 
     def trained_state(self) -> dict[str, Tensor]:
-        """Name → a copy of every tensor that trains."""
+        """Copy every tensor that trains, by name."""
         return {name: parameter.detach().clone() for name, parameter in self._trainable().items()}
 
     def load_trained_state(self, state: Mapping[str, Tensor]) -> None:
@@ -122,7 +126,7 @@ class MixedExpert(ABC):
         return {name: each for name, each in both.named_parameters() if each.requires_grad or each in head}
 
     def result(self, outcome: TrainingOutcome, kept: Examples, held_out: Examples | None) -> TuneResult:
-        """The result in the current state."""
+        """Make the result of the current state."""
         collapsed, head = self.collapse(self.request.options.rank), self.head()
         replaced = self.plan.random_experts
         scales = [1.0 if replaced and expert is not self.request.target else expert.strength for expert in self.chosen]
@@ -157,12 +161,103 @@ class MixedExpert(ABC):
         )
 
     def head(self, tensors: Mapping[str, Tensor] | None = None) -> Head:
-        """The head that is written beside the sum.
+        """The task head to write with the result.
 
         Args:
-            tensors: name → tensor; None for the model's current ones.
+            tensors: name → tensor; None uses the model's current head.
         """
         session = self.request.session
         found = session.loaded.head_tensors() if tensors is None else tensors
         copied = {name: tensor.float().cpu().clone() for name, tensor in found.items()}
         return Head(copied, session.loaded.head, session.task)
+
+
+class MixedUpdates(MixedExpert):
+    """A weighted sum of updates, ΔW = Σ_n w_n ΔW_n."""
+
+    def __init__(self, request: TuneRequest, method: TuneMethod, chosen: Sequence[Expert], examples: int) -> None:
+        self.components = lora_components(method.plan, request, chosen)
+        super().__init__(request, method, chosen, [component.name for component in self.components], examples)
+        modules = {name: module for component in self.components for name, module in component.modules.items()}
+        self.has_bias = any(module.bias for each in self.components for module in each.modules.values())
+        self.parts = sorted(modules)
+        self.mixture = self._mixture({name: module.d_out for name, module in modules.items()})
+        self.model = request.session.loaded.model
+        self.layers = mix_lora(self.model, self.components, self.mixture, self.plan.train_experts)
+
+    def collapse(self, rank: int | None = None) -> Collapsed:
+        """Sum the updates module by module."""
+        merged = self._merged_modules(Truncation(rank))
+        layout = Layout([module.module for module in merged], torch.float32, self.has_bias)
+        factors = [module.factors for module in merged]
+        size = sum(
+            part.A.numel() + part.B.numel() + (0 if part.bias is None else part.bias.numel()) for part in factors
+        )
+        session = self.request.session
+        kind = type(session.loaded.model)
+        peft_task = session.task.type.peft_task_for(session.loaded.config)
+        mapping = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
+        like = {
+            "task_type": peft_task,
+            "auto_mapping": None if peft_task else mapping,
+            "fan_in_fan_out": any(type(layer.layer).__name__ == "Conv1D" for layer in self.layers.values()),
+        }
+
+        def write(output: Path, head: Head, documents: Documents, force: bool) -> None:
+            write_expert(
+                output, layout, merged, head, base=session.base, like=like, documents=lambda _: documents, force=force
+            )
+
+        return Collapsed([module.summary for module in merged], size, write)
+
+    def _merged_modules(self, truncation: Truncation) -> list[MergedModule]:
+        weights = self.mixture.weights()
+        merged = []
+        for name, layer in self.layers.items():
+            parts = layer.parts(len(self.components))
+            by_output = isinstance(self.mixture, ChannelMixture)  # then the parts contain the weights
+            shares = [1.0] * len(parts) if by_output else weights[name]
+            present = [(part, w) for part, w in zip(parts, shares, strict=True) if part is not None]
+            factors, shares = [part for part, _ in present], [w for _, w in present]
+            summed = weighted_sum(factors, shares, truncation, torch.float32)
+            bias = weighted_bias(factors, shares, torch.float32) if self.has_bias else None
+            collapsed = Factors(summed.factors.A.float(), summed.factors.B.float(), 1.0, bias)
+            layout = next(each.modules[name] for each in self.components if name in each.modules)
+            merged.append(MergedModule(layout, collapsed, summed.energy, summed.lost))
+        return merged
+
+
+class MixedTensors(MixedExpert):
+    """A weighted sum of the tensors of experts without ΔW."""
+
+    def __init__(
+        self, request: TuneRequest, method: TuneMethod, chosen: Sequence[Expert], examples: int, form: Expert
+    ) -> None:
+        if method.plan.mixture == MixtureKind.CHANNELS:
+            raise PimergeError(
+                f"'{method.name}' scales the outputs of updates ΔW, and experts of kind {form.kind} have none",
+                "use another --method, such as anisotropic",
+            )
+        components = tensor_components(method.plan, request, form, chosen)
+        super().__init__(request, method, chosen, [component.name for component in components], examples)
+        self.form, self.parts = form, form.parts
+        self.mixture = self._mixture({})
+        self.tensors = mix_tensors(request.session.loaded, form, components, self.mixture, self.plan.train_experts)
+        self.model = self.tensors.model
+
+    def collapse(self, rank: int | None = None) -> Collapsed:
+        """Sum the tensors; ``rank`` does not apply."""
+        tensors = self.tensors.collapsed()
+
+        def write(output: Path, head: Head, documents: Documents, force: bool) -> None:
+            write_tensor_sets(
+                output,
+                lambda: tensors,
+                head,
+                base=self.request.session.base,
+                like=self.form,
+                documents=lambda: documents,
+                force=force,
+            )
+
+        return Collapsed([], sum(tensor.numel() for tensor in tensors.values()), write)

@@ -22,13 +22,7 @@ PLANS = ("stack", "materialise", "materialise-dense")
 
 
 def mixed_linear(
-    x: Tensor,
-    scale: Tensor,
-    A: Tensor,
-    B: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    plan: str | None = None,
+    x: Tensor, scale: Tensor, A: Tensor, B: Tensor, weight: Tensor, bias: Tensor | None, plan: str | None = None
 ) -> Tensor:
     """x (W0 + (B ⊙ scale) A)ᵀ + b, exactly, by the cheapest plan; W0 and b are frozen.
 

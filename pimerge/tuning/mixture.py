@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from pimerge.tuning.plan import Granularity, MixtureKind, MixturePlan
+from pimerge.tuning.method import Granularity, MixtureKind, MixturePlan
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -1,15 +1,20 @@
-"""AdamW for a mixture, its head and its factors; weights can decay towards their start."""
+"""AdamW for a mixture, its head and its factors, and sharpness-aware minimisation (SAM)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from pimerge.tuning.mixture import Mixture
 from pimerge.tuning.options import DecayTowards, TrainingOptions
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import Trainer
 
 
 def optimizer_of(model: nn.Module, mixture: Mixture, options: TrainingOptions) -> torch.optim.Optimizer:
@@ -37,3 +42,49 @@ def _towards_start(optimizer: torch.optim.Optimizer, decay: float) -> Callable[.
                 parameter.lerp_(starts[parameter], group["lr"] * decay)
 
     return pull
+
+
+@contextmanager
+def at_worst(parameters: Sequence[nn.Parameter], radius: float) -> Iterator[None]:
+    """Move to w + ρ g / ‖g‖₂ for a block and clear the gradients g there (equation 2); afterwards move back to w.
+
+    Args:
+        radius: ρ.
+
+    >>> w = nn.Parameter(torch.zeros(2))
+    >>> w.grad = torch.tensor([3.0, 4.0])
+    >>> with at_worst([w], 0.5): print(w.tolist())
+    [0.30000001192092896, 0.4000000059604645]
+    >>> w.tolist()
+    [0.0, 0.0]
+    """
+    moved = [parameter for parameter in parameters if parameter.grad is not None]
+    before = [parameter.detach().clone() for parameter in moved]
+    with torch.no_grad():
+        gradients = [parameter.grad for parameter in moved if parameter.grad is not None]
+        size = torch.stack([gradient.float().norm() for gradient in gradients]).norm()
+        for parameter, gradient in zip(moved, gradients, strict=True):
+            parameter.add_(gradient * (radius / (size + 1e-12)))
+            parameter.grad = None
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, value in zip(moved, before, strict=True):
+                parameter.copy_(value)
+
+
+def sharpness_aware(trainer: type[Trainer], radius: float) -> type[Trainer]:
+    """Make a Trainer with two forward and backward passes per step, the second at the worst point nearby."""
+
+    class SharpnessAware(trainer):  # type: ignore[misc]
+        """A Trainer whose gradients are SAM's."""
+
+        def training_step(self, model: nn.Module, inputs: Any, *rest: Any, **named: Any) -> Tensor:
+            """The loss at w, with the gradient at w + ε."""
+            loss: Tensor = super().training_step(model, dict(inputs), *rest, **named)
+            with at_worst([p for p in model.parameters() if p.requires_grad], radius):
+                super().training_step(model, dict(inputs), *rest, **named)
+            return loss
+
+    return SharpnessAware

@@ -1,4 +1,4 @@
-"""How to train: the numbers that ``pimerge tune`` and ``pimerge compare`` take."""
+"""Training options of ``pimerge tune`` and ``pimerge compare``."""
 
 from __future__ import annotations
 
@@ -9,49 +9,50 @@ from enum import StrEnum
 from typing import Any
 
 from pimerge.core.errors import Problems
-from pimerge.tuning.plan import Granularity
+from pimerge.tuning.method import Granularity
 
 
 class DecayTowards(StrEnum):
-    """Where weight decay pulls parameters."""
+    """The point that weight decay pulls parameters towards."""
 
     ZERO = "zero"
     START = "start"
-    """The start of the training (L2-SP, arXiv 1802.01483)."""
+    """The initial value of each parameter (L2-SP, arXiv 1802.01483)."""
 
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    """How to train.
+    """Training options.
 
     Attributes:
-        epochs: the most passes over the training examples; early stopping may end the training before.
-        stop_after: the epoch after which the training ends in any case, on the learning rate's schedule for all
-            epochs; None for the last.
-        lr: learning rate of factors and head; None for the method's own.
+        epochs: maximum number of passes over the training examples; early stopping may end it earlier.
+        stop_after: epoch after which training ends, while the learning rate's schedule spans all epochs; None trains to
+            the last epoch.
+        lr: learning rate of factors and head; None uses the method's default.
         weights_lr: learning rate of the experts' weights.
         batch_size: examples per step.
-        seed: decides every random draw but that of a fresh expert's init.
-        holdout: share of the training examples kept for early stopping, the same of each class; None for the method's
-            own.
+        seed: seed of all random choices except a fresh expert's init.
+        holdout: share of the training examples held out for early stopping, equal for each class; None uses the
+            method's default.
         patience: epochs without a lower held-out loss before the training ends.
-        shots: training examples of each class; None for all.
-        label_smoothing: share of the target that is spread over all classes.
+        shots: training examples per class; None uses all.
+        label_smoothing: share of the target's probability that is spread over all classes.
         warmup: share of the steps over which the learning rate rises.
-        weight_decay: of factors and head.
+        weight_decay: weight decay of factors and head.
         max_grad_norm: gradients are clipped to this norm.
         decay_towards: a :class:`DecayTowards`.
-        ema: decay of a moving average of what trains, which is scored and kept; None for none.
-        sam: radius of sharpness-aware minimisation, which takes two passes per step; None for none.
-        granularity: which modules share weights, a :class:`pimerge.tuning.plan.Granularity`.
-        class_names: whether the names of the classes are examples as well; None for the method's own choice, which is
-            to use them where they predict the examples.
+        ema: decay of an exponential moving average of the trained parameters, which replaces them in the result; None
+            turns it off.
+        sam: radius of sharpness-aware minimisation, which takes two passes per step; None turns it off.
+        granularity: which modules share weights, a :class:`pimerge.tuning.method.Granularity`.
+        class_names: whether class names become training examples; None uses the method's default, which tests whether
+            the names predict the examples.
         rank: highest rank of the result; None keeps every direction.
-        fresh_kind: kind of a fresh expert; None for the pool's, else LoRA.
-        fresh_rank: rank of a fresh LoRA, or size of a bottleneck, prefix or prompt; None for the pool's, else 8.
-        fresh_alpha: alpha of a fresh LoRA; None for the pool's, else its rank.
-        fresh_modules: modules of a fresh expert; None for the pool's, else those that PEFT adapts in the architecture.
-        init_seed: decides the init of a fresh expert, so that several tasks can share one.
+        fresh_kind: kind of a fresh expert; None uses the pool's kind, or LoRA without a pool.
+        fresh_rank: rank of a fresh LoRA, or size of a bottleneck, prefix or prompt; None uses the pool's, or 8.
+        fresh_alpha: alpha of a fresh LoRA; None uses the pool's, or the rank.
+        fresh_modules: modules of a fresh expert; None uses the pool's, or those that PEFT adapts in the architecture.
+        init_seed: seed of a fresh expert's init, so that experts of several tasks can share one.
     """
 
     epochs: float = 30
@@ -83,7 +84,7 @@ class TrainingOptions:
 _POSITIVE = ("epochs", "batch_size", "patience", "max_grad_norm", "fresh_alpha", "sam")
 _RANGES: Sequence[tuple[Sequence[str], Callable[[Any], bool], str]] = [
     (_POSITIVE, lambda value: 0 < value < math.inf, "a positive number"),
-    # AdamW moves every number by about the rate at each step: above, no training is left, and float32 overflows
+    # AdamW moves every parameter by about the learning rate at each step; larger rates overflow float32
     (("lr", "weights_lr"), lambda value: 0 < value <= 1e6, "above 0 and at most 1e+06"),
     (("holdout", "label_smoothing", "warmup", "ema"), lambda value: 0 <= value < 1, "at least 0 and below 1"),
     (("rank", "fresh_rank", "shots"), lambda value: value >= 1, "at least 1"),
@@ -94,7 +95,7 @@ _RANGES: Sequence[tuple[Sequence[str], Callable[[Any], bool], str]] = [
 
 
 def check_options(options: TrainingOptions) -> None:
-    """Refuse options that are out of range, all of them at once."""
+    """Refuse options that are out of range; all problems are raised at once."""
     problems = Problems()
     for names, accepts, expected in _RANGES:
         for name in names:

@@ -1,4 +1,4 @@
-"""Tune with everything resolved: experts and tasks are open, options are checked, the result is written."""
+"""Run a tuning whose experts and task are open: check the options, train, and write the result."""
 
 from __future__ import annotations
 
@@ -36,18 +36,18 @@ class RateSelection(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class TuneInputs:
-    """What is tuned, on what, and how.
+    """The inputs of a tuning.
 
     Attributes:
         task: the target's task.
-        experts: the chosen ones, each at its strength, best first.
-        target: the target's own expert, if it has one.
-        like: whose rank, alpha and modules a fresh expert takes; by default the target's own, else the first expert.
-        scores: the ranking's score of each expert; the weights start from their softmax, with 1/N for the target's
-            own. If any is unknown, they start equal.
-        gains: the gain over the bare base that the ranking expects of each expert, in accuracy; 0.01 is a point.
+        experts: the chosen experts, each at its strength, best first.
+        target: the target's own expert, if there is one.
+        like: the expert whose rank, alpha and modules a fresh expert takes; by default the target's own or the first.
+        scores: the ranking's score of each expert. The weights start from their softmax, with 1/N for the target's own
+            expert; if a score is unknown, they start equal.
+        gains: the ranking's expected gain of each expert over the bare base, in accuracy; 0.01 is a point.
         select: a :class:`RateSelection`.
-        instead_of: the method that was asked for, where this one replaces it; for the manifest.
+        instead_of: the requested method, if this one replaces it; for the manifest.
     """
 
     method: TuneMethod
@@ -66,26 +66,26 @@ class TuneInputs:
 
     @property
     def form(self) -> Expert | None:
-        """The expert whose rank, alpha and modules a fresh one takes."""
+        """The expert whose rank, alpha and modules a fresh expert takes."""
         return self.target or self.like or next(iter(self.experts), None)
 
 
 def run_tuning(
     inputs: TuneInputs, output: Path, *, force: bool = False, track: Track = silent, note: Note = unheard
 ) -> TuneResult:
-    """Mix, train and write the result to a folder.
+    """Train a mixture and write the result to a folder.
 
-    Checkpoints lie beside the output until it is complete: a run that was killed continues from them.
+    Checkpoints are kept beside the output until it is complete, so an interrupted run continues from them.
 
     Args:
-        force: whether to replace what is there.
+        force: replace an existing output.
     """
     method, plan, options = inputs.method, inputs.method.plan, inputs.options
     require_absent(output, force)
     refuse_over_inputs(output, [*inputs.experts, *([inputs.target] if inputs.target else [])])
     check_options(options)
     if inputs.select not in list(RateSelection):
-        raise PimergeError(f"--select is '{inputs.select}'", f"expected {' or '.join(RateSelection)}")
+        raise PimergeError(f"--select must be {' or '.join(RateSelection)}; got '{inputs.select}'")
     _check_kind(method, options)
     options = replace(options, holdout=plan.holdout if options.holdout is None else options.holdout)
     chosen = chosen_experts(method, inputs.experts, inputs.target)
@@ -122,7 +122,7 @@ def manifest_of(
     chosen: Sequence[Expert],
     instead_of: str | None = None,
 ) -> Manifest:
-    """The record of a tuning."""
+    """Make the manifest of a tuning."""
     session = request.session
     return Manifest(
         command="tune",
@@ -152,13 +152,13 @@ def manifest_of(
 
 
 def _check_kind(method: TuneMethod, options: TrainingOptions) -> None:
-    """Refuse a kind of fresh expert that does not exist, or does not go with the method or another option."""
+    """Refuse a kind of fresh expert that does not exist, or does not fit the method or another option."""
     if options.fresh_kind is None:
         return
     kind = KINDS.load(options.fresh_kind)
     if method.plan.experts or not method.plan.train_experts:
         raise PimergeError(
-            f"--kind is only for a fresh expert, and '{method.name}' trains none",
+            f"--kind is only for a fresh expert, and '{method.name}' does not train one",
             "leave it out, or use --method scratch",
         )
     if kind.stores_factors:
@@ -169,7 +169,7 @@ def _check_kind(method: TuneMethod, options: TrainingOptions) -> None:
 
 
 def _run_folder(inputs: TuneInputs, chosen: Sequence[Expert], output: Path) -> Path:
-    """Where checkpoints lie: beside the output, in a folder of its own for each choice of inputs and options."""
+    """The folder of the checkpoints, beside the output; its name is a hash of inputs and options."""
     choice = [
         [inputs.method.name, inputs.method.defaults, asdict(inputs.options), inputs.select],
         [inputs.task.sha256(), inputs.base.identity, inputs.device, inputs.dtype],

@@ -1,7 +1,7 @@
-"""A base in memory, for one task, on which tune methods run one after the other.
+"""A base in memory for one task, on which tune methods run one after the other.
 
-A method takes a :class:`TuneRequest` and leaves a :class:`TuneResult` in the base's model; after the run the base is
-restored.
+A method takes a :class:`TuneRequest` and leaves its :class:`TuneResult` in the base's model; after the run, the session
+restores the base.
 """
 
 from __future__ import annotations
@@ -56,16 +56,16 @@ class TuningSession:
 
     @contextmanager
     def restored(self, seed: int) -> Iterator[ExitStack]:
-        """Initialise the head by the seed; after the block, remove whatever was put into the base.
+        """Initialise the head with the seed, and restore the base after the block.
 
         Yields:
-            a stack on which a method leaves what else is to be undone.
+            a stack to which a method can add further clean-up.
         """
         model = self.loaded.model
         changing = [*self.loaded.head_parameters(), *model.buffers()]  # training changes some buffers
         try:
             with tensors_restored(changing), modules_restored(model), ExitStack() as undo:
-                # what trains is in float32, and the Trainer casts for itself alone
+                # trained parameters are float32, and the Trainer's own autocast covers only its training steps
                 if self.precision == torch.bfloat16:
                     model.forward = torch.autocast(self.device.type, self.precision)(model.forward)
                 initialise_head(self.loaded, seed)
@@ -80,24 +80,24 @@ def open_session(task: Task, base: Base, device: str = "auto", dtype: str = "aut
     precision = resolve_dtype(dtype, resolved)
     session = TuningSession(task, base, load_base(base, task, resolved, precision, seed), resolved, precision)
     gc.collect()
-    gc.freeze()  # the Trainer collects garbage before it trains, and looks through all that the libraries hold
+    gc.freeze()  # the Trainer collects garbage before training; skip the libraries' many objects
     return session
 
 
 @dataclass(frozen=True)
 class TuneRequest:
-    """What a tune method takes.
+    """The inputs of a tune method.
 
     Attributes:
-        experts: the chosen ones, each at its strength, best first.
-        target: the target's own expert, if it has one.
-        like: whose rank, alpha and modules a fresh expert takes; None for the default ones.
+        experts: the chosen experts, each at its strength, best first.
+        target: the target's own expert, if there is one.
+        like: the expert whose rank, alpha and modules a fresh expert takes; None uses defaults.
         scores: the ranking's score of each expert, if known.
         run: folder of the checkpoints.
-        gains: the gain over the bare base that the ranking expects of each expert, if known.
-        fold: (index, count) of the fold that is held out in place of a share; None for the share.
-        undo: what is undone before the base is used again.
-        note: receives what the user should know, a sentence at a time.
+        gains: the ranking's expected gain of each expert over the bare base, if known.
+        fold: (index, count) of the fold to hold out; None holds out the share in ``options``.
+        undo: clean-up that runs before the base is used again.
+        note: receives notes for the user, one sentence at a time.
     """
 
     session: TuningSession
@@ -114,13 +114,13 @@ class TuneRequest:
     undo: ExitStack = field(default_factory=ExitStack)
 
     def with_options(self, part: str, **changes: Any) -> TuneRequest:
-        """The request with other options, for a part of a method; its checkpoints lie in a folder of that name."""
+        """The request with other options; checkpoints go to the subfolder ``part``."""
         return replace(self, options=replace(self.options, **changes), run=self.run / part)
 
     def train(
         self, model: nn.Module, mixture: Mixture, examples: Examples, held_out: Examples | None
     ) -> TrainingOutcome:
-        """Train the head and whatever requires gradients in a model of the session; see :func:`trainer.train`."""
+        """Train the head and all parameters of the model that require gradients; see :func:`trainer.train`."""
         return train(
             TrainingRun(
                 loaded=self.session.loaded,
@@ -137,10 +137,10 @@ class TuneRequest:
         )
 
     def examples(self, form: Expert | None = None) -> tuple[Examples, Examples | None]:
-        """The examples to train on, with the names of classes if the options say so, and those that are held out.
+        """The training examples, with class names if the options ask for them, and the held-out examples.
 
         Args:
-            form: an expert that takes room before the text.
+            form: an expert that may put vectors before the text, which leaves room for fewer tokens.
         """
         loaded, options = self.session.loaded, self.options
         config = loaded.config_for([form] if form else [])
@@ -163,23 +163,23 @@ class TuneRequest:
 
 @dataclass(frozen=True)
 class TuneResult:
-    """What a tune method made. Until the session is restored it is in the base's model.
+    """The result of a tune method; it is in the base's model until the session restores the base.
 
     Attributes:
-        model: the module that answers.
-        outcome: how the training went.
-        experts: their names; fresh ones, which no folder holds, come first.
+        model: the module to call.
+        outcome: losses and size of the training.
+        experts: names of the experts; fresh experts, which are in no folder, come first.
         weights: module → weight of each expert.
         scales: strength of each expert, before its weight.
-        examples: how many were trained on.
-        held_out: how many were held out.
-        rank: the highest rank of an update; 0 for kinds without ΔW.
-        truncation: relative error of cutting the update to that rank.
-        deployed_parameters: how many numbers the result adds to the base.
-        settings: what the method came to use, for the manifest.
-        write: (folder, manifest, whether to replace what is there) writes the result, completely or not at all.
+        examples: number of training examples.
+        held_out: number of held-out examples.
+        rank: highest rank of an update; 0 for kinds without ΔW.
+        truncation: relative error of truncating the update to that rank.
+        deployed_parameters: number of parameters that the result adds to the base.
+        settings: settings that the method chose, for the manifest.
+        write: (folder, manifest, force) → None writes the result, completely or not at all.
         method: name of the method.
-        output: folder that it was written to.
+        output: output folder.
     """
 
     model: nn.Module
@@ -232,7 +232,7 @@ class TuneResult:
 def write_with_manifest(
     folder: Path, contents: Mapping[str, bytes | str], task: Mapping[str, Any], manifest: Manifest
 ) -> None:
-    """Finish an output folder: contents, ``task.json`` and a manifest with the hashes of all its files."""
+    """Complete an output folder: write contents, ``task.json``, and a manifest with the hashes of all files."""
     write_into(folder, {**contents, TASK: json_text(task)})
     manifest = manifest.model_copy(update={"outputs": hashes_of(folder)})
     write_into(folder, {MANIFEST_FILE: json_text(manifest.model_dump())})

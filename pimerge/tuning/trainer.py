@@ -1,6 +1,6 @@
 """Train a mixture on a target's examples with transformers' Trainer.
 
-The Trainer brings mixed precision, schedules, early stopping, several GPUs and checkpoints. A run that was killed
+The Trainer provides mixed precision, schedules, early stopping, multi-GPU training and checkpoints. An interrupted run
 continues from its last complete checkpoint.
 """
 
@@ -25,37 +25,35 @@ from pimerge.core.files import disk_errors
 from pimerge.core.progress import Note, Track, silent, unheard
 from pimerge.models.loaded_base import LoadedBase
 from pimerge.tasks.examples import Examples
-from pimerge.tuning.ema import EmaModel
+from pimerge.tuning.ema import EmaModel, average_parameters
 from pimerge.tuning.loss import mean_loss
 from pimerge.tuning.mixture import Mixture
-from pimerge.tuning.optimizer import optimizer_of
+from pimerge.tuning.optimizer import optimizer_of, sharpness_aware
 from pimerge.tuning.options import TrainingOptions
 from pimerge.tuning.resume import last_complete_checkpoint, train_from
-from pimerge.tuning.sam import sharpness_aware
-from pimerge.tuning.trainer_callbacks import average_parameters, report_progress, stop_after
 
 if TYPE_CHECKING:
-    from transformers import Trainer, TrainingArguments
+    from transformers import Trainer, TrainerCallback, TrainingArguments
 
 LOWER = "pass a lower --lr or --weights-lr"
 _ROOM_FOR_CHECKPOINTS = 64 * 2**20
 
 
 class Diverged(PimergeError):
-    """A training that ended in NaN or Inf."""
+    """Training ended in NaN or Inf."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingRun:
-    """A model to train, on which examples, and how.
+    """A model to train, its examples, and the training options.
 
     Attributes:
-        loaded: the base that holds the mixture.
-        model: the module that answers: the base's own, or one around it such as PEFT's, which adds a prompt.
-        mixture: the weights.
-        examples: what is trained on; labels may be distributions over the classes, (C) of each, in place of a class.
-        held_out: what early stopping looks at.
-        folder: of the checkpoints; training continues from a complete one in it.
+        loaded: the base that contains the mixture.
+        model: the module to call: the base's model, or a wrapper such as PEFT's, which adds a prompt.
+        mixture: the experts' weights.
+        examples: the training examples; a label is a class, or a distribution over the classes (C).
+        held_out: the examples for early stopping.
+        folder: where checkpoints are saved; training continues from the last complete one.
         precision: float32, or bfloat16 for mixed precision.
     """
 
@@ -73,15 +71,15 @@ class TrainingRun:
 
 @dataclass(frozen=True)
 class TrainingOutcome:
-    """How a training went.
+    """Losses and size of a training.
 
     Attributes:
-        epochs: passes over the training examples until it ended.
-        train_loss: of the last pass; None if nothing trained.
-        held_out_loss: the lowest one; None without held-out examples.
-        held_out_losses: after each pass; empty where several trainings made the result.
-        trained_parameters: how many numbers trained.
-        writes: whether this process writes the result; under ``accelerate launch`` one of several does.
+        epochs: passes over the training examples.
+        train_loss: training loss of the last pass; None if nothing trained.
+        held_out_loss: lowest held-out loss; None without held-out examples.
+        held_out_losses: held-out loss after each pass; empty if the result combines several trainings.
+        trained_parameters: number of trained parameters.
+        writes: whether this process writes the result; under ``accelerate launch`` only one process does.
     """
 
     epochs: float
@@ -93,12 +91,12 @@ class TrainingOutcome:
 
 
 def untrained() -> TrainingOutcome:
-    """The outcome where nothing trains."""
+    """The outcome when nothing trains."""
     return TrainingOutcome(0, None, None, (), 0, writes=os.environ.get("RANK", "0") == "0")
 
 
 def train(run: TrainingRun) -> TrainingOutcome:
-    """Train the head and whatever requires gradients; the state with the lowest held-out loss stays in the model."""
+    """Train the head and all parameters that require gradients; keep the state with the lowest held-out loss."""
     model = _trainable(run)
     if run.options.ema is not None:
         model = EmaModel(model, run.options.ema)
@@ -108,17 +106,17 @@ def train(run: TrainingRun) -> TrainingOutcome:
     with ExitStack() as stack, _training_errors(run.folder):
         trainer = _trainer(run, model, stack)
         train_from(trainer, checkpoint)
-        trainer.accelerator.wait_for_everyone()  # one of them clears the folder away
+        trainer.accelerator.wait_for_everyone()  # one process deletes the folder
     model.eval()
     train_loss = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry][-1]
     try:
         _require_converged(model, train_loss, trainer.state.best_metric if run.held_out else 0.0)
     except PimergeError:
-        shutil.rmtree(run.folder, ignore_errors=True)  # no checkpoint in it is worth continuing from
+        shutil.rmtree(run.folder, ignore_errors=True)  # never continue from a diverged checkpoint
         raise
     losses = tuple(entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry)
     if not all(map(math.isfinite, losses)):
-        run.note(f"the training diverged; the last finite state is taken: {LOWER}")
+        run.note(f"the training diverged; the last finite state is kept: {LOWER}")
     return TrainingOutcome(
         epochs=trainer.state.epoch,
         train_loss=train_loss,
@@ -130,7 +128,7 @@ def train(run: TrainingRun) -> TrainingOutcome:
 
 
 def _trainable(run: TrainingRun) -> nn.Module:
-    """The model as the Trainer sees it: its state is what trains, so checkpoints are small."""
+    """Wrap the model so that its state dict holds only trained parameters, which keeps checkpoints small."""
     for parameter in run.loaded.head_parameters():
         parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
         parameter.requires_grad_(True)
@@ -187,12 +185,12 @@ def _arguments(run: TrainingRun) -> TrainingArguments:
         output_dir=str(run.folder),
         num_train_epochs=options.epochs,
         per_device_train_batch_size=options.batch_size,
-        # without a head each token has logits over the whole vocabulary
+        # without a head, every token has logits over the whole vocabulary
         per_device_eval_batch_size=max(64, options.batch_size) if run.loaded.head else options.batch_size,
         lr_scheduler_type="cosine",
-        warmup_steps=options.warmup,  # below 1 it is a share of all steps
+        warmup_steps=options.warmup,  # a value below 1 is a fraction of all steps
         max_grad_norm=options.max_grad_norm,
-        average_tokens_across_devices=False,  # the loss is a mean
+        average_tokens_across_devices=False,  # the loss is already a mean
         bf16=run.precision == torch.bfloat16,
         use_cpu=device == "cpu",
         seed=options.seed,
@@ -205,8 +203,8 @@ def _arguments(run: TrainingRun) -> TrainingArguments:
         metric_for_best_model="eval_loss" if evaluated else None,
         greater_is_better=False if evaluated else None,
         logging_strategy="epoch",
-        logging_nan_inf_filter=False,  # a loss of NaN is reported as such
-        log_level_replica="passive",  # as the first process's
+        logging_nan_inf_filter=False,  # report a NaN loss as NaN
+        log_level_replica="passive",  # the same as in the first process
         report_to="none",
         disable_tqdm=True,
         remove_unused_columns=False,
@@ -217,7 +215,7 @@ def _arguments(run: TrainingRun) -> TrainingArguments:
 
 @contextmanager
 def _training_errors(run: Path) -> Iterator[None]:
-    """Report a disk that is full while checkpoints are written, in whatever words the libraries put it."""
+    """Turn the libraries' various errors on a full disk into one PimergeError."""
     try:
         with disk_errors(run):
             yield
@@ -230,8 +228,41 @@ def _training_errors(run: Path) -> Iterator[None]:
 
 
 def _require_converged(model: nn.Module, *losses: float | None) -> None:
-    """Check what was trained, and its losses; None is one that was never a number."""
+    """Raise :class:`Diverged` unless trained parameters and losses are finite; None is a loss that was never finite."""
     trained = all(bool(p.isfinite().all()) for p in model.parameters() if p.requires_grad)
     if not trained or not all(loss is not None and math.isfinite(loss) for loss in losses):
-        what = "the loss" if trained else "what was trained"
+        what = "the loss" if trained else "the trained parameters"
         raise Diverged(f"the training diverged: NaN or Inf in {what}", LOWER)
+
+
+def stop_after(epochs: int) -> TrainerCallback:
+    """Make a callback that ends the training after a number of epochs."""
+    from transformers import TrainerCallback
+
+    class Stopping(TrainerCallback):  # type: ignore[misc]
+        def on_epoch_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+            control.should_training_stop = control.should_training_stop or round(state.epoch) >= epochs
+
+    return Stopping()
+
+
+def report_progress(track: Track, stack: ExitStack) -> TrainerCallback:
+    """Make a callback that reports steps and the latest losses."""
+    from transformers import TrainerCallback
+
+    class Progress(TrainerCallback):  # type: ignore[misc]
+        def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+            self.advance = stack.enter_context(track("training", state.max_steps, "steps"))
+            self.advance(state.global_step)
+            self.loss = ""
+
+        def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+            self.advance(1, self.loss)
+
+        def on_log(self, args: TrainingArguments, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            if logs and "loss" in logs:
+                self.loss = f"loss {float(logs['loss']):.3f}"
+            if logs and "eval_loss" in logs:
+                self.loss = f"{self.loss.partition(',')[0]}, held out {float(logs['eval_loss']):.3f}"
+
+    return Progress()

@@ -23,10 +23,10 @@ from pimerge.tuning.session import TuneResult
 
 
 class WeightStart(StrEnum):
-    """Where the experts' weights start."""
+    """How the experts' weights are initialised."""
 
     RANKING = "ranking"
-    """The softmax of the ranking's scores, or of its gains."""
+    """The softmax of the ranking's scores or expected gains."""
     EQUAL = "equal"
 
 
@@ -51,32 +51,32 @@ def tune(
 ) -> TuneResult:
     """Combine experts and train on the target's examples, into one expert.
 
-    Where the ranking expects no expert to help, a fresh expert is trained in their place. A call that was interrupted
-    continues where it stopped when it is repeated.
+    If the ranking predicts that no expert helps, a fresh expert is trained in their place. To continue an interrupted
+    call from its last checkpoint, repeat it.
 
     Args:
-        experts: folders, Hub ids (``org/name@revision``) or open experts; or a ranking. By default those that
-            ``ranking`` selected.
+        experts: folders, Hub ids (``org/name@revision``) or open experts; or a ranking. By default the experts that
+            ``ranking`` selects.
         method: a tune method; ``pimerge tune --methods`` lists them.
         target: the folder or Hub id of the target's own expert, the folder of its task, an open expert or task, or
             rows in memory (a ``datasets.Dataset`` or a list of dicts). By default the ranking's target.
-        ranking: a ranking or its file, which names the target and the experts, and their scores and gains.
-        base: the base model, a folder or Hub id, in place of the experts' own.
-        options: how to train.
-        select: ``fixed`` takes learning rate and epochs as given, ``cv`` chooses them on folds of the examples.
-        start: the experts' weights start from the ``ranking``, or ``equal``.
+        ranking: a ranking or its file, with the target, the experts, and their scores and gains.
+        base: the base model, a folder or Hub id; it replaces the base that the experts name.
+        options: training options.
+        select: ``fixed`` uses the given learning rate and epochs; ``cv`` chooses both by cross-validation.
+        start: initial weights of the experts: ``ranking`` uses its scores or gains, ``equal`` uses 1/N.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1`` …
         dtype: ``auto`` (bfloat16 on a GPU, else float32), ``float32``, ``bfloat16`` or ``float64``.
         output: the folder of the tuned expert.
-        force: replace what is there.
+        force: replace an existing output.
         track: shows progress.
-        note: receives what is worth knowing, a sentence at a time.
-        warn: receives what has to be known, a sentence at a time.
-        **settings: fields of :class:`~pimerge.tuning.options.TrainingOptions`, in place of those of ``options``, and
-            the method's own options, such as ``epochs=10`` and ``runs=5``.
+        note: receives notes, one sentence at a time.
+        warn: receives warnings, one sentence at a time.
+        **settings: fields of :class:`~pimerge.tuning.options.TrainingOptions`, which override ``options``, and the
+            method's own options, such as ``epochs=10`` and ``runs=5``.
 
     Returns:
-        what was written: its ``output``, the weight of each expert, losses and sizes.
+        the result with its ``output``, the weight of each expert, losses and sizes.
         ``result.load(base_model)`` puts it into a base model with PEFT.
 
     Example:
@@ -89,7 +89,7 @@ def tune(
     options = replace(options or TrainingOptions(), **{name: settings[name] for name in settings if name in names})
     asked = open_tune_method(method, {name: value for name, value in settings.items() if name not in names})
     if start not in list(WeightStart):
-        raise PimergeError(f"--start is '{start}'", f"expected {' or '.join(WeightStart)}")
+        raise PimergeError(f"--start must be {' or '.join(WeightStart)}; got '{start}'")
     given = None if isinstance(experts, Ranking) else experts
     if given and not asked.plan.experts:
         raise PimergeError(f"'{method}' combines no experts, and {len(given)} were given", "leave them out")
@@ -99,13 +99,13 @@ def tune(
     reference = base.reference if isinstance(base, Base) else None if base is None else str(base)
     chosen = selected.select(given, ranked, source, reference, needed=asked.plan.experts)
     if chosen.task_source is None:
-        raise PimergeError("the target is not known", "pass --target FOLDER (an expert's or a task's)")
+        raise PimergeError("there is no target", "pass --target with the folder of an expert or a task")
     task, used = open_task(chosen.task_source), asked
     if asked.plan.experts and not chosen.experts:
         where = ranked.path if isinstance(ranked, Ranking) else ranked
         warn(f"no expert is expected to help ({where}): training a fresh expert instead")
         used = _without_experts(asked, task)
-        if options.holdout is None:  # the examples are as few as they were
+        if options.holdout is None:  # the number of examples is the same, so keep the method's own share
             options = replace(options, holdout=asked.plan.holdout)
     like = selected.from_pool(chosen, ranked, reference)
     inputs = TuneInputs(
@@ -127,6 +127,6 @@ def tune(
 
 
 def _without_experts(method: TuneMethod, task: Task) -> TuneMethod:
-    """The method that replaces another where no expert is expected to help."""
+    """The method that replaces another when no expert is expected to help."""
     instead = METHODS.load(method.without_experts)
     return METHODS.load(instead.without_names) if instead.without_names and not class_texts(task) else instead

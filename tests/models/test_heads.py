@@ -90,4 +90,4 @@ def test_a_head_initialised_again_is_that_of_a_base_loaded_with_this_seed(
     initialise_head(first, 7)
     for name, value in expected.model.state_dict().items():
         assert torch.equal(first.model.state_dict()[name], value), name
-    assert bool(first.drawn) != (base == "own")
+    assert bool(first.randomly_initialised) != (base == "own")

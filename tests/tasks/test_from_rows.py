@@ -132,7 +132,7 @@ def test_the_hash_is_of_the_rows_and_their_meaning() -> None:
     assert len({whole, *(task.sha256() for task in others)}) == 7
 
 
-def test_the_document_beside_an_output_names_no_data(tmp_path: Path) -> None:
+def test_the_document_beside_an_output_is_the_same_task_without_its_rows(tmp_path: Path) -> None:
     task = Task.from_rows(NUMBERED, name="pets")
     document = task.document_for(tmp_path)
     assert document == {
@@ -140,10 +140,12 @@ def test_the_document_beside_an_output_names_no_data(tmp_path: Path) -> None:
         "splits": {},
         "columns": {"text": "sentence"},
         "labels": ["dog", "cat"],
+        "rows": task.data.content(),
     }
     write_json(tmp_path / "task.json", document)
     again = open_task(tmp_path)
     assert again.labels == task.labels
+    assert again.sha256() == task.sha256() != Task.from_rows(NUMBERED.select([0, 1])).sha256()
     assert again.document_for(tmp_path / "deeper") == document
     assert not again.has_split("train")
     with pytest.raises(PimergeError, match="names no data, so there are no rows to read"):

@@ -17,8 +17,8 @@ from pimerge.tasks.examples import Examples
 from pimerge.tasks.task import Task, open_task
 from pimerge.tuning.class_name_examples import class_names, class_texts, names_predict
 from pimerge.tuning.fit import with_class_names_decided
+from pimerge.tuning.method import MixturePlan
 from pimerge.tuning.options import TrainingOptions
-from pimerge.tuning.plan import MixturePlan
 from pimerge.tuning.session import TuneRequest, TuningSession, open_session
 from tests.support.tasks import write_json
 from tests.support.tuning import tune

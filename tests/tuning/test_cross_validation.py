@@ -17,9 +17,8 @@ from pimerge.tasks.task import open_task
 from pimerge.tuning.cross_validation import FACTORS, FOLDS, choose
 from pimerge.tuning.fit import fit
 from pimerge.tuning.loss import held_out_loss
-from pimerge.tuning.method import TuneMethod, open_tune_method
+from pimerge.tuning.method import MixturePlan, TuneMethod, open_tune_method
 from pimerge.tuning.options import TrainingOptions
-from pimerge.tuning.plan import MixturePlan
 from pimerge.tuning.session import TuneRequest, TuneResult, TuningSession, open_session
 from pimerge.tuning.trainer import Diverged, untrained
 from tests.support.experts import MakeExpert

@@ -17,6 +17,7 @@ from pimerge.core.errors import PimergeError
 from pimerge.models.loading import load_base
 from pimerge.tasks.task import open_task
 from pimerge.tuning.fresh_expert import fresh_expert
+from pimerge.tuning.session import TuningSession, open_session
 from tests.support.bases import IMAGE_TEXT_MODELS, LANGUAGE_MODELS, model_for, save_language_tokenizer
 from tests.support.tasks import write_image_text_task, write_text_task
 
@@ -54,7 +55,7 @@ def test_bottlenecks_have_places_in_tower_and_words(
     task = open_task(write_image_text_task(tmp_path / "task", scans, 4))
     base = find_base(str(image_text_base(name)), None, tmp_path)
     loaded = load_base(base, task, CPU, torch.float32)
-    with fresh_expert("bottleneck", loaded, base, task, size=3) as fresh:
+    with fresh_expert("bottleneck", TuningSession(task, base, loaded, CPU, torch.float32), size=3) as fresh:
         ends = {place.rpartition(".")[2] for place in fresh.tensor_sets}
         assert ends == {"out_proj", "fc2", "o_proj", "down_proj"}
         assert any("vision" in place for place in fresh.tensor_sets)
@@ -75,7 +76,7 @@ def test_a_prefix_is_as_wide_as_the_keys(tmp_path: Path) -> None:
     task = open_task(write_text_task(tmp_path / "task", "t5"))
     base = find_base(str(odd_t5(tmp_path / "t5")), None, tmp_path)
     loaded = load_base(base, task, CPU, torch.float32)
-    with fresh_expert("prefix", loaded, base, task, size=3) as fresh:
+    with fresh_expert("prefix", TuningSession(task, base, loaded, CPU, torch.float32), size=3) as fresh:
         assert fresh.file.entries["prompt_embeddings"].shape == (3, 2 * 2 * 4 * 6)
         model = PeftModel.from_pretrained(loaded.model, fresh.path).eval()
         examples, _ = task.examples("test", loaded.processor, loaded.config)
@@ -89,6 +90,6 @@ def test_a_base_without_such_layers_says_what_to_do(tmp_path: Path, parity_task:
     transformers.ResNetModel(transformers.ResNetConfig(layer_type="basic", **sizes)).save_pretrained(tmp_path / "b")
     transformers.ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(tmp_path / "b")
     task, base = open_task(parity_task), find_base(str(tmp_path / "b"), None, tmp_path)
-    loaded = load_base(base, task, CPU, torch.float32)
-    with pytest.raises(PimergeError, match="--modules"), fresh_expert("bottleneck", loaded, base, task):
+    session = open_session(task, base, "cpu", "float32")
+    with pytest.raises(PimergeError, match="--modules"), fresh_expert("bottleneck", session):
         raise AssertionError("there is a place")

@@ -16,12 +16,11 @@ SLOW_HEAD = '''"""``head`` with a learning rate of its own choice."""
 from dataclasses import replace
 
 from pimerge.core.plugins import Option
-from pimerge.tuning.method import TuneMethod
-from pimerge.tuning.plan import MixturePlan
+from pimerge.tuning.method import MixturePlan, TuneMethod
 
 
 def fit(request, *, slowness):
-    from pimerge.tuning.mix import mix_experts
+    from pimerge.tuning.fit import mix_experts
 
     mixed, kept, held_out = mix_experts(request, METHOD)
     return mixed.result(mixed.train(kept, held_out, lr=request.options.lr / slowness), kept, held_out)

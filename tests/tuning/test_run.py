@@ -22,7 +22,7 @@ from pimerge.adapters.writer import Coefficients
 from pimerge.core.errors import PimergeError
 from pimerge.models.loaded_base import LoadedBase
 from pimerge.tasks.task import Task, open_task
-from pimerge.tuning import mixed_updates, trainer
+from pimerge.tuning import mixed_expert, trainer
 from pimerge.tuning.mixture import Mixture
 from pimerge.tuning.options import TrainingOptions
 from pimerge.tuning.session import TuneResult, TuningSession
@@ -74,14 +74,14 @@ def tuner(pool: Path, parity_task: Path) -> Tuner:
 def starts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[nn.Module, dict[str, list[float]]]]:
     """The model and the mixture's weights of each run when training begins."""
     found = []
-    mix_lora = mixed_updates.mix_lora
+    mix_lora = mixed_expert.mix_lora
 
     def spying(model: nn.Module, members: Any, mixture: Mixture, trained: bool) -> Any:
         layers = mix_lora(model, members, mixture, trained)
         found.append((model, mixture.weights()))
         return layers
 
-    monkeypatch.setattr(mixed_updates, "mix_lora", spying)
+    monkeypatch.setattr(mixed_expert, "mix_lora", spying)
     monkeypatch.setattr(TuningSession, "restored", unrestored)
     return found
 

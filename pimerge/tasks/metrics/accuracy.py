@@ -27,8 +27,10 @@ def value(sums: Tensor, n: int) -> Tensor:
 METRIC = Metric(
     name="accuracy",
     summary="Share of the examples, or of their words, that get the right class.",
-    needs="classes",
+    needs=("classes", "choices"),
     format=".1%",
     statistics=statistics,
     value=value,
+    is_default=True,
+    counts_right=True,
 )

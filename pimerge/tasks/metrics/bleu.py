@@ -40,7 +40,7 @@ def value(sums: Tensor, n: int) -> Tensor:
 METRIC = Metric(
     name="bleu",
     summary="Corpus BLEU (Papineni et al., 2002), by sacrebleu with its defaults, from 0 to 100.",
-    needs="texts",
+    needs=("texts",),
     format=".1f",
     statistics=statistics,
     value=value,

@@ -65,7 +65,7 @@ def intersection_over_union(first: Box, second: Box) -> float:
 METRIC = Metric(
     name="box-accuracy",
     summary="Share of the answers whose box overlaps a reference's by more than half: Acc@0.5 of RefCOCO.",
-    needs="texts",
+    needs=("texts",),
     format=".1%",
     statistics=statistics,
     value=value,

@@ -32,7 +32,7 @@ def _words(text: str) -> str:
 METRIC = Metric(
     name="cider",
     summary="CIDEr (arXiv 1411.5726), by pycocoevalcap, from 0 to 10: n-grams that answer and references share.",
-    needs="texts",
+    needs=("texts",),
     format=".2f",
     statistics=statistics,
     value=value,

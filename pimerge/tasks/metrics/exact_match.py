@@ -19,8 +19,9 @@ def statistics(answers: Answers) -> Tensor:
 METRIC = Metric(
     name="exact-match",
     summary="Share of the answers that equal a reference, letter by letter.",
-    needs="texts",
+    needs=("texts",),
     format=".1%",
     statistics=statistics,
     value=value,
+    is_default=True,
 )

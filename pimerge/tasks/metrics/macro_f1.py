@@ -43,7 +43,7 @@ def value(sums: Tensor, n: int) -> Tensor:
 METRIC = Metric(
     name="macro-f1",
     summary="Mean over the classes of F1, by torchmetrics; a class that never occurs does not count.",
-    needs="classes",
+    needs=("classes",),
     format=".1%",
     statistics=statistics,
     value=value,

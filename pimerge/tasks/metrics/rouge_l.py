@@ -20,7 +20,7 @@ def statistics(answers: Answers) -> Tensor:
 METRIC = Metric(
     name="rouge-l",
     summary="F1 of the longest common subsequence of words (ROUGE-L), by rouge-score; the best reference counts.",
-    needs="texts",
+    needs=("texts",),
     format=".1%",
     statistics=statistics,
     value=value,

@@ -26,7 +26,7 @@ def statistics(answers: Answers) -> Tensor:
 METRIC = Metric(
     name="token-f1",
     summary="F1 of the words that answer and reference share, as SQuAD counts them; the best reference counts.",
-    needs="texts",
+    needs=("texts",),
     format=".1%",
     statistics=statistics,
     value=value,

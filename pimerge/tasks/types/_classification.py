@@ -6,21 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from pimerge.tasks.examples import Scored, on_device
-from pimerge.tasks.metric import check_metrics
 from pimerge.tasks.types._reading import catching, read_position, text_config
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from pimerge.tasks.examples import Batch, Examples
-    from pimerge.tasks.schema import TaskFile
 
 FIELDS = frozenset({"metrics"})
-
-
-def check(file: TaskFile) -> None:
-    """Check that the metrics are about classes."""
-    check_metrics(file.metrics or [], ["classes"])
 
 
 def logits(model: nn.Module, batch: Batch) -> Tensor:

@@ -94,11 +94,7 @@ def _joined(values: Sequence[Tensor]) -> Tensor:
 
 
 def fit(
-    worded: TextRows,
-    prompts: Prompts,
-    answers: Sequence[list[list[int]]],
-    longest: int,
-    room: Callable[[int], int],
+    worded: TextRows, prompts: Prompts, answers: Sequence[list[list[int]]], longest: int, room: Callable[[int], int]
 ) -> tuple[list[Tokens], int]:
     """Cut prompts that are too long, never answers; return how many were cut.
 

@@ -14,7 +14,6 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from pimerge.core.errors import PimergeError, Problems, nearest
-from pimerge.tasks.metric import check_metrics
 from pimerge.tasks.row_errors import RowProblems
 
 if TYPE_CHECKING:
@@ -114,7 +113,7 @@ def _present(value: Any) -> Any:
 
 
 def check_texts(file: TaskFile) -> None:
-    """Check the prompt, answers and metrics of a ``task.json``; all problems are raised at once."""
+    """Check the prompt and answers of a ``task.json``; all problems are raised at once."""
     problems = Problems()
     if file.prompt is None:
         problems.add("there is no prompt", "write what the model is asked, such as 'Review: {{ text }}'")
@@ -127,8 +126,6 @@ def check_texts(file: TaskFile) -> None:
         _check_free(file, problems)
     else:
         _check_labelled(file, file.labels, templates, problems)
-    with problems.collected():
-        check_metrics(file.metrics or [], ["texts"] if file.labels is None else ["classes", "texts"])
     problems.raise_any("it does not fit")
 
 

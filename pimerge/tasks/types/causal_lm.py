@@ -163,6 +163,7 @@ TASK_TYPE = TaskType(
     trains_head=False,
     columns=encoding.COLUMNS,
     fields=encoding.FIELDS | {"chat"},
+    answers=("texts",),
     check=check_texts,
     load_processor=load_processor,
     encode=encode,

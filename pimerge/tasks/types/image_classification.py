@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from pimerge.core.errors import PimergeError
 from pimerge.tasks.examples import Batch, Examples, Rows
 from pimerge.tasks.task_type import TaskType
-from pimerge.tasks.types._classification import FIELDS, check, draw, nll, read, score
+from pimerge.tasks.types._classification import FIELDS, draw, nll, read, score
 from pimerge.tasks.types._images import decoder, have_heads, mode_of, remembered, tell_broken
 
 if TYPE_CHECKING:
@@ -69,7 +69,6 @@ TASK_TYPE = TaskType(
     columns={"image": True, "label": True},
     usual_columns={"image": ("image", "img"), "label": ("label",)},
     fields=FIELDS,
-    check=check,
     load_processor=load_processor,
     encode=encode,
     nll=nll,

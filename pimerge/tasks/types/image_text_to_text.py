@@ -223,6 +223,7 @@ TASK_TYPE = TaskType(
     trains_head=False,
     columns={"image": False, "label": False},
     fields=encoding.FIELDS | {"chat"},
+    answers=("texts",),
     check=check,
     load_processor=load_processor,
     encode=encode,

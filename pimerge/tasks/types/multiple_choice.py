@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from pimerge.core.errors import PimergeError, Problems
 from pimerge.tasks.examples import Examples, Rows
-from pimerge.tasks.metric import check_metrics
 from pimerge.tasks.row_errors import RowProblems
 from pimerge.tasks.task_type import TaskType
 from pimerge.tasks.types import causal_lm, seq2seq
@@ -30,7 +29,7 @@ _QUESTION = "QUESTION"
 
 
 def check(file: TaskFile) -> None:
-    """Check the templates and the metrics."""
+    """Check the templates."""
     problems = Problems()
     if file.labels is not None:
         problems.add("labels are the same for all rows, but here each row has its own choices", "leave the labels out")
@@ -41,8 +40,6 @@ def check(file: TaskFile) -> None:
             problems.add("both choices and columns say what the choices are", "leave one of them out")
         with problems.collected():
             Template("choices", file.choices)
-    with problems.collected():
-        check_metrics([name for name in file.metrics or [] if name != "accuracy"], ["texts"])
     problems.raise_any("it does not fit")
 
 
@@ -124,6 +121,7 @@ TASK_TYPE = TaskType(
     columns={"question": True, "choices": True, "answer": True},
     usual_columns={"question": ("question",), "choices": ("choices",), "answer": ("answer", "answerKey")},
     fields=frozenset({"prompt", "choices", "normalise", "chat", "metrics"}),
+    answers=("choices", "texts"),
     check=check,
     load_processor=load_processor,
     encode=encode,

@@ -104,6 +104,7 @@ TASK_TYPE = TaskType(
     trains_head=False,
     columns=encoding.COLUMNS,
     fields=encoding.FIELDS,
+    answers=("texts",),
     check=check_texts,
     load_processor=load_processor,
     encode=encode,

@@ -9,7 +9,7 @@ from pimerge.core.errors import PimergeError
 from pimerge.tasks.examples import Batch, Examples, Rows
 from pimerge.tasks.row_errors import RowProblems
 from pimerge.tasks.task_type import TaskType
-from pimerge.tasks.types._classification import FIELDS, check, draw, nll, read, score
+from pimerge.tasks.types._classification import FIELDS, draw, nll, read, score
 from pimerge.tasks.types._tokenizer import load_processor, longest_input
 
 if TYPE_CHECKING:
@@ -75,7 +75,6 @@ TASK_TYPE = TaskType(
     usual_columns={"text": ("text", "sentence"), "label": ("label",)},
     fields=FIELDS,
     class_name_role="text",
-    check=check,
     load_processor=load_processor,
     encode=encode,
     nll=nll,

@@ -12,7 +12,7 @@ from pimerge.core.errors import PimergeError
 from pimerge.tasks.examples import IGNORED, Batch, Examples, Rows, Scored, on_device
 from pimerge.tasks.row_errors import RowProblems
 from pimerge.tasks.task_type import TaskType
-from pimerge.tasks.types._classification import FIELDS, check, drawn
+from pimerge.tasks.types._classification import FIELDS, drawn
 from pimerge.tasks.types._likelihood import logits, nll
 from pimerge.tasks.types._tokenizer import load_processor as load_tokenizer
 from pimerge.tasks.types._tokenizer import longest_input
@@ -180,7 +180,6 @@ TASK_TYPE = TaskType(
     columns={"tokens": True, "labels": True},
     usual_columns={"tokens": ("tokens", "words"), "labels": ("labels", "ner_tags")},
     fields=FIELDS,
-    check=check,
     load_processor=load_processor,
     encode=encode,
     nll=nll,

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from pimerge.tuning.plan import MixtureKind, MixturePlan
+from pimerge.tuning.method import MixtureKind, MixturePlan
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -82,7 +82,7 @@ def train_heads(
     from pimerge.core.errors import PimergeError
     from pimerge.models.heads import set_head
     from pimerge.tuning.ensemble import EnsembleModel
-    from pimerge.tuning.mix import mix_experts
+    from pimerge.tuning.fit import mix_experts
     from pimerge.tuning.mixture import Switch
 
     loaded = request.session.loaded

@@ -6,8 +6,7 @@ The paper starts from λ = 0; here λ starts from the ranking's weights, as the 
 examples, a start that is known to help is worth keeping. Experts without ΔW are summed around their neutral point.
 """
 
-from pimerge.tuning.method import TuneMethod
-from pimerge.tuning.plan import MixtureKind, MixturePlan
+from pimerge.tuning.method import MixtureKind, MixturePlan, TuneMethod
 
 METHOD = TuneMethod(
     name="anisotropic",

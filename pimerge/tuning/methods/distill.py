@@ -16,8 +16,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from pimerge.core.plugins import Option
-from pimerge.tuning.method import TuneMethod
-from pimerge.tuning.plan import MixturePlan
+from pimerge.tuning.method import MixturePlan, TuneMethod
 
 if TYPE_CHECKING:
     import torch
@@ -36,8 +35,8 @@ class Teacher(StrEnum):
 
 def fit(request: TuneRequest, *, teacher: str, label_share: float, unlabelled: int) -> TuneResult:
     """Train the teacher's heads, then the student."""
+    from pimerge.tuning.fit import mix_experts
     from pimerge.tuning.methods._expert_heads import equal_weights, similarity_weights, train_heads
-    from pimerge.tuning.mix import mix_experts
 
     weigh = equal_weights if teacher == Teacher.MEAN else similarity_weights
     half, device = request.options.epochs / 2, request.session.device

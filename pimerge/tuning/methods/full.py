@@ -9,8 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pimerge.tuning.method import TuneMethod
-from pimerge.tuning.plan import Granularity, MixturePlan
+from pimerge.tuning.method import Granularity, MixturePlan, TuneMethod
 
 if TYPE_CHECKING:
     from pimerge.core.manifest import Manifest

@@ -13,8 +13,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from pimerge.core.plugins import Option
-from pimerge.tuning.method import TuneMethod
-from pimerge.tuning.plan import Granularity, MixtureKind, MixturePlan
+from pimerge.tuning.method import Granularity, MixtureKind, MixturePlan, TuneMethod
 
 if TYPE_CHECKING:
     from pimerge.tuning.session import TuneRequest, TuneResult
@@ -28,8 +27,8 @@ def fit(request: TuneRequest, *, evaluations: int) -> TuneResult:
     import torch
 
     from pimerge.core.errors import PimergeError
+    from pimerge.tuning.fit import mix_experts
     from pimerge.tuning.loss import held_out_loss
-    from pimerge.tuning.mix import mix_experts
     from pimerge.tuning.trainer import untrained
 
     try:
@@ -83,7 +82,5 @@ METHOD = TuneMethod(
     paper="LoRAHub, arXiv 2307.13269",
     plan=MixturePlan(experts=True, ranked_start=True, mixture=MixtureKind.FREE, granularity=Granularity.GLOBAL),
     fit=fit,
-    options={
-        Option("evaluations", int, "Sets of weights to try.", lambda count: count >= 1, "at least 1"): 40,
-    },
+    options={Option("evaluations", int, "Sets of weights to try.", lambda count: count >= 1, "at least 1"): 40},
 )

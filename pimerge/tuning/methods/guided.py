@@ -21,8 +21,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from pimerge.tuning.method import TuneMethod
-from pimerge.tuning.plan import MixturePlan
+from pimerge.tuning.method import MixturePlan, TuneMethod
 
 if TYPE_CHECKING:
     from pimerge.tuning.session import TuneRequest, TuneResult
@@ -37,7 +36,7 @@ def fit(request: TuneRequest) -> TuneResult:
     """Mix, train, and go some of the way back."""
     import torch
 
-    from pimerge.tuning.mix import between, mix_experts
+    from pimerge.tuning.fit import between, mix_experts
     from pimerge.tuning.probe_head import fit_head
 
     session = request.session

@@ -1,7 +1,6 @@
 """Only the task head is trained, on the bare base: the control without any expert."""
 
-from pimerge.tuning.method import TuneMethod
-from pimerge.tuning.plan import MixturePlan
+from pimerge.tuning.method import MixturePlan, TuneMethod
 
 METHOD = TuneMethod(
     name="head",

@@ -6,8 +6,7 @@ The sum is taken over the updates ΔW, as the paper's code does for LoRA. The he
 expert.
 """
 
-from pimerge.tuning.method import TuneMethod
-from pimerge.tuning.plan import MixturePlan
+from pimerge.tuning.method import MixturePlan, TuneMethod
 
 METHOD = TuneMethod(
     name="interpolated",

@@ -3,8 +3,7 @@
 ΔW = Σ_n softmax(v)_n ΔW_n, one v in R^N for each adapted matrix
 """
 
-from pimerge.tuning.method import TuneMethod
-from pimerge.tuning.plan import MixturePlan
+from pimerge.tuning.method import MixturePlan, TuneMethod
 
 METHOD = TuneMethod(
     name="learned",

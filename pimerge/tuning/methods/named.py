@@ -4,8 +4,7 @@ What the names gain is not to the experts' credit. Where the names are not texts
 is ``scratch``; see :mod:`pimerge.tuning.class_name_examples`.
 """
 
-from pimerge.tuning.method import TuneMethod
-from pimerge.tuning.plan import MixturePlan
+from pimerge.tuning.method import MixturePlan, TuneMethod
 
 METHOD = TuneMethod(
     name="named",

@@ -3,8 +3,7 @@
 It trains as many parameters as ``interpolated`` does, without what the experts have learned.
 """
 
-from pimerge.tuning.method import TuneMethod
-from pimerge.tuning.plan import MixturePlan
+from pimerge.tuning.method import MixturePlan, TuneMethod
 
 METHOD = TuneMethod(
     name="random",

@@ -13,8 +13,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from pimerge.core.plugins import Option
-from pimerge.tuning.method import TuneMethod
-from pimerge.tuning.plan import Granularity, MixtureKind, MixturePlan
+from pimerge.tuning.method import Granularity, MixtureKind, MixturePlan, TuneMethod
 
 if TYPE_CHECKING:
     from pimerge.tuning.session import TuneRequest, TuneResult
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 
 def fit(request: TuneRequest, *, uniform: bool, shared: bool) -> TuneResult:
     """Train the scales and the head."""
-    from pimerge.tuning.mix import train_mixture
+    from pimerge.tuning.fit import train_mixture
 
     granularity = {
         (False, False): Granularity.MATRIX,

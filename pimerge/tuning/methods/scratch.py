@@ -4,8 +4,7 @@ Experts made with the same base, rank, modules and ``--init-seed`` share one ini
 be compared.
 """
 
-from pimerge.tuning.method import TuneMethod
-from pimerge.tuning.plan import MixturePlan
+from pimerge.tuning.method import MixturePlan, TuneMethod
 
 METHOD = TuneMethod(
     name="scratch",

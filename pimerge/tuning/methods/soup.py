@@ -10,8 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from pimerge.core.plugins import Option
-from pimerge.tuning.method import TuneMethod
-from pimerge.tuning.plan import MixturePlan
+from pimerge.tuning.method import MixturePlan, TuneMethod
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,8 +23,8 @@ LR_FACTORS = (1.0, 0.5, 2.0)
 
 def fit(request: TuneRequest, *, runs: int) -> TuneResult:
     """Train every run, then average greedily."""
+    from pimerge.tuning.fit import mean_state, mix_experts
     from pimerge.tuning.loss import held_out_loss
-    from pimerge.tuning.mix import mean_state, mix_experts
 
     mixed, kept, held_out = mix_experts(request, METHOD)
     start = mixed.trained_state()

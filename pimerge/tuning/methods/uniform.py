@@ -3,8 +3,7 @@
 With one expert it is the control "best single expert".
 """
 
-from pimerge.tuning.method import TuneMethod
-from pimerge.tuning.plan import MixturePlan
+from pimerge.tuning.method import MixturePlan, TuneMethod
 
 METHOD = TuneMethod(
     name="uniform",

@@ -9,9 +9,8 @@ import torch
 from torch import nn
 
 from pimerge.tuning.mixture import Mixture
-from pimerge.tuning.optimizer import optimizer_of
+from pimerge.tuning.optimizer import at_worst, optimizer_of, sharpness_aware
 from pimerge.tuning.options import TrainingOptions
-from pimerge.tuning.sam import at_worst, sharpness_aware
 
 
 def loss_of(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
