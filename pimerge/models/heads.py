@@ -1,4 +1,4 @@
-"""Heads of a base model: their size and their values."""
+"""Resize, set and initialise the head of a base model."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
 @contextmanager
 def head_of_size(loaded: LoadedBase, base: Base, task: Task, labels: int) -> Iterator[None]:
-    """Give the base a head of zeros for a number of labels; afterwards it has its own head again.
+    """Replace the base's head by zeros for a number of labels during the block.
 
     Args:
-        task: of the type that the base was loaded for.
+        task: a task of the type for which the base was loaded.
     """
     bare = skeleton(base.source, base.revision, task.type, labels)
     parameter = next(loaded.model.parameters())
@@ -45,7 +45,7 @@ def head_of_size(loaded: LoadedBase, base: Base, task: Task, labels: int) -> Ite
 
 
 def set_head(model: nn.Module, head: Mapping[str, Tensor]) -> None:
-    """Copy a head into a model, PEFT's or plain."""
+    """Copy a head into a PEFT model or a plain model."""
     places = {}
     prefix = peft_prefix(model)
     for name, parameter in model.named_parameters():
@@ -65,14 +65,14 @@ def set_head(model: nn.Module, head: Mapping[str, Tensor]) -> None:
 
 
 def initialise_head(loaded: LoadedBase, seed: int) -> None:
-    """Initialise anew the head's parameters that the checkpoint lacks, as :func:`load_base` does with this seed."""
+    """Reinitialise the head's parameters that the checkpoint lacks, as :func:`load_base` does with this seed."""
     model: Any = loaded.model
     for key in loaded.randomly_initialised:
         marked = [model.get_parameter_or_buffer(key)]
         while key:
             key = key.rpartition(".")[0]
-            marked.append(model.get_submodule(key))  # some models initialise their head in the module that holds it
+            marked.append(model.get_submodule(key))  # some models initialise their head in its parent module
         for each in marked:
-            vars(each).pop("_is_hf_initialized", None)  # transformers initialises what has no mark
+            vars(each).pop("_is_hf_initialized", None)  # transformers initialises modules without this mark
     torch.manual_seed(seed)
     model.initialize_weights()

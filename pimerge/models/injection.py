@@ -1,4 +1,4 @@
-"""Put experts into a base model with PEFT, and take them out again."""
+"""Put experts into a base model with PEFT, and remove them again."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def injected(expert: Expert, loaded: LoadedBase) -> Iterator[nn.Module]:
-    """Put an expert and its head into a base: PEFT's model, in eval mode; afterwards the base is restored."""
+    """Put an expert and its head into a base: yield PEFT's model in eval mode, then restore the base."""
     from peft import PeftModel
 
     from pimerge import peft_methods  # noqa: F401  PEFT has to know every kind
@@ -45,13 +45,13 @@ def peft_prefix(model: nn.Module) -> str:
 
 @contextmanager
 def injected_sum(experts: Sequence[Expert], weights: Sequence[float], loaded: LoadedBase) -> Iterator[nn.Module]:
-    """Put W0 + Σ w_n ΔW_n under the base's own head: PEFT's model, in eval mode; afterwards the base is restored.
+    """Put W0 + Σ w_n ΔW_n under the base's own head: yield PEFT's model in eval mode, then restore the base.
 
-    Experts without ΔW are summed number by number, see :mod:`pimerge.adapters.additive_tensors`.
+    Experts without ΔW are summed elementwise, see :mod:`pimerge.adapters.additive_tensors`.
 
     Args:
-        experts: each at its own strength.
-        weights: one for each.
+        experts: experts, each at its own strength.
+        weights: one weight per expert.
     """
     from peft import PeftModel, set_peft_model_state_dict
     from peft.tuners.lora import LoraLayer
@@ -92,7 +92,7 @@ def injected_sum(experts: Sequence[Expert], weights: Sequence[float], loaded: Lo
 
 
 def _as_lora(expert: Expert) -> tuple[PeftConfig, dict[str, Tensor], float]:
-    """PEFT's config and tensors for an expert's update as a LoRA, and the strength that they do not include."""
+    """Convert an expert to a LoRA: PEFT's config, its tensors, and the strength that they do not include."""
     from peft import LoraConfig, PeftConfig
 
     if not expert.is_computed:
@@ -110,7 +110,7 @@ def _as_lora(expert: Expert) -> tuple[PeftConfig, dict[str, Tensor], float]:
 
 
 def fresh_adapter_like(expert: Expert, base_model: nn.Module) -> nn.Module:
-    """PEFT's model of a base with a fresh adapter shaped like an expert, in eval mode, under the base's own head."""
+    """Put a fresh adapter shaped like an expert under the base's own head: PEFT's model in eval mode."""
     from peft import PeftConfig, PeftModel, get_peft_model
 
     from pimerge import peft_methods  # noqa: F401  PEFT has to know every kind
@@ -118,7 +118,7 @@ def fresh_adapter_like(expert: Expert, base_model: nn.Module) -> nn.Module:
     config = PeftConfig.from_pretrained(str(expert.path))
     config.inference_mode = True
     model: nn.Module
-    if config.is_prompt_learning:  # the model class of its task type puts the prompt in
+    if config.is_prompt_learning:  # the model class of its task type inserts the prompt
         model = get_peft_model(base_model, config)
     else:
         config.modules_to_save = config.task_type = None  # a task type adds modules to save
@@ -128,14 +128,14 @@ def fresh_adapter_like(expert: Expert, base_model: nn.Module) -> nn.Module:
 
 @contextmanager
 def modules_restored(base_model: nn.Module) -> Iterator[None]:
-    """Remove whatever PEFT puts into a base during the block."""
+    """Remove everything that PEFT puts into a base during the block."""
     before, attributes = dict(base_model.named_modules()), set(vars(base_model))
     try:
         yield
     finally:
-        for name in vars(base_model).keys() - attributes:  # PEFT records its adapters there and would reuse them
+        for name in vars(base_model).keys() - attributes:  # PEFT would reuse the adapters recorded there
             delattr(base_model, name)
-        for name, module in before.items():  # PEFT's unload would leave an expert's head in place of the base's
+        for name, module in before.items():  # PEFT's unload would keep an expert's head
             if base_model.get_submodule(name) is not module:
                 base_model.set_submodule(name, module)
         base_model.requires_grad_(False)
@@ -143,7 +143,7 @@ def modules_restored(base_model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def tensors_restored(tensors: Iterable[Tensor]) -> Iterator[None]:
-    """Restore the values and dtypes of parameters and buffers after the block, frozen and without gradients."""
+    """Restore values and dtypes of parameters and buffers after the block, frozen and without gradients."""
     before = [(tensor, tensor.detach().clone()) for tensor in tensors]
     try:
         yield

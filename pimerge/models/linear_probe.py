@@ -1,6 +1,6 @@
-"""A linear probe: how well a linear head, fitted on a few examples, predicts the labels of others.
+"""Linear probes: how well a linear head, fitted on a few examples, predicts the labels of others.
 
-Layout: features are (n × d) float64, one example a row; labels are (n) int64, 0 … classes − 1.
+Layout: features are (n × d) float64, one example per row; labels are (n) int64, 0 … classes − 1.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from pimerge.tasks.sampling import stratified_folds
 PENALTIES = (1e-2, 1e-1, 1.0)
 PENALTY = 1e-1
 FOLDS = 5
-# Few examples are divided into folds several times: at most REPEATS times, or until there are ENOUGH answers.
+# A few examples are split into folds repeatedly: at most REPEATS times, until there are ENOUGH predictions.
 REPEATS = 4
 ENOUGH = 400
 
-# Models compute in float32: differences below this share of the examples' size are rounding.
+# Models compute in float32: differences below this fraction of the examples' norm are rounding errors.
 _ROUNDING = 1e-6
-# Directions with less than this share of the strongest one's variance cannot move a penalised probe.
+# Directions with less than this fraction of the largest variance cannot change a penalised probe.
 _NEGLIGIBLE = 1e-12
-# Keeps the bias finite where a class has no example; otherwise it is free.
+# Keeps the bias finite for a class without examples.
 _BIAS_PENALTY = 1e-6
 
 
@@ -36,9 +36,9 @@ class Probe:
     """A fitted linear head: p(y|x) = softmax((x − centre) · weights + bias).
 
     Attributes:
-        centre: (d), the mean of the examples it was fitted on.
-        weights: (d × classes), for unscaled features.
-        bias: (classes).
+        centre: (d) mean of the training examples.
+        weights: (d × classes) weights of unscaled features.
+        bias: (classes) bias.
     """
 
     centre: Tensor
@@ -53,16 +53,16 @@ class Probe:
 def fit_probe(vectors: Tensor, labels: Tensor, classes: int, penalty: float = 1.0) -> Probe:
     """Fit a multinomial logistic regression with an L2 penalty.
 
-    It minimises Σ_i −log p(y_i|x_i) + penalty/2 · ‖W‖²_F, where x is centred by its mean and divided by one
-    number, the root mean square of ‖x − mean‖, so that a penalty has the same effect for every model. The bias has
-    only the penalty 1e-6/2 · ‖b‖², which keeps it finite where a class has no example. If the features of all
-    examples are equal, the probe predicts the frequencies of the classes.
+    It minimises Σ_i −log p(y_i|x_i) + penalty/2 · ‖W‖²_F, where x is centred by its mean and divided by the root
+    mean square of ‖x − mean‖, so a penalty has the same effect for every model. The bias only has the penalty
+    1e-6/2 · ‖b‖², which keeps it finite for a class without examples. If all examples have equal features, the probe
+    predicts the class frequencies.
 
     Args:
         vectors: (n × d) float64.
         labels: (n) int64.
-        classes: the number of classes.
-        penalty: above 0.
+        classes: number of classes.
+        penalty: a positive number.
 
     >>> x = torch.tensor([[-1.0], [-0.9], [0.9], [1.0]], dtype=torch.float64)
     >>> probe = fit_probe(x, torch.tensor([0, 0, 1, 1]), classes=2, penalty=0.1)
@@ -82,22 +82,22 @@ def held_out_log_likelihood(
     folds: int = FOLDS,
     seed: int = 0,
 ) -> Tensor:
-    """log p(y_i|x_i) of each example, by a probe that has not seen it: (n) of :func:`held_out_log_probabilities`."""
+    """log p(y_i|x_i) of each example by a probe that has not seen it, (n); see :func:`held_out_log_probabilities`."""
     found = held_out_log_probabilities(vectors, labels, classes, penalties, folds, seed)
     return found.gather(1, labels[:, None])[:, 0]
 
 
 def held_out_probability(vectors: Tensor, labels: Tensor, classes: int, seed: int = 0) -> Tensor:
-    """p(y_i|x_i) of each example by probes that have not seen it, the mean over several divisions into folds.
+    """p(y_i|x_i) of each example by probes that have not seen it, averaged over several splits into folds.
 
-    With few examples, the score depends on the division into folds; the mean over several divisions removes most of
-    that. The penalty is always 0.1: choosing it costs more than it gains.
+    With few examples the score depends on the split into folds; averaging over several splits removes most of this
+    variance. The penalty is always 0.1, since choosing it costs more than it gains.
 
     Args:
         vectors: (n × d) float64.
         labels: (n) int64.
-        classes: how many classes the target has.
-        seed: of the first division.
+        classes: number of classes of the target.
+        seed: seed of the first split.
 
     Returns:
         (n) float64, 0 to 1; NaN for the only example of a class.
@@ -124,21 +124,20 @@ def held_out_log_probabilities(
 ) -> Tensor:
     """log p(y|x_i) of every class for each example, by a probe that has not seen it.
 
-    The folds are stratified and depend only on labels and seed, so every model is compared on the same folds. There
-    are at most as many folds as the largest class has examples. One penalty is chosen for all folds: the one with the
-    highest mean.
+    The folds are stratified and depend only on labels and seed, so all models are compared on the same folds. Their
+    number is at most the size of the largest class. All folds share one penalty: the one with the highest mean.
 
     Args:
         vectors: (n × d) float64.
         labels: (n) int64.
-        classes: how many classes the target has.
-        penalties: to choose from, each above 0; see :func:`fit_probe`.
-        folds: the most folds, at least 2.
-        seed: shuffles the examples of each class.
+        classes: number of classes of the target.
+        penalties: candidate penalties, each positive; see :func:`fit_probe`.
+        folds: maximum number of folds, at least 2.
+        seed: seed that shuffles the examples of each class.
 
     Returns:
-        (n × classes) float64, in nats; NaN for the only example of a class, which is never held out: a probe that has
-        not seen the class cannot predict it.
+        (n × classes) float64, in nats; NaN for the only example of a class, since a probe that has not seen the class
+        cannot predict it.
 
     >>> x = torch.tensor([[-1.0], [1.0], [-0.9], [0.9], [0.0]], dtype=torch.float64)
     >>> held_out_log_probabilities(x, torch.tensor([0, 1, 0, 1, 2]), classes=3).argmax(1)[:4].tolist()
@@ -158,7 +157,7 @@ def held_out_log_probabilities(
 
 
 def in_row_space(vectors: Tensor) -> Tensor:
-    """The examples in an orthonormal basis of their span: (n × d) → (n × min(n, d)), inner products unchanged.
+    """Express the examples in an orthonormal basis of their span, (n × d) → (n × min(n, d)); inner products are kept.
 
     >>> in_row_space(torch.tensor([[3.0, 0.0, 4.0]], dtype=torch.float64)).abs()
     tensor([[5.]], dtype=torch.float64)
@@ -168,11 +167,11 @@ def in_row_space(vectors: Tensor) -> Tensor:
 
 
 def standardised(vectors: Tensor, weights: Tensor) -> Tensor:
-    """Examples around their mean, with root mean square norm 1; zeros if they do not differ.
+    """Centre examples and scale them to root mean square norm 1; zeros if they do not differ.
 
     Args:
         vectors: (n × d) float64.
-        weights: (n), how often each example counts.
+        weights: (n) weight of each example.
 
     >>> standardised(torch.tensor([[1.0], [3.0], [9.0]]), torch.tensor([1.0, 1.0, 0.0]))[:2]
     tensor([[-1.],
@@ -192,9 +191,9 @@ def _centre_and_scale(vectors: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]
 
 
 def probe_folds(labels: Tensor, folds: int, seed: int) -> Tensor:
-    """The fold that holds out each example, (n), of at most as many folds as the largest class has examples.
+    """Assign each example to the fold that holds it out, (n); there are at most as many folds as in the largest class.
 
-    The only example of a class has −1 and is never held out. If no class has two examples, that is an error.
+    The only example of a class has −1 and is never held out. It is an error if every class has one example.
     """
     largest = int(labels.bincount().max())
     if largest < 2:
@@ -206,7 +205,7 @@ def probe_folds(labels: Tensor, folds: int, seed: int) -> Tensor:
 
 
 def _fit_each(vectors: Tensor, labels: Tensor, classes: int, penalties: Sequence[float]) -> Iterator[Probe]:
-    """A probe for each penalty, each fit starting from the one before."""
+    """Fit a probe for each penalty, starting from the previous fit."""
     centre, scale = _centre_and_scale(vectors, torch.ones(len(labels), dtype=torch.float64))
     features = (vectors - centre) / scale
     features = torch.cat([features, torch.ones(len(labels), 1, dtype=torch.float64)], 1)
@@ -222,7 +221,7 @@ def _fit_each(vectors: Tensor, labels: Tensor, classes: int, penalties: Sequence
 def _principal_axes(vectors: Tensor) -> Tensor:
     """Orthonormal directions (d × r, r ≤ min(n, d)) in which the examples vary.
 
-    The optimum lies in their span; and along them its Hessian is nearly diagonal.
+    The optimum lies in their span, and its Hessian is nearly diagonal in this basis.
     """
     n, d = vectors.shape
     features = standardised(vectors, torch.ones(n, dtype=torch.float64))

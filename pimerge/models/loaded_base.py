@@ -21,11 +21,11 @@ class LoadedBase:
     """A frozen base model for one task.
 
     Attributes:
-        model: in eval mode, nothing in it requires a gradient.
+        model: the model in eval mode; all parameters are frozen.
         processor: tokenizer or image processor.
-        head: names of the modules that a task trains besides its expert: those outside the
-            architecture's body, and others that the checkpoint has no weights for; none where the base answers in text.
-        has_own_head: whether the checkpoint holds a head for exactly these labels, or answers in text.
+        head: names of the modules that a task trains besides its expert: modules outside the architecture's body, and
+            modules without weights in the checkpoint; empty if the base answers in text.
+        has_own_head: whether the checkpoint has a head for exactly these labels, or the base answers in text.
         randomly_initialised: names of the head's parameters that the checkpoint lacks.
     """
 
@@ -37,16 +37,16 @@ class LoadedBase:
 
     @property
     def config(self) -> Any:
-        """The model's config, of transformers."""
+        """The model's transformers config."""
         return self.model.config
 
     @property
     def width(self) -> int | None:
-        """The hidden size; None where the config names none."""
+        """The hidden size; None if the config has none."""
         return hidden_size(self.model)
 
     def config_for(self, experts: Sequence[Expert]) -> Any:
-        """The config, with fewer positions where experts put vectors before a text."""
+        """The config, with fewer positions if experts put vectors before the text."""
         taken = max((expert.positions for expert in experts), default=0)
         positions = getattr(self.config, "max_position_embeddings", None)
         if not taken or positions is None:
@@ -60,15 +60,15 @@ class LoadedBase:
         return [parameter for name, parameter in self.model.named_parameters() if in_head(name, self.head)]
 
     def head_tensors(self) -> dict[str, Tensor]:
-        """The head's parameters and buffers by their names in the base model."""
+        """The head's parameters and buffers, by their names in the base model."""
         state = self.model.state_dict()
         return {name: value for name, value in state.items() if in_head(name, self.head)}
 
 
 def most_virtual_tokens(experts: Sequence[Expert]) -> int:
-    """The most vectors that an expert puts before a text; if there are any, batches must not be padded.
+    """The largest number of vectors that an expert puts before a text; if it is not 0, batches must not be padded.
 
-    A causal model looks for the last token that is not padding among the tokens, and does not find it behind vectors.
+    A causal model searches the tokens for the last one that is not padding, and vectors shift its position.
     """
     return max((expert.virtual_tokens for expert in experts), default=0)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,15 +15,11 @@ from pimerge.core.errors import PimergeError
 from pimerge.models.loaded_base import LoadedBase, in_head
 from pimerge.tasks.task import Task
 
-if TYPE_CHECKING:
-    pass
-
-
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
 def resolve_device(device: str) -> torch.device:
-    """``auto`` is the first GPU if there is one, else the CPU.
+    """Resolve a device; ``auto`` is the first GPU if there is one, otherwise the CPU.
 
     >>> resolve_device("cpu")
     device(type='cpu')
@@ -40,7 +36,7 @@ def resolve_device(device: str) -> torch.device:
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """``auto`` is bfloat16 on a GPU and float32 on the CPU.
+    """Resolve a dtype; ``auto`` is bfloat16 on a GPU and float32 on the CPU.
 
     >>> resolve_dtype("auto", torch.device("cpu"))
     torch.float32
@@ -48,15 +44,15 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     if dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     if dtype not in DTYPES:
-        raise PimergeError(f"dtype is '{dtype}'", f"expected auto, {', '.join(DTYPES)}")
+        raise PimergeError(f"--dtype must be one of auto, {', '.join(DTYPES)}; got '{dtype}'")
     return DTYPES[dtype]
 
 
 def load_base(base: Base, task: Task, device: torch.device, dtype: torch.dtype, seed: int = 0) -> LoadedBase:
-    """Load a base model, with a head for the task's labels where it trains one; remote code is never run.
+    """Load a base model, with a head for the task's labels if the task trains one; remote code is never run.
 
     Args:
-        seed: for weights that the checkpoint lacks, such as the head.
+        seed: seed for weights that the checkpoint lacks, such as the head.
     """
     import transformers
 
@@ -100,14 +96,14 @@ def load_base(base: Base, task: Task, device: torch.device, dtype: torch.dtype, 
     )
     if not trains_head:
         for part in (model.config, model.config.get_text_config()):
-            part.use_cache = False  # only generation uses it, and asks for it
+            part.use_cache = False  # only generation needs a cache, and enables it
     model.requires_grad_(False)
     fresh = frozenset(key for key in replaced if in_head(key, head))
     return LoadedBase(model.to(device).eval(), processor, head, has_own_head, fresh)
 
 
 def _not_loaded(base: Base, task: Task, message: str) -> PimergeError:
-    """The error to raise for one of transformers."""
+    """Turn an error of transformers into a PimergeError."""
     where = "a folder" if base.folder else f"the Hub id, revision {base.revision or 'main'}"
     reason = message.strip().partition("\n")[0]
     hint = "check the base's folder or Hub id, or pass --base"
@@ -119,7 +115,7 @@ def _not_loaded(base: Base, task: Task, message: str) -> PimergeError:
 
 
 def _classes(labels: Sequence[str]) -> dict[str, Any]:
-    """The fields of a config for a head's classes."""
+    """The config fields for a head's classes."""
     return {
         "num_labels": len(labels),
         "id2label": dict(enumerate(labels)),
@@ -128,10 +124,10 @@ def _classes(labels: Sequence[str]) -> dict[str, Any]:
 
 
 class Bases:
-    """Keeps a base loaded while consecutive experts need the same one.
+    """A cache of one base, for consecutive experts of the same base.
 
     Attributes:
-        checked: forms of expert for which the fast Fisher was compared with the loop in this run.
+        checked: forms of experts for which this run has compared the fast Fisher with the loop.
     """
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
@@ -144,14 +140,14 @@ class Bases:
         """The base, with a head for the task's labels; see :func:`load_base`."""
         key = (base.identity, task.file.type, len(task.labels) if task.type.trains_head else 0)
         if self._loaded is None or self._key != key:
-            self._loaded = None  # two bases are never held at once
+            self._loaded = None  # never keep two bases in memory
             self._loaded = load_base(base, task, self.device, self.dtype)
             self._key = key
         return self._loaded
 
 
 def _head_modules(model: nn.Module, missing: set[str]) -> tuple[str, ...]:
-    """The modules outside the architecture's body, and those whose weights the checkpoint lacks."""
+    """Names of the modules outside the architecture's body, and of modules without weights in the checkpoint."""
     names = heads_of(model)
     for key in sorted(missing):
         module = key.rpartition(".")[0]

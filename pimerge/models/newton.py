@@ -20,10 +20,10 @@ class LogisticLoss:
     """Σ_i −log p(y_i|x_i) + ½ Σ ridge · weights², for weights (classes × r), the last column being the bias.
 
     Attributes:
-        features: (n × r), the last column all ones.
-        across: (r × n), the same in the layout in which products with few classes are several times faster.
-        targets: (classes × n), one-hot.
-        ridge: (r).
+        features: (n × r); the last column is all ones.
+        across: (r × n) transposed copy; products with few classes are several times faster in this layout.
+        targets: (classes × n) one-hot.
+        ridge: (r) penalty of each column.
     """
 
     features: Tensor
@@ -44,7 +44,7 @@ class LogisticLoss:
         return (probabilities - self.targets) @ self.features + self.ridge * weights
 
     def curvature(self, direction: Tensor, probabilities: Tensor) -> Tensor:
-        """The Hessian times a direction."""
+        """Multiply the Hessian with a direction."""
         moved = probabilities * (direction @ self.across)
         return (moved - probabilities * moved.sum(0)) @ self.features + self.ridge * direction
 
@@ -54,7 +54,7 @@ class LogisticLoss:
 
 
 def minimise(loss: LogisticLoss, weights: Tensor) -> Tensor:
-    """Newton's method with backtracking, from the given weights on."""
+    """Minimise by Newton's method with backtracking, starting from the given weights."""
     tolerance = _TOLERANCE * len(loss.features)
     logs = loss.log_probabilities(weights)
     value = loss.objective(weights, logs)
@@ -73,14 +73,14 @@ def minimise(loss: LogisticLoss, weights: Tensor) -> Tensor:
             if found <= value + 1e-4 * length * slope:
                 break
             length /= 2
-        else:  # no more than rounding is left to gain
+        else:  # the remaining decrease is below rounding
             break
         weights, value = trial, found
     return weights
 
 
 def _newton_step(loss: LogisticLoss, probabilities: Tensor, gradient: Tensor, tolerance: float) -> Tensor:
-    """−H⁻¹ · gradient by conjugate gradients, preconditioned by H's diagonal; the nearer the end, the more exact."""
+    """Solve −H⁻¹ · gradient by conjugate gradients, preconditioned by H's diagonal, with increasing accuracy."""
     diagonal = loss.diagonal(probabilities)
     size = float(gradient.norm())
     goal = max(size * min(0.1, (size / len(loss.features)) ** 0.5), tolerance / 2)

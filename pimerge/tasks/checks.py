@@ -1,4 +1,4 @@
-"""Whether the fields of ``task.json`` fit its type."""
+"""Check that the fields of ``task.json`` fit its type."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pimerge.tasks.task_type import TASK_TYPES
 
 
 def require_type(kind: str, where: str) -> None:
-    """Refuse a type of task that does not exist."""
+    """Refuse an unknown type of task."""
     known = TASK_TYPES.names()
     if kind not in known:
         raise PimergeError(f"{where}: type is '{kind}'", nearest(kind, known))

@@ -1,4 +1,4 @@
-"""Where the rows of a task come from: files and Hub data sets that ``task.json`` names, or rows in memory."""
+"""Sources of a task's rows: files and Hub data sets named in ``task.json``, or rows in memory."""
 
 from __future__ import annotations
 
@@ -23,31 +23,31 @@ NOT_EMPTY = "give it at least one example"
 
 
 class TaskData(Protocol):
-    """The data of a task."""
+    """A source of a task's rows."""
 
     def load(self, split: str) -> datasets.Dataset:
         """Read one split, named in the slicing syntax of ``datasets`` (``train[:80%]``)."""
 
     def has(self, split: str) -> bool:
-        """Whether a split of this name is given, without reading it."""
+        """Whether the data names a split, without reading it."""
 
     def folders(self, split: str) -> list[Path]:
-        """The folders that relative paths in a split start from; none if its paths are already resolved."""
+        """The folders to which relative paths in a split refer; empty if its paths are resolved."""
 
     def content(self) -> Any:
-        """A JSON value that is the same for the same content, wherever it lies."""
+        """A JSON value that identifies the content, independent of its location."""
 
     def fields_for(self, folder: Path) -> dict[str, Any]:
-        """The fields of a ``task.json`` in a folder that name the same data."""
+        """The fields that name the same data in the ``task.json`` of a folder."""
 
 
 @dataclass(frozen=True)
 class NamedData:
-    """Files or a Hub data set that ``task.json`` names.
+    """Files or a Hub data set named in ``task.json``.
 
     Attributes:
-        path: the ``task.json``; paths in it are relative to its folder.
-        file: its content.
+        path: path of ``task.json``; paths in it are relative to its folder.
+        file: content of ``task.json``.
     """
 
     path: Path
@@ -60,14 +60,14 @@ class NamedData:
         source, options = self._source()
         files = options.get("data_files", {})
         named = {name: paths for name, paths in files.items() if name in re.findall(r"\w+", split)}
-        if named:  # the other splits need not have the same columns
+        if named:  # other splits may have other columns
             options["data_files"] = named
         datasets.disable_progress_bars()
         try:
             return datasets.load_dataset(source, split=split, **options)
         except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
             reason = str(error.__cause__ or error).strip().partition("\n")[0]
-            if "corresponds to no data" in reason:  # how datasets says that a split has no rows
+            if "corresponds to no data" in reason:  # datasets' message for a split without rows
                 raise PimergeError(f"the split '{split}' of '{self.path}' is empty", NOT_EMPTY) from error
             splits = [str(name) for name in files] or ["train", "test"]
             hint = nearest(split, splits) if "split" in reason.lower() else "check 'data' and 'splits' in task.json"
@@ -110,11 +110,11 @@ class NamedData:
         return {split: [files] if isinstance(files, str) else files for split, files in data.items()}
 
     def has(self, split: str) -> bool:
-        """Whether ``data`` is a mapping of splits that names this one."""
+        """Whether ``data`` is a mapping that contains the split."""
         return isinstance(self.file.data, dict) and split in self.file.data
 
     def folders(self, split: str) -> list[Path]:
-        """The folders of the split's files; none for a data set of the Hub."""
+        """The folders of the split's files; empty for a data set of the Hub."""
         data, here = self.file.data, self.path.parent
         if data is None:
             return []
@@ -161,10 +161,10 @@ class NamedData:
 
 @dataclass(frozen=True)
 class RowsInMemory:
-    """Rows that no file holds.
+    """Rows in memory.
 
     Attributes:
-        name: of the task, for messages.
+        name: name of the task, for messages.
         splits: split → its rows.
     """
 
@@ -172,7 +172,7 @@ class RowsInMemory:
     splits: Mapping[str, datasets.Dataset]
 
     def load(self, split: str) -> datasets.Dataset:
-        """A split, or the part of one or several that the slicing syntax names."""
+        """Read a split, or parts of splits in slicing syntax."""
         import datasets
 
         if split in self.splits:
@@ -189,24 +189,24 @@ class RowsInMemory:
         )
 
     def has(self, split: str) -> bool:
-        """Whether there are rows for a split."""
+        """Whether a split has rows."""
         return split in self.splits
 
     def folders(self, split: str) -> list[Path]:
-        """None: images are opened as files when the task is made."""
+        """No folders: paths of images are resolved when the task is made."""
         return []
 
     def content(self) -> Any:
-        """A hash of each split's rows."""
+        """Hash the rows of each split."""
         return {split: _hash(rows) for split, rows in self.splits.items()}
 
     def fields_for(self, folder: Path) -> dict[str, Any]:
-        """The field ``rows``: hashes, by which the task is recognised again."""
+        """The field ``rows``: hashes that identify the task."""
         return {"rows": self.content()}
 
 
 def _hash(rows: datasets.Dataset) -> str:
-    """SHA-256 of the values in rows; of an image its bytes count and not its path."""
+    """SHA-256 of the values in rows; an image counts by its bytes, not its path."""
     import datasets
 
     columns = sorted(rows.column_names)

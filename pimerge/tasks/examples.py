@@ -1,4 +1,4 @@
-"""Rows of a split, encoded examples, and what a model answered."""
+"""Rows of a split, encoded examples, and a model's scored answers."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class Rows:
     Attributes:
         table: a ``datasets.Dataset``.
         columns: role → column.
-        labels: the class index of each row.
-        numbers: the position of each row in its split, for messages.
-        where: the split, in words.
-        words: the class indices of each row's words, where words have classes.
+        labels: class index of each row.
+        numbers: position of each row in its split, for messages.
+        where: description of the split, for messages.
+        words: class indices of each row's words, if words have classes.
     """
 
     table: Any
@@ -37,7 +37,7 @@ class Rows:
     words: Sequence[Sequence[int]] = ()
 
     def select(self, positions: Sequence[int]) -> Rows:
-        """The rows at some positions."""
+        """Select rows by position."""
         if list(positions) == list(range(len(self.labels))):
             return self
         words = [self.words[position] for position in positions] if self.words else ()
@@ -53,14 +53,14 @@ class Rows:
 
 @dataclass(frozen=True)
 class Scored:
-    """A model's answers to some examples, and whether they are right.
+    """A model's answers to n examples, and whether they are right.
 
     Attributes:
-        losses: −log p(y|x) of each, (n).
-        right: whether its answer is right, of each.
-        chosen: the class that it answers, of each, or the classes of its words; None where the answer is not a class.
-        texts: what it answers in words, of each; empty for a type that answers in classes only.
-        cut: whether it was generated up to the most tokens, without an end, of each; empty where none is generated.
+        losses: −log p(y|x) of each example, (n).
+        right: whether each answer is right.
+        chosen: class of each answer, or classes of its words; None if the answer is not a class.
+        texts: text of each answer; empty for a type that only answers in classes.
+        cut: whether each generated answer reached the maximum length without an end; empty if none is generated.
     """
 
     losses: Tensor
@@ -72,17 +72,17 @@ class Scored:
 
 @dataclass(frozen=True)
 class Examples:
-    """Encoded examples of one split, in order; a map-style data set for PyTorch.
+    """Encoded examples of one split, in order: a map-style PyTorch dataset.
 
     Attributes:
         lengths: tokens (or patches) of each example, for batches of bounded size.
-        get: example i as tensors without a batch axis, ``labels`` among them.
+        get: index → tensors without a batch axis, including ``labels``.
         collate: several examples → one padded batch.
-        truncated: the number of examples that were longer than the model takes and were cut.
-        references: the texts that are right for each; none for a type that answers in classes only.
-        alike: whether all examples fill a batch equally except for padded tokens; false for images of several sizes
-            where the model does not resize them.
-        classes: of each example's words, where words have classes; without words that were cut.
+        truncated: number of examples that exceeded the model's maximum length and were cut.
+        references: right answers to each example as texts; empty for a type that only answers in classes.
+        alike: whether examples differ only in their number of tokens; false for images of several sizes that the model
+            does not resize.
+        classes: classes of each example's words, if words have classes; without words that were cut.
     """
 
     lengths: Sequence[int]
@@ -100,15 +100,15 @@ class Examples:
         return self.get(index)
 
     def batch(self, indices: Sequence[int]) -> Batch:
-        """The padded batch of these examples."""
+        """Collate the examples at some indices into a padded batch."""
         return self.collate([self.get(index) for index in indices])
 
     def subset(self, indices: Sequence[int]) -> Examples:
-        """These examples alone, for training."""
+        """Select examples by index, for training."""
         return Examples([self.lengths[i] for i in indices], lambda i: self.get(indices[i]), self.collate)
 
     def joined(self, more: Examples) -> Examples:
-        """These examples and then others, for training."""
+        """Append other examples, for training."""
         here = len(self)
         return Examples(
             [*self.lengths, *more.lengths],
@@ -117,23 +117,23 @@ class Examples:
         )
 
     def labelled(self, index: int, label: Any) -> Batch:
-        """Example i as :attr:`get` has it, but of another class, or of other classes of its words."""
+        """Example i with another class, or with other classes of its words."""
         example = self.get(index)
         return {**example, "labels": example["labels"].new_tensor(label)}
 
 
 def on_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch on a device."""
+    """Move a batch to a device."""
     return {name: value.to(device) for name, value in batch.items()}
 
 
 def bucket_by_length(lengths: Sequence[int], max_tokens: int, *, padded: bool = True) -> list[list[int]]:
-    """Batches of examples of similar length, each of at most ``max_tokens`` with its padding.
+    """Group examples of similar length into batches of at most ``max_tokens`` tokens, including padding.
 
-    An example longer than that is a batch of its own.
+    A longer example forms its own batch.
 
     Args:
-        padded: off, the examples of a batch have one length.
+        padded: if false, all examples of a batch have the same length.
 
     >>> bucket_by_length([5, 2, 2, 9], max_tokens=10)
     [[1, 2], [0], [3]]

@@ -1,4 +1,4 @@
-"""Columns of a data file that name images by their paths."""
+"""Columns of a data file that hold paths of images."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from pimerge.tasks.row_errors import some
 
 
 def holds_paths(rows: Any, column: str) -> bool:
-    """Whether a column of a ``datasets.Dataset`` holds texts, which for images are paths."""
+    """Whether a column of a ``datasets.Dataset`` holds strings, which are paths if the column is for images."""
     return column in rows.features and getattr(rows.features[column], "dtype", None) in ("string", "large_string")
 
 
 def with_images(rows: Any, column: str, folders: Sequence[Path], where: str) -> Any:
-    """The same rows with images in place of paths; ``datasets`` decodes each when it is read.
+    """Replace paths by images, which ``datasets`` decodes when they are read.
 
     Args:
-        column: of paths.
-        folders: of the data files; relative paths start there.
-        where: the rows, in words.
+        column: column with the paths.
+        folders: folders of the data files, to which relative paths refer.
+        where: description of the rows, for messages.
     """
     import datasets
 
-    if not len(rows):  # where every row has another problem
+    if not len(rows):  # every row had another problem
         return rows
     held = [None if path is None else str(path) for path in resolved(rows[column], folders, where)]
     return rows.remove_columns(column).add_column(column, held).cast_column(column, datasets.Image())
 
 
 def resolved(names: Sequence[str | None], folders: Sequence[Path], where: str) -> list[Path | None]:
-    """The absolute paths of a column; relative ones among several folders are an error."""
+    """Make the paths of a column absolute; relative paths are an error if data files are in several folders."""
     relative = [place for place, name in enumerate(names) if name is not None and not Path(name).is_absolute()]
     if relative and len(folders) > 1:
         raise PimergeError(
@@ -47,17 +47,17 @@ def resolved(names: Sequence[str | None], folders: Sequence[Path], where: str) -
 
 
 def content_hash(paths: Sequence[Path | None]) -> str:
-    """A hash of the content of a split's images, in order; a missing image counts as empty."""
+    """Hash the content of a split's images, in order; a missing image counts as empty."""
     there = sorted({path for path in paths if path is not None and path.is_file()})
     known = dict(zip(there, sha256_files(there), strict=True))
     return sha256_bytes("\n".join(known.get(path, "") if path else "" for path in paths).encode())
 
 
 def hashes_of_named(data: TaskData, column: str, splits: Sequence[str]) -> list[str]:
-    """A hash for each split whose images are named by paths, of what the images hold."""
+    """Hash the images of each split that holds paths of images."""
     found = []
     for split in sorted(set(splits)):
-        with suppress(PimergeError):  # a task may lack one of them
+        with suppress(PimergeError):  # a task may lack a split
             rows, folders = data.load(split), data.folders(split)
             if folders and holds_paths(rows, column):
                 found.append(content_hash(resolved(rows[column], folders, split)))

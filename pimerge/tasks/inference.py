@@ -1,4 +1,4 @@
-"""What rows in memory are about: their splits, the type of task, its columns and labels."""
+"""Infer splits, type of task, columns and labels from rows in memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SplitRows: TypeAlias = "datasets.Dataset | Sequence[Mapping[str, Any]]"
 
 
 def rows_by_split(rows: SplitRows | Mapping[str, SplitRows], test: SplitRows | None) -> dict[str, datasets.Dataset]:
-    """Split → its rows; rows without a split are those to train on."""
+    """Map each split to its rows; rows without a split are the training rows."""
     named = dict(rows) if isinstance(rows, Mapping) else {"train": rows}
     if test is not None:
         named["test"] = test
@@ -44,7 +44,7 @@ def _table(rows: SplitRows, split: str) -> datasets.Dataset:
 
 
 def infer_type(columns: Sequence[str]) -> str:
-    """The one type of task whose usual columns are all there.
+    """The only type of task whose usual columns are all present.
 
     >>> infer_type(["sentence", "label"])
     'text-classification'
@@ -55,17 +55,15 @@ def infer_type(columns: Sequence[str]) -> str:
     ]
     if len(fitting) == 1:
         return fitting[0]
-    fit = (
-        f"fit several types of task: {', '.join(fitting)}" if fitting else "do not say which type of task they are for"
-    )
+    fit = f"fit several types of task: {', '.join(fitting)}" if fitting else "do not determine the type of task"
     raise PimergeError(
         f"the columns {', '.join(columns)} {fit}",
-        f"name it, type=…, one of {', '.join(TASK_TYPES.names())}, and its columns where they have other names",
+        f"pass type=…, one of {', '.join(TASK_TYPES.names())}, and columns={{role: column}} if they have other names",
     )
 
 
 def infer_columns(kind: str, columns: Sequence[str], given: Mapping[str, str] | None) -> dict[str, str]:
-    """Role → column, for the roles whose column has another name than the role.
+    """Map each role to its column, if the column's name differs from the role.
 
     >>> infer_columns("text-classification", ["sentence", "y"], {"label": "y"})
     {'text': 'sentence', 'label': 'y'}
@@ -78,7 +76,7 @@ def infer_columns(kind: str, columns: Sequence[str], given: Mapping[str, str] | 
 
 
 def infer_labels(splits: Mapping[str, datasets.Dataset], column: str) -> list[str]:
-    """The names of the classes: those of a ``ClassLabel``, else the texts in the column, in alphabetical order.
+    """The names of the classes: from a ``ClassLabel``, or the distinct texts of the column in alphabetical order.
 
     >>> import datasets
     >>> infer_labels({"train": datasets.Dataset.from_dict({"label": ["b", "a", "b"]})}, "label")
@@ -102,6 +100,6 @@ def infer_labels(splits: Mapping[str, datasets.Dataset], column: str) -> list[st
 
 
 def class_names_of(feature: Any) -> list[str]:
-    """The names that a ``ClassLabel``, or a list of them, has for its classes; none for any other column."""
+    """The class names of a ``ClassLabel`` column, or of a list of them; empty for any other column."""
     names = getattr(getattr(feature, "feature", feature), "names", None) or []
     return list(names) if len(names) > 1 else []

@@ -25,9 +25,9 @@ def bootstrap_interval(name: str, answers: Answers, seed: int = 0) -> Interval:
     """A metric with the 95 % percentile interval of a bootstrap over the examples (Efron, 1979).
 
     Args:
-        name: of the metric.
-        answers: to the test split.
-        seed: of the bootstrap.
+        name: name of the metric.
+        answers: answers to the test split.
+        seed: seed of the bootstrap.
 
     >>> bootstrap_interval("exact-match", Answers([None] * 4, [0] * 4, 0, list("abbb"), list("abbc"))).value
     0.75

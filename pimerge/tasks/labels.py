@@ -1,4 +1,4 @@
-"""The classes of the labels in the data."""
+"""Map the labels in the data to class indices."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from pimerge.tasks.row_errors import RowProblems
 
 
 def class_indices(rows: Any, column: str, names: Sequence[str], where: str, numbers: Sequence[int]) -> list[int]:
-    """Each row's class: by name where the data has names, else by number.
+    """Look up each row's class, by name if the data has names, otherwise by number.
 
     Args:
-        where: the split, in words.
-        numbers: the positions of the rows in that split.
+        where: description of the split, for messages.
+        numbers: positions of the rows in that split.
     """
     values = [[value] for value in rows[column]]
     return [index for [index] in _lookup(values, rows.features[column], names, RowProblems(where, numbers), "rows")]
 
 
 def word_classes(rows: Any, column: str, names: Sequence[str], where: str, numbers: Sequence[int]) -> list[list[int]]:
-    """The classes of each row's words."""
+    """Look up the classes of each row's words."""
     feature = rows.features[column]
     if not hasattr(feature, "feature"):
         raise PimergeError(f"the column '{column}' of {where} holds no lists", "give each row a list of labels")
@@ -31,11 +31,11 @@ def word_classes(rows: Any, column: str, names: Sequence[str], where: str, numbe
 def _lookup(
     values: Sequence[Sequence[Any]], feature: Any, names: Sequence[str], problems: RowProblems, unit: str
 ) -> list[list[int]]:
-    """The class of each value of each row."""
+    """Look up the class of each value of each row."""
     index_of = {name: index for index, name in enumerate(names)}
     classes: dict[Hashable, int | None] = {index: index for index in range(len(names))}
     own_names: list[str] = getattr(feature, "names", None) or []
-    if set(own_names) & set(names):  # a ClassLabel whose numbers mean its own names, in its own order
+    if set(own_names) & set(names):  # a ClassLabel, whose numbers refer to its own names
         classes = {index: index_of.get(name) for index, name in enumerate(own_names)}
     classes.update(index_of.items())
     unknown: dict[str, list[int]] = {}

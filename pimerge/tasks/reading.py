@@ -17,16 +17,16 @@ from pimerge.tasks.sampling import permutation, sample_sentences, sample_shots
 
 @dataclass(frozen=True, kw_only=True)
 class SplitReader:
-    """Reads one split of a task.
+    """Reader of one split of a task.
 
     Attributes:
-        data: of the task.
-        split: its name there.
-        where: the split, in words.
+        data: data of the task.
+        split: name of the split in the data.
+        where: description of the split, for messages.
         columns: role → column.
-        labels: the names of the classes.
-        of_words: whether each word has a class, and not each example.
-        labelled: whether the split has labels; else every row or word has the class 0.
+        labels: names of the classes.
+        of_words: whether each word has a class, instead of each example.
+        labelled: whether the split has labels; otherwise every row or word has the class 0.
     """
 
     data: TaskData
@@ -38,7 +38,7 @@ class SplitReader:
     labelled: bool
 
     def rows(self, left_out: Set[int] = frozenset()) -> Rows:
-        """Read the split without the rows of some numbers; all problems of its rows are raised at once."""
+        """Read the split except for some rows; all problems of its rows are raised at once."""
         whole = self.data.load(self.split)
         problems = Problems()
         if len(whole) == 0:
@@ -79,7 +79,7 @@ class SplitReader:
 
 
 def _note_empty(table: Any, use: str, column: str, broken: RowProblems) -> None:
-    """Note the rows whose cell in a column is empty."""
+    """Record the rows with an empty cell in a column."""
     if not table.data.column(column).null_count:
         return
     values = table.select_columns([column]).with_format("arrow")[:][column]
@@ -92,7 +92,7 @@ def _note_empty(table: Any, use: str, column: str, broken: RowProblems) -> None:
 def sample_rows(
     rows: Rows, names: Sequence[str], of_words: bool, shots: int | None, limit: int | None, seed: int
 ) -> list[int]:
-    """Positions of ``shots`` rows of each class, at most ``limit`` in all; None for no bound."""
+    """Sample positions of ``shots`` rows per class, at most ``limit`` in total; None means no limit."""
     chosen = list(range(len(rows.labels)))
     if shots is not None and of_words:
         chosen = sample_sentences([set(classes) for classes in rows.words], shots, seed, names)

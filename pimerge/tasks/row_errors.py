@@ -1,4 +1,4 @@
-"""Errors about single rows of a split."""
+"""Errors about individual rows of a split."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _SHOWN = 5
 
 
 def some(places: Sequence[int], most: int = _SHOWN) -> str:
-    """The first of some places.
+    """List the first few places.
 
     >>> some(range(9))
     '0, 1, 2, 3, 4 …'
@@ -23,8 +23,8 @@ class RowsError(PimergeError):
     """An error about some rows; the other rows can still be checked.
 
     Attributes:
-        told: the number of the first row that has a problem, and the problem.
-        rows: the numbers of all rows with a problem.
+        told: each problem, with the number of the first row that has it.
+        rows: numbers of all rows with a problem.
     """
 
     def __init__(self, where: str, told: Sequence[tuple[int, Problem]], rows: Iterable[int]) -> None:
@@ -40,9 +40,9 @@ class RowsError(PimergeError):
 
 
 def _first_of_each_sort(told: Sequence[tuple[int, Problem]]) -> list[Problem]:
-    """A few problems in the order of their rows, with at least one of each sort.
+    """Select a few problems in the order of their rows, at least one of each sort.
 
-    Problems with one hint are of one sort.
+    Problems with the same hint are of the same sort.
     """
     ordered = sorted(range(len(told)), key=lambda place: told[place][0])
     first: dict[str, int] = {}
@@ -55,11 +55,11 @@ def _first_of_each_sort(told: Sequence[tuple[int, Problem]]) -> list[Problem]:
 
 
 class RowProblems:
-    """Collects the problems of single rows; the error shows the first of each sort and their number.
+    """Collects the problems of individual rows; the error shows the first of each sort and their number.
 
     Args:
-        where: the split, in words.
-        numbers: the positions of the rows in that split.
+        where: description of the split, for messages.
+        numbers: positions of the rows in that split.
 
     >>> problems = RowProblems("the train split", [0, 4])
     >>> with problems.row(1):
@@ -76,18 +76,18 @@ class RowProblems:
         self.rows: set[int] = set()
 
     def add(self, positions: Sequence[int], message: str, hint: str) -> None:
-        """Note one problem of several rows."""
+        """Record one problem of several rows."""
         numbers = [self._numbers[position] for position in positions]
         self.told.append((numbers[0], Problem(message, hint)))
         self.rows.update(numbers)
 
     def listed(self, positions: Sequence[int]) -> str:
-        """The numbers of the first of some rows."""
+        """List the numbers of the first few rows."""
         return some([self._numbers[position] for position in positions])
 
     @contextmanager
     def row(self, position: int) -> Iterator[None]:
-        """Note the problems of one row that the block raises, and continue."""
+        """Record the problems of one row that the block raises, and continue."""
         try:
             yield
         except PimergeError as error:
@@ -99,14 +99,14 @@ class RowProblems:
 
     @contextmanager
     def collected(self) -> Iterator[None]:
-        """Note the problems of rows that a block raises, and continue."""
+        """Record the problems of rows that a block raises, and continue."""
         try:
             yield
         except RowsError as error:
             self.extend(error)
 
     def extend(self, error: RowsError) -> None:
-        """Note the problems of an error."""
+        """Record the problems of an error."""
         self.told += error.told
         self.rows |= error.rows
 
@@ -114,18 +114,12 @@ class RowProblems:
         """Raise all problems in one error, or return if there are none.
 
         Args:
-            others: problems that are not about rows; with any, the error is not a :class:`RowsError`.
+            others: problems that are not about rows; if there are any, the error is not a :class:`RowsError`.
         """
         if others:
             problems = [*others, *_first_of_each_sort(self.told)]
-            raise (
-                PimergeError(*_alone(problems))
-                if len(problems) == 1
-                else PimergeError(f"{self.where} does not fit", problems=problems)
-            )
+            if len(problems) == 1:
+                raise PimergeError(problems[0].message, problems[0].hint)
+            raise PimergeError(f"{self.where} does not fit", problems=problems)
         if self.told:
             raise RowsError(self.where, self.told, self.rows)
-
-
-def _alone(problems: Sequence[Problem]) -> tuple[str, str]:
-    return problems[0].message, problems[0].hint

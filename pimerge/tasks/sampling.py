@@ -1,4 +1,4 @@
-"""Sample and split examples by a seed; indices come back in the order of the data."""
+"""Sample and split examples with a seed; indices are returned in the order of the data."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ if TYPE_CHECKING:
 
 
 def sample_shots(labels: Sequence[int], shots: int, seed: int, names: Sequence[str]) -> list[int]:
-    """Sample ``shots`` examples of each class; every class that has fewer is an error.
+    """Sample ``shots`` examples per class; every class with fewer examples is an error.
 
     Args:
         labels: the class of each example.
         shots: examples per class.
-        seed: of the random order from which the first of each class are taken.
-        names: of the classes; empty if all examples form one group, of the class 0.
+        seed: seed of the random order, of which the first examples per class are taken.
+        names: names of the classes; empty if all examples have the class 0.
 
     >>> sample_shots([0, 1, 0, 1, 0], 1, seed=0, names=["even", "odd"])
     [1, 4]
@@ -39,16 +39,16 @@ def sample_shots(labels: Sequence[int], shots: int, seed: int, names: Sequence[s
 
 
 def sample_sentences(held: Sequence[set[int]], shots: int, seed: int, names: Sequence[str]) -> list[int]:
-    """Sample sentences until at least ``shots`` of them hold each class that occurs.
+    """Sample sentences until at least ``shots`` of them contain each class that occurs.
 
-    In a random order, each sentence is taken that holds a class of which there are not enough yet. Every class that
+    In a random order, every sentence is taken that contains a class without enough sentences so far. Every class that
     occurs in fewer sentences is an error.
 
     Args:
-        held: the classes that each sentence holds.
+        held: the classes in each sentence.
         shots: sentences per class.
-        seed: of the order.
-        names: of the classes.
+        seed: seed of the order.
+        names: names of the classes.
 
     >>> sample_sentences([{0}, {0, 1}, {0}, {1}], 1, seed=0, names=["O", "NAME"])
     [0, 1]
@@ -74,7 +74,7 @@ def _require_shots(shots: int) -> None:
 
 
 def split_holdout(labels: Sequence[int], share: float, seed: int) -> tuple[list[int], list[int]]:
-    """Indices to train on and to hold out: the same share of each class, but at least one to train on.
+    """Split indices for training and holding out: the same share of each class, but at least one to train on.
 
     >>> split_holdout([0, 0, 0, 0, 1, 1, 1, 1], 0.25, seed=0)
     ([1, 2, 3, 5, 6, 7], [0, 4])
@@ -86,7 +86,7 @@ def split_holdout(labels: Sequence[int], share: float, seed: int) -> tuple[list[
 
 
 def split_fold(labels: Sequence[int], fold: int, folds: int, seed: int) -> tuple[list[int], list[int]]:
-    """Indices to train on and to hold out: one of several :func:`stratified_folds`, each class dealt from the first.
+    """Split indices for training and holding out one of the :func:`stratified_folds`, with ``level`` off.
 
     >>> split_fold([0, 0, 0, 1, 1, 1], 0, 3, seed=0)
     ([0, 1, 3, 4], [2, 5])
@@ -96,14 +96,17 @@ def split_fold(labels: Sequence[int], fold: int, folds: int, seed: int) -> tuple
 
 
 def stratified_folds(labels: Sequence[int], folds: int, seed: int, *, level: bool) -> list[int]:
-    """The fold that holds out each example, with each class spread evenly; −1 for the only example of a class.
+    """Assign each example to the fold that holds it out, with each class spread evenly.
 
     Args:
         labels: the class of each example.
-        folds: how many folds.
-        seed: shuffles the examples of each class.
-        level: deal each class from where the one before ended, so that the folds are of one size; else from the first
-            fold.
+        folds: number of folds.
+        seed: seed that shuffles the examples of each class.
+        level: start each class at the fold where the previous class ended, so that folds have equal sizes; otherwise
+            every class starts at the first fold.
+
+    Returns:
+        the fold of each example; −1 for the only example of a class.
 
     >>> stratified_folds([0, 0, 0, 1, 1, 1, 2], 2, seed=0, level=True)
     [1, 0, 0, 1, 0, 1, -1]
@@ -119,7 +122,7 @@ def stratified_folds(labels: Sequence[int], folds: int, seed: int, *, level: boo
 
 
 def permutation(length: int, seed: int) -> list[int]:
-    """The numbers below ``length`` in a random order.
+    """Shuffle the numbers below ``length``.
 
     >>> permutation(3, seed=0)
     [2, 0, 1]
@@ -128,7 +131,7 @@ def permutation(length: int, seed: int) -> list[int]:
 
 
 def _shuffled_classes(labels: Sequence[int], seed: int) -> list[list[int]]:
-    """The indices of each class, in a random order."""
+    """Shuffle the indices of each class."""
     generator = _generator(seed)
     of_class: dict[int, list[int]] = {label: [] for label in sorted(set(labels))}
     for index, label in enumerate(labels):

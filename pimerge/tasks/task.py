@@ -1,4 +1,4 @@
-"""A task: ``task.json`` or rows in memory → labelled rows → a model's encoded examples."""
+"""A task: ``task.json`` or rows in memory → labelled rows → encoded examples."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ class Task:
     """A task whose description has been read and checked; :meth:`rows` reads its data.
 
     Attributes:
-        path: its ``task.json``; for rows in memory the task's name.
-        file: the content of ``task.json``.
-        splits: split → rows, where they are in memory.
+        path: path of ``task.json``; the task's name for rows in memory.
+        file: content of ``task.json``.
+        splits: split → rows, if they are in memory.
     """
 
     path: Path
@@ -55,21 +55,21 @@ class Task:
         name: str = "target",
         **fields: Any,
     ) -> Task:
-        """Make a task of rows in memory.
+        """Make a task from rows in memory.
 
         Args:
-            rows: a ``datasets.Dataset`` or a list of dicts, to train on; or split → such rows.
-            type: of the task; by default the one whose columns the rows have, such as ``text`` and ``label``.
-            test: the rows to test on.
-            labels: the names of the classes; by default those of a ``ClassLabel`` column, else the texts that stand
-                in the label's column, in alphabetical order.
-            columns: role → column, for columns that are not named as their role.
-            name: what messages and outputs call the task.
-            **fields: any other field of ``task.json``, such as ``prompt``.
+            rows: training rows, a ``datasets.Dataset`` or a list of dicts; or split → rows.
+            type: type of task; by default inferred from the columns, such as ``text`` and ``label``.
+            test: test rows.
+            labels: names of the classes; by default the names of a ``ClassLabel`` column, or the distinct texts in the
+                label's column, in alphabetical order.
+            columns: role → column, for columns whose name differs from their role.
+            name: name of the task in messages and outputs.
+            **fields: other fields of ``task.json``, such as ``prompt``.
 
         Returns:
-            a task that every stage takes in place of a path. A ``task.json`` that is written beside an output
-            describes it without its rows, but with their hashes.
+            a task that every stage accepts in place of a path. The ``task.json`` beside an output describes it with
+            hashes in place of its rows.
 
         >>> rows = [{"text": "oh no", "label": "bad"}, {"text": "hooray", "label": "good"}]
         >>> task = Task.from_rows(rows, test=rows[:1])
@@ -99,7 +99,7 @@ class Task:
 
     @property
     def data(self) -> TaskData:
-        """Where the rows come from."""
+        """The source of the rows."""
         return NamedData(self.path, self.file) if self.splits is None else RowsInMemory(self.name, self.splits)
 
     @property
@@ -109,7 +109,7 @@ class Task:
 
     @property
     def labels(self) -> list[str]:
-        """The names of the classes; empty where answers are free text."""
+        """Names of the classes; empty if answers are free text."""
         return self.file.labels or []
 
     @property
@@ -119,7 +119,7 @@ class Task:
 
     @property
     def of_words(self) -> bool:
-        """Whether each word has a class, and not each example."""
+        """Whether each word has a class, instead of each example."""
         return "labels" in self.type.columns
 
     @property
@@ -129,7 +129,7 @@ class Task:
 
     @property
     def columns(self) -> dict[str, str]:
-        """Role → column: as the file says, else the column has the role's name."""
+        """Role → column; by default a column has the name of its role."""
         required = self.type.columns
         labelled = {"label"} if self.labels else set()
         given = {"choices"} if self.file.choices is not None else set()  # by a template
@@ -138,7 +138,7 @@ class Task:
 
     @property
     def label_column(self) -> str:
-        """The column that holds the class of each row, or of its words."""
+        """The column with the class of each row, or of its words."""
         role = "labels" if self.of_words else "label"
         return self.file.columns.get(role, role)
 
@@ -146,7 +146,7 @@ class Task:
         return replace(self, file=self.file.model_copy(update={"labels": list(labels)}))
 
     def sha256(self) -> str:
-        """SHA-256 of the meaning of ``task.json`` and of the data, unless a Hub id names it; paths do not count."""
+        """SHA-256 of the settings in ``task.json`` and of the data, or its Hub id; independent of paths."""
         unset = set(TaskFile.model_fields) - COMMON - self.file.given()
         meaning = self.file.model_dump_json(exclude={"data", "rows", "description"} | unset)
         parts = [meaning, json.dumps(self.data.content(), sort_keys=True)]
@@ -155,11 +155,11 @@ class Task:
         return sha256_bytes("\n".join(parts).encode())
 
     def document_for(self, folder: Path) -> dict[str, Any]:
-        """The content of a ``task.json`` in another folder for the same task; of rows in memory it holds the hashes."""
+        """The content of a ``task.json`` in another folder for the same task, with hashes for rows in memory."""
         return {**self.file.model_dump(exclude_none=True), **self.data.fields_for(folder)}
 
     def has_split(self, role: str) -> bool:
-        """Whether the task has a split for a role that it may lack."""
+        """Whether the task has a split for an optional role."""
         return role in self.file.splits or self.data.has(role)
 
     def _split(self, role: str) -> str:
@@ -169,16 +169,16 @@ class Task:
         return f"the {role} split '{self._split(role)}' of '{self.path}'"
 
     def rows(self, role: str) -> tuple[Any, list[int]]:
-        """Read one split: its rows (a ``datasets.Dataset``) and the class index of each, 0 where there are no classes.
+        """Read one split: its rows (a ``datasets.Dataset``) and the class index of each, 0 without classes.
 
         Args:
-            role: ``train``, ``test`` or ``unlabelled``; the last needs no labels, and its rows have the class 0.
+            role: ``train``, ``test`` or ``unlabelled``; the last needs no labels, and all its rows have the class 0.
         """
         found = self._rows(role)
         return found.table, list(found.labels)
 
     def _rows(self, role: str, left_out: Set[int] = frozenset()) -> Rows:
-        """One split, without the rows of some numbers."""
+        """Read one split except for some rows."""
         reader = SplitReader(
             data=self.data,
             split=self._split(role),
@@ -206,14 +206,14 @@ class Task:
             role: as in :meth:`rows`.
             processor: the base's tokenizer or processor.
             config: the base's config.
-            shots: examples to sample of each class, or in all where there are no classes; None for all examples.
-                Where words have classes, at least this many sentences hold each class that occurs.
-            seed: of the sampling.
-            limit: the most examples in all, sampled.
+            shots: examples to sample per class, or in total without classes; None uses all. If words have classes, at
+                least this many sentences contain each class that occurs.
+            seed: seed of the sampling.
+            limit: maximum number of examples in total, sampled.
 
         Returns:
-            the examples, in the order of the data, and the class index of each. If rows cannot be encoded, the error
-            names what is wrong with every row of the split.
+            the examples in the order of the data, and the class index of each. If rows cannot be encoded, one error
+            lists the problems of all rows of the split.
         """
         try:
             rows = self._rows(role)
@@ -224,7 +224,7 @@ class Task:
             raise
 
     def _raise_all(self, error: RowsError, role: str, processor: Any, config: PreTrainedConfig) -> None:
-        """Raise the problems of some rows with those of all others, which a later stage finds."""
+        """Raise the problems of some rows together with problems of other rows that a later stage finds."""
         broken = RowProblems(self._where(role), ())
         broken.extend(error)
         while True:
@@ -242,18 +242,18 @@ class Task:
 
 
 TaskSource: TypeAlias = "str | Path | Task | SplitRows | Mapping[str, SplitRows]"
-"""What stages take for a task: a path, a task, or rows in memory."""
+"""A task as stages accept it: a path, an open task, or rows in memory."""
 
 
 def open_task(source: TaskSource) -> Task:
     """Open a task.
 
     Args:
-        source: a ``task.json`` or the folder that holds it; or rows in memory, as :meth:`Task.from_rows` takes them.
-            A task is returned unchanged.
+        source: a ``task.json`` or its folder, or rows in memory as in :meth:`Task.from_rows`; a task is returned
+            unchanged.
 
     Returns:
-        the task. A classification without ``labels`` takes them from the data, which is read for that.
+        the task. Without ``labels``, a classification reads them from the data.
     """
     if isinstance(source, Task):
         return source
@@ -273,7 +273,7 @@ def open_task(source: TaskSource) -> Task:
 
 
 def _class_names(task: Task) -> list[str]:
-    """The names that the label's column has for its classes."""
+    """Read the class names of the label's column."""
     column, where = task.label_column, task._where("train")
     features = task.data.load(task._split("train")).features
     if column not in features:

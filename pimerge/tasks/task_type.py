@@ -1,4 +1,4 @@
-"""Types of task: the family. A type turns rows into batches, and a model's output into the probability of an answer.
+"""The family of task types. A type turns rows into batches, and a model's output into probabilities of answers.
 
 Layout: logits are (batch × classes), or (batch × tokens × vocabulary) for types that answer in text.
 """
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Reading(Protocol):
-    """Reads what a model's head takes in."""
+    """Reads the inputs of a model's head."""
 
     def __call__(
         self,
@@ -30,10 +30,10 @@ class Reading(Protocol):
         indices: Sequence[int],
         answers: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        """The vectors that the head reads, (n × d), and the logits of the classes, (n × classes), if ``answers``.
+        """Return the input vectors of the head (n × d), and the logits of the classes (n × classes) if ``answers``.
 
         Args:
-            reading: the modules of which the first to run takes the vectors in.
+            reading: candidate modules; the first of them to run reads the vectors.
         """
 
 
@@ -42,24 +42,24 @@ class TaskType(Strategy):
     """A type of task.
 
     Attributes:
-        auto_model: the class of transformers that loads a base for it; or two, the second for a base with an encoder
-            and a decoder. See :meth:`auto_model_for`.
-        peft_task: PEFT's name for it, or two likewise; None where PEFT has none.
-        trains_head: whether the task has a head of its own beside the expert; else the base's own head answers.
-        columns: role → whether the data must have a column for it. ``label`` is the class of a row and is needed where
-            there are labels; ``labels`` are the classes of its words.
-        usual_columns: role → names by which rows in memory are recognised as being of this type.
-        fields: the fields of ``task.json`` that it has besides those of every type.
-        class_name_role: the role of a column in which the name of a class could stand, as one more example of it.
+        auto_model: transformers' class that loads a base; or a pair, the second for encoder-decoders. See
+            :meth:`auto_model_for`.
+        peft_task: PEFT's task type, or such a pair; None if PEFT has none.
+        trains_head: whether the task trains its own head beside the expert; otherwise the base's head is used.
+        columns: role → whether the data must have a column for it. ``label`` is the class of a row, required if the
+            task has labels; ``labels`` are the classes of its words.
+        usual_columns: role → column names from which the type of rows in memory is inferred.
+        fields: fields of ``task.json`` besides those of every type.
+        class_name_role: role of the column that a class name can fill as one more example of its class.
         answers: forms of answer besides a class: ``choices`` of a row, ``texts``.
         check: raises an error for fields of ``task.json`` that do not fit.
         load_processor: source and revision of a base → its tokenizer or processor.
         encode: rows → examples.
-        nll: −log p(y|x) of each example of a batch, summed over its target tokens, (batch).
-        draw: the examples' classes, or those of their words, drawn from the model's own distribution where its
-            distribution function passes a number (n).
-        score: what the model answers to some examples.
-        read: what its head reads of some examples.
+        nll: model and batch → −log p(y|x) of each example, summed over its target tokens, (batch).
+        draw: samples classes of examples (or of their words) from the model's distribution, by inverting its
+            distribution function at uniform numbers (n).
+        score: scores the model's answers to some examples.
+        read: reads the inputs of the model's head for some examples.
     """
 
     auto_model: str | tuple[str, str]
@@ -83,11 +83,11 @@ class TaskType(Strategy):
         return [*(["classes"] if self.trains_head or file.labels else []), *self.answers]
 
     def auto_model_for(self, config: Any) -> str:
-        """The class of transformers that loads a base of this config."""
+        """The class of transformers that loads a base with this config."""
         return _for_base(self.auto_model, config)
 
     def peft_task_for(self, config: Any) -> str | None:
-        """PEFT's name for the task with a base of this config."""
+        """PEFT's task type for a base with this config."""
         return None if self.peft_task is None else _for_base(self.peft_task, config)
 
 
@@ -95,7 +95,7 @@ TASK_TYPES = Family("pimerge.tasks.types", "task type", "TASK_TYPE", TaskType)
 
 
 def _for_base(values: str | tuple[str, str], config: Any) -> str:
-    """One value for every base, or the second of two for an encoder-decoder.
+    """Select the value for a base: of a pair, the second is for encoder-decoders.
 
     >>> from types import SimpleNamespace
     >>> _for_base(("causal", "encoder-decoder"), SimpleNamespace(is_encoder_decoder=False))

@@ -190,7 +190,7 @@ def test_a_fresh_one_for_texts_learns_from_the_names_of_the_classes(
     tune = ("tune", "--epochs", 1, "--shots", 4)
     result = shell(*tune, "--class-names")
     assert result.code == 0, result.err
-    assert "the names of the 2 classes are learned from, as one more example of each" in result.err
+    assert "the names of the 2 classes are used as one more training example of each" in result.err
     assert "10 examples" in result.out
     options = options_of(tmp_path)
     assert (options["method"], options["instead_of"], options["class_names"]) == ("named", "guided", True)
@@ -301,10 +301,10 @@ def test_the_methods_are_listed_with_their_options(shell: Shell) -> None:
     ("arguments", "code", "expected"),
     [
         (["--method", "lerned"], 3, ["did you mean 'learned'?"]),
-        (["--start", "zero"], 3, ["--start is 'zero'"]),
+        (["--start", "zero"], 3, ["--start must be ranking or equal; got 'zero'"]),
         (["--rank", "none"], 3, ["--rank is 'none'"]),
         (["--teacher", "mean", "--runs", "3"], 3, ["no option --teacher", "it is for distill", "no option --runs"]),
-        (["--select", "best"], 3, ["--select is 'best'", "fixed or cv"]),
+        (["--select", "best"], 3, ["--select must be fixed or cv; got 'best'"]),
         (["--sam", "0", "--ema", "1", "--decay-towards", "x"], 3, ["--sam must", "--ema must", "--decay-towards must"]),
         (
             ["--lr", "0", "--holdout", "1", "--granularity", "x"],
@@ -312,7 +312,7 @@ def test_the_methods_are_listed_with_their_options(shell: Shell) -> None:
             ["--lr must", "--holdout must", "--granularity"],
         ),
         (["--ranking", "nowhere.json"], 3, ["there is no ranking 'nowhere.json'"]),
-        (["--dtype", "half"], 3, ["dtype is 'half'"]),
+        (["--dtype", "half"], 3, ["got 'half'"]),
         (["nowhere/1", "nowhere/2/x"], 3, ["nowhere/1", "nowhere/2/x"]),
         (["--batch-size", "many"], 2, ["--batch-size"]),
     ],

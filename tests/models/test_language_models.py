@@ -124,7 +124,7 @@ def test_an_embedding_does_not_depend_on_the_batches_and_knows_sampled_labels(ca
 
 
 def state_before_the_answer(case: Case, model: Any, batch: Mapping[str, Tensor]) -> Tensor:
-    """What the output layer takes in where the first token of the answer is foretold, from the plain backbone."""
+    """The input of the output layer that predicts the first token of the answer, from the plain body."""
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     with torch.no_grad():
         states = getattr(model, model.base_model_prefix)(**inputs) if case.name not in ("t5",) else None

@@ -131,5 +131,5 @@ def test_devices_and_dtypes_that_are_not_there_are_named() -> None:
     for device in ("cuda:99", "gpu"):
         with pytest.raises(PimergeError, match=rf"device '{device}' cannot be used.*\n.*--device cpu"):
             resolve_device(device)
-    with pytest.raises(PimergeError, match="dtype is 'half'"):
+    with pytest.raises(PimergeError, match="got 'half'"):
         resolve_dtype("half", CPU)

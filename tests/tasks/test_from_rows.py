@@ -173,7 +173,7 @@ def test_free_answers_need_no_labels() -> None:
         ("rows.jsonl", {}, "the rows of the split 'train' are a str"),
         ({}, {}, "there are no rows"),
         ([{"text": "a"}, {"text": 1}], {}, "the rows of the split 'train' do not make a table"),
-        ([{"words": "a", "y": 1}], {}, "the columns words, y do not say which type of task"),
+        ([{"words": "a", "y": 1}], {}, "the columns words, y do not determine the type of task"),
         ([{"text": "a", "image": "a.png", "label": "a"}], {}, "fit several types of task: image-classification, text-"),
         ([{"text": "a", "y": "b"}], {"type": "text-classification"}, "the rows have no column 'label' for the label"),
         ([{"text": "a", "label": 1}], {}, "the labels in the column 'label' are not names"),

@@ -86,22 +86,22 @@ def test_they_are_encoded_as_texts_of_their_classes(tmp_path: Path, bert_base: P
     assert tokens(encoded) == [(expected[0], 0), (expected[1], 1)]
 
 
-@pytest.mark.parametrize(("labels", "foretell"), [(["dog", "cat"], True), (["cat", "dog"], False)])
-def test_they_foretell_texts_that_are_like_them_and_not_those_of_another_class(
-    tmp_path: Path, bert_base: Path, labels: list[str], foretell: bool
+@pytest.mark.parametrize(("labels", "predicted"), [(["dog", "cat"], True), (["cat", "dog"], False)])
+def test_they_predict_texts_like_them_and_not_texts_of_another_class(
+    tmp_path: Path, bert_base: Path, labels: list[str], predicted: bool
 ) -> None:
     rows = [{"text": "dog dog", "label": 0}, {"text": "cat cat", "label": 1}] * 4
     session = session_of(bert_base, task_of(tmp_path / "task", rows, labels))
     examples, _ = request_of(session, tmp_path).examples()
-    assert names_predict(session.loaded, session.task, examples) is foretell
+    assert names_predict(session.loaded, session.task, examples) is predicted
     notes: list[str] = []
     assert (
         with_class_names_decided(
             request_of(session, tmp_path, notes=notes), MixturePlan(class_names=True)
         ).options.class_names
-        is foretell
+        is predicted
     )
-    assert len(notes) == foretell
+    assert len(notes) == predicted
 
 
 def test_who_asks_for_them_or_not_is_obeyed(tmp_path: Path, bert_base: Path, vit_base: Path, parity_task: Path) -> None:

@@ -350,7 +350,7 @@ def test_several_experts_on_an_embedding_or_convolution_are_the_sum_of_dense_upd
     if bias is not None:
         changed["bias"] = layer.bias + w[0] * 1.5 * bias
     if isinstance(layer, nn.Embedding):
-        layer.padding_idx = None  # autograd would leave the row out of the weights' gradients, too
+        layer.padding_idx = None  # autograd would leave the row out of the weights' gradients
     expected = functional_call(layer, changed, (x,))
     torch.testing.assert_close(found, expected)
     g = random(*found.shape, seed=7, requires_grad=False)

@@ -189,15 +189,15 @@ def test_a_fresh_kind_that_cannot_be_is_refused(
     text, scans = ("--target", text_task, "--base", bert_base), ("--target", parity_task, "--base", vit_base)
     scratch = ("--method", "scratch", "--kind")
     for given, named in (
-        ((*scratch, "prefix", *scans), "a prefix goes before a text, and ViTForImageClassification takes none"),
+        ((*scratch, "prefix", *scans), "a prefix goes before a text, and ViTForImageClassification reads no text"),
         ((*scratch, "prompt", *scans), "a prompt goes before a text"),
         ((*scratch, "bottle", *text), "did you mean 'bottleneck'"),
         ((*scratch, "ia3", "--fresh-rank", "3", *text), "this kind of expert has no size"),
         ((*scratch, "prefix", "--modules", "query", *text), "stands before the text"),
         ((*scratch, "bottleneck", "--modules", "nowhere", *text), "cannot be put into BertForSequenceClassification"),
         ((*scratch, "bottleneck", "--fresh-alpha", "3", *text), "--fresh-alpha is for LoRA"),
-        (("--method", "head", "--kind", "bottleneck", *text), "'head' trains none"),
-        ((ia3[0], "--kind", "bottleneck", "--target", ia3[1]), "'guided' trains none"),
+        (("--method", "head", "--kind", "bottleneck", *text), "'head' does not train one"),
+        ((ia3[0], "--kind", "bottleneck", "--target", ia3[1]), "'guided' does not train one"),
     ):
         result = cli("tune", *given, "--output", "out", *QUICK)
         assert isinstance(result.exception, PimergeError), (given, result.exception)

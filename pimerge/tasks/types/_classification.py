@@ -1,4 +1,4 @@
-"""Classification: p(y|x) is the softmax of the logits, and y a class index."""
+"""Classification: p(y|x) is the softmax of the logits, and y is a class index."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ def nll(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def draw(model: nn.Module, examples: Examples, indices: Sequence[int], uniform: Tensor) -> list[int]:
-    """Draw y of each example from p(·|x), by inverting its distribution function at ``uniform`` (n)."""
+    """Sample y for each example from p(·|x), by inverting its distribution function at ``uniform`` (n)."""
     import torch
 
     with torch.no_grad():
         answers = logits(model, on_device(examples.batch(indices), next(model.parameters()).device))
-    return drawn(answers, uniform)
+    return invert_distribution(answers, uniform)
 
 
-def drawn(answers: Tensor, uniform: Tensor) -> list[int]:
-    """The class of each row of logits (n × classes) at which the distribution function passes ``uniform`` (n).
+def invert_distribution(answers: Tensor, uniform: Tensor) -> list[int]:
+    """Return the class at which each row's distribution function, of logits (n × classes), passes ``uniform`` (n).
 
     >>> import torch
-    >>> drawn(torch.tensor([[0.0, 0.0], [0.0, 0.0]]), torch.tensor([0.4, 0.6]))
+    >>> invert_distribution(torch.tensor([[0.0, 0.0], [0.0, 0.0]]), torch.tensor([0.4, 0.6]))
     [0, 1]
     """
     import torch
@@ -70,7 +70,7 @@ def score(model: nn.Module, examples: Examples, indices: Sequence[int]) -> Score
 def read(
     model: nn.Module, reading: Mapping[str, nn.Module], examples: Examples, indices: Sequence[int], answers: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """The vectors that the head reads, and the logits if they are asked for."""
+    """Return the input vectors of the head, and the logits if ``answers``."""
     import torch
 
     batch = on_device(examples.batch(indices), next(model.parameters()).device)

@@ -1,7 +1,7 @@
-"""Encode rows in words for the types that answer in text.
+"""Encode rows as text for the types that answer in text.
 
-Layout: ``labels`` (batch × tokens) stand where the model's output predicts them, −100 elsewhere, so those of a causal
-model are shifted already.
+Layout: ``labels`` (batch × tokens) are aligned with the outputs that predict them (so they are already shifted for a
+causal model), and −100 elsewhere.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def examples_of(
     writing: Writing | None,
     asked: Callable[[Sequence[int]], Batch] | None = None,
 ) -> TextExamples:
-    """Put together what a type has encoded."""
+    """Combine the encoded parts into examples."""
     return TextExamples(
         [len(row.prompt) + len(row.answers[row.right]) for row in tokens],
         lambda index: answered(index, tokens[index].right),
@@ -62,7 +62,7 @@ def examples_of(
 
 
 def collate(examples: Sequence[Batch], pad: int, side: str = "right") -> Batch:
-    """Several examples → one batch, tokens padded on one side."""
+    """Collate several examples into a batch, with tokens padded on one side."""
     from torch.nn.utils.rnn import pad_sequence
 
     found = {}
@@ -96,11 +96,11 @@ def _joined(values: Sequence[Tensor]) -> Tensor:
 def fit(
     worded: TextRows, prompts: Prompts, answers: Sequence[list[list[int]]], longest: int, room: Callable[[int], int]
 ) -> tuple[list[Tokens], int]:
-    """Cut prompts that are too long, never answers; return how many were cut.
+    """Cut prompts that are too long, but never answers, and count the cut prompts.
 
     Args:
-        longest: the most tokens of an answer.
-        room: tokens of a row's longest candidate → the most tokens of its prompt.
+        longest: maximum number of tokens of an answer.
+        room: tokens of a row's longest candidate → maximum number of tokens of its prompt.
     """
     problems = RowProblems(worded.rows.where, worded.rows.numbers)
     found, truncated = [], 0
@@ -119,10 +119,10 @@ def fit(
 
 
 def new_tokens(file: TaskFile, longest: int, answers: Sequence[list[list[int]]]) -> int:
-    """The most tokens to generate: the task's setting, else enough for each of its answers.
+    """The maximum number of tokens to generate: the task's setting, or enough for all of its answers.
 
     Args:
-        longest: the most tokens that there is room for.
+        longest: maximum number of tokens that fit the model.
     """
     if file.max_new_tokens is not None:
         if file.max_new_tokens > longest:
@@ -135,18 +135,18 @@ def new_tokens(file: TaskFile, longest: int, answers: Sequence[list[list[int]]])
 
 
 def decoding(tokenizer: Any, answers: Sequence[list[list[int]]]) -> Callable[[list[int]], str]:
-    """A function that decodes written tokens, without special tokens unless the answers contain some with content.
+    """Make a function that decodes generated tokens, without special tokens unless answers contain meaningful ones.
 
-    Florence-2's positions, ``<loc_12>``, are such tokens.
+    Florence-2's positions, such as ``<loc_12>``, are meaningful special tokens.
     """
     named = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
     control = {getattr(tokenizer, f"{name}_token_id", None) for name in named}
-    telling = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special} - control
-    told = not telling.isdisjoint(token for row in answers for answer in row for token in answer)
+    meaningful = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special} - control
+    kept_special = not meaningful.isdisjoint(token for row in answers for answer in row for token in answer)
 
     def decode(ids: list[int]) -> str:
-        kept = [token for token in ids if token not in control] if told else ids
-        return str(tokenizer.decode(kept, skip_special_tokens=not told))
+        kept = [token for token in ids if token not in control] if kept_special else ids
+        return str(tokenizer.decode(kept, skip_special_tokens=not kept_special))
 
     return decode
 
@@ -157,7 +157,7 @@ def end_token(processor: Any, config: Any) -> int:
     found = processor.eos_token_id if processor.eos_token_id is not None else own[0] if isinstance(own, list) else own
     if found is None:
         raise PimergeError(
-            "neither the tokenizer nor the model's config has an end token, so no answer would end",
+            "neither the tokenizer nor the model's config has an end token, so answers would not end",
             "set eos_token in the base's tokenizer",
         )
     return int(found)

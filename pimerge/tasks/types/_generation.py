@@ -1,7 +1,7 @@
 """Answers in text: p(y|x) is the product over the tokens of the answer and its end.
 
-Every class of a task with labels has an answer in words, a candidate. The answer is the likeliest candidate, or what
-the model writes. For the layout of batches see :mod:`pimerge.tasks.types._encoding`.
+Each class of a task with labels has a text, its candidate. The model's answer is the likeliest candidate, or the text
+that it generates. For the layout of batches see :mod:`pimerge.tasks.types._encoding`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pimerge.core.errors import PimergeError
 from pimerge.tasks.examples import IGNORED, Batch, Examples, Scored, on_device
-from pimerge.tasks.types._classification import drawn
+from pimerge.tasks.types._classification import invert_distribution
 from pimerge.tasks.types._likelihood import ask, begins_behind_prompts, likelihoods, logits, nll
 from pimerge.tasks.types._reading import catching, text_config
 from pimerge.tasks.types._text_examples import TextExamples, Writing
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def _token_counts(examples: TextExamples, indices: Sequence[int]) -> Tensor:
-    """Tokens of each candidate including its end, (n × candidates); 1 where there is none."""
+    """Count the tokens of each candidate including its end, (n × candidates); 1 for a missing candidate."""
     import torch
     from torch.nn.utils.rnn import pad_sequence
 
@@ -30,19 +30,19 @@ def _token_counts(examples: TextExamples, indices: Sequence[int]) -> Tensor:
 
 
 def draw(model: nn.Module, examples: Examples, indices: Sequence[int], uniform: Tensor) -> list[int]:
-    """Draw a candidate of each example from softmax(log p(candidate|x)) at ``uniform`` (n)."""
+    """Sample a candidate for each example from softmax(log p(candidate|x)) at ``uniform`` (n)."""
     assert isinstance(examples, TextExamples)
     if any(len(examples.tokens[index].answers) < 2 for index in indices):
         raise PimergeError(
             "labels cannot be sampled, since the task's answers are free text", "leave out --labels sampled"
         )
-    classes = drawn(likelihoods(model, examples, indices), uniform)
-    # rounding must not lead beyond an example's own candidates
+    classes = invert_distribution(likelihoods(model, examples, indices), uniform)
+    # rounding must not select a candidate that the example does not have
     return [min(drew, len(examples.tokens[index].answers) - 1) for index, drew in zip(indices, classes, strict=True)]
 
 
 def score(model: nn.Module, examples: Examples, indices: Sequence[int]) -> Scored:
-    """Score examples: −log p(y|x), and the answer, which is the likeliest candidate or what the model writes."""
+    """Score examples: −log p(y|x), and the answer, which is the likeliest candidate or the generated text."""
     import torch
 
     assert isinstance(examples, TextExamples)
@@ -62,7 +62,7 @@ def score(model: nn.Module, examples: Examples, indices: Sequence[int]) -> Score
 
 
 def generate(model: Any, writing: Writing, indices: Sequence[int]) -> tuple[list[str], list[bool]]:
-    """What the model writes to each prompt, and whether the answer reached the most tokens without an end.
+    """Generate an answer to each prompt, and tell whether it reached the maximum length without an end.
 
     Uses the model's own generation config, without sampling.
     """
@@ -73,7 +73,7 @@ def generate(model: Any, writing: Writing, indices: Sequence[int]) -> tuple[list
     own = model.generation_config.eos_token_id
     ends = {*writing.ends, *(own if isinstance(own, list) else [] if own is None else [own])}
     start = {} if writing.start is None else {"decoder_start_token_id": writing.start}
-    # BART's config forces an end as the last token, which would hide that the answer is cut
+    # BART's config forces an end token at the maximum length, which would hide that the answer is cut
     forced = model.generation_config.forced_eos_token_id is not None
     written = model.generate(
         **batch,
@@ -95,7 +95,7 @@ def generate(model: Any, writing: Writing, indices: Sequence[int]) -> tuple[list
 
 
 def _puts_vectors_before(model: Any) -> bool:
-    """Whether PEFT puts a prompt before the text; left padding between the two would shift the text's positions."""
+    """Whether PEFT puts a prompt before the text; left padding between them would shift the text's positions."""
     config = getattr(model, "active_peft_config", None)
     return config is not None and config.peft_type == "PROMPT_TUNING"
 
@@ -103,7 +103,7 @@ def _puts_vectors_before(model: Any) -> bool:
 def _generate_by_length(
     model: Any, writing: Writing, indices: Sequence[int], lengths: Sequence[int]
 ) -> tuple[list[str], list[bool]]:
-    """As :func:`generate`, with prompts of one length at a time, and so without padding."""
+    """Like :func:`generate`, for prompts of one length at a time, so without padding."""
     words, cut = [""] * len(indices), [False] * len(indices)
     for length in sorted(set(lengths)):
         places = [place for place, own in enumerate(lengths) if own == length]
@@ -116,13 +116,13 @@ def _generate_by_length(
 def read(
     model: nn.Module, reading: Mapping[str, nn.Module], examples: Examples, indices: Sequence[int], answers: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """The vectors that the output layer reads where the answer begins, and log p(candidate|x) if asked for."""
+    """Return the output layer's inputs at the answer's first token, and log p(candidate|x) if ``answers``."""
     import torch
 
     assert isinstance(examples, TextExamples)
     found = None
     with torch.no_grad(), catching(reading.values()) as seen:
-        if answers and examples.writing is None:  # the first pass is over the prompts, or the first candidates
+        if answers and examples.writing is None:  # the first pass reads the prompts, or the first candidates
             found = likelihoods(model, examples, indices)
         elif begins_behind_prompts(model, examples):
             ask(model, examples, indices)
@@ -132,7 +132,7 @@ def read(
         return seen[0][:, -1], found
     begin = getattr(text_config(model), "bos_token_id", None)
     labels = _with_first_candidates(examples, indices)["labels"]
-    begins = labels == (IGNORED if begin is None else begin)  # BART's answers begin with a token without content
+    begins = labels == (IGNORED if begin is None else begin)  # BART's answers begin with an empty token
     first = ((labels != IGNORED) & ~begins).int().argmax(1)
     states = seen[0][:, -labels.shape[1] :]
     return states[torch.arange(len(states), device=states.device), first.to(states.device)], found

@@ -1,4 +1,4 @@
-"""Decode images, and keep processed ones for the next epoch."""
+"""Decode images, and cache processed images for the next epoch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _KEPT_BYTES = 256 * 2**20
 
 
 def mode_of(config: Any) -> str:
-    """The colour mode of the images that a model takes, by its number of channels.
+    """The colour mode of a model's images, by its number of channels.
 
     >>> from types import SimpleNamespace
     >>> mode_of(SimpleNamespace(num_channels=1)), mode_of(SimpleNamespace())
@@ -27,7 +27,7 @@ def mode_of(config: Any) -> str:
 
 
 def decoder(rows: Rows, mode: str) -> Callable[[int], Any]:
-    """A function that decodes the image of a row by its position; it raises a PimergeError if it cannot."""
+    """Make a function that decodes the image of a row by its position, or raises a PimergeError."""
     images = rows.table[rows.columns["image"]]
 
     def decode(place: int) -> Any:
@@ -40,8 +40,8 @@ def decoder(rows: Rows, mode: str) -> Callable[[int], Any]:
                 f"there is no image '{error.filename}'",
                 "paths are relative to the data file: fix it or leave the row out",
             ) from error
-        except Exception as error:  # whatever a broken file makes the library for images do
-            reason = str(error).partition(" <_io")[0]  # the address of Pillow's buffer helps nobody
+        except Exception as error:  # Pillow raises many types of errors for broken files
+            reason = str(error).partition(" <_io")[0]  # without the address of Pillow's buffer
             raise PimergeError(f"the image cannot be decoded: {reason}", "fix the file or leave the row out") from error
         raise PimergeError(
             f"the column '{rows.columns['image']}' holds no image, but {image!r}",
@@ -61,7 +61,7 @@ def tell_broken(rows: Rows, decode: Callable[[int], Any]) -> None:
 
 
 def have_heads(rows: Rows) -> bool:
-    """Whether all files begin like images; they are not decoded."""
+    """Whether all files have the header of an image, without decoding them."""
     import datasets
     from PIL import Image
 
@@ -72,13 +72,13 @@ def have_heads(rows: Rows) -> bool:
         for file in rows.table.cast_column(column, datasets.Image(decode=False))[column]:
             with Image.open(BytesIO(file["bytes"]) if file["bytes"] is not None else file["path"]):
                 pass
-    except Exception:  # whatever a broken file makes the library for images do
+    except Exception:  # Pillow raises many types of errors for broken files
         return False
     return True
 
 
 def remembered(compute: Callable[[int], Batch]) -> Callable[[int], Batch]:
-    """The same function of a position; its first 256 MB of results are kept, others are computed each time."""
+    """Cache a function of a position: the first 256 MB of results are kept, others are computed each time."""
     kept: dict[int, Batch] = {}
     free = _KEPT_BYTES
 

@@ -1,6 +1,6 @@
-"""p(y|x) of answers in text; a prompt with several answers is read once.
+"""p(y|x) of answers in text; a prompt with several candidate answers is read once.
 
-Layout: ``labels`` (batch × tokens) stand where the model's output predicts them, −100 elsewhere.
+Layout: ``labels`` (batch × tokens) are aligned with the outputs that predict them, and −100 elsewhere.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _FIXED_ROPES = ("default", "linear", "llama3", "yarn")
 
 
 def logits(model: nn.Module, batch: Batch) -> Tensor:
-    """The logits (batch × tokens × vocabulary) in the model's dtype, without those of vectors put before a text."""
+    """The logits (batch × tokens × vocabulary) in the model's dtype, without those of vectors before the text."""
     output: Tensor = model(**{name: value for name, value in batch.items() if name != "labels"}).logits
     return output[:, -batch["labels"].shape[1] :]
 
@@ -45,10 +45,10 @@ def _nll(found: Tensor, labels: Tensor) -> Tensor:
 
 
 def likelihoods(model: nn.Module, examples: TextExamples, indices: Sequence[int]) -> Tensor:
-    """log p(candidate|x): (n × candidates), −inf where an example has fewer candidates than another.
+    """log p(candidate|x), (n × candidates), −inf for missing candidates of an example.
 
-    What precedes the candidates is computed once for all of them: the prompt's keys and values in a causal model, else
-    the output of the encoder and of the image tower.
+    The part before the candidates is computed once for all of them: the prompt's keys and values in a causal model,
+    otherwise the outputs of the encoder and of the image tower.
     """
     import torch
 
@@ -64,7 +64,7 @@ def likelihoods(model: nn.Module, examples: TextExamples, indices: Sequence[int]
 def _one_by_one(
     model: nn.Module, examples: TextExamples, indices: Sequence[int], rounds: Iterator[Sequence[int]]
 ) -> Iterator[Tensor]:
-    """−log p of one candidate of each example, in each round."""
+    """Yield −log p of one candidate of each example, round by round."""
     device = next(model.parameters()).device
     with _read_once(model):
         for chosen in rounds:
@@ -76,23 +76,22 @@ def _one_by_one(
 
 @contextmanager
 def _read_once(model: nn.Module) -> Iterator[None]:
-    """Run the encoder and the image tower once in the block, and reuse their output.
+    """Run the encoder and the image tower once in the block, and reuse their outputs.
 
-    Their input must not change in the block, neither the examples nor their padding.
+    Their input (examples and padding) must not change in the block.
     """
     base = plain(model)
     parts = [base.get_encoder()] if base.config.is_encoder_decoder else []
     parts.append(base.get_encoder("image"))
-    before = [
-        (part, vars(part).get("forward")) for part in parts if part is not base
-    ]  # then the model has no such part
+    # transformers returns the model itself if it has no such part
+    before = [(part, vars(part).get("forward")) for part in parts if part is not base]
     for part, _ in before:
         part.forward = _remembering(part.forward)
     try:
         yield
     finally:
         for part, own in before:
-            del part.forward  # the class has one
+            del part.forward  # uncovers the method of the class
             if own is not None:
                 part.forward = own
 
@@ -109,15 +108,15 @@ def _remembering(forward: Any) -> Any:
 
 
 def plain(model: Any) -> Any:
-    """The model of transformers inside PEFT's."""
+    """The transformers model inside PEFT's model."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def begins_behind_prompts(model: Any, examples: TextExamples) -> bool:
-    """Whether prompts can be read apart from the answers, with the same result.
+    """Whether prompts can be read separately from the answers, with the same result.
 
-    They cannot where PEFT puts vectors before every text, where attention depends on more than the distance of two
-    tokens (except GPT-2, which counts from 0), or where a layer caches anything besides keys and values.
+    They cannot if PEFT puts vectors before every text, if attention depends on more than the distance of two tokens
+    (except for GPT-2, whose positions start at 0), or if a layer caches anything besides keys and values.
     """
     if examples.asked is None or getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
         return False
@@ -138,13 +137,13 @@ def begins_behind_prompts(model: Any, examples: TextExamples) -> bool:
 
 
 def ask(model: nn.Module, examples: TextExamples, indices: Sequence[int]) -> tuple[Any, Tensor, Tensor]:
-    """Read the prompts of some examples: the cache, the logits behind each (n × vocabulary), and the prompts' mask."""
+    """Read the prompts of some examples: return the cache, the last logits (n × vocabulary), and the prompts' mask."""
     from transformers.cache_utils import DynamicCache
 
     assert examples.asked is not None
     batch = on_device(examples.asked(indices), next(model.parameters()).device)
     mask = batch["attention_mask"]
-    cache = DynamicCache()  # of all tokens: the mask of a window hides those outside it
+    cache = DynamicCache()  # keeps all tokens; a sliding window's mask hides the others
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     output = model(**batch, position_ids=positions, past_key_values=cache, use_cache=True)
     return cache, output.logits[:, -1], mask
@@ -153,7 +152,7 @@ def ask(model: nn.Module, examples: TextExamples, indices: Sequence[int]) -> tup
 def _continued(
     model: nn.Module, examples: TextExamples, indices: Sequence[int], rounds: Iterator[Sequence[int]]
 ) -> Iterator[Tensor]:
-    """As :func:`_one_by_one`, of a causal model, which reads the prompts once."""
+    """Like :func:`_one_by_one` for a causal model, which reads the prompts once."""
     import torch
     from torch.nn.utils.rnn import pad_sequence
 
@@ -162,7 +161,7 @@ def _continued(
         pairs = zip(indices, chosen, strict=True)
         labels = pad_sequence([torch.tensor(examples.tokens[i].answers[one]) for i, one in pairs], True, IGNORED)
         labels = labels.to(first.device)
-        reads = labels[:, :-1]  # all but the end, and so nothing of an answer that is its end alone
+        reads = labels[:, :-1]  # all but the end token; empty for an answer that is only the end token
         real = (reads != IGNORED).long()
         found = first[:, None]
         if reads.shape[1]:

@@ -1,4 +1,4 @@
-"""The inputs of a model's head, caught by hooks."""
+"""Capture the inputs of a model's head with hooks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def catching(modules: Iterable[nn.Module]) -> Iterator[list[Tensor]]:
-    """Catch the inputs of some modules during the block, in the order in which they run."""
+    """Capture the inputs of some modules during the block, in the order of their calls."""
     seen: list[Tensor] = []
     handles = [
         module.register_forward_pre_hook(
@@ -28,18 +28,18 @@ def catching(modules: Iterable[nn.Module]) -> Iterator[list[Tensor]]:
 
 
 def text_config(model: Any) -> Any:
-    """The part of a model's config that names the special tokens."""
+    """The part of a model's config with the special tokens."""
     return model.config.get_text_config()
 
 
 def read_position(states: Tensor, real: Tensor | None, *, causal: bool) -> Tensor:
-    """The vector of each example that a head reads: (batch × tokens × d) → (batch × d).
+    """Select the vector of each example that a head reads: (batch × tokens × d) → (batch × d).
 
-    A causal model's head answers at every token, of which transformers takes the last that is not padding; any other
-    head reads the first token. An input without tokens, (batch × d) or (batch × d × 1 × 1), is read whole.
+    For a causal model's head, transformers uses the last token that is not padding; any other head reads the first
+    token. Inputs without tokens, (batch × d) or (batch × d × 1 × 1), are flattened.
 
     Args:
-        real: (batch × tokens), which tokens are not padding; None if there is no padding.
+        real: (batch × tokens) mask of tokens that are not padding; None without padding.
 
     >>> import torch
     >>> states = torch.tensor([[[1.0], [2.0], [3.0]]])
@@ -54,6 +54,6 @@ def read_position(states: Tensor, real: Tensor | None, *, causal: bool) -> Tenso
         return states[:, 0]
     if real is None:
         return states[:, -1]
-    virtual = states.shape[1] - real.shape[1]  # vectors that an expert put before the text
+    virtual = states.shape[1] - real.shape[1]  # vectors that an expert puts before the text
     last = virtual + (real * torch.arange(real.shape[1], device=real.device)).argmax(1)
     return states[torch.arange(len(states), device=states.device), last]

@@ -1,8 +1,7 @@
 """Prompts and answers from Jinja2 templates over a row's columns, in a sandbox.
 
-A template sees every column by its name (an image as its width and height), and the row's class by its name as
-``label``. A missing column and a null value
-are errors, and no filter is random.
+A template can use every column by its name (an image as its width and height), and the name of the row's class as
+``label``. A missing column and a null value are errors, and there are no random filters.
 """
 
 from __future__ import annotations
@@ -28,13 +27,13 @@ _ONE_EXPRESSION = re.compile(r"\s*\{\{-?((?:(?!\}\}|\{\{).)+?)-?\}\}\s*", re.DOT
 
 @dataclass(frozen=True)
 class Text:
-    """A row in words.
+    """A row as texts.
 
     Attributes:
-        prompt: what is asked.
-        answers: the candidates: the text of each class, or the only answer where there are no classes.
-        right: the index of the row's own answer.
-        references: every answer that counts as right.
+        prompt: text of the prompt.
+        answers: candidate answers: the text of each class, or a single answer without classes.
+        right: index of the right answer.
+        references: all answers that count as right.
     """
 
     prompt: str
@@ -47,8 +46,8 @@ class Template:
     """One template of ``task.json``.
 
     Args:
-        field: its name there.
-        source: what stands there.
+        field: name of the field.
+        source: text of the template.
 
     >>> Template("prompt", "Is it a {{ animal }}?").text({"animal": "cat"})
     'Is it a cat?'
@@ -73,11 +72,11 @@ class Template:
             ) from error
 
     def text(self, values: Mapping[str, Any]) -> str:
-        """The template filled in."""
+        """Fill in the template."""
         return str(self._filled(self._template.render, values))
 
     def values(self, values: Mapping[str, Any]) -> list[str]:
-        """As :meth:`text`, but one text per item where the template is a single expression that gives a list."""
+        """Like :meth:`text`, but one text per item if the template is a single expression that gives a list."""
         if self._value is not None:
             found = self._filled(self._value, values)
             if isinstance(found, Sequence) and not isinstance(found, str):
@@ -87,7 +86,7 @@ class Template:
     def _filled(self, fill: Any, values: Any) -> Any:
         try:
             return fill(values)
-        except Exception as error:  # whatever a user's template may do wrong
+        except Exception as error:  # a user's template can raise any error
             raise PimergeError(
                 f"the {self.field} cannot be filled in: {error}", "fix the template or the row"
             ) from error
@@ -101,7 +100,7 @@ def _environment() -> ImmutableSandboxedEnvironment:
     found = ImmutableSandboxedEnvironment(
         undefined=StrictUndefined, autoescape=False, finalize=_present, keep_trailing_newline=True
     )
-    # randomness would make another task each time
+    # randomness would change the task at each call
     del found.globals["lipsum"], found.filters["random"]
     return found
 
@@ -211,9 +210,9 @@ def require_columns(rows: Rows, names: Iterable[str]) -> None:
 
 
 def reader(rows: Rows, columns: Iterable[str]) -> Callable[[int], Mapping[str, Any]]:
-    """A function that reads some columns of a row by its position; an image becomes its width and height.
+    """Make a function that reads some columns of a row by its position; an image becomes its width and height.
 
-    It raises a PimergeError if the row cannot be read.
+    The function raises a PimergeError if the row cannot be read.
     """
     names = sorted(set(columns))
     table = rows.table.select_columns(names) if names else [{}] * len(rows.labels)
@@ -221,7 +220,7 @@ def reader(rows: Rows, columns: Iterable[str]) -> Callable[[int], Mapping[str, A
     def read(place: int) -> Mapping[str, Any]:
         try:
             found: Mapping[str, Any] = _plain(table[place])
-        except Exception as error:  # whatever a broken image does to the library that decodes it
+        except Exception as error:  # decoding a broken image can raise any error
             raise PimergeError(f"it cannot be read: {error}", "fix the file or leave the row out") from error
         return found
 
@@ -229,7 +228,7 @@ def reader(rows: Rows, columns: Iterable[str]) -> Callable[[int], Mapping[str, A
 
 
 def _plain(value: Any) -> Any:
-    """A value without the methods of images, which could write files from inside the sandbox."""
+    """Strip images of their methods, which could write files from inside the sandbox."""
     if isinstance(value, Mapping):
         return {name: _plain(item) for name, item in value.items()}
     if isinstance(value, list):

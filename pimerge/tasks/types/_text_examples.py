@@ -1,4 +1,4 @@
-"""Examples that are answered in text: what the model reads, the candidate answers, and how answers are generated."""
+"""Examples that are answered in text: prompts, candidate answers, and generation."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from pimerge.tasks.types._templates import Text
 
 @dataclass(frozen=True)
 class TextRows:
-    """Rows in words.
+    """Rows as texts.
 
     Attributes:
-        rows: of the split.
-        texts: each row in words.
-        file: the task.
-        by_likelihood: whether the likeliest candidate is the answer, and not what the model writes.
+        rows: rows of the split.
+        texts: texts of each row.
+        file: description of the task.
+        by_likelihood: whether the answer is the likeliest candidate, instead of generated text.
     """
 
     rows: Rows
@@ -28,20 +28,20 @@ class TextRows:
 
 
 def nothing_beside(place: int, ids: list[int], answered: int) -> Batch:
-    """The inputs besides tokens of a model that reads only text."""
+    """No further inputs: the model reads only text."""
     return {}
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """The prompt of each row in tokens.
+    """The prompt of each row as tokens.
 
     Attributes:
         tokens: each prompt, uncut.
         cut: position of a row, room in tokens → its prompt, cut to fit.
-        beside: position of a row, its input tokens, the number of those that belong to the answer → other inputs, such
-            as an image; a tensor of one dimension has a number for each token, any other has the examples first.
-        alike: as :class:`Examples` has it.
+        beside: position of a row, its input tokens, number of answer tokens among them → other inputs, such as an
+            image. A one-dimensional tensor has a value for each token; others have the examples as first axis.
+        alike: see :class:`Examples`.
     """
 
     tokens: Sequence[list[int]]
@@ -52,12 +52,12 @@ class Prompts:
 
 @dataclass(frozen=True)
 class Tokens:
-    """A row in tokens.
+    """A row as tokens.
 
     Attributes:
-        prompt: what the model reads.
-        answers: each candidate, with its end.
-        right: the index of the row's own answer.
+        prompt: tokens of the prompt.
+        answers: tokens of each candidate, with an end token.
+        right: index of the right answer.
     """
 
     prompt: list[int]
@@ -67,15 +67,15 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Writing:
-    """How answers are generated.
+    """Settings for generating answers.
 
     Attributes:
-        prompts: the prompts of some examples as ``generate`` takes them.
+        prompts: indices → batch of prompts for ``generate``.
         decode: tokens → text.
-        start: the first token of an encoder-decoder's answer; None for a causal model.
+        start: first token of an encoder-decoder's answer; None for a causal model.
         ends: tokens that end an answer.
-        pad: the token after the end.
-        most: the most tokens of an answer.
+        pad: padding token after the end.
+        most: maximum number of tokens of an answer.
     """
 
     prompts: Callable[[Sequence[int]], Batch]
@@ -91,12 +91,12 @@ class TextExamples(Examples):
     """Examples that are answered in text.
 
     Attributes:
-        tokens: of each example.
+        tokens: tokens of each example.
         answered: position of an example, index of a candidate → the model's input with this answer.
-        texts: each example in words.
-        writing: how answers are generated; None where the likeliest candidate is the answer.
-        per_token: whether candidates are compared by the mean of log p over their tokens, not by the sum.
-        asked: some examples → only their prompts, padded on the left; None for a base with an encoder and a decoder.
+        texts: texts of each example.
+        writing: generation settings; None if the answer is the likeliest candidate.
+        per_token: whether candidates are compared by the mean of log p over their tokens, instead of the sum.
+        asked: indices → batch of prompts alone, padded on the left; None for encoder-decoders.
     """
 
     tokens: Sequence[Tokens]
@@ -107,5 +107,5 @@ class TextExamples(Examples):
     asked: Callable[[Sequence[int]], Batch] | None
 
     def labelled(self, index: int, label: int) -> Batch:
-        """Example i with another candidate for its answer."""
+        """Example i with another candidate as its answer."""
         return self.answered(index, label)

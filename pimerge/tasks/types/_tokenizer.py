@@ -1,4 +1,4 @@
-"""The base's tokenizer, and its longest input."""
+"""Load the base's tokenizer, and find its maximum input length."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _NO_BOUND = 10**9
 
 
 def load_processor(source: str, revision: str | None) -> Any:
-    """The base's tokenizer; a model without a padding token pads with its end token."""
+    """Load the base's tokenizer; without a padding token, the end token is used for padding."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
@@ -21,6 +21,6 @@ def load_processor(source: str, revision: str | None) -> Any:
 
 
 def longest_input(tokenizer: Any, config: PreTrainedConfig) -> int:
-    """The most tokens that the model takes; a very large number where there is no bound."""
+    """The maximum number of input tokens; a very large number if unlimited."""
     positions = getattr(config, "max_position_embeddings", None) or _NO_BOUND
     return int(min(tokenizer.model_max_length, positions, _NO_BOUND))

@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 
 
 def encode(rows: Rows, file: TaskFile, processor: Any, config: PreTrainedConfig) -> Examples:
-    """Tokenize every row once; where prompt and answer are too long together, the prompt loses its beginning."""
+    """Tokenize every row once; if prompt and answer are too long together, the prompt is cut at its beginning."""
     return encode_texts(encoding.in_words(rows, file), processor, config)
 
 
 def encode_texts(worded: TextRows, processor: Any, config: PreTrainedConfig) -> Examples:
-    """Encode rows that are in words already."""
+    """Encode rows that are already texts."""
     asked = [text.prompt for text in worded.texts]
     if worded.file.chat:
         require_chat_template(processor)
@@ -51,11 +51,11 @@ def encode_prompts(
     *,
     content: Callable[[str], Any] = str,
 ) -> Examples:
-    """Encode the answers to prompts that are in tokens already.
+    """Encode the answers to prompts that are already tokens.
 
     Args:
-        processor: has the chat template.
-        content: a text → the content of a turn of a chat that says it.
+        processor: the processor with the chat template.
+        content: text → content of a chat turn with this text.
     """
     import torch
 
@@ -75,13 +75,13 @@ def encode_prompts(
         return {"input_ids": torch.tensor(ids), "attention_mask": mask, **prompts.beside(index, ids, len(answer))}
 
     def answered(index: int, candidate: int) -> Batch:
-        # the model reads all but the end, and predicts the answer from the prompt's last token on
+        # the model reads all but the end token, and predicts the answer from the prompt's last token onwards
         prompt, answer = tokens[index].prompt, tokens[index].answers[candidate]
         labels = torch.tensor([IGNORED] * (len(prompt) - 1) + answer)
         return {**reads(index, prompt, answer[:-1]), "labels": labels}
 
     def to_continue(kept: Sequence[list[int]]) -> Callable[[Sequence[int]], Batch]:
-        # padded on the left, so that every answer follows its prompt
+        # padded on the left, so every answer directly follows its prompt
         return lambda indices: encoding.collate([reads(index, kept[index], []) for index in indices], pad, "left")
 
     writing = None
@@ -97,7 +97,7 @@ def encode_prompts(
 
 
 def cut_front(prompt: list[int], room: int, kept: int) -> list[int]:
-    """A prompt cut to ``room`` tokens: its first ``kept`` ones, and the last of the others.
+    """Cut a prompt to ``room`` tokens: its first ``kept`` tokens, and the last of the others.
 
     >>> cut_front([1, 5, 6, 7], 3, kept=1), cut_front([5, 6, 7], 2, kept=0)
     ([1, 6, 7], [6, 7])
@@ -106,15 +106,15 @@ def cut_front(prompt: list[int], room: int, kept: int) -> list[int]:
 
 
 def running(processor: Any, texts: list[str], end: int) -> list[list[int]]:
-    """Tokens of unfinished texts: with the token that begins a text, without one that ends it."""
+    """Tokenize unfinished texts: with the begin token, without the end token."""
     found = processor(texts, verbose=False)["input_ids"]
     return [ids[:-1] if len(ids) > 1 and ids[-1] == end else ids for ids in found]
 
 
 def _continuations(processor: Any, text: Text, end: int) -> list[list[int]]:
-    """The answers' tokens as they follow the prompt, after a space unless the prompt ends in white space.
+    """Tokenize the answers as continuations of the prompt, after a space unless the prompt ends in white space.
 
-    Where the tokenizer would merge across the border, the answer is tokenized by itself.
+    If the tokenizer merges tokens across the border, the answer is tokenized by itself.
     """
     space = "" if text.prompt[-1].isspace() else " "
     prompt, *whole = running(processor, [text.prompt, *(text.prompt + space + answer for answer in text.answers)], end)
@@ -125,7 +125,7 @@ def _continuations(processor: Any, text: Text, end: int) -> list[list[int]]:
 
 
 def plain(processor: Any, text: str) -> list[int]:
-    """The tokens of a text by itself."""
+    """Tokenize a text without special tokens."""
     ids: list[int] = processor(text, add_special_tokens=False, verbose=False)["input_ids"]
     return ids
 
@@ -139,7 +139,7 @@ def require_chat_template(processor: Any) -> None:
 
 
 def turn(processor: Any, content: Any) -> str:
-    """The text of a user's turn and of the beginning of the assistant's."""
+    """Render a user's turn and the beginning of the assistant's turn."""
     text: str = processor.apply_chat_template(
         [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
     )
@@ -147,7 +147,7 @@ def turn(processor: Any, content: Any) -> str:
 
 
 def _end_of_turn(processor: Any, tokenizer: Any, content: Callable[[str], Any], end: int) -> int:
-    """The special token that the chat template puts after an answer; else the token that ends a text."""
+    """The special token that the chat template puts after an answer; by default the end token."""
     turns = [{"role": "user", "content": content("question")}, {"role": "assistant", "content": content("answer")}]
     _, found, behind = processor.apply_chat_template(turns, tokenize=False).rpartition("answer")
     following = plain(tokenizer, behind) if found else []

@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 
 
 def load_processor(source: str, revision: str | None) -> Any:
-    """The base's image processor."""
+    """Load the base's image processor."""
     from transformers import AutoImageProcessor
 
     return AutoImageProcessor.from_pretrained(source, revision=revision, trust_remote_code=False)
 
 
 def encode(rows: Rows, file: TaskFile, processor: Any, config: PreTrainedConfig) -> Examples:
-    """Decode and process each image when it is read; up to 256 MB of them are kept for the next epoch."""
+    """Decode and process each image when it is read; up to 256 MB of them are cached for the next epoch."""
     import torch
 
     decode = decoder(rows, mode_of(config))
@@ -53,7 +53,7 @@ def encode(rows: Rows, file: TaskFile, processor: Any, config: PreTrainedConfig)
 
 
 def _tokens(config: PreTrainedConfig, pixel_values: Tensor) -> int:
-    """The patches of an image and one class token; models without patches count 16 × 16 pixels as one."""
+    """Count the patches of an image and one class token; without patches, 16 × 16 pixels count as one."""
     patch = getattr(config, "patch_size", None)
     patch = patch if isinstance(patch, int) and patch > 0 else 16
     _, height, width = pixel_values.shape
@@ -64,7 +64,7 @@ TASK_TYPE = TaskType(
     name="image-classification",
     summary="Classes of images (columns ``image``, ``label``).",
     auto_model="AutoModelForImageClassification",
-    peft_task=None,  # PEFT has none for images; its plain PeftModel serves them
+    peft_task=None,  # PEFT has no task type for images and uses its plain PeftModel
     trains_head=True,
     columns={"image": True, "label": True},
     usual_columns={"image": ("image", "img"), "label": ("label",)},

@@ -1,7 +1,7 @@
 """Answers in text about an image and a prompt, or a prompt alone (``image``; Florence-2, LLaVA, Qwen2-VL, SmolVLM).
 
-The base's own processor prepares image and prompt; an image without a place in the prompt goes before it. A base with
-an encoder and a decoder is prompted as in ``seq2seq``, any other as in ``causal-lm``.
+The base's own processor prepares image and prompt. An image goes before a prompt that has no place for it. An
+encoder-decoder is prompted as in ``seq2seq``, any other base as in ``causal-lm``.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _OF_TOKENS = (_PROMPT, "attention_mask", "labels", *_TYPES)
 
 
 def check(file: TaskFile) -> None:
-    """Check what ``task.json`` says of prompts and answers."""
+    """Check the prompt and answers of ``task.json``."""
     check_texts(file)
     if file.prompt is not None and file.columns.get("image") in Template("prompt", file.prompt).names:
         raise PimergeError(
@@ -44,11 +44,7 @@ def check(file: TaskFile) -> None:
 
 
 def load_processor(source: str, revision: str | None) -> Any:
-    """The base's processor of images and texts.
-
-    Raises:
-        ValueError: if it has none.
-    """
+    """Load the base's processor of images and texts; a missing one is a ValueError, as in transformers."""
     from transformers import AutoProcessor
 
     processor = AutoProcessor.from_pretrained(source, revision=revision, trust_remote_code=False)
@@ -60,19 +56,19 @@ def load_processor(source: str, revision: str | None) -> Any:
 
 
 def encode(rows: Rows, file: TaskFile, processor: Any, config: PreTrainedConfig) -> Examples:
-    """Process every row once; up to 256 MB of the images are kept, the others are processed again when needed.
+    """Process every row once; up to 256 MB of the images are cached, others are processed again when needed.
 
-    A prompt that is too long is cut as in ``seq2seq`` or ``causal-lm``, but never its image.
+    A prompt that is too long is cut as in ``seq2seq`` or ``causal-lm``, but its image is never cut.
     """
     worded = encoding.in_words(rows, file)
     if file.chat:
         _require_chat(processor, config)
     reader = _Reader(processor, config, bool(file.chat))
-    prompts = (_shown if "image" in rows.columns else _told)(rows, worded.texts, reader)
+    prompts = (_image_prompts if "image" in rows.columns else _text_prompts)(rows, worded.texts, reader)
     tokenizer, text_config = processor.tokenizer, config.get_text_config()
     if config.is_encoder_decoder:
         return seq2seq.encode_prompts(worded, prompts, tokenizer, text_config)
-    return causal_lm.encode_prompts(worded, prompts, processor, tokenizer, text_config, content=_said)
+    return causal_lm.encode_prompts(worded, prompts, processor, tokenizer, text_config, content=_turn_content)
 
 
 def _require_chat(processor: Any, config: PreTrainedConfig) -> None:
@@ -81,13 +77,13 @@ def _require_chat(processor: Any, config: PreTrainedConfig) -> None:
     causal_lm.require_chat_template(processor)
 
 
-def _said(text: str) -> list[dict[str, str]]:
+def _turn_content(text: str) -> list[dict[str, str]]:
     return [{"type": "text", "text": text}]
 
 
 @dataclass(frozen=True)
 class _Reader:
-    """A base's processor, and how it is used."""
+    """A base's processor and its settings."""
 
     processor: Any
     config: PreTrainedConfig
@@ -95,12 +91,12 @@ class _Reader:
 
     @property
     def image_token(self) -> int | None:
-        """The token that stands for a piece of an image."""
+        """The token that represents a piece of an image."""
         found: int | None = getattr(self.processor, "image_token_id", None)
         return found if found is not None else getattr(self.config, "image_token_id", None)
 
     def tokens(self, text: str) -> list[int]:
-        """A prompt without an image."""
+        """Tokenize a prompt without an image."""
         tokenizer = self.processor.tokenizer
         if (place := getattr(self.processor, "image_token", None)) and place in text:
             raise PimergeError(
@@ -108,36 +104,36 @@ class _Reader:
                 'name the column of the images: "columns": {"image": …}, or leave the place out',
             )
         if self.chat:
-            return causal_lm.plain(tokenizer, causal_lm.turn(self.processor, _said(text)))
+            return causal_lm.plain(tokenizer, causal_lm.turn(self.processor, _turn_content(text)))
         ids: list[int] = tokenizer(text, verbose=False)["input_ids"]
-        return self._going_on(ids)
+        return self._without_end(ids)
 
     def with_image(self, text: str, image: Any, before: str) -> Batch:
-        """The processor's output for a prompt and an image.
+        """Process a prompt and an image.
 
         Args:
-            before: goes before a prompt that has no place for the image; empty if the processor makes one.
+            before: placeholder to put before a prompt without one; empty if the processor inserts it.
         """
         import torch
 
         if self.chat:
-            text = causal_lm.turn(self.processor, [{"type": "image"}, *_said(text)])
+            text = causal_lm.turn(self.processor, [{"type": "image"}, *_turn_content(text)])
         elif before not in text:
             text = f"{before}\n{text}"
         special = {"add_special_tokens": False} if self.chat else {}
         try:
             found = self.processor(text=[text], images=[image], return_tensors="pt", **special)
-        except ValueError as error:  # such as Florence-2's of a task's name among other words
+        except ValueError as error:  # such as Florence-2's, for a task token among other words
             raise PimergeError(f"the base's processor does not take the prompt: {error}", "fix the prompt") from error
-        return {**found, _PROMPT: torch.tensor(self._going_on(found[_PROMPT][0].tolist()))}
+        return {**found, _PROMPT: torch.tensor(self._without_end(found[_PROMPT][0].tolist()))}
 
     @property
     def reads_prompts_both_ways(self) -> bool:
-        """Whether tokens of the prompt attend to later ones, so that the model must know where the answer begins."""
+        """Whether prompt tokens attend to later prompt tokens, so the model needs to know where the answer begins."""
         return bool(self.config.model_type == "paligemma")
 
     def types(self, ids: list[int], answered: int) -> Tensor:
-        """The type of each token: 1 for a piece of an image, or for the answer where prompts are read both ways."""
+        """The type of each token: 1 for a piece of an image, or for the answer if prompts are read both ways."""
         import torch
 
         if self.reads_prompts_both_ways:
@@ -145,7 +141,7 @@ class _Reader:
         return torch.tensor([int(token == self.image_token) for token in ids])
 
     def places_images(self, mode: str) -> bool:
-        """Whether the processor itself puts an image into a prompt that has no place for it."""
+        """Whether the processor itself inserts a place for an image into a prompt."""
         from PIL import Image
 
         try:
@@ -154,13 +150,13 @@ class _Reader:
             return False
         return self.image_token is None or self.image_token in found["input_ids"][0].tolist()
 
-    def _going_on(self, ids: list[int]) -> list[int]:
-        """The tokens without the end of a text, for a causal model."""
+    def _without_end(self, ids: list[int]) -> list[int]:
+        """Drop the end token for a causal model."""
         causal = not self.config.is_encoder_decoder
         return ids[:-1] if causal and len(ids) > 1 and ids[-1] == self.processor.tokenizer.eos_token_id else ids
 
     def cut(self, ids: list[int], room: int) -> list[int]:
-        """A prompt cut to fit: a causal one loses its first words, an encoder's its last ones."""
+        """Cut a prompt to fit: a causal model's at the beginning, an encoder's at the end."""
         if len(ids) <= room:
             return ids
         shown = 1 + max((place for place, token in enumerate(ids) if token == self.image_token), default=-1)
@@ -176,8 +172,8 @@ class _Reader:
         return causal_lm.cut_front(ids, room, max(shown, int(begins)))
 
 
-def _told(rows: Rows, texts: Sequence[Text], reader: _Reader) -> Prompts:
-    """Prompts without images."""
+def _text_prompts(rows: Rows, texts: Sequence[Text], reader: _Reader) -> Prompts:
+    """Tokenize prompts without images."""
     problems = RowProblems(rows.where, rows.numbers)
     tokens: list[list[int]] = []
     for place, text in enumerate(texts):
@@ -191,8 +187,8 @@ def _told(rows: Rows, texts: Sequence[Text], reader: _Reader) -> Prompts:
     return Prompts(tokens, lambda place, room: reader.cut(tokens[place], room), beside)
 
 
-def _shown(rows: Rows, texts: Sequence[Text], reader: _Reader) -> Prompts:
-    """Prompts with images."""
+def _image_prompts(rows: Rows, texts: Sequence[Text], reader: _Reader) -> Prompts:
+    """Process prompts with images."""
     mode = mode_of(reader.config.vision_config)
     decode = decoder(rows, mode)
     before = "" if reader.places_images(mode) else str(reader.processor.image_token)
@@ -219,7 +215,7 @@ TASK_TYPE = TaskType(
     name="image-text-to-text",
     summary="Answers in text about an image and a prompt, or a prompt alone (Florence-2, LLaVA, Qwen2-VL, SmolVLM).",
     auto_model="AutoModelForImageTextToText",
-    peft_task=None,  # PEFT has none for images; its plain PeftModel serves them
+    peft_task=None,  # PEFT has no task type for images and uses its plain PeftModel
     trains_head=False,
     columns={"image": False, "label": False},
     fields=encoding.FIELDS | {"chat"},

@@ -1,6 +1,6 @@
 """The likeliest of a row's choices (columns ``question``, ``choices``, ``answer``).
 
-Where no column holds all choices, the template ``choices`` gives a list of them.
+If no column contains all choices, the template ``choices`` lists them.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def check(file: TaskFile) -> None:
 
 
 def encode(rows: Rows, file: TaskFile, processor: Any, config: PreTrainedConfig) -> Examples:
-    """Encode every question with each of its choices, for an encoder-decoder or a causal model."""
+    """Encode every question with each of its choices, for a causal model or an encoder-decoder."""
     worded = TextRows(rows, _texts(rows, file), file, by_likelihood=True)
     if not config.is_encoder_decoder:
         return causal_lm.encode_texts(worded, processor, config)
@@ -54,7 +54,7 @@ def encode(rows: Rows, file: TaskFile, processor: Any, config: PreTrainedConfig)
 
 
 def _texts(rows: Rows, file: TaskFile) -> list[Text]:
-    """Every row in words."""
+    """Turn every row into texts."""
     template = Template("prompt", file.prompt or _PROMPT)
     listed = Template("choices", file.choices) if file.choices is not None else None
     used = template.names - {_QUESTION} | (listed.names if listed else set())
@@ -80,7 +80,7 @@ def _texts(rows: Rows, file: TaskFile) -> list[Text]:
 
 
 def _choices(value: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The choices, and their keys where they have some.
+    """The choices, and their keys if they have keys.
 
     >>> _choices({"text": ["red", "blue"], "label": ["A", "B"]})
     (('red', 'blue'), ('A', 'B'))
@@ -99,7 +99,7 @@ def _choices(value: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def _right(answer: Any, choices: Sequence[str], keys: Sequence[str]) -> int:
-    """The index of the choice that the answer names by its key, its position from 0, or its text.
+    """The index of the choice that the answer names by key, position from 0, or text.
 
     >>> _right("B", ["red", "blue"], ["A", "B"]), _right(0, ["red", "blue"], []), _right("blue", ["red", "blue"], [])
     (1, 0, 1)

@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 
 
 def encode(rows: Rows, file: TaskFile, processor: Any, config: PreTrainedConfig) -> Examples:
-    """Tokenize every row once; a prompt that is too long for the encoder loses its end."""
+    """Tokenize every row once; a prompt that is too long for the encoder is cut at its end."""
     return encode_texts(encoding.in_words(rows, file), processor, config)
 
 
 def encode_texts(worded: TextRows, processor: Any, config: PreTrainedConfig) -> Examples:
-    """Encode rows that are in words already."""
+    """Encode rows that are already texts."""
     asked = [text.prompt for text in worded.texts]
     whole = processor(asked, truncation=False, verbose=False)["input_ids"]
     fitting = processor(asked, truncation=True, max_length=longest_input(processor, config))["input_ids"]
@@ -35,7 +35,7 @@ def encode_texts(worded: TextRows, processor: Any, config: PreTrainedConfig) -> 
 
 
 def encode_prompts(worded: TextRows, prompts: Prompts, tokenizer: Any, config: PreTrainedConfig) -> Examples:
-    """Encode the answers to prompts that are in tokens already."""
+    """Encode the answers to prompts that are already tokens."""
     import torch
 
     end, longest = encoding.end_token(tokenizer, config), longest_input(tokenizer, config)
@@ -70,7 +70,7 @@ def encode_prompts(worded: TextRows, prompts: Prompts, tokenizer: Any, config: P
 
 
 def _target(start: int, answer: list[int]) -> Batch:
-    """The decoder reads the answer behind its start token, and predicts it one token ahead."""
+    """Make the decoder's inputs: it reads the answer after its start token, and predicts one token ahead."""
     import torch
 
     labels = torch.tensor(answer)

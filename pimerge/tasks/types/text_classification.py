@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def encode(rows: Rows, file: TaskFile, processor: Any, config: PreTrainedConfig) -> Examples:
-    """Tokenize every row once; texts longer than the model takes are cut."""
+    """Tokenize every row once; texts longer than the model's maximum are cut."""
     import torch
 
     longest = longest_input(processor, config)
@@ -48,7 +48,7 @@ def encode(rows: Rows, file: TaskFile, processor: Any, config: PreTrainedConfig)
 
 
 def _require_ends(texts: Sequence[Sequence[int]], rows: Rows, config: PreTrainedConfig) -> None:
-    """Check that every text has the same number of end tokens, of which transformers' head reads the last."""
+    """Check that all texts have the same number of end tokens; transformers' head reads the last one."""
     ends = [list(ids).count(config.eos_token_id) for ids in texts]
     usual = max(set(ends), key=ends.count)
     if not usual:

@@ -12,7 +12,7 @@ from pimerge.core.errors import PimergeError
 from pimerge.tasks.examples import IGNORED, Batch, Examples, Rows, Scored, on_device
 from pimerge.tasks.row_errors import RowProblems
 from pimerge.tasks.task_type import TaskType
-from pimerge.tasks.types._classification import FIELDS, drawn
+from pimerge.tasks.types._classification import FIELDS, invert_distribution
 from pimerge.tasks.types._likelihood import logits, nll
 from pimerge.tasks.types._tokenizer import load_processor as load_tokenizer
 from pimerge.tasks.types._tokenizer import longest_input
@@ -38,11 +38,7 @@ class WordExamples(Examples):
 
 
 def load_processor(source: str, revision: str | None) -> Any:
-    """The base's tokenizer, which must map tokens to words.
-
-    Raises:
-        ValueError: if it does not.
-    """
+    """Load the base's tokenizer; one that cannot map tokens to words is a ValueError, as in transformers."""
     tokenizer = load_tokenizer(source, revision)
     if not tokenizer.is_fast:
         raise ValueError("its tokenizer does not tell which word a token is of (tokenizer.json)")
@@ -50,7 +46,7 @@ def load_processor(source: str, revision: str | None) -> Any:
 
 
 def encode(rows: Rows, file: TaskFile, processor: Any, config: PreTrainedConfig) -> Examples:
-    """Tokenize every sentence once; one that is longer than the model takes loses its last words."""
+    """Tokenize every sentence once; a sentence longer than the model's maximum loses its last words."""
     import torch
     from torch.nn.utils.rnn import pad_sequence
 
@@ -95,7 +91,7 @@ def _require_words(words: Any, classes: Sequence[int]) -> None:
 
 
 def _split(words: Sequence[str], processor: Any, **options: Any) -> Any:
-    """The tokens of a sentence; where a tokenizer's words include the space before them, each word gets one."""
+    """Tokenize a sentence; if the tokenizer's words include the space before them, each word gets a space."""
     space = " " if "ByteLevel" in repr(processor.backend_tokenizer.pre_tokenizer) else ""
     return processor([space + word for word in words], is_split_into_words=True, **options)
 
@@ -114,7 +110,7 @@ def _first_tokens(word_ids: Sequence[int | None]) -> dict[int, int]:
 
 
 def _kept_words(words: Sequence[str], firsts: Mapping[int, int], processor: Any, longest: int) -> int:
-    """The number of words that fit."""
+    """Count the words that fit."""
     kept = max(firsts, default=-1) + 1
     if kept < len(words):  # cut off, unless these words have no tokens at all
         whole = _first_tokens(_split(words, processor, verbose=False).word_ids())
@@ -131,18 +127,18 @@ def _kept_words(words: Sequence[str], firsts: Mapping[int, int], processor: Any,
 
 
 def draw(model: nn.Module, examples: Examples, indices: Sequence[int], uniform: Tensor) -> list[list[int]]:
-    """Draw the class of every word; a sentence's number in ``uniform`` (n) seeds the numbers of its words."""
+    """Sample the class of every word; a sentence's number in ``uniform`` (n) seeds the numbers of its words."""
     import torch
 
     found = []
     for answers, number in zip(_of_words(model, examples, indices), uniform.tolist(), strict=True):
         generator = torch.Generator().manual_seed(int(number * 2**53))
-        found.append(drawn(answers, torch.rand(len(answers), generator=generator, dtype=torch.float64)))
+        found.append(invert_distribution(answers, torch.rand(len(answers), generator=generator, dtype=torch.float64)))
     return found
 
 
 def score(model: nn.Module, examples: Examples, indices: Sequence[int]) -> Scored:
-    """−log p(y|x) of each sentence, its words' likeliest classes, and whether all of them are right."""
+    """Score sentences: −log p(y|x), the likeliest classes of the words, and whether all of them are right."""
     import torch
     from torch.nn.functional import cross_entropy
 
@@ -167,7 +163,7 @@ def _of_words(model: nn.Module, examples: Examples, indices: Sequence[int]) -> l
 def read(
     model: nn.Module, reading: Mapping[str, nn.Module], examples: Examples, indices: Sequence[int], answers: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Refuse: a sentence has a vector for each word, and a ranking by examples needs one for each example."""
+    """Raise an error: a sentence has a vector per word, but ranking by examples needs one per example."""
     raise PimergeError("a sentence has no single vector to rank by", "rank by a measure of the store")
 
 
