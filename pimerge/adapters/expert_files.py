@@ -52,6 +52,6 @@ def tensors_of(path: Path) -> TensorFile:
     if pickle:
         raise PimergeError(
             f"'{path / pickle}' is a pickle, which can run code when it is read; only {WEIGHTS} is read",
-            "load it with PEFT where you trust it, and save it again: model.save_pretrained(FOLDER)",
+            "load it with PEFT if you trust it, and save it again: model.save_pretrained(FOLDER)",
         )
     raise PimergeError(f"'{file}' is not there", "save the adapter with PEFT: model.save_pretrained(FOLDER)")

@@ -101,7 +101,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         if path.suffix in _PICKLES:
             raise PimergeError(
                 f"'{path}' is a pickle, which can run code when it is read; only safetensors files are read",
-                "save it as .safetensors where you trust it",
+                "save it as .safetensors if you trust it",
             )
         return _not_empty(Checkpoint(path, (open_tensors(path),)))
     if not path.is_dir():
@@ -164,7 +164,7 @@ def weights_file(folder: Path) -> Path:
     if pickles:
         raise PimergeError(
             f"'{folder}' holds pickles ({', '.join(pickles[:4])}), which can run code when they are read",
-            "save it as safetensors where you trust it: model.save_pretrained(FOLDER)",
+            "save it as safetensors if you trust it: model.save_pretrained(FOLDER)",
         )
     raise PimergeError(f"'{folder}' holds no weights", "expected model.safetensors, or its index and shards")
 

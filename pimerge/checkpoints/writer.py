@@ -77,7 +77,7 @@ def _write_all(
 
 
 def _written(checkpoint: Checkpoint, new: Layout, dtype: torch.dtype | None) -> list[Layout]:
-    """Of each file: key → dtype and shape to write, in an order that starts each tensor at a whole number."""
+    """For each file: key → dtype and shape to write, in an order that aligns each tensor to its dtype."""
     entries: list[Layout] = []
     for number, file in enumerate(checkpoint.files, 1):
         wanted: Layout = {key: new.get(key, (entry.dtype, entry.shape)) for key, entry in file.entries.items()}

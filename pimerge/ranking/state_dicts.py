@@ -49,7 +49,7 @@ def open_state_dict(path: Path) -> StateDict:
     if path.suffix in PICKLES:
         raise PimergeError(
             f"'{path}' is a pickle, which can run code when it is read; only {SUFFIX} files are read",
-            f"save it as {SUFFIX} where you trust it",
+            f"save it as {SUFFIX} if you trust it",
         )
     found = StateDict(open_tensors(path))
     if not found.form:

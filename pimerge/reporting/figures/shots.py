@@ -104,8 +104,7 @@ def draw(data: ShotsData) -> Drawing:
 
 FIGURE = Figure(
     name="shots",
-    summary="Score over the number of examples of each class, a line per method with a band of ± one standard "
-    "deviation.",
+    summary="Score by number of examples per class, one line per method with a band of ± one standard deviation.",
     options={K: None},
     data=ShotsData,
     inputs=INPUTS,
