@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 import sys
+from collections.abc import Callable
+from inspect import getdoc
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from pimerge.cli import compare, embed, inspect, report, tune
+from pimerge.cli import compare, embed, inspect, plot, rank, report, tune
 from pimerge.cli import eval as evaluate
 from pimerge.cli.merge import command as merge
-from pimerge.cli.plot import command as plot
-from pimerge.cli.rank import command as rank
 from pimerge.core.errors import PimergeError
 from pimerge.core.version import __version__
 
@@ -22,24 +23,24 @@ EXIT_PROBLEM = 3
 EXIT_INTERRUPTED = 130
 EXIT_BROKEN_PIPE = 141
 SELDOM = (100_000, 20, 20)
-"""When the collector looks for cycles: by default it would search the objects of a large store many times over."""
+"""Thresholds of the garbage collector. With the defaults it would scan the objects of a large store again and again."""
 
 
 class Commands(TyperGroup):
-    """Knows that its own --help was not given without pydantic, whose import doubles the time of a command's help."""
+    """The group of commands, with a --help option that does not import pydantic."""
 
     def get_help_option(self, ctx: Any) -> Any:
-        """The option --help of ``pimerge`` itself."""
+        """Return the option --help of ``pimerge`` itself."""
         option = super().get_help_option(ctx)
         if option is not None:
-            option.default = False  # Typer 0.29 has None, and imports pydantic to tell that this is not True
+            option.default = False  # for None, Typer 0.29 imports pydantic, which doubles the time of --help
         return option
 
 
 app = typer.Typer(
     name="pimerge",
     cls=Commands,
-    help="Rank, merge and tune experts (PEFT adapters) from a pool for a new task with few labels.",
+    help="Rank, merge and tune PEFT adapters (experts) for a new task with few labels.",
     epilog="pimerge embed ./experts · pimerge rank --target X -k 2 · pimerge tune --method learned",
     no_args_is_help=True,
     add_completion=False,
@@ -47,15 +48,20 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("embed")(embed.embed)
-app.command("rank")(rank.rank)
-app.command("merge")(merge.merge)
-app.command("tune")(tune.tune)
-app.command("compare")(compare.compare)
-app.command("eval")(evaluate.evaluate)
-app.command("plot")(plot.plot)
-app.command("report")(report.report)
-app.command("inspect")(inspect.inspect)
+COMMANDS: dict[str, Callable[..., None]] = {
+    "embed": embed.embed,
+    "rank": rank.rank,
+    "merge": merge.merge,
+    "tune": tune.tune,
+    "compare": compare.compare,
+    "eval": evaluate.evaluate,
+    "plot": plot.plot,
+    "report": report.report,
+    "inspect": inspect.inspect,
+}
+for name, command in COMMANDS.items():
+    # Typer would print the line breaks within a paragraph
+    app.command(name, help=re.sub(r"(?<!\n)\n(?!\n)", " ", getdoc(command) or ""))(command)
 
 
 def _version(wanted: bool) -> None:
@@ -67,14 +73,14 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    """Options of ``pimerge`` itself."""
+    """Define the options of ``pimerge`` itself."""
 
 
 def main() -> None:
-    """Run the command line; the one place where a PimergeError becomes a message and a status."""
+    """Run the command line and turn a PimergeError into a message and an exit status."""
     gc.set_threshold(*SELDOM)
     try:
         app()
@@ -88,6 +94,6 @@ def main() -> None:
         sys.exit(EXIT_PROBLEM)
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)
-    except BrokenPipeError:  # the reader of standard output went away, as in `pimerge … | head`
+    except BrokenPipeError:  # the reader of standard output has closed it, as in `pimerge … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(EXIT_BROKEN_PIPE)

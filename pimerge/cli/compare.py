@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -16,60 +17,61 @@ from pimerge.core.libraries import quiet_libraries
 def compare(
     experts: Annotated[
         list[str] | None,
-        typer.Argument(help="The pool: experts, or folders of them. Default: the candidates of the ranking."),
+        typer.Argument(help="Pool: experts, or folders of experts. Default: the candidates of the ranking."),
     ] = None,
     target: options.TargetReference = None,
     shots: Annotated[str, typer.Option(help="Training examples per class, such as 1,5,20,all.")] = "5",
-    seeds: Annotated[int, typer.Option(help="Number of samplings of the examples, with the seeds 0, 1, ….")] = 3,
+    seeds: Annotated[int, typer.Option(help="Number of random samplings of the examples, with seeds 0, 1, ….")] = 3,
     methods: Annotated[
-        str, typer.Option(help="Tune methods, separated by commas; 'pimerge tune --methods' lists them.")
+        str, typer.Option(help="Tune methods, separated by commas. 'pimerge tune --methods' lists them.")
     ] = "guided,learned,interpolated",
     controls: Annotated[
         str | None,
         typer.Option(
             help="Controls, separated by commas: head, scratch, named, full, single, uniform, random; or none. "
-            "Default: all but random, and named where a method takes the names of classes as examples."
+            "Default: all except random; named only if a method trains on class names."
         ),
     ] = None,
     counts: Annotated[
-        str, typer.Option("--experts", help="Numbers of ranked experts that a method gets, such as 1,2,4.")
+        str, typer.Option("--experts", help="Numbers of ranked experts to combine, such as 1,2,4.")
     ] = "2",
     also_test: Annotated[
-        list[str] | None, typer.Option(help="Also score on the test split of this task; repeatable.")
+        list[str] | None, typer.Option(help="Another task on whose test split to score; repeatable.")
     ] = None,
     draw_from: Annotated[
-        str | None, typer.Option(help="Split of the data that examples are sampled from. Default: the train split.")
+        str | None, typer.Option(help="Data split to sample examples from. Default: the training split.")
     ] = None,
     rank_by: Annotated[
         str,
-        typer.Option(help="draws: rank the pool on the examples of each sampling; ranking: take the ranking's order."),
+        typer.Option(help="Order of experts: draws (ranked on the examples of each sampling) or ranking (as saved)."),
     ] = "draws",
     select: Annotated[
-        str, typer.Option(help="fixed: learning rates as given; cv: choose each method's by cross-validation.")
+        str, typer.Option(help="Learning rates: fixed (as given) or cv (by cross-validation for each method).")
     ] = "fixed",
-    epochs: Annotated[float, typer.Option(help="Passes over the training examples, the same for all.")] = 30,
+    epochs: Annotated[float, typer.Option(help="Passes over the training examples, for all methods.")] = 30,
     lr: Annotated[
         list[str] | None,
-        typer.Option(help="METHOD=NUMBER: learning rate of a method; repeatable. Default: as for 'pimerge tune'."),
+        typer.Option(help="Learning rate of a method, as METHOD=NUMBER; repeatable. Default: as in 'pimerge tune'."),
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Examples per step.")] = 16,
     class_names: options.ClassNames = None,
-    holdout: Annotated[float, typer.Option(help="Share of the examples kept for early stopping.")] = 0.0,
+    holdout: Annotated[float, typer.Option(help="Share of the examples held out for early stopping.")] = 0.0,
     ranking: options.RankingPath = Path("ranking.json"),
     base: options.BaseReference = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="The document; a .md and a .csv of that name are written beside it.")
+        Path, typer.Option("--output", "-o", help="JSON file to write; a .md and a .csv file are written beside it.")
     ] = Path("comparison.json"),
     force: options.Force = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Run tune methods and controls on samples of the target's examples, at equal budget, and say which is best.
+    """Compare tune methods and controls on small samples of the target's examples.
 
-    Every run is kept beside the output: an interrupted comparison continues, and one with more methods, shots or seeds
-    makes only the new runs. Under 'accelerate launch' the processes share the runs.
+    All methods train on the same examples with the same budget. Every run is stored beside the output: the same
+    command resumes an interrupted comparison, and more methods, shots or seeds add only the new runs. Under
+    'accelerate launch' the processes share the runs.
     """
     quiet_libraries()
     from pimerge.evaluation.compare import compare as run
@@ -87,7 +89,7 @@ def compare(
         rates = dict(_rate(text) for text in lr or [])
     with problems.collected():
         check_names(_listed(methods), asked or [])
-    problems.raise_any("the options do not fit")
+    problems.raise_any("some options are not valid")
     found = run(
         target,
         experts=experts,
@@ -112,7 +114,7 @@ def compare(
         output=output,
         force=force,
         track=tracker(quiet),
-        note=lambda message: note(message, quiet),
+        note=partial(note, quiet=quiet),
     )
     if found is None:
         return

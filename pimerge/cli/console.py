@@ -1,4 +1,4 @@
-"""Console output: results on standard output, progress and hints on standard error."""
+"""Print results on standard output, and progress and hints on standard error."""
 
 from __future__ import annotations
 
@@ -15,39 +15,39 @@ from rich.table import Table
 from pimerge.core.plugins import Family
 from pimerge.core.progress import Advance, Track, silent
 
-_WIDE = 10_000  # where no terminal sets a width, nothing is cut
+_WIDE = 10_000  # off a terminal, no line is cut
 
 
 def stdout() -> Console:
-    """The console of results."""
+    """Return the console for results."""
     return Console(width=None if sys.stdout.isatty() else _WIDE, highlight=False)
 
 
 def stderr() -> Console:
-    """The console of everything else."""
+    """Return the console for progress, hints and errors."""
     return Console(stderr=True, width=None if sys.stderr.isatty() else _WIDE, highlight=False)
 
 
 def note(message: str, quiet: bool) -> None:
-    """Say something on standard error, unless the user wants quiet."""
+    """Print a hint on standard error, unless quiet."""
     if not quiet:
         stderr().print(escape(message), style="dim")
 
 
 def warn(message: str) -> None:
-    """Print a warning on standard error, also with ``--quiet``."""
+    """Print a warning on standard error, even if quiet."""
     console = stderr()
     console.print("[bold yellow]warning:[/] ", end="")
     console.print(message, markup=False)
 
 
 def print_json(document: Any) -> None:
-    """Print one JSON document as the command's whole result."""
+    """Print the result of a command as one JSON document."""
     sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def print_line(text: str) -> None:
-    """Print a line of the result."""
+    """Print one line of the result."""
     stdout().print(escape(text))
 
 
@@ -55,7 +55,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], right: Se
     """Print a table.
 
     Args:
-        right: columns that hold numbers.
+        right: columns to align on the right.
     """
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
@@ -67,28 +67,19 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], right: Se
 
 def print_family(family: Family[Any], as_json: bool) -> None:
     """List the strategies of a family with their formulas, sources and options."""
-    document = [
-        {
-            "name": strategy.name,
-            "summary": strategy.summary,
-            "formula": strategy.formula,
-            "paper": strategy.paper,
-            "options": strategy.defaults,
-        }
-        for strategy in family
-    ]
     if as_json:
-        print_json(document)
+        fields = ("name", "summary", "formula", "paper")
+        print_json([{**{key: getattr(each, key) for key in fields}, "options": each.defaults} for each in family])
         return
     rows = []
     for strategy in family:
-        defaults = [f"{option.flag} {value}" for option, value in strategy.options.items()]
-        rows.append([strategy.name, strategy.summary, strategy.formula, strategy.paper, " ".join(defaults)])
+        options = " ".join(f"{option.flag} {value}" for option, value in strategy.options.items())
+        rows.append([strategy.name, strategy.summary, strategy.formula, strategy.paper, options])
     print_table(["method", "what it does", "formula", "source", "options"], rows)
 
 
 def size_text(count: float) -> str:
-    """Bytes as people read them.
+    """Format a number of bytes.
 
     >>> size_text(1234567)
     '1.23 MB'
@@ -101,7 +92,7 @@ def size_text(count: float) -> str:
 
 
 def tracker(quiet: bool) -> Track:
-    """Progress bars on standard error; none when quiet or not on a terminal."""
+    """Return what shows progress bars on standard error; nothing is shown if quiet or off a terminal."""
     return silent if quiet or not sys.stderr.isatty() else _bar
 
 

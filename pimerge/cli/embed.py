@@ -13,32 +13,28 @@ from pimerge.cli.console import note, print_json, print_table, tracker
 
 
 def embed(
-    pools: Annotated[
-        list[str] | None, typer.Argument(help="Pools (folders of experts), experts, or Hub ids. Default: ./experts.")
-    ] = None,
+    pools: options.Pools = None,
     store: options.StorePath = Path("embeddings.json"),
-    examples: Annotated[int, typer.Option(min=1, help="Maximum number of training examples per expert.")] = 1000,
-    labels: Annotated[str, typer.Option(help="true: the data's labels; sampled: drawn from the model.")] = "true",
+    examples: Annotated[int, typer.Option(min=1, help="Maximum training examples per expert.")] = 1000,
+    labels: Annotated[str, typer.Option(help="Labels: true (from the data) or sampled (from the model).")] = "true",
     shots: options.Shots = None,
     seed: options.Seed = 0,
     grams: Annotated[
-        bool,
-        typer.Option("--grams", help="Collect the input Gram matrices as well, for 'merge --method regmean'."),
+        bool, typer.Option("--grams", help="Also store input Grams, which 'merge --method regmean' needs.")
     ] = False,
     batch_tokens: options.BatchTokens = None,
     base: options.BaseReference = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
-    skip_broken: Annotated[
-        bool, typer.Option("--skip-broken", help="Skip and report experts that cannot be embedded.")
-    ] = False,
-    force: Annotated[bool, typer.Option("--force", help="Recompute what the store already has.")] = False,
+    skip_broken: Annotated[bool, typer.Option("--skip-broken", help="Skip and list broken experts.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Recompute embeddings that are already in the store.")] = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Embed every expert of a pool by the Fisher information of its parameters, into the store.
+    """Compute the Fisher embedding of every expert in a pool.
 
-    Can be interrupted: the next call continues where this one stopped. An unchanged expert is not computed again.
+    The embeddings are added to the store. After an interruption, the next call resumes where this one stopped.
+    Experts that have not changed are not computed again.
     """
     from pimerge.embedding.embed import embed as embed_pool
 

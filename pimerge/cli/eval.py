@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -15,21 +16,22 @@ from pimerge.core.libraries import quiet_libraries
 
 def evaluate(
     experts: Annotated[
-        list[str] | None, typer.Argument(help="Experts to score. Default: tuned and merged, if they exist.")
+        list[str] | None, typer.Argument(help="Experts to score. Default: ./tuned and ./merged, if they exist.")
     ] = None,
     target: options.TargetReference = None,
     ranking: options.RankingPath = Path("ranking.json"),
     base: options.BaseReference = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Also write the result as JSON.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON file to write the scores to.")] = None,
     force: options.Force = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Score experts and the bare base on the target's test split, each with a 95 % interval.
+    """Score experts and the bare base on the target's test split.
 
-    The ensembles and full checkpoints that 'tune --method ensemble' and '--method full' write are scored as well.
+    Every score has a 95 % confidence interval. Ensembles and full checkpoints written by 'pimerge tune' can be scored
+    like experts.
     """
     from pimerge.core.files import json_text, require_absent, write_file
     from pimerge.evaluation.evaluate import evaluate as score
@@ -46,7 +48,7 @@ def evaluate(
         device=device,
         dtype=dtype,
         track=tracker(quiet),
-        note=lambda message: note(message, quiet),
+        note=partial(note, quiet=quiet),
     )
     if output is not None:
         write_file(output, json_text(found.to_dict()))
@@ -72,5 +74,5 @@ def evaluate(
 
 
 def _cells(found: dict[str, float], style: str) -> list[str]:
-    """A value and its interval."""
+    """Format a value and its interval."""
     return [format(found["value"], style), f"{found['low']:{style}} – {found['high']:{style}}"]

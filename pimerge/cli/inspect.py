@@ -17,28 +17,25 @@ if TYPE_CHECKING:
     from pimerge.adapters.expert import Expert
     from pimerge.embedding.store import Store
     from pimerge.reporting.inspection import Finding
-    from pimerge.tasks.task import Task
 
 DEFAULT_STORE = Path("embeddings.json")
 SHOWN_MODULES = 3
 
 
 def inspect(
-    pools: Annotated[
-        list[str] | None, typer.Argument(help="Pools (folders of experts), experts, or Hub ids. Default: ./experts.")
-    ] = None,
+    pools: options.Pools = None,
     base: options.BaseReference = None,
     store: Annotated[
-        Path | None,
-        typer.Option(help=f"A store with the experts' Fisher information. Default: {DEFAULT_STORE}, if it exists."),
+        Path | None, typer.Option(help=f"Embedding store of the experts. Default: {DEFAULT_STORE}, if it exists.")
     ] = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Show what each expert is, whether it can be ranked and merged with the others, and its problems.
+    """Show the properties and problems of experts, and which of them can be ranked and merged together.
 
-    Of experts in the store a second table sums up their Fisher information: its trace, its norm, the share of the
-    largest entry in the trace, the effective number of parameters (trace² / norm²), and the modules that hold most.
+    For experts in the store, a second table summarises the Fisher information: its trace, its norm, the share of the
+    trace in the largest entry, the effective number of parameters (trace² / norm²), and the modules with the largest
+    shares of the trace.
     """
     from pimerge.adapters.selected import pool_members
     from pimerge.reporting.inspection import inspect as look
@@ -74,7 +71,9 @@ def _row(finding: Finding, others: int) -> list[str]:
     if expert is None:
         return [finding.path.name, *["–"] * 8, "no", "no"]
     ranks, merges = f"{len(finding.ranks_with)}/{others}", f"{len(finding.merges_with)}/{others}"
-    task = _task(finding.task) if finding.task else "–"
+    task = finding.task.file.type if finding.task else "–"
+    if finding.task and finding.task.labels:
+        task += f", {len(finding.task.labels)} labels"
     return [
         expert.name,
         expert.kind,
@@ -90,20 +89,16 @@ def _row(finding: Finding, others: int) -> list[str]:
     ]
 
 
-def _task(task: Task) -> str:
-    return f"{task.file.type}, {len(task.labels)} labels" if task.labels else task.file.type
-
-
 def _open_store(store: Path | None, quiet: bool) -> Store | None:
-    """The store given, which has to be there; else the default one, if it is there and can be read."""
+    """Open the given store, or the default store if it exists and can be read."""
     from pimerge.embedding.store import Store, open_store
 
     if store is not None:
         return open_store(store)
     try:
         return Store(DEFAULT_STORE) if DEFAULT_STORE.is_file() else None
-    except PimergeError as error:  # of no concern to somebody who asked about the experts
-        note(f"without Fisher information: {error.problems[0].message}", quiet)
+    except PimergeError as error:  # the user did not ask for this store
+        note(f"Fisher information is not shown: {error.problems[0].message}", quiet)
         return None
 
 
@@ -150,7 +145,7 @@ def _document(finding: Finding) -> dict[str, Any]:
         "not_merged": finding.not_merged,
         "fisher": asdict(finding.fisher) if finding.fisher else None,
         "no_fisher": finding.no_fisher,
-        "problems": [{"message": problem.message, "hint": problem.hint} for problem in finding.problems],
+        "problems": list(map(asdict, finding.problems)),
     }
 
 

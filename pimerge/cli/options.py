@@ -1,8 +1,9 @@
-"""Options that several commands share, each declared once."""
+"""Options that several commands share, and the options of strategies."""
 
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from enum import StrEnum
 from functools import wraps
@@ -11,22 +12,22 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from pimerge.core.errors import PimergeError
 from pimerge.core.plugins import Family, Option
 
 
 def with_options_of(family: Family[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command one option for each option that strategies of a family have.
+    """Add the options of a family's strategies to a command.
 
-    They take the place of the command's parameter ``settings``, which receives name → value; None for each option
-    that was not given. The family checks them (:meth:`Family.given_options`), so a wrong value ends with status 3.
+    They replace the command's parameter ``settings``, which receives name → value, with None for an option that was
+    not given. The family checks the values (:meth:`Family.given_options`), so a wrong value exits with status 3.
     """
 
     def decorated(command: Callable[..., None]) -> Callable[..., None]:
         hints = get_type_hints(command, include_extras=True)
-        own = inspect.signature(command).parameters.values()
         built = _parameters(family)
         parameters = []
-        for parameter in own:
+        for parameter in inspect.signature(command).parameters.values():
             if parameter.name == "settings":
                 parameters += built
             else:
@@ -45,12 +46,12 @@ def with_options_of(family: Family[Any]) -> Callable[[Callable[..., None]], Call
 
 
 def of(option: Option) -> Any:
-    """The Typer option of one that a function of the library checks."""
+    """Return the Typer option for an option that the library checks."""
     return typer.Option(option.flag, help=option.help, metavar="|".join(option.choices) or None)
 
 
 def _parameters(family: Family[Any]) -> list[inspect.Parameter]:
-    """One keyword parameter for each name of an option, with the defaults of all strategies in its help text."""
+    """Return one keyword parameter per option name, with the defaults of all strategies in its help text."""
     defaults: dict[str, dict[str, Any]] = {}
     options: dict[str, list[Option]] = {}
     for option, found in family.options().items():
@@ -68,13 +69,13 @@ def _parameters(family: Family[Any]) -> list[inspect.Parameter]:
 
 
 def _typed(option: Option) -> Any:
-    """The type that Typer parses; choices stay text, so that the family refuses a wrong one."""
+    """Return the type that Typer parses; choices stay text, so that the family reports a wrong one."""
     typed: Any = str if issubclass(option.type, StrEnum) else option.type
     return list[typed] | None if option.repeated else typed | None
 
 
 def _option(same: list[Option], defaults: dict[str, Any]) -> Any:
-    """The Typer option of all options of one name, which differ in their default and range alone."""
+    """Return one Typer option for all options of one name, which differ only in their default and range."""
     by_default: dict[str, list[str]] = {}
     for strategy, value in sorted(defaults.items()):
         if value is None or value == ():
@@ -91,33 +92,68 @@ def _option(same: list[Option], defaults: dict[str, Any]) -> Any:
 
 
 Settings = dict[str, Any] | None
-"""Options of the chosen strategy, by name; see :func:`with_options_of`."""
+"""The options of a strategy, by name; see :func:`with_options_of`."""
 Experts = Annotated[
     list[str] | None,
-    typer.Argument(help="Experts: folders or Hub ids (org/name@revision). Default: those that the ranking selected."),
+    typer.Argument(help="Experts: adapter folders or Hub ids (org/name@revision). Default: those selected by 'rank'."),
 ]
-StorePath = Annotated[Path, typer.Option("--store", help="The store of embeddings.")]
-RankingPath = Annotated[Path, typer.Option("--ranking", help="The ranking that names the target and the experts.")]
+Pools = Annotated[
+    list[str] | None,
+    typer.Argument(help="Pools (folders of experts), single experts, or Hub ids. Default: ./experts."),
+]
+StorePath = Annotated[Path, typer.Option("--store", help="Embedding store, written by 'pimerge embed'.")]
+RankingPath = Annotated[Path, typer.Option("--ranking", help="Ranking, written by 'pimerge rank'.")]
 TargetReference = Annotated[
     str | None,
-    typer.Option("--target", help="The target: an expert's folder, or a task's. Default: the ranking's target."),
+    typer.Option("--target", help="Target: folder of an expert or a task. Default: the target of the ranking."),
 ]
 BaseReference = Annotated[
-    str | None, typer.Option("--base", help="Base model (folder or Hub id[@revision]), in place of the experts' own.")
+    str | None, typer.Option("--base", help="Base model: folder or Hub id. Default: the base that the experts name.")
 ]
-Force = Annotated[bool, typer.Option("--force", help="Replace existing output.")]
+Force = Annotated[bool, typer.Option("--force", help="Overwrite existing output.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no hints.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")]
-Dtype = Annotated[str, typer.Option(help="auto (bfloat16 on a GPU, else float32), float32, bfloat16 or float64.")]
-Seed = Annotated[int, typer.Option(help="Seed of all random numbers.")]
-Shots = Annotated[int | None, typer.Option(help="Training examples per class, sampled. Default: all.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Do not print progress and hints.")]
+Device = Annotated[str, typer.Option(help="Device: auto, cpu, cuda, cuda:1, ….")]
+Dtype = Annotated[
+    str, typer.Option(help="Dtype of the model: float32, bfloat16, float64, or auto (bfloat16 on a GPU, else float32).")
+]
+Seed = Annotated[int, typer.Option(help="Random seed.")]
+Shots = Annotated[int | None, typer.Option(help="Training examples per class, sampled at random. Default: all.")]
 ClassNames = Annotated[
     bool | None,
     typer.Option(
-        help="Also learn from the names of the classes, where texts are classified. Default: for guided and named, if "
-        "the names predict the examples."
+        help="Also train on the class names as examples, for text classification. Default: yes in methods that use "
+        "class names, if the names predict the examples."
     ),
 ]
 BatchTokens = Annotated[int | None, typer.Option(help="Maximum tokens per batch. Default: by device.", min=1)]
-Rank = Annotated[str, typer.Option(help="Rank of the result: a number, or max (nothing is lost).")]
+
+
+def numbers(text: str, option: str) -> list[float]:
+    """Parse numbers separated by commas, the value of an option.
+
+    >>> numbers("0.6,0.4", "--weights")
+    [0.6, 0.4]
+    """
+    found = []
+    for part in text.split(","):
+        try:
+            found.append(float(part))
+        except ValueError:
+            found.append(math.nan)
+        if not math.isfinite(found[-1]):
+            raise PimergeError(f"{option} contains '{part}'", "expected numbers separated by commas, such as 0.6,0.4")
+    return found
+
+
+def count(text: str, option: str, word: str) -> int | None:
+    """Parse a positive integer, or a word that stands for None.
+
+    >>> count("8", "--rank", "max"), count("max", "--rank", "max")
+    (8, None)
+    """
+    if text == word:
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise PimergeError(f"{option} is '{text}'", f"expected a positive integer or {word}")
+    return int(text)

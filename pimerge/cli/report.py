@@ -12,18 +12,18 @@ from pimerge.cli.console import note, print_json
 
 
 def report(
-    folder: Annotated[Path, typer.Argument(help="The folder that the other commands wrote to.")] = Path(),
+    folder: Annotated[Path, typer.Argument(help="Folder with the outputs of the other commands.")] = Path(),
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="The page. Default: report.html in the folder.")
+        Path | None, typer.Option("--output", "-o", help="HTML file to write. Default: report.html in the folder.")
     ] = None,
     force: options.Force = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Summarise a folder in one HTML page: pool, rankings, outputs, scores, comparisons, plots.
+    """Summarise a folder in one HTML page.
 
-    The page needs no other file and no network. A click on a column sorts its table. For what is missing the page names
-    the command that makes it.
+    The page shows the pool, rankings, outputs, scores, comparisons and plots, and names the command for each missing
+    part. It needs no other file and no network. Click a column heading to sort a table.
     """
     from pimerge.core.files import require_absent, write_file
     from pimerge.reporting.report.gathering import gather

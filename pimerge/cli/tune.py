@@ -2,109 +2,105 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pimerge.adapters.kind import KINDS
 from pimerge.cli import options
 from pimerge.cli.console import note, print_family, print_json, print_table, tracker, warn
-from pimerge.cli.inputs import parse_rank
 from pimerge.core.libraries import quiet_libraries
-from pimerge.tuning.method import METHODS, Granularity
+from pimerge.tuning.method import METHODS, Granularity, MixturePlan
 
 if TYPE_CHECKING:
     from pimerge.tuning.session import TuneResult
+
+HOLDOUT = ", ".join(
+    [f"{MixturePlan.holdout:g}"]
+    + [f"{each.plan.holdout:g} ({each.name})" for each in METHODS if each.plan.holdout != MixturePlan.holdout]
+)
 
 
 @options.with_options_of(METHODS)
 def tune(
     experts: options.Experts = None,
     method: Annotated[
-        str, typer.Option(help=f"How to combine and train; --methods explains each: {', '.join(METHODS.names())}.")
+        str, typer.Option(help=f"Tune method; --methods describes them: {', '.join(METHODS.names())}.")
     ] = "guided",
     methods: Annotated[
-        bool, typer.Option("--methods", help="List the methods, each with its formula and source.")
+        bool, typer.Option("--methods", help="List the methods with their formulas and sources.")
     ] = False,
     target: options.TargetReference = None,
     ranking: options.RankingPath = Path("ranking.json"),
     base: options.BaseReference = None,
     shots: options.Shots = None,
-    epochs: Annotated[float, typer.Option(help="Maximum number of passes over the training examples.")] = 30,
+    epochs: Annotated[float, typer.Option(help="Maximum passes over the training examples.")] = 30,
     lr: Annotated[
         float | None,
-        typer.Option(
-            help="Learning rate of factors and head. Default, at hidden size 384: 0.005; 0.002 for interpolated and "
-            "methods like it; 1.3e-4 for full; lower for wider bases."
-        ),
+        typer.Option(help="Learning rate of factors and head. Default: by method and hidden size, at most 0.005."),
     ] = None,
     weights_lr: Annotated[float, typer.Option(help="Learning rate of the experts' weights.")] = 5e-2,
     batch_size: Annotated[int, typer.Option(help="Examples per step.")] = 16,
     seed: options.Seed = 0,
     holdout: Annotated[
-        float | None,
-        typer.Option(help="Share of the training examples kept for early stopping. Default: 0 for guided, else 0.2."),
+        float | None, typer.Option(help=f"Share of the examples held out for early stopping. Default: {HOLDOUT}.")
     ] = None,
-    patience: Annotated[int, typer.Option(help="Epochs without a lower held-out loss before training ends.")] = 8,
-    label_smoothing: Annotated[
-        float, typer.Option(help="Share of the target probability spread over all classes.")
-    ] = 0.1,
+    patience: Annotated[int, typer.Option(help="Epochs without a lower held-out loss before training stops.")] = 8,
+    label_smoothing: Annotated[float, typer.Option(help="Label smoothing of the loss.")] = 0.1,
     select: Annotated[
         str,
-        typer.Option(
-            help="fixed: learning rate and epochs as given; cv: chosen on folds of the examples, ten trainings."
-        ),
+        typer.Option(help="Learning rate and epochs: fixed (as given) or cv (by cross-validation, ten trainings)."),
     ] = "fixed",
     weight_decay: Annotated[float, typer.Option(help="Weight decay of factors and head.")] = 0.01,
     decay_towards: Annotated[
-        str, typer.Option(help="What weights decay towards: zero, or the start of the training.")
+        str, typer.Option(help="Target of the weight decay: zero, or start (the values before training).")
     ] = "zero",
     ema: Annotated[
-        float | None,
-        typer.Option(help="Keep a moving average of trained parameters with this decay, such as 0.99."),
+        float | None, typer.Option(help="Decay of a moving average of the trained parameters, such as 0.99.")
     ] = None,
     sam: Annotated[
-        float | None, typer.Option(help="Sharpness-aware minimisation with this radius, such as 0.05: twice the time.")
+        float | None, typer.Option(help="Radius of sharpness-aware minimisation, such as 0.05; doubles the time.")
     ] = None,
     class_names: options.ClassNames = None,
     start: Annotated[
-        str, typer.Option(help="Where the experts' weights start: ranking (the softmax of its scores), or equal.")
+        str, typer.Option(help="Initial weights of the experts: ranking (softmax of its scores) or equal.")
     ] = "ranking",
     granularity: Annotated[
-        str, typer.Option(help=f"Which modules share a weight vector: {', '.join(Granularity)}.")
+        str, typer.Option(help=f"Modules that share one weight per expert: {', '.join(Granularity)}.")
     ] = "matrix",
-    rank: options.Rank = "max",
+    rank: Annotated[str, typer.Option(help="Rank of the result: a number, or max (lossless).")] = "max",
     kind: Annotated[
         str | None,
-        typer.Option(help=f"Kind of a fresh expert ({', '.join(KINDS.names())}). Default: the pool's, else lora."),
+        typer.Option(help=f"Kind of a fresh expert ({', '.join(KINDS.names())}). Default: as in the pool, or lora."),
     ] = None,
     fresh_rank: Annotated[
         int | None,
-        typer.Option(help="Rank of a fresh LoRA, or size of a bottleneck, prefix or prompt. Default: the pool's."),
+        typer.Option(help="Rank of a fresh LoRA, or size of a bottleneck, prefix or prompt. Default: as in the pool."),
     ] = None,
     fresh_alpha: Annotated[
         float | None, typer.Option(help="Alpha of a fresh LoRA. Default: in proportion to the rank, as in the pool.")
     ] = None,
     modules: Annotated[
         str | None,
-        typer.Option(help="Modules of a fresh expert, separated by commas. Default: the pool's, or PEFT's choice."),
+        typer.Option(help="Modules of a fresh expert, separated by commas. Default: as in the pool, or in PEFT."),
     ] = None,
-    settings: dict[str, Any] = {},  # noqa: B006  one option for each that the methods have
+    settings: options.Settings = None,
     init_seed: Annotated[
-        int, typer.Option(help="Decides the init of a fresh expert; the experts of one pool share it.")
+        int, typer.Option(help="Random seed for the init of a fresh expert; the experts of one pool share it.")
     ] = 0,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
-    output: Annotated[Path, typer.Option("--output", "-o", help="The folder of the tuned expert.")] = Path("tuned"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")] = Path("tuned"),
     force: options.Force = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Combine experts and train on the target's examples, into one expert.
+    """Combine experts into one by training on the target's examples.
 
-    Where the ranking expects no expert to help, a fresh one is trained ('--method scratch', or 'named').
-    A run that was interrupted continues where it stopped when the same command is given again.
+    If the ranking selected no expert, a fresh one is trained. Give the same command again to resume an interrupted
+    run.
     """
     if methods:
         print_family(METHODS, json)
@@ -135,7 +131,7 @@ def tune(
             sam=sam,
             granularity=granularity,
             class_names=class_names,
-            rank=parse_rank(rank),
+            rank=options.count(rank, "--rank", "max"),
             fresh_kind=kind,
             fresh_rank=fresh_rank,
             fresh_alpha=fresh_alpha,
@@ -149,12 +145,12 @@ def tune(
         output=output,
         force=force,
         track=tracker(quiet),
-        note=lambda message: note(message, quiet),
+        note=partial(note, quiet=quiet),
         warn=warn,
-        **settings,
+        **(settings or {}),
     )
     if not result.outcome.writes:
-        return  # another process does, and says so
+        return  # another process writes and prints the result
     if json:
         print_json(result.to_dict())
         return

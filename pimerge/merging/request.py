@@ -113,9 +113,9 @@ class MergeRequest:
 
         if self.rank == "auto":
             return Truncation(None, AUTO_ENERGY if self.energy is None else self.energy)
-        if self.rank != "max" and not isinstance(self.rank, int):
-            raise PimergeError(f"--rank is '{self.rank}'", "expected a number from 1, max or auto")
-        return Truncation(self.rank if isinstance(self.rank, int) else None, self.energy)
+        if self.rank != "max" and not (str(self.rank).isdecimal() and int(self.rank) > 0):
+            raise PimergeError(f"--rank is '{self.rank}'", "expected a positive integer, max or auto")
+        return Truncation(None if self.rank == "max" else int(self.rank), self.energy)
 
     def torch_dtype(self) -> torch.dtype | None:
         """The dtype asked for; None for the experts' own."""

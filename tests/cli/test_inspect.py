@@ -163,7 +163,7 @@ def test_a_default_store_that_cannot_be_read_is_left_out(inspect: Cli, pool: Pat
     store.write_text(json.dumps({"schema_version": 1, "experts": {}}))
     result = inspect()
     assert (result.exit_code, "Fisher " in result.stdout) == (0, False)
-    assert "without Fisher information: 'embeddings.json' has the schema version 1" in result.stderr
+    assert "Fisher information is not shown: 'embeddings.json' has the schema version 1" in result.stderr
     with pytest.raises(PimergeError, match="schema version 1"):
         raise_from(inspect("--store", "embeddings.json"))
 

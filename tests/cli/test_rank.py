@@ -171,7 +171,7 @@ def test_another_measure_and_output(folder: Path, shell: Shell) -> None:
     assert {candidate["path"] for candidate in result.document["candidates"]} == {
         f"../experts/{name}" for name in ("a", "b", "other-rank")
     }
-    assert "comparable: 3, of 9 requested" in shell(*line).err
+    assert "only 3 of the 9 experts asked for are comparable" in shell(*line).err
 
 
 def test_nobody_to_compare_with_is_a_valid_answer(folder: Path, shell: Shell) -> None:
@@ -430,7 +430,7 @@ def test_the_measures_are_listed_with_what_they_need(shell: Shell) -> None:
     ("arguments", "code", "expected"),
     [
         (["--target", "parity", "-k", "0"], 3, "-k is '0'"),
-        (["--target", "parity", "-k", "two"], 3, "expected a number from 1, or auto"),
+        (["--target", "parity", "-k", "two"], 3, "expected a positive integer or auto"),
         (["--target", "parity", "--measure", "fihser"], 3, "'fisher'"),
         (["--target", "parity", "--store", "nowhere.json"], 3, "'nowhere.json'"),
         (["--target", "parity", "--shots", "99"], 3, "99 were asked for"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -9,9 +10,11 @@ import typer
 
 from pimerge.cli import options
 from pimerge.cli.console import note, print_family, tracker
-from pimerge.cli.inputs import parse_numbers, parse_rank
 from pimerge.merging.method import METHODS
 from pimerge.merging.request import DTYPE, HEAD, SPACE
+
+_JOINING = " and ".join(method.name for method in METHODS if method.joins_target)
+_BY_SCORE = " and ".join(method.name for method in METHODS if method.weights_by_score)
 
 
 @options.with_options_of(METHODS)
@@ -19,77 +22,69 @@ def merge(
     experts: options.Experts = None,
     method: Annotated[
         str | None,
-        typer.Option(help=f"How to merge; --methods explains each: {', '.join(METHODS.names())}. Default: uniform."),
+        typer.Option(help=f"Merge method; --methods describes them: {', '.join(METHODS.names())}. Default: uniform."),
     ] = None,
     methods: Annotated[
-        bool, typer.Option("--methods", help="List the methods, each with its formula and source.")
+        bool, typer.Option("--methods", help="List the methods with their formulas and sources.")
     ] = False,
     weights: Annotated[
-        str | None, typer.Option(help="Weights of the experts given, in their order: 0.6,0.4. They need not sum to 1.")
+        str | None, typer.Option(help="Weights, one per expert, such as 0.6,0.4. They need not sum to 1.")
     ] = None,
     weight: Annotated[
         list[str] | None,
-        typer.Option(help="A weight by module, repeatable: 'EXPERT=0.5' or 'experts/a:*.layers.1?.*=0.7'."),
+        typer.Option(help="Weight by module, such as 'a=0.5' or 'experts/a:*.layers.1?.*=0.7'; repeatable."),
     ] = None,
     alpha: Annotated[
         float | None,
         typer.Option(
-            help="Weight of the target's expert, for 'interpolated' and 'fisher'. The others divide the rest: in "
-            "'interpolated' by the softmax of their scores, else evenly. Default: 1/(k+1)."
+            help=f"Weight of the target's own expert, which {_JOINING} add to the selected experts. The others share "
+            f"the rest: in {_BY_SCORE} by the softmax of their scores, otherwise evenly. Default: 1/N for N experts."
         ),
     ] = None,
     coefficients: Annotated[
         Path | None,
-        typer.Option(
-            help="Weights from a file: tuned/coefficients.json, or JSON of expert → weight or {glob: weight}."
-        ),
+        typer.Option(help="File with weights: coefficients.json, or JSON of expert → weight or {glob: weight}."),
     ] = None,
     settings: options.Settings = None,
     space: Annotated[str, options.of(SPACE)] = "core",
     seed: options.Seed = 0,
     rank: Annotated[
-        str, typer.Option(help="Rank of the result: a number, max (nothing is lost) or auto (what --energy needs).")
+        str, typer.Option(help="Rank of the result: a number, max (lossless) or auto (the least that keeps --energy).")
     ] = "max",
     energy: Annotated[
-        float | None, typer.Option(help="Share of ‖ΔW‖² to keep with the lowest rank, module by module. auto: 0.99.")
+        float | None, typer.Option(help="Share of ‖ΔW‖² to keep in every module. Default with --rank auto: 0.99.")
     ] = None,
     include: Annotated[
-        list[str] | None, typer.Option(help="Merge only modules that match a glob, such as '*.q_proj'.")
+        list[str] | None, typer.Option(help="Merge only modules that match this glob, such as '*.q_proj'; repeatable.")
     ] = None,
-    exclude: Annotated[list[str] | None, typer.Option(help="Leave out modules that match a glob.")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="Leave out modules that match; repeatable.")] = None,
     head: Annotated[str, options.of(HEAD)] = "target",
     dtype: Annotated[str | None, options.of(DTYPE)] = None,
     into: Annotated[
         Path | None,
-        typer.Option(
-            help="Merge the result into this full checkpoint (a folder or a .safetensors file) and write that."
-        ),
+        typer.Option(help="Full checkpoint (folder or .safetensors file) to merge the result into; it is not changed."),
     ] = None,
     fisher: Annotated[
         list[Path] | None,
-        typer.Option(
-            help="File with the diagonal Fisher of a full checkpoint; one for each, in order. LoRA: the store's."
-        ),
+        typer.Option(help="File with the diagonal Fisher of a full checkpoint; repeat it for each, in order."),
     ] = None,
     store: options.StorePath = Path("embeddings.json"),
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be done, and write nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
     verify: Annotated[
-        bool,
-        typer.Option("--verify", help="First merge every expert alone, and check that it comes back unchanged."),
+        bool, typer.Option("--verify", help="First check that every expert, merged alone, comes back unchanged.")
     ] = False,
     target: options.TargetReference = None,
     ranking: options.RankingPath = Path("ranking.json"),
     base: options.BaseReference = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="The folder of the merged expert.")] = Path("merged"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")] = Path("merged"),
     force: options.Force = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Combine experts into one without training, exactly in ΔW; the base model is not loaded.
+    """Combine experts into one without training.
 
-    Default experts: those that the ranking selected; for 'interpolated' and 'fisher' also the target's own expert.
-    Full checkpoints (folders with a config.json and weights) merge against their --base by the linear and
-    elementwise methods and 'fisher'.
+    The merge is exact in ΔW, and the base model is not loaded. Full checkpoints (folders with a config.json and
+    weights) can be merged as well, relative to their --base.
     """
     if methods:
         print_family(METHODS, json)
@@ -100,13 +95,13 @@ def merge(
         experts,
         method=method,
         options=settings,
-        weights=None if weights is None else parse_numbers(weights, "--weights"),
+        weights=None if weights is None else options.numbers(weights, "--weights"),
         rules=weight or [],
         alpha=alpha,
         coefficients=coefficients,
         space=space,
         seed=seed,
-        rank=rank if rank == "auto" else parse_rank(rank) or "max",
+        rank=rank,
         energy=energy,
         include=include or [],
         exclude=exclude or [],
@@ -123,8 +118,8 @@ def merge(
         force=force,
         dry_run=dry_run,
         track=tracker(quiet),
-        note=lambda message: note(message, quiet),
+        note=partial(note, quiet=quiet),
     )
     from pimerge.cli.merge.show import show
 
-    show(merged, as_json=json, say=lambda message: note(message, quiet))
+    show(merged, as_json=json, say=partial(note, quiet=quiet))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,42 +22,43 @@ def plot(
     context: typer.Context,
     settings: dict[str, Any],
     name: Annotated[
-        str | None, typer.Argument(help=f"The plot: {', '.join(FIGURES.names())}.", show_default=False)
+        str | None, typer.Argument(help=f"Name of the plot: {', '.join(FIGURES.names())}.", show_default=False)
     ] = None,
     experts: Annotated[
         list[str] | None,
-        typer.Argument(
-            help="Experts: names in the store or the ranking, or folders. Default: all.", show_default=False
-        ),
+        typer.Argument(help="Experts: names in the store or ranking, or folders. Default: all.", show_default=False),
     ] = None,
-    figures: Annotated[bool, typer.Option("--figures", help="List the plots and what each shows.")] = False,
+    figures: Annotated[bool, typer.Option("--figures", help="List the plots and exit.")] = False,
     data: Annotated[
-        Path | None, typer.Option(help="Draw this data, which the same plot wrote, and compute nothing.")
+        Path | None, typer.Option(help="Draw the data from this JSON file of the same plot, and compute nothing.")
     ] = None,
     target: options.TargetReference = None,
     store: options.StorePath = FigureInputs.store,
     ranking: options.RankingPath = FigureInputs.ranking,
-    path: Annotated[Path, typer.Option("--path", help="The data that 'pimerge plot path' wrote.")] = FigureInputs.path,
-    comparison: Annotated[Path, typer.Option(help="What 'pimerge compare' wrote.")] = FigureInputs.comparison,
-    tuned: Annotated[Path, typer.Option(help="The folder that 'pimerge tune' wrote.")] = FigureInputs.tuned,
+    path: Annotated[Path, typer.Option("--path", help="Result of 'pimerge plot path'.")] = FigureInputs.path,
+    comparison: Annotated[Path, typer.Option(help="Result of 'pimerge compare'.")] = FigureInputs.comparison,
+    tuned: Annotated[Path, typer.Option(help="Result of 'pimerge tune'.")] = FigureInputs.tuned,
     base: options.BaseReference = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="Write OUTPUT.png, OUTPUT.svg, OUTPUT.json. Default: the plot's name."),
+        typer.Option("--output", "-o", help="Write OUTPUT.png, OUTPUT.svg and OUTPUT.json. Default: the plot's name."),
     ] = None,
     force: options.Force = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Draw what the other commands found: a picture as PNG and SVG, and its data as JSON."""
+    """Plot the results of the other commands.
+
+    Writes the picture as PNG and SVG, and its data as JSON.
+    """
     if figures:
         _print_figures(json)
         return
     if name is None:
         raise PimergeError(
-            "no plot was named", f"name one of {', '.join(FIGURES.names())}; 'pimerge plot --figures' explains them"
+            "no plot was named", f"name one of {', '.join(FIGURES.names())}; 'pimerge plot --figures' describes them"
         )
     from pimerge.core.files import json_text, require_absent, write_files
     from pimerge.core.libraries import quiet_libraries
@@ -75,14 +77,14 @@ def plot(
         device=device,
         dtype=dtype,
         track=tracker(quiet),
-        note=lambda message: note(message, quiet),
+        note=partial(note, quiet=quiet),
     )
     _refuse_unread_inputs(context, figure if data is None else replace(figure, inputs=()))
     given = FIGURES.given_options(figure if data is None else replace(figure, options={}), settings)
     require_libraries()
     files = {suffix: _beside(output or Path(figure.name), suffix) for suffix in SUFFIXES}
     for file in files.values():
-        if file != data:  # the data that is drawn may lie where it would be written
+        if file != data:  # the input may be the file that is written
             require_absent(file, force)
     if data is not None:
         found = figure.read(data)
@@ -98,20 +100,20 @@ def plot(
 
 
 def _beside(output: Path, suffix: str) -> Path:
-    """``OUTPUT.png`` for ``OUTPUT``, and for ``OUTPUT.svg``."""
+    """Return ``OUTPUT.png`` for ``OUTPUT``, and for ``OUTPUT.svg``."""
     stem = output.name.removesuffix(output.suffix) if output.suffix in SUFFIXES else output.name
     return output.with_name(stem + suffix)
 
 
 def _refuse_unread_inputs(context: typer.Context, figure: Figure[Any, Any]) -> None:
-    """Refuse inputs that were given and that the figure does not read."""
+    """Refuse given inputs that the figure does not read."""
     sources = {name: context.get_parameter_source(name) for name in vars(FigureInputs()) if name in context.params}
     given = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
     problems = Problems()
     for name in sorted(given - set(figure.inputs)):
         what = "experts" if name == "experts" else f"--{name}"
         problems.add(f"'pimerge plot {figure.name}' does not read {what}", "leave it out")
-    problems.raise_any(f"some options do not fit 'pimerge plot {figure.name}'")
+    problems.raise_any(f"'pimerge plot {figure.name}' does not read some of the options")
 
 
 def _print_figures(json: bool) -> None:
