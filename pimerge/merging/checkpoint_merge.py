@@ -1,7 +1,8 @@
-"""Full checkpoints as experts: W = W0 + merge(W_n − W0), tensor by tensor.
+"""Merge full checkpoints tensor by tensor: W = W0 + merge(W_n − W0).
 
-Linear methods take W = (1 − Σc_n) W0 + Σ c_n W_n in float64 in pieces, so one expert at weight 1 comes back bit by
-bit and memory does not grow with the tensors. The others see a whole tensor, in float32 (float64 for F64).
+Linear methods compute W = (1 − Σc_n) W0 + Σ c_n W_n in float64 and in pieces, so a single expert at weight 1 comes
+back bit by bit, and memory does not grow with the tensors. Other methods read whole tensors, in float32 (float64 for
+F64).
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ Weights = Mapping[str, Sequence[float]] | Sequence[float]
 
 @dataclass(frozen=True)
 class MergedTensors:
-    """The result of a merge of checkpoints.
+    """Statistics of a merged checkpoint that was written.
 
     Attributes:
-        merged: tensors that were merged.
-        kept: tensors of the base that stay as they are.
-        dropped: keys of heads that were left out.
-        size: bytes of the tensors.
+        merged: number of merged tensors.
+        kept: number of unchanged tensors of the base.
+        dropped: keys of the heads that were left out.
+        size: total size of the tensors in bytes.
     """
 
     merged: int
@@ -43,7 +44,7 @@ class MergedTensors:
 
 
 class _Finite:
-    """Notes each tensor with NaN or Inf once, by expert."""
+    """Collects the tensors that contain NaN or Inf."""
 
     def __init__(self) -> None:
         self.bad: dict[tuple[str, str], None] = {}
@@ -55,7 +56,7 @@ class _Finite:
     def raise_any(self) -> None:
         problems = Problems()
         for name, key in self.bad:
-            problems.add(f"'{key}' of '{name}' holds NaN or Inf", "the training diverged: leave the checkpoint out")
+            problems.add(f"'{key}' of '{name}' contains NaN or Inf", "its training diverged: leave the checkpoint out")
         problems.raise_any("NaN or Inf weights")
 
 
@@ -68,13 +69,13 @@ def merge_checkpoints(
     dtype: torch.dtype | None = None,
     track: Track = silent,
 ) -> MergedTensors:
-    """Write the merged checkpoint: shards, names and order of the base.
+    """Write the merged checkpoint, with the shards, key names and order of the base.
 
     Args:
-        plan: of :func:`pimerge.merging.checkpoint_plan.plan_checkpoints`.
-        weights: one per expert; or key of the base → one per expert.
-        output: an empty folder, or the path of a file if the base is a single file.
-        dtype: of all floating tensors; None keeps the base's.
+        plan: the result of :func:`pimerge.merging.checkpoint_plan.plan_checkpoints`.
+        weights: one weight per expert, for all tensors or by key of the base.
+        output: an empty folder, or a file path if the base is a single file.
+        dtype: dtype of the floating-point tensors; None keeps the dtypes of the base.
     """
     finite = _Finite()
 
@@ -100,7 +101,7 @@ def merge_checkpoints(
 
 
 def _linear(plan: CheckpointPlan, key: str, weights: Tensor, method: OpenedMethod, finite: _Finite) -> Iterator[Tensor]:
-    """(1 − Σc_n) W0 + Σ c_n W_n, piece by piece; a piece that is the same in all is the base's own."""
+    """Yield (1 − Σc_n) W0 + Σ c_n W_n, piece by piece; a piece that all experts share with the base is copied."""
 
     def gram() -> Tensor:
         total = torch.zeros(len(weights), len(weights), dtype=torch.float64)
@@ -125,7 +126,7 @@ def _linear(plan: CheckpointPlan, key: str, weights: Tensor, method: OpenedMetho
 
 
 def _pieces(plan: CheckpointPlan, key: str) -> Iterator[tuple[Tensor, list[Tensor]]]:
-    """The base's numbers and those of each expert, in flat pieces of the same length."""
+    """Yield flat pieces of a tensor: the numbers of the base, and those of each expert."""
     count = math.prod(plan.base.entry(key).shape)
     sources = [(plan.base, key), *zip(plan.experts, plan.merged[key], strict=True)]
     step = 2**18  # 2 MiB of float64 for each checkpoint: the sums stay in cache
@@ -136,7 +137,7 @@ def _pieces(plan: CheckpointPlan, key: str) -> Iterator[tuple[Tensor, list[Tenso
 
 
 def _whole(plan: CheckpointPlan, key: str, weights: Tensor, method: OpenedMethod, finite: _Finite) -> Tensor:
-    """The merged tensor of a method that looks at all of it: deltas, or with Fishers the parameters."""
+    """Merge a whole tensor: its deltas, or its parameters if the method works on parameters."""
     kind = torch.float64 if plan.base.entry(key).dtype == "F64" else torch.float32
     base = plan.base.read(key).to(kind)
     names = plan.merged[key]
@@ -167,7 +168,7 @@ def _check(plan: CheckpointPlan, key: str, values: Sequence[Tensor], finite: _Fi
 
 
 def _head(plan: CheckpointPlan, key: str, finite: _Finite) -> Iterator[Tensor]:
-    """The target's tensor, or the mean of all, in float64."""
+    """Yield the target's tensor of a head, or the mean over the experts in float64."""
     parts = [(plan.experts[number], name) for number, name in plan.heads[key].items()]
     if len(parts) == 1:
         expert, name = parts[0]

@@ -1,4 +1,4 @@
-"""Which tensors of full checkpoints are merged, which stay, and what becomes of the heads."""
+"""Plan a merge of full checkpoints: which tensors are merged, which stay, and which heads are written."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from pimerge.merging.request import HeadPolicy
 
 @dataclass(frozen=True)
 class CheckpointPlan:
-    """The plan of a merge of checkpoints; see :func:`plan_checkpoints`.
+    """The tensors that a merge of checkpoints reads and writes; see :func:`plan_checkpoints`.
 
     Attributes:
-        merged: key of the base → the key of each expert, for every tensor that is merged.
-        heads: key that is written → the keys that it is taken from, by the number of the expert.
-        dropped: keys of heads that are left out.
-        fishers: the file of each expert's Fisher, if the method needs them.
-        config: of the written checkpoint; None for the base's.
+        merged: key in the base → key in each expert, for every merged tensor.
+        heads: key in the output → index of the expert → key in that expert, for every tensor of a head.
+        dropped: keys of the heads that are left out.
+        fishers: file with the Fisher of each expert, if the method needs it.
+        config: content of the written ``config.json``; None copies the base's.
     """
 
     base: Checkpoint
@@ -41,7 +41,7 @@ class CheckpointPlan:
 
 @dataclass
 class _Sorted:
-    """The tensors of one expert: key of the base → own key, and written key → own key for its head."""
+    """The tensors of one expert: key in the base → own key, and for its head, key in the output → own key."""
 
     same: dict[str, str] = field(default_factory=dict)
     head: dict[str, str] = field(default_factory=dict)
@@ -57,14 +57,14 @@ def plan_checkpoints(
     target: int | None = None,
     selected: Callable[[str], bool] | None = None,
 ) -> CheckpointPlan:
-    """Check that checkpoints can be merged; nothing is computed or written.
+    """Check that checkpoints can be merged, and plan the merge without computing or writing anything.
 
     Args:
-        fishers: a safetensors file per expert with a tensor for each of its own, for methods that need them.
-        head: of tensors that only experts have, or whose labels differ: ``none`` leaves them out (the base keeps
-            its own), ``target`` takes the target's, ``average`` the mean.
-        target: number of the target's expert.
-        selected: keys of the base that are merged; None for all.
+        fishers: one safetensors file per expert, with the Fisher of each tensor, for methods that need it.
+        head: how to handle head tensors, which only experts have or whose labels differ: ``none`` leaves them out
+            (the base keeps its own), ``target`` takes the target's, ``average`` takes the mean.
+        target: index of the target's expert.
+        selected: tells by key of the base which tensors to merge; None merges all.
     """
     _check_method(method)
     problems = Problems()
@@ -96,8 +96,8 @@ def _check_method(method: OpenedMethod) -> None:
         return
     possible = [other.name for other in METHODS if other.space.takes_any_tensor]
     raise PimergeError(
-        f"'{method.name}' works on low-rank updates or their inputs, full checkpoints have neither",
-        f"those that merge full checkpoints: {', '.join(possible)}",
+        f"'{method.name}' needs low-rank updates or their inputs, which full checkpoints do not have",
+        f"these methods merge full checkpoints: {', '.join(possible)}",
     )
 
 
@@ -108,13 +108,13 @@ def _check_models(base: Checkpoint, experts: Sequence[Checkpoint], problems: Pro
         found, expected = (checkpoint.config.get("model_type") for checkpoint in (expert, base))
         if found and expected and found != expected:
             problems.add(
-                f"'{expert.name}' is a {found}, the base '{base.name}' a {expected}",
+                f"'{expert.name}' is of type {found}, and the base '{base.name}' of type {expected}",
                 "merge checkpoints that were fine-tuned from the base",
             )
 
 
 def _sort(base: Checkpoint, own: Names, expert: Checkpoint, relabelled: bool, problems: Problems) -> _Sorted:
-    """Which tensors of an expert are the base's, and which its head."""
+    """Sort the tensors of an expert into those of the base and those of its head."""
     names = names_of(expert)
     keys = align(own, names)
     found = _Sorted()
@@ -128,11 +128,11 @@ def _sort(base: Checkpoint, own: Names, expert: Checkpoint, relabelled: bool, pr
                 found.same[home] = key
             else:
                 problems.add(
-                    f"'{key}' of '{expert.name}' is {expert.entry(key).shape}, the base's {base.entry(home).shape}",
-                    "a resized vocabulary or another layer cannot be merged: leave the expert out",
+                    f"'{key}' of '{expert.name}' has the shape {expert.entry(key).shape}, not {base.entry(home).shape}",
+                    "a resized vocabulary or a replaced layer cannot be merged: leave the expert out",
                 )
         elif names.known and name not in names.known:
-            continue  # transformers does not load it either
+            continue  # transformers ignores it as well
         elif name in (own.shared or {}):
             if not any(name in group for group in names.groups):
                 problems.add(f"'{expert.name}' has its own '{key}', which the base shares with its embedding")
@@ -144,7 +144,7 @@ def _sort(base: Checkpoint, own: Names, expert: Checkpoint, relabelled: bool, pr
 
 
 def _heads_for_all(found: Sequence[_Sorted]) -> None:
-    """A tensor that is one expert's head is the head of all."""
+    """Treat a tensor that belongs to the head of one expert as a head tensor in all of them."""
     for key in {key for part in found for key in part.head}:
         for part in found:
             if key in part.same:
@@ -159,20 +159,20 @@ def _is_merged(
     own: Names,
     problems: Problems,
 ) -> bool:
-    """Whether a tensor of the base has a counterpart in every expert; one that no expert has is not merged."""
+    """Whether every expert has a counterpart of a tensor of the base; it is a problem if only some have one."""
     having = [number for number, part in enumerate(found) if key in part.same]
     if base.entry(key).dtype not in FLOATS:
         value = base.read(key)
         for number in having:
             if not torch.equal(value, experts[number].read(found[number].same[key])):
-                problems.add(f"'{key}' of '{experts[number].name}' holds other integers than the base's")
+                problems.add(f"'{key}' of '{experts[number].name}' has different integers than in the base")
         return False
     unused = bool(own.known) and own.parameter[key] not in own.known
     if having and len(having) < len(found) and not unused:
         lacking = [expert.name for number, expert in enumerate(experts) if number not in having]
         problems.add(
-            f"'{key}' of the base is not in {', '.join(lacking)}, but in other experts",
-            "leave those out, or exclude the tensor",
+            f"'{key}' of the base is missing in {', '.join(lacking)}, but not in the other experts",
+            "leave these experts out, or exclude the tensor",
         )
     return len(having) == len(found)
 
@@ -184,7 +184,7 @@ def _choose_heads(
     heads: Sequence[Mapping[str, str]],
     problems: Problems,
 ) -> dict[str, dict[int, str]]:
-    """Written key → number of the expert → its key."""
+    """Choose the head tensors to write: key in the output → index of the expert → key in that expert."""
     if policy is HeadPolicy.TARGET and target is None and any(heads):
         problems.add("it is not known which expert is the target's", "pass --target, --head average or --head none")
     if policy is HeadPolicy.TARGET and target is not None:
@@ -202,10 +202,10 @@ def _check_average(experts: Sequence[Checkpoint], heads: Sequence[Mapping[str, s
     for expert, head in zip(experts, heads, strict=True):
         labels, expected = (checkpoint.config.get("id2label") for checkpoint in (expert, first))
         if any(heads) and labels != expected:
-            problems.add(f"the head of '{expert.name}' answers {labels}, that of '{first.name}' {expected}", hint)
+            problems.add(f"the heads have different labels: '{expert.name}' {labels}, '{first.name}' {expected}", hint)
         shapes = {key: expert.entry(name).shape for key, name in head.items()}
         if shapes != {key: first.entry(name).shape for key, name in heads[0].items()}:
-            problems.add(f"the head of '{expert.name}' has other tensors than that of '{first.name}'", hint)
+            problems.add(f"the heads of '{expert.name}' and '{first.name}' have different tensors", hint)
 
 
 def _fishers(
@@ -215,13 +215,13 @@ def _fishers(
     merged: Mapping[str, list[str]],
     problems: Problems,
 ) -> tuple[TensorFile, ...]:
-    """The Fisher of each expert, with a tensor of the same shape for each that is merged."""
+    """Open the Fisher of each expert, and check that it has a tensor of the same shape for each merged one."""
     if "fishers" not in method.needs:
         return ()
     if len(paths or ()) != len(experts):
         problems.add(
-            f"'{method.name}' needs a Fisher file per expert: {len(paths or ())} for {len(experts)} experts",
-            "a safetensors file with the keys of the checkpoint",
+            f"'{method.name}' needs one Fisher file per expert; got {len(paths or ())} for {len(experts)} experts",
+            "pass --fisher once per expert, with a safetensors file that has the keys of the checkpoint",
         )
         return ()
     files = []
@@ -235,12 +235,12 @@ def _fishers(
             for what, keys in (("lacks", missing), ("has another shape for", wrong)):
                 if keys:
                     more = f" and {len(keys) - 5} more" if len(keys) > 5 else ""
-                    problems.add(f"'{path}' {what} {', '.join(keys[:5])}{more}", "take the Fisher of this checkpoint")
+                    problems.add(f"'{path}' {what} {', '.join(keys[:5])}{more}", "pass the Fisher of this checkpoint")
     return tuple(files)
 
 
 def _config(base: Checkpoint, source: Checkpoint) -> dict[str, Any] | None:
-    """The config of the expert whose head is written, with the dtype of the base, whose tensors are written."""
+    """Return the config of the expert whose head is written, with the dtype of the base."""
     if base.is_file or source.is_file:
         return None
     stated: dict[str, Any] = {name: base.config[name] for name in ("dtype", "torch_dtype") if name in base.config}

@@ -1,4 +1,4 @@
-"""Which adapters a merge takes, and with which weights."""
+"""Choose the adapters of a merge and their weights."""
 
 from __future__ import annotations
 
@@ -20,30 +20,30 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ChosenExperts:
-    """Experts that fit each other, their weights by module, and the target's own expert, if it is known."""
+    """Compatible experts, their weights by module, and the target's own expert if it is known."""
 
     experts: list[Expert]
     weights: dict[str, list[float]]
     target: Expert | None
 
     def refuse_over(self, output: Path | None) -> None:
-        """Refuse an output that would replace one of them, or a folder that holds one."""
+        """Refuse an output that would overwrite an expert, or a folder that contains one."""
         if output is not None:
             refuse_over_inputs(output, [*self.experts, *([self.target] if self.target else [])])
 
     @property
     def names(self) -> list[str]:
-        """Every module or tensor set of the experts, in alphabetical order."""
+        """The modules or tensor sets of all experts, in alphabetical order."""
         return sorted({name for expert in self.experts for name in expert.parts})
 
 
 def choose(request: MergeRequest, method: OpenedMethod) -> ChosenExperts:
-    """The experts and their weights, from the request, the ranking and files of coefficients."""
+    """Choose experts and weights by the request, the ranking, or a file of coefficients."""
     rules = parse_rules(request.rules)
     if request.coefficients is not None:
         if request.weights is not None or request.alpha is not None or rules:
             raise PimergeError(
-                "--coefficients excludes --weights, --weight and --alpha", "it holds the weights already"
+                "--coefficients excludes --weights, --weight and --alpha", "the file already contains the weights"
             )
         from pimerge.core.files import read_json
 
@@ -55,7 +55,7 @@ def choose(request: MergeRequest, method: OpenedMethod) -> ChosenExperts:
 
 
 def _alike(request: MergeRequest, chosen: ChosenExperts) -> ChosenExperts:
-    """The same, checked to fit each other, and the target whose head the result has."""
+    """Check that the experts, and the target whose head is used, are compatible."""
     target = chosen.target if request.head is HeadPolicy.TARGET else None
     require_alike([*chosen.experts, *([target] if target else [])])
     return chosen
@@ -73,12 +73,12 @@ def _from_coefficients(request: MergeRequest, path: Path) -> ChosenExperts:
     )
     if [expert.sha256 for expert in experts] != document.sha256:
         raise PimergeError(
-            f"the experts are not those of '{path}', or have changed since",
+            f"the experts differ from those of '{path}', or have changed since it was written",
             "expected in this order: " + ", ".join(document.experts),
         )
     experts = _at_strengths(experts, document.scales)
     if document.experts_trained:
-        request.note("the experts were trained together with these weights, so the merge differs from what was tuned")
+        request.note("the experts were trained together with these weights, so the merge differs from the tuned expert")
     own = select(None, request.ranking, request.target, request.base, needed=False).target
     return ChosenExperts(experts, document.weights, own)
 
@@ -88,8 +88,8 @@ def _at_strengths(experts: list[Expert], strengths: list[float]) -> list[Expert]
     for expert, strength in zip(experts, strengths, strict=True):
         if strength != 1 and any(module.conversions for module in expert.modules.values()):
             problems.add(
-                f"'{expert.name}' is converted with the base's weights, and its scale is {strength:g}",
-                "only plain LoRA is scaled: set its scale to 1 and multiply its weights instead",
+                f"'{expert.name}' is converted with the weights of the base, so its scale must be 1; got {strength:g}",
+                "set its scale to 1 and multiply its weights instead",
             )
     problems.raise_any("some experts cannot be scaled")
     return [expert.with_strength(strength) for expert, strength in zip(experts, strengths, strict=True)]
@@ -102,7 +102,7 @@ def _from_request(request: MergeRequest, method: OpenedMethod, rules: Sequence[R
     if not experts:
         raise PimergeError(
             f"'{request.ranking_path}' expects no expert to help",
-            "run 'pimerge tune', which trains a fresh expert, name experts to merge all the same, or rank again with "
+            "run 'pimerge tune', which trains a fresh expert, name experts to merge anyway, or rank again with "
             "'pimerge rank --no-gate'",
         )
     refuse_weights(request, method)
@@ -123,17 +123,19 @@ def _from_request(request: MergeRequest, method: OpenedMethod, rules: Sequence[R
     weights = by_module(names, experts, references, start, rules)
     for row in sorted({tuple(row) for row in weights.values()}) if rules else ():
         method.weights(len(experts), list(row))
-    alone = experts[0] if len(experts) == 1 else None  # a single one is its own target
+    alone = experts[0] if len(experts) == 1 else None  # a single expert is its own target
     return ChosenExperts(experts, weights, own or alone)
 
 
 def refuse_weights(request: MergeRequest, method: OpenedMethod) -> None:
-    """Refuse ``alpha`` for a method without the target's own expert, and beside ``weights``."""
+    """Refuse ``alpha`` together with ``weights``, and for methods that do not add the target's own expert."""
     if request.alpha is not None and not method.strategy.joins_target:
         takers = " and ".join(f"'{other.name}'" for other in METHODS if other.joins_target)
-        raise PimergeError(f"--alpha is the target's weight in {takers}, not in '{method.name}'", "leave it out")
+        raise PimergeError(f"--alpha applies to {takers}, not to '{method.name}'", "leave it out")
     if request.weights is not None and request.alpha is not None:
-        raise PimergeError("--weights and --alpha exclude each other", "the weights hold the target's weight already")
+        raise PimergeError(
+            "--weights and --alpha exclude each other", "the weights already include the weight of the target"
+        )
 
 
 def weights_by_score(
@@ -143,10 +145,11 @@ def weights_by_score(
     own: str | None,
     scores: Sequence[float | None],
 ) -> list[float] | None:
-    """Weights where none are given: α for the target's expert, the rest by the ranking's scores or evenly.
+    """Return weights if none are given: α for the target's expert, the rest by the ranking's scores or evenly.
 
     Args:
-        hashes: the SHA-256 of each expert; ``own``: of the target's.
+        hashes: SHA-256 of each expert.
+        own: SHA-256 of the target's expert.
     """
     by_score = method.strategy.weights_by_score
     if not method.strategy.joins_target or not (by_score or request.alpha is not None):
@@ -158,6 +161,6 @@ def require_one_each(given: Sequence[float] | None, names: Sequence[str]) -> Non
     """Check that there is one weight for each expert."""
     if given is not None and len(given) != len(names):
         raise PimergeError(
-            f"--weights holds {len(given)} numbers for {len(names)} experts ({', '.join(names)})",
+            f"--weights has {len(given)} numbers for {len(names)} experts ({', '.join(names)})",
             "give one for each, in order",
         )

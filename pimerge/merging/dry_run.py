@@ -1,4 +1,4 @@
-"""The plan of a merge: what is handled and how, what is left out and why, memory and size."""
+"""Describe a merge before it runs: special cases, parts that are left out, memory and size."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _FLOAT64 = 8
 
 @dataclass(frozen=True)
 class UpdatePlan:
-    """A merge in words and numbers.
+    """The description of a merge.
 
     Attributes:
-        modules: how many are merged.
-        handled: what the experts differ in and how that is handled, a sentence each.
-        left_out: what does not go into the result and why, a sentence each.
-        memory: bytes that the largest module needs, about.
-        size: bytes of the result, at most.
+        modules: number of merged modules.
+        handled: differences between the experts and how they are handled, one sentence each.
+        left_out: parts that are not in the result and why, one sentence each.
+        memory: approximate memory for the largest module, in bytes.
+        size: maximum size of the result, in bytes.
     """
 
     modules: int
@@ -35,11 +35,11 @@ class UpdatePlan:
 
 
 def plan_of(merge: UpdateMerge, given: Sequence[Expert], head: Head) -> UpdatePlan:
-    """The plan of a merge.
+    """Describe a merge.
 
     Args:
-        given: the experts as the user gave them.
-        head: what goes in as the task head.
+        given: the experts before equal ones are joined.
+        head: the task head of the result.
     """
     heads = sum(tensor.numel() * tensor.itemsize for tensor in head.tensors.values())
     return UpdatePlan(
@@ -56,7 +56,7 @@ def _handled(merge: UpdateMerge) -> list[str]:
     found = [f"'{name}' is given {count} times: its weights are added" for name, count in merge.joined.items()]
     reduced = [f"'{expert.name}' × {expert.strength:g}" for expert in experts if expert.strength != 1]
     if reduced:
-        found.append(f"updates at another strength than their own: {', '.join(reduced)}")
+        found.append(f"updates with a strength other than 1: {', '.join(reduced)}")
     stabilised = [expert.name for expert in experts if expert.config.get("use_rslora")]
     if 0 < len(stabilised) < len(experts):
         found.append(f"rsLoRA (alpha / √r) in {_names(stabilised)}, alpha / r in the others: each with its own scaling")
@@ -116,31 +116,28 @@ def _width(merge: UpdateMerge, name: str) -> int:
 
 
 def _numbers(merge: UpdateMerge, name: str) -> int:
-    """Of the result's factors and bias, at most."""
+    """Return the maximum number of entries in the result's factors and bias."""
     return _rank(merge, name) * _width(merge, name) + (merge.layout(name).d_out if merge.has_bias else 0)
 
 
 def _stacked(merge: UpdateMerge, name: str) -> int:
-    """Σ r_n."""
+    """Return Σ r_n."""
     return sum(expert.modules[name].full_rank for expert in merge.experts if name in expert.modules)
 
 
 def _rank(merge: UpdateMerge, name: str) -> int:
-    """The most that the result's rank can be."""
+    """Return the maximum rank of the result."""
     layout = merge.layout(name)
     limit = min(layout.d_out, layout.d_in)
-    most = (
-        layout.rank
-        if merge.by_factor
-        else limit
-        if merge.space is EntrySpace.DELTA
-        else min(limit, _stacked(merge, name))
-    )
+    if merge.by_factor:
+        most = layout.rank
+    else:
+        most = limit if merge.space is EntrySpace.DELTA else min(limit, _stacked(merge, name))
     return min(most, merge.truncation.rank or most)
 
 
 def _memory(merge: UpdateMerge, name: str) -> int:
-    """The tensors that are held at once for one module, about."""
+    """Return the approximate size of the tensors in memory for one module, in bytes."""
     layout, count = merge.layout(name), len(merge.experts)
     stacked = _stacked(merge, name)
     inputs = stacked * _width(merge, name) * 4

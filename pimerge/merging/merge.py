@@ -50,44 +50,47 @@ def merge(
     track: Track = silent,
     note: Note = unheard,
 ) -> Merged:
-    """Combine experts into one without training, exactly in ΔW; the base model is not loaded.
+    """Combine experts into one without training.
 
-    Adapters with updates ΔW become one LoRA adapter, or are added to a full checkpoint with ``into``; adapters of a
-    kind without ΔW become one of that kind; full checkpoints and plain state dicts become one of theirs. Modules are
-    merged one after the other, so memory does not grow with the model.
+    The merge is exact in ΔW, and the base model is not loaded. Adapters with updates ΔW become one LoRA adapter, or
+    with ``into`` a full checkpoint. Adapters of a kind without ΔW become one adapter of that kind. Full checkpoints
+    and plain state dicts become one of the same layout. Modules are merged one after the other, so memory does not
+    grow with the model.
 
     Args:
-        experts: folders, Hub ids (``org/name@revision``), experts that are open, full checkpoints (folders with a
-            ``config.json`` and weights), files of tensors, or a ranking, whose selected experts are taken. None: those
-            of the file ``ranking``. Methods that join the target take its own expert as well.
-        method: name of a merge method. None: ``interpolated`` if there are ``coefficients``, else ``uniform``.
+        experts: folders, Hub ids (``org/name@revision``), open experts, full checkpoints (folders with a
+            ``config.json`` and weights), safetensors files, or a ranking, which stands for its selected experts. None
+            reads the file ``ranking``. Methods that join the target add the target's own expert.
+        method: name of a merge method. None stands for ``interpolated`` if there are ``coefficients``, and for
+            ``uniform`` otherwise.
         options: options of the method, such as ``{"density": 0.3}``.
-        weights: one per expert, in their order; they need not sum to 1.
-        rules: weights by module, such as ``"experts/a:*.layers.1?.*=0.7"``; the last that matches decides.
-        alpha: weight of the target's expert, for methods that join it. The others divide the rest, by the softmax of
-            their scores where the method follows the ranking. None: 1/N.
-        coefficients: weights from a file: the ``coefficients.json`` of an output, or JSON of expert → weight or
+        weights: one weight per expert, in order; they need not sum to 1.
+        rules: weights by module, such as ``"experts/a:*.layers.1?.*=0.7"``. The last matching rule applies.
+        alpha: weight of the target's expert, for methods that join it. The other experts share the rest, evenly or by
+            the softmax of their scores, depending on the method. None stands for 1/N.
+        coefficients: file with weights: the ``coefficients.json`` of an output, or JSON of expert → weight or
             expert → {glob: weight}.
-        space: where elementwise methods work: ``core``, ``delta`` or ``factors``.
-        seed: decides every random draw.
-        rank: of the result: a number, ``max`` (nothing is lost) or ``auto`` (what ``energy`` needs).
-        energy: share of ‖ΔW‖² to keep with the lowest rank, module by module; ``auto`` has 0.99.
-        include: globs of modules or tensors; only those that match are merged.
-        exclude: globs of modules or tensors to leave out.
+        space: entries that elementwise methods work on: ``core``, ``delta`` or ``factors``.
+        seed: random seed.
+        rank: rank of the result: a number, ``max`` (lossless) or ``auto`` (the lowest that keeps ``energy``).
+        energy: share of ‖ΔW‖² to keep in every module; 0.99 by default if ``rank`` is ``auto``.
+        include: globs of the modules or tensors to merge.
+        exclude: globs of the modules or tensors to leave out.
         head: task head of the result: ``target``, ``average`` or ``none``.
-        dtype: ``float32``, ``bfloat16``, ``float16`` or ``float64``. None: the experts' own, the wider if they differ.
-        into: a full checkpoint to merge the result into: a folder or one safetensors file.
-        fisher: for full checkpoints, a file with the diagonal Fisher of each; LoRA experts have theirs in ``store``.
-        store: the store of embeddings, for methods that need Fisher information or input Grams.
-        target: an expert's folder or a task's. None: the ranking's target.
-        ranking: the ranking that names the target and the experts.
-        base: base model (folder or Hub id) in place of the experts' own.
-        verify: first send every expert through alone, and check that it comes back unchanged.
-        output: folder of the result. None: nothing is written before :meth:`Merged.save`.
-        force: replace ``output`` if it is there; inputs are never replaced.
-        dry_run: check everything and write nothing; see :attr:`Merged.plan`.
+        dtype: ``float32``, ``bfloat16``, ``float16`` or ``float64``. None keeps the dtype of the experts, or the
+            widest if they differ.
+        into: full checkpoint to merge the result into, a folder or a safetensors file.
+        fisher: for full checkpoints, one file per checkpoint with its diagonal Fisher. LoRA experts use ``store``.
+        store: embedding store, for methods that need Fisher information or input Grams.
+        target: folder of an expert or a task. None stands for the target of the ranking.
+        ranking: file with the ranking.
+        base: base model, a folder or Hub id. None stands for the base that the experts name.
+        verify: first check that every expert, merged alone, comes back unchanged.
+        output: folder of the result. With None, nothing is written before :meth:`Merged.save`.
+        force: overwrite ``output`` if it exists; inputs are never overwritten.
+        dry_run: check everything but write nothing; see :attr:`Merged.plan`.
         track: reports progress.
-        note: told what is handled and left out, a sentence at a time.
+        note: receives messages, such as what is left out of the merge.
 
     Returns:
         the merge, with ``path`` if it was written, and ``to_dict()``, ``save(path)`` and ``load(base_model)``.
@@ -103,7 +106,7 @@ def merge(
     for option, value in ((SPACE, space), (HEAD, head), (DTYPE, dtype)):
         if value is not None and (problem := option.problem(value)):
             problems.add(problem)
-    problems.raise_any("options that cannot be taken")
+    problems.raise_any("some options are not valid")
     request = MergeRequest(
         experts=None if isinstance(experts, Ranking) else experts,
         weights=weights,
@@ -126,7 +129,6 @@ def merge(
         base=None if base is None else str(base),
         output=None if output is None else Path(output),
         force=force,
-        dry_run=dry_run,
         track=track,
         note=note,
     )
@@ -135,13 +137,15 @@ def merge(
     if written is not None:
         require_absent(written, force)
     merged = _checked(request, opened)
+    if not dry_run:
+        merged.check()
     if written is not None:
         merged.save(written, force=force)
     return merged
 
 
 def _checked(request: MergeRequest, method: OpenedMethod) -> Merged:
-    """The merge, with everything checked that can be before the first module is computed."""
+    """Check everything that can be checked before the first module is computed."""
     from pimerge.checkpoints.checkpoint import is_checkpoint
     from pimerge.merging.merged_checkpoint import merged_checkpoint, with_ranked_state_dicts
 
@@ -153,13 +157,10 @@ def _checked(request: MergeRequest, method: OpenedMethod) -> Merged:
     from pimerge.merging.merged_tensor_sets import merged_tensor_sets
     from pimerge.merging.merged_updates import merged_updates
 
-    request.truncation()  # refused before an expert is opened
+    request.truncation()  # a wrong rank is reported before an expert is opened
     chosen = choose(request, method)
     request.require_globs_match(chosen.names)
     chosen.refuse_over(request.output)
     if chosen.experts[0].tensor_sets:
         return merged_tensor_sets(request, method, chosen)
-    merged = (merged_updates if request.into is None else merged_into)(request, method, chosen)
-    if not request.dry_run:
-        merged.check()
-    return merged
+    return (merged_updates if request.into is None else merged_into)(request, method, chosen)

@@ -1,4 +1,4 @@
-"""The result of a merge, and the documents that every sort of result is written with."""
+"""The result of a merge, and the documents that are written with it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from pimerge.adapters.expert import Expert
 
 Weights = Mapping[str, Sequence[float]]
-"""Module, tensor set or tensor → one weight per expert."""
+"""Name of a module, tensor set or tensor → one weight per expert."""
 ADAPTER_LOADING = """
 from peft import PeftModel
 from transformers import AutoModel  # or the Auto class of your task
@@ -47,13 +47,13 @@ tensors = load_file("path/to/this/folder/{}")
 
 @dataclass
 class Merged(ABC):
-    """A merge that has been checked. It is computed, module by module, when it is saved or loaded.
+    """A checked merge, which is computed module by module when it is saved or loaded.
 
     Attributes:
-        request: what was asked for.
+        request: the arguments of the merge.
         method: the merge method with its options.
-        path: the folder that it was saved to; None before.
-        results: what ``--json`` prints once it is saved; empty before.
+        path: folder of the saved result; None before it is saved.
+        results: JSON document of the saved result; empty before it is saved.
     """
 
     request: MergeRequest
@@ -64,21 +64,24 @@ class Merged(ABC):
     @property
     @abstractmethod
     def plan(self) -> dict[str, Any]:
-        """What is merged and how, and what it needs: the JSON document of ``--dry-run``."""
+        """The JSON document of ``--dry-run``: the experts, how they are merged, memory and size."""
 
     @abstractmethod
     def _write(self) -> dict[str, Any]:
-        """Write the result to ``request.output``, whole or not at all; the results."""
+        """Write the result to ``request.output``, completely or not at all, and return the results."""
 
     @abstractmethod
     def refuse_over_inputs(self) -> None:
-        """Refuse an output that is an input of the merge, or holds one."""
+        """Refuse an output that is an input of the merge or contains one."""
+
+    def check(self) -> None:  # noqa: B027  most merges have nothing to add
+        """Run the checks that take time, and report special cases."""
 
     def save(self, output: str | Path, *, force: bool = False) -> Path:
-        """Compute the merge and write it to a new folder, whole or not at all.
+        """Compute the merge and write it to a new folder, completely or not at all.
 
         Args:
-            force: replace what is there; an input of the merge is never replaced.
+            force: overwrite an existing folder; an input of the merge is never overwritten.
         """
         self.request = replace(self.request, output=Path(output), force=force)
         self.refuse_over_inputs()
@@ -87,7 +90,7 @@ class Merged(ABC):
         return self.path
 
     def load(self, base_model: nn.Module) -> PeftModel:
-        """The merged adapter in a base model that transformers has loaded."""
+        """Load the merged adapter into a base model that was loaded with transformers."""
         from peft import PeftModel
 
         if not self.is_adapter:
@@ -108,25 +111,23 @@ class Merged(ABC):
 
     @property
     def is_adapter(self) -> bool:
-        """Whether it is an adapter; else it is a full checkpoint."""
+        """Whether the result is an adapter; otherwise it is a full checkpoint."""
         return True
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON document: the results once it is saved, else the plan."""
+        """Return the JSON document: the results if the merge has been saved, otherwise the plan."""
         return self.results or self.plan
 
     @property
     def _heading(self) -> dict[str, Any]:
-        """The first fields of its JSON documents."""
-        return {
-            "output": None if self.request.output is None else str(self.request.output),
-            "method": self.method.name,
-        }
+        """The first fields of the JSON documents."""
+        output = self.request.output
+        return {"output": None if output is None else str(output), "method": self.method.name}
 
     def _manifest(
         self, inputs: Sequence[Hashed], weights: Weights, results: Mapping[str, Any], **more: Any
     ) -> Manifest:
-        """The content of ``pimerge.json``, apart from the hashes of what lies beside it."""
+        """Return the content of ``pimerge.json``, without the hashes of the output files."""
         request = self.request
         options = {
             "method": self.method.name,
@@ -152,16 +153,16 @@ class Merged(ABC):
     def _card(
         self, base: str, sources: Sequence[Source], truncation: str, loading: str, kind: str | None = None, **more: Any
     ) -> str:
-        """The content of ``README.md``.
+        """Return the content of ``README.md``.
 
         Args:
-            truncation: what was lost, as a sentence.
-            loading: Python that loads the result.
-            kind: of an adapter; None for a full checkpoint.
-            more: settings beside the method's options.
+            truncation: a sentence on the truncation error.
+            loading: Python code that loads the result.
+            kind: kind of the adapter; None for a full checkpoint.
+            more: settings to list with the method's options.
         """
         method = self.method.strategy
-        summary = f"{method.summary} {method.formula} ({method.paper})."
+        summary = f"{method.summary.removesuffix('.')}: {method.formula} ({method.paper})."
         options = {**self.method.options, **more, "seed": self.method.seed}
         return card(base, sources, method.name, summary, options, truncation, loading, kind)
 
@@ -171,7 +172,7 @@ class MergedExperts(Merged):
     """Merged adapters.
 
     Attributes:
-        chosen: the experts as they were given, with the target's own.
+        chosen: the experts before equal ones are joined, with the target's own.
         head: the task head of the result.
     """
 
@@ -179,11 +180,11 @@ class MergedExperts(Merged):
     head: Head
 
     def refuse_over_inputs(self) -> None:
-        """Refuse an output that is an expert of the merge, or holds one."""
+        """Refuse an output that is an expert of the merge or contains one."""
         self.chosen.refuse_over(self.request.output)
 
     def _coefficients(self, experts: Sequence[Expert], weights: Weights) -> Coefficients:
-        """The content of ``coefficients.json``."""
+        """Return the content of ``coefficients.json``."""
         return Coefficients(
             method=self.method.name,
             granularity="matrix" if flat(weights) is None else "global",
@@ -196,7 +197,7 @@ class MergedExperts(Merged):
 
 
 def sources_of(experts: Sequence[Expert], weights: Weights) -> list[Source]:
-    """The experts, for the model card."""
+    """Return the experts for the model card."""
     return [
         Source(expert.name, expert.sha256, licence_of(expert.path), range_text(weights, place), expert.strength)
         for place, expert in enumerate(experts)
@@ -204,12 +205,12 @@ def sources_of(experts: Sequence[Expert], weights: Weights) -> list[Source]:
 
 
 def range_text(weights: Weights, place: int) -> str:
-    """An expert's weight, or its range over the modules."""
+    """Format the weight of an expert, or its range over the modules."""
     values = sorted({row[place] for row in weights.values()})
     return f"{values[0]:.3f}" if len(values) == 1 else f"{values[0]:.3f} to {values[-1]:.3f}"
 
 
 def flat(weights: Weights) -> list[float] | None:
-    """The weights, if they are the same in every module."""
+    """Return the weights if they are the same in every module, otherwise None."""
     rows = {tuple(row) for row in weights.values()}
     return list(rows.pop()) if len(rows) == 1 else None

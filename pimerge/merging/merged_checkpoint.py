@@ -1,4 +1,4 @@
-"""Merged full checkpoints: W = W0 + merge(W_n − W0), tensor by tensor."""
+"""Merge full checkpoints, W = W0 + merge(W_n − W0), and write the result in the layout of the base."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from pimerge.merging.weights import by_module, parse_rules, starting_weights
 
 @dataclass
 class MergedCheckpoint(Merged):
-    """Merged full checkpoints, to be written in the layout of their base.
+    """Merged full checkpoints, which are written in the layout of their base.
 
     Attributes:
-        checkpoints: which tensors are merged, and which stay.
-        weights: key of the base → one weight per expert.
-        written: what was written, once it is saved.
+        checkpoints: the tensors to read and write.
+        weights: key in the base → one weight per expert.
+        written: statistics of the written checkpoint; None before it is saved.
     """
 
     checkpoints: CheckpointPlan
@@ -39,7 +39,7 @@ class MergedCheckpoint(Merged):
 
     @property
     def is_adapter(self) -> bool:
-        """It is a full checkpoint."""
+        """False, as the result is a full checkpoint."""
         return False
 
     @property
@@ -59,7 +59,7 @@ class MergedCheckpoint(Merged):
         }
 
     def refuse_over_inputs(self) -> None:
-        """Refuse an output that is one of the checkpoints, or holds one."""
+        """Refuse an output that is one of the checkpoints or contains one."""
         for checkpoint in (self.checkpoints.base, *self.checkpoints.experts):
             refuse_checkpoint(self.request.output, checkpoint.path)
 
@@ -128,33 +128,36 @@ def merged_checkpoint(request: MergeRequest, method: OpenedMethod) -> MergedChec
     sums = {round(sum(row), 9) for row in weights.values()}
     if request.base is None and method.space is Space.LINEAR and sums != {1.0}:
         raise PimergeError(
-            f"the weights sum to {sorted(sums)[0]:g}, and without a base only a mean is defined",
+            f"without a base the weights must sum to 1; got {sorted(sums)[0]:g}",
             "pass weights that sum to 1, or --base",
         )
     return MergedCheckpoint(request, method, plan, weights)
 
 
 def _refuse_other_options(request: MergeRequest, method: OpenedMethod, paths: Sequence[Path]) -> None:
-    why = "is for adapters, and the experts are full checkpoints"
+    why = "applies to adapters, and the experts are full checkpoints"
     problems = request.problems_for_updates_only(why)
     for option, value in (("--coefficients", request.coefficients), ("--alpha", request.alpha)):
         if value is not None:
             problems.add(f"{option} {why}", "leave it out")
     for path in paths:
         if not is_checkpoint(path):
-            problems.add(f"'{path}' is not a full checkpoint, and others are", "merge adapters in first, with --into")
-    # a base cancels in means of weights of sum 1
+            problems.add(
+                f"'{path}' is not a full checkpoint, but others are",
+                "first merge adapters into a checkpoint, with --into",
+            )
+    # if the weights sum to 1, the base cancels
     if request.base is None and not (method.strategy.averages and all(map(is_state_dict, paths))):
         names = ", ".join(other.name for other in METHODS if other.averages)
         problems.add(
-            "full checkpoints merge against their base, and none is given",
-            f"pass --base FOLDER_OR_HUB_ID; single .safetensors files do without by {names}",
+            "full checkpoints are merged relative to their base, and none is given",
+            f"pass --base FOLDER_OR_HUB_ID; only {names} merge single .safetensors files without one",
         )
     problems.raise_any("these checkpoints cannot be merged")
 
 
 def _open(request: MergeRequest, paths: Sequence[Path]) -> tuple[Checkpoint, list[Checkpoint]]:
-    reference = request.base or str(paths[0])  # of files without a base, the first gives the layout
+    reference = request.base or str(paths[0])  # without a base, the first file defines the layout
     name, _, revision = reference.partition("@")
     folder = Path(reference) if Path(reference).exists() else find_base(name, revision or None, Path.cwd()).folder
     if folder is None:
@@ -171,26 +174,26 @@ def _open(request: MergeRequest, paths: Sequence[Path]) -> tuple[Checkpoint, lis
 
 
 def _target(request: MergeRequest, paths: Sequence[Path]) -> int | None:
-    """The number of the target's checkpoint among the experts; a single one is its own target."""
+    """Return the index of the target's checkpoint among the experts; a single expert is its own target."""
     if request.target is None:
         return 0 if len(paths) == 1 else None
     wanted = Path(request.target).resolve()
     for number, path in enumerate(paths):
         if path.resolve() == wanted or path.name == request.target:
             return number
-    raise PimergeError(f"the target '{request.target}' is not among the checkpoints given", "name one of them")
+    raise PimergeError(f"the target '{request.target}' is not one of the given checkpoints", "name one of them")
 
 
 def _head_of(base: Checkpoint, experts: Sequence[Checkpoint]) -> HeadPolicy:
-    """Without a target: the mean where all have the base's labels, so that there is nothing to choose."""
+    """Choose the head without a target: the average if all checkpoints have the labels of the base."""
     labels = {str(found.config.get("id2label")) for found in (base, *experts)}
     return HeadPolicy.AVERAGE if len(labels) == 1 else HeadPolicy.TARGET
 
 
 def with_ranked_state_dicts(request: MergeRequest, method: OpenedMethod) -> MergeRequest:
-    """The request with the files that a ranking of plain state dicts selected, if no others are given.
+    """Add the files selected by a ranking of plain state dicts to a request without experts.
 
-    As for adapters, the target's own joins them where the method says so.
+    As for adapters, methods that join the target add the target's own file.
     """
     from pimerge.adapters.ranking_document import read_ranking
 
@@ -207,8 +210,8 @@ def with_ranked_state_dicts(request: MergeRequest, method: OpenedMethod) -> Merg
     for reference in taken:
         path = folder / reference.path
         if not path.is_file() or sha256_file(path) != reference.sha256:
-            state = "has changed" if path.is_file() else "is gone"
-            problems.add(f"'{path}' {state} since '{ranking.path}' was written", "run 'pimerge rank' again")
+            state = "has changed" if path.is_file() else "was deleted"
+            problems.add(f"'{path}' {state} after '{ranking.path}' was written", "run 'pimerge rank' again")
     problems.raise_any("the state dicts of the ranking cannot be merged")
     weights = request.weights
     if weights is None and not request.rules and method.strategy.weights_by_score:

@@ -1,4 +1,4 @@
-"""Merged updates ΔW, merged into a full checkpoint."""
+"""Merge updates ΔW into a full checkpoint."""
 
 from __future__ import annotations
 
@@ -28,10 +28,11 @@ from pimerge.merging.request import MergeRequest
 
 @dataclass
 class MergedIntoCheckpoint(MergedUpdates):
-    """Merged updates ΔW, to be added to the weights of a full checkpoint.
+    """Merged updates ΔW, which are added to the weights of a full checkpoint.
 
     Attributes:
-        into: what changes in the checkpoint.
+        into: the changes to the checkpoint.
+        size: size of the written checkpoint in bytes; 0 before it is saved.
     """
 
     into: MergeIntoPlan
@@ -39,22 +40,22 @@ class MergedIntoCheckpoint(MergedUpdates):
 
     @property
     def is_adapter(self) -> bool:
-        """It is a full checkpoint."""
+        """False, as the result is a full checkpoint."""
         return False
 
     def update_plan(self) -> UpdatePlan:
-        """What is handled and left out, and what it needs; the checkpoint's changes are among them."""
+        """Describe the merge, including the changes to the checkpoint."""
         plan, handled = super().update_plan(), []
         if self.into.untied:
             handled.append(
-                "the adapter changes one of two weights that were tied: they are written apart, and config.json says so"
+                "the adapter changes one of two tied weights: both are written, and config.json no longer ties them"
             )
         if self.into.heads:
-            handled.append(f"the head goes in as {', '.join(sorted(self.into.heads))}")
+            handled.append(f"the head is written as {', '.join(sorted(self.into.heads))}")
         return replace(plan, handled=[*plan.handled, *handled], size=self.into.checkpoint.size)
 
     def refuse_over_inputs(self) -> None:
-        """Refuse an output that is an input of the merge or the checkpoint, or holds one."""
+        """Refuse an output that is an input of the merge or contains one."""
         super().refuse_over_inputs()
         refuse_checkpoint(self.request.output, self.into.checkpoint.path)
 
@@ -87,7 +88,7 @@ class MergedIntoCheckpoint(MergedUpdates):
         return {**self._heading, "folded": written.modules, "truncation": relative_error(self.summaries)}
 
     def _checkpoint_sha256(self) -> str:
-        """It is known already where the checkpoint is the experts' own base."""
+        """Return the hash of the checkpoint, which is already known if it is the base of the experts."""
         checkpoint, own = self.into.checkpoint, self.merge.experts[0].base
         if own.folder is not None and own.folder.resolve() == checkpoint.path.resolve():
             return own.identity.removeprefix("sha256:")
@@ -106,7 +107,7 @@ class MergedIntoCheckpoint(MergedUpdates):
 
 
 def merged_into(request: MergeRequest, method: OpenedMethod, chosen: ChosenExperts) -> MergedIntoCheckpoint:
-    """Check a merge of updates into the checkpoint of ``request.into``."""
+    """Check a merge of updates into the checkpoint ``request.into``."""
     assert request.into is not None
     merged = merged_updates(request, method, chosen)
     merge, head = merged.merge, merged.head
@@ -117,7 +118,7 @@ def merged_into(request: MergeRequest, method: OpenedMethod, chosen: ChosenExper
     checkpoint, own = open_checkpoint(path), merge.experts[0].base
     if path.is_dir() and own.folder is not None and Base(str(path), None, path).identity != own.identity:
         raise PimergeError(
-            f"'{path}' is another model than the experts' base '{own.name}'",
+            f"'{path}' differs from the base of the experts, '{own.name}'",
             f"merge into '{own.source}'; if it is the same model, for example in another dtype, "
             f"also pass --base {path}",
         )
@@ -128,19 +129,21 @@ def merged_into(request: MergeRequest, method: OpenedMethod, chosen: ChosenExper
         head=head.tensors,
         fields=_head_fields(checkpoint, head),
     )
-    # the checkpoint's weights are rounded once, and the update not before
+    # at least float32, so that the update is rounded only once, with the weights of the checkpoint
     wide = replace(merge, dtype=torch.promote_types(merge.dtype, torch.float32))
     return MergedIntoCheckpoint(request, method, chosen, head, wide, plan)
 
 
 def refuse_checkpoint(output: Path | None, path: Path) -> None:
-    """Refuse an output that is a checkpoint, or holds it."""
+    """Refuse an output that is a checkpoint or contains it."""
     if output is not None and path.resolve().is_relative_to(output.resolve()):
-        raise PimergeError(f"the output '{output}' is the checkpoint '{path}' or holds it", "choose another --output")
+        raise PimergeError(
+            f"the output '{output}' is the checkpoint '{path}' or contains it", "choose another --output"
+        )
 
 
 def _head_fields(checkpoint: Checkpoint, head: Head) -> dict[str, Any]:
-    """The fields of config.json for a head: its labels, and the model class."""
+    """Return the fields of config.json that describe a head: its labels, and the model class."""
     if head.task is None or not head.tensors or checkpoint.is_file:
         return {}
     import transformers

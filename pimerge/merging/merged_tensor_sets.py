@@ -1,4 +1,4 @@
-"""Merged tensor sets: the experts have no ΔW, and their tensors are combined number by number."""
+"""Merge experts without ΔW entry by entry, and write the result as an expert of their kind."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _IMPORT = "\nimport pimerge.peft_methods  # pip install pimerge: PEFT has no suc
 
 @dataclass
 class MergedTensorSets(MergedExperts):
-    """Merged experts without ΔW, to be written as an expert of their kind.
+    """Merged experts without ΔW, which are written as an expert of their kind.
 
     Attributes:
-        merge: computes the tensors.
+        merge: the merge of the tensors.
     """
 
     merge: TensorMerge
@@ -51,7 +51,7 @@ class MergedTensorSets(MergedExperts):
 
     @property
     def weights(self) -> Weights:
-        """Tensor set → what each expert was multiplied by, or the method's weights."""
+        """Tensor set → the coefficient of each expert, or its weight if the method has no coefficients."""
         return self.merge.coefficients or self.merge.weights
 
     def _write(self) -> dict[str, Any]:
@@ -86,7 +86,7 @@ class MergedTensorSets(MergedExperts):
         card = self._card(
             base,
             sources_of(merge.experts, merge.weights),
-            f"none; {first.parameters} numbers of kind {first.kind} were combined one by one.",
+            f"none; {first.parameters} parameters of kind {first.kind} were combined entry by entry.",
             _IMPORT * first.strategy.needs_import + ADAPTER_LOADING.format(base),
             first.kind,
         )
@@ -96,7 +96,7 @@ class MergedTensorSets(MergedExperts):
 def merged_tensor_sets(request: MergeRequest, method: OpenedMethod, chosen: ChosenExperts) -> MergedTensorSets:
     """Check a merge of experts without ΔW."""
     kind = chosen.experts[0].kind
-    problems = request.problems_for_updates_only(f"is for updates ΔW, and experts of kind {kind} have none")
+    problems = request.problems_for_updates_only(f"applies to updates ΔW, which experts of kind {kind} do not have")
     problems.raise_any(f"these experts of kind {kind} cannot be merged with these options")
     merge = prepare_tensors(
         chosen.experts,

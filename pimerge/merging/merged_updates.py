@@ -1,4 +1,4 @@
-"""Merged updates ΔW, written as a LoRA adapter."""
+"""Merge updates ΔW, and write the result as a LoRA adapter."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from pimerge.merging.update_merge import UpdateMerge
 
 @dataclass
 class MergedUpdates(MergedExperts):
-    """Merged updates ΔW, to be written as a LoRA adapter.
+    """Merged updates ΔW, which are written as a LoRA adapter.
 
     Attributes:
-        merge: computes the modules.
-        deviation: the largest deviation that ``verify`` found; None if it was not asked for.
-        summaries: how the merge of each module went, once it is saved.
+        merge: the merge of the modules.
+        deviation: the largest deviation in the self-check; None if there was none.
+        summaries: rank and truncation error of each module; empty before the merge is saved.
     """
 
     merge: UpdateMerge
@@ -35,7 +35,7 @@ class MergedUpdates(MergedExperts):
     summaries: list[Summary] = field(default_factory=list, init=False)
 
     def update_plan(self) -> UpdatePlan:
-        """What is handled and left out, and what it needs."""
+        """Describe the merge."""
         return plan_of(self.merge, self.chosen.experts, self.head)
 
     @property
@@ -61,18 +61,20 @@ class MergedUpdates(MergedExperts):
         }
 
     def check(self) -> None:
-        """Tell what is handled and left out, and verify the path of the merge if that was asked for."""
+        """Report special cases and parts that are left out, and run the self-check if requested."""
         plan, request = self.update_plan(), self.request
         for sentence in [*plan.handled, *(f"left out: {what}" for what in plan.left_out)]:
             request.note(sentence)
         if request.verify:
             verified = verify(self.merge, track=request.track)
             self.deviation = verified.deviation
-            request.note(f"verified: every expert comes back through '{verified.method}' to {verified.deviation:.1e}")
+            request.note(
+                f"verified with '{verified.method}': every expert comes back to within {verified.deviation:.1e}"
+            )
 
     @property
     def weights(self) -> dict[str, list[float]]:
-        """Module → what each update was multiplied by, or the method's weights."""
+        """Module → the coefficient of each update, or its weight if the method has no coefficients."""
         return {s.name: list(s.coefficients or self.merge.weights[s.name]) for s in self.summaries}
 
     def _modules(self) -> Iterator[MergedModule]:

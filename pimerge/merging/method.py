@@ -1,4 +1,4 @@
-"""The family of merge methods, and one of them with the options and the seed of a merge."""
+"""The family of merge methods, and a merge method with its options and seed."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ if TYPE_CHECKING:
 
 
 class Space(StrEnum):
-    """The space that a merge method works in.
+    """The tensors that a merge method works on.
 
-    - ``LINEAR``: a weighted sum. The method has ``coefficients`` in place of ``merge``, so that the sum is taken on
-      the factors: nothing is lost, no ΔW is formed.
-    - ``SPECTRAL``: small cores UᵀΔW_nV in any orthonormal bases that the experts share, (experts, R, R') → (R, R').
-      The method commutes with every rotation of rows and columns, so the cores are as good as ΔW.
+    - ``LINEAR``: a weighted sum. The method has ``coefficients`` instead of ``merge``. The sum is computed on the
+      factors, exactly and without forming ΔW.
+    - ``SPECTRAL``: small cores UᵀΔW_nV in orthonormal bases that the experts share, (experts, R, R') → (R, R').
+      The method commutes with every rotation of rows and columns, so merging the cores equals merging ΔW.
     - ``ROWS``: UᵀΔW_n, (experts, R, d_in) → (R, d_in). The method commutes with every rotation of the rows.
     - ``REFERENCE``: cores in the bases of Core Space, the singular vectors of the stacked factors.
     - ``ELEMENTWISE``: single entries, so the basis matters. The user chooses the cores in the basis of the experts'
-      own singular vectors, the dense ΔW, or the factors.
-    - ``FACTORS``: the parameters themselves, (experts, *shape) → (*shape). The experts share an init.
-    - ``INPUTS``: the rows of the experts' factors A, each with the Gram matrix of the layer's inputs. The method has
-      ``transformed`` in place of ``merge``.
+      singular vectors, the dense ΔW, or the factors.
+    - ``FACTORS``: the parameters, (experts, *shape) → (*shape). The experts share an init.
+    - ``INPUTS``: the rows of the factors A, with the Gram matrix of the layer's inputs for each expert. The method
+      has ``transformed`` instead of ``merge``.
     """
 
     LINEAR = "linear"
@@ -41,7 +41,7 @@ class Space(StrEnum):
 
     @property
     def takes_any_tensor(self) -> bool:
-        """Whether the method merges tensors of any shape, such as those of full checkpoints; else it needs ΔW."""
+        """Whether the method merges tensors of any shape, such as full checkpoints; otherwise it needs ΔW."""
         return self in (Space.LINEAR, Space.ELEMENTWISE, Space.FACTORS)
 
 
@@ -50,23 +50,23 @@ class MergeMethod(Strategy):
     """A way to merge the updates of several experts into one.
 
     Attributes:
-        formula: the merged update as a formula, for listings.
-        paper: where it comes from.
-        space: what it works on, which decides which one of the three functions it has.
-        weights: (number of experts, weights given or None) → the weight of each expert.
+        formula: the merged update as a formula.
+        paper: the source of the method.
+        space: the tensors that it works on. They determine which of the three functions it has.
+        weights: (number of experts, given weights or None) → the weight of each expert.
         coefficients: (weights, *, needs, options) → the coefficient of each update, (experts) → (experts).
         transformed: (rows of A per expert, weights, *, needs, options) → transformed rows, whose products with the B_n
             sum to the merged update.
         merge: (tensors, weights, *, needs, options) → the merged tensor, (experts, *shape), (experts) → (*shape).
-        needs: what the function takes by keyword besides its options: ``inner`` (⟨ΔW_i, ΔW_j⟩, experts × experts),
-            ``limit`` (min(d_out, d_in)), ``generators`` (one per expert, seeded), ``fishers`` or ``grams``.
-        breaks: laws of merging that it does not keep by definition → why. The laws: ``identity`` (one expert at
-            weight 1 comes back), ``copies`` (N equal experts with weights of sum 1 give that expert), ``order`` (of
-            the experts does not matter), ``gauge`` (factors (BR, R⁻¹A) give the same merge).
-        joins_target: the target's own expert joins those that the ranking selected.
-        weights_by_score: weights that are not given follow the scores of the ranking.
-        averages: it averages the numbers themselves, so that the base cancels where the weights sum to 1.
-        check: refuses options that do not fit each other; the range of a single one is the option's own.
+        needs: keyword arguments of the function in addition to its options: ``inner`` (⟨ΔW_i, ΔW_j⟩, experts ×
+            experts), ``limit`` (min(d_out, d_in)), ``generators`` (one per expert, seeded), ``fishers`` or ``grams``.
+        breaks: laws of merging that the method breaks by definition → the reason. The laws: ``identity`` (one expert
+            at weight 1 comes back), ``copies`` (N equal experts with weights that sum to 1 give that expert),
+            ``order`` (the order of the experts does not matter), ``gauge`` (factors (BR, R⁻¹A) give the same merge).
+        joins_target: whether the target's own expert is added to the experts that the ranking selected.
+        weights_by_score: whether the default weights follow the scores of the ranking.
+        averages: whether the method averages parameters, so that the base cancels if the weights sum to 1.
+        check: refuses options that contradict each other; the range of a single option is checked before.
     """
 
     formula: str
@@ -85,7 +85,7 @@ class MergeMethod(Strategy):
 
     @property
     def function(self) -> Callable[..., Any]:
-        """The one function that it has."""
+        """The one function that the method has."""
         function = self.coefficients or self.transformed or self.merge
         assert function is not None
         return function
@@ -96,11 +96,11 @@ METHODS = Family("pimerge.merging.methods", "merge method", "METHOD", MergeMetho
 
 @dataclass(frozen=True)
 class OpenedMethod:
-    """A merge method with the options and the seed of a merge; see :func:`open_method`.
+    """A merge method with its options and seed; see :func:`open_method`.
 
     Attributes:
-        options: name → value, of every option that the method has.
-        seed: decides every random draw.
+        options: name → value, for every option of the method.
+        seed: random seed.
     """
 
     strategy: MergeMethod
@@ -109,43 +109,43 @@ class OpenedMethod:
 
     @property
     def name(self) -> str:
-        """As the user types it."""
+        """The name of the method."""
         return self.strategy.name
 
     @property
     def space(self) -> Space:
-        """The space that it works in."""
+        """The tensors that the method works on."""
         return self.strategy.space
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """Its arguments besides the updates and the weights."""
+        """The data that the method needs besides updates and weights."""
         return self.strategy.needs
 
     def weights(self, count: int, given: Sequence[float] | None) -> list[float]:
-        """The weight of each expert."""
+        """Return the weight of each expert."""
         return self.strategy.weights(count, given)
 
     def coefficients(self, weights: Tensor, inner: Callable[[], Tensor]) -> Tensor:
-        """The coefficient of each update, of a linear method; ``inner`` gives ⟨ΔW_i, ΔW_j⟩ where it is needed."""
+        """Return the coefficient of each update, for a linear method; ``inner`` computes ⟨ΔW_i, ΔW_j⟩ if needed."""
         needed = {"inner": inner()} if "inner" in self.needs else {}
         found: Tensor = self.strategy.function(weights, **needed, **self.options)
         return found
 
     def transformed(self, rows: Sequence[Tensor], weights: Tensor, grams: Sequence[Tensor]) -> list[Tensor]:
-        """The transformed rows of A, of a method that works on the layer's inputs."""
+        """Return the transformed rows of A, for a method that works on the layer's inputs."""
         found: list[Tensor] = self.strategy.function(rows, weights, grams=grams, **self.options)
         return found
 
     def merge(
         self, deltas: Tensor, weights: Tensor, *, draws: Sequence[str] = (), limit: int = 0, **given: Tensor
     ) -> Tensor:
-        """The merged tensor, of a method of another space: (experts, *shape), (experts) → (*shape).
+        """Return the merged tensor, for all other methods: (experts, *shape), (experts) → (*shape).
 
         Args:
-            draws: a text for each expert that decides its random draws together with the seed.
+            draws: one text per expert, which seeds its generator together with the seed of the method.
             limit: min(d_out, d_in).
-            given: ``fishers``.
+            given: ``fishers``, if the method needs them.
         """
         needed: dict[str, Any] = dict(given)
         if "generators" in self.needs:
@@ -163,10 +163,10 @@ class OpenedMethod:
 
 
 def open_method(name: str, options: Mapping[str, Any] | None = None, seed: int = 0) -> OpenedMethod:
-    """A merge method by name, with its options checked; all that is wrong with them is said at once.
+    """Open a merge method by name, and check its options.
 
     Args:
-        options: name → value; None for one that was not given.
+        options: name → value; None stands for an option that was not given.
 
     >>> open_method("ties", {"density": 0.5, "gamma": None}).options
     {'density': 0.5, 'scale': 1.0}

@@ -24,15 +24,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class UpdateSettings:
-    """How updates are merged, apart from the method and the weights.
+    """Settings of a merge of updates, apart from the method and the weights.
 
     Attributes:
-        truncation: of the result's rank.
-        space: where an elementwise method looks at entries.
-        dtype: of the result; None for the experts' own, the wider if they differ.
-        fisher: the diagonal Fisher of an expert's tensor by key, for methods that need it.
-        gram: the Gram matrix of a module's inputs on an expert's data, for methods that need it.
-        read: gives the factors of an expert's module.
+        truncation: truncation of the result's rank.
+        space: entries that an elementwise method works on.
+        dtype: dtype of the result; None keeps the dtype of the experts, or the widest if they differ.
+        fisher: returns the diagonal Fisher of an expert's tensor by key, for methods that need it.
+        gram: returns the input Gram of a module on an expert's data, for methods that need it.
+        read: reads the factors of an expert's module.
     """
 
     truncation: Truncation = EVERYTHING
@@ -50,17 +50,17 @@ def prepare(
     settings: UpdateSettings = UpdateSettings(),
     selected: Callable[[str], bool] = lambda name: True,
 ) -> UpdateMerge:
-    """Check a merge of experts that fit each other; :meth:`UpdateMerge.module` then computes its modules one by one.
+    """Check a merge of compatible experts; :meth:`UpdateMerge.module` then computes its modules one by one.
 
-    An expert that does not adapt a module contributes a zero update there; the weights stay as they are. Equal
-    experts are joined and their weights added.
+    An expert that does not adapt a module contributes a zero update there, and the weights do not change. Equal
+    experts are joined, and their weights are added.
 
     Args:
-        weights: one per expert, or module → one per expert.
-        selected: which modules to merge; the others are left out of the result.
+        weights: one weight per expert, for all modules or by module.
+        selected: tells by name which modules to merge; the others are left out of the result.
     """
     if settings.space is not EntrySpace.CORE and method.space is not Space.ELEMENTWISE:
-        raise PimergeError(f"--space is for elementwise methods, and '{method.name}' is not", "leave it out")
+        raise PimergeError(f"--space applies to elementwise methods, not to '{method.name}'", "leave it out")
     found = sorted({name for expert in experts for name in expert.modules})
     names = [name for name in found if selected(name)]
     if not names:
@@ -80,7 +80,7 @@ def prepare(
 def _joined(
     experts: Sequence[Expert], weights: Mapping[str, Sequence[float]]
 ) -> tuple[list[Expert], dict[str, list[float]], dict[str, int]]:
-    """Equal experts as one, with their weights added."""
+    """Join equal experts and add their weights: the experts, weights by module, and name → count of each."""
     first: dict[tuple[object, ...], int] = {}
     places = [first.setdefault(_identity(expert, experts), len(first)) for expert in experts]
     kept = [experts[places.index(place)] for place in range(len(first))]
@@ -93,7 +93,7 @@ def _joined(
 
 
 def _identity(expert: Expert, experts: Sequence[Expert]) -> tuple[object, ...]:
-    """A key that equal experts share; a file is hashed completely only if another has the same beginning."""
+    """Return a key that equal experts share; the whole file is hashed only if two files begin in the same way."""
     begins = [other for other in experts if other.file.beginning == expert.file.beginning]
     scalings = tuple(module.scaling for module in expert.modules.values())
     meaning = tuple(expert.config.get(field) for field in expert.strategy.meaning_fields)
@@ -107,10 +107,12 @@ def _weights_by_module(
     problems = Problems()
     unknown = sorted(set(by_module) - set(names))
     if unknown:
-        problems.add(f"weights for {len(unknown)} modules that no expert has, such as '{unknown[0]}'")
+        problems.add(f"there are weights for {len(unknown)} modules that no expert has, such as '{unknown[0]}'")
     missing = [name for name in names if name not in by_module]
     if missing:
-        problems.add(f"no weights for {len(missing)} modules, such as '{missing[0]}'", "they belong to other experts")
+        problems.add(
+            f"there are no weights for {len(missing)} modules, such as '{missing[0]}'", "pass weights for these experts"
+        )
     for name, values in by_module.items():
         if len(values) != count or not all(torch.isfinite(torch.tensor(value)) for value in values):
             problems.add(f"{len(values)} weights ({', '.join(map(str, values))}) for {count} experts in '{name}'")
@@ -120,7 +122,7 @@ def _weights_by_module(
 
 
 def reader_of(experts: Sequence[Expert]) -> Callable[[Expert, str], Factors]:
-    """What reads the experts' factors: with the base's weights where something has to be converted."""
+    """Return the reader of the experts' factors; it converts adapters that need the weights of the base."""
     from pimerge.adapters.base_weights import base_weights
     from pimerge.adapters.conversion import converting
 
@@ -132,7 +134,7 @@ def reader_of(experts: Sequence[Expert]) -> Callable[[Expert, str], Factors]:
 
 
 def statistics_of(store_path: Path, experts: Sequence[Expert], method: OpenedMethod) -> dict[str, Any]:
-    """What the store knows that a method needs: ``fisher`` or ``gram`` of :class:`UpdateSettings`."""
+    """Return the statistics that a method needs from the store: ``fisher`` or ``gram`` of :class:`UpdateSettings`."""
     if not {"fishers", "grams"} & set(method.needs):
         return {}
     from pimerge.embedding.store import open_store
@@ -149,7 +151,7 @@ def statistics_of(store_path: Path, experts: Sequence[Expert], method: OpenedMet
             continue
         with problems.collected(f"'{expert.name}': "):
             files[expert.sha256] = store.grams(name) if has_grams else store.diagonal_file(name)
-    problems.raise_any(f"the store lacks what '{method.name}' needs")
+    problems.raise_any(f"the store lacks statistics that '{method.name}' needs")
 
     def fisher(expert: Expert, key: str) -> Tensor:
         return files[expert.sha256].read(key)

@@ -1,4 +1,4 @@
-"""The request for a merge."""
+"""The request of a merge: the arguments of ``pimerge.merge``, checked and converted."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     from pimerge.adapters.ranking_document import Ranking
 
 AUTO_ENERGY = 0.99
-"""Share of ‖ΔW‖² that ``rank="auto"`` keeps where no other is given."""
+"""Share of ‖ΔW‖² that ``rank="auto"`` keeps if ``energy`` is not given."""
 
 
 class EntrySpace(StrEnum):
-    """Where an elementwise method looks at entries.
+    """The entries that an elementwise method works on.
 
-    ``CORE``: in the experts' own singular vectors, without a dense matrix. ``DELTA``: in the dense ΔW, one module at a
-    time. ``FACTORS``: in A and B separately, as PEFT does, for experts of one init.
+    ``CORE``: in the basis of the experts' singular vectors, without a dense matrix. ``DELTA``: in the dense ΔW, one
+    module at a time. ``FACTORS``: in A and B separately, as in PEFT, for experts with the same init.
     """
 
     CORE = "core"
@@ -37,7 +37,7 @@ class EntrySpace(StrEnum):
 
 
 class HeadPolicy(StrEnum):
-    """Which task head the result has: the target's own, the mean of all, or none."""
+    """The task head of the result: the target's own, the mean of all, or none."""
 
     TARGET = "target"
     AVERAGE = "average"
@@ -45,7 +45,7 @@ class HeadPolicy(StrEnum):
 
 
 class ResultDtype(StrEnum):
-    """The dtypes that a result can have."""
+    """The possible dtypes of a result."""
 
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
@@ -56,21 +56,16 @@ class ResultDtype(StrEnum):
 SPACE = Option(
     "space",
     EntrySpace,
-    "Basis of elementwise methods: core (in the experts' own singular vectors, without a dense matrix), "
-    "delta (in the dense ΔW, one module at a time) or factors (in A and B separately, as PEFT does: fast, and only for "
-    "experts of one init).",
+    "Entries that elementwise methods work on: core (in the basis of the experts' singular vectors), delta (in the "
+    "dense ΔW, one module at a time) or factors (in A and B separately, as in PEFT; needs experts with the same init).",
 )
-HEAD = Option("head", HeadPolicy, "Task head of the result: the target's, the average, or none.")
-DTYPE = Option("dtype", ResultDtype, "Dtype of the result. Default: the experts' own.")
+HEAD = Option("head", HeadPolicy, "Task head of the result: the head of the target, the average, or none.")
+DTYPE = Option("dtype", ResultDtype, "Dtype of the result. Default: the dtype of the experts.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class MergeRequest:
-    """The arguments of :func:`pimerge.merge`, where they are described, but for its method.
-
-    Attributes:
-        dry_run: only the plan is wanted; files of experts are read, nothing is written.
-    """
+    """The arguments of :func:`pimerge.merge` except the method; they are described there."""
 
     experts: Sequence[str | Path | Expert] | None = None
     weights: Sequence[float] | None = None
@@ -93,7 +88,6 @@ class MergeRequest:
     base: str | None = None
     output: Path | None = None
     force: bool = False
-    dry_run: bool = False
     track: Track = silent
     note: Note = unheard
 
@@ -104,11 +98,11 @@ class MergeRequest:
 
     @property
     def folder(self) -> Path:
-        """The folder that the paths in written files are relative to."""
+        """The folder that paths in written files are relative to."""
         return self.output or Path()
 
     def truncation(self) -> Truncation:
-        """What ``rank`` and ``energy`` say together."""
+        """Return the truncation that ``rank`` and ``energy`` define together."""
         from pimerge.adapters.low_rank import Truncation
 
         if self.rank == "auto":
@@ -118,30 +112,30 @@ class MergeRequest:
         return Truncation(None if self.rank == "max" else int(self.rank), self.energy)
 
     def torch_dtype(self) -> torch.dtype | None:
-        """The dtype asked for; None for the experts' own."""
+        """Return the dtype of the result; None for the dtype of the experts."""
         import torch
 
         return getattr(torch, self.dtype) if self.dtype else None
 
     def selects(self, name: str) -> bool:
-        """Whether ``include`` and ``exclude`` leave a module or tensor in."""
+        """Whether a module or tensor is merged according to ``include`` and ``exclude``."""
         wanted = not self.include or any(fnmatchcase(name, glob) for glob in self.include)
         return wanted and not any(fnmatchcase(name, glob) for glob in self.exclude)
 
     def require_globs_match(self, names: Sequence[str]) -> None:
-        """Refuse globs that match no name."""
+        """Refuse globs that match none of the names."""
         problems = Problems()
         for option, globs in (("--include", self.include), ("--exclude", self.exclude)):
             for glob in globs:
                 if not any(fnmatchcase(name, glob) for name in names):
-                    problems.add(f"{option} '{glob}' matches none of {len(names)} names", f"they are like '{names[0]}'")
-        problems.raise_any("globs that match nothing")
+                    problems.add(f"{option} '{glob}' matches none of {len(names)} names, such as '{names[0]}'")
+        problems.raise_any("some globs match nothing")
 
     def problems_for_updates_only(self, why: str) -> Problems:
-        """A problem for each argument that was given and is for updates ΔW alone.
+        """Return a problem for each given option that applies only to updates ΔW.
 
         Args:
-            why: the sentence that follows the option's flag.
+            why: the rest of the message, after the option.
         """
         given = {
             "--rank": self.rank != "max",
@@ -151,6 +145,7 @@ class MergeRequest:
             "--verify": self.verify,
         }
         problems = Problems()
-        for option in [option for option, is_given in given.items() if is_given]:
-            problems.add(f"{option} {why}", "leave it out")
+        for option, is_given in given.items():
+            if is_given:
+                problems.add(f"{option} {why}", "leave it out")
         return problems

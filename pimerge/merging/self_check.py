@@ -1,4 +1,4 @@
-"""Check that each expert, merged alone, comes back unchanged."""
+"""The self-check of a merge: every expert, merged alone, must come back unchanged."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from pimerge.merging.method import Space, open_method
 from pimerge.merging.request import EntrySpace
 from pimerge.merging.update_merge import UpdateMerge
 
-# What one rounding to the dtype, and none before it, may change.
+# The relative error that a single rounding to the dtype may cause.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 
 
 @dataclass(frozen=True)
 class Verified:
-    """The outcome of a verification that passed.
+    """The result of a self-check that passed.
 
     Attributes:
-        method: the one that each expert went through.
+        method: the method that each expert was merged with.
         deviation: the largest ‖ΔŴ − ΔW‖ / ‖ΔW‖ of a module.
     """
 
@@ -32,10 +32,10 @@ class Verified:
 
 
 def verify(merge: UpdateMerge, *, track: Track = silent) -> Verified:
-    """Send every expert alone, at weight 1, through the path of a merge and compare ΔW module by module.
+    """Merge every expert alone, at weight 1, and compare ΔW module by module.
 
-    A method that changes a single expert by definition (``BREAKS``) is left out of the path: its experts are
-    read, aligned, taken into the same space and back, and rounded. Nothing is cut off by rank.
+    If the method changes a single expert by definition, ``interpolated`` takes its place, so that reading, alignment
+    and rounding are still checked. The rank is not truncated.
     """
     method = open_method("interpolated") if "identity" in merge.method.strategy.breaks else merge.method
     side_by_side = merge.method.space is Space.LINEAR and merge.truncation == EVERYTHING
@@ -55,15 +55,15 @@ def verify(merge: UpdateMerge, *, track: Track = silent) -> Verified:
                     problems.add(
                         f"module '{name}' of '{expert.name}' comes back with a deviation of {deviation:.1e}, "
                         f"expected at most {TOLERANCE[merge.dtype]:.0e}",
-                        "pass --dtype float32; if it stays, please report it",
+                        "pass --dtype float32; if the problem persists, please report it",
                     )
             advance(1)
-    problems.raise_any("the merge is not written: experts do not come back from its path")
+    problems.raise_any("the merge is not written, because the self-check failed")
     return Verified(method.name, largest)
 
 
 def _deviation(expected: Factors, found: Factors) -> float:
-    """‖found − expected‖ / ‖expected‖ without a dense matrix; NaN counts as infinite."""
+    """Return ‖found − expected‖ / ‖expected‖ without forming a dense matrix; NaN counts as infinite."""
     cores = to_cores([expected, found]).stacked()
     norm = float(cores[0].norm())
     difference = float((cores[1] - cores[0]).norm())

@@ -1,9 +1,9 @@
-"""Merge experts without ΔW, whose tensors are combined number by number, one tensor set after the other.
+"""Merge experts without ΔW entry by entry, one tensor set after the other.
 
-A linear method gives each tensor set one coefficient per expert: the projections of a bottleneck share it, and so do
-the keys and values of a prefix's layer. An elementwise method sees φ_n − φ0 of one tensor after the other, around the
-kind's neutral point φ0 (0 where it has none). ``fisher`` sees the numbers themselves. Methods that need singular
-vectors or a layer's inputs need ΔW and are refused.
+A linear method computes one coefficient per expert and tensor set, so the projections of a bottleneck share one, and
+so do the keys and values of a prefix layer. An elementwise method gets φ_n − φ0 of one tensor after the other, where φ0
+is the neutral value of the kind (0 if it has none). A method that works on parameters gets φ_n. Methods that need
+singular vectors or a layer's inputs need ΔW and are refused.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ import torch
 from pimerge.adapters.additive_tensors import F64, BaseTensor, at_strength, neutral, weighted
 from pimerge.adapters.compatibility import require_finite
 from pimerge.adapters.expert import Expert
-from pimerge.adapters.tensor_sets import TensorSet, TensorSlot, joined, read_slot
+from pimerge.adapters.tensor_sets import TensorSet, joined, read_slot
 from pimerge.checkpoints.base import Base
 from pimerge.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from pimerge.checkpoints.key_mapping import Names, match, names_of
 from pimerge.checkpoints.safetensors_file import is_finite
 from pimerge.core.errors import PimergeError
-from pimerge.merging.method import OpenedMethod, Space
+from pimerge.merging.method import METHODS, OpenedMethod, Space
 from pimerge.merging.update_merge import widest
 
 if TYPE_CHECKING:
@@ -33,14 +33,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TensorMerge:
-    """A merge that has been checked; see :func:`prepare_tensors`.
+    """A checked merge of experts without ΔW; see :func:`prepare_tensors`.
 
     Attributes:
-        experts: of one form.
-        weights: tensor set → one weight per expert; all 0 for one that stays neutral.
-        dtype: of the result; None for that of each tensor, the widest of the experts'.
-        base: reads the base's parameters.
-        coefficients: tensor set → what each expert was multiplied by, for linear methods; filled by :meth:`tensors`.
+        experts: experts with the same tensor sets.
+        weights: tensor set → one weight per expert; all 0 for a tensor set that stays neutral.
+        dtype: dtype of the result; None stands for the widest dtype of the experts, tensor by tensor.
+        base: reads the parameters of the base.
+        coefficients: tensor set → one coefficient per expert, for linear methods; filled by :meth:`tensors`.
     """
 
     experts: Sequence[Expert]
@@ -53,15 +53,15 @@ class TensorMerge:
 
     @property
     def tensor_sets(self) -> Mapping[str, TensorSet]:
-        """Those of every expert."""
+        """The tensor sets, which all experts share."""
         return self.experts[0].tensor_sets
 
     def tensors(self) -> dict[str, Tensor]:
-        """Key → merged tensor."""
+        """Compute the merged tensors by key."""
         found: dict[tuple[str, str], Tensor] = {}
         for name, tensor_set in self.tensor_sets.items():
             parts = {slot: self._parts(name, slot) for slot in tensor_set.slots}
-            coefficients = self._linear(name, tensor_set, parts)
+            coefficients = self._linear(name, parts)
             for slot, each in parts.items():
                 found[name, slot] = self._merged(name, slot, each, coefficients)
         merged = joined(self.tensor_sets, found)
@@ -73,27 +73,20 @@ class TensorMerge:
                 )
         return rounded
 
-    def _slot(self, name: str, slot: str) -> TensorSlot:
-        return self.tensor_sets[name].slots[slot]
-
     def _zero(self, name: str, slot: str) -> Tensor:
-        return neutral(self._slot(name, slot), self.base)
+        return neutral(self.tensor_sets[name].slots[slot], self.base)
 
     def _parts(self, name: str, slot: str) -> list[Tensor]:
         return [at_strength(expert, expert.tensor_sets[name].slots[slot], self.base) for expert in self.experts]
 
-    def _linear(self, name: str, tensor_set: TensorSet, parts: Mapping[str, Sequence[Tensor]]) -> list[float] | None:
-        """The coefficients of a linear method; inner products are those of φ_n − φ0 over the whole tensor set."""
+    def _linear(self, name: str, parts: Mapping[str, Sequence[Tensor]]) -> list[float] | None:
+        """Return the coefficients of a linear method, whose inner products are of φ_n − φ0 over the tensor set."""
         if self.method.space is not Space.LINEAR:
             return None
 
         def inner() -> Tensor:
-            flat = torch.stack(
-                [
-                    torch.cat([(parts[slot][index] - self._zero(name, slot)).flatten() for slot in tensor_set.slots])
-                    for index in range(len(self.experts))
-                ]
-            )
+            deltas = [torch.stack(list(each)) - self._zero(name, slot) for slot, each in parts.items()]
+            flat = torch.cat([delta.flatten(1) for delta in deltas], dim=1)
             return flat @ flat.T
 
         weights = torch.tensor(self.weights[name], dtype=F64)
@@ -116,10 +109,9 @@ class TensorMerge:
         return zero + self.method.merge(deltas, tensor, draws=draws, limit=min(zero.shape))
 
     def _fishers(self, name: str, slot: str) -> Tensor:
-        read = self.fisher
-        assert read is not None
-        own = self._slot(name, slot)
-        return torch.stack([read_slot(own, partial(read, expert)).to(F64) for expert in self.experts])
+        assert self.fisher is not None
+        own = self.tensor_sets[name].slots[slot]
+        return torch.stack([read_slot(own, partial(self.fisher, expert)).to(F64) for expert in self.experts])
 
     def _dtype_of(self, key: str) -> torch.dtype:
         if self.dtype is not None:
@@ -136,26 +128,26 @@ def prepare_tensors(
     selected: Callable[[str], bool] = lambda name: True,
     fisher: Callable[[Expert, str], Tensor] | None = None,
 ) -> TensorMerge:
-    """Check a merge of experts without ΔW that fit each other.
+    """Check a merge of compatible experts without ΔW.
 
     Args:
-        weights: tensor set → one per expert.
-        dtype: of the result; None for the experts' own.
-        selected: which tensor sets to merge; the others stay neutral.
-        fisher: the diagonal Fisher of an expert's tensor by key, for ``fisher``.
+        weights: tensor set → one weight per expert.
+        dtype: dtype of the result; None keeps the dtype of the experts.
+        selected: tells by name which tensor sets to merge; the others stay neutral.
+        fisher: returns the diagonal Fisher of an expert's tensor by key, for methods that need it.
     """
     require_finite(experts)
     first = experts[0]
     if not method.space.takes_any_tensor:
         what = "a layer's inputs" if method.space is Space.INPUTS else "the singular vectors of ΔW"
         raise PimergeError(
-            f"'{method.name}' works on {what}, and experts of kind {first.kind} have no ΔW",
-            "use a linear method such as uniform or interpolated, fisher, or an elementwise one such as ties",
+            f"'{method.name}' needs {what}, and experts of kind {first.kind} have no ΔW",
+            "these methods merge them: " + ", ".join(other.name for other in METHODS if other.space.takes_any_tensor),
         )
     left_out = [name for name in first.tensor_sets if not selected(name)]
     if left_out and not first.has_strength:
         raise PimergeError(
-            f"'{left_out[0]}' cannot be left out: nothing stands for a {first.kind} that leaves the base unchanged",
+            f"'{left_out[0]}' cannot be left out: kind {first.kind} has no value that leaves the model unchanged",
             "leave out --include and --exclude",
         )
     if len(left_out) == len(first.tensor_sets):
@@ -167,14 +159,14 @@ def prepare_tensors(
 
 
 def base_reader(base: Base) -> BaseTensor:
-    """A reader of a base's parameters by their names in the task's model; opened when the first one is asked for."""
+    """Return a reader of the base's parameters by their names in the task's model; it opens the base when used."""
 
     @cache
     def opened() -> tuple[Checkpoint, Names]:
         if base.folder is None:
             raise PimergeError(
-                f"the base '{base.name}' is not on this machine, and this merge needs its values",
-                "download it first (hf download NAME), pass --base with its folder, or take weights that sum to 1",
+                f"this merge needs values of the base '{base.name}', which is not on this machine",
+                "download it first (hf download NAME), pass --base with its folder, or use weights that sum to 1",
             )
         checkpoint = open_checkpoint(base.folder)
         return checkpoint, names_of(checkpoint)

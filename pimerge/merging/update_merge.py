@@ -1,4 +1,4 @@
-"""A merge of updates ΔW, module by module, each computed when it is asked for, without loading the base."""
+"""Merge updates ΔW module by module, without loading the base; each module is computed on request."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ F64 = torch.float64
 
 @dataclass(frozen=True, kw_only=True)
 class UpdateMerge:
-    """A merge that has been checked; see :func:`pimerge.merging.preparation.prepare`.
+    """A checked merge of updates ΔW; see :func:`pimerge.merging.preparation.prepare`.
 
     Attributes:
-        experts: those that are merged; equal ones are joined.
-        weights: module → one weight per expert, for the modules that are merged.
-        space: of an elementwise method: where it looks at entries.
-        dtype: of the result.
-        joined: expert's name → how often it was given, where that is more than once.
+        experts: the experts to merge; equal ones are joined.
+        weights: module → one weight per expert, for the modules to merge.
+        space: entries that an elementwise method works on.
+        dtype: dtype of the result.
+        joined: name of an expert → how often it was given, for experts that were given more than once.
     """
 
     experts: Sequence[Expert]
@@ -63,7 +63,7 @@ class UpdateMerge:
 
     @cached_property
     def has_bias(self) -> bool:
-        """Whether any module has a bias update; PEFT then expects one of each."""
+        """Whether any module has a bias update; PEFT then expects one in each module."""
         return any(
             expert.modules[name].bias for expert in self.experts for name in expert.modules.keys() & self.weights
         )
@@ -75,7 +75,7 @@ class UpdateMerge:
 
     @property
     def by_factor(self) -> bool:
-        """Whether A and B are merged apart."""
+        """Whether A and B are merged separately."""
         return self.method.space is Space.FACTORS or self.space is EntrySpace.FACTORS
 
     @property
@@ -88,7 +88,7 @@ class UpdateMerge:
         return next(expert.modules[name] for expert in self.experts if name in expert.modules)
 
     def module(self, name: str) -> MergedModule:
-        """Merge one module; NaN or Inf in an expert, and a result too large for its dtype, are refused."""
+        """Merge one module; refuse NaN and Inf in an expert, and a result that is too large for its dtype."""
         is_light = self.by_factor or (self.method.space is Space.LINEAR and self.truncation == EVERYTHING)
         with _one_thread() if is_light else nullcontext():
             return self._module(name)
@@ -107,13 +107,13 @@ class UpdateMerge:
         return MergedModule(layout, factors, found.energy, found.lost, given)
 
     def _part(self, expert: Expert, name: str, layout: LoraModule) -> Factors:
-        """An expert's update; zero, of rank 0, where it has none: the weights stay as they are."""
+        """Read the update of an expert, which is zero and of rank 0 if it does not adapt the module."""
         if name not in expert.modules:
             return Factors(torch.zeros(0, layout.d_in), torch.zeros(layout.d_out, 0), 1.0)
         part = self.read(expert, name)
         if not all(tensor is None or is_finite(tensor) for tensor in (part.A, part.B, part.bias)):
             require_finite(self.experts)  # names every such tensor of every expert
-            raise PimergeError(f"module '{name}' of '{expert.name}': its update is NaN or Inf")
+            raise PimergeError(f"the update of '{expert.name}' in module '{name}' contains NaN or Inf")
         return part
 
     def _coefficients(self, parts: Sequence[Factors], weights: Tensor) -> Tensor | None:
@@ -142,13 +142,12 @@ class UpdateMerge:
                 return truncated_dense(self._apply(name, deltas, weights, limit), self.truncation)
             case Space.ELEMENTWISE:
                 cores = to_cores(parts).canonical()
-                merged = self._apply(name, cores.stacked(self._wide), weights, limit)
             case Space.REFERENCE:
                 cores = to_cores(parts).reference()
-                merged = self._apply(name, cores.stacked(), weights, limit)
             case _:
                 cores = to_cores(parts)
-                merged = self._apply(name, cores.stacked(), weights, limit)
+        stacked = cores.stacked(self._wide) if self.method.space is Space.ELEMENTWISE else cores.stacked()
+        merged = self._apply(name, stacked, weights, limit)
         return truncated(merged, cores, self.truncation)
 
     def _apply(self, name: str, deltas: Tensor, weights: Tensor, limit: int) -> Tensor:
@@ -166,7 +165,7 @@ class UpdateMerge:
         return replace(within, factors=Factors(within.factors.A, U.times(within.factors.B), 1.0))
 
     def _by_factor(self, name: str, parts: Sequence[Factors], weights: Tensor, limit: int) -> Truncated:
-        """Parameter by parameter; the experts share an init, so that their entries mean the same."""
+        """Merge A and B separately, which requires that the experts share an init."""
         stacks = {
             "A": torch.stack([part.A.to(self._wide) for part in parts]),
             "B": torch.stack([part.scaling * part.B.to(self._wide) for part in parts]),
@@ -184,10 +183,9 @@ class UpdateMerge:
         return truncated(cores.stacked()[0], cores, self.truncation)
 
     def _fishers(self, name: str, letter: str, parts: Sequence[Factors]) -> Tensor:
-        """The diagonal Fisher of one factor; B carries the scaling here, so its Fisher is that of s·B.
+        """Return the diagonal Fisher of one factor; B includes the scaling s here, so its Fisher is divided by s².
 
-        It was measured at the expert's full strength, so the strength is not part of s: a weaker update
-        says no more.
+        The Fisher was measured at strength 1, so s excludes the strength.
         """
         assert self.fisher is not None
         found = []
@@ -199,7 +197,7 @@ class UpdateMerge:
         return torch.stack(found)
 
     def _transformed(self, name: str, parts: Sequence[Factors], weights: Tensor) -> list[Factors]:
-        """The factors with the rows of A turned by the inputs' statistics; embeddings and others: the plain sum."""
+        """Return factors whose A is transformed by the input Grams; the plain sum for modules without Grams."""
         assert self.gram is not None
         known = [self.gram(expert, name) for expert in self.experts]
         present = [gram for gram in known if gram is not None]
@@ -213,7 +211,7 @@ class UpdateMerge:
 
 
 def widest(dtypes: Iterable[Iterable[str]]) -> torch.dtype:
-    """The dtype that holds every number of some experts, by safetensors' names of the dtypes of each.
+    """Return the dtype that represents the numbers of all experts, given the safetensors dtypes of each.
 
     >>> widest([("F16",), ("BF16", "F16")])
     torch.float32
@@ -223,7 +221,7 @@ def widest(dtypes: Iterable[Iterable[str]]) -> torch.dtype:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Use one thread during the block: without linear algebra, a module is too little work for several."""
+    """Use one thread: without linear algebra, a module is too little work for several."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -235,5 +233,5 @@ def _one_thread() -> Iterator[None]:
 def _too_large(name: str, dtype: torch.dtype) -> PimergeError:
     wider = "float64" if dtype == torch.float32 else "float32"
     return PimergeError(
-        f"module '{name}': the merged update is too large for {dtype}", f"pass --dtype {wider}, or smaller weights"
+        f"the merged update of module '{name}' is too large for {dtype}", f"pass --dtype {wider}, or smaller weights"
     )

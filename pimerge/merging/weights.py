@@ -1,4 +1,4 @@
-"""Weights per expert and module: rules such as ``experts/a:*.layers.1?.*=0.7``, and files of them."""
+"""Weights per expert and module, by rules such as ``experts/a:*.layers.1?.*=0.7`` and by files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ EVERYWHERE = "*"
 
 
 class Named(Protocol):
-    """An expert or a checkpoint, as far as rules know it."""
+    """An expert or a checkpoint, which rules refer to by path or name."""
 
     @property
     def path(self) -> Path:
@@ -31,12 +31,12 @@ class Named(Protocol):
 
 @dataclass(frozen=True)
 class Rule:
-    """The weight of one expert in the modules whose name matches a glob.
+    """The weight of one expert in the modules whose names match a glob.
 
     Attributes:
-        expert: as it was given on the command line, or its name.
-        modules: a glob over the modules' names.
-        said: the rule as it was written, for messages.
+        expert: the expert's path on the command line, or its name.
+        modules: glob for the names of modules.
+        said: text of the rule, for messages.
     """
 
     expert: str
@@ -46,7 +46,7 @@ class Rule:
 
 
 def parse_rule(text: str) -> Rule:
-    """A rule of ``--weight``: ``EXPERT=NUMBER`` or ``EXPERT:GLOB=NUMBER``.
+    """Parse a rule: ``EXPERT=NUMBER`` or ``EXPERT:GLOB=NUMBER``.
 
     >>> parse_rule("experts/a:*.layers.1?.*=0.7")
     Rule(expert='experts/a', modules='*.layers.1?.*', weight=0.7, said='experts/a:*.layers.1?.*=0.7')
@@ -66,7 +66,7 @@ def parse_rule(text: str) -> Rule:
 
 
 def parse_rules(texts: Sequence[str]) -> list[Rule]:
-    """Several rules, with the problems of all of them at once."""
+    """Parse several rules, and report all problems at once."""
     problems = Problems()
     rules = []
     for text in texts:
@@ -77,7 +77,7 @@ def parse_rules(texts: Sequence[str]) -> list[Rule]:
 
 
 def rules_of(document: Any, path: Path) -> list[Rule]:
-    """The rules of a JSON file: expert → weight, or expert → {glob: weight}; a later glob goes before an earlier.
+    """Parse the rules of a JSON file: expert → weight, or expert → {glob: weight}; the last matching glob applies.
 
     >>> [rule.said for rule in rules_of({"a": 0.5, "b": {"*": 0.1, "*.q_proj": 0.9}}, Path("w.json"))]
     ['a:*=0.5', 'b:*=0.1', 'b:*.q_proj=0.9']
@@ -104,12 +104,12 @@ def by_module(
     start: Sequence[float] | None,
     rules: Sequence[Rule],
 ) -> dict[str, list[float]]:
-    """Module → one weight per expert; the last rule that matches decides.
+    """Return module → one weight per expert, where the last matching rule applies.
 
     Args:
-        modules: every module of the experts.
-        references: the experts as they were given, in the order of ``experts``.
-        start: the weights where no rule matches; None if every weight must come from a rule.
+        modules: the modules of all experts.
+        references: the experts' paths on the command line, in the order of ``experts``.
+        start: the weights if no rule matches; None if every weight must come from a rule.
     """
     problems = Problems()
     weights = {module: list(start) if start is not None else [math.nan] * len(experts) for module in modules}
@@ -119,7 +119,7 @@ def by_module(
         ]
         if not places:
             names = [expert.name for expert in experts]
-            problems.add(f"'{rule.said}' names the expert '{rule.expert}'", nearest(rule.expert, names))
+            problems.add(f"'{rule.said}' names an unknown expert '{rule.expert}'", nearest(rule.expert, names))
         matched = [module for module in modules if fnmatchcase(module, rule.modules)]
         if not matched:
             problems.add(
@@ -142,10 +142,10 @@ def by_module(
 def starting_weights(
     method: OpenedMethod, count: int, given: Sequence[float] | None, has_rules: bool
 ) -> list[float] | None:
-    """The weights where no rule decides; None for a method that needs weights, if all come from rules."""
+    """Return the weights if no rule matches; None if the method needs weights and they all come from rules."""
     if not has_rules:
         return method.weights(count, given)
-    method.weights(count, given or [1 / count] * count)  # refused by a method that takes none
+    method.weights(count, given or [1 / count] * count)  # a method that takes no weights refuses rules
     if given is not None:
         return list(given)
     try:
@@ -157,14 +157,14 @@ def starting_weights(
 def target_weights(
     experts: Sequence[str], own: str | None, scores: Sequence[float | None], alpha: float | None, *, by_score: bool
 ) -> list[float] | None:
-    """α for the target's expert, and (1 − α) for the others by the softmax of their scores or evenly.
+    """Return α for the target's expert, and (1 − α) divided among the others by softmax of their scores or evenly.
 
-    None where a score is missing.
+    The result is None if a score is missing.
 
     Args:
-        experts: the SHA-256 of each.
-        own: that of the target's expert; None if it is not known.
-        alpha: None for 1/N.
+        experts: SHA-256 of each expert.
+        own: SHA-256 of the target's expert; None if it is not known.
+        alpha: weight of the target's expert; None stands for 1/N.
 
     >>> target_weights(["x", "a", "b"], "x", [None, 0.3, 0.3], 0.5, by_score=True)
     [0.5, 0.25, 0.25]
@@ -177,7 +177,7 @@ def target_weights(
     if alpha is not None and not has_own:
         raise PimergeError("--alpha is the weight of the target's expert, which is not among the experts")
     if alpha is not None and not 0 <= alpha <= 1:
-        raise PimergeError(f"--alpha is {alpha}", "expected a number from 0 to 1")
+        raise PimergeError(f"--alpha must be from 0 to 1; got {alpha:g}")
     target_weight = (1 / len(experts) if alpha is None else alpha) if has_own else 0.0
     exponentials = [math.exp(score - max(known)) for score in known]
     soft = iter([(1 - target_weight) * value / sum(exponentials) for value in exponentials])

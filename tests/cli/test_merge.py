@@ -135,7 +135,7 @@ def test_coefficients_merge_again_module_by_module(cli: Cli, pool: dict[str, Exp
         torch.testing.assert_close(found[name], first * x[name] + second * y[name], rtol=0, atol=1e-6)
     document["sha256"] = [pool["y"].sha256, pool["x"].sha256]
     Path("tuned/coefficients.json").write_text(json.dumps(document))
-    with pytest.raises(PimergeError, match=r"are not those of 'tuned/coefficients\.json'"):
+    with pytest.raises(PimergeError, match=r"differ from those of 'tuned/coefficients\.json'"):
         raise_from(cli("merge", "--coefficients", "tuned/coefficients.json", "--force"))
 
 
@@ -217,11 +217,11 @@ TWO = ("experts/x", "experts/y")
         ((*TWO, "--method", "unifrom"), "'unifrom'\n.*'uniform'"),
         ((*TWO, "--method", "interpolated"), "'interpolated' needs weights"),
         ((*TWO, "--weights", "0.5,0.5"), "'uniform'"),
-        ((*TWO, "--method", "interpolated", "--weights", "1"), r"--weights holds 1 numbers for 2 experts \(x, y\)"),
+        ((*TWO, "--method", "interpolated", "--weights", "1"), r"--weights has 1 numbers for 2 experts \(x, y\)"),
         ((*TWO, "--method", "interpolated", "--weights", "1,nan"), "--weights contains 'nan'"),
         ((*TWO, "--method", "interpolated", "--weights", "1,,2"), "--weights contains ''"),
         ((*TWO, "--method", "interpolated", "--weights", "1,2", "--alpha", "0.5"), "exclude each other"),
-        ((*TWO, "--alpha", "0.5"), "--alpha is the target's weight in 'fisher' and 'interpolated', not in 'uniform'"),
+        ((*TWO, "--alpha", "0.5"), "--alpha applies to 'fisher' and 'interpolated', not to 'uniform'"),
         ((*TWO, "--rank", "0"), "--rank is '0'"),
         ((*TWO, "--rank", "²"), "--rank is '²'"),
         ((*TWO, "--rank", "-1"), "--rank is '-1'"),
@@ -312,9 +312,9 @@ def test_experts_of_the_ranking_are_merged_at_its_scales(cli: Cli, pool: dict[st
     rank(pool, "x", {"y": 2.0, "z": 1.0}, [0.5, 0.25])
     result = cli("merge", "--verify")
     assert result.exit_code == 0, result.exception
-    sentence = "updates at another strength than their own: 'y' × 0.5, 'z' × 0.25"
+    sentence = "updates with a strength other than 1: 'y' × 0.5, 'z' × 0.25"
     assert sentence in result.stderr
-    assert "verified: every expert comes back" in result.stderr
+    assert "verified with 'uniform': every expert comes back" in result.stderr
     y, z = dense_deltas(pool["y"]), dense_deltas(pool["z"])
     for name, delta in dense_deltas(open_expert("merged")).items():
         torch.testing.assert_close(delta, (0.5 * y[name] + 0.25 * z[name]) / 2, rtol=0, atol=1e-6)

@@ -99,7 +99,7 @@ def test_fisher_takes_a_file_for_each(shell: Shell, two: list[dict[str, Tensor]]
     given = ["--base", bert_base, "--method", "fisher"]
     missing = shell("merge", *TWO, *given, "--fisher", "a.fisher.safetensors")
     assert missing.code == 3
-    assert "'fisher' needs a Fisher file per expert: 1 for 2 experts" in missing.err
+    assert "'fisher' needs one Fisher file per expert; got 1 for 2 experts" in missing.err
     files = ["--fisher", "a.fisher.safetensors", "--fisher", "b.fisher.safetensors"]
     assert shell("merge", *TWO, *given, *files).code == 0
     found = tensors(Path("merged"))
@@ -157,12 +157,12 @@ def test_what_does_not_go_with_checkpoints_is_said_at_once(
     result = shell("merge", *TWO, "adapter", "--rank", "2", "--space", "delta", "--verify", "--alpha", "0.5")
     assert (result.code, Path("merged").exists()) == (3, False)
     for said in (
-        "--rank is for adapters, and the experts are full checkpoints",
-        "--space is for adapters",
-        "--verify is for adapters",
-        "--alpha is for adapters",
-        "'adapter' is not a full checkpoint, and others are",
-        "full checkpoints merge against their base, and none is given",
+        "--rank applies to adapters, and the experts are full checkpoints",
+        "--space applies to adapters",
+        "--verify applies to adapters",
+        "--alpha applies to adapters",
+        "'adapter' is not a full checkpoint, but others are",
+        "full checkpoints are merged relative to their base, and none is given",
     ):
         assert said in result.err
 
@@ -170,14 +170,14 @@ def test_what_does_not_go_with_checkpoints_is_said_at_once(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--method", "tsv"], "'tsv' works on low-rank updates or their inputs"),
+        (["--method", "tsv"], "'tsv' needs low-rank updates or their inputs"),
         (["--method", "interpolated"], "'interpolated' needs weights"),
         (["--method", "interpolated", "--weights", "1"], "--weights"),
         (["--method", "interpolated", "--weight", "c=1"], "'c=1'"),
         (["--density", "0.5"], "--density"),
         (["--include", "*nothing*"], "--include '*nothing*' matches none of"),
         (["--dtype", "int8"], "--dtype"),
-        (["--target", "c"], "the target 'c' is not among the checkpoints given"),
+        (["--target", "c"], "the target 'c' is not one of the given checkpoints"),
         (["-o", "a", "--force"], "the checkpoint 'a'"),
         (["--base", "org/gone"], "'org/gone'"),
     ],
@@ -195,7 +195,7 @@ def test_another_model_is_refused(shell: Shell, two: list[dict[str, Tensor]], be
     set_checkpoint_config(Path("b"), model_type="roberta")
     result = shell("merge", *TWO, "--base", bert_base)
     assert result.code == 3
-    assert "'b' is a roberta, the base 'bert' a bert" in result.err
+    assert "'b' is of type roberta, and the base 'bert' of type bert" in result.err
 
 
 def test_single_files_without_a_base_are_averaged_number_by_number(cli: Cli, tmp_path: Path) -> None:
@@ -224,7 +224,7 @@ def test_single_files_without_a_base_are_averaged_number_by_number(cli: Cli, tmp
     assert "load_file" in card
     save_file({"a": torch.ones(2, 2)}, tmp_path / "other.safetensors")
     for arguments, named in (
-        ([*names, "--method", "ties"], "single .safetensors files do without"),
+        ([*names, "--method", "ties"], "merge single .safetensors files without one"),
         ([*names, "--method", "interpolated", "--weights", "0.2,0.3"], "only a mean"),
         ([names[0], "other.safetensors"], "other.safetensors"),
     ):

@@ -58,7 +58,7 @@ def test_the_folded_model_answers_as_the_merged_adapter(
     assert merged.exit_code == 0, merged.exception
     result = cli("merge", *TWO, "--target", "experts/a", "--into", base, *given, "-o", "full")
     assert result.exit_code == 0, result.exception
-    assert "the head goes in as classifier.bias, classifier.weight" in result.stderr
+    assert "the head is written as classifier.bias, classifier.weight" in result.stderr
     model = transformers.AutoModelForImageClassification.from_pretrained("full").eval()
     wanted = logits_of(PeftModel.from_pretrained(model_for(vit_base), "adapter").eval(), BATCH)
     torch.testing.assert_close(logits_of(model, BATCH), wanted, rtol=0, atol=1e-5)
@@ -132,7 +132,7 @@ def test_a_dry_run_writes_nothing(cli: Cli, pair: dict[str, Expert], vit_base: P
     before = sorted(Path().rglob("*"))
     result = cli("merge", *TWO, "--target", "experts/a", "--into", vit_base, "--dry-run")
     assert result.exit_code == 0, result.exception
-    assert "the head goes in as classifier.bias, classifier.weight" in result.stdout
+    assert "the head is written as classifier.bias, classifier.weight" in result.stdout
     assert "nothing is written now" in result.stdout
     document = json.loads(cli("merge", *TWO, "--head", "none", "--into", vit_base, "--dry-run", "--json").stdout)
     assert document["size"] == sum(tensor.numel() * tensor.itemsize for tensor in tensors(vit_base).values())
@@ -145,7 +145,7 @@ def test_another_model_is_refused(shell: Shell, pair: dict[str, Expert], vit_bas
     save_file(changed, "moved/model.safetensors", {"format": "pt"})
     result = shell("merge", *TWO, "--head", "none", "--into", "moved", "-o", "full")
     assert (result.code, Path("full").exists()) == (3, False)
-    assert "'moved' is another model than the experts' base" in result.err
+    assert "'moved' differs from the base of the experts" in result.err
     assert shell("merge", *TWO, "--head", "none", "--into", "moved", "--base", "moved", "-o", "full").code == 0
     result = shell("merge", *TWO, "--head", "none", "--into", bert_base, "--base", bert_base, "-o", "other")
     assert (result.code, Path("other").exists()) == (3, False)
@@ -191,7 +191,7 @@ def test_tied_weights_are_written_apart(cli: Cli, gpt2_base: Path) -> None:
     set_config(Path("e"), base_model_name_or_path=str(Path("base").resolve()))
     result = cli("merge", "e", "--into", "base", "-o", "full")
     assert result.exit_code == 0, result.exception
-    assert "weights that were tied: they are written apart, and config.json says so" in result.stderr
+    assert "tied weights: both are written, and config.json no longer ties them" in result.stderr
     batch = {"input_ids": torch.arange(10).view(2, 5)}
     found = transformers.GPT2LMHeadModel.from_pretrained("full").eval()
     wanted = PeftModel.from_pretrained(transformers.GPT2LMHeadModel.from_pretrained("base"), "e").eval()

@@ -101,15 +101,18 @@ def test_ranks_and_errors_are_those_of_a_dense_svd(
         (["--method", "ties", "--density", "nan"], "--density"),
         (["--method", "knots", "--inner", "tsv"], "--inner must be one of ties, linear; got 'tsv'"),
         (["--method", "task-arithmetic", "--scale", "nan"], "--scale must be a finite number"),
-        (["--method", "ties", "--scale", "1e39"], r"module 'vit.*': the merged update is too large for torch\.float32"),
+        (
+            ["--method", "ties", "--scale", "1e39"],
+            r"the merged update of module 'vit.*' is too large for torch\.float32",
+        ),
         (["--method", "interpolated", "--weights", "1"], "--weights"),
         (["--energy", "1.5"], r"--energy is 1\.5"),
         (["--energy", "nan"], "--energy is nan"),
-        (["--space", "delta"], "--space is for elementwise methods, and 'uniform' is not"),
+        (["--space", "delta"], "--space applies to elementwise methods, not to 'uniform'"),
         (["--space", "dense", "--method", "ties"], "--space must be one of core, delta, factors; got 'dense'"),
         (["--include", "*k_proj"], r"--include '\*k_proj' matches none of 4 names"),
         (["--exclude", "*"], "such as .vit.layers.0.attention.q_proj"),
-        (["--weight", "c=1", "--method", "ties"], "'c=1' names the expert 'c'"),
+        (["--weight", "c=1", "--method", "ties"], "'c=1' names an unknown expert 'c'"),
         (["--method", "interpolated", "--weight", "a=1"], "'b' has no weight in 4 of 4 modules"),
         (["--weight", "a=1"], "'uniform'"),
         (["-o", "experts/a", "--force"], "'experts/a'"),
@@ -238,7 +241,7 @@ def test_verify_says_the_deviation_and_the_card_names_sources(cli: Cli, pair: di
     for name in "ab":
         Path(f"experts/{name}/README.md").write_text("---\nlicense: mit\n---\n")
     result = cli("merge", *TWO, "--method", "ties", "--verify")
-    assert "verified: every expert comes back through 'interpolated' to " in result.stderr
+    assert "verified with 'interpolated': every expert comes back to within " in result.stderr
     card = Path("merged/README.md").read_text()
     assert "license: mit" in card
     assert all(expert.sha256 in card for expert in pair.values())

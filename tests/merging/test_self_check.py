@@ -100,7 +100,7 @@ def test_a_broken_path_is_an_error_that_names_modules_and_experts(name: str, exp
     merge = prepare(experts, [0.5, 0.5], open_method(name), UpdateSettings(read=drifting(1.01)))
     with pytest.raises(PimergeError) as caught:
         verify(merge)
-    assert str(caught.value).startswith("the merge is not written: experts do not come back from its path")
+    assert str(caught.value).startswith("the merge is not written, because the self-check failed")
     said = [problem.message for problem in caught.value.problems]
     assert [message.partition(" comes")[0] for message in said] == ["module 'v' of 'a'", "module 'v' of 'b'"]
     assert all("a deviation of 1.0e-02, expected at most 1e-05" in message for message in said)

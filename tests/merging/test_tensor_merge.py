@@ -103,7 +103,7 @@ def weights_for(method: str) -> list[float]:
 def test_methods_that_need_an_update_are_refused_by_name(
     pool: Callable[[str], list[Path]], kind: str, method: str
 ) -> None:
-    with pytest.raises(PimergeError, match=f"'{method}' works on .* have no ΔW"):
+    with pytest.raises(PimergeError, match=f"'{method}' needs .* have no ΔW"):
         merged(pool(kind), method, [1 / 3] * 3)
 
 
@@ -199,8 +199,8 @@ def test_what_does_not_fit_is_refused(
         ([lora, ia3[0]], "is of kind"),
         ([pool("bottleneck")[0], wider], "other shapes"),
         ([pool("bottleneck")[0], louder], "its scale is 2"),
-        ([*ia3, "--rank", "2"], "--rank is for updates"),
-        ([*ia3, "--verify", "--space", "delta"], "--verify is for updates"),
+        ([*ia3, "--rank", "2"], "--rank applies to updates"),
+        ([*ia3, "--verify", "--space", "delta"], "--verify applies to updates"),
         ([*ia3, "--method", "tsv"], "singular vectors"),
         ([*prefix, "--exclude", "layers.0"], "cannot be left out"),
         ([*ia3, "--method", "fisher"], "no store"),

@@ -97,9 +97,9 @@ def test_every_problem_of_the_rules_is_said_at_once() -> None:
         weigh("partiy=1", "loop:*k_proj=1", "zzz:*nothing=2")
     said = [problem.message for problem in caught.value.problems]
     assert said == [
-        "'partiy=1' names the expert 'partiy'",
+        "'partiy=1' names an unknown expert 'partiy'",
         "'loop:*k_proj=1': no module matches '*k_proj'",
-        "'zzz:*nothing=2' names the expert 'zzz'",
+        "'zzz:*nothing=2' names an unknown expert 'zzz'",
         "'zzz:*nothing=2': no module matches '*nothing'",
     ]
     hints = [problem.hint for problem in caught.value.problems]
