@@ -1,5 +1,5 @@
-"""Ways to merge the updates of several experts into one, one file each.
+"""Merge methods, one file each.
 
-A file defines ``METHOD``, a :class:`pimerge.merging.method.MergeMethod`. The function that it names is plain: tensors
-and weights in, a tensor out. Tensors have the experts as their first dimension; results have the dtype of the updates.
+Each file defines ``METHOD``, a :class:`pimerge.merging.method.MergeMethod`, and a function that takes tensors and
+weights and returns a tensor. The first dimension of the tensors is the experts. Results have the dtype of the updates.
 """

@@ -1,7 +1,7 @@
-"""Drop and rescale, the step of DARE (arXiv 2311.03099) and of DELLA (arXiv 2406.11617).
+"""Drop and rescale entries at random, as in DARE (arXiv 2311.03099) and DELLA (arXiv 2406.11617).
 
-Whether an entry is kept is decided by a random word of 16 bits below a threshold of round(65536·p), several times
-faster than torch.bernoulli. What is kept is divided by threshold/65536, so that the expectation is exact.
+An entry is kept if a random 16-bit word is below round(65536·p), which is several times faster than torch.bernoulli.
+Kept entries are divided by round(65536·p)/65536, so that the expectation is exact.
 """
 
 from __future__ import annotations
@@ -13,18 +13,17 @@ if TYPE_CHECKING:
     from torch import Generator, Tensor
 
 WORDS = 1 << 16
-BREAKS = {
-    "identity": "entries are dropped at random; it holds in expectation, and at --density 1",
-    "copies": "entries are dropped at random; it holds in expectation, and at --density 1",
-}
+BREAKS = dict.fromkeys(
+    ("identity", "copies"), "entries are dropped at random; it holds in expectation, and at --density 1"
+)
 
 
 def drop(deltas: Tensor, density: float, generators: Sequence[Generator]) -> Tensor:
-    """Each entry divided by the density with that probability, else 0: (experts, *shape) → (experts, *shape).
+    """Keep each entry with probability ``density`` and divide it by that: (experts, *shape) → (experts, *shape).
 
     Args:
-        generators: one per expert, on the CPU, so that an expert's draws depend neither on the others nor on
-            the device.
+        generators: one per expert, on the CPU, so that the random numbers of an expert depend neither on the other
+            experts nor on the device.
 
     >>> import torch
     >>> drop(torch.ones(1, 6), 0.5, [torch.Generator().manual_seed(0)]).unique()
@@ -37,10 +36,10 @@ def drop(deltas: Tensor, density: float, generators: Sequence[Generator]) -> Ten
 
 
 def keep(delta: Tensor, chance: Tensor, generator: Generator) -> Tensor:
-    """Each entry divided by its chance with that probability, else 0.
+    """Keep each entry with its own probability, and divide it by that.
 
     Args:
-        chance: in (0, 1], float64, broadcast to the shape of ``delta``; at least one dimension.
+        chance: probabilities in (0, 1], float64, of at least one dimension; broadcast to the shape of ``delta``.
     """
     levels = (WORDS * chance).round().clamp(min=1)
     kept = _words(delta, generator) <= (levels - WORDS // 2 - 1).short()
@@ -48,7 +47,7 @@ def keep(delta: Tensor, chance: Tensor, generator: Generator) -> Tensor:
 
 
 def _words(like: Tensor, generator: Generator) -> Tensor:
-    """Uniform int16 of the shape of ``like``, four from each draw of 64 bits."""
+    """Return uniform int16 numbers of the shape of ``like``, four for each random 64-bit number."""
     import torch
 
     draws = torch.empty(-(-like.numel() // 4), dtype=torch.int64).random_(-(1 << 63), None, generator=generator)

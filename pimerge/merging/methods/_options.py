@@ -1,4 +1,4 @@
-"""Options that merge methods have; methods that share one differ in its default."""
+"""Options that several merge methods share, with a default for each method."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ INNER = Option("inner_method", InnerMethod, "Method that merges the aligned upda
 
 
 def options_of(function: Callable[..., Any], *options: Option) -> dict[Option, Any]:
-    """Option → its default, the one of the function's keyword argument.
+    """Return option → default, which is the default of the function's keyword argument.
 
     >>> def merge(deltas, weights, *, density=0.2): ...
     >>> [(option.flag, default) for option, default in options_of(merge, DENSITY).items()]

@@ -1,4 +1,4 @@
-"""Singular vectors of matrices whose rank is low, shared by the spectral methods."""
+"""Singular vectors of matrices of low rank, for the spectral methods."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PROJECTION = 64
-"""Columns of the random projection that finds the span of a matrix of low rank."""
+"""Number of columns of the random projection that finds the column space of a matrix of low rank."""
 STORED = 1e-6
-"""Experts are stored in float32 or coarser: what is below this share of the whole is rounding, not a direction."""
+"""Singular values below this share of the norm are rounding errors, as experts are stored in float32 or coarser."""
 
 
 def svd(matrix: Tensor, null: float | None = None, of: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """U, σ, Vᵀ without the null directions, which would be arbitrary: (m, n) → (m, k), (k), (k, n).
+    """Return U, σ, Vᵀ without null directions, which are arbitrary: (m, n) → (m, k), (k), (k, n).
 
     Args:
-        null: k counts the σ above this share of the Frobenius norm; by default the rounding of the dtype.
-        of: the matrix whose norm counts; by default ``matrix`` itself.
+        null: k is the number of σ above this share of the Frobenius norm; by default the rounding error of the dtype.
+        of: matrix whose norm is used; by default ``matrix`` itself.
 
     >>> import torch
     >>> [part.shape for part in svd(torch.ones(3, 2))]
@@ -37,11 +37,11 @@ def svd(matrix: Tensor, null: float | None = None, of: Tensor | None = None) -> 
 
 
 def _column_space(matrix: Tensor) -> Tensor | None:
-    """Orthonormal columns that span a matrix of low rank, (m, n) → (m, k); None if its rank is not low.
+    """Return an orthonormal basis of the column space, (m, n) → (m, k), or None if the rank is not low.
 
-    An expert's core has a rank far below its size. A random projection finds the span, and what is left of the
-    matrix outside of it tells whether that was all: then the singular values are those of a matrix twenty times
-    smaller.
+    The rank of an expert's core is far below its size. A random projection finds a basis, and the residual of the
+    matrix outside its span shows whether the basis is complete. The decomposition is then of a matrix that is twenty
+    times smaller.
     """
     import torch
 
@@ -56,9 +56,9 @@ def _column_space(matrix: Tensor) -> Tensor | None:
 
 
 def whiten(vectors: Tensor) -> Tensor:
-    """The orthonormal columns nearest to the given ones: PQᵀ of PΣQᵀ, (m, k) → (m, k).
+    """Return the nearest matrix with orthonormal columns: PQᵀ of PΣQᵀ, (m, k) → (m, k).
 
-    Columns that depend on each other share what their span holds: null directions are left out.
+    Null directions of linearly dependent columns are left out.
 
     >>> import torch
     >>> whiten(torch.tensor([[1.0, 1.0], [0.0, 0.0]]))

@@ -1,8 +1,8 @@
-"""The steps of TIES (arXiv 2306.01708, section 3): trim, elect signs, average what agrees.
+"""The steps of TIES (arXiv 2306.01708, section 3): trim, elect signs, average the entries that agree.
 
-The number of entries kept is exact, since equal magnitudes at the threshold are common in bfloat16 and keeping
-all of them would change the result; among equal ones the first in row-major order stay. numpy's selection and
-comparisons are several times faster than torch's on a CPU, where merging happens.
+The number of kept entries is exact. Equal magnitudes at the threshold are common in bfloat16, and keeping all of them
+would change the result, so the first ones in row-major order are kept. Merging runs on the CPU, where selection and
+comparison are several times faster in numpy than in torch.
 """
 
 from __future__ import annotations
@@ -12,14 +12,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-BREAKS = {
-    "identity": "the smallest entries are trimmed; it holds at --density 1",
-    "copies": "the smallest entries are trimmed; it holds at --density 1",
-}
+BREAKS = dict.fromkeys(("identity", "copies"), "the smallest entries are trimmed; it holds at --density 1")
 
 
 def kept_count(density: float, size: int) -> int:
-    """How many of ``size`` entries a share keeps: rounded down, at least one.
+    """Return the number of entries to keep: ``density`` · ``size``, rounded down, at least 1.
 
     >>> kept_count(0.2, 9), kept_count(0.2, 1)
     (1, 1)
@@ -28,7 +25,7 @@ def kept_count(density: float, size: int) -> int:
 
 
 def largest(delta: Tensor, count: int) -> Tensor:
-    """Mask of the ``count`` entries of largest magnitude: (*shape) → bool (*shape).
+    """Return a mask of the ``count`` entries with the largest magnitudes: (*shape) → bool (*shape).
 
     >>> import torch
     >>> largest(torch.tensor([[1.0, -3.0], [3.0, 3.0]]), 2)
@@ -48,7 +45,7 @@ def largest(delta: Tensor, count: int) -> Tensor:
 
 
 def trim(deltas: Tensor, density: float) -> Tensor:
-    """The largest entries of each expert, 0 elsewhere: (experts, *shape) → (experts, *shape).
+    """Set all but the largest entries of each expert to 0: (experts, *shape) → (experts, *shape).
 
     >>> import torch
     >>> trim(torch.tensor([[1.0, -3.0, 2.0, 0.5]]), density=0.5)
@@ -64,11 +61,10 @@ def trim(deltas: Tensor, density: float) -> Tensor:
 
 
 def elected_mean(deltas: Tensor, weights: Tensor) -> Tensor:
-    """Mean of the entries whose sign agrees with the sign of the sum: (experts, *shape), (experts) → (*shape).
+    """Average the entries that have the sign of the weighted sum: (experts, *shape), (experts) → (*shape).
 
-    Per entry, γ = sign(Σ w_n t_n), with + for 0, and the result is Σ w_n t_n / Σ |w_n| over the n for which
-    w_n t_n has sign γ; 0 where there is none. Only the ratios of the weights matter. A negative weight stands
-    for the negated expert.
+    Per entry, γ = sign(Σ w_n t_n), with + for 0. The result is Σ w_n t_n / Σ |w_n| over the n for which w_n t_n has
+    the sign γ, or 0 if there is none. Only the ratios of the weights matter. A negative weight negates the expert.
 
     >>> import torch
     >>> elected_mean(torch.tensor([[4.0, -1.0, 0.0], [2.0, 3.0, 0.0]]), torch.tensor([0.5, 0.5]))

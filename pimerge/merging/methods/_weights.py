@@ -1,4 +1,4 @@
-"""The weights of the experts and the weighted sum, shared by the methods."""
+"""Default weights and the weighted sum, which the methods share."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def mean(count: int, given: Sequence[float] | None) -> list[float]:
-    """The weights as given, or 1/N each.
+    """Return the given weights, or 1/N each.
 
     >>> mean(4, None)
     [0.25, 0.25, 0.25, 0.25]
@@ -21,7 +21,7 @@ def mean(count: int, given: Sequence[float] | None) -> list[float]:
 
 
 def ones(count: int, given: Sequence[float] | None) -> list[float]:
-    """The weights as given, or 1 each.
+    """Return the given weights, or 1 each.
 
     >>> ones(2, None)
     [1.0, 1.0]
@@ -30,7 +30,7 @@ def ones(count: int, given: Sequence[float] | None) -> list[float]:
 
 
 def ratios(count: int, given: Sequence[float] | None) -> list[float]:
-    """The weights as given, or 1/N each, where only their ratios count; negative ones, or all 0, are refused.
+    """Return the given weights, or 1/N each, for methods that use only ratios; refuse negative weights and all 0.
 
     >>> ratios(2, [3, 1])
     [3, 1]
@@ -39,13 +39,13 @@ def ratios(count: int, given: Sequence[float] | None) -> list[float]:
     if min(weights) < 0 or not any(weights):
         raise PimergeError(
             f"the weights are {', '.join(f'{weight:g}' for weight in weights)}",
-            "expected none below 0, and at least one above 0: only their ratios count",
+            "expected none below 0 and at least one above 0, because only their ratios count",
         )
     return weights
 
 
 def weighted_sum(deltas: Tensor, weights: Tensor) -> Tensor:
-    """Σ w_n ΔW_n in the dtype of the updates: (experts, *shape), (experts) → (*shape).
+    """Compute Σ w_n ΔW_n in the dtype of the updates: (experts, *shape), (experts) → (*shape).
 
     >>> import torch
     >>> weighted_sum(torch.tensor([[1.0, 2.0], [3.0, -6.0]]), torch.tensor([2.0, -0.5]))

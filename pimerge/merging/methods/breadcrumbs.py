@@ -1,8 +1,8 @@
 """The weighted sum without the largest and the smallest entries (Model Breadcrumbs, arXiv 2312.06795, section 3).
 
-ΔW = scale · Σ w_n t_n, where t_n lacks the ``gamma`` share of the largest entries of a tensor, and as many of
-the smallest as leaves the ``density`` share; the paper's β is 1 − density − gamma. Where density + gamma
-is above 1, fewer of the largest are dropped, and at least one entry remains.
+ΔW = scale · Σ w_n t_n. From each tensor, t_n drops a share ``gamma`` of the largest entries, and then the smallest, so
+that a share ``density`` remains. The paper's β is 1 − density − gamma. If density + gamma is above 1, fewer of the
+largest entries are dropped. At least one entry remains.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 GAMMA = Option(
-    "gamma", float, "Share of the largest entries dropped.", lambda gamma: 0 <= gamma < 1, "at least 0 and below 1"
+    "gamma", float, "Share of entries dropped as the largest.", lambda gamma: 0 <= gamma < 1, "at least 0 and below 1"
 )
 
 
 def merge(deltas: Tensor, weights: Tensor, *, density: float = 0.9, gamma: float = 0.01, scale: float = 1.0) -> Tensor:
-    """Drop both ends and add: (experts, *shape), (experts) → (*shape).
+    """Drop the largest and smallest entries, and add: (experts, *shape), (experts) → (*shape).
 
     >>> import torch
     >>> merge(torch.tensor([[1.0, -3.0, 2.0, 9.0]]), torch.tensor([1.0]), density=0.5, gamma=0.25)

@@ -1,9 +1,9 @@
-"""Another method on the cores in the bases that the experts' factors share (Core Space, arXiv 2509.17786).
+"""Merge cores in reference bases of the experts' factors with another method (Core Space, arXiv 2509.17786).
 
-With the reference bases U_B, of the left singular vectors of [B_1 … B_N], and V_A, of the right ones of the
-stacked A_n, the cores M_n = U_BᵀΔW_nV_A are merged by ``inner_method`` and mapped back: ΔW = scale · U_B M V_Aᵀ.
-``ties`` trims each core to its ``density`` largest entries; for the others density does not count. The weights
-are 1/N by default, also for ``tsv`` and ``iso-c``, where the papers have 1: scale N gives theirs.
+The reference bases are U_B, the left singular vectors of [B_1 … B_N], and V_A, the right singular vectors of the
+stacked A_n. The cores M_n = U_BᵀΔW_nV_A are merged by ``inner_method`` and mapped back: ΔW = scale · U_B M V_Aᵀ. Only
+``ties`` uses ``density``, to trim each core. The weights are 1/N by default, also for ``tsv`` and ``iso-c``, where the
+papers use 1; scale N gives their results.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def merge(
     density: float = 0.2,
     scale: float = 1.0,
 ) -> Tensor:
-    """The merged core: (experts, R, R'), (experts) → (R, R').
+    """Merge the cores: (experts, R, R'), (experts) → (R, R').
 
     Args:
         limit: min(d_out, d_in), for ``tsv``.
@@ -51,7 +51,7 @@ def merge(
 
 METHOD = MergeMethod(
     name="core-space",
-    summary="Another method on the cores in the bases that the experts' factors share.",
+    summary="Merge the cores in reference bases of the experts' factors with another method.",
     formula="ΔW = scale · U_B merge(U_BᵀΔW_nV_A) V_Aᵀ",
     paper="Core Space, arXiv 2509.17786",
     space=Space.REFERENCE,

@@ -1,8 +1,7 @@
 """The weighted sum after random dropping: Σ w_n m_n ⊙ ΔW_n / p (DARE, arXiv 2311.03099, section 3).
 
 Each entry of each update is kept with probability p = ``density`` and divided by p, so that the expectation is
-scale · Σ w_n ΔW_n; the paper's drop rate is 1 − p. The division is by the probability that the draws really
-have, a multiple of 1/65536.
+scale · Σ w_n ΔW_n. The paper's drop rate is 1 − p. In fact, p is rounded to a multiple of 1/65536.
 """
 
 from __future__ import annotations

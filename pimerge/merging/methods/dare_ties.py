@@ -1,7 +1,7 @@
-"""Random dropping, then sign election and mean of what agrees (DARE, arXiv 2311.03099, with TIES, 2306.01708).
+"""Drop entries at random, elect signs, and average (DARE, arXiv 2311.03099, with TIES, arXiv 2306.01708).
 
-The drop and rescale of ``dare-linear``, then the second and third step of ``ties``; nothing is trimmed. As in
-``ties``, only the ratios of the weights matter.
+Entries are dropped and rescaled as in ``dare-linear``. Then follow the second and third step of ``ties``, without
+trimming. As in ``ties``, only the ratios of the weights matter.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def merge(
 
 METHOD = MergeMethod(
     name="dare-ties",
-    summary="Random dropping, then sign election and the mean of what agrees.",
+    summary="Drop entries at random, elect signs, and average the entries that agree.",
     formula="ΔW = scale · elected_mean(m_n ⊙ ΔW_n / density), with random masks m_n",
     paper="DARE, arXiv 2311.03099, with TIES, arXiv 2306.01708",
     space=Space.ELEMENTWISE,

@@ -1,11 +1,11 @@
-"""Random dropping that spares large entries, then sign election and mean (DELLA, arXiv 2406.11617, section 3).
+"""Drop mostly small entries at random, elect signs, and average (DELLA, arXiv 2406.11617, section 3).
 
-1. MAGPRUNE: within each row, the entry of rank i of n by magnitude (0 the smallest) is kept with probability
+1. MAGPRUNE: within each row, the entry of rank i of n by magnitude (0 is the smallest) is kept with probability
    p = density − epsilon + 2·epsilon·i/(n − 1), and divided by p. The mean of p is the density.
-2. Sign election and disjoint mean, as in ``ties``; only the ratios of the weights matter.
+2. Sign election and disjoint mean, as in ``ties``. Only the ratios of the weights matter.
 
-The paper's ε is the whole range of p and so twice ``epsilon``, and its ranks stop short of one end, where these
-reach both. A tensor of one dimension is one row. At density 1 all is kept, whatever epsilon says.
+The paper's ε is the whole range of p, which is twice ``epsilon``. Its ranks do not reach one end of the range, whereas
+these reach both. A one-dimensional tensor is one row. At density 1 all entries are kept, and epsilon has no effect.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 EPSILON = Option(
     "epsilon",
     float,
-    "How far the share of entries kept varies with their magnitude.",
+    "Range by which the share of entries kept varies with their magnitude.",
     lambda epsilon: epsilon >= 0,
     "at least 0",
 )
@@ -69,7 +69,7 @@ def check(options: Mapping[str, Any]) -> None:
 
 
 def _chances(delta: Tensor, density: float, epsilon: float) -> Tensor:
-    """Each entry's probability of staying, rising with its rank in the row: (*shape) → (*shape)."""
+    """Return each entry's probability to be kept, which rises with its rank in the row: (*shape) → (*shape)."""
     import torch
 
     order = delta.abs().argsort(dim=-1, stable=True)
@@ -82,7 +82,7 @@ def _chances(delta: Tensor, density: float, epsilon: float) -> Tensor:
 
 METHOD = MergeMethod(
     name="della",
-    summary="Random dropping that spares large entries, then sign election and the mean of what agrees.",
+    summary="Drop mostly small entries at random, elect signs, and average the entries that agree.",
     formula="ΔW = scale · elected_mean(m_n ⊙ ΔW_n / p_n), with p_n rising with the magnitude",
     paper="DELLA, arXiv 2406.11617, section 3",
     space=Space.ELEMENTWISE,

@@ -1,7 +1,7 @@
-"""The mean of the parameters by their Fisher: θ = Σ λ_n F_n θ_n / Σ λ_n F_n (arXiv 2111.09832, eq. 4).
+"""The Fisher-weighted mean of the parameters: θ = Σ λ_n F_n θ_n / Σ λ_n F_n (arXiv 2111.09832, eq. 4).
 
-F_n is the diagonal Fisher of expert n, raised to at least ``floor``, which keeps an entry that no expert's data
-touch at the weighted mean. The λ_n are the weights, of which only the ratios count.
+F_n is the diagonal Fisher of expert n, with a lower bound ``floor``, so that an entry without Fisher information gets
+the weighted mean. The λ_n are the weights. Only their ratios count.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ FLOOR = Option("floor", float, "Lower bound on the Fisher information.", lambda 
 
 
 def merge(deltas: Tensor, weights: Tensor, *, fishers: Tensor, floor: float = 1e-6) -> Tensor:
-    """The weighted mean per entry: (experts, *shape), (experts) → (*shape).
+    """Average per entry: (experts, *shape), (experts) → (*shape).
 
     Args:
-        deltas: the parameters themselves.
+        deltas: the parameters of the experts.
         fishers: their diagonal Fisher, (experts, *shape).
 
     >>> import torch
@@ -46,7 +46,7 @@ METHOD = MergeMethod(
     paper="Fisher merging, arXiv 2111.09832, eq. 4",
     space=Space.FACTORS,
     needs=("fishers",),
-    breaks={"gauge": "the Fisher is that of single entries of A and B, whatever basis they are in"},
+    breaks={"gauge": "the Fisher is per entry of A and B, so it depends on their basis"},
     joins_target=True,
     averages=True,
     weights=ratios,

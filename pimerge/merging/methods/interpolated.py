@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def weights(count: int, given: Sequence[float] | None) -> list[float]:
-    """The weights as given; they need not sum to 1.
+    """Return the given weights, which need not sum to 1.
 
     >>> weights(2, [0.7, 0.3])
     [0.7, 0.3]
@@ -26,7 +26,7 @@ def weights(count: int, given: Sequence[float] | None) -> list[float]:
 
 
 def coefficients(weights: Tensor) -> Tensor:
-    """The weights: (experts) → (experts)."""
+    """Return the weights: (experts) → (experts)."""
     return weights
 
 

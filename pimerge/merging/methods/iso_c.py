@@ -1,8 +1,8 @@
 """The sum of the updates with all singular values equal: ΔW = σ̄ UVᵀ (Iso-C, arXiv 2502.04959, section 4.1).
 
-With Σ w_n ΔW_n = U diag(σ) Vᵀ, ΔW = scale · σ̄ UVᵀ, where σ̄ is the mean of σ. The paper has no w_n, which are 1
-by default. Its matrices have full rank; the sum of low-rank updates has null directions, which are arbitrary,
-so both the mean and UVᵀ are over the directions that the sum really has.
+With Σ w_n ΔW_n = U diag(σ) Vᵀ, ΔW = scale · σ̄ UVᵀ, where σ̄ is the mean of σ. The w_n are not in the paper, and are 1
+by default. The paper's matrices have full rank. A sum of low-rank updates has null directions, which are arbitrary, so
+they are left out of the mean and of UVᵀ.
 """
 
 from __future__ import annotations
@@ -36,10 +36,7 @@ METHOD = MergeMethod(
     formula="ΔW = scale · σ̄ UVᵀ, with Σ w_n ΔW_n = U diag(σ) Vᵀ",
     paper="Iso-C, arXiv 2502.04959, section 4.1",
     space=Space.SPECTRAL,
-    breaks={
-        "identity": "the singular values become equal",
-        "copies": "the singular values become equal",
-    },
+    breaks=dict.fromkeys(("identity", "copies"), "the singular values become equal"),
     weights=ones,
     merge=merge,
     options=options_of(merge, SCALE),

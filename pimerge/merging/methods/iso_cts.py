@@ -1,12 +1,12 @@
 """Common and task-specific directions, all at one singular value (Iso-CTS, arXiv 2502.04959, section 4.2).
 
-1. Of Σ w_n ΔW_n, with r directions, the k = round(common · r) leading triples (u, σ, v) are the common ones.
-2. Of each w_n ΔW_n − UUᵀ w_n ΔW_n, where U holds the common u, the (r − k) // N leading triples are its own.
-3. All u, and all v, are replaced by the nearest orthonormal ones, and ΔW = scale · σ̄ Σ u vᵀ, where σ̄ is the mean
-   of all the σ.
+1. The k = round(common · r) leading singular triples (u, σ, v) of Σ w_n ΔW_n, which has rank r, are common.
+2. The (r − k) // N leading triples of each w_n ΔW_n − UUᵀ w_n ΔW_n are task-specific, where U contains the common u.
+3. All u and all v are replaced by the nearest orthonormal vectors, and ΔW = scale · σ̄ Σ u vᵀ, where σ̄ is the mean of
+   all σ.
 
-The paper has no w_n, which are 1 by default. Its matrices have full rank; here r is the rank of the sum, and
-null directions, which are arbitrary, are left out.
+The w_n are not in the paper, and are 1 by default. The paper's matrices have full rank. Here, null directions, which
+are arbitrary, are left out.
 """
 
 from __future__ import annotations
@@ -56,10 +56,7 @@ METHOD = MergeMethod(
     formula="ΔW = scale · σ̄ Σ u vᵀ over common and task-specific directions u, v",
     paper="Iso-CTS, arXiv 2502.04959, section 4.2",
     space=Space.SPECTRAL,
-    breaks={
-        "identity": "the singular values become equal",
-        "copies": "the singular values become equal",
-    },
+    breaks=dict.fromkeys(("identity", "copies"), "the singular values become equal"),
     weights=ones,
     merge=merge,
     options=options_of(merge, COMMON, SCALE),

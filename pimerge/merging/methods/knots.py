@@ -1,9 +1,9 @@
 """Updates aligned by one singular value decomposition, then merged (KnOTS, arXiv 2410.19735, section 4).
 
-[ΔW_1 … ΔW_N] = UΣ[V_1ᵀ … V_Nᵀ], the V_nᵀ are merged by ``inner_method``, and ΔW = scale · UΣV_mergedᵀ. ``ties``
-trims each V_nᵀ to its ``density`` largest entries; ``linear`` is the weighted sum of the updates, and density
-does not count. Null directions of the concatenation are arbitrary and are left out, and so are entries of the
-V_n (whose rows are of unit length together) below 1e-10: rounding has no sign to elect.
+With [ΔW_1 … ΔW_N] = UΣ[V_1ᵀ … V_Nᵀ], the V_nᵀ are merged by ``inner_method``, and ΔW = scale · UΣV_mergedᵀ. ``ties``
+uses ``density`` to trim each V_nᵀ. ``linear`` is the weighted sum of the updates and does not use it. Null directions
+of the concatenation are arbitrary and are left out. Entries of V_n below 1e-10 are rounding errors without a meaningful
+sign, and are set to 0.
 """
 
 from __future__ import annotations
@@ -42,19 +42,16 @@ def merge(
     """
     import torch
 
-    # the triangle of the tall [ΔW_1 … ΔW_N]ᵀ has its U and Σ, and the V_n follow without forming V
+    # the triangular factor of [ΔW_1 … ΔW_N]ᵀ gives U and Σ, and then each V_n, without forming V
     triangle = torch.linalg.qr(deltas.mT.flatten(0, 1), mode="r").R
     U, S, _ = svd(triangle.mT, null=STORED)
     if not len(S):
         return torch.zeros_like(deltas[0])
     aligned = (U.mT / S[:, None]) @ deltas
     aligned *= aligned.abs() > ROUNDING
-    merged = (
-        ties.merge(aligned, weights, density=density)
-        if inner_method == InnerMethod.TIES
-        else weighted_sum(aligned, weights)
-    )
-    return (scale * U * S) @ merged
+    if inner_method == InnerMethod.TIES:
+        return (scale * U * S) @ ties.merge(aligned, weights, density=density)
+    return (scale * U * S) @ weighted_sum(aligned, weights)
 
 
 METHOD = MergeMethod(

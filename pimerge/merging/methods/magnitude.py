@@ -1,7 +1,7 @@
 """The weighted sum of the largest entries of each update (magnitude pruning, arXiv 1506.02626).
 
-ΔW = scale · Σ w_n t_n, where t_n keeps the ``density`` largest entries of a tensor. Nothing makes up for what
-was trimmed.
+ΔW = scale · Σ w_n t_n, where t_n keeps a share ``density`` of the entries of a tensor, the largest. The result is not
+rescaled.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""A weighted mean of the updates by inverse norm: α_n ∝ w_n/‖ΔW_n‖_F (NAN, arXiv 2505.16148).
+"""The mean of the updates weighted by inverse norm: α_n ∝ w_n/‖ΔW_n‖_F (NAN, arXiv 2505.16148).
 
-The coefficients of a module sum to ``scale``, so that no expert counts for more because it was trained longer
-or at a larger rate. The paper has no w_n; here they multiply the inverse norms before the coefficients are
-normalised, so only their ratios count. An expert that does not change a module gets 0 there.
+The coefficients of a module sum to ``scale``, so an expert does not dominate because it was trained longer or with a
+higher learning rate. The w_n are not in the paper. They multiply the inverse norms before normalisation, so only their
+ratios count. An expert that does not change a module gets 0 there.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def coefficients(weights: Tensor, *, inner: Tensor, scale: float = 1.0) -> Tensor:
-    """λ (w_n/‖ΔW_n‖) / Σ (w_m/‖ΔW_m‖): (experts) → (experts), with ⟨ΔW_i, ΔW_j⟩ (experts, experts).
+    """Compute λ (w_n/‖ΔW_n‖) / Σ (w_m/‖ΔW_m‖): (experts) → (experts), with ⟨ΔW_i, ΔW_j⟩ (experts, experts).
 
     >>> import torch
     >>> coefficients(torch.tensor([0.5, 0.5]), inner=torch.tensor([[1.0, 0.0], [0.0, 9.0]]))
@@ -27,14 +27,14 @@ def coefficients(weights: Tensor, *, inner: Tensor, scale: float = 1.0) -> Tenso
     import torch
 
     norms = inner.diagonal().sqrt()
-    norms = torch.where(norms > 0, norms, torch.inf)  # an inverse norm of 0
-    shares = weights * (norms.min() / norms).nan_to_num(0.0)  # relative to the largest, so that none overflows
+    norms = torch.where(norms > 0, norms, torch.inf)  # gives an inverse norm of 0
+    shares = weights * (norms.min() / norms).nan_to_num(0.0)  # relative to the largest inverse norm, against overflow
     return scale * shares / shares.sum().clamp(min=torch.finfo(shares.dtype).tiny)
 
 
 METHOD = MergeMethod(
     name="nan-weights",
-    summary="A weighted mean of the updates by inverse norm.",
+    summary="The mean of the updates, weighted by inverse norm.",
     formula="ΔW = scale · Σ α_n ΔW_n, α_n ∝ w_n/‖ΔW_n‖",
     paper="NAN, arXiv 2505.16148",
     space=Space.LINEAR,

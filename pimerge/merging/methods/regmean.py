@@ -1,9 +1,9 @@
 """The update whose outputs are nearest to the experts': [Σ w_n ΔW_n G_n][Σ w_n G_n]⁻¹ (RegMean, arXiv 2212.09849).
 
-G_n = XᵀX is the Gram matrix of the inputs of the layer on the data of expert n (eq. 2). Its off-diagonal entries
-are scaled by ``offdiagonal``, the paper's α (section 4.1). Two things are added: weights w_n, of which only the
-ratios count, and a ridge of 1e-6 of the mean diagonal entry, the same for every G_n. So the sum can be inverted,
-one expert comes back unchanged, and an input that the data never use gets the weighted mean.
+G_n = XᵀX is the Gram matrix of the layer's inputs on the data of expert n (eq. 2). Its off-diagonal entries are
+multiplied by ``offdiagonal``, the paper's α (section 4.1). Two things are not in the paper: the weights w_n, of which
+only the ratios count, and a ridge of 1e-6 of the mean diagonal entry, the same for every G_n. With the ridge, the sum
+can be inverted, one expert comes back unchanged, and an input that is 0 in all data gets the weighted mean.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ RIDGE = 1e-6
 def transformed(
     rows: Sequence[Tensor], weights: Tensor, *, grams: Sequence[Tensor], offdiagonal: float = 0.9
 ) -> list[Tensor]:
-    """A_n → A_n w_n G'_n (Σ w_m G'_m)⁻¹, so that the merged ΔW is Σ B_n times the result n.
+    """Compute A_n w_n G'_n (Σ w_m G'_m)⁻¹ for each expert; the merged ΔW is the sum of B_n times these.
 
     Args:
-        rows: per expert (r_n, d_in): its factor A, or ΔW itself.
-        grams: per expert (d_in, d_in).
+        rows: A of each expert, or its ΔW, (r_n, d_in).
+        grams: input Gram of each expert, (d_in, d_in).
 
     >>> import torch
     >>> rows = [torch.tensor([[4.0, 4.0]]), torch.tensor([[0.0, 0.0]])]
@@ -58,7 +58,7 @@ def transformed(
     results = []
     for A, gram, share in zip(rows, softened, shares, strict=True):
         gram.diagonal().add_(ridge)
-        # as a correction of the weighted mean, so that one expert comes back without rounding
+        # as a correction to the weighted mean, so that one expert comes back without a rounding error
         excess = share * (A.double() @ (gram - mean))
         results.append((share * A.double() + torch.cholesky_solve(excess.mT, triangle).mT).to(A.dtype))
     return results

@@ -1,8 +1,8 @@
 """The arc between two updates: ΔW = (sin((1−t)Ω)·ΔW_1 + sin(tΩ)·ΔW_2)/sin Ω (Shoemake 1985, section 3.3).
 
-Ω is the angle between the two updates of a module as vectors, and the weights are (1−t, t). The updates keep
-their lengths, where Shoemake's are of unit length. Along a straight line, (1−t)ΔW_1 + tΔW_2, goes what has no
-arc: an update that is zero, and opposite updates (within 0.0014 of π), which every great circle joins.
+Ω is the angle between the two updates of a module as vectors, and the weights are (1−t, t). The updates keep their
+lengths, whereas Shoemake's vectors have unit length. If there is no unique arc, because an update is zero or the
+updates are opposite (within 0.0014 of π), the result is on the straight line: (1−t)ΔW_1 + tΔW_2.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ OPPOSITE = -1 + 1e-6
 
 
 def weights(count: int, given: Sequence[float] | None) -> list[float]:
-    """(1−t, t), halfway if none are given; (1) for two experts that are one and the same.
+    """Return (1−t, t), which is (0.5, 0.5) by default; (1) for a single expert.
 
     >>> weights(2, None)
     [0.5, 0.5]
     """
     if count > 2:
-        raise PimergeError(f"'slerp' joins two experts, found {count}", "choose two, or use another method")
+        raise PimergeError(f"'slerp' merges two experts; got {count}", "choose two, or use another method")
     found = [1 / count] * count if given is None else list(given)
     if abs(sum(found) - 1) > 1e-6:
-        raise PimergeError(f"the weights of 'slerp' sum to {sum(found):g}", "expected 1 − t and t, like 0.7,0.3")
+        raise PimergeError(f"the weights of 'slerp' sum to {sum(found):g}", "expected 1 − t and t, such as 0.7,0.3")
     return found
 
 
 def coefficients(weights: Tensor, *, inner: Tensor) -> Tensor:
-    """sin(w_n Ω)/sin Ω: (experts) → (experts), with ⟨ΔW_i, ΔW_j⟩ (experts, experts).
+    """Compute sin(w_n Ω)/sin Ω: (experts) → (experts), with ⟨ΔW_i, ΔW_j⟩ (experts, experts).
 
     >>> import torch
     >>> coefficients(torch.tensor([0.5, 0.5]), inner=torch.eye(2))
@@ -44,10 +44,10 @@ def coefficients(weights: Tensor, *, inner: Tensor) -> Tensor:
 
     norms = inner.diagonal().sqrt()
     cosine = (inner[0, -1] / norms[0] / norms[-1]).clamp(-1, 1)
-    if not cosine > OPPOSITE:  # also where a zero update makes it NaN
+    if not cosine > OPPOSITE:  # also if a zero update makes it NaN
         return weights
     angle = cosine.acos() / torch.pi
-    # sin(wΩ)/sin Ω through sinc, which has no pole where Ω is 0
+    # sin(wΩ)/sin Ω by sinc, which has no pole at Ω = 0
     return weights * torch.sinc(weights * angle) / torch.sinc(angle)
 
 

@@ -1,7 +1,7 @@
 """The scaled sum of the updates: ΔW = λ Σ w_n ΔW_n (task arithmetic, arXiv 2212.04089, section 2).
 
-λ is the option ``scale``; the paper chooses it on held-out data and has no w_n, which are 1 by default. A
-negative weight takes an expert's task away, the paper's negation.
+λ is the option ``scale``, which the paper chooses on held-out data. The w_n are not in the paper, and are 1 by default.
+A negative weight removes the task of an expert, as in the paper's negation.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def coefficients(weights: Tensor, *, scale: float = 1.0) -> Tensor:
-    """λ w_n: (experts) → (experts).
+    """Compute λ w_n: (experts) → (experts).
 
     >>> import torch
     >>> coefficients(torch.tensor([1.0, -0.5]), scale=2.0)

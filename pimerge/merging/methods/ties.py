@@ -1,12 +1,12 @@
-"""Trim, elect signs, mean of what agrees: TIES (arXiv 2306.01708, section 3).
+"""Trim, elect signs, and average the entries that agree (TIES, arXiv 2306.01708, section 3).
 
-1. Each expert keeps its ``density`` largest entries of a tensor.
+1. Each expert keeps a share ``density`` of the entries of a tensor, the largest.
 2. Per entry, the sign of Σ w_n t_n is elected; + if the sum is 0.
 3. Per entry, ΔW = scale · Σ w_n t_n / Σ |w_n| over the experts that have the elected sign.
 
-The paper trims over all parameters of a model and has no w_n; here each tensor is trimmed by itself. The mean
-makes the weights relative: halving all of them changes nothing. So two equal experts at 0.5 each come back
-as the trimmed expert. A negative weight stands for the negated expert.
+The paper trims over all parameters of a model, whereas here each tensor is trimmed separately. The w_n are not in the
+paper. Because of the mean, only their ratios matter, so two equal experts at 0.5 each give the trimmed expert. A
+negative weight negates the expert.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def merge(deltas: Tensor, weights: Tensor, *, density: float = 0.2, scale: float
 
 METHOD = MergeMethod(
     name="ties",
-    summary="Trim each update, elect signs, and average what agrees.",
+    summary="Trim each update, elect signs, and average the entries that agree.",
     formula="ΔW = scale · elected_mean(t_n), t_n = the largest entries of ΔW_n",
     paper="TIES, arXiv 2306.01708, section 3",
     space=Space.ELEMENTWISE,

@@ -1,9 +1,9 @@
-"""Leading singular triples of each update, decorrelated, then summed (TSV-Merge, arXiv 2412.00081, section 4).
+"""The sum of decorrelated leading singular triples of the updates (TSV-Merge, arXiv 2412.00081, section 4).
 
 With ΔW_n ≈ U_n Σ_n V_nᵀ, the k = limit // N leading triples of each expert (at least 1), the concatenations
 U = [U_1 … U_N] and V = [V_1 … V_N] are replaced by the nearest matrices with orthonormal columns, U_⊥ = PQᵀ of
-U = PDQᵀ, and ΔW = scale · Σ_n U_⊥n diag(w_n σ_n) V_⊥nᵀ. The paper has no w_n, which are 1 by default. Updates
-of low rank have null directions, where its full ones have none: they are left out.
+U = PDQᵀ, and ΔW = scale · Σ_n U_⊥n diag(w_n σ_n) V_⊥nᵀ. The w_n are not in the paper, and are 1 by default. The null
+directions of low-rank updates are left out.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def merge(deltas: Tensor, weights: Tensor, *, limit: int, scale: float = 1.0) ->
     """Concatenate, whiten and sum: (experts, R, R'), (experts) → (R, R').
 
     Args:
-        limit: min(d_out, d_in), which the experts divide among them.
+        limit: min(d_out, d_in), which is divided among the experts.
 
     >>> import torch
     >>> deltas = torch.tensor([[[2.0, 0.0], [0.0, 0.0]], [[0.0, 0.0], [0.0, 3.0]]])
@@ -43,12 +43,12 @@ def merge(deltas: Tensor, weights: Tensor, *, limit: int, scale: float = 1.0) ->
 
 METHOD = MergeMethod(
     name="tsv",
-    summary="Leading singular triples of each update, decorrelated, then summed.",
+    summary="The sum of the leading singular triples of the updates, decorrelated.",
     formula="ΔW = scale · Σ U_⊥n diag(w_n σ_n) V_⊥nᵀ",
     paper="TSV-Merge, arXiv 2412.00081, section 4",
     space=Space.SPECTRAL,
     needs=("limit",),
-    breaks={"copies": "N equal experts share their directions and give ΔW Σ w_n/N: the expert at weight 1 each"},
+    breaks={"copies": "N equal experts share their directions and give ΔW Σ w_n/N; with weights of 1, the expert"},
     weights=ones,
     merge=merge,
     options=options_of(merge, SCALE),

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def weights(count: int, given: Sequence[float] | None) -> list[float]:
-    """1/N for each expert.
+    """Return 1/N for each expert, and refuse given weights.
 
     >>> weights(4, None)
     [0.25, 0.25, 0.25, 0.25]
@@ -24,7 +24,7 @@ def weights(count: int, given: Sequence[float] | None) -> list[float]:
 
 
 def coefficients(weights: Tensor) -> Tensor:
-    """The weights: (experts) → (experts)."""
+    """Return the weights: (experts) → (experts)."""
     return weights
 
 

@@ -1,10 +1,9 @@
 """The update that disturbs each expert least: min Σ w_n ‖(ΔW − ΔW_n)ΔW_nᵀ‖²/‖ΔW_n‖² (WUDI, arXiv 2503.08099).
 
-The rows of ΔW_n stand for the inputs that expert n saw. The paper takes 300 steps of Adam from Σ ΔW_n. The
-objective is quadratic, so here its minimum is taken exactly, by least squares on the stacked ΔW_n and not on
-their squares; among the minima it is the one nearest to the weighted mean. All experts' rows lie in the span
-that the objective sees, so the start would only show in directions that are rounding. The paper has no w_n;
-only their ratios count.
+The rows of ΔW_n approximate the inputs of expert n. The paper takes 300 steps of Adam from Σ ΔW_n. Since the objective
+is quadratic, its minimum is computed exactly here, by least squares on the stacked ΔW_n rather than on their squares.
+Of several minima, the one nearest to the weighted mean is taken; they differ only in directions that are rounding
+errors. The w_n are not in the paper. Only their ratios count.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def merge(deltas: Tensor, weights: Tensor) -> Tensor:
-    """The exact minimum: (experts, R, R'), (experts) → (R, R').
+    """Compute the exact minimum: (experts, R, R'), (experts) → (R, R').
 
     With X_n = √w_n ΔW_n/‖ΔW_n‖ stacked to X and the start τ, it is τ + [(ΔW_n − τ)X_nᵀ]_n (Xᵀ)⁺.
 

@@ -45,7 +45,7 @@ def test_opposite_and_zero_updates_go_straight(other: float) -> None:
 def test_it_joins_two_at_weights_of_sum_one() -> None:
     assert slerp.weights(1, None) == [1.0]
     assert slerp.weights(2, [0.3, 0.7]) == [0.3, 0.7]
-    with pytest.raises(PimergeError, match="'slerp' joins two experts, found 3"):
+    with pytest.raises(PimergeError, match="'slerp' merges two experts; got 3"):
         slerp.weights(3, None)
     with pytest.raises(PimergeError, match=r"the weights of 'slerp' sum to 1.2\n.*1 − t and t"):
         slerp.weights(2, [0.5, 0.7])
