@@ -169,8 +169,9 @@ def merge_by_pimerge(adapters: list[Path], out: Path, job: str, arguments: argpa
     from pimerge.checkpoints.safetensors_file import writing_tensors
     from pimerge.core.files import new_folder
     from pimerge.merging.method import open_method
-    from pimerge.merging.preparation import UpdateSettings, prepare
+    from pimerge.merging.preparation import prepare
     from pimerge.merging.request import EntrySpace
+    from pimerge.merging.update_merge import UpdateSettings
 
     name, *flags = job.split()
     given = dict(zip(flags[::2], flags[1::2], strict=True))

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from pimerge.adapters.expert import Expert, open_expert
 from pimerge.merging.method import METHODS, open_method
-from pimerge.merging.preparation import UpdateSettings, prepare
-from pimerge.merging.update_merge import UpdateMerge
+from pimerge.merging.preparation import prepare
+from pimerge.merging.update_merge import UpdateMerge, UpdateSettings
 
 MODULE = "q"
 

@@ -82,9 +82,9 @@ def compare(
     numbers, ks, rates = [], [], {}
     asked = None if controls is None else [] if controls == "none" else _listed(controls)
     with problems.collected():
-        numbers = [None if text == "all" else _number(text, "--shots", "a number or all") for text in _listed(shots)]
+        numbers = [options.count(text, "--shots", "all") for text in _listed(shots)]
     with problems.collected():
-        ks = [_number(text, "--experts", "a number") for text in _listed(counts)]
+        ks = [number for text in _listed(counts) if (number := options.count(text, "--experts"))]
     with problems.collected():
         rates = dict(_rate(text) for text in lr or [])
     with problems.collected():
@@ -131,13 +131,6 @@ def compare(
 
 def _listed(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
-
-
-def _number(text: str, option: str, expected: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise PimergeError(f"{option} has '{text}'", f"expected {expected}") from None
 
 
 def _rate(text: str) -> tuple[str, float]:

@@ -146,14 +146,14 @@ def numbers(text: str, option: str) -> list[float]:
     return found
 
 
-def count(text: str, option: str, word: str) -> int | None:
-    """Parse a positive integer, or a word that stands for None.
+def count(text: str, option: str, word: str = "") -> int | None:
+    """Parse a positive integer, or a word that stands for None if the option has one.
 
     >>> count("8", "--rank", "max"), count("max", "--rank", "max")
     (8, None)
     """
-    if text == word:
+    if word and text == word:
         return None
     if not text.isdecimal() or int(text) < 1:
-        raise PimergeError(f"{option} is '{text}'", f"expected a positive integer or {word}")
+        raise PimergeError(f"{option} is '{text}'", "expected a positive integer" + f" or {word}" * bool(word))
     return int(text)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pimerge.adapters.head import Head
 from pimerge.adapters.model_card import Source, card, licence_of
@@ -54,8 +54,10 @@ class Merged(ABC):
         method: the merge method with its options.
         path: folder of the saved result; None before it is saved.
         results: JSON document of the saved result; empty before it is saved.
+        is_adapter: whether the result is an adapter; otherwise it is a full checkpoint.
     """
 
+    is_adapter: ClassVar[bool] = True
     request: MergeRequest
     method: OpenedMethod
     path: Path | None = field(default=None, init=False)
@@ -108,11 +110,6 @@ class Merged(ABC):
                 return PeftModel.from_pretrained(base_model, str(self.request.output))
             finally:
                 self.request = before
-
-    @property
-    def is_adapter(self) -> bool:
-        """Whether the result is an adapter; otherwise it is a full checkpoint."""
-        return True
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON document: the results if the merge has been saved, otherwise the plan."""

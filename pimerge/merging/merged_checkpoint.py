@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pimerge.adapters.model_card import Source, licence_of
 from pimerge.checkpoints.base import find_base
@@ -33,14 +33,10 @@ class MergedCheckpoint(Merged):
         written: statistics of the written checkpoint; None before it is saved.
     """
 
+    is_adapter: ClassVar[bool] = False
     checkpoints: CheckpointPlan
     weights: dict[str, list[float]]
     written: MergedTensors | None = field(default=None, init=False)
-
-    @property
-    def is_adapter(self) -> bool:
-        """False, as the result is a full checkpoint."""
-        return False
 
     @property
     def plan(self) -> dict[str, Any]:

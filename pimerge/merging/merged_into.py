@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -35,13 +35,9 @@ class MergedIntoCheckpoint(MergedUpdates):
         size: size of the written checkpoint in bytes; 0 before it is saved.
     """
 
+    is_adapter: ClassVar[bool] = False
     into: MergeIntoPlan
     size: int = field(default=0, init=False)
-
-    @property
-    def is_adapter(self) -> bool:
-        """False, as the result is a full checkpoint."""
-        return False
 
     def update_plan(self) -> UpdatePlan:
         """Describe the merge, including the changes to the checkpoint."""

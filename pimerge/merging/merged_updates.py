@@ -14,10 +14,10 @@ from pimerge.merging.choice import ChosenExperts
 from pimerge.merging.dry_run import UpdatePlan, plan_of
 from pimerge.merging.merged import ADAPTER_LOADING, MergedExperts, flat, range_text, sources_of
 from pimerge.merging.method import OpenedMethod
-from pimerge.merging.preparation import UpdateSettings, prepare, reader_of, statistics_of
+from pimerge.merging.preparation import prepare, reader_of, statistics_of
 from pimerge.merging.request import MergeRequest
 from pimerge.merging.self_check import verify
-from pimerge.merging.update_merge import UpdateMerge
+from pimerge.merging.update_merge import UpdateMerge, UpdateSettings
 
 
 @dataclass

@@ -45,6 +45,15 @@ class Space(StrEnum):
         return self in (Space.LINEAR, Space.ELEMENTWISE, Space.FACTORS)
 
 
+def mean(count: int, given: Sequence[float] | None) -> list[float]:
+    """Return the given weights, or 1/N each.
+
+    >>> mean(4, None)
+    [0.25, 0.25, 0.25, 0.25]
+    """
+    return [1 / count] * count if given is None else list(given)
+
+
 @dataclass(frozen=True, kw_only=True)
 class MergeMethod(Strategy):
     """A way to merge the updates of several experts into one.
@@ -72,7 +81,7 @@ class MergeMethod(Strategy):
     formula: str
     paper: str
     space: Space
-    weights: Callable[[int, Sequence[float] | None], list[float]]
+    weights: Callable[[int, Sequence[float] | None], list[float]] = mean
     coefficients: Callable[..., Tensor] | None = None
     transformed: Callable[..., list[Tensor]] | None = None
     merge: Callable[..., Tensor] | None = None

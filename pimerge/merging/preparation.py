@@ -3,51 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from pimerge.adapters.compatibility import require_shared_form
 from pimerge.adapters.expert import Expert
 from pimerge.adapters.lora_module import Factors
-from pimerge.adapters.low_rank import EVERYTHING, Truncation
 from pimerge.core.errors import PimergeError, Problems
 from pimerge.merging.method import OpenedMethod, Space
 from pimerge.merging.request import EntrySpace
-from pimerge.merging.update_merge import UpdateMerge, widest
+from pimerge.merging.update_merge import UpdateMerge, UpdateSettings, widest
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-
-@dataclass(frozen=True, kw_only=True)
-class UpdateSettings:
-    """Settings of a merge of updates, apart from the method and the weights.
-
-    Attributes:
-        truncation: truncation of the result's rank.
-        space: entries that an elementwise method works on.
-        dtype: dtype of the result; None keeps the dtype of the experts, or the widest if they differ.
-        fisher: returns the diagonal Fisher of an expert's tensor by key, for methods that need it.
-        gram: returns the input Gram of a module on an expert's data, for methods that need it.
-        read: reads the factors of an expert's module.
-    """
-
-    truncation: Truncation = EVERYTHING
-    space: EntrySpace = EntrySpace.CORE
-    dtype: torch.dtype | None = None
-    fisher: Callable[[Expert, str], Tensor] | None = None
-    gram: Callable[[Expert, str], Tensor | None] | None = None
-    read: Callable[[Expert, str], Factors] = Expert.factors
+_DEFAULTS = UpdateSettings()
 
 
 def prepare(
     experts: Sequence[Expert],
     weights: Mapping[str, Sequence[float]] | Sequence[float],
     method: OpenedMethod,
-    settings: UpdateSettings = UpdateSettings(),
+    settings: UpdateSettings = _DEFAULTS,
     selected: Callable[[str], bool] = lambda name: True,
 ) -> UpdateMerge:
     """Check a merge of compatible experts; :meth:`UpdateMerge.module` then computes its modules one by one.

@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
-from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from pimerge.adapters.additive_tensors import F64, BaseTensor, at_strength, neutral, weighted
 from pimerge.adapters.compatibility import require_finite
@@ -26,9 +26,6 @@ from pimerge.checkpoints.safetensors_file import is_finite
 from pimerge.core.errors import PimergeError
 from pimerge.merging.method import METHODS, OpenedMethod, Space
 from pimerge.merging.update_merge import widest
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 @dataclass(frozen=True)

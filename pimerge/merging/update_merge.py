@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property, reduce
-from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from pimerge.adapters.compatibility import require_finite
 from pimerge.adapters.expert import Expert
@@ -32,20 +32,37 @@ from pimerge.core.errors import PimergeError
 from pimerge.merging.method import OpenedMethod, Space
 from pimerge.merging.request import EntrySpace
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
 F64 = torch.float64
 
 
 @dataclass(frozen=True, kw_only=True)
-class UpdateMerge:
+class UpdateSettings:
+    """Settings of a merge of updates, apart from the method and the weights.
+
+    Attributes:
+        truncation: truncation of the result's rank.
+        space: entries that an elementwise method works on.
+        dtype: dtype of the result; None keeps the dtype of the experts, or the widest if they differ.
+        fisher: returns the diagonal Fisher of an expert's tensor by key, for methods that need it.
+        gram: returns the input Gram of a module on an expert's data, for methods that need it.
+        read: reads the factors of an expert's module.
+    """
+
+    truncation: Truncation = EVERYTHING
+    space: EntrySpace = EntrySpace.CORE
+    dtype: torch.dtype | None = None
+    fisher: Callable[[Expert, str], Tensor] | None = None
+    gram: Callable[[Expert, str], Tensor | None] | None = None
+    read: Callable[[Expert, str], Factors] = Expert.factors
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdateMerge(UpdateSettings):
     """A checked merge of updates ΔW; see :func:`pimerge.merging.preparation.prepare`.
 
     Attributes:
         experts: the experts to merge; equal ones are joined.
         weights: module → one weight per expert, for the modules to merge.
-        space: entries that an elementwise method works on.
         dtype: dtype of the result.
         joined: name of an expert → how often it was given, for experts that were given more than once.
     """
@@ -53,13 +70,8 @@ class UpdateMerge:
     experts: Sequence[Expert]
     weights: Mapping[str, Sequence[float]]
     method: OpenedMethod
-    space: EntrySpace
-    truncation: Truncation
     dtype: torch.dtype
     joined: Mapping[str, int]
-    fisher: Callable[[Expert, str], Tensor] | None
-    gram: Callable[[Expert, str], Tensor | None] | None
-    read: Callable[[Expert, str], Factors] = field(default=Expert.factors)
 
     @cached_property
     def has_bias(self) -> bool:

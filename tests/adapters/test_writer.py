@@ -22,7 +22,8 @@ from pimerge.adapters.writer import Coefficients, Documents, Layout, write_exper
 from pimerge.core.errors import PimergeError
 from pimerge.core.manifest import Manifest, inputs_of, library_versions
 from pimerge.merging.method import open_method
-from pimerge.merging.preparation import UpdateSettings, prepare
+from pimerge.merging.preparation import prepare
+from pimerge.merging.update_merge import UpdateSettings
 from pimerge.tasks.task import open_task
 from tests.support.bases import layers, model_for, save_base
 from tests.support.experts import HEADS, MakeExpert, layers_expert, raw_expert, set_config, updates_of

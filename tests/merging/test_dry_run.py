@@ -13,9 +13,9 @@ from pimerge.adapters.head import NO_HEAD, Head
 from pimerge.adapters.low_rank import Truncation
 from pimerge.merging.dry_run import UpdatePlan, plan_of
 from pimerge.merging.method import METHODS, open_method
-from pimerge.merging.preparation import UpdateSettings, prepare
+from pimerge.merging.preparation import prepare
 from pimerge.merging.request import EntrySpace
-from pimerge.merging.update_merge import UpdateMerge
+from pimerge.merging.update_merge import UpdateMerge, UpdateSettings
 from tests.support.experts import PREFIX, raw_expert, set_config, set_tensors, updates_of
 from tests.support.numerics import normal
 

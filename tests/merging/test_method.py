@@ -140,7 +140,6 @@ NEW = '''
 
 from pimerge.core.plugins import Option
 from pimerge.merging.method import MergeMethod, Space
-from pimerge.merging.methods._weights import mean
 
 PUSH = Option("push", float, "How far to push.", lambda push: push > 0, "above 0")
 
@@ -155,7 +154,6 @@ METHOD = MergeMethod(
     formula="ΔW = −push · Σ w_n ΔW_n",
     paper="this test",
     space=Space.LINEAR,
-    weights=mean,
     coefficients=coefficients,
     options={PUSH: 2.0},
 )

@@ -15,8 +15,9 @@ from pimerge.adapters.lora_module import Factors
 from pimerge.adapters.low_rank import Truncation
 from pimerge.core.errors import PimergeError
 from pimerge.merging.method import METHODS, open_method
-from pimerge.merging.preparation import UpdateSettings, prepare
+from pimerge.merging.preparation import prepare
 from pimerge.merging.self_check import TOLERANCE, verify
+from pimerge.merging.update_merge import UpdateSettings
 from tests.support.experts import PREFIX, raw_expert, set_tensors, updates_of
 from tests.support.numerics import normal
 

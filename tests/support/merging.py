@@ -9,8 +9,9 @@ from pimerge.adapters.expert import Expert
 from pimerge.adapters.low_rank import Truncation
 from pimerge.adapters.merged_module import MergedModule
 from pimerge.merging.method import open_method
-from pimerge.merging.preparation import UpdateSettings, prepare
+from pimerge.merging.preparation import prepare
 from pimerge.merging.request import EntrySpace
+from pimerge.merging.update_merge import UpdateSettings
 
 
 def merge(

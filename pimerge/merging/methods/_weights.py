@@ -6,18 +6,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from pimerge.core.errors import PimergeError
+from pimerge.merging.method import mean
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-
-def mean(count: int, given: Sequence[float] | None) -> list[float]:
-    """Return the given weights, or 1/N each.
-
-    >>> mean(4, None)
-    [0.25, 0.25, 0.25, 0.25]
-    """
-    return [1 / count] * count if given is None else list(given)
 
 
 def ones(count: int, given: Sequence[float] | None) -> list[float]:
@@ -41,6 +33,11 @@ def ratios(count: int, given: Sequence[float] | None) -> list[float]:
             f"the weights are {', '.join(f'{weight:g}' for weight in weights)}",
             "expected none below 0 and at least one above 0, because only their ratios count",
         )
+    return weights
+
+
+def unchanged(weights: Tensor) -> Tensor:
+    """Return the weights, as the coefficients of a plain weighted sum: (experts) → (experts)."""
     return weights
 
 

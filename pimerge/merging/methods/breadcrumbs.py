@@ -13,7 +13,7 @@ from pimerge.core.plugins import Option
 from pimerge.merging.method import MergeMethod, Space
 from pimerge.merging.methods._options import DENSITY, SCALE, options_of
 from pimerge.merging.methods._trim import BREAKS, kept_count, largest
-from pimerge.merging.methods._weights import mean, weighted_sum
+from pimerge.merging.methods._weights import weighted_sum
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,7 +53,6 @@ METHOD = MergeMethod(
     paper="Model Breadcrumbs, arXiv 2312.06795, section 3",
     space=Space.ELEMENTWISE,
     breaks=BREAKS,
-    weights=mean,
     merge=merge,
     options=options_of(merge, DENSITY, GAMMA, SCALE),
 )

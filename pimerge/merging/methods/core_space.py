@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from pimerge.merging.method import MergeMethod, Space
 from pimerge.merging.methods import _trim, iso_c, ties, tsv
 from pimerge.merging.methods._options import DENSITY, INNER, SCALE, InnerMethod, options_of
-from pimerge.merging.methods._weights import mean, weighted_sum
+from pimerge.merging.methods._weights import weighted_sum
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,7 +60,6 @@ METHOD = MergeMethod(
         **_trim.BREAKS,
         "gauge": "an inner method that looks at entries sees the bases, which depend on how ΔW is split into B and A",
     },
-    weights=mean,
     merge=merge,
     options=options_of(merge, INNER, DENSITY, SCALE),
 )

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from pimerge.merging.method import MergeMethod, Space
 from pimerge.merging.methods._drop import BREAKS, drop
 from pimerge.merging.methods._options import DENSITY, SCALE, options_of
-from pimerge.merging.methods._weights import mean, weighted_sum
+from pimerge.merging.methods._weights import weighted_sum
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -41,7 +41,6 @@ METHOD = MergeMethod(
     space=Space.ELEMENTWISE,
     needs=("generators",),
     breaks=BREAKS,
-    weights=mean,
     merge=merge,
     options=options_of(merge, DENSITY, SCALE),
 )

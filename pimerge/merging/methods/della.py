@@ -19,7 +19,6 @@ from pimerge.merging.method import MergeMethod, Space
 from pimerge.merging.methods._drop import BREAKS, keep
 from pimerge.merging.methods._options import DENSITY, SCALE, options_of
 from pimerge.merging.methods._trim import elected_mean
-from pimerge.merging.methods._weights import mean
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -88,7 +87,6 @@ METHOD = MergeMethod(
     space=Space.ELEMENTWISE,
     needs=("generators",),
     breaks=BREAKS,
-    weights=mean,
     check=check,
     merge=merge,
     options=options_of(merge, DENSITY, EPSILON, SCALE),

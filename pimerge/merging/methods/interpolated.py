@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from pimerge.core.errors import PimergeError
 from pimerge.merging.method import MergeMethod, Space
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from pimerge.merging.methods._weights import unchanged
 
 
 def weights(count: int, given: Sequence[float] | None) -> list[float]:
@@ -25,11 +22,6 @@ def weights(count: int, given: Sequence[float] | None) -> list[float]:
     return list(given)
 
 
-def coefficients(weights: Tensor) -> Tensor:
-    """Return the weights: (experts) → (experts)."""
-    return weights
-
-
 METHOD = MergeMethod(
     name="interpolated",
     summary="A weighted sum of the updates.",
@@ -40,5 +32,5 @@ METHOD = MergeMethod(
     weights_by_score=True,
     averages=True,
     weights=weights,
-    coefficients=coefficients,
+    coefficients=unchanged,
 )

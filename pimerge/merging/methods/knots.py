@@ -16,7 +16,7 @@ from pimerge.merging.methods import ties
 from pimerge.merging.methods._options import DENSITY, INNER, SCALE, InnerMethod, options_of
 from pimerge.merging.methods._spectrum import STORED, svd
 from pimerge.merging.methods._trim import BREAKS
-from pimerge.merging.methods._weights import mean, weighted_sum
+from pimerge.merging.methods._weights import weighted_sum
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,7 +61,6 @@ METHOD = MergeMethod(
     paper="KnOTS, arXiv 2410.19735, section 4",
     space=Space.ROWS,
     breaks=BREAKS,
-    weights=mean,
     merge=merge,
     options=options_of(merge, INNER_OF_ROWS, DENSITY, SCALE),
 )

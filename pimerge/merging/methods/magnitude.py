@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from pimerge.merging.method import MergeMethod, Space
 from pimerge.merging.methods._options import DENSITY, SCALE, options_of
 from pimerge.merging.methods._trim import BREAKS, trim
-from pimerge.merging.methods._weights import mean, weighted_sum
+from pimerge.merging.methods._weights import weighted_sum
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,7 +34,6 @@ METHOD = MergeMethod(
     paper="magnitude pruning, arXiv 1506.02626",
     space=Space.ELEMENTWISE,
     breaks=BREAKS,
-    weights=mean,
     merge=merge,
     options=options_of(merge, DENSITY, SCALE),
 )

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 from pimerge.merging.method import MergeMethod, Space
 from pimerge.merging.methods._options import DENSITY, SCALE, options_of
 from pimerge.merging.methods._trim import BREAKS, elected_mean, trim
-from pimerge.merging.methods._weights import mean
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,7 +39,6 @@ METHOD = MergeMethod(
     paper="TIES, arXiv 2306.01708, section 3",
     space=Space.ELEMENTWISE,
     breaks=BREAKS,
-    weights=mean,
     merge=merge,
     options=options_of(merge, DENSITY, SCALE),
 )

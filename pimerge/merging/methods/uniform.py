@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from pimerge.core.errors import PimergeError
 from pimerge.merging.method import MergeMethod, Space
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from pimerge.merging.methods._weights import unchanged
 
 
 def weights(count: int, given: Sequence[float] | None) -> list[float]:
@@ -23,11 +20,6 @@ def weights(count: int, given: Sequence[float] | None) -> list[float]:
     return [1 / count] * count
 
 
-def coefficients(weights: Tensor) -> Tensor:
-    """Return the weights: (experts) → (experts)."""
-    return weights
-
-
 METHOD = MergeMethod(
     name="uniform",
     summary="The mean of the updates.",
@@ -36,5 +28,5 @@ METHOD = MergeMethod(
     space=Space.LINEAR,
     averages=True,
     weights=weights,
-    coefficients=coefficients,
+    coefficients=unchanged,
 )

@@ -19,4 +19,4 @@ def test_given_weights_are_refused() -> None:
 
 
 def test_the_coefficients_are_the_weights() -> None:
-    assert uniform.coefficients(torch.tensor(uniform.weights(2, None))).tolist() == [0.5, 0.5]
+    assert uniform.METHOD.function(torch.tensor(uniform.weights(2, None))).tolist() == [0.5, 0.5]
