@@ -29,7 +29,8 @@ def rank(
         typer.Option("--target", help="Target: name of an expert in the store, or folder of an expert or a task."),
     ] = None,
     k: Annotated[
-        str, typer.Option("-k", help="Maximum number of experts to select, or auto: choose it by the expected gain.")
+        str,
+        typer.Option("-k", help="Maximum number of experts to select. auto: by expected gain, or by gaps in scores."),
     ] = "2",
     measure: Annotated[
         str,

@@ -225,7 +225,7 @@ def test_single_files_without_a_base_are_averaged_number_by_number(cli: Cli, tmp
     save_file({"a": torch.ones(2, 2)}, tmp_path / "other.safetensors")
     for arguments, named in (
         ([*names, "--method", "ties"], "merge single .safetensors files without one"),
-        ([*names, "--method", "interpolated", "--weights", "0.2,0.3"], "only a mean"),
+        ([*names, "--method", "interpolated", "--weights", "0.2,0.3"], "the weights must sum to 1; got 0.5"),
         ([names[0], "other.safetensors"], "other.safetensors"),
     ):
         result = cli("merge", *arguments, "--output", "none")

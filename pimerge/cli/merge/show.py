@@ -1,4 +1,4 @@
-"""Output of ``pimerge merge``: the plan, or the results."""
+"""Print the plan or the results of ``pimerge merge``."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from pimerge.merging.merged_updates import MergedUpdates
 
 LOSS_WARNING = 0.05
 Say = Callable[[str], None]
-"""Says something on standard error, unless the user wants quiet."""
+"""Prints a hint on standard error, unless quiet."""
 
 
 def show(merged: Merged, *, as_json: bool, say: Say) -> None:
-    """Print the results of a merge, or its plan where nothing was written."""
+    """Print the results of a merge, or its plan if nothing was written."""
     if merged.path and isinstance(merged, MergedUpdates) and not isinstance(merged, MergedIntoCheckpoint):
         _warn_of_loss(merged)
     if as_json:
@@ -41,7 +41,7 @@ def _warn_of_loss(merged: MergedUpdates) -> None:
 
 @singledispatch
 def show_plan(merged: Merged, say: Say) -> None:
-    """Print what ``--dry-run`` says."""
+    """Print the plan, for ``--dry-run``."""
     raise NotImplementedError(type(merged))
 
 
@@ -71,7 +71,7 @@ def _(merged: MergedTensorSets, say: Say) -> None:
         right=["weight"],
     )
     say(
-        f"{plan['parameters']} numbers in {plan['modules']} modules by '{plan['method']}', one by one; "
+        f"{plan['parameters']} parameters in {plan['modules']} modules by '{plan['method']}', entry by entry; "
         "nothing is written now"
     )
 
@@ -95,7 +95,7 @@ def _(merged: MergedCheckpoint, say: Say) -> None:
 
 @singledispatch
 def show_results(merged: Merged, say: Say) -> None:
-    """Print what was written."""
+    """Print the results."""
     raise NotImplementedError(type(merged))
 
 
@@ -114,9 +114,8 @@ def _(merged: MergedUpdates, say: Say) -> None:
 
 @show_results.register
 def _(merged: MergedIntoCheckpoint, say: Say) -> None:
-    folded, error = merged.results["folded"], merged.results["truncation"]
-    rows = [[str(folded), size_text(merged.size), f"{error:.2%}"]]
-    print_table(["folded", "of", "error"], rows, right=["folded", "error"])
+    row = [str(merged.results["folded"]), size_text(merged.size), f"{merged.results['truncation']:.2%}"]
+    print_table(["modules", "size", "error"], [row], right=["modules", "error"])
     say(f"→ {merged.path}: a full checkpoint")
 
 
