@@ -134,7 +134,7 @@ def test_what_cannot_be_tuned_is_refused(pool: Callable[[str], list[Path]], cli:
     for given, named in (
         ([ia3[0], lora[0], "--target", ia3[1]], "is of kind"),
         ([ia3[0], "--method", "interpolated", "--target", lora[0]], "is of kind"),
-        ([*ia3[:2], "--target", ia3[2], "--rank", "2"], "--rank applies to updates"),
+        ([*ia3[:2], "--target", ia3[2], "--rank", "2"], "--rank is for updates"),
     ):
         result = cli("tune", *given, "--output", "out", *QUICK)
         assert isinstance(result.exception, PimergeError), given
