@@ -1,6 +1,6 @@
-"""The names of a task's classes as further examples, one for each class, where texts are classified.
+"""Use the names of a task's classes as further examples of text classification, one per class.
 
-A name was chosen to say what its class is about; where labels are few, it is worth several of them.
+A class name describes its class; with few labels, it is worth several labelled examples.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     from pimerge.tuning.method import MixturePlan
 
 MOST = 500
-"""The most examples on which the names are tried."""
+"""Maximum number of examples on which the names are tested."""
 _WORD = re.compile(r"[^\W\d_]{2,}")
 
 
 def class_texts(task: Task) -> list[str]:
-    """The name of each class as a text; empty where the task does not classify single texts, or the names say nothing.
+    """The name of each class as a text; empty if the task does not classify single texts, or names carry no meaning.
 
-    Names say nothing where one is a number, some differ only by numbers, or most have no word of two letters.
+    Names carry no meaning if one is a number, some differ only by numbers, or most have no word of two letters.
 
     >>> from pathlib import Path
     >>> from pimerge.tasks.task import Task
@@ -49,7 +49,7 @@ def class_texts(task: Task) -> list[str]:
 
 
 def class_names(task: Task, processor: Any, config: PreTrainedConfig) -> Examples:
-    """Encode the names of the classes like the task's texts, each labelled with its class."""
+    """Encode the names of the classes like the task's texts, labelled with their classes."""
     import datasets
 
     texts = class_texts(task)
@@ -68,7 +68,7 @@ def class_names(task: Task, processor: Any, config: PreTrainedConfig) -> Example
 def names_predict(loaded: LoadedBase, task: Task, examples: Examples) -> bool:
     """Whether a probe of the bare base's features, fitted on the names alone, predicts the examples.
 
-    That is, whether the mean of p(y_i|x_i) over the examples (at most :data:`MOST`, evenly chosen) is above 1/C.
+    It does if the mean of p(y_i|x_i) over the examples (at most :data:`MOST`, evenly spaced) is above 1/C.
 
     Args:
         loaded: the base with a head for the task.
@@ -85,5 +85,5 @@ def names_predict(loaded: LoadedBase, task: Task, examples: Examples) -> bool:
 
 
 def may_take_names(task: Task, plan: MixturePlan) -> bool:
-    """Whether a method uses the names of a task's classes, provided that they predict the examples."""
+    """Whether a method uses the names of a task's classes if they predict the examples."""
     return plan.class_names and bool(class_texts(task))

@@ -1,7 +1,7 @@
 """Choose learning rate and epochs of a tune method by cross-validation on the few examples.
 
-Every method has the same budget: :data:`FACTORS` times its default learning rate, each tried on the same folds for all
-epochs. The training on all examples takes the learning rate, and ends after the epoch, of the lowest held-out loss.
+Every method has the same budget: each of :data:`FACTORS` times its default learning rate is tried on the same folds for
+all epochs. The training on all examples uses the learning rate and number of epochs with the lowest held-out loss.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ FOLDS = 3
 
 @dataclass(frozen=True)
 class Tried:
-    """A learning rate, and the mean held-out loss after each epoch; a single one for methods of several trainings."""
+    """A learning rate and its mean held-out loss after each epoch; a single loss for methods of several trainings."""
 
     lr: float
     losses: tuple[float, ...]
@@ -37,9 +37,9 @@ class Tried:
 
 
 def choose(method: TuneMethod, request: TuneRequest) -> TrainingOptions:
-    """The request's options with the learning rate and the epochs that have the lowest held-out loss.
+    """Choose the learning rate and number of epochs with the lowest held-out loss.
 
-    With one example of each class nothing can be held out, and the options stay unchanged.
+    With one example of each class nothing can be held out, so the default learning rate is kept.
     """
     session, options = request.session, request.options
     _, labels = session.task.examples(
@@ -47,7 +47,7 @@ def choose(method: TuneMethod, request: TuneRequest) -> TrainingOptions:
     )
     folds = min(FOLDS, max(labels.count(label) for label in set(labels)))
     if folds < 2:
-        request.note("one example of each class: nothing can be held out, so the default learning rate is taken")
+        request.note("one example of each class: nothing can be held out, so the default learning rate is used")
         return replace(options, holdout=0.0)
     usual = options.lr or method.plan.usual_lr(session.loaded.width)
     tried = []
@@ -64,14 +64,14 @@ def choose(method: TuneMethod, request: TuneRequest) -> TrainingOptions:
     request.note(
         f"on {folds} folds: "
         + ", ".join(f"held-out loss {each.best[0]:.3f} at --lr {each.lr:g}" for each in tried)
-        + f"; taken: {best.lr:g}"
+        + f"; chosen: {best.lr:g}"
         + (f", for {stop_after} epochs" if stop_after else "")
     )
     return replace(options, lr=best.lr, holdout=0.0, stop_after=stop_after)
 
 
 def _curve(method: TuneMethod, request: TuneRequest, lr: float, fold: int, folds: int) -> Sequence[float]:
-    """The held-out loss of a fold after each epoch, or at the end."""
+    """The held-out loss of a fold after each epoch, or only at the end."""
     part = request.with_options(f"lr-{lr:g}-fold-{fold}", lr=lr, holdout=0.0, patience=10**6)
     with request.session.restored(request.options.seed) as undo:
         part = replace(part, fold=(fold, folds), undo=undo, note=unheard)

@@ -1,6 +1,6 @@
-"""Experts that answer together: p(y|x) = Σ_n w_n p_n(y|x), each by its own head.
+"""Ensembles of experts: p(y|x) = Σ_n w_n p_n(y|x), each expert with its own head.
 
-On disk an ensemble is a folder of experts with ``ensemble.json``; what it deploys is all of them.
+On disk an ensemble is a folder of experts with ``ensemble.json``; all of them are deployed.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ ENSEMBLE_FILE = "ensemble.json"
 
 
 class EnsembleExpert(BaseModel):
-    """An expert of an ensemble: its folder, relative to the file's, its hash, and its weight."""
+    """An expert of an ensemble: its path relative to the ensemble's folder, its hash and its weight."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -52,10 +52,10 @@ class EnsembleDocument(BaseModel):
 
 @dataclass(frozen=True)
 class Ensemble:
-    """Experts that answer together.
+    """An open ensemble.
 
     Attributes:
-        weights: of each expert's probabilities.
+        weights: weight of each expert's probabilities.
     """
 
     path: Path
@@ -64,12 +64,12 @@ class Ensemble:
 
     @property
     def name(self) -> str:
-        """The name of its folder."""
+        """The name of the folder."""
         return self.path.name
 
     @property
     def base(self) -> Base:
-        """The base of its experts."""
+        """The base of the experts."""
         return self.experts[0].base
 
 
@@ -97,11 +97,11 @@ class EnsembleModel(nn.Module):
     """A model whose logits are the logarithm of the mean of several experts' probabilities.
 
     Args:
-        model: the module that answers, with all experts in it.
-        loaded: the base in it, which has the head.
-        switch: chooses one of them.
-        heads: (expert, head) of each that answers; None is the bare base.
-        weights: of the probabilities; they sum to one.
+        model: the module to call, which contains all experts.
+        loaded: the base in the model, with the head.
+        switch: activates one expert at a time.
+        heads: (expert, head) of each voter; the expert None is the bare base.
+        weights: weights of the probabilities; they sum to one.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class EnsembleModel(nn.Module):
         self.config = loaded.config
 
     def forward(self, **batch: Tensor) -> Any:
-        """Run one forward pass for each expert that answers."""
+        """Run one forward pass per voter."""
         from transformers.modeling_outputs import SequenceClassifierOutput
 
         found = []
@@ -133,7 +133,7 @@ class EnsembleModel(nn.Module):
 
 @contextmanager
 def ensemble_in_base(ensemble: Ensemble, loaded: LoadedBase) -> Iterator[nn.Module]:
-    """Put an ensemble into a base, in eval mode; afterwards the base is restored."""
+    """Put an ensemble into a base: yield the model in eval mode, then restore the base."""
     experts = ensemble.experts
     with tensors_restored(loaded.head_parameters()), modules_restored(loaded.model):
         switch = Switch(sorted({part for expert in experts for part in expert.parts}), len(experts))

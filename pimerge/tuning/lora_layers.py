@@ -1,11 +1,11 @@
 """Several LoRA experts inside one model, as one weighted update per layer.
 
 A layer computes y = x (W0 + Σ_n w_n s_n B_n A_n)ᵀ + b. The experts' factors are stacked, A (R × d_in) and
-B (d_out × R) with R = Σ r_n, and row r of A is scaled by w_n s_n of its expert: so N experts are one LoRA of
-rank R, never N projections.
+B (d_out × R) with R = Σ r_n, and row r of A is scaled by w_n s_n of its expert. So N experts cost one LoRA of rank R,
+not N projections.
 
-Linear layers take the cheapest exact way to compute it (:mod:`pimerge.tuning.mixed_linear`). Embeddings and
-convolutions are always stacked, as PEFT runs them: A looks up or convolves, B mixes what comes out.
+Linear layers use the cheapest exact computation (:mod:`pimerge.tuning.mixed_linear`). Embeddings and convolutions
+always compute stacked factors, as PEFT does: A looks up or convolves, and B mixes the result.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class MixedLinear(nn.Module):
     """A Linear (or transformers' Conv1D) with the weighted sum of several LoRA updates.
 
     Args:
-        layer: the base's layer, frozen.
-        parts: each expert's update of this layer; None for an expert without one (its update is zero).
+        layer: the base's frozen layer.
+        parts: each expert's update of this layer; None for an expert that does not update it.
         trained: whether the factors train.
     """
 
@@ -73,7 +73,7 @@ class MixedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The base's weight: models ask their layers for its dtype."""
+        """The base's weight; models read its dtype."""
         return self.layer.weight  # type: ignore[return-value]
 
     @property
@@ -84,7 +84,7 @@ class MixedLinear(nn.Module):
     def weighted(self) -> tuple[Tensor, Tensor, Tensor]:
         """Current scale of each row of A (R), factors B (d_out × R), and update of the bias (d_out).
 
-        The weights of the experts are in the scale, or where each output has its own, in B.
+        The scale includes the experts' weights; if each output has its own weights, B includes them instead.
         """
         weights = self.mixture(self.name).to(self.A.dtype)
         if weights.dim() == 1:
@@ -93,7 +93,7 @@ class MixedLinear(nn.Module):
         return self.scaling[self.owner], self.B * weights[self.owner].T, self.scaling @ (weights * self.biases)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The mixed layer on x (…, d_in)."""
+        """Apply the mixed layer to x (…, d_in)."""
         scale, B, bias_update = self.weighted()
         transposed = type(self.layer).__name__ == "Conv1D"
         weight = self.weight.T if transposed else self.weight
@@ -112,9 +112,9 @@ class MixedLinear(nn.Module):
         return output + bias_update.to(dtype) if self.has_bias else output
 
     def parts(self, count: int) -> list[Factors | None]:
-        """Each expert's current update, with its scaling; the inverse of the constructor.
+        """Each expert's current update, with its scaling: the inverse of the constructor.
 
-        Weights of single outputs are part of the factors B and the biases.
+        Weights of individual outputs are included in the factors B and the biases.
         """
         weights = self.mixture(self.name).detach()
         found: list[Factors | None] = []
@@ -132,10 +132,10 @@ class MixedLinear(nn.Module):
 
 
 class MixedEmbedding(MixedLinear):
-    """An Embedding, whose input is a row of the identity for each token: A (R × vocabulary) is looked up."""
+    """An Embedding: A (R × vocabulary) is looked up, since tokens are one-hot inputs."""
 
     def forward(self, ids: Tensor) -> Tensor:
-        """The mixed layer on ids (…), (…, d_out)."""
+        """Apply the mixed layer to ids: (…) → (…, d_out)."""
         output: Tensor = self.layer(ids)
         rows = embedding(ids, self.A.T, self.layer.padding_idx)  # type: ignore[arg-type]  # (…, R)
         scale, B, _ = self.weighted()
@@ -144,10 +144,10 @@ class MixedEmbedding(MixedLinear):
 
 
 class MixedConvolution(MixedLinear):
-    """A convolution: A (R × d_in · kernel) is one of the base's stride and padding, B one of kernel 1."""
+    """A convolution: A (R × d_in · kernel) has the base's stride and padding, B has kernel size 1."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """The mixed layer on x (…, channels, *places), (…, d_out, *places)."""
+        """Apply the mixed layer to x: (…, channels, *places) → (…, d_out, *places)."""
         output: Tensor = self.layer(x)
         weight, layer = self.weight, self.layer
         convolve: Any = {3: conv1d, 4: conv2d, 5: conv3d}[weight.dim()]
@@ -162,7 +162,7 @@ class MixedConvolution(MixedLinear):
 def mix_lora(
     model: nn.Module, components: Sequence[LoraComponent], mixture: Mixture, trained: bool
 ) -> dict[str, MixedLinear]:
-    """Replace every adapted layer of a model by a mixed one.
+    """Replace every adapted layer of a model by a mixed layer.
 
     Returns:
         module name → mixed layer, in alphabetical order.

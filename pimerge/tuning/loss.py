@@ -1,4 +1,4 @@
-"""The loss that every tune method trains and is compared by: the mean cross-entropy over all targets."""
+"""The loss of all tune methods: the mean cross-entropy over all targets."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _TOKENS_AT_ONCE = 4096
 def mean_loss(output: Any, labels: Tensor, num_items_in_batch: Any = None, *, label_smoothing: float = 0.0) -> Tensor:
     """The mean over all targets of −Σ_c q_c log p_c, with q = (1 − ε)·[c is the target] + ε/C (arXiv 1512.00567).
 
-    Models' own losses do not serve here: some of them shift the labels, which are aligned already, and none smooths.
+    The models' own losses are unsuitable: some shift the labels, which are already aligned, and none smooths them.
 
     Args:
-        output: the model's; its logits are (…, C).
-        labels: (…), −100 where there is no target; or the distributions q themselves, (…, C), 0 where there is none.
-        num_items_in_batch: passed by the Trainer; unused.
+        output: output of the model, with logits (…, C).
+        labels: (…), −100 for positions without a target; or distributions q (…, C), 0 for positions without a target.
+        num_items_in_batch: passed by the Trainer and not used.
         label_smoothing: ε.
 
     >>> from types import SimpleNamespace
@@ -36,17 +36,14 @@ def mean_loss(output: Any, labels: Tensor, num_items_in_batch: Any = None, *, la
         kept = labels.sum(-1) > 0
         return cross_entropy(output.logits[kept].to(labels.dtype), labels[kept])
     kept = labels != IGNORED
-    logits = (
-        output.logits[:, -labels.shape[1] :] if labels.dim() > 1 else output.logits
-    )  # the rest belongs to a prompt's vectors
-    logits = logits[kept]
-    return cross_entropy(
-        logits.to(torch.promote_types(logits.dtype, torch.float32)), labels[kept], label_smoothing=label_smoothing
-    )
+    # earlier positions belong to a prompt's vectors
+    logits = (output.logits[:, -labels.shape[1] :] if labels.dim() > 1 else output.logits)[kept]
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return cross_entropy(wide, labels[kept], label_smoothing=label_smoothing)
 
 
 def held_out_loss(model: nn.Module, examples: Examples, device: torch.device) -> float:
-    """The mean over all targets of −log p, in nats, in eval mode."""
+    """The mean of −log p over all targets, in nats, in eval mode."""
     model.eval()
     total, count = 0.0, 0
     for indices in bucket_by_length(examples.lengths, _TOKENS_AT_ONCE):

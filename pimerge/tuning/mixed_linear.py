@@ -1,6 +1,6 @@
-"""A linear layer with a low-rank update, x (W0 + (B ⊙ scale) A)ᵀ + b, computed exactly in the cheapest of three ways.
+"""A linear layer with a low-rank update, x (W0 + (B ⊙ scale) A)ᵀ + b, computed exactly by the cheapest of three plans.
 
-Of the three ways the one with the fewest operations is taken:
+The plan with the fewest operations is used:
 
 - ``stack``: y = x W0ᵀ + ((x Aᵀ) ⊙ scale) Bᵀ. Cheap for few tokens or small R.
 - ``materialise``: y = x (W0 + (B ⊙ scale) A)ᵀ, with the gradient of the scale from x Aᵀ and g B.
@@ -28,12 +28,12 @@ def mixed_linear(
 
     Args:
         x: (…, d_in).
-        scale: (R), weight times scaling of each row of A.
+        scale: (R) weight times scaling of each row of A.
         A: (R × d_in).
         B: (d_out × R).
         weight: (d_out × d_in).
         bias: (d_out) or None.
-        plan: one of ``PLANS``; None for the cheapest.
+        plan: one of ``PLANS``; None uses the cheapest.
 
     >>> x, A, B, W = torch.ones(1, 3), torch.ones(2, 3), torch.ones(4, 2), torch.zeros(4, 3)
     >>> mixed_linear(x, torch.tensor([1.0, 0.5]), A, B, W, None).tolist()
@@ -49,8 +49,8 @@ def cheapest_plan(tokens: int, d_in: int, d_out: int, R: int, factors_train: boo
     >>> cheapest_plan(64, 768, 768, 16, False), cheapest_plan(4096, 384, 384, 1024, False)
     ('stack', 'materialise-dense')
     """
-    through = tokens * R * (d_in + d_out)  # all tokens through both factors
-    product = R * d_in * d_out  # B A, or dW onto a factor
+    through = tokens * R * (d_in + d_out)  # multiply all tokens with both factors
+    product = R * d_in * d_out  # B A, or the product of dW and a factor
     costs = {
         "stack": through * (3 if factors_train else 2),
         "materialise": product + through * (2 if factors_train else 1),
@@ -77,7 +77,7 @@ class _MixedLinear(torch.autograd.Function):
         delta = (B * scale) @ A
         merged = weight + delta
         ctx.save_for_backward(x, scale, A, B, merged, None)
-        if x.dtype in (torch.bfloat16, torch.float16):  # W0 + ΔW in 16 bits would round most of ΔW away
+        if x.dtype in (torch.bfloat16, torch.float16):  # in 16 bits, W0 + ΔW would lose most of ΔW
             return linear(x, weight, bias) + linear(x, delta)
         return linear(x, merged, bias)
 

@@ -1,4 +1,4 @@
-"""The weights of several experts inside one model, as modules that train."""
+"""Trainable weights of several experts inside one model."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 
 class Mixture(nn.Module):
-    """Weights of N experts, one vector per group of modules: the softmax of what trains.
+    """Weights of N experts, one vector per group of modules: the softmax of trained logits.
 
     Args:
         modules: names of all modules that the experts adapt.
-        start: N numbers whose softmax the weights start from.
+        start: N logits whose softmax gives the initial weights.
         granularity: which modules share a vector.
         trained: whether the weights train.
     """
@@ -37,11 +37,11 @@ class Mixture(nn.Module):
         return logits
 
     def forward(self, module: str) -> Tensor:
-        """The weights (N) of one module, or of each of its outputs (N × d_out)."""
+        """The weights (N) of one module, or (N × d_out) of its outputs."""
         return self.logits[self.group_of[module]].softmax(0)
 
     def weights(self) -> dict[str, list[float]]:
-        """Module → weights; the mean where each output has its own."""
+        """Module → weights; weights of individual outputs are averaged."""
         with torch.no_grad():
             found = {module: self(module) for module in sorted(self.group_of)}
         return {
@@ -51,7 +51,7 @@ class Mixture(nn.Module):
 
 
 class FreeMixture(Mixture):
-    """The weights themselves train, and need not sum to one."""
+    """Weights that train without a softmax, and need not sum to one."""
 
     sums_to_one = False
 
@@ -64,7 +64,7 @@ class FreeMixture(Mixture):
 
 
 class ChannelMixture(FreeMixture):
-    """Weights of every output: ΔW = Σ_n diag(ω_n) s_n B_n A_n.
+    """Weights for every output: ΔW = Σ_n diag(ω_n) s_n B_n A_n.
 
     Args:
         widths: d_out of each module.
@@ -84,7 +84,7 @@ class ChannelMixture(FreeMixture):
 
 
 class Switch(Mixture):
-    """One expert at a time, at full weight, or none: nothing trains."""
+    """One expert at a time, at weight one, or none; nothing trains."""
 
     sums_to_one = False
 
@@ -93,26 +93,26 @@ class Switch(Mixture):
         self.choose(None)
 
     def choose(self, expert: int | None) -> None:
-        """Let one answer; None for the bare base."""
+        """Activate one expert; None activates the bare base."""
         with torch.no_grad():
             self.logits.zero_()
             if expert is not None:
                 self.logits[:, expert] = 1.0
 
     def forward(self, module: str) -> Tensor:
-        """The weights (N) of one module: a one, or none, and zeros."""
+        """The weights (N) of one module: a one for the active expert, and zeros."""
         return self.logits[self.group_of[module]]
 
 
 def make_mixture(
     plan: MixturePlan, granularity: Granularity, parts: Sequence[str], start: Sequence[float], widths: Mapping[str, int]
 ) -> Mixture:
-    """The weights that a plan asks for.
+    """Make the weights for a plan.
 
     Args:
-        granularity: the user's, for plans that do not fix it.
-        parts: names of what has weights: modules, or tensor sets.
-        start: N numbers whose softmax the weights start from.
+        granularity: the user's option, for plans that do not fix it.
+        parts: names of the modules or tensor sets that have weights.
+        start: N logits whose softmax gives the initial weights.
         widths: d_out of each module.
     """
     trained = plan.train_weights and (len(start) > 1 or plan.mixture != MixtureKind.SOFTMAX)

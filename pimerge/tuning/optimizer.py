@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def optimizer_of(model: nn.Module, mixture: Mixture, options: TrainingOptions) -> torch.optim.Optimizer:
-    """AdamW; the mixture's logits have their own learning rate, and decay only towards their start."""
+    """Make AdamW; the mixture's logits have their own learning rate, and only decay towards their start."""
     others = [p for p in model.parameters() if p.requires_grad and p is not mixture.logits]
     to_start = options.decay_towards == DecayTowards.START
     decay = 0.0 if to_start else options.weight_decay
@@ -32,7 +32,7 @@ def optimizer_of(model: nn.Module, mixture: Mixture, options: TrainingOptions) -
 
 
 def _towards_start(optimizer: torch.optim.Optimizer, decay: float) -> Callable[..., None]:
-    """After each step w ← w − lr · decay · (w − w0), decoupled from the gradient, as AdamW decays towards 0."""
+    """A hook for w ← w − lr · decay · (w − w0) after each step, decoupled like AdamW's decay towards 0."""
     starts = {p: p.detach().clone() for group in optimizer.param_groups for p in group["params"]}
 
     @torch.no_grad()
@@ -46,7 +46,7 @@ def _towards_start(optimizer: torch.optim.Optimizer, decay: float) -> Callable[.
 
 @contextmanager
 def at_worst(parameters: Sequence[nn.Parameter], radius: float) -> Iterator[None]:
-    """Move to w + ρ g / ‖g‖₂ for a block and clear the gradients g there (equation 2); afterwards move back to w.
+    """Move to w + ρ g / ‖g‖₂ during a block, with cleared gradients g (SAM, arXiv 2010.01412, equation 2).
 
     Args:
         radius: ρ.
@@ -75,13 +75,10 @@ def at_worst(parameters: Sequence[nn.Parameter], radius: float) -> Iterator[None
 
 
 def sharpness_aware(trainer: type[Trainer], radius: float) -> type[Trainer]:
-    """Make a Trainer with two forward and backward passes per step, the second at the worst point nearby."""
+    """Derive a Trainer with two forward and backward passes per step, the second at the worst nearby point."""
 
     class SharpnessAware(trainer):  # type: ignore[misc]
-        """A Trainer whose gradients are SAM's."""
-
         def training_step(self, model: nn.Module, inputs: Any, *rest: Any, **named: Any) -> Tensor:
-            """The loss at w, with the gradient at w + ε."""
             loss: Tensor = super().training_step(model, dict(inputs), *rest, **named)
             with at_worst([p for p in model.parameters() if p.requires_grad], radius):
                 super().training_step(model, dict(inputs), *rest, **named)

@@ -1,8 +1,7 @@
-"""A task head that starts from a linear probe: its last layer fitted in closed form on what it reads.
+"""Initialise a task head from a linear probe, fitted on the inputs of the head's last layer.
 
-With few examples, a randomly initialised head costs most of the steps, and its first gradients spoil what the experts
-know; a probe with an L2 penalty (:func:`pimerge.models.linear_probe.fit_probe`) is the optimum of the frozen features
-at once.
+With few examples, a randomly initialised head costs most of the steps, and its first gradients damage the experts. A
+probe with an L2 penalty (:func:`pimerge.models.linear_probe.fit_probe`) is optimal for the frozen features at once.
 """
 
 from __future__ import annotations
@@ -23,10 +22,10 @@ def fit_head(loaded: LoadedBase, model: nn.Module, task: Task, examples: Example
     """Set the last layer of a task's head to the probe of these examples.
 
     Args:
-        model: the module that answers, with ``loaded``'s head in it.
+        model: the module to call, with ``loaded``'s head.
 
     Returns:
-        the layer; None if there is none that tells the classes of whole examples, and nothing was changed.
+        the layer; None if there is no linear layer for the classes of whole examples, and nothing was changed.
     """
     found = class_layer(loaded, task)
     if found is None:
@@ -37,7 +36,7 @@ def fit_head(loaded: LoadedBase, model: nn.Module, task: Task, examples: Example
 
 
 def class_layer(loaded: LoadedBase, task: Task) -> tuple[str, nn.Linear] | None:
-    """The last layer of a task's head and its name; None if there is none that tells the classes of whole examples."""
+    """The name and last layer of a task's head; None without a linear layer for the classes of whole examples."""
     found = [
         (name, module)
         for name, module in loaded.model.named_modules()
@@ -49,13 +48,13 @@ def class_layer(loaded: LoadedBase, task: Task) -> tuple[str, nn.Linear] | None:
 def read_vectors(
     model: nn.Module, task: Task, layer: tuple[str, nn.Linear], examples: Examples
 ) -> tuple[Tensor, Tensor]:
-    """What the last layer of the head reads of each example (n × d), float64, and the classes (n).
+    """The inputs of the head's last layer for each example, (n × d) float64, and the classes (n).
 
     Args:
-        model: the module that answers; it is left in eval mode.
-        layer: as :func:`class_layer` gives it.
+        model: the module to call; it is left in eval mode.
+        layer: the result of :func:`class_layer`.
     """
-    alike = isinstance(model, ByLength)  # it splits batches, and the hook would see only the last part
+    alike = isinstance(model, ByLength)  # it splits batches, so the hook would only see the last part
     model = model.model if isinstance(model, ByLength) else model
     model.eval()
     vectors: list[Tensor] = [torch.empty(0)] * len(examples)
@@ -68,10 +67,9 @@ def read_vectors(
 
 
 def put_probe(layer: nn.Linear, probe: Probe) -> None:
-    """Make a layer answer as a probe: x W + (b − c W), with c the probe's centre.
+    """Copy a probe into a layer: x W + (b − c W), where c is the probe's centre.
 
-    A layer without a bias takes it from the direction of the centre, along which all of the features lie:
-    x (W + cᵀ (b − c W) / ‖c‖²), which is exact at x = c.
+    A layer without a bias represents it along the centre, x (W + cᵀ (b − c W) / ‖c‖²), which is exact at x = c.
 
     >>> probe = Probe(torch.tensor([3.0, 4.0]).double(), torch.eye(2).double(), torch.tensor([1.0, -1.0]).double())
     >>> layers = [nn.Linear(2, 2, bias=bias) for bias in (True, False)]

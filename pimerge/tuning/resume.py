@@ -1,4 +1,4 @@
-"""Continue a training that was killed, from its last complete checkpoint, to the same bytes."""
+"""Continue an interrupted training from its last complete checkpoint, with an identical result."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ if TYPE_CHECKING:
 def train_from(trainer: Trainer, checkpoint: Path | None) -> None:
     """Train, from a checkpoint if there is one.
 
-    A run that was killed after its training had ended is not trained any further: the Trainer would forget that early
-    stopping ended it.
+    A training that had already ended is not continued, because the Trainer would forget its early stopping.
     """
     from safetensors.torch import load_file
     from transformers import TrainerState

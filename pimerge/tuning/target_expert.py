@@ -1,8 +1,8 @@
-"""An expert for a target that has none: at the pool's init, so that its Fisher can be compared with the pool's.
+"""Make an expert at the pool's init for a target without one, so that its Fisher can be compared with the pool's.
 
-At the init ΔW is zero: A is the mean of the pool's factors A, which training moves little, and B is zero. There the
-Fisher of B tells the target's task, and that of A is zero. An expert without ΔW is at its neutral point; tensors
-without one, such as the down-projections of a bottleneck and all of a prefix, are the pool's mean.
+At the init ΔW is zero: A is the mean of the pool's factors A, which training moves little, and B is zero. There, the
+Fisher of B characterises the target's task, and the Fisher of A is zero. An expert without ΔW is at its neutral point;
+tensors without a neutral point, such as the down-projections of a bottleneck and all of a prefix, are the pool's mean.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class NewTarget:
-    """A target without an expert of its own, and what it starts from.
+    """A target without its own expert, and the pool whose init it takes.
 
     Attributes:
         pool: experts of one kind, form and init.
-        task: the target's.
-        options: how the head, and the expert, are trained.
+        task: task of the target.
+        options: training options of the head and the expert.
     """
 
     pool: Sequence[Expert]
@@ -52,7 +52,7 @@ class NewTarget:
     dtype: str = "auto"
 
     def inputs(self, method: str, **given: Any) -> TuneInputs:
-        """The inputs of a tuning on the target's task."""
+        """Make the inputs of a tuning on the target's task."""
         return TuneInputs(
             method=METHODS.load(method),
             task=self.task,
@@ -66,7 +66,7 @@ class NewTarget:
 
 @contextmanager
 def initial_expert(target: NewTarget, track: Track = silent) -> Iterator[Expert]:
-    """The pool's init, with a head for the target if it trains one, in a temporary folder that is deleted afterwards.
+    """Make an expert at the pool's init in a temporary folder, with a head if the target's task trains one.
 
     The head is trained on the bare base.
     """
@@ -108,7 +108,7 @@ def initial_expert(target: NewTarget, track: Track = silent) -> Iterator[Expert]
 
 
 def _zero_updates(pool: Sequence[Expert]) -> dict[str, Tensor]:
-    """Map each key to its tensor for ΔW = 0 at the mean of the factors A."""
+    """Map each key to its tensor, for ΔW = 0 with the mean of the factors A."""
     like = pool[0]
     tensors = {}
     for module in like.modules.values():
@@ -120,14 +120,14 @@ def _zero_updates(pool: Sequence[Expert]) -> dict[str, Tensor]:
 
 
 def _neutral_groups(pool: Sequence[Expert], base: Base) -> dict[str, Tensor]:
-    """Map each key to its tensor at the neutral point, or at the pool's mean where there is none."""
+    """Map each key to its tensor at the neutral point, or to the pool's mean if there is none."""
     still = [expert.with_strength(0.0) if expert.has_strength else expert for expert in pool]
     found = sum_of(still, [1 / len(still)] * len(still), base_reader(base))
     return {key: tensor.to(pool[0].tensor(key).dtype) for key, tensor in found.items()}
 
 
 def train_expert(target: NewTarget, output: Path, *, force: bool = False, track: Track = silent) -> None:
-    """Train the target's own expert from the pool's init, so that it can be compared with the pool's."""
+    """Train the target's own expert from the pool's init, so that it can be compared with the pool's experts."""
     with initial_expert(target, track) as start:
         run_tuning(target.inputs("interpolated", experts=[start], target=start), output, force=force, track=track)
 

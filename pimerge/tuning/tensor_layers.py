@@ -1,7 +1,7 @@
-"""Several experts without ΔW inside one model: every tensor is Σ_n α_n φ_n, computed in the forward.
+"""Several experts without ΔW inside one model: every tensor is Σ_n α_n φ_n, computed in the forward pass.
 
-PEFT's model has one adapter, each of whose parameters is parametrised by the experts' own, stacked (N × shape), and the
-softmax weights α of its tensor set. So tuning costs one adapter's forward pass, and the export is the sum itself.
+PEFT's model has one adapter. Each of its parameters is parametrised by the stacked tensors of the experts (N × shape)
+and the weights α of its tensor set. So tuning costs one adapter's forward pass, and the export is the sum itself.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TensorComponent:
-    """An expert of a mixture: its tensors by key, at its strength."""
+    """A component of a mixture: an expert's tensors by key, at its strength."""
 
     name: str
     tensors: Mapping[str, Tensor]
 
 
 class MixedTensor(nn.Module):
-    """Σ_n α_n φ_n in place of a parameter; the columns of a prefix have the weights of their layer.
+    """Σ_n α_n φ_n in place of a parameter; columns of a prefix have the weights of their layer.
 
     Args:
         stack: (N, *shape) the experts' tensors.
-        groups: name of a tensor set → columns of the tensor that share its weights; None for all.
+        groups: name of a tensor set → columns of the tensor that belong to it; None means all columns.
         neutral: (*shape) the neutral point φ0 of Σ_n α_n φ_n + (1 − Σ_n α_n) φ0.
         trained: whether the experts' tensors train.
     """
@@ -60,7 +60,7 @@ class MixedTensor(nn.Module):
         self.groups, self.mixture = dict(groups), mixture
 
     def forward(self, original: Tensor) -> Tensor:
-        """The sum, in the dtype of the parameter that it stands for."""
+        """The sum, in the dtype of the replaced parameter."""
         parts = []
         for group, columns in self.groups.items():
             span = slice(None) if columns is None else slice(*columns)
@@ -74,14 +74,14 @@ class MixedTensor(nn.Module):
 
 
 class ByLength(nn.Module):
-    """A classifier whose batches are split into texts of one length, so that nothing is padded."""
+    """A classifier that splits batches into texts of equal length, so that nothing is padded."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, attention_mask: Tensor, **batch: Tensor) -> Any:
-        """The logits of every text, as the model gives them for each text alone."""
+        """The logits of every text, equal to those of each text alone."""
         from transformers.modeling_outputs import SequenceClassifierOutput
 
         real = attention_mask.bool()
@@ -101,8 +101,8 @@ class TensorMixture:
     """A model whose adapter is the sum of several experts.
 
     Attributes:
-        model: PEFT's model, through which a prompt gets in.
-        mixed: key → the sum in its place.
+        model: PEFT's model, which also inserts prompts.
+        mixed: key → the sum that replaces its parameter.
     """
 
     model: nn.Module
@@ -121,7 +121,7 @@ def component_of(expert: Expert, loaded: LoadedBase) -> TensorComponent:
 
 
 def fresh_component(like: Expert, loaded: LoadedBase, seed: int, name: str = "fresh") -> TensorComponent:
-    """Make a fresh component of the form of an expert, with PEFT's own init; the base is unchanged afterwards."""
+    """Make a fresh component shaped like an expert, with PEFT's own init; the base stays unchanged."""
     check_fits(like, loaded.model, head=False)
     torch.manual_seed(seed)
     with modules_restored(loaded.model):
@@ -137,11 +137,11 @@ def mix_tensors(
     """Put the weighted sum of several experts into a base.
 
     Args:
-        form: an expert whose form all of them have.
-        trained: whether their tensors train.
+        form: an expert with the same tensors as all components.
+        trained: whether the tensors train.
     """
     model = fresh_adapter_like(form, loaded.model)
-    for name in loaded.head:  # the base's own head is trained, not a copy
+    for name in loaded.head:  # train the base's own head, not PEFT's copy
         wrapper = loaded.model.get_submodule(name)
         loaded.model.set_submodule(name, getattr(wrapper, "original_module", wrapper))
     model.requires_grad_(False)
@@ -158,14 +158,13 @@ def mix_tensors(
         mixed[key] = MixedTensor(stack, neutral[key].to(stack), columns[key], mixture, trained)
         owner, _, name = path.rpartition(".")
         register_parametrization(model.get_submodule(owner), name, mixed[key])
-    behind_vectors = (
-        form.virtual_tokens and "score" in loaded.head
-    )  # behind which a causal model cannot recognise padding
+    # behind a prompt's vectors, a causal model cannot recognise padding
+    behind_vectors = form.virtual_tokens and "score" in loaded.head
     return TensorMixture(ByLength(model) if behind_vectors else model, mixed)
 
 
 def _parameters(expert: Expert, model: nn.Module) -> dict[str, tuple[str, nn.Parameter]]:
-    """Key → (name in PEFT's model, parameter)."""
+    """Map each key to its name and parameter in PEFT's model."""
     key_of = expert.strategy.key_of_parameter
     wanted = set(expert.keys)
     return {key_of(name): (name, each) for name, each in list(model.named_parameters()) if key_of(name) in wanted}

@@ -24,14 +24,14 @@ PLAN = MixturePlan(experts=True, mixture=MixtureKind.SWITCH)
 
 @dataclass(frozen=True)
 class TrainedHeads:
-    """Frozen experts with a trained head each.
+    """Frozen experts, each with its own trained head.
 
     Attributes:
-        mixed: the experts in the base, one of which answers at a time.
-        model: all of them answering together.
-        outcome: of all trainings.
-        kept: the examples that were trained on.
-        held_out: those that were held out.
+        mixed: the experts in the base, one of them active at a time.
+        model: the ensemble of all experts.
+        outcome: combined outcome of all trainings.
+        kept: training examples.
+        held_out: held-out examples.
     """
 
     mixed: MixedExpert
@@ -42,15 +42,15 @@ class TrainedHeads:
 
 
 def equal_weights(request: TuneRequest, examples: int) -> list[float]:
-    """The same weight for the bare base and each expert."""
+    """Weight the bare base and all experts equally."""
     count = len(request.experts) + 1
     return [1 / count] * count
 
 
 def similarity_weights(request: TuneRequest, examples: int) -> list[float]:
-    """The softmax of the expected gains at the temperature for this many examples; the bare base has a gain of 0.
+    """Weight experts by the softmax of their expected gains, with 0 for the bare base.
 
-    Without gains the base has the weight 1/(N + 1), and the experts share the rest by the softmax of their scores.
+    Without gains, the base has the weight 1/(N + 1), and the softmax of the experts' scores divides the rest.
     """
     from pimerge.tuning.components import gain_logits
 
@@ -76,7 +76,7 @@ def train_heads(
     """Train a head for the bare base and for each expert, on frozen features.
 
     Args:
-        method: the one that asks for them, which messages name.
+        method: the calling method, for messages.
         weigh: (request, number of labelled examples) → the weights of the base's probabilities, then of each expert's.
     """
     from pimerge.core.errors import PimergeError
@@ -117,7 +117,7 @@ def _copy(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _joint_outcome(outcomes: Sequence[TrainingOutcome]) -> TrainingOutcome:
-    """Sum the epochs and parameters, and average the losses, of several trainings."""
+    """Combine several trainings: sum epochs and parameters, and average losses."""
     held_out = [each.held_out_loss for each in outcomes if each.held_out_loss is not None]
     losses = [each.train_loss for each in outcomes if each.train_loss is not None]
     return replace(

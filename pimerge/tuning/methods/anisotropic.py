@@ -1,9 +1,9 @@
-"""A free weight per matrix and expert is trained, without a softmax (aTLAS, arXiv 2407.02880).
+"""Train a free weight per matrix and expert, without a softmax (aTLAS, arXiv 2407.02880).
 
     ΔW = Σ_n λ_n ΔW_n, one λ in R^N for each adapted matrix
 
-The paper starts from λ = 0; here λ starts from the ranking's weights, as the softmax of ``learned`` does: with few
-examples, a start that is known to help is worth keeping. Experts without ΔW are summed around their neutral point.
+The paper starts from λ = 0; here λ starts from the ranking's weights, as in ``learned``, which helps with few examples.
+Experts without ΔW are summed around their neutral point.
 """
 
 from pimerge.tuning.method import MixtureKind, MixturePlan, TuneMethod

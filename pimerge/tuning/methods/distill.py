@@ -2,10 +2,10 @@
 
     loss = −Σ_c q_c log p_c, with q = (1 − λ) Σ_n w_n p_n(·|x) + λ [c is the label]
 
-The teacher is ``ensemble``, or with ``--teacher similarity`` its mean weighted by what the ranking expects of each
-expert, after DistillWeighted (arXiv 2304.12314). The student is the mixture that ``interpolated`` trains. Half of the
-epochs go to the heads of the teacher. Where task.json has a split ``unlabelled``, the student also learns from its
-inputs, with q the teacher's alone; they make its passes longer.
+The teacher is ``ensemble``; with ``--teacher similarity``, experts are weighted by their expected gains in the ranking,
+after DistillWeighted (arXiv 2304.12314). The student is the mixture that ``interpolated`` trains. The heads of the
+teacher take half of the epochs. If task.json has a split ``unlabelled``, the student also learns from its inputs, with
+the teacher's q alone, which makes its passes longer.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class Teacher(StrEnum):
-    """How the votes of the ensemble are weighted."""
+    """Weights of the ensemble's votes."""
 
     MEAN = "mean"
     SIMILARITY = "similarity"
@@ -66,7 +66,7 @@ def _unlabelled(request: TuneRequest, limit: int) -> Examples | None:
 
 
 def _soft_targets(teacher: nn.Module, examples: Examples, label_share: float, device: torch.device) -> list[Tensor]:
-    """(C) the distribution that the student learns for each example, or (targets, C) for each of its targets."""
+    """The student's target distribution for each example, (C), or for each of its targets, (targets, C)."""
     import torch
     from torch.nn.functional import one_hot
 
@@ -87,7 +87,7 @@ def _soft_targets(teacher: nn.Module, examples: Examples, label_share: float, de
 
 
 def _with_targets(examples: Examples, shares: Sequence[Tensor]) -> Examples:
-    """The examples with distributions over the classes in place of labels."""
+    """Replace labels by distributions over the classes."""
     import torch
 
     from pimerge.tasks.examples import IGNORED, Examples
@@ -96,7 +96,7 @@ def _with_targets(examples: Examples, shares: Sequence[Tensor]) -> Examples:
         return {**examples.get(index), "shares": shares[index]}
 
     def collate(batch: Sequence[Batch]) -> Batch:
-        if "shares" not in batch[0]:  # held-out examples keep their labels
+        if "shares" not in batch[0]:  # held-out examples keep labels
             return examples.collate(batch)
         plain = [{name: value for name, value in example.items() if name != "shares"} for example in batch]
         collated = examples.collate(plain)

@@ -1,9 +1,9 @@
-"""The mean of the probabilities of the chosen experts and the bare base, each with a head of its own.
+"""The mean of the probabilities of the chosen experts and the bare base, each with its own head.
 
     p(y|x) = 1/(N + 1) · (p_0(y|x) + Σ_n p_n(y|x))
 
-Experts are frozen, and the epochs are shared by the N + 1 heads. The result is N + 1 experts in one folder, with
-``ensemble.json``, and costs as many forward passes; ``distill`` makes one expert of it.
+Experts are frozen, and the N + 1 heads share the epochs. The result is N + 1 experts in one folder with
+``ensemble.json``, and costs N + 1 forward passes; ``distill`` turns it into one expert.
 """
 
 from __future__ import annotations

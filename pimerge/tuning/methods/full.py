@@ -1,7 +1,6 @@
-"""The whole base is trained, without any expert: the control "full fine-tuning".
+"""Train the whole base without any expert: the control "full fine-tuning".
 
-The result is a checkpoint as large as the base. ``pimerge eval`` scores it as it scores an expert; it cannot join a
-pool.
+The result is a checkpoint as large as the base. ``pimerge eval`` scores it like an expert, but it cannot join a pool.
 """
 
 from __future__ import annotations

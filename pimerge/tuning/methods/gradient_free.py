@@ -1,10 +1,10 @@
-"""One weight per expert is found by an evolution strategy, without gradients (LoRAHub, arXiv 2307.13269).
+"""Search one weight per expert by an evolution strategy, without gradients (LoRAHub, arXiv 2307.13269).
 
     min over w in [−1.5, 1.5]^N of loss(W0 + Σ_n w_n ΔW_n) + 0.05 · Σ_n |w_n| / N
 
-by nevergrad's CMA-ES, from the ranking's weights. (The paper's NGOpt fails at some numbers of evaluations with current
-numpy versions.) A task's head is trained on the frozen sum before the search, with half of the epochs, and after it
-with the other half; the search comes on top of the epochs, one pass over the training examples for each evaluation.
+by nevergrad's CMA-ES, from the ranking's weights. (The paper's NGOpt fails for some numbers of evaluations with current
+numpy versions.) A task's head is trained on the frozen sum, with half of the epochs before the search and half after
+it. The search adds one pass over the training examples per evaluation.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ L1 = 0.05
 
 
 def fit(request: TuneRequest, *, evaluations: int) -> TuneResult:
-    """Search, with the head trained before and after."""
+    """Train the head, search the weights, and train the head again."""
     import torch
 
     from pimerge.core.errors import PimergeError

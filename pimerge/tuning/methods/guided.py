@@ -1,19 +1,19 @@
-"""The chosen experts weighted by expected gain, under a head from a probe; trained, and taken some of the way back.
+"""Train the chosen experts, weighted by expected gain, from a probe's head, and move part of the way back.
 
 1. w_n ∝ exp(gain_n / τ), τ = 0.1 / √(number of labelled examples), with the gains of ``pimerge rank``; without gains
-   the weights start from the ranking's scores as in ``learned``. The fewer examples, the less reliable the gains, and
-   the closer the weights are to equal.
-2. Where texts are classified into classes named by words, the names are examples as well:
-   :mod:`pimerge.tuning.class_name_examples`.
+   the weights start from the ranking's scores as in ``learned``. With fewer examples, gains are less reliable and the
+   weights are closer to equal.
+2. For texts in classes named by words, the names become training examples
+   (:mod:`pimerge.tuning.class_name_examples`).
 3. The head is the linear probe of the mixed features (:mod:`pimerge.tuning.probe_head`), and training starts from a
-   tenth of it: under the whole probe hardly any error is left from which the features could learn, and under a random
-   head the first steps spoil them.
+   tenth of it: the whole probe leaves too little error for the features to learn from, and with a random head the
+   first steps damage the features.
 4. Weights, factors and head are trained, as in ``interpolated``.
-5. The result is three quarters of the way from the start, with the whole probe, to the end (as in WiSE-FT,
-   arXiv 2109.01903).
+5. The result is three quarters of the way from the start (with the whole probe) to the end, as in WiSE-FT
+   (arXiv 2109.01903).
 
-Where a base answers in text, or the head has no linear layer for the classes, steps 3 and 5 are left out. How the
-method was found, and what it gains: ``docs/tuning.md``.
+If the base answers in text, or the head has no linear layer for the classes, steps 3 and 5 are omitted.
+``docs/tuning.md`` describes how the method was found, and its gains.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ if TYPE_CHECKING:
 PROBE_SHARE = 0.1
 """Factor of the probe from which the head's training starts."""
 WAY = 0.75
-"""How far the result lies on the way from the start to the end of the training."""
+"""Position of the result between the start (0) and the end (1) of the training."""
 
 
 def fit(request: TuneRequest) -> TuneResult:
-    """Mix, train, and go some of the way back."""
+    """Mix, train, and move part of the way back."""
     import torch
 
     from pimerge.tuning.fit import between, mix_experts
@@ -50,7 +50,7 @@ def fit(request: TuneRequest) -> TuneResult:
             parameter.mul_(PROBE_SHARE)
     outcome = mixed.train(kept, held_out)
     mixed.load_trained_state(between(start, mixed.trained_state(), WAY))
-    return mixed.result(replace(outcome, held_out_losses=()), kept, held_out)  # the losses were those of the end
+    return mixed.result(replace(outcome, held_out_losses=()), kept, held_out)  # those losses belong to the end
 
 
 METHOD = TuneMethod(

@@ -1,4 +1,4 @@
-"""Only the task head is trained, on the bare base: the control without any expert."""
+"""Train only the task head, on the bare base: the control without any expert."""
 
 from pimerge.tuning.method import MixturePlan, TuneMethod
 

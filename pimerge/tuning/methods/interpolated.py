@@ -2,8 +2,7 @@
 
     ΔW = α_t ΔW_t + Σ_n α_n ΔW_n, with α = softmax(v)
 
-The sum is taken over the updates ΔW, as the paper's code does for LoRA. The head starts from that of the target's
-expert.
+The sum is over the updates ΔW, as in the paper's code for LoRA. Training starts from the head of the target's expert.
 """
 
 from pimerge.tuning.method import MixturePlan, TuneMethod

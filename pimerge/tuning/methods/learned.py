@@ -1,4 +1,4 @@
-"""Softmax weights per matrix are trained, the experts stay frozen (arXiv 2402.15414, section 3.2).
+"""Train softmax weights per matrix of frozen experts (arXiv 2402.15414, section 3.2).
 
 ΔW = Σ_n softmax(v)_n ΔW_n, one v in R^N for each adapted matrix
 """

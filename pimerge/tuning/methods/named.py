@@ -1,7 +1,7 @@
-"""``scratch`` with the names of the classes as further examples: the control of ``guided`` where texts are classified.
+"""``scratch`` with class names as further examples: the control of ``guided`` for text classification.
 
-What the names gain is not to the experts' credit. Where the names are not texts, or do not predict the examples, this
-is ``scratch``; see :mod:`pimerge.tuning.class_name_examples`.
+It separates the gain of the names from the gain of the experts. If the names are not texts, or do not predict the
+examples, it equals ``scratch``; see :mod:`pimerge.tuning.class_name_examples`.
 """
 
 from pimerge.tuning.method import MixturePlan, TuneMethod

@@ -1,6 +1,6 @@
 """π-Tuning with fresh experts in place of the chosen ones: the control "without init" (arXiv 2304.14381, section 4).
 
-It trains as many parameters as ``interpolated`` does, without what the experts have learned.
+It trains as many parameters as ``interpolated``, without the knowledge of the experts.
 """
 
 from pimerge.tuning.method import MixturePlan, TuneMethod

@@ -1,4 +1,4 @@
-"""The scale of every output of each expert is trained, the experts stay frozen (ScaLearn, arXiv 2310.01217).
+"""Train a scale for every output of each frozen expert (ScaLearn, arXiv 2310.01217).
 
     ΔW = Σ_n diag(ω_n) ΔW_n, with ω_n in R^d_out for each matrix
 

@@ -1,7 +1,7 @@
-"""A fresh LoRA is trained on the target alone: the control, and how the experts of a pool are made.
+"""Train a fresh LoRA on the target alone: the control, and how the experts of a pool are made.
 
-Experts made with the same base, rank, modules and ``--init-seed`` share one init, so that their Fisher embeddings can
-be compared.
+Experts with the same base, rank, modules and ``--init-seed`` share one init, so that their Fisher embeddings
+can be compared.
 """
 
 from pimerge.tuning.method import MixturePlan, TuneMethod

@@ -1,7 +1,7 @@
-"""The mean of several runs of π-Tuning that differ in order and learning rate: a greedy soup (arXiv 2203.05482).
+"""Average several runs of π-Tuning that differ in order and learning rate: a greedy soup (arXiv 2203.05482).
 
-The runs start from one point and share the epochs. From the run with the lowest held-out loss onwards, a run joins the
-mean of what trained if that does not raise the held-out loss (algorithm 1). Without held-out examples all runs join.
+The runs start from one point and share the epochs. In order of their held-out loss, a run joins the mean of trained
+parameters if that does not raise the held-out loss (algorithm 1). Without held-out examples all runs join.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from pimerge.tuning.session import TuneRequest, TuneResult
 
 LR_FACTORS = (1.0, 0.5, 2.0)
-"""Of the learning rate, run after run."""
+"""Factors of the learning rate, run after run."""
 
 
 def fit(request: TuneRequest, *, runs: int) -> TuneResult:
-    """Train every run, then average greedily."""
+    """Train all runs, then average them greedily."""
     from pimerge.tuning.fit import mean_state, mix_experts
     from pimerge.tuning.loss import held_out_loss
 
@@ -32,16 +32,12 @@ def fit(request: TuneRequest, *, runs: int) -> TuneResult:
     states, outcomes = [], []
     for number in range(runs):
         mixed.load_trained_state(start)
-        outcomes.append(
-            mixed.train(
-                kept,
-                held_out,
-                part=f"run-{number}",
-                epochs=request.options.epochs / runs,
-                seed=request.options.seed + number,
-                lr=lr * LR_FACTORS[number % len(LR_FACTORS)],
-            )
-        )
+        changes = {
+            "epochs": request.options.epochs / runs,
+            "seed": request.options.seed + number,
+            "lr": lr * LR_FACTORS[number % len(LR_FACTORS)],
+        }
+        outcomes.append(mixed.train(kept, held_out, part=f"run-{number}", **changes))
         states.append(mixed.trained_state())
 
     def loss_of(some: list[dict[str, Tensor]]) -> float:
