@@ -10,7 +10,7 @@ from pimerge.adapters.expert import Expert
 from pimerge.core.errors import Problems, nearest
 from pimerge.embedding.features import why_not
 from pimerge.tasks.task import Task
-from pimerge.tuning.class_name_examples import may_take_names
+from pimerge.tuning.class_name_examples import class_texts
 from pimerge.tuning.method import METHODS, TuneMethod, open_tune_method
 from pimerge.tuning.options import TrainingOptions, check_options
 
@@ -79,8 +79,8 @@ def usual_controls(task: Task, methods: Sequence[str]) -> list[str]:
     Where a method takes the names of classes as examples, a fresh LoRA that does so as well is a control: what the
     names gain is not due to the experts.
     """
-    with_names = any(may_take_names(task, open_tune_method(name).plan) for name in methods if name != SINGLE)
-    return [*USUAL_CONTROLS, *(["named"] if with_names else [])]
+    use_names = any(open_tune_method(name).plan.class_names for name in methods if name != SINGLE)
+    return [*USUAL_CONTROLS, *(["named"] if use_names and class_texts(task) else [])]
 
 
 def check_names(methods: Sequence[str], controls: Sequence[str]) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from pimerge.core.errors import PimergeError, Problems, nearest
 from pimerge.core.files import relative_to, sha256_bytes, sha256_file
@@ -20,25 +20,6 @@ if TYPE_CHECKING:
 
 _BUILDERS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json"}
 NOT_EMPTY = "give it at least one example"
-
-
-class TaskData(Protocol):
-    """A source of a task's rows."""
-
-    def load(self, split: str) -> datasets.Dataset:
-        """Read one split, named in the slicing syntax of ``datasets`` (``train[:80%]``)."""
-
-    def has(self, split: str) -> bool:
-        """Whether the data names a split, without reading it."""
-
-    def folders(self, split: str) -> list[Path]:
-        """The folders to which relative paths in a split refer; empty if its paths are resolved."""
-
-    def content(self) -> Any:
-        """A JSON value that identifies the content, independent of its location."""
-
-    def fields_for(self, folder: Path) -> dict[str, Any]:
-        """The fields that name the same data in the ``task.json`` of a folder."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +35,7 @@ class NamedData:
     file: TaskFile
 
     def load(self, split: str) -> datasets.Dataset:
-        """Read one split with ``datasets.load_dataset``."""
+        """Read one split, named in the slicing syntax of ``datasets`` (``train[:80%]``)."""
         import datasets
 
         source, options = self._source()
@@ -126,7 +107,10 @@ class NamedData:
         return sorted({(here / name).parent for name in names})
 
     def content(self) -> Any:
-        """Hashes of the files by split, or by path in the data's folder; the id of a Hub data set; hashes of rows."""
+        """A JSON value that identifies the content, independent of its location.
+
+        It holds hashes of files by split or by path in the data's folder, the id of a Hub data set, or hashes of rows.
+        """
         data, folder = self.file.data, self.path.parent
         if data is None:
             return self.file.rows
@@ -203,6 +187,10 @@ class RowsInMemory:
     def fields_for(self, folder: Path) -> dict[str, Any]:
         """The field ``rows``: hashes that identify the task."""
         return {"rows": self.content()}
+
+
+TaskData: TypeAlias = NamedData | RowsInMemory
+"""The source of a task's rows."""
 
 
 def _hash(rows: datasets.Dataset) -> str:

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
     from pimerge.models.loaded_base import LoadedBase
     from pimerge.tasks.task import Task
-    from pimerge.tuning.method import MixturePlan
 
 MOST = 500
 """Maximum number of examples on which the names are tested."""
@@ -82,8 +81,3 @@ def names_predict(loaded: LoadedBase, task: Task, examples: Examples) -> bool:
     probe = fit_probe(names, labels, len(labels), PENALTY)
     right = probe.log_probabilities(vectors).exp().gather(1, truth[:, None])
     return float(right.mean()) > 1 / len(labels)
-
-
-def may_take_names(task: Task, plan: MixturePlan) -> bool:
-    """Whether a method uses the names of a task's classes if they predict the examples."""
-    return plan.class_names and bool(class_texts(task))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 
@@ -25,6 +26,7 @@ from pimerge.tuning.tensor_layers import TensorComponent, component_of, fresh_co
 
 TEMPERATURE = 0.1
 """Temperature of the softmax of expected gains with one labelled example; it shrinks as 1/√examples."""
+Component = TypeVar("Component", LoraComponent, TensorComponent)
 NO_EXPERT = "the target has no expert of its own: a fresh one takes its place"
 
 
@@ -126,34 +128,40 @@ def tensor_components(
 ) -> list[TensorComponent]:
     """Components of a mixture of experts without ΔW; a fresh one comes first."""
     loaded, seed = request.session.loaded, request.options.init_seed
+
+    def random(replaced: TensorComponent, number: int) -> TensorComponent:
+        return fresh_component(form, loaded, seed + number, f"random {number}")
+
     found = [component_of(expert, loaded) for expert in chosen]
-    if plan.random_experts:
-        own = found[: plan.target and request.target is not None]
-        found = own + [
-            fresh_component(form, loaded, seed + number, f"random {number}")
-            for number in range(1, len(found) - len(own) + 1)
-        ]
-    return [fresh_component(form, loaded, seed), *found] if _needs_fresh(plan, request) else found
+    return _with_fresh(plan, request, found, random, lambda: fresh_component(form, loaded, seed))
 
 
 def lora_components(plan: MixturePlan, request: TuneRequest, chosen: Sequence[Expert]) -> list[LoraComponent]:
     """Components of a mixture of updates ΔW; a fresh one comes first."""
     options, loaded = request.options, request.session.loaded
+
+    def random(replaced: LoraComponent, number: int) -> LoraComponent:
+        return fresh_lora_like(replaced, loaded, options.init_seed + number, f"random {number}")
+
     found = [_component(expert, options.rank, request.note) for expert in chosen]
+    return _with_fresh(plan, request, found, random, lambda: _fresh_for(plan, request))
+
+
+def _with_fresh(
+    plan: MixturePlan,
+    request: TuneRequest,
+    found: list[Component],
+    random: Callable[[Component, int], Component],
+    fresh: Callable[[], Component],
+) -> list[Component]:
+    """Replace components by random ones, and put a fresh one first, if the plan says so."""
     if plan.random_experts:
-        own = found[: plan.target and request.target is not None]
-        found = own + [
-            fresh_lora_like(component, loaded, options.init_seed + number, f"random {number}")
-            for number, component in enumerate(found[len(own) :], 1)
-        ]
-    return [_fresh_for(plan, request), *found] if _needs_fresh(plan, request) else found
-
-
-def _needs_fresh(plan: MixturePlan, request: TuneRequest) -> bool:
-    if plan.target and request.target is None:
+        own = int(plan.target and request.target is not None)  # the target's own expert stays
+        found = found[:own] + [random(each, number) for number, each in enumerate(found[own:], 1)]
+    without_own = plan.target and request.target is None
+    if without_own:
         request.note(NO_EXPERT)
-        return True
-    return plan.fresh
+    return ([fresh()] if without_own or plan.fresh else []) + found
 
 
 def _fresh_for(plan: MixturePlan, request: TuneRequest) -> LoraComponent:

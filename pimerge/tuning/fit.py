@@ -12,7 +12,7 @@ from pimerge.core.errors import PimergeError
 from pimerge.core.progress import unheard
 from pimerge.models.heads import set_head
 from pimerge.tasks.examples import Examples
-from pimerge.tuning.class_name_examples import class_names, may_take_names, names_predict
+from pimerge.tuning.class_name_examples import class_names, class_texts, names_predict
 from pimerge.tuning.components import chosen_experts, form_of, require_heads_alone
 from pimerge.tuning.method import MixturePlan, TuneMethod
 from pimerge.tuning.mixed_expert import MixedExpert, MixedTensors, MixedUpdates
@@ -34,7 +34,7 @@ def with_class_names_decided(request: TuneRequest, plan: MixturePlan) -> TuneReq
     session, taken = request.session, request.options.class_names
     if taken is None:
         taken = False
-        if may_take_names(session.task, plan):
+        if plan.class_names and class_texts(session.task):
             silently = replace(request, note=unheard, options=replace(request.options, class_names=False))
             taken = names_predict(session.loaded, session.task, silently.examples()[0])
     if taken:

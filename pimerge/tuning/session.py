@@ -161,7 +161,7 @@ class TuneRequest:
         return trained_on, examples.subset(held_out) if held_out else None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TuneResult:
     """The result of a tune method; it is in the base's model until the session restores the base.
 
@@ -184,16 +184,16 @@ class TuneResult:
 
     model: nn.Module
     outcome: TrainingOutcome
-    experts: list[str]
-    weights: dict[str, list[float]]
-    scales: list[float]
     examples: int
     held_out: int
-    rank: int
-    truncation: float
     deployed_parameters: int
-    settings: dict[str, Any]
     write: Callable[[Path, Manifest, bool], None]
+    experts: list[str] = field(default_factory=list)
+    weights: dict[str, list[float]] = field(default_factory=dict)
+    scales: list[float] = field(default_factory=list)
+    rank: int = 0
+    truncation: float = 0.0
+    settings: dict[str, Any] = field(default_factory=dict)
     method: str = ""
     output: Path = Path()
 

@@ -93,7 +93,7 @@ def initial_expert(target: NewTarget, track: Track = silent) -> Iterator[Expert]
             prefix = like.strategy.prefix
             tensors = {prefix + name: tensor for name, tensor in with_head.head_tensors().items()}
             modules = with_head.config.get("modules_to_save")
-        tensors |= _neutral_groups(pool, base) if like.tensor_sets else _zero_updates(pool)
+        tensors |= _neutral_tensors(pool, base) if like.tensor_sets else _zero_updates(pool)
         config = {**like.config, "modules_to_save": modules}
         path = Path(folder) / task.name
         from safetensors.torch import save
@@ -119,7 +119,7 @@ def _zero_updates(pool: Sequence[Expert]) -> dict[str, Tensor]:
     return tensors
 
 
-def _neutral_groups(pool: Sequence[Expert], base: Base) -> dict[str, Tensor]:
+def _neutral_tensors(pool: Sequence[Expert], base: Base) -> dict[str, Tensor]:
     """Map each key to its tensor at the neutral point, or to the pool's mean if there is none."""
     still = [expert.with_strength(0.0) if expert.has_strength else expert for expert in pool]
     found = sum_of(still, [1 / len(still)] * len(still), base_reader(base))

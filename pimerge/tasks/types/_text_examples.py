@@ -27,11 +27,6 @@ class TextRows:
     by_likelihood: bool
 
 
-def nothing_beside(place: int, ids: list[int], answered: int) -> Batch:
-    """No further inputs: the model reads only text."""
-    return {}
-
-
 @dataclass(frozen=True)
 class Prompts:
     """The prompt of each row as tokens.
@@ -46,7 +41,7 @@ class Prompts:
 
     tokens: Sequence[list[int]]
     cut: Callable[[int, int], list[int]]
-    beside: Callable[[int, list[int], int], Batch] = nothing_beside
+    beside: Callable[[int, list[int], int], Batch] = lambda place, ids, answered: {}  # text alone
     alike: bool = True
 
 

@@ -5,7 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from transformers import PreTrainedConfig
+
+    from pimerge.tasks.examples import Batch
 
 _NO_BOUND = 10**9
 
@@ -18,6 +22,12 @@ def load_processor(source: str, revision: str | None) -> Any:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def padded(tokenizer: Any, examples: Sequence[Batch]) -> Batch:
+    """Collate tokenized examples without their labels."""
+    inputs = [{name: value for name, value in example.items() if name != "labels"} for example in examples]
+    return dict(tokenizer.pad(inputs, return_tensors="pt"))
 
 
 def longest_input(tokenizer: Any, config: PreTrainedConfig) -> int:

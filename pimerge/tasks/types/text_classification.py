@@ -10,7 +10,7 @@ from pimerge.tasks.examples import Batch, Examples, Rows
 from pimerge.tasks.row_errors import RowProblems
 from pimerge.tasks.task_type import TaskType
 from pimerge.tasks.types._classification import FIELDS, draw, nll, read, score
-from pimerge.tasks.types._tokenizer import load_processor, longest_input
+from pimerge.tasks.types._tokenizer import load_processor, longest_input, padded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -38,11 +38,7 @@ def encode(rows: Rows, file: TaskFile, processor: Any, config: PreTrainedConfig)
         return {**fields, "labels": torch.tensor(rows.labels[index])}
 
     def collate(examples: Sequence[Batch]) -> Batch:
-        padded = processor.pad(
-            [{name: value for name, value in example.items() if name != "labels"} for example in examples],
-            return_tensors="pt",
-        )
-        return {**padded, "labels": torch.stack([example["labels"] for example in examples])}
+        return {**padded(processor, examples), "labels": torch.stack([example["labels"] for example in examples])}
 
     return Examples(lengths, get, collate, cut)
 

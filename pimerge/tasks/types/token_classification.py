@@ -15,7 +15,7 @@ from pimerge.tasks.task_type import TaskType
 from pimerge.tasks.types._classification import FIELDS, invert_distribution
 from pimerge.tasks.types._likelihood import logits, nll
 from pimerge.tasks.types._tokenizer import load_processor as load_tokenizer
-from pimerge.tasks.types._tokenizer import longest_input
+from pimerge.tasks.types._tokenizer import longest_input, padded
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -70,12 +70,11 @@ def encode(rows: Rows, file: TaskFile, processor: Any, config: PreTrainedConfig)
     problems.raise_any()
 
     def collate(examples: Sequence[Batch]) -> Batch:
-        padded = processor.pad(
-            [{name: value for name, value in example.items() if name != "labels"} for example in examples],
-            return_tensors="pt",
-        )
         labels = [example["labels"] for example in examples]
-        return {**padded, "labels": pad_sequence(labels, True, IGNORED, padding_side=processor.padding_side)}
+        return {
+            **padded(processor, examples),
+            "labels": pad_sequence(labels, True, IGNORED, padding_side=processor.padding_side),
+        }
 
     lengths = [len(example["input_ids"]) for example in fields]
     return WordExamples(lengths, fields.__getitem__, collate, truncated, classes=classes)

@@ -46,15 +46,9 @@ def fit(request: TuneRequest) -> TuneResult:
     return TuneResult(
         model=loaded.model,
         outcome=outcome,
-        experts=[],
-        weights={},
-        scales=[],
         examples=len(kept),
         held_out=len(held_out) if held_out else 0,
-        rank=0,
-        truncation=0.0,
         deployed_parameters=sum(parameter.numel() for parameter in loaded.model.parameters()),
-        settings={},
         write=write,
     )
 
