@@ -25,9 +25,9 @@ from pimerge.tuning.components import lora_components, start_logits, tensor_comp
 from pimerge.tuning.lora_layers import mix_lora
 from pimerge.tuning.method import Granularity, MixtureKind, TuneMethod
 from pimerge.tuning.mixture import ChannelMixture, Mixture, make_mixture
-from pimerge.tuning.session import TuneRequest, TuneResult
+from pimerge.tuning.session import TrainingOutcome, TuneRequest, TuneResult
 from pimerge.tuning.tensor_layers import mix_tensors
-from pimerge.tuning.trainer import TrainingOutcome, untrained
+from pimerge.tuning.trainer import train, untrained
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class MixedExpert(ABC):
                 f"'{self.method.name}' trains nothing but a head, and {kind} has none: the experts are summed untrained"
             )
             return untrained()
-        return request.train(self.model, self.mixture, kept, held_out)
+        return train(request, self.model, self.mixture, kept, held_out)
 
     def trained_state(self) -> dict[str, Tensor]:
         """Copy every tensor that trains, by name."""

@@ -31,9 +31,7 @@ from pimerge.tasks.examples import Examples
 from pimerge.tasks.sampling import split_fold, split_holdout
 from pimerge.tasks.task import Task
 from pimerge.tuning.class_name_examples import class_names
-from pimerge.tuning.mixture import Mixture
 from pimerge.tuning.options import TrainingOptions
-from pimerge.tuning.trainer import TrainingOutcome, TrainingRun, train
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -117,25 +115,6 @@ class TuneRequest:
         """The request with other options; checkpoints go to the subfolder ``part``."""
         return replace(self, options=replace(self.options, **changes), run=self.run / part)
 
-    def train(
-        self, model: nn.Module, mixture: Mixture, examples: Examples, held_out: Examples | None
-    ) -> TrainingOutcome:
-        """Train the head and all parameters of the model that require gradients; see :func:`trainer.train`."""
-        return train(
-            TrainingRun(
-                loaded=self.session.loaded,
-                model=model,
-                mixture=mixture,
-                examples=examples,
-                held_out=held_out,
-                folder=self.run,
-                options=self.options,
-                precision=self.session.precision,
-                track=self.track,
-                note=self.note,
-            )
-        )
-
     def examples(self, form: Expert | None = None) -> tuple[Examples, Examples | None]:
         """The training examples, with class names if the options ask for them, and the held-out examples.
 
@@ -159,6 +138,27 @@ class TuneRequest:
         if options.class_names:
             trained_on = trained_on.joined(class_names(self.session.task, loaded.processor, config))
         return trained_on, examples.subset(held_out) if held_out else None
+
+
+@dataclass(frozen=True)
+class TrainingOutcome:
+    """Losses and size of a training.
+
+    Attributes:
+        epochs: passes over the training examples.
+        train_loss: training loss of the last pass; None if nothing trained.
+        held_out_loss: lowest held-out loss; None without held-out examples.
+        held_out_losses: held-out loss after each pass; empty if the result combines several trainings.
+        trained_parameters: number of trained parameters.
+        writes: whether this process writes the result; under ``accelerate launch`` only one process does.
+    """
+
+    epochs: float
+    train_loss: float | None
+    held_out_loss: float | None
+    held_out_losses: tuple[float, ...]
+    trained_parameters: int
+    writes: bool
 
 
 @dataclass(frozen=True, kw_only=True)

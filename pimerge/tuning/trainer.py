@@ -6,31 +6,31 @@ continues from its last complete checkpoint.
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from zipfile import is_zipfile
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 
 from pimerge.core.errors import PimergeError
 from pimerge.core.files import disk_errors
-from pimerge.core.progress import Note, Track, silent, unheard
-from pimerge.models.loaded_base import LoadedBase
+from pimerge.core.progress import Track
 from pimerge.tasks.examples import Examples
 from pimerge.tuning.ema import EmaModel, average_parameters
 from pimerge.tuning.loss import mean_loss
 from pimerge.tuning.mixture import Mixture
 from pimerge.tuning.optimizer import optimizer_of, sharpness_aware
-from pimerge.tuning.options import TrainingOptions
-from pimerge.tuning.resume import last_complete_checkpoint, train_from
+from pimerge.tuning.session import TrainingOutcome, TuneRequest
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -43,80 +43,49 @@ class Diverged(PimergeError):
     """Training ended in NaN or Inf."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainingRun:
-    """A model to train, its examples, and the training options.
-
-    Attributes:
-        loaded: the base that contains the mixture.
-        model: the module to call: the base's model, or a wrapper such as PEFT's, which adds a prompt.
-        mixture: the experts' weights.
-        examples: the training examples; a label is a class, or a distribution over the classes (C).
-        held_out: the examples for early stopping.
-        folder: where checkpoints are saved; training continues from the last complete one.
-        precision: float32, or bfloat16 for mixed precision.
-    """
-
-    loaded: LoadedBase
-    model: nn.Module
-    mixture: Mixture
-    examples: Examples
-    held_out: Examples | None
-    folder: Path
-    options: TrainingOptions
-    precision: torch.dtype
-    track: Track = silent
-    note: Note = unheard
-
-
-@dataclass(frozen=True)
-class TrainingOutcome:
-    """Losses and size of a training.
-
-    Attributes:
-        epochs: passes over the training examples.
-        train_loss: training loss of the last pass; None if nothing trained.
-        held_out_loss: lowest held-out loss; None without held-out examples.
-        held_out_losses: held-out loss after each pass; empty if the result combines several trainings.
-        trained_parameters: number of trained parameters.
-        writes: whether this process writes the result; under ``accelerate launch`` only one process does.
-    """
-
-    epochs: float
-    train_loss: float | None
-    held_out_loss: float | None
-    held_out_losses: tuple[float, ...]
-    trained_parameters: int
-    writes: bool
-
-
 def untrained() -> TrainingOutcome:
     """The outcome when nothing trains."""
     return TrainingOutcome(0, None, None, (), 0, writes=os.environ.get("RANK", "0") == "0")
 
 
-def train(run: TrainingRun) -> TrainingOutcome:
-    """Train the head and all parameters that require gradients; keep the state with the lowest held-out loss."""
-    model = _trainable(run)
-    if run.options.ema is not None:
-        model = EmaModel(model, run.options.ema)
-    checkpoint = last_complete_checkpoint(run.folder)
+def train(
+    request: TuneRequest, model: nn.Module, mixture: Mixture, kept: Examples, held_out: Examples | None
+) -> TrainingOutcome:
+    """Train the head and all parameters that require gradients; keep the state with the lowest held-out loss.
+
+    Training continues from the last complete checkpoint in the request's folder, if there is one.
+
+    Args:
+        model: the module to call: the base's model, or a wrapper such as PEFT's, which adds a prompt.
+        mixture: the experts' weights.
+        kept: the training examples; a label is a class, or a distribution over the classes (C).
+        held_out: the examples for early stopping.
+    """
+    options = request.options
+    for parameter in request.session.loaded.head_parameters():
+        parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+        parameter.requires_grad_(True)
+    model = Trainable(model, mixture, request.session.loaded.config)
+    if options.ema is not None:
+        model = EmaModel(model, options.ema)
+    checkpoint = _last_complete_checkpoint(request.run)
     if checkpoint is not None:
-        run.note(f"resuming from {checkpoint.name} of an interrupted run")
-    with ExitStack() as stack, _training_errors(run.folder):
-        trainer = _trainer(run, model, stack)
-        train_from(trainer, checkpoint)
+        request.note(f"resuming from {checkpoint.name} of an interrupted run")
+    with ExitStack() as stack, _training_errors(request.run):
+        optimizer = optimizer_of(model, mixture, options)
+        trainer = _trainer(request, model, optimizer, kept, held_out, stack)
+        _train_from(trainer, checkpoint)
         trainer.accelerator.wait_for_everyone()  # one process deletes the folder
     model.eval()
     train_loss = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry][-1]
     try:
-        _require_converged(model, train_loss, trainer.state.best_metric if run.held_out else 0.0)
+        _require_converged(model, train_loss, trainer.state.best_metric if held_out else 0.0)
     except PimergeError:
-        shutil.rmtree(run.folder, ignore_errors=True)  # never continue from a diverged checkpoint
+        shutil.rmtree(request.run, ignore_errors=True)  # never continue from a diverged checkpoint
         raise
     losses = tuple(entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry)
     if not all(map(math.isfinite, losses)):
-        run.note(f"the training diverged; the last finite state is kept: {LOWER}")
+        request.note(f"the training diverged; the last finite state is kept: {LOWER}")
     return TrainingOutcome(
         epochs=trainer.state.epoch,
         train_loss=train_loss,
@@ -127,36 +96,39 @@ def train(run: TrainingRun) -> TrainingOutcome:
     )
 
 
-def _trainable(run: TrainingRun) -> nn.Module:
-    """Wrap the model so that its state dict holds only trained parameters, which keeps checkpoints small."""
-    for parameter in run.loaded.head_parameters():
-        parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
-        parameter.requires_grad_(True)
+class Trainable(nn.Module):
+    """A model and a mixture whose state dict holds only trained parameters, which keeps checkpoints small."""
 
-    class Trainable(nn.Module):
-        accepts_loss_kwargs = False
-        _keys_to_ignore_on_save = None
+    accepts_loss_kwargs = False
+    _keys_to_ignore_on_save = None
 
-        def __init__(self) -> None:
-            super().__init__()
-            self.model, self.mixture, self.config = run.model, run.mixture, run.loaded.config
+    def __init__(self, model: nn.Module, mixture: Mixture, config: Any) -> None:
+        super().__init__()
+        self.model, self.mixture, self.config = model, mixture, config
 
-        def forward(self, **batch: Any) -> Any:
-            return self.model(**batch)
+    def forward(self, **batch: Any) -> Any:
+        """Call the model."""
+        return self.model(**batch)
 
-        def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-            trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
-            return {k: v for k, v in super().state_dict(*args, **kwargs).items() if k in trained}
-
-    return Trainable()
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The trained parameters."""
+        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        return {k: v for k, v in super().state_dict(*args, **kwargs).items() if k in trained}
 
 
-def _trainer(run: TrainingRun, model: nn.Module, stack: ExitStack) -> Trainer:
+def _trainer(
+    request: TuneRequest,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    kept: Examples,
+    held_out: Examples | None,
+    stack: ExitStack,
+) -> Trainer:
     from transformers import EarlyStoppingCallback, PrinterCallback, Trainer
 
-    options = run.options
-    callbacks: list[Any] = [report_progress(run.track, stack)]
-    if run.held_out:
+    options = request.options
+    callbacks: list[Any] = [report_progress(request.track, stack)]
+    if held_out:
         callbacks.append(EarlyStoppingCallback(options.patience))
     if options.stop_after is not None:
         callbacks.append(stop_after(options.stop_after))
@@ -164,35 +136,34 @@ def _trainer(run: TrainingRun, model: nn.Module, stack: ExitStack) -> Trainer:
         callbacks.append(average_parameters(model))
     trainer = (sharpness_aware(Trainer, options.sam) if options.sam else Trainer)(
         model=model,
-        args=_arguments(run),
-        train_dataset=run.examples,
-        eval_dataset=run.held_out,
-        data_collator=run.examples.collate,
+        args=_arguments(request, held_out is not None),
+        train_dataset=kept,
+        eval_dataset=held_out,
+        data_collator=kept.collate,
         callbacks=callbacks,
         compute_loss_func=partial(mean_loss, label_smoothing=options.label_smoothing),
-        optimizers=(optimizer_of(model, run.mixture, options), None),
+        optimizers=(optimizer, None),
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
 
 
-def _arguments(run: TrainingRun) -> TrainingArguments:
+def _arguments(request: TuneRequest, evaluated: bool) -> TrainingArguments:
     from transformers import TrainingArguments
 
-    options, evaluated = run.options, run.held_out is not None
-    device = run.mixture.logits.device.type
+    options, session = request.options, request.session
     return TrainingArguments(
-        output_dir=str(run.folder),
+        output_dir=str(request.run),
         num_train_epochs=options.epochs,
         per_device_train_batch_size=options.batch_size,
         # without a head, every token has logits over the whole vocabulary
-        per_device_eval_batch_size=max(64, options.batch_size) if run.loaded.head else options.batch_size,
+        per_device_eval_batch_size=max(64, options.batch_size) if session.loaded.head else options.batch_size,
         lr_scheduler_type="cosine",
         warmup_steps=options.warmup,  # a value below 1 is a fraction of all steps
         max_grad_norm=options.max_grad_norm,
         average_tokens_across_devices=False,  # the loss is already a mean
-        bf16=run.precision == torch.bfloat16,
-        use_cpu=device == "cpu",
+        bf16=session.precision == torch.bfloat16,
+        use_cpu=session.device.type == "cpu",
         seed=options.seed,
         data_seed=options.seed,
         eval_strategy="epoch" if evaluated else "no",
@@ -209,7 +180,7 @@ def _arguments(run: TrainingRun) -> TrainingArguments:
         disable_tqdm=True,
         remove_unused_columns=False,
         label_names=["labels"],
-        dataloader_pin_memory=device == "cuda",
+        dataloader_pin_memory=session.device.type == "cuda",
     )
 
 
@@ -266,3 +237,38 @@ def report_progress(track: Track, stack: ExitStack) -> TrainerCallback:
                 self.loss = f"{self.loss.partition(',')[0]}, held out {float(logs['eval_loss']):.3f}"
 
     return Progress()
+
+
+def _train_from(trainer: Trainer, checkpoint: Path | None) -> None:
+    """Train, from a checkpoint if there is one.
+
+    A training that had already ended is not continued, because the Trainer would forget its early stopping.
+    """
+    from transformers import TrainerState
+
+    if checkpoint is not None:
+        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        if state.stateful_callbacks["TrainerControl"]["args"]["should_training_stop"]:
+            trainer.state = state
+            best = Path(state.best_model_checkpoint or checkpoint)
+            trainer.model.load_state_dict(load_file(best / "model.safetensors"), strict=False)
+            return
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+
+
+def _last_complete_checkpoint(run: Path) -> Path | None:
+    """The newest checkpoint that was written completely."""
+    found = sorted(run.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
+    return next((path for path in found if _is_complete(path)), None)
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    archives = [checkpoint / "optimizer.pt", checkpoint / "scheduler.pt"]
+    archives += sorted(checkpoint.glob("rng_state*.pth")) or [checkpoint / "rng_state.pth"]
+    try:
+        state = json.loads((checkpoint / "trainer_state.json").read_text())
+        load_file(checkpoint / "model.safetensors")
+    except (OSError, ValueError, SafetensorError):
+        return False
+    best = state.get("best_model_checkpoint")
+    return all(map(is_zipfile, archives)) and (best is None or (Path(best) / "model.safetensors").is_file())

@@ -16,8 +16,7 @@ if TYPE_CHECKING:
     from pimerge.tuning.ensemble import EnsembleModel
     from pimerge.tuning.method import TuneMethod
     from pimerge.tuning.mixed_expert import MixedExpert
-    from pimerge.tuning.session import TuneRequest
-    from pimerge.tuning.trainer import TrainingOutcome
+    from pimerge.tuning.session import TrainingOutcome, TuneRequest
 
 PLAN = MixturePlan(experts=True, mixture=MixtureKind.SWITCH)
 

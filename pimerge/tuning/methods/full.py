@@ -22,6 +22,7 @@ def fit(request: TuneRequest) -> TuneResult:
     from pimerge.models.injection import tensors_restored
     from pimerge.tuning.mixture import Mixture
     from pimerge.tuning.session import TuneResult, write_with_manifest
+    from pimerge.tuning.trainer import train
 
     session, loaded = request.session, request.session.loaded
     kept, held_out = request.examples()
@@ -31,7 +32,7 @@ def fit(request: TuneRequest) -> TuneResult:
         parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
         parameter.requires_grad_(True)
     mixture = Mixture([], [0.0], Granularity.GLOBAL, trained=False).to(session.device)
-    outcome = request.train(loaded.model, mixture, kept, held_out)
+    outcome = train(request, loaded.model, mixture, kept, held_out)
 
     def write(output: Path, manifest: Manifest, force: bool) -> None:
         from pimerge.core.files import new_folder

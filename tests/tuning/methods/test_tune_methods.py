@@ -30,8 +30,7 @@ from pimerge.tuning.methods import distill
 from pimerge.tuning.methods._expert_heads import similarity_weights, train_heads
 from pimerge.tuning.mixed_expert import MixedExpert
 from pimerge.tuning.options import TrainingOptions
-from pimerge.tuning.session import TuneRequest, open_session
-from pimerge.tuning.trainer import TrainingOutcome
+from pimerge.tuning.session import TrainingOutcome, TuneRequest, open_session
 from tests.support.bases import model_for
 from tests.support.experts import MakeExpert, dense_deltas
 from tests.support.numerics import logits_of, relative_difference
