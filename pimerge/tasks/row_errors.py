@@ -33,7 +33,7 @@ class RowsError(PimergeError):
         if len(told) == 1:
             super().__init__(shown[0].message, shown[0].hint)
         else:
-            numbers = f" (rows {some(sorted(self.rows), 20)}, from 0), of which some are"
+            numbers = f" (rows {some(sorted(self.rows), 20)}, from 0), including"
             super().__init__(
                 f"{len(told)} problems in {where}{numbers if len(told) > len(shown) else ''}", problems=shown
             )

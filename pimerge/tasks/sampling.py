@@ -30,10 +30,10 @@ def sample_shots(labels: Sequence[int], shots: int, seed: int, names: Sequence[s
     order = permutation(len(labels), seed)
     groups = [f"the class '{name}' has" for name in names] or ["there are"]
     for index, group in enumerate(groups):
-        members = [i for i in order if labels[i] == index]
-        if len(members) < shots:
-            problems.add(f"{group} {len(members)} examples, {shots} were asked for", "ask for fewer --shots")
-        chosen += members[:shots]
+        in_class = [i for i in order if labels[i] == index]
+        if len(in_class) < shots:
+            problems.add(f"{group} {len(in_class)} examples, {shots} were asked for", "ask for fewer --shots")
+        chosen += in_class[:shots]
     problems.raise_any(f"{shots} shots cannot be sampled of each class")
     return sorted(chosen)
 

@@ -54,7 +54,7 @@ def require_heads_alone(experts: Sequence[Expert], loaded: LoadedBase) -> None:
             problems.add(
                 f"'{expert.name}' has trained {', '.join(stray)} of the base (modules_to_save), which is not a head "
                 "and would be lost",
-                "leave it out, or merge instead: pimerge merge keeps what the target saved",
+                "leave it out, or merge instead: pimerge merge keeps the target's saved modules",
             )
     problems.raise_any("these experts hold trained modules besides updates and heads")
 
@@ -90,7 +90,7 @@ def gain_logits(gains: Sequence[float], examples: int) -> list[float]:
 
 
 def _known(values: Sequence[float | None] | None, request: TuneRequest, chosen: Sequence[Expert]) -> list[float]:
-    """Select the values of the chosen experts from those of all the request's experts."""
+    """Select the known values of the chosen experts from the values of the request's experts."""
     by_path = dict(zip((expert.path.resolve() for expert in request.experts), values or [], strict=False))
     found = [by_path.get(expert.path.resolve()) for expert in chosen]
     return [value for value in found if value is not None]
@@ -165,7 +165,7 @@ def _with_fresh(
 
 
 def _fresh_for(plan: MixturePlan, request: TuneRequest) -> LoraComponent:
-    """A fresh LoRA of the size in the options, by default that of the expert whose form it takes."""
+    """Make a fresh LoRA of the size in the options, or of the expert whose form it takes."""
     options, loaded, like = request.options, request.session.loaded, request.like
     modules = tuple(sorted(like.modules)) if like and like.modules else lora_targets(loaded.model)
     like = like if like and like.strategy.stores_factors else None  # other kinds have no rank

@@ -83,14 +83,14 @@ def open_ensemble(path: Path, base: str | None = None) -> Ensemble:
     document = parse_document(EnsembleDocument, path / ENSEMBLE_FILE, "tune it again")
     problems = Problems()
     experts = []
-    for member in document.members:
+    for listed in document.members:
         with problems.collected():
-            expert = open_expert(path / member.path, base)
-            if expert.sha256 != member.sha256:
+            expert = open_expert(path / listed.path, base)
+            if expert.sha256 != listed.sha256:
                 raise PimergeError(f"'{expert.path}' has changed since the ensemble was written", "tune it again")
             experts.append(expert)
     problems.raise_any(f"the ensemble '{path}' is incomplete")
-    return Ensemble(path, experts, [member.weight for member in document.members])
+    return Ensemble(path, experts, [listed.weight for listed in document.members])
 
 
 class EnsembleModel(nn.Module):

@@ -216,11 +216,11 @@ class MixedUpdates(MixedExpert):
         for name, layer in self.layers.items():
             parts = layer.parts(len(self.components))
             by_output = isinstance(self.mixture, ChannelMixture)  # then the parts contain the weights
-            shares = [1.0] * len(parts) if by_output else weights[name]
-            present = [(part, w) for part, w in zip(parts, shares, strict=True) if part is not None]
-            factors, shares = [part for part, _ in present], [w for _, w in present]
-            summed = weighted_sum(factors, shares, truncation, torch.float32)
-            bias = weighted_bias(factors, shares, torch.float32) if self.has_bias else None
+            of_parts = [1.0] * len(parts) if by_output else weights[name]
+            present = [(part, weight) for part, weight in zip(parts, of_parts, strict=True) if part is not None]
+            factors, own_weights = [part for part, _ in present], [weight for _, weight in present]
+            summed = weighted_sum(factors, own_weights, truncation, torch.float32)
+            bias = weighted_bias(factors, own_weights, torch.float32) if self.has_bias else None
             collapsed = Factors(summed.factors.A.float(), summed.factors.B.float(), 1.0, bias)
             layout = next(each.modules[name] for each in self.components if name in each.modules)
             merged.append(MergedModule(layout, collapsed, summed.energy, summed.lost))

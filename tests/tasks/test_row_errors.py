@@ -117,4 +117,4 @@ def test_of_many_problems_each_sort_is_told() -> None:
     shown = [problem.message for problem in error.problems]
     assert shown == [*(f"row {row} is empty" for row in range(4)), "row 29 is too long"]
     assert error.heading.startswith("31 problems in the train split (rows 0, 1, 2,")
-    assert "19 …, from 0), of which some are" in error.heading
+    assert "19 …, from 0), including" in error.heading

@@ -17,7 +17,7 @@ def statistics(answers: Answers) -> Tensor:
     """Of each example: matching n-grams and all of them, n from 1 to 4, and the lengths of answer and reference."""
     import torch
 
-    bleu = require_library("sacrebleu").BLEU(effective_order=True)  # of a sentence; its counts are those of the corpus
+    bleu = require_library("sacrebleu").BLEU(effective_order=True)  # sentence counts add up to corpus counts
     rows = []
     for text, references in zip(answers.texts, answers.references, strict=True):
         found = bleu.sentence_score(text, list(references))

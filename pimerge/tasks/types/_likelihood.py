@@ -23,7 +23,7 @@ _FIXED_ROPES = ("default", "linear", "llama3", "yarn")
 
 
 def logits(model: nn.Module, batch: Batch) -> Tensor:
-    """The logits (batch × tokens × vocabulary) in the model's dtype, without those of vectors before the text."""
+    """The logits (batch × tokens × vocabulary) in the model's dtype, without positions of a prompt's vectors."""
     output: Tensor = model(**{name: value for name, value in batch.items() if name != "labels"}).logits
     return output[:, -batch["labels"].shape[1] :]
 

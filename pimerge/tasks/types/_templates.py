@@ -115,7 +115,7 @@ def check_texts(file: TaskFile) -> None:
     """Check the prompt and answers of a ``task.json``; all problems are raised at once."""
     problems = Problems()
     if file.prompt is None:
-        problems.add("there is no prompt", "write what the model is asked, such as 'Review: {{ text }}'")
+        problems.add("there is no prompt", "write a prompt, such as 'Review: {{ text }}'")
     templates = {}
     for field in ("prompt", "answer"):
         with problems.collected():

@@ -37,7 +37,7 @@ def check(file: TaskFile) -> None:
         Template("prompt", file.prompt or _PROMPT)
     if file.choices is not None:
         if "choices" in file.columns:
-            problems.add("both choices and columns say what the choices are", "leave one of them out")
+            problems.add("both choices and columns define the choices", "leave one of them out")
         with problems.collected():
             Template("choices", file.choices)
     problems.raise_any("it does not fit")

@@ -49,8 +49,8 @@ def _require_ends(texts: Sequence[Sequence[int]], rows: Rows, config: PreTrained
     usual = max(set(ends), key=ends.count)
     if not usual:
         raise PimergeError(
-            f"the base's tokenizer puts no end token ({config.eos_token_id}) behind a text, which is what the head of "
-            "a base with an encoder and a decoder reads",
+            f"the base's tokenizer adds no end token ({config.eos_token_id}) to a text, but the head of an "
+            "encoder-decoder reads it",
             "use a tokenizer that does, or a task of the type seq2seq",
         )
     problems = RowProblems(rows.where, rows.numbers)

@@ -77,32 +77,32 @@ def _soft_targets(teacher: nn.Module, examples: Examples, label_share: float, de
         batch = on_device(examples.batch(indices), device)
         labels = batch.pop("labels")
         with torch.no_grad():
-            shares = teacher(**batch).logits.softmax(-1)
+            distribution = teacher(**batch).logits.softmax(-1)
         targets = labels != IGNORED
-        classes = one_hot(labels.clamp(min=0), shares.shape[-1])
-        shares = (1 - label_share) * shares + label_share * classes
-        for index, row, among in zip(indices, shares.float().cpu(), targets.cpu(), strict=True):
+        classes = one_hot(labels.clamp(min=0), distribution.shape[-1])
+        distribution = (1 - label_share) * distribution + label_share * classes
+        for index, row, among in zip(indices, distribution.float().cpu(), targets.cpu(), strict=True):
             found[index] = row[among]
     return found
 
 
-def _with_targets(examples: Examples, shares: Sequence[Tensor]) -> Examples:
+def _with_targets(examples: Examples, distributions: Sequence[Tensor]) -> Examples:
     """Replace labels by distributions over the classes."""
     import torch
 
     from pimerge.tasks.examples import IGNORED, Examples
 
     def get(index: int) -> Batch:
-        return {**examples.get(index), "shares": shares[index]}
+        return {**examples.get(index), "distribution": distributions[index]}
 
     def collate(batch: Sequence[Batch]) -> Batch:
-        if "shares" not in batch[0]:  # held-out examples keep labels
+        if "distribution" not in batch[0]:  # held-out examples keep labels
             return examples.collate(batch)
-        plain = [{name: value for name, value in example.items() if name != "shares"} for example in batch]
+        plain = [{name: value for name, value in example.items() if name != "distribution"} for example in batch]
         collated = examples.collate(plain)
         targets = collated["labels"] != IGNORED
-        taught = torch.zeros(*targets.shape, shares[0].shape[-1])
-        taught[targets] = torch.cat([example["shares"].view(-1, taught.shape[-1]) for example in batch])
+        taught = torch.zeros(*targets.shape, distributions[0].shape[-1])
+        taught[targets] = torch.cat([example["distribution"].view(-1, taught.shape[-1]) for example in batch])
         return {**collated, "labels": taught}
 
     return Examples(examples.lengths, get, collate)
@@ -116,7 +116,7 @@ METHOD = TuneMethod(
     plan=MixturePlan(experts=True, target=True, train_weights=True, train_experts=True, ranked_start=True),
     fit=fit,
     options={
-        Option("teacher", Teacher, "Whose votes count: those of all alike, or weighted by the ranking."): "mean",
+        Option("teacher", Teacher, "Weights of the experts' votes: equal, or from the ranking."): "mean",
         Option(
             "label_share",
             float,
