@@ -122,7 +122,7 @@ def test_what_diverges_on_a_fold_is_not_taken(session: Any, tmp_path: Path) -> N
     assert (found.lr, found.stop_after) == (0.3, 2)
     assert said == [
         "on 3 folds: held-out loss 0.700 at --lr 0.3, held-out loss 0.800 at --lr 1, held-out loss inf at --lr 3; "
-        "taken: 0.3, for 2 epochs"
+        "chosen: 0.3, for 2 epochs"
     ]
 
 
