@@ -50,7 +50,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from pimerge.core.libraries import quiet_libraries
+from pimerge.models.loading import quiet_libraries
 
 SEED = 0
 TOKENS, VOCABULARY = 128, 3000

@@ -19,7 +19,7 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification
 
 from pimerge.adapters.lora_module import Factors, LoraModule
-from pimerge.core.libraries import quiet_libraries
+from pimerge.models.loading import quiet_libraries
 from pimerge.tuning.lora_layers import LoraComponent, mix_lora
 from pimerge.tuning.method import Granularity
 from pimerge.tuning.mixture import Mixture

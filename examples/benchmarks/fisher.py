@@ -20,11 +20,10 @@ import torch
 
 from pimerge.adapters.expert import open_expert
 from pimerge.adapters.expert_files import find_experts
-from pimerge.core.libraries import quiet_libraries
 from pimerge.embedding.embed_expert import default_batch_tokens, factors_of
 from pimerge.embedding.fisher import diagonal_fisher, fisher_by_loop
 from pimerge.models.injection import injected
-from pimerge.models.loading import Bases, resolve_device, resolve_dtype
+from pimerge.models.loading import Bases, quiet_libraries, resolve_device, resolve_dtype
 from pimerge.tasks.examples import Batch, bucket_by_length
 from pimerge.tasks.task import open_task
 

@@ -41,12 +41,11 @@ from pimerge.adapters.compatibility import check_expert
 from pimerge.adapters.expert import open_expert
 from pimerge.checkpoints.base import find_base
 from pimerge.cli.console import print_table
-from pimerge.core.libraries import quiet_libraries
 from pimerge.core.progress import Advance
 from pimerge.embedding.embed_expert import EmbedOptions, EmbedOutcome, embed_expert
 from pimerge.embedding.store import Store
 from pimerge.embedding.store_schema import EmbedSettings
-from pimerge.models.loading import Bases, resolve_device, resolve_dtype
+from pimerge.models.loading import Bases, quiet_libraries, resolve_device, resolve_dtype
 from pimerge.tasks.task import open_task
 from pimerge.tuning.options import TrainingOptions
 from pimerge.tuning.tune import tune

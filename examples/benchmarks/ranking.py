@@ -38,7 +38,6 @@ from scipy.stats import spearmanr
 from pimerge.adapters.compatibility import check_expert
 from pimerge.adapters.expert import Expert, open_expert
 from pimerge.checkpoints.base import Base, find_base
-from pimerge.core.libraries import quiet_libraries
 from pimerge.embedding.embed_expert import embed_expert
 from pimerge.embedding.features import FeatureReader, Sampling, TargetFeatures
 from pimerge.embedding.store import Store
@@ -46,7 +45,7 @@ from pimerge.embedding.store_schema import EmbedSettings
 from pimerge.embedding.strengths import STRENGTHS
 from pimerge.evaluation.scoring import score_experts
 from pimerge.models.linear_probe import fit_probe
-from pimerge.models.loading import Bases, load_base
+from pimerge.models.loading import Bases, load_base, quiet_libraries
 from pimerge.ranking.by_examples import DRAWS, bootstrap
 from pimerge.ranking.calibration import held_out_accuracy
 from pimerge.ranking.measure import MEASURES, Needs

@@ -20,10 +20,10 @@ from pathlib import Path
 from pimerge.adapters.expert import open_expert
 from pimerge.adapters.expert_files import find_experts
 from pimerge.cli.console import print_line, print_table
-from pimerge.core.libraries import quiet_libraries
 from pimerge.evaluation.design import CONTROLS, ComparisonDesign, RankedExpert, shots_text
 from pimerge.evaluation.runner import ComparisonRequest, run_comparison
 from pimerge.evaluation.scoring import BASE, score_experts
+from pimerge.models.loading import quiet_libraries
 from pimerge.tasks.task import open_task
 from pimerge.tuning.options import TrainingOptions
 

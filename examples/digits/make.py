@@ -40,7 +40,7 @@ from examples.digits.cut import (
     write_task,
 )
 from pimerge.checkpoints.base import find_base
-from pimerge.core.libraries import quiet_libraries
+from pimerge.models.loading import quiet_libraries
 from pimerge.tuning.options import TrainingOptions
 
 SEED = 0

@@ -26,8 +26,8 @@ from matrix import LORA, kind_of, modality
 from pimerge.adapters.expert import Expert, open_expert
 from pimerge.adapters.ranking_document import Candidate, open_ranked, read_ranking
 from pimerge.cli.console import print_table
-from pimerge.core.libraries import quiet_libraries
 from pimerge.evaluation.scoring import BASE, score_experts
+from pimerge.models.loading import quiet_libraries
 from pimerge.tasks.task import open_task
 from pimerge.tuning.method import open_tune_method
 from pimerge.tuning.options import TrainingOptions

@@ -44,7 +44,7 @@ import pimerge
 from examples.digits.cut import ATTRIBUTION, inverted, png
 from examples.digits.make import divide, jittered, read_scans
 from pimerge.checkpoints.base import find_base
-from pimerge.core.libraries import quiet_libraries
+from pimerge.models.loading import quiet_libraries
 from pimerge.tuning.options import TrainingOptions
 
 SEED = 0

@@ -6,6 +6,7 @@ import gc
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable
 from inspect import getdoc
 from typing import Annotated, Any
@@ -82,6 +83,7 @@ def options(
 def main() -> None:
     """Run the command line and turn a PimergeError into a message and an exit status."""
     gc.set_threshold(*SELDOM)
+    warnings.simplefilter("ignore")  # those of libraries are not for the user of a command
     try:
         app()
         sys.stdout.flush()

@@ -11,7 +11,6 @@ import typer
 from pimerge.cli import options
 from pimerge.cli.console import note, print_json, print_line, print_table, tracker
 from pimerge.core.errors import PimergeError, Problems
-from pimerge.core.libraries import quiet_libraries
 
 
 def compare(
@@ -73,7 +72,6 @@ def compare(
     command resumes an interrupted comparison, and more methods, shots or seeds add only the new runs. Under
     'accelerate launch' the processes share the runs.
     """
-    quiet_libraries()
     from pimerge.evaluation.compare import compare as run
     from pimerge.evaluation.comparison import COLUMNS
     from pimerge.evaluation.design import check_names

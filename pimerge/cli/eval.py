@@ -11,7 +11,6 @@ import typer
 
 from pimerge.cli import options
 from pimerge.cli.console import note, print_json, print_table, tracker
-from pimerge.core.libraries import quiet_libraries
 
 
 def evaluate(
@@ -39,7 +38,6 @@ def evaluate(
 
     if output is not None:
         require_absent(output, force)
-    quiet_libraries()
     found = score(
         experts,
         target=target,

@@ -61,7 +61,6 @@ def plot(
             "no plot was named", f"name one of {', '.join(FIGURES.names())}; 'pimerge plot --figures' describes them"
         )
     from pimerge.core.files import json_text, require_absent, write_files
-    from pimerge.core.libraries import quiet_libraries
     from pimerge.reporting.figures._canvas import pictures, require_libraries
 
     figure = FIGURES.load(name)
@@ -86,11 +85,7 @@ def plot(
     for file in files.values():
         if file != data:  # the input may be the file that is written
             require_absent(file, force)
-    if data is not None:
-        found = figure.read(data)
-    else:
-        quiet_libraries()
-        found = figure.compute(figure.open(inputs), inputs, **given)
+    found = figure.read(data) if data is not None else figure.compute(figure.open(inputs), inputs, **given)
     document = figure.document(found)
     drawn = {**pictures(lambda: figure.draw(found)), ".json": json_text(document).encode()}
     write_files({files[suffix]: content for suffix, content in drawn.items()})

@@ -11,7 +11,6 @@ import typer
 from pimerge.adapters.kind import KINDS
 from pimerge.cli import options
 from pimerge.cli.console import note, print_family, print_json, print_table, tracker, warn
-from pimerge.core.libraries import quiet_libraries
 from pimerge.tuning.method import METHODS, Granularity, MixturePlan
 
 if TYPE_CHECKING:
@@ -105,7 +104,6 @@ def tune(
     if methods:
         print_family(METHODS, json)
         return
-    quiet_libraries()
     from pimerge.tuning.options import TrainingOptions
     from pimerge.tuning.tune import tune as run
 

@@ -11,7 +11,6 @@ from pimerge.adapters.compatibility import check_expert
 from pimerge.adapters.expert import Expert, open_expert
 from pimerge.adapters.selected import pool_members
 from pimerge.core.errors import PimergeError, Problems
-from pimerge.core.libraries import quiet_libraries
 from pimerge.core.progress import Note, Track, silent, unheard
 from pimerge.embedding.embed_expert import EmbedOptions, EmbedOutcome, LabelMode, embed_expert
 from pimerge.embedding.store import Store
@@ -117,7 +116,6 @@ def embed(
     for name in [name for name in target.experts if not target.folder_of(name).is_dir()]:
         target.drop(name)
         note(f"{name}: its folder is gone; dropped from the store")
-    quiet_libraries()
     resolved = resolve_device(device)
     bases = Bases(resolved, resolve_dtype(dtype, resolved))
     # experts of one base and as many labels follow each other, so that it is loaded once

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -56,6 +57,7 @@ def load_base(base: Base, task: Task, device: torch.device, dtype: torch.dtype, 
     """
     import transformers
 
+    quiet_libraries()
     trains_head = task.type.trains_head
     torch.manual_seed(seed)
     try:
@@ -100,6 +102,16 @@ def load_base(base: Base, task: Task, device: torch.device, dtype: torch.dtype, 
     model.requires_grad_(False)
     fresh = frozenset(key for key in replaced if in_head(key, head))
     return LoadedBase(model.to(device).eval(), processor, head, has_own_head, fresh)
+
+
+def quiet_libraries() -> None:
+    """Turn off transformers' progress bars and reports, so that a stage prints nothing; errors are still shown."""
+    import transformers
+
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
 
 
 def _not_loaded(base: Base, task: Task, message: str) -> PimergeError:

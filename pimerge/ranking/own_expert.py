@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 from pimerge.adapters.expert import Expert, open_expert
 from pimerge.core.errors import PimergeError, Problems
 from pimerge.core.files import require_absent
-from pimerge.core.libraries import quiet_libraries
 from pimerge.embedding.store import Store
 from pimerge.ranking.nearest import SHORTLIST
 from pimerge.ranking.target import RankRequest, RankTarget, folder_for, names_on, open_all, pool_base
@@ -29,7 +28,6 @@ def store_with_target(target: RankTarget, store: Store, request: RankRequest) ->
     if target.stored:
         yield store
         return
-    quiet_libraries()
     if target.expert is not None:
         _embed(target, store, request)
         yield store
@@ -49,7 +47,6 @@ def store_with_target(target: RankTarget, store: Store, request: RankRequest) ->
 
 def trained(target: RankTarget, store: Store, request: RankRequest) -> RankTarget:
     """The target with an expert of its own in the store, trained on its examples from the pool's init."""
-    quiet_libraries()
     output = folder_for(store, target.name)
     _refuse_namesake(replace(target, folder=output), store)
     if output.is_dir() and open_task(output).sha256() == target.task().sha256():

@@ -6,7 +6,6 @@ from contextlib import suppress
 
 from pimerge.adapters.ranking_document import Ranking
 from pimerge.core.errors import PimergeError
-from pimerge.core.libraries import quiet_libraries
 from pimerge.embedding.features import FeatureReader, Sampling, why_not
 from pimerge.embedding.store import Store
 from pimerge.embedding.strengths import STRENGTHS
@@ -89,7 +88,6 @@ def gains_of(target: RankTarget, store: Store, name: str, request: RankRequest) 
 
 def feature_reader(target: RankTarget, store: Store, request: RankRequest) -> FeatureReader:
     """The target's training examples under its base; what is computed of them is kept beside the store."""
-    quiet_libraries()
     task, base = target.task(), pool_base(store, target, request.base)
     device = resolve_device(request.device)
     loaded = load_base(base, task, device, resolve_dtype(request.dtype, device))

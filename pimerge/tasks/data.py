@@ -44,6 +44,7 @@ class NamedData:
         if named:  # other splits may have other columns
             options["data_files"] = named
         datasets.disable_progress_bars()
+        datasets.logging.set_verbosity_error()
         try:
             return datasets.load_dataset(source, split=split, **options)
         except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
