@@ -154,7 +154,7 @@ def test_a_row_that_is_no_question_is_told(
         ({"labels": ["a", "b"]}, "each row has its own choices"),
         ({"prompt": "{{"}, "prompt: line 1"),
         ({"choices": "{{"}, "choices: line 1"),
-        ({"choices": "{{ [a] }}", "columns": {"choices": "b"}}, "both choices and columns say"),
+        ({"choices": "{{ [a] }}", "columns": {"choices": "b"}}, "both choices and columns define"),
         ({"metrics": ["macro-f1"]}, "'macro-f1' is about classes"),
         ({"normalise": "characters"}, "normalise"),
         ({"scoring": "generation"}, "the type 'multiple-choice' has no field 'scoring'"),
