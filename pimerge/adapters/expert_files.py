@@ -1,16 +1,11 @@
-"""The files of an expert's folder, and the experts of a pool."""
+"""Files in an expert's folder, and the experts in a pool."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from pimerge.checkpoints.safetensors_file import TensorFile, open_tensors
 from pimerge.core.errors import PimergeError
-
-if TYPE_CHECKING:
-    pass
-
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -19,7 +14,7 @@ _PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth", "pytor
 
 
 def find_experts(pool: Path) -> list[Path]:
-    """The experts of a pool: each folder in it that holds an adapter, or the folder itself if it is one."""
+    """Find the experts of a pool: every folder in it that holds an adapter, or the pool itself if it is one."""
     if not pool.is_dir():
         raise PimergeError(f"there is no folder '{pool}'", "name the folder that holds the experts")
     if looks_like_expert(pool):
@@ -27,8 +22,8 @@ def find_experts(pool: Path) -> list[Path]:
     found = sorted(child for child in pool.iterdir() if not child.name.startswith(".") and looks_like_expert(child))
     if not found and any(pool.glob("*.safetensors")):
         raise PimergeError(
-            f"'{pool}' holds plain state dicts and no expert",
-            f"those need no store: pimerge rank --target {pool}/NAME.safetensors, pimerge merge FILE FILE",
+            f"'{pool}' holds state dicts but no expert",
+            f"use them without a store: pimerge rank --target {pool}/NAME.safetensors, pimerge merge FILE FILE",
         )
     if not found:
         raise PimergeError(
@@ -39,12 +34,13 @@ def find_experts(pool: Path) -> list[Path]:
 
 
 def looks_like_expert(folder: Path) -> bool:
+    """Whether a folder holds an adapter's config or weights."""
     names = (CONFIG, WEIGHTS, *_PICKLES[:3])
     return folder.is_dir() and any((folder / name).exists() for name in names)
 
 
 def tensors_of(path: Path) -> TensorFile:
-    """The expert's tensors; only the header is read."""
+    """Open the expert's tensors; only the header is read."""
     file = path / WEIGHTS
     if file.is_file():
         return open_tensors(file)
@@ -52,6 +48,6 @@ def tensors_of(path: Path) -> TensorFile:
     if pickle:
         raise PimergeError(
             f"'{path / pickle}' is a pickle, which can run code when it is read; only {WEIGHTS} is read",
-            "load it with PEFT if you trust it, and save it again: model.save_pretrained(FOLDER)",
+            "if you trust it, load it with PEFT and save it again: model.save_pretrained(FOLDER)",
         )
-    raise PimergeError(f"'{file}' is not there", "save the adapter with PEFT: model.save_pretrained(FOLDER)")
+    raise PimergeError(f"'{file}' does not exist", "save the adapter with PEFT: model.save_pretrained(FOLDER)")

@@ -1,4 +1,4 @@
-"""The kind, base, modules and tensor sets of an expert, from its config and the shapes of its tensors."""
+"""Determine an expert's kind, base, modules and tensor sets from its config and the shapes of its tensors."""
 
 from __future__ import annotations
 
@@ -6,23 +6,20 @@ import json
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pimerge.adapters import unhandled
 from pimerge.adapters.kind import KINDS, AdapterHeader, Kind, Parts
-from pimerge.checkpoints.base import Base, find_base
+from pimerge.checkpoints.base import Base, find_base, given_base
 from pimerge.core.errors import PimergeError
-
-if TYPE_CHECKING:
-    pass
 
 
 @lru_cache(maxsize=32)
 def parsed(kind: str, config: str, shapes: tuple[tuple[str, tuple[int, ...]], ...], convert: bool) -> Parts:
-    """The parts and the head of an expert, not to be changed; most experts of a pool have the same.
+    """Parse the parts and the head of an expert; cached, since most experts of a pool have the same.
 
     Args:
-        kind: empty for one that is only looked at.
+        kind: empty for an expert that can only be inspected.
     """
     header = AdapterHeader(json.loads(config), dict(shapes), convert)
     return KINDS.load(kind).parse(header) if kind else unhandled.parse(header)
@@ -31,10 +28,10 @@ def parsed(kind: str, config: str, shapes: tuple[tuple[str, tuple[int, ...]], ..
 def parsed_with_base(
     kind: Kind, path: Path, config: dict[str, Any], shapes: dict[str, tuple[int, ...]], base: str | None, convert: bool
 ) -> Parts:
-    """The same for a kind whose layout depends on the shapes of the base's layers."""
+    """Parse an expert of a kind whose layout depends on the shapes of the base's layers."""
 
     def layers(modules: Sequence[str]) -> Mapping[str, tuple[int, ...]]:
-        from pimerge.adapters.base_weights import layer_shapes  # imports torch, which other kinds need not
+        from pimerge.adapters.base_weights import layer_shapes  # imports torch
 
         return layer_shapes(base_of(path, config, base), modules, fan_in_fan_out=bool(config.get("fan_in_fan_out")))
 
@@ -42,15 +39,14 @@ def parsed_with_base(
 
 
 def base_of(path: Path, config: dict[str, Any], override: str | None) -> Base:
-    """The base of an expert at a path, or the one given in its place."""
+    """The base of an expert at a path, or the base given in its place."""
     if override:
-        name, _, revision = override.partition("@")
-        return find_base(name, revision or None, Path.cwd())
+        return given_base(override)
     return find_base(config.get("base_model_name_or_path"), config.get("revision"), path)
 
 
 def kind_of(config: dict[str, Any]) -> tuple[str, str]:
-    """The kind that a config says, and why it is only looked at; empty if it is not."""
+    """The kind in a config, and why it can only be inspected; empty if it is handled."""
     peft_type = str(config.get("peft_type"))
     kind = next((kind.name for kind in KINDS if kind.peft_type == peft_type), None)
     if kind is not None:
@@ -58,6 +54,5 @@ def kind_of(config: dict[str, Any]) -> tuple[str, str]:
     if reason := unhandled.why_unhandled(peft_type):
         return peft_type.lower(), reason
     raise PimergeError(
-        f"its peft_type is '{peft_type}', which is not handled",
-        f"pimerge reads the kinds: {', '.join(KINDS.names())}",
+        f"its peft_type is '{peft_type}', which is not handled", f"pimerge reads the kinds: {', '.join(KINDS.names())}"
     )

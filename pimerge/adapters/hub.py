@@ -1,4 +1,4 @@
-"""Experts from the Hugging Face Hub: the snapshot in the local cache, downloaded if need be."""
+"""Experts from the Hugging Face Hub: snapshots in the local cache, downloaded if needed."""
 
 from __future__ import annotations
 
@@ -6,23 +6,19 @@ import re
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from pimerge.adapters.expert_files import CONFIG, TASK, WEIGHTS
 from pimerge.checkpoints.base import is_hub_id
 from pimerge.core.errors import PimergeError
 
-if TYPE_CHECKING:
-    pass
-from pimerge.adapters.expert_files import CONFIG, TASK, WEIGHTS
-
 _HUB_FILES = (CONFIG, WEIGHTS, TASK, "pimerge.json")
-_CARD = "README.md"  # for its licence
-_ONLINE = "run it once with the network and without HF_HUB_OFFLINE, so that it is downloaded"
+_CARD = "README.md"  # states the licence
+_ONLINE = "run the command once online and without HF_HUB_OFFLINE, to download it"
 _HUB_REFERENCE = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 
 
 def is_hub_reference(reference: str) -> bool:
-    """Whether a reference can be a Hub id; a folder of that name goes first.
+    """Whether a reference can be a Hub id; an existing folder of that name takes precedence.
 
     >>> is_hub_reference("org/adapter@main"), is_hub_reference("./experts/a")
     (True, False)
@@ -32,7 +28,7 @@ def is_hub_reference(reference: str) -> bool:
 
 
 def download(reference: str) -> Path:
-    """The snapshot of a Hub id in the local cache, downloaded if need be."""
+    """The snapshot of a Hub id in the local cache, downloaded if needed."""
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
     from huggingface_hub.errors import HTTPError as NetworkError  # type: ignore[attr-defined]  # httpx's, or httpx2's
@@ -45,12 +41,12 @@ def download(reference: str) -> Path:
     except (NetworkError, HFValidationError, OSError) as error:
         found = None
         if isinstance(error, LocalEntryNotFoundError):
-            with suppress(LocalEntryNotFoundError):  # that the cache lacks no more than the card is no reason to stop
+            with suppress(LocalEntryNotFoundError):  # without the card, the snapshot is still usable
                 found = download(allow_patterns=list(_HUB_FILES), local_files_only=True)
         if found is None:
             reason, hint = _why_no_download(error, match["id"], match["revision"])
             raise PimergeError(
-                f"'{reference}' is not a folder here and cannot be downloaded from the Hub: {reason}", hint
+                f"'{reference}' is not a folder, and it cannot be downloaded from the Hub: {reason}", hint
             ) from error
         path = Path(found)
     missing = " and no ".join(name for name in (CONFIG, WEIGHTS) if not (path / name).is_file())
@@ -65,27 +61,27 @@ def download(reference: str) -> Path:
 
 
 def _why_no_download(error: Exception, name: str, revision: str | None) -> tuple[str, str]:
-    """Explain why a download failed, and what to do about it."""
+    """Why a download failed, and what to do about it."""
     from huggingface_hub import errors
 
-    # behind "not in the local cache" stands why the Hub itself was of no help
+    # the cause of "not in the local cache" tells why the Hub could not be used
     cause = error.__cause__ if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ else error
     page = f"https://huggingface.co/{name}"
     if isinstance(cause, errors.GatedRepoError):
         return "the repository is gated", f"accept its terms at {page}, then log in with 'hf auth login'"
-    if isinstance(cause, errors.RepositoryNotFoundError):  # the Hub tells a stranger no more than that
+    if isinstance(cause, errors.RepositoryNotFoundError):  # the Hub does not distinguish the two without a login
         return (
             "there is no such repository, or it is private",
-            f"check the name '{name}'; if it is private, log in with 'hf auth login' as someone who may read it",
+            f"check the name '{name}'; if it is private, log in with 'hf auth login' to an account with access",
         )
     if isinstance(cause, errors.RevisionNotFoundError):
         return f"the repository has no revision '{revision or 'main'}'", f"see {page}/tree/main for its branches"
     if isinstance(cause, errors.OfflineModeIsEnabled):
-        return "it is not in the local cache, or not whole, and HF_HUB_OFFLINE is set", _ONLINE
+        return "it is missing or incomplete in the local cache, and HF_HUB_OFFLINE is set", _ONLINE
     if isinstance(cause, errors.HfHubHTTPError):
         status = cause.response.status_code
         hint = "log in again with 'hf auth login'" if status in (401, 403) else "try again later"
-        return f"the Hub answers with status {status}", hint
+        return f"the Hub responded with status {status}", hint
     if isinstance(error, errors.LocalEntryNotFoundError):
-        return "the Hub cannot be reached, and it is not in the local cache, or not whole", "check the network"
+        return "the Hub cannot be reached, and it is missing or incomplete in the local cache", "check the network"
     return str(error).strip().partition("\n")[0], "check the name, the network and the disk"

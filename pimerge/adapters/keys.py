@@ -1,15 +1,27 @@
-"""Rules for key names that all kinds share."""
+"""Key names that all kinds share."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from pimerge.core.errors import Problems
 
 PREFIX = "base_model.model."
-"""Of every name in PEFT's model, but for prompts and prefixes, which leave the model as it is."""
+"""Prefix of parameter names in PEFT's model; prompts and prefixes, which do not change modules, have another."""
 PROMPT_PREFIX = "base_model."
+
+
+def key_of_parameter(name: str) -> str:
+    """The adapter file's key of a parameter of PEFT's model with adapter ``default``.
+
+    >>> key_of_parameter("base_model.model.q.lora_A.default.weight")
+    'base_model.model.q.lora_A.weight'
+    >>> key_of_parameter("base_model.model.q.hada_w1_a.default")
+    'base_model.model.q.hada_w1_a'
+    """
+    return re.sub(r"\.default(?=\.(?:weight|bias)$|$)", "", name)
 
 
 def sort_keys(
@@ -20,11 +32,11 @@ def sort_keys(
     problems: Problems,
     prefix: str = PREFIX,
 ) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
-    """The expert's keys by module and slot, and the head's by the parameter's name; every other key is a problem.
+    """Group the expert's keys by module and slot, and the head's by parameter name; any other key is a problem.
 
     Args:
-        slot_of: (module, slot) of a key; None of one that is not the kind's.
-        what: the kind's tensors, for messages.
+        slot_of: key → (module, slot); None for a key that does not belong to the kind.
+        what: name of the kind's tensors in messages.
     """
     saved = config.get("modules_to_save") or []
     keys: dict[str, dict[str, str]] = {}
@@ -42,7 +54,7 @@ def sort_keys(
         shown = ", ".join(unknown[:5]) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
         problems.add(
             f"tensors that are neither {what} nor in modules_to_save: {shown}",
-            "save the adapter with PEFT (for embeddings: save_embedding_layers=False); nothing is dropped silently",
+            "save the adapter with PEFT (for embeddings: save_embedding_layers=False)",
         )
     if not keys and not problems.found:
         problems.add(f"it holds no {what}", "save the adapter again: model.save_pretrained(FOLDER)")

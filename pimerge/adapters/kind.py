@@ -1,9 +1,8 @@
 """The family of kinds: adapter keys ↔ tensors that can be combined, one file in ``kinds/`` per kind.
 
-The parts of an expert are of two sorts. A kind with an update has a :class:`~pimerge.adapters.lora_module.LoraModule`
-for each adapted module: a ΔW of the base's matrix, combined whatever factors it is stored in. The parts of every other
-kind are :class:`~pimerge.adapters.tensor_sets.TensorSet`: tensors that are combined number by number, around the kind's
-neutral point where it has one.
+A kind with an update has a :class:`~pimerge.adapters.lora_module.LoraModule` for each adapted module: a ΔW of the
+base's matrix, in whatever factors it is stored. Any other kind has a :class:`~pimerge.adapters.tensor_sets.TensorSet`
+for each module: tensors that are combined elementwise, around the kind's neutral point if it has one.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pimerge.adapters.keys import PREFIX, PROMPT_PREFIX
+from pimerge.adapters.keys import PREFIX, PROMPT_PREFIX, key_of_parameter
 from pimerge.adapters.lora_module import LoraModule
 from pimerge.adapters.tensor_sets import TensorSet
 from pimerge.core.plugins import Family, Strategy
@@ -31,13 +30,13 @@ def _no_layers(modules: Sequence[str]) -> Shapes:
 
 @dataclass(frozen=True)
 class AdapterHeader:
-    """Everything known about an adapter before a tensor is read.
+    """The config and the tensor shapes of an adapter, known before a tensor is read.
 
     Attributes:
         config: the content of ``adapter_config.json``.
-        shapes: the shape of each tensor of ``adapter_model.safetensors``.
-        convert: accept what has to be converted with the base's weights, such as DoRA.
-        layers: the shapes of the base's layers, for kinds that need them.
+        shapes: key → shape of each tensor in ``adapter_model.safetensors``.
+        convert: whether adapters that have to be converted with the base's weights, such as DoRA, are accepted.
+        layers: gives the shapes of the base's layers, for kinds that need them.
     """
 
     config: Mapping[str, Any]
@@ -47,7 +46,7 @@ class AdapterHeader:
 
 
 Parts = tuple[Mapping[str, LoraModule | TensorSet], dict[str, str]]
-"""Name → module or tensor set, in alphabetical order; and the head's parameter name in the base → its key."""
+"""Name → module or tensor set, in alphabetical order; and parameter name in the base → key, for the head."""
 
 
 def _anywhere(part: TensorSet, model: nn.Module, config: Mapping[str, Any]) -> str:
@@ -64,30 +63,30 @@ class Kind(Strategy):
     """A kind of expert.
 
     Attributes:
-        formula: what the expert does to its layers.
-        paper: where it comes from.
-        peft_type: the ``peft_type`` of its ``adapter_config.json``.
-        parse: the expert's parts and head; all that cannot be handled is raised, by name.
-        key_of_parameter: the file's key for the name of a parameter of PEFT's model with adapter ``default``.
+        formula: how the expert changes its layers.
+        paper: the paper that introduced it.
+        peft_type: the ``peft_type`` in its ``adapter_config.json``.
+        parse: reads an expert's parts and head from its header; raises every problem by name.
+        key_of_parameter: parameter name in PEFT's model with adapter ``default`` → key in the file.
         has_update: whether its parts are updates ΔW of the base's matrices.
-        stores_factors: whether the file holds the factors of ΔW themselves; else ΔW is computed from its tensors.
-        reads_base: whether ``parse`` asks for the shapes of the base's layers.
-        init_slots: the tensors that tell from which init an expert was trained.
-        meaning_fields: fields of the config that say what its tensors mean.
-        before_text: whether it stands before a text, not in modules.
+        stores_factors: whether the file holds the factors of ΔW; otherwise ΔW is computed from its tensors.
+        reads_base: whether ``parse`` needs the shapes of the base's layers.
+        init_slots: the tensors that identify the init from which an expert was trained.
+        meaning_fields: fields of the config that two experts must share for their tensors to be comparable.
+        before_text: whether it is put before a text, not into modules.
         embeds_tokens: whether it puts vectors before the embedded text.
         needs_import: whether PEFT knows it only after ``import pimerge.peft_methods``.
-        why_no_update: why it has no ΔW that could be added to another's.
-        fresh_fields: size and modules → what PEFT's config says of a fresh expert; None where none can be made.
-        usual_places: what that config also says in an architecture that PEFT does not know.
-        misfit: why a tensor set has no place in a base, empty if it has; a missing module raises AttributeError.
+        why_no_update: why it has no ΔW that can be added to another's.
+        fresh_fields: size and modules → fields of PEFT's config for a fresh expert; None if pimerge cannot create one.
+        usual_places: further fields of that config in an architecture that PEFT does not know.
+        misfit: why a tensor set does not fit a base, empty if it fits; a missing module raises AttributeError.
     """
 
     formula: str
     paper: str
     peft_type: str
     parse: Callable[[AdapterHeader], Parts]
-    key_of_parameter: Callable[[str], str]
+    key_of_parameter: Callable[[str], str] = key_of_parameter
     has_update: bool = False
     stores_factors: bool = False
     reads_base: bool = False
@@ -103,7 +102,7 @@ class Kind(Strategy):
 
     @property
     def prefix(self) -> str:
-        """The prefix that PEFT's model adds to the names of the base's parameters."""
+        """The prefix of the base's parameter names in PEFT's model."""
         return PROMPT_PREFIX if self.before_text else PREFIX
 
 

@@ -106,10 +106,7 @@ class LoraModule:
         """Its factors in the common layout; ``read`` gives the tensor of a key."""
         A, B = read(self.A), read(self.B)
         return Factors(
-            A.reshape(A.shape[0], -1),
-            B.reshape(B.shape[0], -1),
-            self.scaling,
-            read(self.bias) if self.bias else None,
+            A.reshape(A.shape[0], -1), B.reshape(B.shape[0], -1), self.scaling, read(self.bias) if self.bias else None
         )
 
 

@@ -225,8 +225,7 @@ def _is_transposed(checkpoint: Checkpoint, key: str, layout: LoraModule, fan_in_
     plain, turned = (layout.d_out, layout.d_in), (layout.d_in, layout.d_out)
     if stored not in ((turned,) if layout.layer == "embedding" else (plain, turned)) or len(shape) < 2:
         raise PimergeError(
-            f"module '{layout.name}': ΔW is {plain}, '{key}' is {shape}",
-            "the adapter was trained on another base",
+            f"module '{layout.name}': ΔW is {plain}, '{key}' is {shape}", "the adapter was trained on another base"
         )
     if layout.layer == "embedding" or plain != turned:
         return stored == turned

@@ -1,20 +1,16 @@
-"""The merge of one module: its factors, and the loss from truncation."""
+"""The merged update of a module, and the error of its truncation."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from pimerge.adapters.lora_module import Factors, LoraModule
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)
 class Summary:
-    """How the merge of one module went; see :class:`MergedModule`."""
+    """Rank and truncation error of one merged module; see :class:`MergedModule`."""
 
     name: str
     rank: int
@@ -33,11 +29,11 @@ class MergedModule:
     """One module's merged update.
 
     Attributes:
-        module: its layout, taken from an expert that has it.
+        module: its layout, taken from an expert that has the module.
         factors: A (r × d_in), B (d_out × r), with scaling 1.
-        energy: ‖ΔW‖² before the truncation; 0 where nothing had to be computed for it.
-        lost: the part of it that the truncation dropped.
-        coefficients: what each update was multiplied by, for a linear method; None for another.
+        energy: ‖ΔW‖² before the truncation; 0 if nothing was truncated.
+        lost: the part of the energy that the truncation dropped.
+        coefficients: factor of each expert's update, for a linear method; None for any other.
     """
 
     module: LoraModule

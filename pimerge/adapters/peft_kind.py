@@ -1,7 +1,7 @@
-"""Kinds whose ΔW PEFT computes (``get_delta_weight``) from tensors of their own.
+"""Kinds whose ΔW PEFT computes (``get_delta_weight``) from tensors of its own format.
 
-What such an expert's tensors are is compared with the layers that PEFT makes of its config, so whatever PEFT reads is
-read, and all else is refused by name. PEFT is imported only when such an expert is opened.
+An expert's tensors are compared with the layers that PEFT creates from its config, so every expert that PEFT reads is
+accepted and any other is refused by name. PEFT is imported only when such an expert is opened.
 """
 
 from __future__ import annotations
@@ -25,8 +25,10 @@ if TYPE_CHECKING:
     from torch import nn
 
 BASE_HINT = "pass --base with the folder of the base that it was trained on"
-CONVOLUTION = "it adapts a convolution, whose shape only the base knows, and the base is not there or has no such layer"
-# Fields that say where the tensors sit or how they were trained; PEFT's layers are made without them.
+CONVOLUTION = (
+    "it adapts a convolution, whose shape only the base knows, and the base is not on this machine or has no such layer"
+)
+# Fields that say which modules are adapted or how they were trained; PEFT's layers are created without them.
 _DROPPED = frozenset(
     """task_type peft_type auto_mapping peft_version base_model_name_or_path revision inference_mode target_modules
     exclude_modules modules_to_save layers_to_transform layers_pattern bias fan_in_fan_out runtime_config""".split()  # noqa: SIM905
@@ -34,11 +36,10 @@ _DROPPED = frozenset(
 
 
 def peft_kind(how: PeftDelta, **fields: Any) -> Kind:
-    """The kind whose ΔW PEFT gives in this way; the other arguments are those of :class:`Kind`."""
+    """A kind whose ΔW PEFT computes as ``how`` describes; the other arguments are fields of :class:`Kind`."""
     usual: dict[str, Any] = {
         "peft_type": how.peft_type,
         "parse": partial(_parse, how),
-        "key_of_parameter": key_of_parameter,
         "has_update": True,
         "reads_base": True,
         "usual_places": lora_places,
@@ -47,11 +48,11 @@ def peft_kind(how: PeftDelta, **fields: Any) -> Kind:
 
 
 def fresh_fields(size: int | None, modules: Sequence[str] | None, name: str = "r", **more: Any) -> dict[str, Any]:
-    """PEFT config fields of a fresh expert.
+    """Fields of PEFT's config for a fresh expert.
 
     Args:
-        name: the field that holds the size.
-        more: other fields.
+        name: the field for the size.
+        more: further fields.
 
     >>> fresh_fields(4, ["q"])
     {'init_weights': True, 'r': 4, 'target_modules': ['q']}
@@ -61,28 +62,19 @@ def fresh_fields(size: int | None, modules: Sequence[str] | None, name: str = "r
 
 
 def lora_places(model: nn.Module) -> dict[str, Any]:
-    """Where a fresh expert goes if no modules are named: in the places of a LoRA."""
-    from pimerge.checkpoints.architecture import lora_targets  # imports torch, which reading a header does not need
+    """The modules of a fresh expert if none are named: the default targets of LoRA."""
+    from pimerge.checkpoints.architecture import lora_targets  # imports torch
 
     return {"target_modules": lora_targets(model)}
 
 
-def key_of_parameter(name: str) -> str:
-    """The adapter file's key for the name of a parameter of PEFT's model with adapter ``default``.
-
-    >>> key_of_parameter("base_model.model.q.hada_w1_a.default")
-    'base_model.model.q.hada_w1_a'
-    """
-    return re.sub(r"\.default(?=\.weight$|$)", "", name)
-
-
 def _parse(how: PeftDelta, header: AdapterHeader) -> Parts:
-    """The modules and the head, once PEFT's layers of this config have tensors of exactly these shapes."""
+    """Read the modules and the head; PEFT's layers of this config must have tensors of exactly these shapes."""
     problems = Problems()
     refused = f"this {how.peft_type} adapter cannot be used"
     fields = _fields(how, header.config, problems)
     shared = {key.removeprefix("base_model."): key for key in header.shapes if key.count(".") == 1}
-    repeated = tuple(f".{slot}" for slot in shared)  # PEFT may write what all layers share once more for every layer
+    repeated = tuple(f".{slot}" for slot in shared)  # PEFT may write shared tensors again for every layer
     own = {key: shape for key, shape in header.shapes.items() if not key.endswith(repeated or "\0")}
     pattern = re.compile(rf"{re.escape(PREFIX)}(?P<module>.+?)\.(?P<slot>{how.slots}\w*(?:\.weight)?)")
 
@@ -93,7 +85,7 @@ def _parse(how: PeftDelta, header: AdapterHeader) -> Parts:
     keys, head = sort_keys(header.config, own, slot_of, f"tensors of {how.peft_type}", problems)
     if how.needs_weight(fields) and not header.convert:
         problems.add(
-            f"its ΔW is made with the base's own weights ({how.peft_type})",
+            f"its ΔW depends on the base's weights ({how.peft_type})",
             "'pimerge merge --base BASE' reads them, converts the expert and merges it",
         )
     shapes = {name: {slot: header.shapes[key] for slot, key in sorted(keys[name].items())} for name in sorted(keys)}
@@ -131,7 +123,7 @@ def _parse(how: PeftDelta, header: AdapterHeader) -> Parts:
 
 
 def _weights(how: PeftDelta, header: AdapterHeader, shapes: Mapping[str, Shapes]) -> Shapes:
-    """The shape of the base's weight of each module: from the base, or else from the adapter's own tensors."""
+    """The shape of the base's weight of each module, from the base or from the adapter's own tensors."""
     if how.weight is None:
         found = header.layers(list(shapes))
         return {name: tuple(found[name]) for name in shapes}
@@ -144,13 +136,15 @@ def _weights(how: PeftDelta, header: AdapterHeader, shapes: Mapping[str, Shapes]
             try:
                 found[name] = tuple(base.get(name) or how.weight(own))
             except (LookupError, ValueError) as error:
-                raise PimergeError(f"its tensors {dict(own)} do not tell the shape of its layer", BASE_HINT) from error
+                raise PimergeError(
+                    f"its tensors {dict(own)} do not determine the shape of its layer", BASE_HINT
+                ) from error
     problems.raise_any("shapes of the layers")
     return found
 
 
 def _fields(how: PeftDelta, config: Mapping[str, Any], problems: Problems) -> dict[str, Any]:
-    """The config fields of PEFT's layers; an unknown field or one of a wrong type is a problem."""
+    """The fields with which PEFT's layers are created; a field that is unknown or has a wrong type is a problem."""
     from peft import PEFT_TYPE_TO_CONFIG_MAPPING, __version__
 
     from pimerge.adapters.kinds._config_fields import CommonFields, faulty_fields

@@ -1,32 +1,32 @@
-"""The experts that a stage combines, and their target: those given, or those that a ranking selected."""
+"""Choose the experts that a stage combines, and their target: given by the user or selected by a ranking."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from pimerge.adapters.expert import Expert, open_expert
+from pimerge.adapters.expert_files import CONFIG, TASK, find_experts
+from pimerge.adapters.hub import is_hub_reference
+from pimerge.adapters.ranking_document import Ranking, open_ranked, read_ranking
+from pimerge.checkpoints.base import Base, given_base
 from pimerge.core.errors import PimergeError, Problems
-
-if TYPE_CHECKING:
-    from pimerge.adapters.expert import Expert
-    from pimerge.adapters.ranking_document import Ranking
-    from pimerge.checkpoints.base import Base
-    from pimerge.tasks.task import Task
+from pimerge.tasks.task import Task, open_task
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Experts to merge or tune, and the target that they are for.
+    """The experts to merge or tune, and their target.
 
     Attributes:
-        experts: at the strength that the ranking found for them, those that were named at their own; empty if the
+        experts: experts of the ranking at the strength that it found, given experts at strength 1; empty if the
             ranking expects none to help.
-        target: the target's own expert; None if it has none or none is known.
-        task_folder: the folder of the target's task.json; None if no target is known, or its task is open already.
-        scores: of the experts, from the ranking; None for an expert that it does not have. ``gains``: that it expects.
-        task: the target's task, where it was given open.
+        target: the target's own expert; None if there is none.
+        task_folder: the folder of the target's task.json; None if no target is known or its task is already open.
+        scores: score of each expert in the ranking; None for an expert that is not ranked.
+        gains: expected gain of each expert; None where it is unknown.
+        task: the target's task, if it was given as an object.
     """
 
     experts: list[Expert]
@@ -38,18 +38,16 @@ class Selection:
 
     @property
     def task_source(self) -> Path | Task | None:
-        """What :func:`pimerge.tasks.task.open_task` opens; None if no target is known."""
+        """The argument for :func:`pimerge.tasks.task.open_task`; None if no target is known."""
         return self.task or self.task_folder
 
 
 def open_all(references: Sequence[str | Path | Expert], base: str | None, *, convert: bool = False) -> list[Expert]:
-    """Open several experts, with the problems of all of them at once; those that are open already stay.
+    """Open several experts and raise the problems of all of them at once; open experts are returned unchanged.
 
     Args:
-        convert: accept DoRA, PiSSA and OLoRA.
+        convert: accept experts that have to be converted with the base's weights (DoRA, PiSSA, OLoRA).
     """
-    from pimerge.adapters.expert import Expert, open_expert
-
     problems = Problems()
     experts = []
     for reference in references:
@@ -74,17 +72,14 @@ def select(
     needed: bool = True,
     convert: bool = False,
 ) -> Selection:
-    """The experts given, else those that the ranking selected; and the target given, else the ranking's.
+    """Choose the given experts or else those that the ranking selected, and the given target or else the ranking's.
 
     Args:
         ranked: the ranking, or its file.
-        target: a reference to an expert or a task, or one that is open already.
-        needed: whether there must be experts or a ranking.
+        target: a reference to an expert or a task, or the object.
+        needed: whether to require experts or a ranking.
         convert: accept experts that have to be converted with the base's weights.
     """
-    from pimerge.adapters.ranking_document import Ranking, open_ranked, read_ranking
-    from pimerge.tasks.task import Task
-
     ranking = ranked if isinstance(ranked, Ranking) else None
     ranking_path = ranked.path if isinstance(ranked, Ranking) else ranked
     if ranking is None and (ranking_path.is_file() or (not references and needed)):
@@ -103,27 +98,24 @@ def select(
         return Selection([], own, folder, [], [], task)
     if target is not None and not _is_ranked(ranking, own, task or folder):
         raise PimergeError(
-            f"'{ranking_path}' ranks experts for '{ranking.target.name}', not for '{_name(target)}' as it is now",
+            f"'{ranking_path}' ranks experts for '{ranking.target.name}', not for the present '{_name(target)}'",
             f"run 'pimerge rank --target {_name(target)}' first, or name the experts",
         )
-    problems = Problems()
+    problems, candidates = Problems(), ranking.chosen()
     experts = []
-    for candidate in ranking.chosen():
+    for candidate in candidates:
         with problems.collected():
             experts.append(open_ranked(candidate, ranking_path, base))
     problems.raise_any("some experts of the ranking cannot be opened")
-    candidates = ranking.chosen()
     return Selection(experts, own, folder, [c.score for c in candidates], [c.gain for c in candidates], task)
 
 
 def from_pool(chosen: Selection, ranked: Path | Ranking, base: str | None) -> Expert | None:
-    """An expert whose form a fresh one can take: the first that was ranked for a target without an expert.
+    """Find an expert of the pool as a template for a fresh one: the best-ranked for a target without an expert.
 
     Returns:
-        None where the target or the experts chosen show the form, or nothing was ranked for this target.
+        None if the target or the chosen experts are a template, or nothing was ranked for this target.
     """
-    from pimerge.adapters.ranking_document import Ranking, open_ranked, read_ranking
-
     if chosen.target is not None or chosen.experts or not (isinstance(ranked, Ranking) or ranked.is_file()):
         return None
     ranking = ranked if isinstance(ranked, Ranking) else read_ranking(ranked)
@@ -137,9 +129,7 @@ def _name(target: str | Path | Expert | Task) -> str:
 
 
 def _is_ranked(ranking: Ranking, own: Expert | None, task: Path | Task | None) -> bool:
-    """Whether a ranking is for a target: the same expert, or the same task where that has none."""
-    from pimerge.tasks.task import open_task
-
+    """Whether a ranking is for a target: for the same expert, or for the same task if the target has no expert."""
     if own is not None:
         return own.sha256 == ranking.target.sha256
     return not ranking.target.expert and task is not None and open_task(task).sha256() == ranking.target.sha256
@@ -153,11 +143,7 @@ def _target(
     *,
     convert: bool,
 ) -> tuple[Expert | None, Path | None]:
-    """The target's own expert and its task's folder, each None where there is none."""
-    from pimerge.adapters.expert import Expert, open_expert
-    from pimerge.adapters.expert_files import CONFIG
-    from pimerge.tasks.task import Task
-
+    """The target's own expert and its task's folder, each None if there is none."""
     if target is None:
         return (None, None) if ranking is None else _ranked_target(ranking, ranking_path, base)
     if isinstance(target, Expert | Task):
@@ -165,9 +151,9 @@ def _target(
     if ranking is not None and target == ranking.target.name and not Path(target).is_dir():
         return _ranked_target(ranking, ranking_path, base)
     path = Path(target)
-    path = path.parent if path.is_file() and path.name == "task.json" else path
+    path = path.parent if path.is_file() and path.name == TASK else path
     if path.is_dir() and not (path / CONFIG).is_file():
-        if not (path / "task.json").is_file():
+        if not (path / TASK).is_file():
             raise PimergeError(f"'{path}' is neither an expert nor a task", "expected adapter_config.json or task.json")
         return None, path
     own = open_expert(target if not path.is_dir() else path, base, convert=convert)
@@ -175,9 +161,7 @@ def _target(
 
 
 def _ranked_target(ranking: Ranking, ranking_path: Path, base: str | None) -> tuple[Expert | None, Path]:
-    """The ranking's target: its expert and folder; an error if it has changed since it was ranked."""
-    from pimerge.adapters.ranking_document import open_ranked
-
+    """The target of a ranking; a target that has changed since is refused."""
     if ranking.target.expert:
         own = open_ranked(ranking.target, ranking_path, base)
         return own, own.path
@@ -191,12 +175,9 @@ def _ranked_target(ranking: Ranking, ranking_path: Path, base: str | None) -> tu
 
 
 def base_of(experts: Sequence[Expert], target: Expert | None, base: str | None) -> Base:
-    """The base given, else that of the target's expert, else that of the experts."""
-    from pimerge.checkpoints.base import find_base
-
+    """The given base, or else the base of the target's expert or of the first expert."""
     if base is not None:
-        name, _, revision = base.partition("@")
-        return find_base(name, revision or None, Path.cwd())
+        return given_base(base)
     first = target or next(iter(experts), None)
     if first is None:
         raise PimergeError("the base model is not known", "pass --base FOLDER_OR_HUB_ID")
@@ -204,10 +185,7 @@ def base_of(experts: Sequence[Expert], target: Expert | None, base: str | None) 
 
 
 def pool_members(references: list[str]) -> list[str | Path]:
-    """The experts of every pool, in order; a Hub id stands for itself."""
-    from pimerge.adapters.expert_files import find_experts
-    from pimerge.adapters.hub import is_hub_reference
-
+    """The experts of every pool, in order; a Hub id is an expert itself."""
     found: list[str | Path] = []
     for reference in references:
         if not Path(reference).is_dir() and is_hub_reference(reference):

@@ -1,4 +1,4 @@
-"""The backbone of a transformers model, and the layers in it that adapters use."""
+"""The backbone of a transformers model, and the layers in it that adapters modify."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 from torch import nn
 
 QUERIES_AND_VALUES = ("q_proj", "v_proj", "query", "value", "q_lin", "v_lin", "qkv", "c_attn")
-"""Their names in architectures for which PEFT has no default."""
+"""Name endings of query and value projections, for architectures for which PEFT has no default."""
 
 
 def heads_of(model: nn.Module) -> list[str]:
-    """The names of the modules outside the backbone: a task's head or the language model head.
+    """The names of the modules on top of the backbone: a task's head or the language model's head.
 
-    The backbone is the child that transformers names so; where there is none, as in CLIP's classifier and in T5, all
-    that holds layers, or embeds.
+    The backbone is the child named ``base_model_prefix``. Without one, as in CLIP's classifier and in T5, it is every
+    child that holds a list of layers or an embedding.
 
     >>> vision = nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(4, 4)])})
     >>> heads_of(nn.ModuleDict({"vision_model": vision, "classifier": nn.Linear(4, 2)}))
@@ -34,7 +34,7 @@ def heads_of(model: nn.Module) -> list[str]:
 
 
 def hidden_size(model: nn.Module) -> int | None:
-    """The hidden size, of the text part if a model has several; None if the config does not state it.
+    """Hidden size of a model, for a multimodal model of its text part; None if the config does not state it.
 
     >>> from transformers import T5Config, T5ForConditionalGeneration
     >>> hidden_size(T5ForConditionalGeneration(T5Config(d_model=8, num_layers=1, vocab_size=4)))
@@ -47,7 +47,7 @@ def hidden_size(model: nn.Module) -> int | None:
 
 
 def inside(modules: Sequence[str]) -> str | None:
-    """A regular expression, for PEFT, that matches these modules and everything inside them; None if there are none.
+    """A regular expression for PEFT that matches these modules and everything in them; None for no modules.
 
     >>> inside(["classifier", "pooler"])
     '(classifier|pooler)(\\\\..*)?'
@@ -56,13 +56,13 @@ def inside(modules: Sequence[str]) -> str | None:
 
 
 def layers_within(model: nn.Module) -> dict[str, nn.Module]:
-    """Full name → module, for all modules in the backbone."""
+    """Full name → module, for the modules of the backbone."""
     heads = tuple(f"{name}." for name in heads_of(model))
     return {name: module for name, module in model.named_modules() if not f"{name}.".startswith(heads)}
 
 
 def named_layers(model: nn.Module, ends: Sequence[str]) -> list[str]:
-    """The modules of the backbone whose names end in one of these.
+    """The modules of the backbone whose names have one of these endings.
 
     >>> block = nn.ModuleDict({"q_proj": nn.Linear(1, 1)})
     >>> named_layers(nn.ModuleDict({"layers": nn.ModuleList([block])}), ["q_proj", "v_proj"])
@@ -73,17 +73,16 @@ def named_layers(model: nn.Module, ends: Sequence[str]) -> list[str]:
 
 
 def norms(model: nn.Module) -> list[str]:
-    """The normalisations of the backbone that have weights."""
-    found = layers_within(model).items()
+    """The normalisation layers of the backbone that have weights."""
     return [
         name
-        for name, module in found
+        for name, module in layers_within(model).items()
         if type(module).__name__.endswith(("LayerNorm", "RMSNorm")) and getattr(module, "weight", None) is not None
     ]
 
 
 def lora_targets(model: nn.Module) -> list[str]:
-    """The modules that PEFT adapts by LoRA in this architecture; q and v where PEFT knows no default."""
+    """The modules that PEFT adapts by LoRA in this architecture; for an unknown one, queries and values."""
     from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as TARGETS
 
     ends = TARGETS.get(str(model.config.model_type), QUERIES_AND_VALUES)  # type: ignore[union-attr]

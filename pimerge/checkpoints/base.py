@@ -1,4 +1,4 @@
-"""Which base model an expert belongs to, without loading it."""
+"""Find the base model of an expert, without loading it."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from pimerge.core.files import sha256_bytes, sha256_files
 
 @dataclass(frozen=True)
 class Base:
-    """A base model: the name that its experts give it, and where it lies.
+    """A base model: its name in the configs of its experts, and its location.
 
     Attributes:
-        name: as in ``adapter_config.json``: a folder or a Hub id.
-        revision: of a Hub id.
-        folder: the local folder, or the Hub's snapshot in the local cache; None where neither is there.
+        name: a folder or a Hub id, as in ``adapter_config.json``.
+        revision: the revision of a Hub id.
+        folder: the local folder, or the snapshot in the Hub's local cache; None if neither exists.
     """
 
     name: str
@@ -27,9 +27,9 @@ class Base:
 
     @cached_property
     def identity(self) -> str:
-        """The identity of a base: the hash of its content for a folder, the commit for a Hub id.
+        """Distinguishes bases: the content's hash for a folder, the commit for a Hub id.
 
-        A base that is not on this machine is known by name and revision only.
+        A base that is not on this machine is identified by name and revision only.
         """
         if self.folder is None:
             return f"{self.name}@{self.revision or 'main'}"
@@ -39,12 +39,12 @@ class Base:
 
     @property
     def source(self) -> str:
-        """The argument for transformers: the folder if there is one, else the Hub id."""
+        """The folder if there is one, else the Hub id, as transformers loads it."""
         return str(self.folder or self.name)
 
     @property
     def reference(self) -> str:
-        """As ``--base`` takes it: the folder where it lies, else the Hub id with its revision."""
+        """The value for ``--base``: the folder, or the Hub id with its revision."""
         if self.folder is not None and self.folder.parent.name != "snapshots":
             return str(self.folder.resolve())
         return f"{self.name}@{self.revision}" if self.revision else self.name
@@ -53,11 +53,11 @@ class Base:
 def find_base(name: str | None, revision: str | None, near: Path) -> Base:
     """Find the base that an expert names.
 
-    A relative path is looked for in the expert's folder, in the folders above it, then in the working
-    folder, so that a pool and its base can move together; then in the Hub's local cache.
+    The search covers the expert's folder, the folders above it and the working folder, so that a pool and its base can
+    move together; then the Hub's local cache.
 
     Args:
-        name: ``base_model_name_or_path`` of the adapter's config.
+        name: ``base_model_name_or_path`` in the adapter's config.
         near: the expert's folder.
     """
     if not name:
@@ -69,23 +69,29 @@ def find_base(name: str | None, revision: str | None, near: Path) -> Base:
         return Base(name, revision, folder)
     if not is_hub_id(name):
         raise PimergeError(
-            f"the base model '{name}' is not there: it is neither a folder with a config.json nor a Hub id",
+            f"the base model '{name}' does not exist: it is neither a folder with a config.json nor a Hub id",
             "pass --base with its folder or Hub id",
         )
     return Base(name, revision, _cached_snapshot(name, revision))
 
 
+def given_base(reference: str) -> Base:
+    """The base of a folder or a Hub id with an optional revision, as ``--base`` takes it."""
+    name, _, revision = reference.partition("@")
+    return find_base(name, revision or None, Path.cwd())
+
+
 def folder_from(near: Path, name: str, above: bool = True) -> Path | None:
-    """The folder of a base as seen from another folder, or from those above it."""
+    """Find the folder of a base relative to another folder or to the folders above it."""
     near = near.resolve()
     for folder in (near, *near.parents) if above else (near,):
-        if os.path.isfile(folder / name / "config.json"):  # unlike Path's, False for a name that no disk takes
+        if os.path.isfile(folder / name / "config.json"):  # unlike Path.is_file, False for an invalid name
             return folder / name
     return None
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a name can be a repository's on the Hub.
+    """Whether a name is valid for a repository on the Hub.
 
     >>> [is_hub_id(name) for name in ("google/vit", "./vit", "a--b")]
     [True, False, False]
@@ -94,7 +100,7 @@ def is_hub_id(name: str) -> bool:
     from huggingface_hub.errors import HFValidationError
 
     try:
-        try_to_load_from_cache(name, "config.json")  # it checks the name
+        try_to_load_from_cache(name, "config.json")  # raises for an invalid name
     except HFValidationError:
         return False
     return True
@@ -112,7 +118,6 @@ def _content(folder: Path) -> str:
     files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     if not files:
         raise PimergeError(
-            f"the base model's folder '{folder}' holds no weights",
-            "it needs model.safetensors (or its shards)",
+            f"the base model's folder '{folder}' holds no weights", "it needs model.safetensors (or its shards)"
         )
     return "sha256:" + sha256_bytes("".join(sha256_files(files)).encode())

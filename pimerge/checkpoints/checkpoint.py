@@ -1,4 +1,4 @@
-"""A full checkpoint: a folder of transformers or diffusers, or one safetensors file; read by tensor."""
+"""Full checkpoints: a folder of transformers or diffusers, or a single safetensors file."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ class Checkpoint:
     """A full checkpoint whose files have been checked; see :func:`open_checkpoint`.
 
     Attributes:
-        path: the folder, or the file.
-        files: those that hold tensors, in order.
+        path: its folder or file.
+        files: the files that hold tensors, in order.
         config: the content of ``config.json``; empty for a single file.
-        index: the content of the index of shards, if there is one.
+        index: the content of the index of shards; empty without one.
     """
 
     path: Path
@@ -42,7 +42,7 @@ class Checkpoint:
 
     @property
     def name(self) -> str:
-        """Its folder's name or its file's; of the Hub's local cache the repository's."""
+        """The name of its folder or file; the repository's name for a snapshot in the Hub's local cache."""
         path = self.path.resolve() if self.path.is_dir() else self.path
         return path.parents[1].name.rpartition("--")[2] if path.parent.name == "snapshots" else path.name
 
@@ -58,16 +58,16 @@ class Checkpoint:
 
     @cached_property
     def size(self) -> int:
-        """Bytes of its tensors."""
+        """Number of bytes of its tensors."""
         return sum(entry.end - entry.start for file in self.files for entry in file.entries.values())
 
     @cached_property
     def sha256(self) -> str:
-        """SHA-256 of its files' hashes, as :attr:`pimerge.checkpoints.base.Base.identity` takes it."""
+        """SHA-256 of the hashes of its files, as in :attr:`pimerge.checkpoints.base.Base.identity`."""
         return sha256_bytes("".join(sha256_files([file.path for file in self.files])).encode())
 
     def entry(self, key: str) -> Entry:
-        """Dtype, shape and place of a tensor."""
+        """Dtype, shape and location of a tensor."""
         return self.home[key].entries[key]
 
     def read(self, key: str) -> Tensor:
@@ -91,17 +91,17 @@ def is_checkpoint(path: str | Path) -> bool:
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Open a checkpoint: headers are read and checked, no tensor is.
+    """Open a checkpoint and check its headers; no tensor is read.
 
     Args:
-        path: a folder with ``config.json`` and ``model.safetensors`` or an index and its shards (or the names of
-            diffusers), or a single ``.safetensors`` file.
+        path: a folder with ``config.json`` and ``model.safetensors`` or an index and its shards (or the
+            names that diffusers uses), or a single ``.safetensors`` file.
     """
     if path.is_file():
         if path.suffix in _PICKLES:
             raise PimergeError(
                 f"'{path}' is a pickle, which can run code when it is read; only safetensors files are read",
-                "save it as .safetensors if you trust it",
+                "if you trust it, save it as .safetensors",
             )
         return _not_empty(Checkpoint(path, (open_tensors(path),)))
     if not path.is_dir():
@@ -124,7 +124,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def require_weights(checkpoint: Checkpoint) -> None:
-    """Check that its weights are plain floating numbers."""
+    """Refuse a checkpoint with quantised weights."""
     method = checkpoint.config.get("quantization_config")
     shown = [f"quantization_config in {CONFIG}"] if method else []
     for key in checkpoint.home:
@@ -136,7 +136,7 @@ def require_weights(checkpoint: Checkpoint) -> None:
         more = f" and {len(shown) - 4} more" if len(shown) > 4 else ""
         raise PimergeError(
             f"the checkpoint '{checkpoint.path}' is quantised: {', '.join(shown[:4])}{more}",
-            "use the checkpoint in F32, BF16 or F16 that it was made from",
+            "use the original checkpoint in F32, BF16 or F16",
         )
 
 
@@ -154,7 +154,7 @@ def weights_file(folder: Path) -> Path:
         raise PimergeError(
             f"'{folder}' holds {len(found)} safetensors files and no model.safetensors{INDEX}: "
             f"{', '.join(path.name for path in found[:4])}",
-            "download the index too, or name one file",
+            "download the index as well, or name one file",
         )
     pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES)
     if (folder / "adapter_config.json").is_file():
@@ -164,7 +164,7 @@ def weights_file(folder: Path) -> Path:
     if pickles:
         raise PimergeError(
             f"'{folder}' holds pickles ({', '.join(pickles[:4])}), which can run code when they are read",
-            "save it as safetensors if you trust it: model.save_pretrained(FOLDER)",
+            "if you trust it, save it as safetensors: model.save_pretrained(FOLDER)",
         )
     raise PimergeError(f"'{folder}' holds no weights", "expected model.safetensors, or its index and shards")
 
@@ -177,7 +177,7 @@ def _shards(folder: Path, name: str, index: Mapping[str, Any]) -> tuple[TensorFi
     files: dict[str, TensorFile] = {}
     for shard in sorted(set(places.values())):
         if Path(shard).name != shard or not (folder / shard).is_file():
-            problems.add(f"{name} names the shard '{shard}', which is not there", "download the checkpoint again")
+            problems.add(f"{name} names the shard '{shard}', which does not exist", "download the checkpoint again")
             continue
         with problems.collected():
             files[shard] = open_tensors(folder / shard)

@@ -1,4 +1,4 @@
-"""The dtypes of safetensors files, as torch and NumPy name them."""
+"""Names of dtypes in safetensors, torch and NumPy."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 _SIZES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
-_NAMES = {  # in torch and NumPy, which has no bfloat16
+_NAMES = {  # names in torch and NumPy; NumPy has no bfloat16
     "F64": "float64",
     "F32": "float32",
     "F16": "float16",
@@ -25,7 +25,7 @@ _NAMES = {  # in torch and NumPy, which has no bfloat16
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """The dtype with this name in safetensors.
+    """The torch dtype for a safetensors name.
 
     >>> torch_dtype("BF16")
     torch.bfloat16
@@ -37,7 +37,7 @@ def torch_dtype(name: str) -> torch.dtype:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """How safetensors names a dtype.
+    """The safetensors name of a torch dtype.
 
     >>> import torch
     >>> dtype_name(torch.bfloat16)
@@ -47,7 +47,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def size_of(dtype: str) -> int:
-    """Bytes of one number of a dtype as safetensors names it; 1 for those of a byte or less.
+    """Bytes per number for a safetensors name; 1 for dtypes of a byte or less.
 
     >>> size_of("BF16"), size_of("BOOL")
     (2, 1)
@@ -56,7 +56,7 @@ def size_of(dtype: str) -> int:
 
 
 def numpy_name(dtype: str) -> str:
-    """NumPy's name of a dtype, and torch's.
+    """NumPy's and torch's name of a dtype.
 
     >>> numpy_name("F16")
     'float16'

@@ -1,4 +1,4 @@
-"""Map the tensors of a checkpoint to their names in transformers, and adapter modules to tensors."""
+"""Map the keys of a checkpoint to transformers' parameter names and to the modules of an adapter."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ import torch
 from pimerge.checkpoints.checkpoint import CONFIG, Checkpoint
 from pimerge.core.errors import PimergeError, Problems, nearest
 
-# What stands before a diffusion model's own names, by the program that wrote the file.
+# Prefixes that programs put before the names of a diffusion model.
 _DIFFUSION = re.compile(r"^(?:model_diffusion_model|diffusion_model|unet|transformer)_")
 
 
 @dataclass(frozen=True)
 class Names:
-    """The tensors of a checkpoint by the names that they have in memory.
+    """The tensors of a checkpoint and their parameter names in the loaded model.
 
     Attributes:
-        parameter: key on disk → name in memory; the key itself where it is not known or not used.
-        known: all names in memory; empty if transformers does not know the model.
-        converted: names in memory that are made from several tensors or from changed ones.
-        groups: sets of names that share one tensor.
-        shared: names that are not on disk → key of the tensor that they share.
-        prefix: of the backbone in a model with a head, such as ``bert``.
+        parameter: key on disk → parameter name; the key itself if the name is unknown or unused.
+        known: all parameter names; empty if transformers does not know the model.
+        converted: parameters that are made from several tensors or from changed ones.
+        groups: sets of tied parameters.
+        shared: parameters that are not on disk → key of the tensor that they share.
+        prefix: prefix of the backbone in a model with a head, such as ``bert``.
         fan_in_first: modules that store their weight (d_in × d_out).
-        rename: a key on disk of any age → its name in memory.
+        rename: key on disk, also of older versions → parameter name.
     """
 
     parameter: dict[str, str]
@@ -41,14 +41,14 @@ class Names:
     rename: Callable[[str], str] = str
 
     def in_head(self, name: str) -> bool:
-        """Whether a parameter lies outside the backbone of a model that has one."""
+        """Whether a parameter is outside the backbone, in a model that has one."""
         start = self.prefix + "."
         has_backbone = any(known.startswith(start) for known in self.known)
         return has_backbone and name in self.known and not name.startswith(start)
 
 
 def names_of(checkpoint: Checkpoint) -> Names:
-    """The names in memory, from the model that the config describes; no weight is read."""
+    """The parameter names, from the model that the config describes; no weight is read."""
     model = skeleton(checkpoint, checkpoint.config)
     if model is None:
         return Names({key: key for key in checkpoint.home}, shared={})
@@ -73,7 +73,7 @@ def names_of(checkpoint: Checkpoint) -> Names:
 
 
 def skeleton(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Any:
-    """The model that a config describes, without weights; None if transformers does not know it."""
+    """Build the model of a config without weights; None if transformers does not know it."""
     import transformers
 
     architecture = next(iter(config.get("architectures") or ()), "")
@@ -93,7 +93,7 @@ def skeleton(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Any:
 
 
 def match_modules(names: Names, modules: Iterable[str]) -> dict[str, str]:
-    """The key of each module's weight; of one that shares a stored tensor, its own name."""
+    """The key of each module's weight; for a weight that shares a stored tensor, its own name."""
     problems = Problems()
     found = {}
     for module in modules:
@@ -102,15 +102,15 @@ def match_modules(names: Names, modules: Iterable[str]) -> dict[str, str]:
     taken: dict[str, str] = {}
     for module, key in found.items():
         if key in taken:
-            problems.add(f"the modules '{taken[key]}' and '{module}' both mean '{key}'")
+            problems.add(f"the modules '{taken[key]}' and '{module}' both map to '{key}'")
         taken.setdefault(key, module)
     problems.raise_any("the adapter does not fit the checkpoint")
     return found
 
 
 def match(names: Names, name: str, what: str) -> str:
-    """The key that a parameter's name means: the very name, with or without the backbone's prefix, or, for a
-    model that transformers does not know, the name with other separators.
+    """The key of a parameter: its name with or without the backbone's prefix, or, for a model that transformers does
+    not know, the name with other separators.
     """
     index = _index(names)
     prefix = names.prefix + "."
@@ -124,21 +124,21 @@ def match(names: Names, name: str, what: str) -> str:
             return _only(loose, what)
     if any(way in names.converted for way in ways) or any(way in names.known for way in ways):
         raise PimergeError(
-            f"{what} has no tensor of its own in the checkpoint: transformers makes its weight from others",
-            "leave the module out of the merge, or save the checkpoint in the layout that it has in memory",
+            f"{what} has no tensor in the checkpoint: transformers makes its weight from other tensors",
+            "leave the module out of the merge, or save the checkpoint with the parameter names of the loaded model",
         )
     raise PimergeError(f"the checkpoint has no weight for {what}", nearest(name, sorted(names.parameter)[:2000]))
 
 
 def is_fan_in_first(names: Names, module: str) -> bool:
-    """Whether a module of a model that transformers knows stores its weight (d_in × d_out)."""
+    """Whether a module stores its weight (d_in × d_out), in a model that transformers knows."""
     prefix = names.prefix + "."
     renamed = names.rename(f"{module}.weight").removesuffix(".weight")
     return any(way in names.fan_in_first for way in (module, renamed, prefix + module, module.removeprefix(prefix)))
 
 
 def align(own: Names, other: Names) -> dict[str, str]:
-    """Key of another checkpoint → this one's key of the same parameter, the backbone's prefix aside."""
+    """Key of another checkpoint → this one's key of the same parameter, regardless of the backbone's prefix."""
     index = {name: key for key, name in own.parameter.items()}
     index |= {key: key for key in own.parameter}
     prefixes = sorted({f"{names.prefix}." for names in (own, other) if names.prefix})
@@ -152,7 +152,7 @@ def align(own: Names, other: Names) -> dict[str, str]:
 
 
 def _index(names: Names) -> dict[str, list[str]]:
-    """Name in memory or key on disk → the keys that it can mean."""
+    """Parameter name or key on disk → the keys that it can refer to."""
     index: dict[str, list[str]] = {}
     for key, name in names.parameter.items():
         for way in {key, name}:
@@ -164,12 +164,12 @@ def _index(names: Names) -> dict[str, list[str]]:
 
 def _only(keys: list[str], what: str) -> str:
     if len(keys) > 1:
-        raise PimergeError(f"{what} can mean several tensors of the checkpoint: {', '.join(sorted(keys))}")
+        raise PimergeError(f"{what} matches several tensors of the checkpoint: {', '.join(sorted(keys))}")
     return keys[0]
 
 
 def _loose(name: str) -> str:
-    """A name in the form that all programs share.
+    """A name without the separators and prefixes that differ between programs.
 
     >>> _loose("model.diffusion_model.down.0.to_q.weight") == _loose("unet_down_0_to_q.weight")
     True
@@ -178,7 +178,7 @@ def _loose(name: str) -> str:
 
 
 def _renaming(model: Any) -> Callable[[str], tuple[str, bool]]:
-    """Key on disk → name in memory, and whether its values are changed on the way: as transformers loads it."""
+    """Key on disk → parameter name, and whether transformers changes the values when it loads them."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 

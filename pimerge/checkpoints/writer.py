@@ -1,4 +1,4 @@
-"""A checkpoint of the same shards, names and other files as another, written piece by piece."""
+"""Write a changed copy of a checkpoint, with the same shards, names and other files, piece by piece."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _COPIED = (".json", ".txt", ".model", ".jinja", ".py", ".tiktoken", ".vocab", ".
 _NOT_COPIED = ("adapter_config.json", "pimerge.json")
 
 Change: TypeAlias = Callable[[str], "Iterable[Tensor] | None"]
-"""Key → the new values of a tensor, in pieces of its flattened order; None if it stays as it is."""
+"""Key → the new values of a tensor, flattened and in pieces; None if they do not change."""
 
 Layout: TypeAlias = Mapping[str, tuple[str, tuple[int, ...]]]
 """Key → dtype and shape."""
@@ -38,46 +38,33 @@ def write_like(
     dtype: torch.dtype | None = None,
     track: Track = silent,
 ) -> int:
-    """Write a checkpoint of the same shards, order and names in the memory of one piece.
+    """Write a checkpoint with the same shards, order and names, in the memory of one piece of a tensor.
 
     Args:
         output: an empty folder, or a file's path if the checkpoint is a single file.
-        change: the new values of a tensor; they are rounded once to the dtype that is written.
-        new: dtype and shape of each tensor that is added (to the last file) or takes another shape or dtype.
-        config: in place of the content of ``config.json``; None keeps its bytes.
-        dtype: of all floating tensors; None keeps each one's own.
+        change: gives the new values of a tensor; they are rounded once, to the dtype that is written.
+        new: dtype and shape of each tensor that is added (to the last file) or whose shape or dtype changes.
+        config: content that replaces ``config.json``; None keeps the file byte for byte.
+        dtype: dtype of all floating tensors; None keeps the dtype of each.
 
     Returns:
-        bytes of the tensors.
+        the number of bytes of all tensors.
     """
-    with disk_errors(output):
-        return _write_all(checkpoint, output, change, new or {}, config, dtype, track)
-
-
-def _write_all(
-    checkpoint: Checkpoint,
-    output: Path,
-    change: Change,
-    new: Layout,
-    config: Mapping[str, Any] | None,
-    dtype: torch.dtype | None,
-    track: Track,
-) -> int:
-    entries = _written(checkpoint, new, dtype)
-    with track("writing", sum(map(len, entries)), "tensors") as advance:
-        total = 0
+    entries = _written(checkpoint, new or {}, dtype)
+    total = 0
+    with disk_errors(output), track("writing", sum(map(len, entries)), "tensors") as advance:
         for file, wanted in zip(checkpoint.files, entries, strict=True):
             path = output if checkpoint.is_file else output / file.path.name
             with writing_tensors(path, wanted, file.metadata) as writer:
                 _write_file(file, wanted, change, writer, advance)
                 total += writer.written
-    if not checkpoint.is_file:
-        _write_others(checkpoint, output, entries, total, _with_dtype(checkpoint, config, dtype))
+        if not checkpoint.is_file:
+            _write_others(checkpoint, output, entries, total, _with_dtype(checkpoint, config, dtype))
     return total
 
 
 def _written(checkpoint: Checkpoint, new: Layout, dtype: torch.dtype | None) -> list[Layout]:
-    """For each file: key → dtype and shape to write, in an order that aligns each tensor to its dtype."""
+    """Key → dtype and shape to write, for each file; wide dtypes first, so that every tensor is aligned."""
     entries: list[Layout] = []
     for number, file in enumerate(checkpoint.files, 1):
         wanted: Layout = {key: new.get(key, (entry.dtype, entry.shape)) for key, entry in file.entries.items()}
@@ -93,13 +80,7 @@ def _written(checkpoint: Checkpoint, new: Layout, dtype: torch.dtype | None) -> 
     return entries
 
 
-def _write_file(
-    file: TensorFile,
-    wanted: Layout,
-    change: Change,
-    writer: TensorWriter,
-    advance: Advance,
-) -> None:
+def _write_file(file: TensorFile, wanted: Layout, change: Change, writer: TensorWriter, advance: Advance) -> None:
     for key, (dtype, shape) in wanted.items():
         values = change(key)
         if values is None and file.entries[key].dtype == dtype:
@@ -111,7 +92,7 @@ def _write_file(
 
 
 def flat_pieces(file: TensorFile, key: str, share: int = 1) -> Iterator[Tensor]:
-    """A tensor's numbers in pieces of its flattened order, of at most PIECE/share bytes each."""
+    """Yield a flattened tensor in pieces of at most PIECE/share bytes."""
     entry = file.entries[key]
     count = (entry.end - entry.start) // size_of(entry.dtype)
     step = max(1, PIECE // share // size_of(entry.dtype))
@@ -122,18 +103,14 @@ def flat_pieces(file: TensorFile, key: str, share: int = 1) -> Iterator[Tensor]:
 def _with_dtype(
     checkpoint: Checkpoint, config: Mapping[str, Any] | None, dtype: torch.dtype | None
 ) -> Mapping[str, Any] | None:
-    """The config with the dtype that the tensors now have: transformers loads them in the one it states."""
+    """The config with the dtype that was written, since transformers loads a model in the dtype of its config."""
     found = checkpoint.config if config is None else config
     stated = {} if dtype is None else {name: str(dtype)[6:] for name in ("dtype", "torch_dtype") if found.get(name)}
     return {**found, **stated} if any(found[name] != value for name, value in stated.items()) else config
 
 
 def _write_others(
-    checkpoint: Checkpoint,
-    output: Path,
-    entries: list[Layout],
-    total: int,
-    config: Mapping[str, Any] | None,
+    checkpoint: Checkpoint, output: Path, entries: list[Layout], total: int, config: Mapping[str, Any] | None
 ) -> None:
     for source in _others(checkpoint):
         target = output / source.relative_to(checkpoint.path)
@@ -156,15 +133,15 @@ def _write_others(
 
 
 def _others(checkpoint: Checkpoint) -> Iterator[Path]:
-    """The files besides the weights that loading needs; the README is written by the caller."""
+    """The files that loading needs beside the weights; the caller writes the README."""
     folder = checkpoint.path
     for path in sorted(folder.iterdir()):
-        licence = path.name.upper().startswith(("LICENSE", "NOTICE"))
-        plain = path.suffix in _COPIED and path.name not in _NOT_COPIED and not path.name.endswith(INDEX)
-        if path.is_file() and not path.name.startswith(".") and (plain or licence):
+        is_licence = path.name.upper().startswith(("LICENSE", "NOTICE"))
+        is_copied = path.suffix in _COPIED and path.name not in _NOT_COPIED and not path.name.endswith(INDEX)
+        if path.is_file() and not path.name.startswith(".") and (is_copied or is_licence):
             yield path
     parts = read_json(folder / "modules.json") if (folder / "modules.json").is_file() else []
-    named = [part.get("path") for part in parts if isinstance(part, dict)]  # of sentence-transformers
+    named = [part.get("path") for part in parts if isinstance(part, dict)]  # a file of sentence-transformers
     for name in ("additional_chat_templates", *filter(None, named)):
         if (folder / name).resolve().is_relative_to(folder.resolve()):
             yield from sorted(path for path in (folder / name).rglob("*") if path.is_file())

@@ -117,11 +117,7 @@ def read_json(path: Path, hint: str = "") -> Any:
     except json.JSONDecodeError as error:
         found = f"cannot read '{path}': not valid JSON ({error.msg}, line {error.lineno}, column {error.colno})"
         raise PimergeError(found, hint) from error
-    except (
-        OSError,
-        ValueError,
-        RecursionError,
-    ) as error:  # not UTF-8, too many digits, too deep
+    except (OSError, ValueError, RecursionError) as error:  # not UTF-8, too many digits, too deep
         raise PimergeError(f"cannot read '{path}': {error}") from error
 
 

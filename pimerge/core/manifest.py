@@ -48,11 +48,7 @@ class Manifest(BaseModel):
 
 def library_versions() -> dict[str, str]:
     """Versions of Python, of pimerge and of the libraries that the numbers depend on."""
-    return {
-        "pimerge": __version__,
-        "python": platform.python_version(),
-        **{name: version(name) for name in _LIBRARIES},
-    }
+    return {"pimerge": __version__, "python": platform.python_version(), **{name: version(name) for name in _LIBRARIES}}
 
 
 class Hashed(Protocol):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from pimerge.adapters.model_card import Source, licence_of
-from pimerge.checkpoints.base import find_base
+from pimerge.checkpoints.base import given_base
 from pimerge.checkpoints.checkpoint import Checkpoint, is_checkpoint, is_state_dict, open_checkpoint
 from pimerge.core.errors import PimergeError, Problems
 from pimerge.core.files import hashes_of, json_text, new_folder, sha256_file, write_into
@@ -153,9 +153,8 @@ def _refuse_other_options(request: MergeRequest, method: OpenedMethod, paths: Se
 
 
 def _open(request: MergeRequest, paths: Sequence[Path]) -> tuple[Checkpoint, list[Checkpoint]]:
-    reference = request.base or str(paths[0])  # without a base, the first file defines the layout
-    name, _, revision = reference.partition("@")
-    folder = Path(reference) if Path(reference).exists() else find_base(name, revision or None, Path.cwd()).folder
+    reference = request.base or str(paths[0])  # of files without a base, the first gives the layout
+    folder = Path(reference) if Path(reference).exists() else given_base(reference).folder
     if folder is None:
         raise PimergeError(f"the base '{request.base}' is not on this machine", "download it first: hf download NAME")
     problems = Problems()

@@ -9,7 +9,7 @@ from pathlib import Path
 from pimerge.adapters.expert import Expert, open_expert
 from pimerge.adapters.expert_files import CONFIG
 from pimerge.adapters.ranking_document import Target
-from pimerge.checkpoints.base import Base, find_base
+from pimerge.checkpoints.base import Base, given_base
 from pimerge.core.errors import PimergeError, Problems
 from pimerge.core.files import relative_to
 from pimerge.core.progress import Note, Track, silent, unheard
@@ -121,8 +121,7 @@ def folder_for(store: Store, task: str) -> Path:
 def pool_base(store: Store, target: RankTarget, reference: str | None) -> Base:
     """The base given, else the target expert's, else that of all experts of the store."""
     if reference is not None:
-        name, _, revision = reference.partition("@")
-        return find_base(name, revision or None, Path.cwd())
+        return given_base(reference)
     if target.expert is not None:
         return target.expert.base
     count = len({entry.base for entry in store.experts.values()})

@@ -305,7 +305,7 @@ def test_a_folder_of_a_hub_ids_name_goes_first(cached: Path, tmp_path: Path, mon
 
 @pytest.mark.parametrize("reference", ["org/gone", "org/adapter@gone"])
 def test_a_hub_id_that_cannot_be_had_is_named(reference: str, cached: Path) -> None:
-    with pytest.raises(PimergeError, match=f"'{reference}' is not a folder here and cannot be downloaded from the Hub"):
+    with pytest.raises(PimergeError, match=f"'{reference}' is not a folder, and it cannot be downloaded from the Hub"):
         open_expert(reference)
 
 

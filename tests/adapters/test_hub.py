@@ -175,7 +175,7 @@ def test_what_was_downloaded_opens_offline(hub: Hub, monkeypatch: pytest.MonkeyP
 def test_a_gated_repository_says_where_its_terms_are(hub: Hub, field: str, status: int) -> None:
     setattr(hub, field, (status, "GatedRepo"))
     message = refusal(NAME)
-    assert f"'{NAME}' is not a folder here and cannot be downloaded from the Hub: the repository is gated" in message
+    assert f"'{NAME}' is not a folder, and it cannot be downloaded from the Hub: the repository is gated" in message
     assert f"accept its terms at https://huggingface.co/{NAME}, then log in with 'hf auth login'" in message
     assert "gated" in refusal(NAME)  # nor is what the first attempt left behind taken for an expert
 
@@ -194,7 +194,7 @@ def test_a_misspelt_repository_is_named(hub: Hub) -> None:
 
 def test_a_missing_revision_is_named(hub: Hub) -> None:
     message = refusal(f"{NAME}@v3")
-    assert f"'{NAME}@v3' is not a folder here and cannot be downloaded from the Hub" in message
+    assert f"'{NAME}@v3' is not a folder, and it cannot be downloaded from the Hub" in message
     assert "the repository has no revision 'v3'" in message
     assert f"https://huggingface.co/{NAME}/tree/main" in message
 
@@ -221,14 +221,14 @@ def test_without_a_network_the_cache_is_used_or_the_network_named(
         assert open_expert(NAME).path == path
         shutil.rmtree(tmp_path / "hub")
         message = refusal(NAME)
-    assert "the Hub cannot be reached, and it is not in the local cache, or not whole" in message
+    assert "the Hub cannot be reached, and it is missing or incomplete in the local cache" in message
     assert "check the network" in message
 
 
 def test_offline_the_variable_is_named(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     message = refusal(NAME)
-    assert "it is not in the local cache, or not whole, and HF_HUB_OFFLINE is set" in message
+    assert "it is missing or incomplete in the local cache, and HF_HUB_OFFLINE is set" in message
     assert "without HF_HUB_OFFLINE" in message
 
 
@@ -250,5 +250,5 @@ def test_a_part_in_the_cache_is_not_taken_for_the_whole(
 def test_a_refused_token_and_a_server_in_trouble_are_told_apart(hub: Hub, status: int, hint: str) -> None:
     hub.error = (status, "")
     message = refusal(NAME)
-    assert f"the Hub answers with status {status}\n" in message
+    assert f"the Hub responded with status {status}\n" in message
     assert hint in message

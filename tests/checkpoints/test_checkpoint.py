@@ -102,7 +102,7 @@ def test_broken_indexes_are_reported_at_once(sharded: Path) -> None:
     save_file({**load_file(sharded / third), lost: normal(2)}, sharded / third)
     with pytest.raises(PimergeError) as error:
         open_checkpoint(sharded)
-    assert f"'{first}', which is not there" in str(error.value)
+    assert f"'{first}', which does not exist" in str(error.value)
     assert f"'{second}' lacks '{lost}'" in str(error.value)
     assert f"'{third}' holds '{lost}', but the index has it in '{second}'" in str(error.value)
 

@@ -409,5 +409,5 @@ def test_a_task_that_changed_since_it_was_ranked_is_refused(
     (task / "task.json").write_text(json.dumps(changed))
     with pytest.raises(PimergeError, match=r"(?s)the task 'task' or its data has changed.*rank --target task' again"):
         raise_from(cli("merge", "--head", "none"))
-    with pytest.raises(PimergeError, match=r"ranks experts for 'task', not for '\./task' as it is now"):
+    with pytest.raises(PimergeError, match=r"ranks experts for 'task', not for the present '\./task'"):
         raise_from(cli("merge", "--head", "none", "--target", "./task"))

@@ -193,7 +193,7 @@ def test_a_fresh_kind_that_cannot_be_is_refused(
         ((*scratch, "prompt", *scans), "a prompt goes before a text"),
         ((*scratch, "bottle", *text), "did you mean 'bottleneck'"),
         ((*scratch, "ia3", "--fresh-rank", "3", *text), "this kind of expert has no size"),
-        ((*scratch, "prefix", "--modules", "query", *text), "comes before the text"),
+        ((*scratch, "prefix", "--modules", "query", *text), "is put before the text"),
         ((*scratch, "bottleneck", "--modules", "nowhere", *text), "cannot be put into BertForSequenceClassification"),
         ((*scratch, "bottleneck", "--fresh-alpha", "3", *text), "--fresh-alpha is for LoRA"),
         (("--method", "head", "--kind", "bottleneck", *text), "'head' does not train one"),

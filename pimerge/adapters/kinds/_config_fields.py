@@ -1,4 +1,4 @@
-"""The fields of ``adapter_config.json`` that every kind reads, and their types."""
+"""Check the types of the fields in ``adapter_config.json``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pimerge.core.errors import Problems
 
 
 class CommonFields(BaseModel):
-    """The fields of ``adapter_config.json`` that every kind reads, with their types."""
+    """The fields that every kind reads."""
 
     model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
 
@@ -21,7 +21,7 @@ class CommonFields(BaseModel):
 
 
 def faulty_fields(fields: type[BaseModel], config: Mapping[str, Any], problems: Problems) -> set[Any]:
-    """The fields of a wrong type, each of which is a problem."""
+    """Return the fields of a wrong type, and add a problem for each."""
     faulty = set()
     try:
         fields.model_validate(config)

@@ -1,4 +1,4 @@
-"""Code that the parsers of experts without ΔW share."""
+"""Shared by the kinds without ΔW: parsing, and fields of a fresh expert."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from pimerge.core.errors import PimergeError, Problems
 
 
 def fresh_fields(size: int | None, modules: Sequence[str] | None) -> dict[str, Any]:
-    """PEFT config fields of a fresh expert of a kind that has no size; see :mod:`pimerge.adapters.kind`.
+    """Fields of PEFT's config for a fresh expert of a kind without a size; see :mod:`pimerge.adapters.kind`.
 
     >>> fresh_fields(None, ["q_proj"])
     {'target_modules': ['q_proj']}
     """
     if size is not None:
         raise PimergeError(
-            f"--fresh-rank is {size}, and this kind of expert has no size",
+            f"--fresh-rank is {size}, but this kind of expert has no size",
             "leave it out: it is the rank of a LoRA, or the size of a bottleneck, a prefix or a prompt",
         )
     return {"target_modules": list(modules)} if modules else {}
@@ -36,14 +36,14 @@ def parse_tensor_sets(
     *,
     fields: type[CommonFields] = CommonFields,
 ) -> tuple[dict[str, TensorSet], dict[str, str]]:
-    """The groups of an expert, one for each module, and its head.
+    """Read the tensor sets of an expert, one for each module, and its head.
 
     Args:
-        pattern: of a key behind PEFT's prefix, with ``module`` and ``slot``.
-        what: the kind's tensors, for messages.
-        slot: (module, slot, key, shape) → the slot, or what is wrong with its shape.
-        needed: the slots that every module has.
-        fields: of the config that are read.
+        pattern: matches a key without PEFT's prefix, with the groups ``module`` and ``slot``.
+        what: name of the kind's tensors in messages.
+        slot: (module, slot, key, shape) → the slot, or the problem of its shape.
+        needed: the slots that every module must have.
+        fields: the fields of the config that are read.
     """
 
     def slot_of(key: str) -> tuple[str, str] | None:
@@ -55,7 +55,7 @@ def parse_tensor_sets(
     config = {field: value for field, value in header.config.items() if field not in faulty}
     shapes = header.shapes
     keys, head = sort_keys(config, shapes, slot_of, what, problems)
-    groups = {}
+    sets = {}
     for module in sorted(keys):
         found = {name: slot(module, name, key, shapes[key]) for name, key in sorted(keys[module].items())}
         for name, each in found.items():
@@ -63,6 +63,6 @@ def parse_tensor_sets(
                 problems.add(f"module '{module}': {name} is {shapes[keys[module][name]]}, {each}", "save it again")
         if missing := needed - found.keys():
             problems.add(f"module '{module}' has no {' and '.join(sorted(missing))}", "save the adapter again")
-        groups[module] = TensorSet(module, {name: each for name, each in found.items() if isinstance(each, TensorSlot)})
+        sets[module] = TensorSet(module, {name: each for name, each in found.items() if isinstance(each, TensorSlot)})
     problems.raise_any(f"these {what} cannot be used")
-    return groups, head
+    return sets, head

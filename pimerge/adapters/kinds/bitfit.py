@@ -1,4 +1,4 @@
-"""BitFit: biases in place of the base's own (arXiv 2106.10199); PEFT knows it through :mod:`pimerge.peft_methods`."""
+"""BitFit: trained biases replace the base's (arXiv 2106.10199); :mod:`pimerge.peft_methods` adds it to PEFT."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _KEY = re.compile(r"(?P<module>.+)\.(?P<slot>bitfit_bias)")
 def parse(header: AdapterHeader) -> Parts:
     """Read the layout of an expert of biases; see :mod:`pimerge.adapters.kind`.
 
-    >>> groups, _ = parse(AdapterHeader({}, {"base_model.model.q.bitfit_bias": (4,)}))
-    >>> groups["q"].slots["bitfit_bias"].base
+    >>> sets, _ = parse(AdapterHeader({}, {"base_model.model.q.bitfit_bias": (4,)}))
+    >>> sets["q"].slots["bitfit_bias"].base
     'q.bias'
     """
 
@@ -31,17 +31,8 @@ def parse(header: AdapterHeader) -> Parts:
     return parse_tensor_sets(header, _KEY, "biases", slot, frozenset({"bitfit_bias"}))
 
 
-def key_of_parameter(name: str) -> str:
-    """The adapter file's key for the name of a parameter of PEFT's model with adapter ``default``.
-
-    >>> key_of_parameter("base_model.model.q.bitfit_bias.default")
-    'base_model.model.q.bitfit_bias'
-    """
-    return re.sub(r"\.bitfit_bias\.default$", ".bitfit_bias", name)
-
-
 def misfit(group: TensorSet, model: nn.Module, config: Mapping[str, Any]) -> str:
-    """Why a group has no place in a base; empty if it has."""
+    """Why a tensor set does not fit a base; empty if it fits."""
     bias = getattr(model.get_submodule(group.name), "bias", None)
     if bias is None:
         return "the base's layer has no bias"
@@ -51,7 +42,7 @@ def misfit(group: TensorSet, model: nn.Module, config: Mapping[str, Any]) -> str
 
 KIND = Kind(
     name="bitfit",
-    summary="Biases in place of the base's own.",
+    summary="Trained biases in place of the base's.",
     formula="y = W x + b'",
     paper="BitFit (arXiv 2106.10199)",
     peft_type="BITFIT",
@@ -59,5 +50,4 @@ KIND = Kind(
     fresh_fields=fresh_fields,
     misfit=misfit,
     parse=parse,
-    key_of_parameter=key_of_parameter,
 )

@@ -1,7 +1,7 @@
-"""Bottleneck adapters behind layers, y + s · U f(D y) (arXiv 1902.00751), through :mod:`pimerge.peft_methods`.
+"""Bottleneck adapters behind layers, y + s · U f(D y) (arXiv 1902.00751), added to PEFT by :mod:`pimerge.peft_methods`.
 
-Layout: D is (d × width), U is (width × d), each with a bias. The adapter does nothing where U and its bias are 0; D
-and U of one position share one weight when experts are combined, as in π-Tuning."""
+Layout: D is (d × width), U is (width × d), each with a bias. The adapter changes nothing if U and its bias are 0; D and
+U of one module share one weight when experts are combined, as in π-Tuning."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def parse(header: AdapterHeader) -> Parts:
 
     >>> shapes = {"down.weight": (2, 8), "down.bias": (2,), "up.weight": (8, 2), "up.bias": (8,)}
     >>> shapes = {f"base_model.model.o.bottleneck_{name}": shape for name, shape in shapes.items()}
-    >>> groups, _ = parse(AdapterHeader({"bottleneck_dim": 2}, shapes))
-    >>> groups["o"].slots["up.weight"].neutral, groups["o"].slots["down.weight"].neutral
+    >>> sets, _ = parse(AdapterHeader({"bottleneck_dim": 2}, shapes))
+    >>> sets["o"].slots["up.weight"].neutral, sets["o"].slots["down.weight"].neutral
     (0.0, None)
     """
 
@@ -46,18 +46,18 @@ def parse(header: AdapterHeader) -> Parts:
             return f"adapter_config.json says bottleneck_dim {d}"
         return TensorSlot(key, shape, neutral=0.0 if name.startswith("up") else None)
 
-    groups, head = parse_tensor_sets(header, _KEY, "bottleneck adapters", slot, _SLOTS, fields=_BottleneckFields)
+    sets, head = parse_tensor_sets(header, _KEY, "bottleneck adapters", slot, _SLOTS, fields=_BottleneckFields)
     problems = Problems()
-    for group in groups.values():
+    for group in sets.values():
         widths = {group.slots["down.weight"].shape[1], group.slots["up.weight"].shape[0], *group.slots["up.bias"].shape}
         if len(widths) > 1:
             problems.add(f"module '{group.name}': its projections have the widths {sorted(widths)}", "save it again")
     problems.raise_any("these bottleneck adapters cannot be used")
-    return groups, head
+    return sets, head
 
 
 def fresh_fields(size: int | None, modules: Sequence[str] | None) -> dict[str, Any]:
-    """PEFT config fields of a fresh expert: d = 64 by default.
+    """Fields of PEFT's config for a fresh expert; d is 64 by default.
 
     >>> fresh_fields(8, None)
     {'bottleneck_dim': 8}
@@ -66,11 +66,11 @@ def fresh_fields(size: int | None, modules: Sequence[str] | None) -> dict[str, A
 
 
 def usual_places(model: nn.Module) -> dict[str, Any]:
-    """PEFT config fields of a fresh expert in an architecture that is not in the table of known ones.
+    """Target modules in an architecture that is not in :data:`~pimerge.peft_methods.bottleneck.TARGETS`.
 
-    All that has a name of the output projections of known ones, such as those of a LLaVA's tower and words.
+    They are all modules with a name that an output projection has in some known architecture.
     """
-    from pimerge.checkpoints.architecture import named_layers  # imports torch, which reading a file needs not
+    from pimerge.checkpoints.architecture import named_layers  # imports torch
     from pimerge.peft_methods.bottleneck import TARGETS
 
     if str(model.config.model_type) in TARGETS:  # type: ignore[union-attr]
@@ -78,21 +78,12 @@ def usual_places(model: nn.Module) -> dict[str, Any]:
     return {"target_modules": named_layers(model, sorted({end for ends in TARGETS.values() for end in ends}))}
 
 
-def key_of_parameter(name: str) -> str:
-    """The adapter file's key for the name of a parameter of PEFT's model with adapter ``default``.
-
-    >>> key_of_parameter("base_model.model.o.bottleneck_up.default.weight")
-    'base_model.model.o.bottleneck_up.weight'
-    """
-    return re.sub(r"\.(bottleneck_(?:down|up))\.default\.", r".\1.", name)
-
-
 def misfit(group: TensorSet, model: nn.Module, config: Mapping[str, Any]) -> str:
-    """Why a group has no place in a base; empty if it has."""
+    """Why a tensor set does not fit a base; empty if it fits."""
     from pimerge.peft_methods.bottleneck import output_width
 
     width, own = output_width(model.get_submodule(group.name), model), group.slots["up.weight"].shape[0]
-    return "" if width == own else f"it adapts outputs of width {own}, the base's have {width}"
+    return "" if width == own else f"it adapts outputs of width {own}, but the base's have {width}"
 
 
 KIND = Kind(
@@ -108,5 +99,4 @@ KIND = Kind(
     usual_places=usual_places,
     misfit=misfit,
     parse=parse,
-    key_of_parameter=key_of_parameter,
 )

@@ -1,6 +1,7 @@
 """(IA)³: vectors that scale the outputs of layers, or the inputs of feed-forward layers (arXiv 2205.05638).
 
-Layout: (d_out × 1) for a layer whose outputs are scaled, (1 × d_in) for one whose inputs are. At 1 nothing changes.
+Layout: (d_out × 1) for a layer whose outputs are scaled, (1 × d_in) for one whose inputs are. A vector of ones
+changes nothing.
 """
 
 from __future__ import annotations
@@ -23,36 +24,33 @@ _FEEDFORWARD = ("fc2", "lin2", "down_proj", "wo", "dense_4h_to_h", "mlp.c_proj")
 _KEY = re.compile(r"(?P<module>.+)\.(?P<slot>ia3_l)")
 
 
-_WHY_NO_UPDATE = "(IA)³ scales what a matrix W gives or takes, so that its ΔW = diag(l − 1)·W needs the base's weights"
+_WHY_NO_UPDATE = "(IA)³ scales the outputs or inputs of W, so its ΔW = diag(l − 1)·W depends on the base's weights"
 
 
 def parse(header: AdapterHeader) -> Parts:
     """Read the layout of an (IA)³ expert; see :mod:`pimerge.adapters.kind`.
 
-    >>> groups, _ = parse(AdapterHeader({}, {"base_model.model.k.ia3_l": (4, 1)}))
-    >>> groups["k"].slots["ia3_l"].neutral
+    >>> sets, _ = parse(AdapterHeader({}, {"base_model.model.k.ia3_l": (4, 1)}))
+    >>> sets["k"].slots["ia3_l"].neutral
     1.0
     """
 
     def slot(module: str, name: str, key: str, shape: tuple[int, ...]) -> TensorSlot | str:
-        return (
-            TensorSlot(key, shape, neutral=1.0)
-            if shape.count(1) >= len(shape) - 1 > 0
-            else "expected a row or a column"
-        )
+        is_vector = shape.count(1) >= len(shape) - 1 > 0
+        return TensorSlot(key, shape, neutral=1.0) if is_vector else "expected a row or a column"
 
     feedforward, targets = (header.config.get(field) for field in ("feedforward_modules", "target_modules"))
     if isinstance(feedforward, list) and isinstance(targets, list) and (stray := set(feedforward) - set(targets)):
         raise PimergeError(
-            f"feedforward_modules has {', '.join(sorted(map(str, stray)))}, which target_modules has not: PEFT saves "
-            "such a config where it chose the former itself, and does not load it",
-            "leave in feedforward_modules of adapter_config.json only what target_modules has",
+            f"feedforward_modules has {', '.join(sorted(map(str, stray)))}, which target_modules lacks: PEFT saves "
+            "such a config if it chose feedforward_modules itself, but does not load it",
+            "in adapter_config.json, keep in feedforward_modules only modules that target_modules has",
         )
     return parse_tensor_sets(header, _KEY, "(IA)³ vectors", slot, frozenset({"ia3_l"}))
 
 
 def fresh_fields(size: int | None, modules: Sequence[str] | None) -> dict[str, Any]:
-    """PEFT config fields of a fresh expert; the outputs of named modules are scaled.
+    """Fields of PEFT's config for a fresh expert; named modules have their outputs scaled.
 
     >>> fresh_fields(None, ["k"])
     {'target_modules': ['k'], 'feedforward_modules': []}
@@ -61,13 +59,13 @@ def fresh_fields(size: int | None, modules: Sequence[str] | None) -> dict[str, A
 
 
 def usual_places(model: nn.Module) -> dict[str, Any]:
-    """PEFT config fields of a fresh expert in an architecture that PEFT does not know.
+    """Target modules in an architecture that PEFT does not know.
 
-    As in the paper: keys, values, and what enters the last layer of a feed-forward block.
+    As in the paper: keys, values, and the inputs of the last layer of each feed-forward block.
     """
     from peft.utils import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING as KNOWN
 
-    from pimerge.checkpoints.architecture import named_layers  # imports torch, which reading a file needs not
+    from pimerge.checkpoints.architecture import named_layers  # imports torch
 
     config: Any = model.config
     if config.model_type in KNOWN:
@@ -76,25 +74,13 @@ def usual_places(model: nn.Module) -> dict[str, Any]:
     return {"target_modules": named_layers(model, _KEYS_AND_VALUES) + last, "feedforward_modules": last}
 
 
-def key_of_parameter(name: str) -> str:
-    """The adapter file's key for the name of a parameter of PEFT's model with adapter ``default``.
-
-    >>> key_of_parameter("base_model.model.k.ia3_l.default")
-    'base_model.model.k.ia3_l'
-    """
-    return re.sub(r"\.ia3_l\.default$", ".ia3_l", name)
-
-
 def misfit(group: TensorSet, model: nn.Module, config: Mapping[str, Any]) -> str:
-    """Why a group has no place in a base; empty if it has."""
+    """Why a tensor set does not fit a base; empty if it fits."""
     weight = getattr(model.get_submodule(group.name), "weight", None)
     if weight is None or weight.dim() < 2:
         return f"the base's '{group.name}' has no matrix to scale"
-    shape = group.slots["ia3_l"].shape
-    length = max(shape)
-    return (
-        "" if length in weight.shape[:2] else f"it scales {length} numbers, the base's weight is {tuple(weight.shape)}"
-    )
+    length, shape = max(group.slots["ia3_l"].shape), tuple(weight.shape)
+    return "" if length in shape[:2] else f"it scales {length} numbers, but the base's weight is {shape}"
 
 
 KIND = Kind(
@@ -108,5 +94,4 @@ KIND = Kind(
     usual_places=usual_places,
     misfit=misfit,
     parse=parse,
-    key_of_parameter=key_of_parameter,
 )

@@ -1,4 +1,4 @@
-"""Trained LayerNorms: weights and biases in place of the base's own (arXiv 2312.11420)."""
+"""LN tuning: trained LayerNorm weights and biases replace the base's (arXiv 2312.11420)."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _KEY = re.compile(r"(?P<module>.+)\.ln_tuning_layers\.(?P<slot>weight|bias)")
 def parse(header: AdapterHeader) -> Parts:
     """Read the layout of an expert of trained LayerNorms; see :mod:`pimerge.adapters.kind`.
 
-    >>> groups, _ = parse(AdapterHeader({}, {"base_model.model.norm.ln_tuning_layers.weight": (4,)}))
-    >>> groups["norm"].slots["weight"].base
+    >>> sets, _ = parse(AdapterHeader({}, {"base_model.model.norm.ln_tuning_layers.weight": (4,)}))
+    >>> sets["norm"].slots["weight"].base
     'norm.weight'
     """
 
@@ -32,34 +32,25 @@ def parse(header: AdapterHeader) -> Parts:
 
 
 def usual_places(model: nn.Module) -> dict[str, Any]:
-    """PEFT config fields of a fresh expert in an architecture that PEFT does not know: all normalisations."""
+    """Target modules in an architecture that PEFT does not know: all normalisation layers."""
     from peft.utils import TRANSFORMERS_MODELS_TO_LNTUNING_TARGET_MODULES_MAPPING as KNOWN
 
-    from pimerge.checkpoints.architecture import norms  # imports torch, which reading a file needs not
+    from pimerge.checkpoints.architecture import norms  # imports torch
 
     config: Any = model.config
     return {} if config.model_type in KNOWN else {"target_modules": norms(model)}
 
 
-def key_of_parameter(name: str) -> str:
-    """The adapter file's key for the name of a parameter of PEFT's model with adapter ``default``.
-
-    >>> key_of_parameter("base_model.model.norm.ln_tuning_layers.default.weight")
-    'base_model.model.norm.ln_tuning_layers.weight'
-    """
-    return name.replace(".ln_tuning_layers.default.", ".ln_tuning_layers.")
-
-
 def misfit(group: TensorSet, model: nn.Module, config: Mapping[str, Any]) -> str:
-    """Why a group has no place in a base; empty if it has."""
+    """Why a tensor set does not fit a base; empty if it fits."""
     own = {name: tuple(value.shape) for name, value in model.get_submodule(group.name).named_parameters(recurse=False)}
     found = {name: slot.shape for name, slot in group.slots.items()}
-    return "" if own == found else f"it holds {found}, the base's layer {own}"
+    return "" if own == found else f"it holds {found}, but the base's layer holds {own}"
 
 
 KIND = Kind(
     name="ln-tuning",
-    summary="LayerNorms trained in place of the base's own.",
+    summary="Trained LayerNorms in place of the base's.",
     formula="y = γ' ⊙ norm(x) + β'",
     paper="LN tuning (arXiv 2312.11420)",
     peft_type="LN_TUNING",
@@ -67,5 +58,4 @@ KIND = Kind(
     usual_places=usual_places,
     misfit=misfit,
     parse=parse,
-    key_of_parameter=key_of_parameter,
 )

@@ -10,17 +10,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pimerge.adapters.keys import PREFIX, sort_keys
 from pimerge.adapters.kind import AdapterHeader, Kind
 from pimerge.adapters.kinds._lora_config import conversions_of, refuse_unhandled, well_typed
 from pimerge.adapters.lora_module import DORA, OLORA, LoraModule, pattern_value
 from pimerge.core.errors import Problems
-
-if TYPE_CHECKING:
-    pass
-
 
 _FACTOR_KEY = re.compile(
     re.escape(PREFIX) + r"(?P<module>.+)\.(?:lora_(?P<factor>[AB])\.weight|lora_B\.(?P<bias>bias)"
@@ -47,15 +43,6 @@ def parse(header: AdapterHeader) -> tuple[dict[str, LoraModule], dict[str, str]]
             modules[name] = module
     problems.raise_any("this LoRA cannot be used")
     return modules, head
-
-
-def key_of_parameter(name: str) -> str:
-    """The adapter file's key for the name of a parameter of PEFT's model with adapter ``default``.
-
-    >>> key_of_parameter("base_model.model.q.lora_A.default.weight")
-    'base_model.model.q.lora_A.weight'
-    """
-    return re.sub(r"(\.lora_(?:embedding_)?[AB])\.default", r"\1", name)
 
 
 def is_B_factor(key: str) -> bool:
@@ -159,5 +146,4 @@ KIND = Kind(
     stores_factors=True,
     init_slots=("A",),
     parse=parse,
-    key_of_parameter=key_of_parameter,
 )

@@ -23,10 +23,7 @@ def _delta(layer: Any, weight: Tensor) -> Tensor:
 
 KIND = peft_kind(
     PeftDelta(
-        peft_type="MISS",
-        slots="miss_",
-        delta=_delta,
-        needs_weight=lambda config: config.get("init_weights") == "bat",
+        peft_type="MISS", slots="miss_", delta=_delta, needs_weight=lambda config: config.get("init_weights") == "bat"
     ),
     name="miss",
     summary="One block, repeated over the inputs of a layer.",

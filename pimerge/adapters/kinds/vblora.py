@@ -1,15 +1,16 @@
-"""VB-LoRA: LoRA whose factors are mixtures of vectors of one bank (arXiv 2405.15179)."""
+"""VB-LoRA: LoRA whose factors are mixtures of vectors from one shared bank (arXiv 2405.15179)."""
 
 from __future__ import annotations
 
-from pimerge.adapters.peft_kind import key_of_parameter, peft_kind
+from pimerge.adapters.keys import key_of_parameter
+from pimerge.adapters.peft_kind import peft_kind
 from pimerge.adapters.peft_layers import PeftDelta
 
 _BANK = "vblora_vector_bank"
 
 
 def _key_of_parameter(name: str) -> str:
-    """PEFT names the bank of all layers in the first of them.
+    """The key of a parameter; PEFT's model holds the shared bank in the first layer.
 
     >>> _key_of_parameter("base_model.model.q.vblora_vector_bank.default")
     'base_model.vblora_vector_bank'
@@ -26,7 +27,7 @@ KIND = peft_kind(
     ),
     key_of_parameter=_key_of_parameter,
     name="vblora",
-    summary="Low-rank updates made of the vectors of one shared bank.",
+    summary="Low-rank updates composed of vectors from one shared bank.",
     formula="ΔW = B A, sub-vectors = Σ_k softmax(logits)_k v_k",
     paper="VB-LoRA (arXiv 2405.15179)",
 )

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pimerge.adapters.expert import Expert, open_expert
-from pimerge.adapters.kinds import lora
+from pimerge.adapters.keys import key_of_parameter
 from pimerge.adapters.lora_module import pattern_value, stored
 from pimerge.core.errors import PimergeError
 from tests.support.bases import layers, model_for
@@ -250,7 +250,7 @@ def test_keys_of_parameters_are_those_of_the_file(tmp_path: Path, vit_base: Path
     folder = make_expert(tmp_path / "e", vit_base, lora_bias=True, head=False)
     model = PeftModel.from_pretrained(model_for(vit_base), str(folder), is_trainable=True)
     names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert {lora.key_of_parameter(name) for name in names} == set(load_file(folder / "adapter_model.safetensors"))
+    assert {key_of_parameter(name) for name in names} == set(load_file(folder / "adapter_model.safetensors"))
 
 
 def test_merging_plain_loras_imports_neither_peft_nor_transformers(tmp_path: Path) -> None:

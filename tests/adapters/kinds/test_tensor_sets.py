@@ -224,7 +224,7 @@ def test_feedforward_layers_that_are_no_targets_are_refused_as_peft_does(
     folder = make_expert(tmp_path / "x", bert_base, kind="ia3", target_modules=["query"], feedforward_modules=None)
     with pytest.raises(ValueError, match="should be a subset"):
         PeftModel.from_pretrained(model_for(bert_base), folder)
-    with pytest.raises(PimergeError, match=r"feedforward_modules has output\.dense, which target_modules has not"):
+    with pytest.raises(PimergeError, match=r"feedforward_modules has output\.dense, which target_modules lacks"):
         open_expert(folder)
 
 
