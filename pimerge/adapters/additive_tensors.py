@@ -1,10 +1,10 @@
-"""Sums of experts whose tensors are combined number by number, around their neutral point.
+"""Weighted sums of experts whose tensors are combined elementwise, around their neutral point.
 
     φ̂ = φ0 + Σ_n w_n s_n (φ_n − φ0)
 
-with φ0 the expert that changes nothing, w_n the weights and s_n the strengths. Where the weights sum to 1 at strength
-1, φ0 drops out, so that the base's own values, which it may consist of, need not be known. A tensor without a neutral
-point has φ0 = 0 and takes no strength."""
+with φ0 the expert that changes nothing, w_n the weights and s_n the strengths. φ0 drops out if the weights sum to 1 at
+strength 1; the base's values, from which φ0 may be taken, are then not read. A tensor without a neutral point has
+φ0 = 0 and strength 1."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ _ONE = 1e-9
 
 
 def neutral(slot: TensorSlot, base: BaseTensor) -> Tensor:
-    """The slot's values in an expert that changes nothing, in float64; zeros where it has none."""
+    """The slot's values in an expert that changes nothing, in float64; zeros if there is no such expert."""
     if slot.base is None:
         return torch.full(slot.shape, slot.neutral or 0.0, dtype=F64)
     found = base(slot.base).to(F64).cpu()
     if tuple(found.shape) != slot.shape:
         raise PimergeError(
-            f"the base's '{slot.base}' is {tuple(found.shape)}, the expert's {slot.shape}",
+            f"the base's '{slot.base}' is {tuple(found.shape)}, but the expert's is {slot.shape}",
             "the expert was trained on another base: pass its own with --base",
         )
     return found
 
 
 def at_strength(expert: Expert, slot: TensorSlot, base: BaseTensor) -> Tensor:
-    """A slot's tensor at the expert's scale, in float64."""
+    """A slot's tensor at the expert's strength, in float64."""
     values = read_slot(slot, expert.tensor).to(F64)
     if expert.strength == 1 or not slot.has_neutral:
         return values
@@ -48,7 +48,7 @@ def at_strength(expert: Expert, slot: TensorSlot, base: BaseTensor) -> Tensor:
 
 
 def weighted(tensors: Sequence[Tensor], weights: Sequence[float], zero: Callable[[], Tensor]) -> Tensor:
-    """φ0 + Σ w_n (φ_n − φ0), in float64; φ0 is asked for only where it counts.
+    """φ0 + Σ w_n (φ_n − φ0), in float64; ``zero`` gives φ0 and is called only if it is needed.
 
     >>> two = [torch.tensor([3.0], dtype=F64), torch.tensor([5.0], dtype=F64)]
     >>> weighted(two, [0.5, 1.0], lambda: torch.ones(1, dtype=F64)).item()
@@ -60,11 +60,11 @@ def weighted(tensors: Sequence[Tensor], weights: Sequence[float], zero: Callable
 
 
 def sum_of(experts: Sequence[Expert], weights: Sequence[float], base: BaseTensor) -> dict[str, Tensor]:
-    """Key → the tensor of the weighted sum of some experts of one form, in float64."""
-    groups: dict[str, TensorSet] = experts[0].tensor_sets
+    """The weighted sum of experts of one form: key → tensor, in float64."""
+    sets: dict[str, TensorSet] = experts[0].tensor_sets
     found = {}
-    for name, group in groups.items():
-        for slot_name, slot in group.slots.items():
+    for name, tensor_set in sets.items():
+        for slot_name, slot in tensor_set.slots.items():
             parts = [at_strength(expert, expert.tensor_sets[name].slots[slot_name], base) for expert in experts]
             found[name, slot_name] = weighted(parts, weights, lambda slot=slot: neutral(slot, base))  # type: ignore[misc]
-    return joined(groups, found)
+    return joined(sets, found)

@@ -1,4 +1,4 @@
-"""Whether an expert has its place in a base: every module and shape, of a model or of its skeleton."""
+"""Check whether an expert fits a base: every module and shape, in a model or its skeleton."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from pimerge.tasks.task_type import TaskType
 
 
 def check_fits(expert: Expert, base_model: nn.Module, *, head: bool = True) -> None:
-    """Check every module and head tensor of an expert against a base, loaded or a skeleton.
+    """Check every module and head tensor of an expert against a base, loaded or as a skeleton.
 
     Args:
-        head: whether its head has to fit, too.
+        head: whether to check the head as well.
     """
     problems = Problems()
     hint = "the expert was trained on another base: pass its own with --base"
@@ -30,8 +30,8 @@ def check_fits(expert: Expert, base_model: nn.Module, *, head: bool = True) -> N
             continue
         expected, found = delta_shape(layer), (module.d_out, module.d_in)
         if expected != found:
-            problems.add(f"module '{module.name}': ΔW is {found}, the base's weight {expected}", hint)
-    for reason in dict.fromkeys(_misfit(expert, group, base_model) for group in expert.tensor_sets.values()):
+            problems.add(f"module '{module.name}': ΔW is {found}, but the base's weight is {expected}", hint)
+    for reason in dict.fromkeys(_misfit(expert, part, base_model) for part in expert.tensor_sets.values()):
         if reason:
             problems.add(reason, hint)
     own = base_model.state_dict()
@@ -41,24 +41,24 @@ def check_fits(expert: Expert, base_model: nn.Module, *, head: bool = True) -> N
             problems.add(f"the base has no '{name}' for the head", hint)
         elif tuple(own[name].shape) != shape:
             problems.add(
-                f"the head's '{name}' is {shape}, the task needs {tuple(own[name].shape)}",
+                f"the head's '{name}' is {shape}, but the task needs {tuple(own[name].shape)}",
                 "task.json's labels must be those that the expert was trained on",
             )
     problems.raise_any(f"the expert '{expert.name}' does not fit the base '{expert.base.name}'")
 
 
-def _misfit(expert: Expert, group: TensorSet, base_model: nn.Module) -> str:
+def _misfit(expert: Expert, part: TensorSet, base_model: nn.Module) -> str:
     kind = expert.strategy
     try:
-        reason = kind.misfit(group, base_model, expert.config)
+        reason = kind.misfit(part, base_model, expert.config)
     except AttributeError:
-        return f"the base has no module '{group.name}'"
-    return f"module '{group.name}': {reason}" if reason and not kind.before_text else reason
+        return f"the base has no module '{part.name}'"
+    return f"module '{part.name}': {reason}" if reason and not kind.before_text else reason
 
 
 @cache
 def skeleton(source: str, revision: str | None, task_type: TaskType, labels: int) -> nn.Module:
-    """A base's model without weights, with a head for a number of labels, if any."""
+    """Build a base's model without weights, with a head for a number of labels if it is not 0."""
     import transformers
 
     names = {"id2label": {index: str(index) for index in range(labels)}} if labels else {}
@@ -70,9 +70,9 @@ def skeleton(source: str, revision: str | None, task_type: TaskType, labels: int
 
 
 def check_fits_on_disk(expert: Expert, task: Task) -> None:
-    """As :func:`check_fits`, but only with the base's shapes: no weight is read or downloaded.
+    """Check an expert against the shapes of its base; no weight is read or downloaded.
 
-    A base that is not on this machine is not checked.
+    Nothing is checked if the base is not on this machine.
     """
     base = expert.base
     if base.folder is None:
@@ -82,7 +82,7 @@ def check_fits_on_disk(expert: Expert, task: Task) -> None:
         found = skeleton(base.source, base.revision, task.type, classes)
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = str(error).strip().partition("\n")[0]
-        raise PimergeError(f"the base '{base.name}' does not serve {task.file.type}: {reason}") from error
+        raise PimergeError(f"the base '{base.name}' cannot be loaded for {task.file.type}: {reason}") from error
     check_fits(expert, found)
 
 

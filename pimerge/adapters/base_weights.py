@@ -1,4 +1,4 @@
-"""A base's layers: their shapes, from the headers of its files, and their weights. Nothing is downloaded."""
+"""Shapes and weights of a base's layers, read from its files; nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from pimerge.core.errors import PimergeError, Problems
 if TYPE_CHECKING:
     from torch import Tensor
 
-_ONE_AT_A_TIME = Lock()  # transformers looks up its renamings when they are first asked for, and not safely
+_ONE_AT_A_TIME = Lock()  # transformers builds its renamings on first use, which is not thread-safe
 
 
 def layer_shapes(base: Base, modules: Sequence[str], *, fan_in_fan_out: bool = False) -> dict[str, tuple[int, ...]]:
-    """The shape of each module's weight, (d_out, d_in, *kernel), however the base stores it.
+    """The shape of each module's weight as (d_out, d_in, *kernel), however the base stores it.
 
     Args:
-        fan_in_fan_out: of an adapter's config: how weights are stored if the model does not tell.
+        fan_in_fan_out: the field of the adapter's config; it decides how weights are stored where the model is unknown.
     """
     if base.folder is None:
         raise PimergeError(
-            f"the base '{base.name}' is not on this machine, and the shapes of its layers are needed",
+            f"the base '{base.name}' is not on this machine, but the shapes of its layers are needed",
             "download it first (hf download NAME), or pass --base with its folder",
         )
     checkpoint = open_checkpoint(base.folder)
     keys = {name: f"{name}.weight" for name in modules}
     names = Names({})
-    if fan_in_fan_out or not checkpoint.home.keys() >= set(keys.values()):  # else there is no need to ask the model
+    if fan_in_fan_out or not checkpoint.home.keys() >= set(keys.values()):  # otherwise the keys are enough
         with _ONE_AT_A_TIME:  # experts are opened in several threads
             names = _names(base.folder)
         keys = match_modules(names, modules)
@@ -44,7 +44,9 @@ def layer_shapes(base: Base, modules: Sequence[str], *, fan_in_fan_out: bool = F
     for name, key in keys.items():
         shape = checkpoint.entry((names.shared or {}).get(key, key)).shape
         if len(shape) < 2:
-            problems.add(f"module '{name}': the base's weight is {shape}, no matrix", "it was trained on another base")
+            problems.add(
+                f"module '{name}': the base's weight is {shape}, not a matrix", "it was trained on another base"
+            )
         turned = is_fan_in_first(names, name) if names.known else fan_in_fan_out
         found[name] = (*reversed(shape),) if turned and len(shape) == 2 else shape
     problems.raise_any("the expert does not fit its base")
@@ -57,10 +59,10 @@ def _names(folder: Path) -> Names:
 
 
 def base_weights(base: Base, layouts: Mapping[str, LoraModule], *, fan_in_fan_out: bool) -> Callable[[str], Tensor]:
-    """A reader of a base's weights by module, (d_out × d_in), however it stores them."""
+    """A function that reads a module's weight as (d_out × d_in), however the base stores it."""
     if base.folder is None:
         raise PimergeError(
-            f"the base '{base.name}' is not on this machine, and its weights are needed to convert the experts",
+            f"the base '{base.name}' is not on this machine, but its weights are needed to convert the experts",
             "download it first (hf download NAME), or pass --base with its folder",
         )
     checkpoint = open_checkpoint(base.folder)
@@ -80,12 +82,10 @@ def require_same_base(
     """Check the copies of the base's weights that PEFT saves beside the factors of its embeddings.
 
     Args:
-        copies: the modules that have one, by name.
-        read: gives the adapter's tensor of a key.
+        copies: name → module, for the modules with a copy.
+        read: reads the adapter's tensor of a key.
     """
-    hint = (
-        "save it with model.save_pretrained(FOLDER, save_embedding_layers=False) if the embeddings are the base's own"
-    )
+    hint = "save it with model.save_pretrained(FOLDER, save_embedding_layers=False) if the embeddings are unchanged"
     problems = Problems()
     try:
         weight_of = base_weights(base, copies, fan_in_fan_out=fan_in_fan_out)
@@ -97,4 +97,4 @@ def require_same_base(
         weight = weight.T if module.layer == "embedding" else weight
         if copy.shape != weight.shape or not copy.to(weight.dtype).equal(weight):
             problems.add(f"{module.base_copy} is not the weight of the base '{base.name}'", hint)
-    problems.raise_any("it holds other weights than its base")
+    problems.raise_any("its copies differ from the base's weights")

@@ -1,4 +1,4 @@
-"""Which experts can be embedded, compared and summed with each other, and why not."""
+"""Check whether experts can be embedded, compared and summed."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ INIT_MODULES = 16
 
 
 def check_expert(expert: Expert, task: Task | None = None) -> Task:
-    """Check everything that can be checked of an expert before its base is loaded.
+    """Check an expert as far as possible without loading its base.
 
     Args:
-        task: in place of the one in its folder.
+        task: a task that replaces the one in its folder.
 
     Returns:
-        its task.
+        the expert's task.
     """
-    from pimerge.adapters.base_fit import check_fits_on_disk  # imports torch, which comparing experts needs not
+    from pimerge.adapters.base_fit import check_fits_on_disk  # imports torch
 
     problems = Problems()
     with problems.collected():
@@ -48,8 +48,10 @@ def check_expert(expert: Expert, task: Task | None = None) -> Task:
 
 
 def require_alike(experts: Sequence[Expert]) -> None:
-    """Check that experts can be summed: one base, and updates ΔW of one shape and layer type in each module, whatever
-    their kinds; or, without ΔW, one kind and the same tensors.
+    """Check that experts can be summed.
+
+    They must share a base and, in each module, the shape and layer type of ΔW, whatever their kinds; experts without ΔW
+    must share their kind and the form of their tensors.
     """
     problems = Problems()
     first = experts[0]
@@ -67,7 +69,7 @@ def require_alike(experts: Sequence[Expert]) -> None:
             reason = _why_no_update(expert if expert.tensor_sets else first)
             problems.add(
                 f"'{expert.name}' is of kind {expert.kind}, '{first.name}' of kind {first.kind}: {reason}",
-                "only experts that all have a ΔW are summed across kinds: combine those of one kind",
+                "only experts with a ΔW can be summed across kinds: combine experts of one kind",
             )
         elif expert.tensor_sets and (why := differing_form(first, expert, f"'{first.name}'")):
             problems.add(f"'{expert.name}': {why}", "leave it out")
@@ -93,21 +95,21 @@ def require_finite(experts: Sequence[Expert]) -> None:
 
 
 def _why_no_update(expert: Expert) -> str:
-    """Why an expert has no ΔW that could be added to another's."""
-    return expert.strategy.why_no_update or f"{expert.kind} changes no matrix of the base by a ΔW"
+    """Why an expert has no ΔW that can be added to another's."""
+    return expert.strategy.why_no_update or f"{expert.kind} does not add a ΔW to a matrix of the base"
 
 
 def init_cosine(first: Expert, second: Expert) -> tuple[float, float]:
-    """Cosine of the tensors that identify two experts' inits, and the threshold above which the init is shared.
+    """Cosine similarity of the tensors that identify the inits of two experts, and the least cosine of a shared init.
 
-    Those are the tensors in the kind's ``init_slots`` (of LoRA the factors A); a kind without any always starts from
-    the same point. Training moves these little, so experts from one init have much in common; experts from
-    independent inits, or of which one is in another basis (BR, R⁻¹A), have a cosine of about ±1/√n over n numbers.
+    The tensors are the kind's ``init_slots`` (the factors A of LoRA); a kind without any always has the same init.
+    Training changes them little, so experts from one init have a high cosine. Experts from independent inits, or in
+    different bases (BR, R⁻¹A), have a cosine of about ±1/√n over n numbers.
     """
     if not first.strategy.init_slots:
         return 1.0, 0.0
     common = sorted(set(first.parts) & set(second.parts))
-    few = common[:: -(-len(common) // INIT_MODULES) or 1]  # they tell as much as all
+    few = common[:: -(-len(common) // INIT_MODULES) or 1]  # as informative as all modules
     a, b = (_init_numbers(expert, few) for expert in (first, second))
     norms = float(np.linalg.norm(a) * np.linalg.norm(b))
     least = max(SHARED_INIT_COSINE, SHARED_INIT_DEVIATIONS / max(len(a), 1) ** 0.5)
@@ -129,35 +131,32 @@ def _key_of_slot(expert: Expert, part: str) -> Mapping[str, str]:
 
 
 def differing_form(first: Expert, second: Expert, name_of_first: str = "the target") -> str:
-    """Why two experts cannot be compared number by number; empty if they can be.
+    """Why two experts cannot be compared entry by entry; empty if they can.
 
     Args:
-        name_of_first: what the first is called in the reason.
+        name_of_first: how the reason refers to the first expert.
     """
     if first.kind != second.kind:
-        return f"its kind is {second.kind}, that of {name_of_first} is {first.kind}"
+        return f"its kind is {second.kind}, but {name_of_first} is of kind {first.kind}"
     if first.parts != second.parts:
         return f"it adapts other modules than {name_of_first}"
-    for name, group in first.tensor_sets.items():
-        if group.form != second.tensor_sets[name].form:
-            return f"its tensors of '{name}' have other shapes than those of {name_of_first}"
+    for name, part in (first.tensor_sets | first.modules).items():
+        if part.form != (second.tensor_sets | second.modules)[name].form:
+            return f"its tensors of '{name}' have other shapes than in {name_of_first}"
     for field in first.strategy.meaning_fields:
         if first.config.get(field) != second.config.get(field):
-            return f"its {field} is {second.config.get(field)}, that of {name_of_first} is {first.config.get(field)}"
-    for name, module in first.modules.items():
-        if module.form != second.modules[name].form:
-            return f"its tensors of '{name}' have other shapes than those of {name_of_first}"
+            return f"its {field} is {second.config.get(field)}, but {first.config.get(field)} in {name_of_first}"
     if first.ranks != second.ranks or any(
         first.modules[name].rank != second.modules[name].rank for name in first.modules
     ):
-        return f"its rank is {_listed(second.ranks)}, that of {name_of_first} is {_listed(first.ranks)}"
+        return f"its rank is {_listed(second.ranks)}, but {name_of_first} has rank {_listed(first.ranks)}"
     if _has_bias(first) != _has_bias(second):
         return f"only one of it and {name_of_first} has biases in its factors (lora_bias)"
     return ""
 
 
 def require_shared_form(experts: Sequence[Expert]) -> None:
-    """Check that single entries of the factors of some experts mean the same: one form and one init."""
+    """Check that the entries of several experts' factors correspond: the same form and the same init."""
     problems = Problems()
     first = experts[0]
     for expert in experts:
@@ -172,7 +171,7 @@ def require_shared_form(experts: Sequence[Expert]) -> None:
         if not why:
             cosine, least = init_cosine(first, expert)
             if cosine < least:
-                why = f"it was trained from another init than '{first.name}' (cosine of their factors A: {cosine:.2f})"
+                why = f"it was trained from another init than '{first.name}' (cosine similarity of A: {cosine:.2f})"
         if why:
             problems.add(f"'{expert.name}': {why}", "use a method that works on ΔW, such as uniform or ties")
     problems.raise_any("the factors of these experts cannot be compared entry by entry")
@@ -187,9 +186,9 @@ def _has_bias(expert: Expert) -> bool:
 
 
 def refuse_over_inputs(output: Path, experts: Sequence[Expert]) -> None:
-    """Refuse an output that would replace an expert that it is made from, or a folder that holds one."""
+    """Refuse an output that would replace one of its input experts or a folder that holds one."""
     for expert in experts:
         if expert.path.resolve().is_relative_to(output.resolve()):
             raise PimergeError(
-                f"the output '{output}' is the expert '{expert.name}' or holds it", "choose another --output"
+                f"the output '{output}' is the expert '{expert.name}' or contains it", "choose another --output"
             )

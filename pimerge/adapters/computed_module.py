@@ -1,6 +1,6 @@
-"""Modules whose ΔW is computed from tensors of another form than LoRA's, and its factors.
+"""Modules whose ΔW is computed from tensors in another format than LoRA's, and then factorised.
 
-Whatever merges, compares or tunes LoRA serves these modules as well, and the result is a LoRA.
+All code that merges, compares or tunes LoRA works with these modules as well; the result is a LoRA.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ _OVERSAMPLING = 8
 
 @dataclass(frozen=True)
 class ComputedModule(LoraModule):
-    """One module whose ΔW is computed; A and B are the keys that its factors have in a merged LoRA.
+    """A module whose ΔW is computed; A and B are the keys of its factors in a merged LoRA.
 
     Attributes:
-        rank: of the factors: the most that ΔW's can be.
+        rank: upper bound of ΔW's rank, which its factors have.
         slots: slot → key of a tensor in the file.
-        shapes: slot → its shape.
-        shared: keys of trained tensors that it shares with other modules.
-        dense: reads the tensors and gives ΔW (d_out × d_in) in float64; also takes the base's weight, if it is needed.
+        shapes: slot → shape of the tensor.
+        shared: keys of trained tensors that several modules share.
+        dense: computes ΔW (d_out × d_in) in float64 from a reader of tensors and, if needed, the base's weight.
     """
 
     slots: Mapping[str, str] = field(default_factory=dict)
@@ -39,12 +39,12 @@ class ComputedModule(LoraModule):
 
     @property
     def is_computed(self) -> bool:
-        """True: its factors are not in the file."""
+        """True, since its factors are not in the file."""
         return True
 
     @property
     def full_rank(self) -> int:
-        """The most that ΔW's rank can be."""
+        """Upper bound of ΔW's rank."""
         return self.rank
 
     @property
@@ -54,28 +54,29 @@ class ComputedModule(LoraModule):
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """The keys of the trained tensors that make its ΔW."""
+        """The keys of the trained tensors that determine ΔW."""
         return (*self.slots.values(), *self.shared)
 
     @property
     def shared_keys(self) -> tuple[str, ...]:
-        """The keys of trained tensors that it shares with other modules."""
+        """The keys of trained tensors that several modules share."""
         return self.shared
 
     @property
     def numbers(self) -> int:
-        """How many its own tensors hold."""
+        """The number of entries of its own tensors."""
         return sum(math.prod(shape) for shape in self.shapes.values())
 
     @property
     def form(self) -> tuple[object, ...]:
-        """The properties that two modules must share to be compared parameter by parameter."""
+        """Names and shapes, which two modules must share to be compared entry by entry."""
         return tuple(self.shapes.items())
 
     def factors(self, read: Read, weight: Tensor | None = None) -> Factors:
-        """Its ΔW in the common layout, computed from what ``read`` gives of each key.
+        """Compute its ΔW as factors in the common layout.
 
         Args:
+            read: reads the tensor of a key.
             weight: the base's weight (d_out × d_in), for a kind whose ΔW depends on it.
         """
         assert self.dense is not None
@@ -83,10 +84,10 @@ class ComputedModule(LoraModule):
 
 
 def factorised(delta: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """A (rank × d_in) and B (d_out × rank) with B A = ΔW, for a ΔW that has at most that rank.
+    """Factorise a ΔW of at most a given rank: A (rank × d_in) and B (d_out × rank) with B A = ΔW.
 
-    From the smaller side of ΔW on, one of them is the identity. Below, B is an orthonormal basis of ΔW Ω with a random
-    Ω (Halko et al. 2011, arXiv 0909.4061), which is exact for such a ΔW, and far cheaper than its SVD.
+    If the rank is at least the smaller side of ΔW, one factor is the identity. Otherwise B is an orthonormal basis of
+    ΔW Ω with a random Ω (Halko et al. 2011, arXiv 0909.4061), which is exact for such a ΔW and far cheaper than an SVD.
 
     >>> import torch
     >>> delta = torch.outer(torch.arange(3.0), torch.arange(4.0)).double()
@@ -109,7 +110,7 @@ def factorised(delta: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def as_tensor_sets(modules: Mapping[str, LoraModule]) -> dict[str, TensorSet]:
-    """The stored tensors, one set for each module, as a fresh expert of the kind trains them."""
+    """The tensors of computed modules as sets, one for each module, as a fresh expert of the kind trains them."""
     return {
         name: TensorSet(name, {slot: TensorSlot(key, module.shapes[slot]) for slot, key in module.slots.items()})
         for name, module in modules.items()

@@ -1,4 +1,4 @@
-"""Convert DoRA, PiSSA and OLoRA to ΔW against the published base."""
+"""Convert DoRA, PiSSA and OLoRA to a ΔW of the published base, which depends on the base's weights."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ F64 = torch.float64
 
 
 def converting(weight_of: Callable[[str], Tensor]) -> Callable[[Expert, str], Factors]:
-    """A reader of experts' factors that converts everything that is not a plain LoRA.
+    """A reader of experts' factors that converts modules that are not plain LoRA.
 
     Args:
-        weight_of: the base's weight of a module, (d_out × d_in).
+        weight_of: module → the base's weight, (d_out × d_in).
     """
 
     def read(expert: Expert, name: str) -> Factors:
@@ -38,13 +38,13 @@ def converting(weight_of: Callable[[str], Tensor]) -> Callable[[Expert, str], Fa
 
 
 def converted(module: LoraModule, factors: Factors, weight: Tensor, magnitude: Tensor | None) -> Factors:
-    """ΔW against the base's weight W0 (d_out × d_in), as factors with scaling 1, in float64.
+    """ΔW relative to the base's weight W0 (d_out × d_in), as factors with scaling 1, in float64.
 
-    - PiSSA (arXiv 2404.02948) leaves W0 − top_r(W0) in the base, its r leading singular triples in the factors:
-      ΔW = s·BA − top_r(W0).
+    - PiSSA (arXiv 2404.02948) moves the r leading singular triples of W0 into the factors and leaves W0 − top_r(W0) in
+      the base: ΔW = s·BA − top_r(W0).
     - OLoRA (arXiv 2406.01775) does the same with the first r columns of Q and rows of R of W0 = QR, times s.
-    - DoRA (arXiv 2402.09353) has W = m ∘ (W' + s·BA) / ‖W' + s·BA‖ by rows, W' being W0 or what PiSSA or OLoRA
-      left of it: ΔW = W − W0, of full rank.
+    - DoRA (arXiv 2402.09353) has W = m ∘ (W' + s·BA) / ‖W' + s·BA‖ by rows, where W' is W0 or the remainder of PiSSA or
+      OLoRA: ΔW = W − W0, of full rank.
 
     Args:
         magnitude: m, (d_out); None without DoRA.

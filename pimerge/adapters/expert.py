@@ -1,4 +1,4 @@
-"""One expert: a PEFT adapter folder, its tensors read when they are asked for."""
+"""One expert: a PEFT adapter folder whose tensors are read on demand."""
 
 from __future__ import annotations
 
@@ -29,7 +29,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _FLOATS = frozenset(FLOATS)
-_INTEGERS = frozenset(("I64", "I32", "I16", "I8", "U8", "BOOL"))  # buffers of a head, such as BatchNorm's count
+_INTEGERS = frozenset(
+    ("I64", "I32", "I16", "I8", "U8", "BOOL")
+)  # buffers of a head, such as BatchNorm's num_batches_tracked
 
 
 @dataclass(frozen=True)
@@ -38,16 +40,16 @@ class Expert:
 
     Attributes:
         path: its folder.
-        kind: the name of a file in ``kinds/``; of one that is only looked at, PEFT's name for it.
+        kind: the name of its kind; PEFT's name for one that can only be inspected.
         config: the content of ``adapter_config.json``.
         file: its tensors.
-        modules: name of each adapted module → its update ΔW; empty for a kind that has none.
-        tensor_sets: name → tensors that are combined number by number, for the other kinds.
+        modules: name of each adapted module → its update ΔW; empty for a kind without ΔW.
+        tensor_sets: name → tensors that are combined elementwise, for the other kinds.
         head: parameter name in the base model → key, for each tensor of ``modules_to_save``.
-        dtypes: the dtypes of its tensors without the head's, as safetensors names them.
+        dtypes: safetensors' names of its tensors' dtypes, without the head's.
         base_override: the base given by option in place of the one that the config names.
-        strength: factor of its update; its modules' scalings have it already.
-        unhandled: why it can be looked at, but not embedded, ranked, merged or tuned; empty if it can.
+        strength: factor of its update, which the scalings of its modules include.
+        unhandled: why it can only be inspected, not embedded, ranked, merged or tuned; empty if it is handled.
     """
 
     path: Path
@@ -64,33 +66,33 @@ class Expert:
 
     @property
     def name(self) -> str:
-        """Its folder's name; of the Hub's local cache, where folders are commits, the repository's name."""
+        """The name of its folder, or of its repository if it is a snapshot in the Hub's local cache."""
         folder = self.path.resolve()
         return folder.parents[1].name.rpartition("--")[2] if folder.parent.name == "snapshots" else folder.name
 
     @property
     def strategy(self) -> Kind:
-        """The rules of its kind; an adapter that can only be inspected has none."""
+        """Its kind; a kind that can only be inspected has none."""
         return KINDS.load(self.kind)
 
     @cached_property
     def base(self) -> Base:
-        """The base model it belongs to."""
+        """The base model that it was trained on."""
         return base_of(self.path, self.config, self.base_override)
 
     @cached_property
     def sha256(self) -> str:
-        """SHA-256 of its tensors' file."""
+        """SHA-256 of the file of its tensors."""
         return sha256_file(self.path / WEIGHTS)
 
     @property
     def ranks(self) -> tuple[int, ...]:
-        """The different ranks of its modules, ascending."""
+        """The distinct ranks of its modules, ascending."""
         return tuple(sorted({module.rank for module in self.modules.values()}))
 
     @property
     def parameters(self) -> int:
-        """Numbers in its factors or tensor sets, the head not counted."""
+        """The number of parameters in its factors or tensor sets, without the head."""
         shared = {key for module in self.modules.values() for key in module.shared_keys}
         return (
             sum(module.numbers for module in self.modules.values())
@@ -100,42 +102,42 @@ class Expert:
 
     @property
     def parts(self) -> list[str]:
-        """The names of its modules or tensor sets, in order: what has a weight of its own."""
+        """The names of its modules or tensor sets, each of which can have its own weight, in order."""
         return list(self.modules or self.tensor_sets)
 
     @property
     def keys(self) -> list[str]:
-        """The keys of its tensors without the head's, in alphabetical order."""
+        """The keys of its tensors without the head, in alphabetical order."""
         factors = {key for module in self.modules.values() for key in module.keys}
         return sorted(factors | {slot.key for group in self.tensor_sets.values() for slot in group.slots.values()})
 
     @property
     def has_strength(self) -> bool:
-        """Whether another strength than 1 means anything: there is an expert like it that changes nothing."""
+        """Whether strengths other than 1 are defined, since it has a neutral point."""
         return all(any(slot.has_neutral for slot in group.slots.values()) for group in self.tensor_sets.values())
 
     @property
     def positions(self) -> int:
-        """How many positions before a text it takes."""
+        """The number of positions that it takes before a text."""
         return int(self.config["num_virtual_tokens"]) if self.strategy.before_text else 0
 
     @property
     def virtual_tokens(self) -> int:
-        """How many vectors it puts before a text."""
+        """The number of vectors that it puts before the embedded text."""
         return int(self.config["num_virtual_tokens"]) if self.strategy.embeds_tokens else 0
 
     @property
     def is_computed(self) -> bool:
-        """Whether its updates ΔW are computed from tensors of another form than LoRA's."""
+        """Whether its updates ΔW are computed from tensors in another format than LoRA's."""
         return any(module.is_computed for module in self.modules.values())
 
     def with_strength(self, strength: float) -> Expert:
-        """The same expert at another strength: strength · ΔW in every module; strengths multiply over calls."""
+        """The expert with its updates multiplied by a strength; strengths of several calls multiply."""
         if strength == 1:
             return self
         if not self.has_strength:
             raise PimergeError(
-                f"'{self.name}' is of kind {self.kind}, which has one strength, and {strength:g} was asked for",
+                f"'{self.name}' is of kind {self.kind}, which only has strength 1; got {strength:g}",
                 "set its strength to 1",
             )
         modules = {name: replace(module, scaling=strength * module.scaling) for name, module in self.modules.items()}
@@ -156,16 +158,14 @@ class Expert:
         chosen = {name: self.modules[name] for name in modules}
         stored = {name: module for name, module in chosen.items() if not module.is_computed}
         read = self.file.arrays(key for module in stored.values() for key in (module.A, module.B))
-        found = {
-            name: (
-                read[module.A].reshape(module.rank, -1).astype(np.float64),
-                np.multiply(read[module.B].reshape(module.d_out, -1), module.scaling, dtype=np.float64).T,
-            )
-            for name, module in stored.items()
-        }
-        for name in (name for name in chosen if name not in stored):
-            factors = self.factors(name)
-            found[name] = factors.A.numpy(), (factors.scaling * factors.B).numpy().T
+        found = {}
+        for name, module in chosen.items():
+            if name in stored:
+                B = np.multiply(read[module.B].reshape(module.d_out, -1), module.scaling, dtype=np.float64)
+                found[name] = read[module.A].reshape(module.rank, -1).astype(np.float64), B.T
+            else:
+                factors = self.factors(name)
+                found[name] = factors.A.numpy(), (factors.scaling * factors.B).numpy().T
         return found
 
     def head_tensors(self) -> dict[str, Tensor]:
@@ -186,12 +186,12 @@ class Expert:
         problems.raise_any("NaN or Inf weights")
 
     def require_handled(self) -> None:
-        """Refuse an expert that can only be looked at."""
+        """Refuse an expert that can only be inspected."""
         if self.unhandled:
             kinds = KINDS.names()
             known = "download it first (hf download NAME), or pass --base with its folder"
             raise PimergeError(
-                f"'{self.name}' is of PEFT's kind {self.kind}, which pimerge can only inspect: {self.unhandled}",
+                f"'{self.name}' is of PEFT's kind {self.kind}, which can only be inspected: {self.unhandled}",
                 known if self.kind in kinds else f"pimerge combines the kinds: {', '.join(kinds)}",
             )
 
@@ -205,8 +205,8 @@ def open_expert(
         reference: a folder, or a Hub id (``org/name`` or ``org/name@revision``).
         base: a base model's folder or Hub id, in place of the one that the expert names.
         convert: accept what has to be converted with the base's weights (DoRA, PiSSA, OLoRA).
-        only_look: accept kinds of PEFT's that cannot be combined, and those that cannot without a base that is not
-            there, too; they say why in ``unhandled``.
+        only_look: also accept experts that can only be inspected, since their kind cannot be combined or needs a base
+            that is not on this machine; ``unhandled`` says why.
     """
     path = _folder(reference)
     problems = Problems()
@@ -230,12 +230,12 @@ def open_expert(
 
 def _folder(reference: str | Path) -> Path:
     path = Path(reference)
-    if os.path.isdir(path):  # unlike Path's, False for a name that no disk takes
+    if os.path.isdir(path):  # unlike Path.is_dir, False for an invalid name
         if not looks_like_expert(path):
             inside = [str(each) for each in sorted(path.iterdir()) if looks_like_expert(each)]
             raise PimergeError(
-                f"'{path}' is not an expert: it has no {CONFIG} and no {WEIGHTS}",
-                f"name one of those in it: {', '.join(inside[:5])}" if inside else "",
+                f"'{path}' is not an expert: it has neither {CONFIG} nor {WEIGHTS}",
+                f"name an expert in it: {', '.join(inside[:5])}" if inside else "",
             )
         return path
     if os.path.exists(path):
@@ -248,7 +248,7 @@ def _folder(reference: str | Path) -> Path:
 def _checked(
     path: Path, config: dict[str, Any], file: TensorFile, base: str | None, convert: bool, only_look: bool
 ) -> Expert:
-    """The expert of a config and tensors that fit each other."""
+    """Build the expert from its config and tensors, which must fit each other."""
     kind, reason = kind_of(config)
     shapes = tuple((key, entry.shape) for key, entry in file.entries.items())
     strategy = None if reason else KINDS.load(kind)
@@ -269,7 +269,7 @@ def _checked(
     if not only_look:
         copies = {name: module for name, module in modules.items() if module.base_copy}
         if copies:
-            from pimerge.adapters.base_weights import require_same_base  # imports torch, which others do not need
+            from pimerge.adapters.base_weights import require_same_base  # imports torch
 
             require_same_base(expert.base, copies, expert.tensor, fan_in_fan_out=bool(config.get("fan_in_fan_out")))
     dtypes = {key: entry.dtype for key, entry in file.entries.items()}
@@ -279,6 +279,6 @@ def _checked(
     if other and not reason:
         raise PimergeError(
             f"it holds tensors stored as {', '.join(sorted(other))}",
-            "expected F16, BF16, F32 or F64: save the adapter in one of these",
+            "save the adapter as F16, BF16, F32 or F64",
         )
     return replace(expert, dtypes=tuple(sorted({dtypes[key] for key in expert.keys if key not in biases})))

@@ -1,4 +1,4 @@
-"""The task head of a merged expert: the target's, the mean, or none."""
+"""Choose the task head of a merged expert: the target's, the mean, or none."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class Head:
 
     Attributes:
         tensors: parameter name in the base model → tensor.
-        modules: ``modules_to_save`` that they belong to.
-        task: what the head answers, or the base itself in text; None if that is not known.
+        modules: the ``modules_to_save`` that they belong to.
+        task: the task whose labels the head predicts, or that the base answers in text; None if it is unknown.
     """
 
     tensors: Mapping[str, Tensor]
@@ -37,11 +37,11 @@ NO_HEAD = Head({}, (), None)
 
 
 def choose_head(policy: str, experts: Sequence[Expert], target: Expert | None) -> Head:
-    """The head of a merged expert.
+    """Choose the head of a merged expert.
 
     Args:
-        policy: ``target`` (the target's own), ``average`` (the mean, if all answer the same labels) or ``none``.
-        target: the target's expert, if it is known.
+        policy: ``target`` (the target's own), ``average`` (the mean, if all have the same labels) or ``none``.
+        target: the target's expert; None if it is unknown.
     """
     import torch
 
@@ -54,8 +54,8 @@ def choose_head(policy: str, experts: Sequence[Expert], target: Expert | None) -
     if policy == "target":
         if target is None:
             raise PimergeError(
-                "the experts have heads, and it is not known which is the target's",
-                "pass --target NAME_OR_FOLDER, --head average (if all answer the same labels) or --head none",
+                "the experts have heads, but the target is unknown",
+                "pass --target NAME_OR_FOLDER, --head average (if all have the same labels) or --head none",
             )
         return Head(target.head_tensors(), _head_modules(target), task_of(target))
     tasks = {expert.name: task_of(expert) for expert in experts}
@@ -66,12 +66,12 @@ def choose_head(policy: str, experts: Sequence[Expert], target: Expert | None) -
         task = tasks[expert.name]
         if task is None or labels is None or task.labels != labels.labels:
             problems.add(
-                f"the head of '{expert.name}' answers {task.labels if task else 'labels that no task.json names'}, "
-                f"that of '{first.name}' {labels.labels if labels else 'labels that no task.json names'}",
+                f"the head of '{expert.name}' has the labels {_labels(task)}, the head of '{first.name}' has "
+                f"{_labels(labels)}",
                 "pass --head target or --head none",
             )
         elif _shapes(expert) != _shapes(first):
-            problems.add(f"the head of '{expert.name}' has other tensors than that of '{first.name}'")
+            problems.add(f"the head of '{expert.name}' has other tensors than the head of '{first.name}'")
     problems.raise_any("the heads cannot be averaged")
     mean = {
         name: torch.stack([expert.tensor(expert.head[name]).double() for expert in experts])
@@ -83,8 +83,12 @@ def choose_head(policy: str, experts: Sequence[Expert], target: Expert | None) -
 
 
 def task_of(expert: Expert) -> Task | None:
-    """The task of an expert, if its folder says so."""
+    """The task in an expert's folder; None without a task.json."""
     return open_task(expert.path) if (expert.path / TASK).is_file() else None
+
+
+def _labels(task: Task | None) -> str:
+    return str(task.labels) if task else "of no task.json"
 
 
 def _head_modules(expert: Expert) -> list[str]:

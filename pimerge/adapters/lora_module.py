@@ -1,8 +1,8 @@
 """Low-rank updates ΔW = s·B·A of a base's matrices, as LoRA stores them.
 
-Layout relied on by all that merge or compose: A is (r × d_in), B is (d_out × r), whatever the layer. A convolution's
-kernel is folded into d_in; an embedding's A is (r × vocabulary). ``fan_in_fan_out`` (GPT-2's Conv1D) concerns how the
-base stores its weight, not the factors.
+The common layout: A is (r × d_in), B is (d_out × r) for every layer type. A convolution's kernel is flattened into
+d_in; an embedding's A is (r × vocabulary). ``fan_in_fan_out`` (GPT-2's Conv1D) describes how the base stores its
+weight, not the factors.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 
 
 DORA, PISSA, OLORA = "DoRA", "PiSSA", "OLoRA"
-"""What an update is converted from with the base's weights."""
+"""The variants of LoRA that are converted with the base's weights."""
 
 
 @dataclass(frozen=True)
 class LoraModule:
-    """Where one module's update lies in the adapter file, and its scaling.
+    """The update of one module: the keys of its tensors in the adapter file, and its scaling.
 
     Attributes:
         name: the module's full name in the base model.
@@ -35,9 +35,10 @@ class LoraModule:
         scaling: s = alpha / r, or alpha / √r with rsLoRA.
         layer: ``linear``, ``embedding`` or ``conv``.
         shape_A, shape_B: shapes as stored.
-        magnitude: key of DoRA's magnitudes; None without.
-        conversions: what it has to be converted from with the base's weight: ``PiSSA``, ``OLoRA``, ``DoRA``.
-        base_copy: key of a copy of the base's weight, which PEFT saves beside an embedding's factors; None without.
+        magnitude: key of DoRA's magnitudes; None for other variants.
+        conversions: the variants from which it has to be converted: ``PiSSA``, ``OLoRA``, ``DoRA``.
+        base_copy: key of a copy of the base's weight, which PEFT saves beside an embedding's factors; None if there is
+            no copy.
     """
 
     name: str
@@ -56,14 +57,14 @@ class LoraModule:
 
     @property
     def full_rank(self) -> int:
-        """The most that ΔW's rank can be, after its conversion."""
+        """Upper bound of ΔW's rank after the conversion."""
         if DORA in self.conversions:
             return min(self.d_out, self.d_in)
         return self.rank * 2 if self.conversions else self.rank
 
     @property
     def is_computed(self) -> bool:
-        """Whether its factors are computed from other tensors, so that they cannot be compared or trained."""
+        """Whether its factors are computed from other tensors, and so cannot be compared or trained."""
         return False
 
     @property
@@ -74,36 +75,36 @@ class LoraModule:
 
     @property
     def form(self) -> tuple[object, ...]:
-        """The properties, besides rank and bias, that two modules must share to be compared parameter by parameter."""
+        """Properties that two modules must share to be compared entry by entry, beside rank and bias."""
         return ()
 
     @property
     def shared_keys(self) -> tuple[str, ...]:
-        """The keys of trained tensors that it shares with other modules."""
+        """The keys of trained tensors that several modules share."""
         return ()
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """Of its tensors that are combined."""
+        """The keys of its tensors that are combined."""
         return tuple(self.key_of_slot.values())
 
     @property
     def numbers(self) -> int:
-        """How many its factors hold."""
+        """The number of entries of its factors."""
         return self.rank * (self.d_in + self.d_out)
 
     @property
     def d_in(self) -> int:
-        """Inputs of ΔW, a convolution's kernel included."""
+        """Input dimension of ΔW; it includes a convolution's kernel."""
         return math.prod(self.shape_A[1:])
 
     @property
     def d_out(self) -> int:
-        """Outputs of ΔW."""
+        """Output dimension of ΔW."""
         return self.shape_B[0]
 
     def factors(self, read: Callable[[str], Tensor]) -> Factors:
-        """Its factors in the common layout; ``read`` gives the tensor of a key."""
+        """Read its factors in the common layout; ``read`` reads the tensor of a key."""
         A, B = read(self.A), read(self.B)
         return Factors(
             A.reshape(A.shape[0], -1), B.reshape(B.shape[0], -1), self.scaling, read(self.bias) if self.bias else None
@@ -143,29 +144,24 @@ def refuse_biased_embeddings(modules: Iterable[LoraModule], has_bias: bool) -> N
     embeddings = [module.name for module in modules if module.layer == "embedding"]
     if has_bias and embeddings:
         raise PimergeError(
-            f"an expert has biases (lora_bias), and '{embeddings[0]}' is an embedding: PEFT loads no expert with both",
+            f"an expert has biases (lora_bias), but '{embeddings[0]}' is an embedding: PEFT cannot load both at once",
             "leave out the experts with lora_bias or those that adapt embeddings",
         )
 
 
 def rank_fields(ranks: Mapping[str, int]) -> dict[str, Any]:
-    """PEFT config fields of a LoRA of these modules and ranks, with scaling 1.
+    """Fields of PEFT's config for a LoRA with these modules and ranks, and scaling 1.
 
     >>> rank_fields({"q": 2, "v": 4, "k": 2})
     {'r': 2, 'lora_alpha': 2, 'rank_pattern': {'k': 2, 'q': 2, 'v': 4}, 'alpha_pattern': {'k': 2, 'q': 2, 'v': 4}, \
 'target_modules': ['k', 'q', 'v']}
     """
     usual = Counter(ranks.values()).most_common(1)[0][0] if ranks else 1
-    # PEFT takes the first key that a module's name ends with, so longer names go first and all are listed.
+    # PEFT uses the first key that is an ending of a module's name, so longer names come first and all are listed.
     differ = len(set(ranks.values())) > 1
     pattern = {name: ranks[name] for name in sorted(ranks, key=lambda n: (-len(n), n))} if differ else {}
-    return {
-        "r": usual,
-        "lora_alpha": usual,
-        "rank_pattern": pattern,
-        "alpha_pattern": pattern,
-        "target_modules": sorted(ranks),
-    }
+    patterns = {"rank_pattern": pattern, "alpha_pattern": pattern}
+    return {"r": usual, "lora_alpha": usual, **patterns, "target_modules": sorted(ranks)}
 
 
 def bias_key(module: str) -> str:
@@ -178,7 +174,7 @@ def bias_key(module: str) -> str:
 
 
 def pattern_value(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
-    """What ``rank_pattern`` or ``alpha_pattern`` says of a module: the first key that matches its end.
+    """The value for a module in ``rank_pattern`` or ``alpha_pattern``: of the first key that matches its ending.
 
     >>> pattern_value({"q_proj": 4}, "layers.0.q_proj", 8), pattern_value({"proj": 4}, "layers.0.q_proj", 8)
     (4, 8)

@@ -1,15 +1,15 @@
-"""Sums of low-rank updates without their dense matrices.
+"""Sum low-rank updates without forming dense matrices.
 
 All updates of one module lie in span(B_1..B_N) × span(A_1..A_N). With orthonormal bases U (d_out × R) and
-V (d_in × R') of the stacked factors, every update is an R × R' core C_n = Uᵀ ΔW_n V, and norms, inner
-products and singular values of the cores are those of ΔW. So nothing of size d_out × d_in is formed, and the
-error of a truncation is known exactly. Everything here is computed in float64.
+V (d_in × R') of the stacked factors, every update is an R × R' core C_n = Uᵀ ΔW_n V with the norm, inner
+products and singular values of ΔW_n. No matrix of size d_out × d_in is formed, and the error of a truncation
+is known exactly. All computations are in float64.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,21 +22,21 @@ if TYPE_CHECKING:
 
 F64 = torch.float64
 DEFAULT_ENERGY = 0.99
-# Singular values below this share of the largest are rounding, not a direction of the update.
+# Singular values below this fraction of the largest are rounding errors.
 _NEGLIGIBLE = 1e-10
-# From so many columns on, a Gram matrix's eigenvectors are several times faster than a QR; they are as good
-# where no direction is weaker than this share of the strongest (squared), and QR takes the other cases.
+# With at least this many columns, the eigenvectors of the Gram matrix are several times faster than QR. They are as
+# accurate if the smallest eigenvalue is above this fraction of the largest; otherwise QR is used.
 _GRAM_COLUMNS = 128
 _GRAM_CONDITION = 1e-6
 
 
 @dataclass(frozen=True)
 class Truncation:
-    """How much of an update its factors keep.
+    """How far an update is truncated.
 
     Attributes:
-        rank: most directions; None for all.
-        energy: keep the least rank with this share of ‖ΔW‖² (at most ``rank``); None for no such choice.
+        rank: the largest rank; None for no limit.
+        energy: keep the smallest rank with this fraction of ‖ΔW‖² (at most ``rank``); None keeps all directions.
     """
 
     rank: int | None = None
@@ -46,10 +46,10 @@ class Truncation:
         if self.rank is not None and self.rank < 1:
             raise PimergeError(f"--rank is {self.rank}, expected at least 1, max or auto")
         if self.energy is not None and not 0 < self.energy <= 1:
-            raise PimergeError(f"--energy is {self.energy}", "expected a share of ‖ΔW‖² above 0, up to 1")
+            raise PimergeError(f"--energy is {self.energy}", "expected a fraction of ‖ΔW‖² above 0 and at most 1")
 
     def kept(self, singular: Tensor) -> int:
-        """How many of some singular values (descending) to keep; rounding noise is never kept.
+        """The number of singular values (descending) to keep; rounding errors are never kept.
 
         >>> Truncation(energy=0.85).kept(torch.tensor([3.0, 1.0, 0.1], dtype=F64))
         1
@@ -70,8 +70,8 @@ class Truncated:
 
     Attributes:
         factors: A (r × d_in), B (d_out × r), scaling 1.
-        energy: ‖ΔW‖² before the truncation; 0 where nothing had to be computed for it.
-        lost: the part of it that the truncation dropped.
+        energy: ‖ΔW‖² before the truncation; 0 if nothing was truncated.
+        lost: the part of the energy that the truncation dropped.
     """
 
     factors: Factors
@@ -83,7 +83,7 @@ class Truncated:
 class Basis:
     """An orthonormal basis of the columns of a matrix: U = ``stack`` · ``change``, (d × R).
 
-    U itself is large and often not needed: ``times`` multiplies from the right first.
+    U itself is large and often not needed, so ``times`` multiplies from the right first.
     """
 
     stack: Tensor
@@ -100,11 +100,11 @@ class Basis:
 
 @dataclass(frozen=True)
 class Cores:
-    """The updates of one module in bases that they share: ΔW_n = U C_n Vᵀ.
+    """The updates of one module in shared bases: ΔW_n = U C_n Vᵀ.
 
     Attributes:
         U, V: bases of the outputs (d_out × R) and of the inputs (d_in × R').
-        left, right: each expert's factors in them: C_n = left_n right_nᵀ, (R × r_n) and (R' × r_n).
+        left, right: each expert's factors in these bases: C_n = left_n right_nᵀ, (R × r_n) and (R' × r_n).
     """
 
     U: Basis
@@ -118,12 +118,12 @@ class Cores:
         return torch.stack([left.to(dtype) @ right.to(dtype).T for left, right in pairs])
 
     def summed(self, coefficients: Sequence[float]) -> Tensor:
-        """Σ c_n C_n, (R, R'), without the single cores."""
+        """Σ c_n C_n, (R, R'), without forming the individual cores."""
         scaled = [c * left for c, left in zip(coefficients, self.left, strict=True)]
         return torch.cat(scaled, 1) @ torch.cat(self.right, 1).T
 
     def rotated(self, P: Tensor, Q: Tensor) -> Cores:
-        """The same updates in the bases U P and V Q."""
+        """Change the bases to U P and V Q."""
         return Cores(
             self.U.rotated(P),
             self.V.rotated(Q),
@@ -132,10 +132,10 @@ class Cores:
         )
 
     def canonical(self) -> Cores:
-        """In the singular vectors of the experts side by side and one above the other.
+        """Change to the singular vectors of the updates side by side and stacked.
 
-        They depend on the updates alone, up to sign: neither on the experts' order nor on how each update is
-        split into B and A. (Where several singular values are equal, their vectors are not determined.)
+        Up to sign, they depend only on the updates, not on the experts' order or on how each update is split into B
+        and A. (The vectors of equal singular values are not unique.)
         """
         pairs = list(zip(self.left, self.right, strict=True))
         rows = torch.cat([left @ (right.T @ right) for left, right in pairs], 1) @ torch.cat(self.left, 1).T
@@ -143,20 +143,20 @@ class Cores:
         return self.rotated(_principal(rows), _principal(columns))
 
     def reference(self) -> Cores:
-        """In the singular vectors of the stacked factors B and A (Core Space, arXiv 2509.17786, eq. 5)."""
+        """Change to the singular vectors of the stacked factors B and A (Core Space, arXiv 2509.17786, eq. 5)."""
         left, right = torch.cat(self.left, 1), torch.cat(self.right, 1)
         return self.rotated(_principal(left @ left.T), _principal(right @ right.T))
 
 
 def orthonormal_basis(stacks: Sequence[Tensor]) -> tuple[Basis, list[Tensor]]:
-    """An orthonormal basis U of some matrices side by side, and the coordinates K_n of each in it: M_n = U K_n.
+    """Find an orthonormal basis U of matrices side by side, and the coordinates K_n of each: M_n = U K_n.
 
     Args:
         stacks: (d × r_n) each, in float64.
     """
     sizes = [part.shape[1] for part in stacks]
     stack = torch.cat(list(stacks), 1)
-    # columns of unit norm: an expert whose update is small loses no digits beside a large one
+    # columns of unit norm, so that a small update keeps its precision beside a large one
     norms = torch.linalg.vector_norm(stack, dim=0)
     norms = torch.where(norms > 0, norms, 1.0)
     stack /= norms
@@ -170,7 +170,7 @@ def orthonormal_basis(stacks: Sequence[Tensor]) -> tuple[Basis, list[Tensor]]:
 
 
 def to_cores(parts: Sequence[Factors]) -> Cores:
-    """Updates as small cores, exactly: ΔW_n = U C_n Vᵀ; R and R' are at most Σ r_n.
+    """Express updates exactly as small cores: ΔW_n = U C_n Vᵀ, with R and R' at most Σ r_n.
 
     >>> part = Factors(torch.ones(1, 3), torch.ones(2, 1), 2.0)
     >>> cores = to_cores([part, part])
@@ -183,23 +183,22 @@ def to_cores(parts: Sequence[Factors]) -> Cores:
 
 
 def truncated(core: Tensor, cores: Cores, truncation: Truncation) -> Truncated:
-    """The best factors of a rank: B A ≈ U · core · Vᵀ, with the singular values shared evenly.
+    """Truncate a core to the best factors of a rank: B A ≈ U · core · Vᵀ, with √σ in both factors.
 
-    What is lost is known from the singular values (Eckart and Young, 1936).
+    The singular values give the error (Eckart and Young, 1936).
     """
-    left, singular, right = _svd(core.to(F64))
-    kept = truncation.kept(singular)
-    root = singular[:kept].sqrt()
-    factors = Factors(root[:, None] * cores.V.times(right[:kept].T).T, cores.U.times(left[:, :kept]) * root, 1.0)
-    return Truncated(factors, *_energies(singular, kept))
+    found = truncated_dense(core, truncation)
+    A, B = found.factors.A, found.factors.B
+    return replace(found, factors=Factors(cores.V.times(A.T).T, cores.U.times(B), 1.0))
 
 
 def truncated_dense(delta: Tensor, truncation: Truncation) -> Truncated:
-    """As :func:`truncated`, for a dense ΔW (d_out × d_in)."""
-    left, singular, right = _svd(delta.to(F64))
-    kept = truncation.kept(singular)
-    root = singular[:kept].sqrt()
-    return Truncated(Factors(root[:, None] * right[:kept], left[:, :kept] * root, 1.0), *_energies(singular, kept))
+    """Truncate a dense ΔW (d_out × d_in); see :func:`truncated`."""
+    left, singular, right = torch.linalg.svd(delta.to(F64), full_matrices=False)
+    kept, directions = truncation.kept(singular), EVERYTHING.kept(singular)
+    root, squares = singular[:kept].sqrt(), singular.square()
+    factors = Factors(root[:, None] * right[:kept], left[:, :kept] * root, 1.0)
+    return Truncated(factors, float(squares.sum()), float(squares[kept:directions].sum()))
 
 
 def inner_products(parts: Sequence[Factors]) -> Tensor:
@@ -219,10 +218,10 @@ def inner_products(parts: Sequence[Factors]) -> Tensor:
 def weighted_sum(
     parts: Sequence[Factors], coefficients: Sequence[float], truncation: Truncation, dtype: torch.dtype
 ) -> Truncated:
-    """Factors of Σ c_n ΔW_n, in a dtype or a wider one; the biases are not summed here.
+    """Factors of Σ c_n ΔW_n, in a dtype or a wider one; see :func:`weighted_bias` for the biases.
 
-    Without a truncation they are the experts' factors side by side (rank Σ r_n) where a matrix of that shape can
-    have such a rank: nothing is computed, and nothing rounded but once.
+    Without a truncation they are the experts' factors side by side, if a matrix of that shape can have rank Σ r_n. This
+    needs no decomposition, and every number is rounded once.
     """
     rank = sum(len(part.A) for part, c in zip(parts, coefficients, strict=True) if c)
     if truncation == EVERYTHING and rank <= min(len(parts[0].B), parts[0].A.shape[1]):
@@ -241,7 +240,7 @@ def weighted_bias(parts: Sequence[Factors], coefficients: Sequence[float], dtype
 
 
 def _side_by_side(parts: Sequence[Factors], coefficients: Sequence[float], dtype: torch.dtype) -> Factors:
-    """The A as they are, the B scaled; an expert with the coefficient 0 is left out, unless all are."""
+    """The factors side by side, each B scaled; experts with coefficient 0 are left out, unless all have it."""
     used = [(part, c) for part, c in zip(parts, coefficients, strict=True) if c and len(part.A)]
     used = used or [(next((part for part in parts if len(part.A)), parts[0]), 0.0)]
     wide = torch.promote_types(dtype, torch.float32)
@@ -258,17 +257,6 @@ def _side_by_side(parts: Sequence[Factors], coefficients: Sequence[float], dtype
 
 
 def _principal(gram: Tensor) -> Tensor:
-    """The eigenvectors of a Gram matrix, strongest first."""
+    """The eigenvectors of a Gram matrix, in descending order of their eigenvalues."""
     vectors: Tensor = torch.linalg.eigh(gram)[1]
     return vectors.flip(1)
-
-
-def _svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    left, singular, right = torch.linalg.svd(matrix, full_matrices=False)
-    return left, singular, right
-
-
-def _energies(singular: Tensor, kept: int) -> tuple[float, float]:
-    squares = singular.square()
-    directions = Truncation().kept(singular)
-    return float(squares.sum()), float(squares[kept:directions].sum())

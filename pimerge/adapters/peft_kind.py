@@ -164,7 +164,7 @@ def _fields(how: PeftDelta, config: Mapping[str, Any], problems: Problems) -> di
         if name not in known and value:
             problems.add(
                 f"'{name}' in adapter_config.json is not known to PEFT {__version__}",
-                "if the field does not change what the tensors mean, set it to null; else install a newer PEFT",
+                "if the field does not change the meaning of the tensors, set it to null; or install a newer PEFT",
             )
         elif type(known.get(name)) in (int, float) and not is_number:
             problems.add(f"{name} in adapter_config.json: expected a number; got {value!r}", "save it again with PEFT")

@@ -1,8 +1,8 @@
-"""PEFT's own layers of an adapter, around a base of zeros, and the ΔW that they give.
+"""PEFT's layers of an adapter around a base of zeros, and the ΔW that they compute.
 
-The layers' weights are one zero, expanded, so that they take no memory, whatever the size of the base. The adapter's
-tensors are loaded as PEFT loads them and then widened to float64. (On the meta device PEFT would move the adapter
-there, and the result would be empty.)
+The base's weights are a single expanded zero, so they take no memory for any size of base. The adapter's tensors are
+loaded as PEFT loads them and then converted to float64. (On the meta device, PEFT would move the adapter there, and the
+result would be empty.)
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ Read = Callable[[str], "Tensor"]
 Shapes = Mapping[str, tuple[int, ...]]
 Weights = tuple[tuple[str, tuple[int, ...]], ...]
 _MOST_MODELS = 32
-_LOCK = RLock()  # experts are opened in several threads, and PEFT draws from the global generator
-# What PEFT raises for a config or tensors that its layers cannot take.
+_LOCK = RLock()  # experts are opened in several threads, and PEFT uses the global random generator
+# The exceptions that PEFT raises for an invalid config or invalid tensors.
 _REFUSALS = (ValueError, TypeError, RuntimeError, LookupError, AttributeError, ImportError, ArithmeticError, re.error)
 
 
@@ -40,18 +40,18 @@ def _get_delta_weight(layer: Any, weight: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class PeftDelta:
-    """How PEFT gives the ΔW of a kind.
+    """How PEFT computes the ΔW of a kind.
 
     Attributes:
         peft_type: PEFT's name of the kind.
-        slots: what the last part of the kind's keys begins with, such as ``hada_``.
+        slots: prefix of the last component of the kind's keys, such as ``hada_``.
         delta: PEFT's layer and its base weight → ΔW, in the shape of the weight.
-        rank: shapes by slot → the most that ΔW's rank can be; None where nothing but the shape of ΔW bounds it.
-        weight: shapes by slot → the shape of the base's weight, where they tell; else the base has to be there.
-        needs_weight: config → whether ΔW depends on the base's own weights.
-        fixed: slots of tensors in the file that are not trained, such as chosen places.
-        trained: slots of tensors that are trained and that all layers share.
-        since: the first version of PEFT known to have the kind.
+        rank: shapes by slot → upper bound of ΔW's rank; None if only the shape of ΔW limits it.
+        weight: shapes by slot → shape of the base's weight; None if the shape has to be read from the base.
+        needs_weight: config → whether ΔW depends on the base's weights.
+        fixed: slots of tensors in the file that are not trained, such as indices.
+        trained: slots of trained tensors that all layers share.
+        since: the first version of PEFT that has the kind.
     """
 
     peft_type: str
@@ -70,8 +70,8 @@ class PeftLayers:
     """The layers of one adapter.
 
     Attributes:
-        how: its kind's row.
-        fields: of PEFT's config, as JSON.
+        how: how PEFT computes the kind's ΔW.
+        fields: fields of PEFT's config, as JSON.
         weights: name of each layer and shape of the base's weight, (d_out, d_in, *kernel), in the base's order.
         keys: the keys of all tensors to load.
     """
@@ -82,17 +82,17 @@ class PeftLayers:
     keys: tuple[str, ...]
 
     def check(self, shapes: Shapes, problems: Problems) -> None:
-        """Note every tensor that PEFT's layers do not have, lack, or have in another shape.
+        """Add a problem for every tensor that is missing, unexpected or of another shape than in PEFT's layers.
 
         Args:
-            shapes: by key, of the file.
+            shapes: key → shape of each tensor in the file.
         """
         expected: Shapes = {}
         with problems.collected():
             expected = _expected(self.how.peft_type, self.fields, self.weights)
         if problems.found:
             return
-        # what all layers share stands in PEFT's model once more for every layer
+        # PEFT's model repeats the shared tensors in every layer
         shared = tuple(f".{key.rpartition('.')[2]}" for key in expected if key.count(".") == 1)
         own = {key for key in expected if key.count(".") == 1 or not key.endswith(shared or ("\0",))}
         for key in sorted(own | shapes.keys()):
@@ -111,8 +111,8 @@ class PeftLayers:
         """ΔW of a layer, (d_out × d_in) in float64.
 
         Args:
-            read: gives the tensor of a key.
-            weight: the base's own, where ΔW depends on it.
+            read: reads the tensor of a key.
+            weight: the base's weight, for a kind whose ΔW depends on it.
         """
         import torch
 
@@ -132,7 +132,7 @@ class PeftLayers:
         return _LOADED[self]
 
 
-_LOADED: OrderedDict[PeftLayers, nn.Module] = OrderedDict()  # the latest, the oldest first
+_LOADED: OrderedDict[PeftLayers, nn.Module] = OrderedDict()  # in order of loading
 
 
 @lru_cache(maxsize=_MOST_MODELS)
@@ -146,7 +146,7 @@ def _expected(peft_type: str, fields: str, weights: Weights) -> Shapes:
 
 
 def _model(peft_type: str, fields: str, weights: Weights) -> nn.Module:
-    """PEFT's model of these layers, as it starts."""
+    """Create PEFT's model of these layers, with newly initialised adapters."""
     import torch
     from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftModel
 
@@ -158,13 +158,13 @@ def _model(peft_type: str, fields: str, weights: Weights) -> nn.Module:
 
 
 def _zeros(weights: Weights) -> nn.Module:
-    """Layers of these names whose weights are one zero, expanded."""
+    """Create layers of these names whose weights are a single expanded zero."""
     import torch
     from torch import nn
 
-    classes: list[Any] = [nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d]  # by the dimensions of the kernel
+    classes: list[Any] = [nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d]  # by the number of kernel dimensions
     root = nn.Module()
-    for name, shape in sorted(weights, key=lambda each: each[0].count(".")):  # a parent before what is in it
+    for name, shape in sorted(weights, key=lambda each: each[0].count(".")):  # parents before their children
         d_out, d_in, *kernel = shape
         with torch.device("meta"):
             made = classes[len(kernel)](d_in, d_out, *([kernel] if kernel else []), bias=False)
@@ -180,7 +180,7 @@ def _zeros(weights: Weights) -> nn.Module:
 
 
 def _load(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Load an adapter's tensors as PEFT does, and widen all but the base's weights to float64."""
+    """Load an adapter's tensors as PEFT does, and convert all but the base's weights to float64."""
     from peft import set_peft_model_state_dict
 
     with _refusals("the adapter"):
@@ -196,7 +196,7 @@ def _load(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 @contextmanager
 def _refusals(what: str) -> Iterator[None]:
-    """Turn PEFT's refusals into a problem, and keep its warnings to ourselves."""
+    """Turn PEFT's exceptions into a PimergeError, and suppress its warnings."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -204,6 +204,6 @@ def _refusals(what: str) -> Iterator[None]:
         except _REFUSALS as error:
             reason = str(error).strip().partition("\n")[0]
             raise PimergeError(
-                f"PEFT cannot make its layers of {what}: {type(error).__name__}: {reason}",
-                "check adapter_config.json, and that the base is the one that it was trained on",
+                f"PEFT cannot create its layers for {what}: {type(error).__name__}: {reason}",
+                "check adapter_config.json, and that the adapter was trained on this base",
             ) from error

@@ -1,4 +1,4 @@
-"""The document ``ranking.json``: which experts were looked at for a target, how close each is, who is selected."""
+"""``ranking.json``: the ranked experts of a target, their scores, and the selected ones."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SCHEMA = 2
 
 
 class Reference(BaseModel):
-    """An expert as the ranking names it; ``path`` is relative to the ranking's folder."""
+    """An expert in a ranking; ``path`` is relative to the ranking's folder."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -30,11 +30,10 @@ AnyReference = TypeVar("AnyReference", bound=Reference)
 
 
 class Target(Reference):
-    """Whom the ranking is for.
+    """The target of a ranking.
 
     Attributes:
-        expert: False for a task without an expert of its own; ``path`` is the task's folder, then, and ``sha256``
-            the task's.
+        expert: False for a task without an expert of its own; ``path`` and ``sha256`` then refer to the task.
     """
 
     expert: bool = True
@@ -45,10 +44,9 @@ class Candidate(Reference):
 
     Attributes:
         low, high: 95 % interval of the score.
-        scale: strength of the expert's update that suits the target best, 0 to 1; merge and tune apply it.
-        gain: expected gain over the bare base in accuracy (0 to 1), and its 95 % interval; None where it is not
-            known.
-        helps: whether it is expected to help over the bare base.
+        scale: the best strength of the expert for the target, 0 to 1; merge and tune apply it.
+        gain: expected gain in accuracy over the bare base (0 to 1), with its 95 % interval; None if it is unknown.
+        helps: whether it is expected to improve on the bare base.
     """
 
     score: float
@@ -71,7 +69,7 @@ class NotComparable(BaseModel):
 
 
 class Seen(BaseModel):
-    """The target's examples that were used: how many, and how they were sampled."""
+    """The target's examples that were used: their number, and how they were sampled."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -86,10 +84,11 @@ class Ranking(BaseModel):
     """The content of ``ranking.json``: candidates in descending order, and the selected ones among them.
 
     Attributes:
-        base_score: of the bare base; None for a measure of the store.
-        seen: the target's examples; None for a measure of the store.
-        selected: empty if no expert is expected to help: then a fresh expert is the advice.
-        notes: what a reader should know, a sentence at a time.
+        base_score: score of the bare base; None for a measure that compares stored embeddings.
+        seen: the target's examples that were used; None for a measure that compares stored embeddings.
+        selected: names of the selected experts; empty if no expert is expected to help, so that a fresh expert is
+            recommended.
+        notes: remarks for the reader, one sentence each.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -110,11 +109,11 @@ class Ranking(BaseModel):
 
     @property
     def path(self) -> Path:
-        """The file that it was read from or is written to; the paths of experts are relative to its folder."""
+        """The file that it was read from or will be written to; the paths of experts are relative to its folder."""
         return self._path
 
     def at(self, path: Path) -> Ranking:
-        """The same ranking with the paths of experts relative to the folder of another file."""
+        """A copy whose paths of experts are read relative to the folder of another file."""
         ranking = self.model_copy()
         ranking._path = path
         return ranking
@@ -141,7 +140,7 @@ class Ranking(BaseModel):
             force: replace another ranking.
 
         Returns:
-            the ranking as it was written, its paths relative to the folder of that file.
+            the written ranking, with paths relative to the folder of that file.
         """
         path = Path(path)
         old, new = self.path.parent, path.parent
@@ -157,7 +156,7 @@ class Ranking(BaseModel):
         return written
 
     def with_notes(self, *notes: str) -> Ranking:
-        """The same with more to be said, first."""
+        """A copy with further notes before its own."""
         return self.model_copy(update={"notes": [*notes, *self.notes]})
 
     def chosen(self) -> list[Candidate]:
@@ -176,7 +175,7 @@ def read_ranking(path: Path) -> Ranking:
 
 
 def open_ranked(reference: Reference, ranking_path: Path, base: str | None = None) -> Expert:
-    """Open an expert that a ranking names, at its strength, and check that it is the one that was ranked."""
+    """Open an expert of a ranking at its strength, and check that it has not changed since."""
     expert = open_expert(ranking_path.parent / reference.path, base)
     if expert.sha256 != reference.sha256:
         raise PimergeError(

@@ -98,7 +98,8 @@ def select(
         return Selection([], own, folder, [], [], task)
     if target is not None and not _is_ranked(ranking, own, task or folder):
         raise PimergeError(
-            f"'{ranking_path}' ranks experts for '{ranking.target.name}', not for the present '{_name(target)}'",
+            f"'{ranking_path}' ranks experts for '{ranking.target.name}', not for '{_name(target)}' in its present "
+            "state",
             f"run 'pimerge rank --target {_name(target)}' first, or name the experts",
         )
     problems, candidates = Problems(), ranking.chosen()

@@ -1,7 +1,7 @@
-"""Experts of tensors that are combined number by number: their layout.
+"""The layout of experts whose tensors are combined elementwise.
 
-A strength s of such an expert means neutral + s · (φ − neutral), with the neutral point that of an expert that changes
-nothing; where a kind has none, only strength 1 means anything.
+Such an expert at strength s is neutral + s · (φ − neutral), with the neutral point of an expert that changes nothing. A
+kind without a neutral point has only strength 1.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TensorSlot:
-    """One tensor of a group.
+    """One tensor of a set.
 
     Attributes:
-        key: in the adapter's file.
-        shape: of the tensor, or of its part.
-        neutral: the value at which it changes nothing; None if ``base`` says it, or if it has none.
-        base: the base's parameter that it takes the place of, whose values are its neutral point.
-        columns: the part of the stored tensor that belongs to the group; None for all of it.
+        key: its key in the adapter's file.
+        shape: shape of the tensor or, with ``columns``, of its part.
+        neutral: the value at which it changes nothing; None if ``base`` gives it or there is none.
+        base: the base's parameter that it replaces, whose values are its neutral point.
+        columns: the part of the stored tensor that belongs to the set; None for the whole tensor.
     """
 
     key: str
@@ -35,7 +35,7 @@ class TensorSlot:
 
     @property
     def has_neutral(self) -> bool:
-        """Whether a strength moves it."""
+        """Whether it has a neutral point, so that strengths other than 1 are defined."""
         return self.neutral is not None or self.base is not None
 
 
@@ -44,7 +44,7 @@ class TensorSet:
     """Tensors that share one weight when experts are combined.
 
     Attributes:
-        name: the adapted module's full name in the base; of a prefix the layer's.
+        name: full name of the adapted module in the base; for a prefix, of the layer.
         slots: slot → tensor, in alphabetical order.
     """
 
@@ -53,33 +53,33 @@ class TensorSet:
 
     @property
     def numbers(self) -> int:
-        """How many it holds."""
+        """The number of entries of all its tensors."""
         return sum(math.prod(slot.shape) for slot in self.slots.values())
 
     @property
     def form(self) -> tuple[object, ...]:
-        """The properties that two tensor sets must share to be combined."""
+        """Names and shapes, which two sets must share to be combined."""
         return tuple((name, slot.shape) for name, slot in self.slots.items())
 
 
 def read_slot(slot: TensorSlot, read: Callable[[str], Tensor]) -> Tensor:
-    """The tensor of a slot; ``read`` gives that of a key."""
+    """Read the tensor of a slot; ``read`` reads the tensor of a key."""
     tensor = read(slot.key)
     return tensor if slot.columns is None else tensor[:, slot.columns[0] : slot.columns[1]]
 
 
-def joined(groups: Mapping[str, TensorSet], tensors: Mapping[tuple[str, str], Tensor]) -> dict[str, Tensor]:
-    """Key → tensor as stored, from (tensor set, slot) → tensor: the inverse of :func:`read_slot`."""
+def joined(sets: Mapping[str, TensorSet], tensors: Mapping[tuple[str, str], Tensor]) -> dict[str, Tensor]:
+    """Join the tensors of slots as they are stored, key → tensor: the inverse of :func:`read_slot`.
+
+    Args:
+        tensors: (set, slot) → tensor.
+    """
     import torch
 
     parts: dict[str, list[tuple[int, Tensor]]] = {}
-    for name, group in groups.items():
-        for slot_name, slot in group.slots.items():
+    for name, tensor_set in sets.items():
+        for slot_name, slot in tensor_set.slots.items():
             start = slot.columns[0] if slot.columns else 0
             parts.setdefault(slot.key, []).append((start, tensors[name, slot_name]))
-    return {
-        key: torch.cat([part for _, part in sorted(found, key=lambda each: each[0])], 1).contiguous()
-        if len(found) > 1
-        else found[0][1].contiguous()
-        for key, found in parts.items()
-    }
+    ordered = {key: [part for _, part in sorted(found, key=lambda each: each[0])] for key, found in parts.items()}
+    return {key: (torch.cat(each, 1) if len(each) > 1 else each[0]).contiguous() for key, each in ordered.items()}

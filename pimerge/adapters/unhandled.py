@@ -1,13 +1,15 @@
-"""Kinds that PEFT ships and pimerge only looks at: why their tensors are not combined."""
+"""PEFT's kinds that pimerge can only inspect, and why it does not combine their tensors."""
 
 from __future__ import annotations
 
 from pimerge.adapters.kind import AdapterHeader, Parts
 from pimerge.adapters.tensor_sets import TensorSet, TensorSlot
 
-_ROTATES = "it multiplies the base's weights by an orthogonal matrix, and the sum of two such is none"
-_OF_THE_BASE = "its ΔW is made with the base's own weights, which are not read where experts are combined"
-_SINGLE_ENTRIES = "it changes chosen entries of W, of full rank, and each expert chooses its own"
+_ROTATES = (
+    "it multiplies the base's weights by an orthogonal matrix, and the sum of two orthogonal matrices is not orthogonal"
+)
+_OF_THE_BASE = "its ΔW depends on the base's weights, which are not read when experts are combined"
+_SINGLE_ENTRIES = "it changes selected entries of W, of full rank, and each expert selects its own"
 _WHY = {
     "BOFT": _ROTATES,
     "OFT": _ROTATES,
@@ -16,10 +18,10 @@ _WHY = {
     "POLY": "Poly routes each task over several LoRAs",
     "XLORA": "X-LoRA routes each token over several LoRAs",
     "MIXED": "it is several adapters in one",
-    "P_TUNING": "the prompt is made by a network that is not in the file",
-    "MULTITASK_PROMPT_TUNING": "the prompt is a product of a shared and a task's part",
+    "P_TUNING": "its prompt is computed by a network that is not in the file",
+    "MULTITASK_PROMPT_TUNING": "its prompt is the product of a shared part and a part of each task",
     "ADAPTION_PROMPT": "LLaMA-Adapter gates its prompts layer by layer",
-    "TRAINABLE_TOKENS": "rows of the embedding are no update of the whole matrix",
+    "TRAINABLE_TOKENS": "it trains single rows of the embedding, not an update of the whole matrix",
     "ADAMSS": _OF_THE_BASE,
     "DEFT": _OF_THE_BASE,
     "FROD": _OF_THE_BASE,
@@ -28,21 +30,21 @@ _WHY = {
     "PEANUT": _OF_THE_BASE,
     "TINYLORA": _OF_THE_BASE,
     "SUPERTUNING": _SINGLE_ENTRIES,
-    "UNILORA": "its file names no layers, and which of its numbers a layer takes depends on the order of all layers",
+    "UNILORA": "its file does not name its layers, and the numbers that a layer uses depend on the order of all layers",
     "LILY": "Lily shares factors between layers and routes each token over several",
-    "ROAD": "RoAd rotates and scales pairs of a layer's outputs, and the sum of two rotations is none",
+    "ROAD": "RoAd rotates and scales pairs of a layer's outputs, and the sum of two rotations is not a rotation",
     "BEFT": "BEFT adds vectors to some layers' outputs; 'bitfit' trains the biases of all",
-    "CPT": "CPT's prompt belongs to the tokens of the examples that it was made from",
-    "CARTRIDGE": "a cartridge is a cache of keys and values of a text, and two texts have no sum",
-    "SHADOW": "it is a network of its own beside the base",
+    "CPT": "CPT's prompt belongs to the tokens of its own examples",
+    "CARTRIDGE": "a cartridge is a cache of the keys and values of a text, and two texts cannot be summed",
+    "SHADOW": "it is a separate network beside the base",
 }
-NO_RULE = "no rule says what its tensors mean"
-"""Of a kind that is newer than this version of pimerge."""
+NO_RULE = "this version of pimerge does not know its tensors"
+"""The reason for a kind that is newer than this version of pimerge."""
 _PREFIXES = ("base_model.model.", "base_model.")
 
 
 def why_unhandled(peft_type: str) -> str:
-    """Why experts of a type are not combined; empty of a type that PEFT does not know either.
+    """Why experts of a type are not combined; empty for a type that PEFT does not know either.
 
     >>> why_unhandled("OFT").partition(",")[0]
     "it multiplies the base's weights by an orthogonal matrix"
@@ -55,7 +57,7 @@ def why_unhandled(peft_type: str) -> str:
 
 
 def parse(header: AdapterHeader) -> Parts:
-    """All tensors except those of the head, by the module in their names."""
+    """Group every tensor outside the head by the module in its name."""
     saved = header.config.get("modules_to_save")
     heads = saved if isinstance(saved, list) else []
     found: dict[str, dict[str, TensorSlot]] = {}

@@ -1,4 +1,4 @@
-"""Merged or tuned updates → an expert's folder that PEFT loads."""
+"""Write merged or tuned updates as an expert's folder that PEFT loads."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ class Coefficients(BaseModel):
     """The content of ``coefficients.json``.
 
     Attributes:
-        experts: their folders, relative to the file's, in the order of the weights.
-        sha256: of each expert's tensors.
-        scales: of each expert's update, before its weight; 1 where the file does not say.
-        experts_trained: whether the experts' factors were trained too, so that the weights alone do not
-            give the result again.
+        experts: folders of the experts, relative to the file's folder, in the order of the weights.
+        sha256: SHA-256 of each expert's tensors.
+        scales: strength of each expert's update, before its weight; 1 by default.
+        experts_trained: whether the experts' factors were trained as well, so that the weights alone do not
+            reproduce the result.
         weights: module → one weight per expert.
     """
 
@@ -60,12 +60,12 @@ class Coefficients(BaseModel):
 
 @dataclass(frozen=True)
 class Documents:
-    """The documents written beside the tensors, such as the results of a merge by module.
+    """The files that are written beside the tensors.
 
     Attributes:
-        manifest: its ``outputs`` are filled in by :func:`write_expert`.
-        coefficients: None where no weights give the result.
-        card: content of the README.md; None for none.
+        manifest: the manifest; :func:`write_expert` fills in its ``outputs``.
+        coefficients: the weights; None if the result is not a weighted sum.
+        card: content of the README.md; None to write none.
     """
 
     manifest: Manifest
@@ -75,11 +75,11 @@ class Documents:
 
 @dataclass(frozen=True)
 class Layout:
-    """The layout of the expert's file, known before its first tensor.
+    """The tensors that the expert's file will hold, known before the first one is computed.
 
     Attributes:
-        modules: the modules to come.
-        dtype: of the factors.
+        modules: the modules.
+        dtype: dtype of the factors.
         has_bias: whether every module has a bias update (``lora_bias``).
     """
 
@@ -99,14 +99,14 @@ def write_expert(
     documents: Callable[[Sequence[Summary]], Documents],
     force: bool,
 ) -> Documents:
-    """Write an expert's folder whole or not at all, one module at a time.
+    """Write an expert's folder completely or not at all, one module at a time.
 
-    The config has r = alpha (scaling 1), rsLoRA off, and ``rank_pattern`` where ranks differ.
+    The config has r = alpha (scaling 1), no rsLoRA, and a ``rank_pattern`` if ranks differ.
 
     Args:
-        modules: each is taken when the one before is on the disk.
-        like: config fields to keep: ``task_type``, ``auto_mapping``, ``fan_in_fan_out``.
-        documents: gives what is written beside the tensors, once all modules are done.
+        modules: merged modules; each is requested after the previous one has been written.
+        like: config from which ``task_type``, ``auto_mapping`` and ``fan_in_fan_out`` are kept.
+        documents: gives the files beside the tensors, once all modules are written.
     """
     refuse_biased_embeddings(layout.modules, layout.has_bias)
     return _write_folder(
@@ -132,12 +132,12 @@ def write_tensor_sets(
     documents: Callable[[], Documents],
     force: bool,
 ) -> Documents:
-    """Write an expert without ΔW, whole or not at all.
+    """Write an expert without ΔW completely or not at all.
 
     Args:
-        tensors: gives key → tensor, once the folder can be written.
-        like: an expert of the same form, whose config it has, but for the base and the head.
-        documents: as of :func:`write_expert`.
+        tensors: gives key → tensor; called once the folder can be written.
+        like: an expert of the same form; its config is copied except for the base and the head.
+        documents: gives the files beside the tensors.
     """
     prefix = like.strategy.prefix
 
@@ -156,7 +156,7 @@ def write_tensor_sets(
         "inference_mode": True,
         "modules_to_save": sorted(head.modules) or None,
     }
-    # PEFT writes sets, in another order in every process
+    # sorted, since PEFT writes sets in a different order in every process
     sets = {name: sorted(value) for name, value in like.config.items() if name in _SETS and isinstance(value, list)}
     return _write_folder(path, write, lambda _: {**like.config, **sets, **own}, head, lambda _: documents(), force)
 
@@ -169,7 +169,7 @@ def _write_folder(
     documents: Callable[[Sequence[Summary]], Documents],
     force: bool,
 ) -> Documents:
-    """Write the tensors first, then the documents that depend on them."""
+    """Write the tensors, and then the documents that describe them."""
     with new_folder(path, force=force) as partial:
         summaries = write_tensors(partial / WEIGHTS)
         written = documents(summaries)
@@ -230,7 +230,7 @@ def _config(
 
 
 def base_reference(base: Base, path: Path) -> tuple[str, str | None]:
-    """How an expert at ``path`` names its base: as before if that is found from there, else by relative path."""
+    """Name and revision of a base for an expert at ``path``: its own name if found from there, or a relative path."""
     if base.folder is None or base.folder.parent.name == "snapshots":
         return base.name, base.revision
     found = folder_from(path, base.name)

@@ -1,6 +1,6 @@
-"""Kinds of expert that PEFT does not ship, ``bitfit`` and ``bottleneck``, registered with it by importing this package.
+"""Two PEFT methods that PEFT does not ship, ``bitfit`` and ``bottleneck``; importing this package registers them.
 
-After ``import pimerge.peft_methods``, ``get_peft_model``, ``save_pretrained`` and ``PeftModel.from_pretrained`` know
+After ``import pimerge.peft_methods``, ``get_peft_model``, ``save_pretrained`` and ``PeftModel.from_pretrained`` support
 them.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from peft.utils import register_peft_method
 
-from pimerge.peft_methods._types import peft_type
+from pimerge.peft_methods._shared import peft_type
 from pimerge.peft_methods.bitfit import BitFitConfig, BitFitModel
 from pimerge.peft_methods.bottleneck import BottleneckConfig, BottleneckModel
 

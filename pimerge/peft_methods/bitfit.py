@@ -1,23 +1,22 @@
-"""BitFit for PEFT: biases in place of the base's own (arXiv 2106.10199)."""
+"""BitFit for PEFT: trained biases in place of the base's (arXiv 2106.10199)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from pimerge.checkpoints.architecture import layers_within
-from pimerge.peft_methods._types import peft_type
+from pimerge.peft_methods._shared import TargetedConfig, TargetedTuner
 
 
 @dataclass
-class BitFitConfig(PeftConfig):  # type: ignore[misc]
-    """Which biases are trained.
+class BitFitConfig(TargetedConfig):
+    """The modules whose biases are trained.
 
     Attributes:
         target_modules: names or name endings of modules with a bias, or a regular expression; by default every module
@@ -25,19 +24,11 @@ class BitFitConfig(PeftConfig):  # type: ignore[misc]
         exclude_modules, modules_to_save: as in PEFT's own configs.
     """
 
-    target_modules: list[str] | set[str] | str | None = None
-    exclude_modules: list[str] | str | None = None
-    modules_to_save: list[str] | None = field(default=None)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.peft_type = peft_type("BITFIT")
-        if isinstance(self.target_modules, list):
-            self.target_modules = set(self.target_modules)
+    method: ClassVar[str] = "BITFIT"
 
 
 class BitFitLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
-    """A layer of the base with another bias."""
+    """A layer of the base with a trained bias."""
 
     adapter_layer_names = ("bitfit_bias",)
     active_adapters: list[str]
@@ -52,34 +43,34 @@ class BitFitLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         self.update_layer(adapter_name, config)
 
     def update_layer(self, adapter_name: str, config: BitFitConfig) -> None:
-        """Add an adapter, with the base's bias for a start."""
+        """Add an adapter that starts from the base's bias."""
         self.bitfit_bias[adapter_name] = nn.Parameter(self.base_layer.bias.detach().clone())
         self.set_adapter(adapter_name, inference_mode=config.inference_mode)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The base's layer with the active adapter's bias."""
+        """Apply the base's layer with the active adapter's bias."""
         active = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.bitfit_bias]
         if len(active) > 1:
-            raise ValueError(f"a layer has one bias, and {len(active)} adapters are active")
+            raise ValueError(f"a layer has one bias, but {len(active)} adapters are active")
         replaced = {"bias": self.bitfit_bias[active[0]]} if active else {}
         output: Tensor = functional_call(self.base_layer, replaced, args, kwargs)
         return output
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Put the adapter's bias into the base."""
+        """Swap the adapter's bias into the base."""
         for name in adapter_names or self.active_adapters:
             own, bias = self.base_layer.bias, self.bitfit_bias[name]
             own.data, bias.data = bias.data, own.data
             self.merged_adapters.append(name)
 
     def unmerge(self) -> None:
-        """Take it out again."""
+        """Swap the base's bias back."""
         while self.merged_adapters:
             own, bias = self.base_layer.bias, self.bitfit_bias[self.merged_adapters.pop()]
             own.data, bias.data = bias.data, own.data
 
 
-class BitFitModel(BaseTuner):  # type: ignore[misc]
+class BitFitModel(TargetedTuner):
     """A model with trained biases."""
 
     prefix = "bitfit_"
@@ -91,36 +82,17 @@ class BitFitModel(BaseTuner):  # type: ignore[misc]
             peft_config.target_modules = biased_modules(self.model, peft_config.modules_to_save or ())
         return peft_config
 
-    def _create_and_replace(
-        self,
-        peft_config: BitFitConfig,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        **optional: Any,
-    ) -> None:
-        if isinstance(target, BitFitLayer):
-            target.update_layer(adapter_name, peft_config)
-            return
+    def _new_layer(self, target: nn.Module, adapter_name: str, config: BitFitConfig, name: str) -> nn.Module:
         if getattr(target, "bias", None) is None:
-            raise ValueError(f"'{current_key}' has no bias: name modules that have one in target_modules")
-        layer = BitFitLayer(target, adapter_name, peft_config)
-        if adapter_name not in self.active_adapters:
-            layer.requires_grad_(False)
-        self._replace_module(parent, target_name, layer, target)
+            raise ValueError(f"'{name}' has no bias: name modules that have one in target_modules")
+        return BitFitLayer(target, adapter_name, config)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """Nothing: a bias has the dtype of its layer."""
+        """Do nothing: a bias keeps the dtype of its layer."""
 
 
 def biased_modules(model: nn.Module, head: Iterable[str]) -> set[str]:
-    """The names of the modules with a bias, without those of the head.
-
-    Raises:
-        ValueError: if there is none.
-    """
+    """The names of the modules with a bias outside the head; a ValueError if there is none."""
     found = {
         name
         for name, module in layers_within(model).items()

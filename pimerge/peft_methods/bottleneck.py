@@ -2,21 +2,20 @@
 
     y ← y + s · (U f(D y + b_D) + b_U)
 
-behind the output projections of attention and feed-forward block, before the residual is added; f is ReLU or GELU,
-and U and b_U start at zero, so that the adapter starts as nothing."""
+after the output projections of attention and feed-forward blocks, before the residual is added; f is ReLU or GELU. U
+and b_U start at zero, so that a new adapter changes nothing."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
-from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn.functional import gelu, relu
 
 from pimerge.checkpoints.architecture import hidden_size
-from pimerge.peft_methods._types import peft_type
+from pimerge.peft_methods._shared import TargetedConfig, TargetedTuner
 
 ACTIVATIONS = {"relu": relu, "gelu": gelu}
 
@@ -38,23 +37,21 @@ TARGETS: dict[str, list[str]] = {
 
 
 @dataclass
-class BottleneckConfig(PeftConfig):  # type: ignore[misc]
-    """Shape and place of the adapters.
+class BottleneckConfig(TargetedConfig):
+    """Size and target modules of the adapters.
 
     Attributes:
-        target_modules: names or name endings of the modules behind which an adapter stands, or a regular expression;
+        target_modules: names or name endings of the modules that are followed by an adapter, or a regular expression;
             by default the output projections of attention and feed-forward blocks of the architectures in
             :data:`TARGETS`.
         exclude_modules, modules_to_save: as in PEFT's own configs.
-        bottleneck_dim: d, the numbers in the middle.
+        bottleneck_dim: d, the width of the bottleneck.
         activation: f, ``relu`` or ``gelu``.
         scale: s.
-        init_weights: start as nothing; off, for tests, U is random.
+        init_weights: whether U starts at zero; False, for tests, makes it random.
     """
 
-    target_modules: list[str] | set[str] | str | None = None
-    exclude_modules: list[str] | str | None = None
-    modules_to_save: list[str] | None = field(default=None)
+    method: ClassVar[str] = "BOTTLENECK"
     bottleneck_dim: int = 64
     activation: str = "relu"
     scale: float = 1.0
@@ -62,9 +59,6 @@ class BottleneckConfig(PeftConfig):  # type: ignore[misc]
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = peft_type("BOTTLENECK")
-        if isinstance(self.target_modules, list):
-            self.target_modules = set(self.target_modules)
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation is '{self.activation}', expected {' or '.join(ACTIVATIONS)}")
         if self.bottleneck_dim < 1:
@@ -72,10 +66,10 @@ class BottleneckConfig(PeftConfig):  # type: ignore[misc]
 
 
 class BottleneckLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
-    """A module and the adapter behind it; of a tuple that the module returns, the first is adapted.
+    """A module followed by an adapter; if the module returns a tuple, its first element is adapted.
 
     Args:
-        width: of the module's output.
+        width: width of the module's output.
     """
 
     adapter_layer_names = ("bottleneck_down", "bottleneck_up")
@@ -112,7 +106,7 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's output, adapted."""
+        """Apply the module and the active adapters."""
         output = self.base_layer(*args, **kwargs)
         if self.disable_adapters:
             return output
@@ -130,41 +124,26 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         return y
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Refused: the adapter does not change its module's weights."""
+        """Refuse: an adapter is not an update of its module's weights."""
         raise NotImplementedError("a bottleneck adapter is not linear, so it cannot be merged into the base's weights")
 
     def unmerge(self) -> None:
-        """Nothing, since nothing is ever merged."""
+        """Do nothing, since nothing is ever merged."""
 
 
-class BottleneckModel(BaseTuner):  # type: ignore[misc]
+class BottleneckModel(TargetedTuner):
     """A model with bottleneck adapters."""
 
     prefix = "bottleneck_"
     tuner_layer_cls = BottleneckLayer
     target_module_mapping = TARGETS
 
-    def _create_and_replace(
-        self,
-        peft_config: BottleneckConfig,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        **optional: Any,
-    ) -> None:
-        if isinstance(target, BottleneckLayer):
-            target.update_layer(adapter_name, peft_config)
-            return
-        layer = BottleneckLayer(target, adapter_name, peft_config, output_width(target, self.model))
-        if adapter_name not in self.active_adapters:
-            layer.requires_grad_(False)
-        self._replace_module(parent, target_name, layer, target)
+    def _new_layer(self, target: nn.Module, adapter_name: str, config: BottleneckConfig, name: str) -> nn.Module:
+        return BottleneckLayer(target, adapter_name, config, output_width(target, self.model))
 
 
 def output_width(module: nn.Module, model: nn.Module) -> int:
-    """Numbers in a module's output: by its own shape, else the model's hidden size.
+    """Width of a module's output: from its own shape, or else the model's hidden size.
 
     >>> output_width(nn.Linear(3, 5), nn.Module())
     5
@@ -178,5 +157,5 @@ def output_width(module: nn.Module, model: nn.Module) -> int:
         return int(shape[-1])
     width = hidden_size(model)
     if width is None:
-        raise ValueError(f"neither {type(module).__name__} nor the model's config says how wide its output is")
+        raise ValueError(f"neither {type(module).__name__} nor the model's config states the width of its output")
     return width

@@ -124,4 +124,4 @@ def test_modules_and_ranks_decide_whether_factors_can_be_compared(tmp_path: Path
     experts = {name: open_expert(raw_expert(tmp_path / name, updates_of(s))) for name, s in shapes.items()}
     assert differing_form(experts["first"], experts["first"]) == ""
     assert differing_form(experts["first"], experts["more"]) == "it adapts other modules than the target"
-    assert differing_form(experts["first"], experts["higher"]) == "its rank is 3, that of the target is 2"
+    assert differing_form(experts["first"], experts["higher"]) == "its rank is 3, but the target has rank 2"

@@ -160,5 +160,5 @@ def test_an_update_made_of_the_base_is_refused_without_it(kind: str) -> None:
         {f"base_model.model.q.{slot}": shape for slot, shape in shapes.items()},
         layers=lambda names: {"q": (8, 8)},
     )
-    with pytest.raises(PimergeError, match=r"made with the base's own weights[\s\S]*--base BASE"):
+    with pytest.raises(PimergeError, match=r"depends on the base's weights[\s\S]*--base BASE"):
         KINDS.load(kind).parse(header)

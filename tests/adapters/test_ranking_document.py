@@ -98,7 +98,7 @@ def test_only_experts_of_one_form_and_init_are_compared_factor_by_factor(templat
     assert {candidate.name for candidate in ranking.candidates} == {"near", "far", "third"}
     reasons = reasons_of(ranking)
     assert "its base is vit-other" in reasons["other-base"]
-    assert reasons["other-rank"] == "its rank is 2, that of the target is 4"
+    assert reasons["other-rank"] == "its rank is 2, but the target has rank 4"
     assert reasons["other-modules"] == "it adapts other modules than the target"
     assert "its init differs" in reasons["other-init"]
     assert "its init differs" in reasons["rotated"]

@@ -274,7 +274,7 @@ def test_heads_are_averaged_only_if_the_labels_agree(pair: list[Expert]) -> None
     with pytest.raises(PimergeError, match=r"'e1' answers \['odd', 'even'\], that of 'e0' \['even', 'odd'\]"):
         choose_head("average", pair, None)
     path.unlink()
-    with pytest.raises(PimergeError, match=r"'e1' answers labels that no task\.json names"):
+    with pytest.raises(PimergeError, match=r"'e1' has the labels of no task\.json"):
         choose_head("average", pair, None)
     assert choose_head("target", pair, pair[1]).task is None
 
@@ -287,7 +287,7 @@ def test_heads_of_other_shapes_are_not_averaged(pair: list[Expert], tmp_path: Pa
 
 
 def test_an_unknown_target_or_policy_is_an_error(pair: list[Expert]) -> None:
-    with pytest.raises(PimergeError, match=r"it is not known which is the target's\n.*--target"):
+    with pytest.raises(PimergeError, match=r"the target is unknown\n.*--target"):
         choose_head("target", pair, None)
     with pytest.raises(PimergeError, match=r"--head is 'mean'\n.*target, average, none"):
         choose_head("mean", pair, None)

@@ -69,7 +69,7 @@ def test_json_is_one_document(inspect: Cli, pool: Path) -> None:
     assert (a["ranks_with"], a["merges_with"]) == (["b"], ["b", "c"])
     assert a["task"]["labels"] == ["even", "odd"]
     assert [problem["message"] for problem in document["d"]["problems"]] == [
-        "use_dora is on: DoRA rescales the rows of W0 + ΔW, which is not linear in (B, A)"
+        "use_dora is on: DoRA rescales the rows of W0 + ΔW, which is not linear in B and A"
     ]
 
 

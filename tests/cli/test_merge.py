@@ -227,11 +227,11 @@ TWO = ("experts/x", "experts/y")
         ((*TWO, "--rank", "-1"), "--rank is '-1'"),
         ((*TWO, "--dtype", "int8"), "--dtype must be one of float32, bfloat16, float16, float64; got 'int8'"),
         ((*TWO, "--head", "mean"), "--head"),
-        (TWO, "it is not known which is the target's"),
+        (TWO, "the target is unknown"),
         ((*TWO, "--target", "nowhere"), "'nowhere'"),
         ((*TWO, "gone", "also/gone"), "gone"),
-        ((*TWO, "-o", "experts/x", "--force"), "the output 'experts/x' is the expert 'x' or holds it"),
-        ((*TWO, "-o", "experts", "--force"), "the output 'experts' is the expert 'x' or holds it"),
+        ((*TWO, "-o", "experts/x", "--force"), "the output 'experts/x' is the expert 'x' or contains it"),
+        ((*TWO, "-o", "experts", "--force"), "the output 'experts' is the expert 'x' or contains it"),
         ((*TWO, "--target", "experts/z", "-o", "experts/z", "--force"), "'experts/z' is the expert 'z'"),
         ((*TWO, "-o", ".", "--force"), "working folder"),
         ((*TWO, "-o", "..", "--force"), "working folder"),
@@ -390,7 +390,7 @@ def test_a_ranking_that_expects_no_help_is_not_merged(cli: Cli, pool: dict[str, 
 
 def test_a_ranking_for_a_task_without_an_expert(cli: Cli, pool: dict[str, Expert], parity_task: Path) -> None:
     rank(pool, parity_task, {"y": 2.0, "z": 1.0}, [0.5, 1.0])
-    with pytest.raises(PimergeError, match="it is not known which is the target's"):
+    with pytest.raises(PimergeError, match="the target is unknown"):
         raise_from(cli("merge"))
     for i, given in enumerate(([], ["--target", "parity"], ["--target", parity_task])):
         result = cli("merge", "--head", "none", "-o", f"out{i}", *given)
@@ -409,5 +409,5 @@ def test_a_task_that_changed_since_it_was_ranked_is_refused(
     (task / "task.json").write_text(json.dumps(changed))
     with pytest.raises(PimergeError, match=r"(?s)the task 'task' or its data has changed.*rank --target task' again"):
         raise_from(cli("merge", "--head", "none"))
-    with pytest.raises(PimergeError, match=r"ranks experts for 'task', not for the present '\./task'"):
+    with pytest.raises(PimergeError, match=r"ranks experts for 'task', not for '\./task' in its present state"):
         raise_from(cli("merge", "--head", "none", "--target", "./task"))

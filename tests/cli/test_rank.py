@@ -95,7 +95,7 @@ def test_by_the_store_the_ranking_is_written_and_shown(folder: Path, shell: Shel
     assert ranking["selected"] == [ranking["candidates"][0]["name"]]
     for candidate in ranking["candidates"]:
         assert f"{candidate['score']:.4f}" in result.out
-    assert "not comparable: its rank is 2, that of the target is 4" in result.out
+    assert "not comparable: its rank is 2, but the target has rank 4" in result.out
     assert "next: pimerge tune\n" in result.err
 
 

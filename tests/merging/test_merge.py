@@ -81,7 +81,7 @@ def test_without_an_output_nothing_is_written_until_it_is_saved(
     with pytest.raises(PimergeError, match="'out' already exists"):
         merged.save("out")
     merged.save("out", force=True)
-    with pytest.raises(PimergeError, match="'experts' is the expert 'a' or holds it"):
+    with pytest.raises(PimergeError, match="'experts' is the expert 'a' or contains it"):
         merged.save("experts", force=True)
     found = dense_deltas(open_expert("out"))
     for name, delta in means(pair).items():

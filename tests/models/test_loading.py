@@ -114,8 +114,8 @@ def test_a_base_of_another_width_is_told_without_loading_it(
     expert = open_expert(folder, str(wide))
     with pytest.raises(PimergeError) as caught:
         check_fits_on_disk(expert, open_task(folder))
-    assert "ΔW is (16, 16), the base's weight (32, 32)" in str(caught.value)
-    assert "the head's 'classifier.weight' is (2, 16), the task needs (2, 32)" in str(caught.value)
+    assert "ΔW is (16, 16), but the base's weight is (32, 32)" in str(caught.value)
+    assert "the head's 'classifier.weight' is (2, 16), but the task needs (2, 32)" in str(caught.value)
 
 
 def test_a_head_for_other_labels_is_told_without_loading_the_base(
@@ -123,7 +123,9 @@ def test_a_head_for_other_labels_is_told_without_loading_the_base(
 ) -> None:
     folder = make_expert(tmp_path / "a", vit_base, parity_task)
     write_json(tmp_path / "task.json", {**open_task(folder).file.model_dump(), "labels": ["a", "b", "c"]})
-    with pytest.raises(PimergeError, match=r"the head's 'classifier.weight' is \(2, 16\), the task needs \(3, 16\)"):
+    with pytest.raises(
+        PimergeError, match=r"the head's 'classifier.weight' is \(2, 16\), but the task needs \(3, 16\)"
+    ):
         check_fits_on_disk(open_expert(folder), open_task(tmp_path))
 
 

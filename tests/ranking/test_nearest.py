@@ -220,7 +220,7 @@ def test_those_that_cannot_be_compared_say_why(store: Store, tmp_path: Path) -> 
     }
     kind = {"f1-3": "its kind is other, the target's lora"}
     labels = {"f1-1": "its Fisher has sampled labels, the target's true"}
-    rank = {"f1-0": "its rank is 3, that of the target is 2"}
+    rank = {"f1-0": "its rank is 3, but the target has rank 2"}
     for measure, reasons in (
         (fisher, shared | labels),
         (marginals, shared | labels),

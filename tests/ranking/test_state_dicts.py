@@ -154,5 +154,5 @@ def test_what_cannot_be_ranked_is_refused(states: States, shell: Shell, argument
 def test_embed_says_that_they_need_no_store(states: States, shell: Shell) -> None:
     result = shell("embed", "states")
     assert result.code == 3
-    assert "plain state dicts and no expert" in result.err
+    assert "state dicts but no expert" in result.err
     assert "pimerge rank --target states/NAME.safetensors" in result.err

@@ -46,7 +46,7 @@ def test_pairs_are_ranked_and_merged_where_that_is_right(pool: Path) -> None:
     assert first.ranks_with == ("like_it",)
     assert first.merges_with == ("like_it", "other_init", "other_rank")
     assert first.not_merged == {}
-    assert first.not_ranked["other_rank"] == "its rank is 2, that of the target is 4"
+    assert first.not_ranked["other_rank"] == "its rank is 2, but the target has rank 4"
     assert first.not_ranked["other_init"].startswith("its init differs")
 
 

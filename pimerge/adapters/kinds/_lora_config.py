@@ -1,4 +1,4 @@
-"""``adapter_config.json`` of a LoRA: the allowed fields, and those that change the meaning of the tensors."""
+"""Check ``adapter_config.json`` of a LoRA: types of its fields, and fields that change the meaning of its tensors."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from pimerge.adapters.kinds._config_fields import CommonFields, faulty_fields
 from pimerge.adapters.lora_module import DORA, OLORA, PISSA
 from pimerge.core.errors import Problems
 
-# Fields of adapter_config.json that change what the tensors mean, and why pimerge does not merge them.
+# Fields that change the meaning of the tensors, and why pimerge does not merge them.
 _NOT_LINEAR = {
     "use_qalora": "QA-LoRA pools the input before A",
     "use_bdlora": "BD-LoRA keeps its factors in blocks",
     "alora_invocation_tokens": "aLoRA is active only after its invocation tokens",
     "arrow_config": "Arrow routes each token to its own expert",
     "kasa_config": "KaSA changes the singular values of the base",
-    "monteclora_config": "MonteCLoRA draws its factors at random",
-    "velora_config": "VeLoRA changes what the layer computes in training",
+    "monteclora_config": "MonteCLoRA samples its factors at random",
+    "velora_config": "VeLoRA changes the computation of the layer in training",
     "layer_replication": "layer replication changes the base's layers",
     "target_parameters": "LoRA on bare parameters (target_parameters) has another layout",
-    "trainable_token_indices": "trained tokens are no low-rank update",
+    "trainable_token_indices": "trained tokens are not a low-rank update",
     "megatron_config": "Megatron shards its factors",
 }
 _CHANGED_BASE = {
@@ -34,13 +34,13 @@ _CHANGED_BASE = {
 }
 CONVERTED_INITS = {"pissa": PISSA, "olora": OLORA}
 _PLAIN_INITS = ("gaussian", "orthogonal", "mica")
-_DORA_REASON = "DoRA rescales the rows of W0 + ΔW, which is not linear in (B, A)"
-_MERGE = "'pimerge merge --base BASE' converts it with the base's weights and merges it; else train plain LoRA"
+_DORA_REASON = "DoRA rescales the rows of W0 + ΔW, which is not linear in B and A"
+_MERGE = "'pimerge merge --base BASE' converts it with the base's weights and merges it; otherwise train plain LoRA"
 _CONVERT = (
     "save it from PEFT as plain LoRA (model.save_pretrained with path_initial_model_for_weight_conversion); "
     "or, if the base is the published one, set init_lora_weights to true in adapter_config.json"
 )
-# Fields that say where the factors sit or how they were trained; the tensors themselves tell the rest.
+# Fields that say which modules are adapted or how they were trained, or that the tensors themselves determine.
 _HARMLESS = frozenset(
     """use_dora task_type peft_type auto_mapping peft_version base_model_name_or_path revision inference_mode r
     target_modules exclude_modules lora_alpha lora_dropout fan_in_fan_out bias use_rslora modules_to_save
@@ -51,7 +51,7 @@ _HARMLESS = frozenset(
 
 
 class _LoraFields(CommonFields):
-    """The fields of ``adapter_config.json`` that are read, with their types."""
+    """The fields that are read, with their types."""
 
     r: int = 8
     lora_alpha: float = 8
@@ -65,7 +65,7 @@ class _LoraFields(CommonFields):
 
 
 def well_typed(config: Mapping[str, Any], problems: Problems) -> dict[str, Any]:
-    """The config without the fields of a wrong type, which are problems."""
+    """Return the config without the fields of a wrong type, and add a problem for each of them."""
     faulty = faulty_fields(_LoraFields, config, problems)
     for field in {"rank_pattern", "alpha_pattern"} - faulty:
         for key in config.get(field) or {}:
@@ -78,7 +78,7 @@ def well_typed(config: Mapping[str, Any], problems: Problems) -> dict[str, Any]:
 
 
 def conversions_of(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """The variants that are converted with the base's weights to a plain LoRA: ``DoRA``, ``PiSSA``, ``OLoRA``.
+    """The variants that have to be converted to plain LoRA with the base's weights: ``DoRA``, ``PiSSA``, ``OLoRA``.
 
     >>> conversions_of({"use_dora": True, "init_lora_weights": "pissa"})
     ('PiSSA', 'DoRA')
@@ -89,10 +89,10 @@ def conversions_of(config: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def refuse_unhandled(config: Mapping[str, Any], problems: Problems, *, convert: bool) -> None:
-    """Report every field that changes the meaning of the tensors.
+    """Add a problem for every field that changes the meaning of the tensors.
 
     Args:
-        convert: whether DoRA, PiSSA and OLoRA are fine, since they will be converted.
+        convert: whether to accept DoRA, PiSSA and OLoRA, which will be converted.
     """
     if config.get("use_dora") and not convert:
         problems.add(f"use_dora is on: {_DORA_REASON}", _MERGE)
@@ -117,11 +117,11 @@ def refuse_unhandled(config: Mapping[str, Any], problems: Problems, *, convert: 
     if (config.get("bias") or "none") != "none":
         problems.add(
             f"bias is '{config['bias']}': trained biases of the base are not an update that can be added",
-            "train with bias='none'; lora_bias=True is handled",
+            "train with bias='none'; lora_bias=True is accepted",
         )
     for field in sorted(set(config) - _HARMLESS - set(_NOT_LINEAR)):
         if config[field]:
             problems.add(
                 f"'{field}' in adapter_config.json is not known to this version of pimerge",
-                "if the field does not change what the tensors mean, set it to null",
+                "if the field does not change the meaning of the tensors, set it to null",
             )

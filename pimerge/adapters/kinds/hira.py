@@ -1,4 +1,4 @@
-"""HiRA: the Hadamard product of W with a low-rank matrix (ICLR 2025); needs the base's weights."""
+"""HiRA: Hadamard product of W with a low-rank matrix (ICLR 2025); needs the base's weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ KIND = peft_kind(
         since="0.20",
     ),
     name="hira",
-    summary="The Hadamard product of a matrix with a low-rank one.",
+    summary="The Hadamard product of W with a low-rank matrix.",
     formula="ΔW = W ⊙ (B A)",
     paper="HiRA (ICLR 2025)",
     init_slots=("hira_A",),

@@ -18,7 +18,7 @@ KIND = peft_kind(
     PeftDelta(
         peft_type="LOHA",
         slots="hada_",
-        rank=lambda shapes: shapes["hada_w1_b"][0] ** 2,  # products of all pairs of columns and of rows
+        rank=lambda shapes: shapes["hada_w1_b"][0] ** 2,  # products of all pairs of columns and rows
         weight=_weight,
     ),
     name="loha",

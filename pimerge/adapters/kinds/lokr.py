@@ -1,4 +1,4 @@
-"""LoKr: Kronecker products of two small matrices, whole or of low rank (LyCORIS, arXiv 2309.14859)."""
+"""LoKr: Kronecker products of two small matrices, full or low-rank (LyCORIS, arXiv 2309.14859)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _weight(shapes: Shapes) -> tuple[int, ...]:
 
 
 def _rank(shapes: Shapes) -> int | None:
-    """The rank of W₁ times that of W₂; PEFT aligns a kernel of one dimension otherwise, so that nothing bounds it."""
+    """The rank of W₁ times the rank of W₂; no bound for a one-dimensional kernel, which PEFT aligns differently."""
     if len(shapes.get("lokr_w2", ())) == 3:
         return None
     ranks = []
@@ -39,7 +39,7 @@ KIND = peft_kind(
     PeftDelta(peft_type="LOKR", slots="lokr_", rank=_rank, weight=_weight),
     name="lokr",
     summary="Kronecker products of two small matrices.",
-    formula="ΔW = s · W₁ ⊗ W₂, W_N whole or B_N A_N, s = alpha / r",
+    formula="ΔW = s · W₁ ⊗ W₂, W_N full or B_N A_N, s = alpha / r",
     paper="LyCORIS (arXiv 2309.14859)",
     init_slots=("lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"),
     fresh_fields=fresh_fields,

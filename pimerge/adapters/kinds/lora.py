@@ -1,8 +1,6 @@
 """Low-rank updates ΔW = s·B·A of Linear, Conv and Embedding layers (LoRA, arXiv 2106.09685).
 
-Layout relied on by all that merge or compose: A is (r × d_in), B is (d_out × r), whatever the layer.
-A convolution's kernel is folded into d_in; an embedding's A is (r × vocabulary). ``fan_in_fan_out``
-(GPT-2's Conv1D) concerns how the base stores its weight, not the factors.
+:mod:`pimerge.adapters.lora_module` states the layout of the factors.
 """
 
 from __future__ import annotations
@@ -38,15 +36,14 @@ def parse(header: AdapterHeader) -> tuple[dict[str, LoraModule], dict[str, str]]
     keys, head = sort_keys(config, header.shapes, _slot_of, "LoRA factors", problems)
     modules = {}
     for name in sorted(keys):
-        module = _module(name, keys[name], config, header.shapes, problems, convert=header.convert)
-        if module is not None:
+        if module := _module(name, keys[name], config, header.shapes, problems, convert=header.convert):
             modules[name] = module
     problems.raise_any("this LoRA cannot be used")
     return modules, head
 
 
 def is_B_factor(key: str) -> bool:
-    """Whether a key names the factor B, whose Fisher tells tasks apart best.
+    """Whether a key names a factor B, whose Fisher information distinguishes tasks best.
 
     >>> [is_B_factor(f"base_model.model.q.lora_{end}") for end in ("B.weight", "A.weight", "B.bias")]
     [True, False, False]
@@ -65,7 +62,7 @@ def _slot_of(key: str) -> tuple[str, str] | None:
 def _shapes_of_factors(
     name: str, keys: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]], problems: Problems
 ) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-    """The shapes of A and B; None, and a problem, if they are not those of a pair of factors."""
+    """The shapes of A and B; None, with a problem added, if they do not form a pair of factors."""
     missing = {"A", "B"} - set(keys)
     if missing:
         problems.add(f"module '{name}' has no factor {' and '.join(sorted(missing))}", "save the adapter again")
@@ -74,7 +71,7 @@ def _shapes_of_factors(
     if len(shape_A) < 2 or len(shape_B) < 2 or 0 in (*shape_A, *shape_B) or shape_B[1] != shape_A[0]:
         problems.add(
             f"module '{name}': A is {shape_A} and B is {shape_B}, expected (r, d_in, …) and (d_out, r, …)",
-            "a grouped convolution is not handled; otherwise save the adapter again",
+            "grouped convolutions are not handled; otherwise save the adapter again",
         )
         return None
     return shape_A, shape_B
@@ -114,11 +111,11 @@ def _module(
         )
     if magnitude and (DORA not in conversions or shapes[magnitude] != shape_B[:1]):
         problems.add(
-            f"{magnitude} is {shapes[magnitude]}, and use_dora is {'on' if DORA in conversions else 'off'}",
-            f"DoRA has one of {shape_B[:1]} in each module, others have none: save config and tensors together",
+            f"{magnitude} is {shapes[magnitude]}, but use_dora is {'on' if DORA in conversions else 'off'}",
+            f"only DoRA has one in each module, of shape {shape_B[:1]}: save config and tensors together",
         )
     elif DORA in conversions and not magnitude and convert:
-        problems.add(f"module '{name}' has no lora_magnitude_vector, and use_dora is on", "save the adapter again")
+        problems.add(f"module '{name}' has no lora_magnitude_vector, but use_dora is on", "save the adapter again")
     return LoraModule(
         name,
         keys["A"],

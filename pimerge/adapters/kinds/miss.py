@@ -1,4 +1,4 @@
-"""MiSS: one block of rows, repeated over the inputs of a layer (arXiv 2409.15371)."""
+"""MiSS: one block of rows, repeated across the inputs of a layer (arXiv 2409.15371)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def _delta(layer: Any, weight: Tensor) -> Tensor:
-    """ΔW from PEFT, which returns W + ΔW except for the variant "bat"; it changes its argument, so it gets a copy."""
+    """ΔW; except for the variant "bat", PEFT returns W + ΔW, and it changes its argument in place."""
     weight = weight.double()
     if layer.miss_fn == "bat":
         delta: Tensor = layer.get_delta_weight("default", weight.clone())

@@ -1,8 +1,8 @@
-"""Prefix tuning: keys and values before those of the text, in every layer (arXiv 2101.00190).
+"""Prefix tuning: trained keys and values before the text's, in every layer (arXiv 2101.00190).
 
-Layout: (virtual tokens × layers · 2 · width), layer by layer its keys and its values; so a layer is a run of columns,
-and has one weight when experts are combined, as in π-Tuning. No prefix changes nothing, so there is no neutral point,
-and one strength."""
+Layout: (virtual tokens × layers · 2 · width), layer by layer its keys and its values. A layer is a range of columns and
+has one weight when experts are combined, as in π-Tuning. Every prefix changes the output, so there is no neutral point
+and only strength 1."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ if TYPE_CHECKING:
 def parse(header: AdapterHeader) -> Parts:
     """Read the layout of an expert of prefix tuning; see :mod:`pimerge.adapters.kind`.
 
-    >>> groups, _ = parse(AdapterHeader(
+    >>> sets, _ = parse(AdapterHeader(
     ...     {"num_virtual_tokens": 3, "token_dim": 8, "num_layers": 2}, {"prompt_embeddings": (3, 32)}))
-    >>> {name: group.slots["prefix"].columns for name, group in groups.items()}
+    >>> {name: each.slots["prefix"].columns for name, each in sets.items()}
     {'layers.0': (0, 16), 'layers.1': (16, 32)}
     """
     config = header.config
     if config.get("prefix_projection"):
         raise PimergeError(
-            "prefix_projection is on: the network that makes the prefix is not in the file, and prefixes that it made "
-            "are not what was trained",
+            "prefix_projection is on: the network that computes the prefix is not in the file, and the prefix itself "
+            "was not trained",
             "train it with prefix_projection=False",
         )
     expected = {"tokens": "num_virtual_tokens", "keys and values": "num_layers 2 token_dim"}
@@ -51,36 +51,38 @@ def parse(header: AdapterHeader) -> Parts:
 
 
 def misfit(group: TensorSet, model: nn.Module, config: Mapping[str, Any]) -> str:
-    """Why the prefix has no place in a base; empty if it has."""
+    """Why the prefix does not fit a base; empty if it fits."""
     if not takes_text(model) or not _takes_past(model):
-        return f"a prefix goes before a text's keys and values, and {type(model).__name__} takes none"
+        return f"a prefix is put before a text's keys and values, but {type(model).__name__} does not accept any"
     if reads_an_end(model):
-        return f"a prefix cannot go before a text that {type(model).__name__} classifies: PEFT gives its encoder none"
+        return (
+            f"a prefix cannot be put before texts that {type(model).__name__} classifies: PEFT gives its encoder none"
+        )
     layers = text_field(model, "num_hidden_layers")
     if layers != config["num_layers"]:
-        return f"it has {config['num_layers']} layers, the base {layers}"
+        return f"it has {config['num_layers']} layers, but the base has {layers}"
     width, own = _width(model), config["token_dim"]
-    return "" if width == own else f"its keys have {own} numbers, the base's {width}"
+    return "" if width == own else f"its keys have width {own}, but the base's have {width}"
 
 
 def usual_places(model: nn.Module) -> dict[str, Any]:
-    """PEFT config fields of a fresh prefix where heads × head size differs from the hidden size, as in T5-11B.
+    """The width of the keys, in models where PEFT cannot infer it, such as T5 with 11 B parameters.
 
-    PEFT takes the keys' width for the hidden size, or without grouped queries for what it is told.
+    PEFT assumes the hidden size for the width of the keys; without grouped queries, the config can state another.
     """
-    told = text_field(model, "num_key_value_heads") is None and text_field(model, "d_kv", "head_dim") is not None
-    return {"token_dim": _width(model)} if told else {}
+    is_stated = text_field(model, "num_key_value_heads") is None and text_field(model, "d_kv", "head_dim") is not None
+    return {"token_dim": _width(model)} if is_stated else {}
 
 
 def _width(model: nn.Module) -> int:
-    """Numbers of all keys of a token."""
+    """Width of all keys of a token."""
     heads = text_field(model, "num_attention_heads")
     size = text_field(model, "head_dim", "d_kv") or text_field(model, "hidden_size", "d_model") // heads
     return int((text_field(model, "num_key_value_heads") or heads) * size)
 
 
 def _takes_past(model: nn.Module) -> bool:
-    """Whether the model, or its backbone, accepts past keys and values."""
+    """Whether the model or its backbone accepts past keys and values."""
     return any(
         "past_key_values" in inspect.signature(module.forward).parameters for module in (model, *model.children())
     )
@@ -88,7 +90,7 @@ def _takes_past(model: nn.Module) -> bool:
 
 KIND = Kind(
     name="prefix",
-    summary="Keys and values before those of the text, in every layer.",
+    summary="Trained keys and values before the text's, in every layer.",
     formula="attention(q, [P_k; K], [P_v; V])",
     paper="Prefix tuning (arXiv 2101.00190)",
     peft_type="PREFIX_TUNING",

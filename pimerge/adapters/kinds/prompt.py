@@ -1,7 +1,7 @@
 """Prompt tuning: vectors in front of the embedded text (arXiv 2104.08691).
 
-Layout: (virtual tokens × width), for an encoder and a decoder twice as many. No vector changes nothing, so there is no
-neutral point, and one strength.
+Layout: (virtual tokens × width), with twice as many tokens for an encoder-decoder. Every prompt changes the output, so
+there is no neutral point and only strength 1.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 def parse(header: AdapterHeader) -> Parts:
     """Read the layout of an expert of prompt tuning; see :mod:`pimerge.adapters.kind`.
 
-    >>> groups, _ = parse(AdapterHeader(
+    >>> sets, _ = parse(AdapterHeader(
     ...     {"num_virtual_tokens": 3, "token_dim": 8, "num_layers": 2}, {"prompt_embeddings": (3, 8)}))
-    >>> list(groups)
+    >>> list(sets)
     ['prompt']
     """
     expected = {"tokens": "num_virtual_tokens num_transformer_submodules", "width": "token_dim"}
@@ -39,14 +39,16 @@ def parse(header: AdapterHeader) -> Parts:
 
 
 def misfit(group: TensorSet, model: nn.Module, config: Mapping[str, Any]) -> str:
-    """Why the prompt has no place in a base; empty if it has."""
+    """Why the prompt does not fit a base; empty if it fits."""
     if not takes_text(model):
-        return f"a prompt goes before a text, and {type(model).__name__} reads none"
+        return f"a prompt is put before a text, but {type(model).__name__} does not read text"
     if reads_an_end(model):
-        return f"a prompt cannot go before a text that {type(model).__name__} classifies: it takes no vectors"
+        return (
+            f"a prompt cannot be put before a text that {type(model).__name__} classifies: it does not accept vectors"
+        )
     width = text_field(model, "embedding_size", "hidden_size", "d_model")
     own = group.slots["prompt"].shape[1]
-    return "" if width == own else f"its vectors have {own} numbers, the base's embeddings {width}"
+    return "" if width == own else f"its vectors have width {own}, but the base's embeddings have {width}"
 
 
 KIND = Kind(

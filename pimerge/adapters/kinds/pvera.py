@@ -1,4 +1,4 @@
-"""PVeRA: VeRA whose scaling of A is a normal distribution; its mean makes ΔW (arXiv 2512.07703)."""
+"""PVeRA: VeRA with a normal distribution as scaling of A, whose mean is used for ΔW (arXiv 2512.07703)."""
 
 from __future__ import annotations
 
