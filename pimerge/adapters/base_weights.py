@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from pimerge.adapters.lora_module import LoraModule
 from pimerge.adapters.merge_into import plan_merge_into
 from pimerge.checkpoints.base import Base
-from pimerge.checkpoints.checkpoint import open_checkpoint
+from pimerge.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from pimerge.checkpoints.key_mapping import Names, is_fan_in_first, match_modules, names_of
 from pimerge.core.errors import PimergeError, Problems
 
@@ -27,17 +27,12 @@ def layer_shapes(base: Base, modules: Sequence[str], *, fan_in_fan_out: bool = F
     Args:
         fan_in_fan_out: the field of the adapter's config; it decides how weights are stored where the model is unknown.
     """
-    if base.folder is None:
-        raise PimergeError(
-            f"the base '{base.name}' is not on this machine, but the shapes of its layers are needed",
-            "download it first (hf download NAME), or pass --base with its folder",
-        )
-    checkpoint = open_checkpoint(base.folder)
+    checkpoint = _open(base, "the shapes of its layers are needed")
     keys = {name: f"{name}.weight" for name in modules}
     names = Names({})
     if fan_in_fan_out or not checkpoint.home.keys() >= set(keys.values()):  # otherwise the keys are enough
         with _ONE_AT_A_TIME:  # experts are opened in several threads
-            names = _names(base.folder)
+            names = _names(checkpoint.path)
         keys = match_modules(names, modules)
     problems = Problems()
     found = {}
@@ -53,6 +48,15 @@ def layer_shapes(base: Base, modules: Sequence[str], *, fan_in_fan_out: bool = F
     return found
 
 
+def _open(base: Base, reason: str) -> Checkpoint:
+    if base.folder is None:
+        raise PimergeError(
+            f"the base '{base.name}' is not on this machine, but {reason}",
+            "download it first (hf download NAME), or pass --base with its folder",
+        )
+    return open_checkpoint(base.folder)
+
+
 @cache
 def _names(folder: Path) -> Names:
     return names_of(open_checkpoint(folder))
@@ -60,12 +64,7 @@ def _names(folder: Path) -> Names:
 
 def base_weights(base: Base, layouts: Mapping[str, LoraModule], *, fan_in_fan_out: bool) -> Callable[[str], Tensor]:
     """A function that reads a module's weight as (d_out × d_in), however the base stores it."""
-    if base.folder is None:
-        raise PimergeError(
-            f"the base '{base.name}' is not on this machine, but its weights are needed to convert the experts",
-            "download it first (hf download NAME), or pass --base with its folder",
-        )
-    checkpoint = open_checkpoint(base.folder)
+    checkpoint = _open(base, "its weights are needed to convert the experts")
     plan = plan_merge_into(checkpoint, layouts, fan_in_fan_out=fan_in_fan_out)
     keys = {module: key for key, module in plan.weights.items()}
 

@@ -144,21 +144,19 @@ def write_tensor_sets(
     def write(file: Path) -> list[Summary]:
         everything = {**tensors(), **{prefix + name: tensor for name, tensor in head.tensors.items()}}
         with writing_tensors(file, sorted(everything)) as writer:
-            # wide dtypes first, so that every tensor starts at a multiple of its size
-            for key, tensor in sorted(everything.items(), key=lambda item: (-item[1].itemsize, item[0])):
-                writer.add(key, tensor.contiguous())
+            writer.add_all(everything)
         return []
 
-    name, revision = base_reference(base, path)
-    own = {
-        "base_model_name_or_path": name,
-        "revision": revision,
-        "inference_mode": True,
-        "modules_to_save": sorted(head.modules) or None,
-    }
     # sorted, since PEFT writes sets in a different order in every process
     sets = {name: sorted(value) for name, value in like.config.items() if name in _SETS and isinstance(value, list)}
-    return _write_folder(path, write, lambda _: {**like.config, **sets, **own}, head, lambda _: documents(), force)
+    return _write_folder(
+        path,
+        write,
+        lambda _: {**like.config, **sets, **_own_fields(path, head, base)},
+        head,
+        lambda _: documents(),
+        force,
+    )
 
 
 def _write_folder(
@@ -189,35 +187,28 @@ def _write_folder(
 
 
 def _write_tensors(file: Path, layout: Layout, modules: Iterable[MergedModule], head: Head) -> list[Summary]:
-    heads = {PREFIX + name: tensor for name, tensor in sorted(head.tensors.items())}
+    heads = {PREFIX + name: tensor for name, tensor in head.tensors.items()}
     keys = [key for module in layout.modules for key in (module.A, module.B, bias_key(module.name))]
     summaries = []
     with writing_tensors(file, [*keys, *heads]) as writer:
-        # wide dtypes first, so that every tensor starts at a multiple of its size
         narrow = {key: tensor for key, tensor in heads.items() if tensor.itemsize < layout.dtype.itemsize}
-        for key, tensor in sorted(heads.items(), key=lambda item: -item[1].itemsize):
-            if key not in narrow:
-                writer.add(key, tensor)
+        writer.add_all({key: tensor for key, tensor in heads.items() if key not in narrow})
         for module in modules:
             for key, tensor in stored(module.module, module.factors).items():
                 writer.add(key, tensor)
             summaries.append(module.summary)
-        for key, tensor in sorted(narrow.items(), key=lambda item: -item[1].itemsize):
-            writer.add(key, tensor)
+        writer.add_all(narrow)
     return summaries
 
 
 def _config(
     path: Path, layout: Layout, summaries: Sequence[Summary], head: Head, base: Base, like: Mapping[str, Any]
 ) -> dict[str, Any]:
-    name, revision = base_reference(base, path)
     return {
         "peft_type": "LORA",
         "task_type": like.get("task_type"),
         "auto_mapping": like.get("auto_mapping"),
-        "base_model_name_or_path": name,
-        "revision": revision,
-        "inference_mode": True,
+        **_own_fields(path, head, base),
         **rank_fields({summary.name: summary.rank for summary in summaries}),
         "use_rslora": False,
         "lora_dropout": 0.0,
@@ -225,6 +216,16 @@ def _config(
         "bias": "none",
         "fan_in_fan_out": bool(like.get("fan_in_fan_out")),
         "init_lora_weights": True,
+    }
+
+
+def _own_fields(path: Path, head: Head, base: Base) -> dict[str, Any]:
+    """The fields of the config that name the base and the head."""
+    name, revision = base_reference(base, path)
+    return {
+        "base_model_name_or_path": name,
+        "revision": revision,
+        "inference_mode": True,
         "modules_to_save": sorted(head.modules) or None,
     }
 

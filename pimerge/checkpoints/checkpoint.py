@@ -103,9 +103,17 @@ def open_checkpoint(path: Path) -> Checkpoint:
                 f"'{path}' is a pickle, which can run code when it is read; only safetensors files are read",
                 "if you trust it, save it as .safetensors",
             )
-        return _not_empty(Checkpoint(path, (open_tensors(path),)))
-    if not path.is_dir():
+        checkpoint = Checkpoint(path, (open_tensors(path),))
+    elif path.is_dir():
+        checkpoint = _open_folder(path)
+    else:
         raise PimergeError(f"there is no checkpoint '{path}'", "expected a folder or a .safetensors file")
+    if not checkpoint.home:
+        raise PimergeError(f"the checkpoint '{path}' holds no tensors", "download or save it again")
+    return checkpoint
+
+
+def _open_folder(path: Path) -> Checkpoint:
     weights = weights_file(path)
     problems = Problems()
     config: dict[str, Any] = {}
@@ -120,7 +128,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         else:
             files = (open_tensors(weights),)
     problems.raise_any(f"the checkpoint '{path}' has several problems")
-    return _not_empty(Checkpoint(path, files, config, index))
+    return Checkpoint(path, files, config, index)
 
 
 def require_weights(checkpoint: Checkpoint) -> None:
@@ -202,9 +210,3 @@ def _object(path: Path) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise PimergeError(f"'{path}' is not a JSON object", "download or save the checkpoint again")
     return document
-
-
-def _not_empty(checkpoint: Checkpoint) -> Checkpoint:
-    if not checkpoint.home:
-        raise PimergeError(f"the checkpoint '{checkpoint.path}' holds no tensors", "download or save it again")
-    return checkpoint

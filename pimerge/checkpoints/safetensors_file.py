@@ -170,6 +170,11 @@ class TensorWriter:
         """Write one tensor; wide dtypes come before narrow ones, so that each starts at a multiple of its item size."""
         self.add_pieces(key, dtype_name(tensor.dtype), tuple(tensor.shape), [bytes_of(tensor)])
 
+    def add_all(self, tensors: Mapping[str, Tensor]) -> None:
+        """Write several tensors, wide dtypes first."""
+        for key, tensor in sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0])):
+            self.add(key, tensor)
+
     def add_pieces(
         self, key: str, dtype: str, shape: tuple[int, ...], pieces: Iterable[memoryview | bytearray]
     ) -> None:

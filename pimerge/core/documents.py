@@ -22,7 +22,7 @@ def validated(model: type[Document], content: Any, where: str, hint: str = "") -
     """Validate a document's content against a model; all invalid fields are reported at once.
 
     Args:
-        where: what the document is called in messages.
+        where: name of the document in messages.
         hint: what the user can do about an invalid field.
     """
     try:
@@ -35,5 +35,5 @@ def validated(model: type[Document], content: Any, where: str, hint: str = "") -
             if fault["type"] == "extra_forbidden":
                 fix = nearest(str(fault["loc"][-1]), list(model.model_fields))
             problems.add(f"{where}: {field}: {fault['msg']}", fix)
-        problems.raise_any(f"{where} does not fit")
+        problems.raise_any(f"{where} is not valid")
         raise AssertionError("unreachable: a problem was raised") from error

@@ -1,8 +1,8 @@
 """The one exception that users see as a message.
 
-Every public function of pimerge raises :class:`PimergeError` where its input is at fault: a file that does not exist or
-does not fit, options that contradict each other, experts of different bases, a full disk. Docstrings do not repeat it.
-Any other exception is a bug.
+Every public function of pimerge raises :class:`PimergeError` if its input is invalid: a missing or damaged file,
+contradictory options, experts of different bases, a full disk. Docstrings do not repeat this. Any other exception is a
+bug.
 """
 
 from __future__ import annotations
@@ -92,8 +92,8 @@ def nearest(name: str, known: Sequence[str]) -> str:
     >>> nearest("zzz", ["parity", "loop"])
     'known: parity, loop'
     """
-    folded = {candidate.lower(): candidate for candidate in known}
-    match = get_close_matches(name.lower(), list(folded), n=1)
+    by_lower = {candidate.lower(): candidate for candidate in known}
+    match = get_close_matches(name.lower(), list(by_lower), n=1)
     if match:
-        return f"did you mean '{folded[match[0]]}'?"
+        return f"did you mean '{by_lower[match[0]]}'?"
     return "known: " + ", ".join(known) if known else "there is nothing to choose from"

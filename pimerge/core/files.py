@@ -1,7 +1,7 @@
 """Read, hash and write files; files and folders appear complete or not at all.
 
 Everything is written beside its destination and then renamed, so a killed process or a full disk leaves the destination
-unchanged. The next write to the same destination removes what a killed process left beside it.
+unchanged. The next write to the same destination removes the leftovers of a killed process.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _DISK_ERRORS = {
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn an error of the disk while writing ``path`` into a PimergeError; other errors are bugs."""
+    """Turn a disk error while writing ``path`` into a PimergeError; other errors are bugs."""
     try:
         yield
     except OSError as error:
@@ -51,10 +51,10 @@ def disk_errors(path: Path) -> Iterator[None]:
 def require_absent(path: Path, force: bool) -> None:
     """Refuse to overwrite ``path`` without ``force``, and always if it is or contains the working folder."""
     with disk_errors(path):
-        there = path.exists() or path.is_symlink()
-    if there and Path.cwd().is_relative_to(path.resolve()):
+        exists = path.exists() or path.is_symlink()
+    if exists and Path.cwd().is_relative_to(path.resolve()):
         raise PimergeError(f"'{path}' is or contains the working folder", "choose another --output")
-    if there and not force:
+    if exists and not force:
         raise PimergeError(f"'{path}' already exists", "pass --force to replace it, or choose another --output")
 
 
@@ -70,7 +70,7 @@ def sha256_bytes(data: bytes) -> str:
 
 
 def sha256_file(path: Path) -> str:
-    """SHA-256 of a file's content, in hexadecimal; :mod:`pimerge.core.hash_cache` remembers those of large files."""
+    """SHA-256 of a file's content, in hexadecimal; :mod:`pimerge.core.hash_cache` caches it for large files."""
     try:
         with path.open("rb") as file:
             return sha256_of(file)
@@ -122,25 +122,16 @@ def read_json(path: Path, hint: str = "") -> Any:
 
 
 def relative_to(path: Path, folder: Path) -> str:
-    """The path from ``folder`` to ``path``, with forward slashes; it stays right when both move together."""
+    """The path from ``folder`` to ``path``, with forward slashes; it stays valid when both move together."""
     return Path(os.path.relpath(path.resolve(), folder.resolve())).as_posix()
 
 
 def write_file(path: Path, content: bytes | str) -> None:
     """Write a file completely or not at all."""
-    data = content.encode() if isinstance(content, str) else content
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(path)
-        partial = _beside(path, "partial")
-        try:
-            _write_synced(partial, data)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+    write_files({path: content})
 
 
-def write_files(contents: Mapping[Path, bytes]) -> None:
+def write_files(contents: Mapping[Path, bytes | str]) -> None:
     """Write several files: all of them or none."""
     partials: dict[Path, Path] = {}
     try:
@@ -174,7 +165,7 @@ def write_folder(path: Path, contents: Mapping[str, bytes | str], *, force: bool
 def write_into(folder: Path, contents: Mapping[str, bytes | str]) -> None:
     """Write files into a folder that :func:`new_folder` yielded."""
     for name, content in contents.items():
-        _write_synced(folder / name, content.encode() if isinstance(content, str) else content)
+        _write_synced(folder / name, content)
 
 
 @contextmanager
@@ -201,9 +192,9 @@ def new_folder(path: Path, *, force: bool) -> Iterator[Path]:
             _remove(old)
 
 
-def _write_synced(path: Path, data: bytes) -> None:
+def _write_synced(path: Path, content: bytes | str) -> None:
     with path.open("wb") as file:
-        file.write(data)
+        file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
 
@@ -214,13 +205,13 @@ def _beside(path: Path, word: str) -> Path:
 
 
 def _sweep(path: Path) -> None:
-    """Remove what dead processes left beside ``path``.
+    """Remove the leftovers of dead processes beside ``path``.
 
     Leftovers under this process's own id are removed as well: containers reuse ids.
     """
     name = glob.escape(path.name)
     leftovers = list(path.parent.glob(f".{name}.partial-*"))
-    if path.exists():  # otherwise the old content of a replaced folder is all that is left: never remove it
+    if path.exists():  # without it, the old content of a replaced folder is the only copy: never remove it
         leftovers += path.parent.glob(f".{name}.old-*")
     for leftover in leftovers:
         pid = leftover.name.rpartition("-")[2]

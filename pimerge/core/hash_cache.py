@@ -1,8 +1,8 @@
-"""SHA-256 of large files, remembered between commands.
+"""Cache the SHA-256 of large files between commands.
 
 A file counts as unchanged if its size, its inode and the times of its last write (mtime) and last change (ctime) are
 unchanged, as in git's index: the system sets ctime at every write, and programs cannot set it back. Files that changed
-within the last two seconds are not remembered, since a file system with coarse timestamps could give the next write the
+within the last two seconds are not cached, since a file system with coarse timestamps could give the next write the
 same time. Where the cache cannot be written, files are hashed every time.
 """
 
@@ -18,7 +18,7 @@ from pathlib import Path
 from threading import Lock
 
 LEAST_BYTES = 2**20
-"""Hashing a smaller file is faster than looking it up."""
+"""The size from which files are cached; hashing a smaller file is faster than looking it up."""
 UNSETTLED_SECONDS = 2.0
 _lock = Lock()  # one connection serves all threads
 
@@ -74,6 +74,6 @@ def _connection(path: Path, process: int) -> sqlite3.Connection:
 
 def _opened(database: str) -> sqlite3.Connection:
     connection = sqlite3.connect(database, timeout=1, isolation_level=None, check_same_thread=False)
-    connection.execute("PRAGMA synchronous = OFF")  # hashes lost in a power cut are computed again
+    connection.execute("PRAGMA synchronous = OFF")  # hashes that a power cut loses are computed again
     connection.execute("CREATE TABLE IF NOT EXISTS hashes (file TEXT PRIMARY KEY, state TEXT, sha256 TEXT)")
     return connection

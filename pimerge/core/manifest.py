@@ -1,4 +1,4 @@
-"""``pimerge.json``: a record of how an output was made."""
+"""``pimerge.json``: a record of how an output was created."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _LIBRARIES = ("torch", "transformers", "peft", "datasets", "safetensors")
 
 
 class Input(BaseModel):
-    """An expert that the output was made from."""
+    """An input expert of the output."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -29,10 +29,10 @@ class Manifest(BaseModel):
 
     Attributes:
         command: the command that wrote the folder.
-        options: every option with the value that was used.
+        options: name → value of every option.
         inputs: the experts, in order.
         outputs: file name → SHA-256, for the files beside the manifest.
-        results: what the stage measured, such as truncation errors and losses.
+        results: measurements of the stage, such as truncation errors and losses.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -47,22 +47,22 @@ class Manifest(BaseModel):
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of Python, of pimerge and of the libraries that the numbers depend on."""
+    """Versions of Python, pimerge and the libraries that affect the results."""
     return {"pimerge": __version__, "python": platform.python_version(), **{name: version(name) for name in _LIBRARIES}}
 
 
 class Hashed(Protocol):
-    """What the manifest records of an expert or a checkpoint."""
+    """An expert or checkpoint as the manifest records it."""
 
     @property
     def name(self) -> str:
-        """The name that messages use."""
+        """The name used in messages."""
 
     @property
     def sha256(self) -> str:
-        """The hash of its tensors."""
+        """SHA-256 of its tensors."""
 
 
 def inputs_of(experts: Sequence[Hashed]) -> list[Input]:
-    """The manifest's record of the experts that an output was made from."""
+    """The manifest's record of an output's input experts."""
     return [Input(name=expert.name, sha256=expert.sha256) for expert in experts]

@@ -1,8 +1,8 @@
 """Families of strategies: a folder is a registry, and each file in it ends in one typed object.
 
 ``merging/methods/ties.py`` is the merge method ``ties``: the file defines ``METHOD = MergeMethod(name="ties", …)``.
-Adding a strategy is adding its file. Files whose names begin with an underscore hold what several strategies share.
-Importing a strategy's file imports no torch, so listings and ``--help`` stay fast.
+To add a strategy, add its file. Files whose names begin with an underscore hold code that several strategies share.
+Importing a strategy's file does not import torch, so listings and ``--help`` stay fast.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pimerge.core.errors import PimergeError, Problems, nearest
 
 @dataclass(frozen=True)
 class Option:
-    """An option that strategies of a family can have; strategies that share it differ in its default alone.
+    """An option of one or more strategies of a family, each of which gives it a default.
 
     Attributes:
         name: the keyword argument of the strategy's function; ``label_share`` is ``--label-share``.
@@ -29,8 +29,8 @@ class Option:
         help: one sentence for ``--help``, without the default.
         accepts: whether a value of the right type is in range.
         expected: the range in words, such as ``above 0 and at most 1``.
-        typed: the option's name on the command line where it is not ``name``.
-        repeated: whether the option can be given several times; its values are a list.
+        typed: the option's name on the command line, if it differs from ``name``.
+        repeated: whether the option can be given several times; its value is then a list.
 
     >>> DENSITY = Option("density", float, "Share of entries kept.", lambda x: 0 < x <= 1, "above 0 and at most 1")
     >>> DENSITY.flag, DENSITY.problem(2.0)
@@ -47,18 +47,18 @@ class Option:
 
     @property
     def flag(self) -> str:
-        """The option of the command line."""
+        """The option on the command line."""
         typed = (self.typed or self.name).replace("_", "-")
         return f"--{typed}" if len(typed) > 1 else f"-{typed}"
 
     @property
     def choices(self) -> list[str]:
-        """The values that are accepted, of an option that has choices."""
-        every: list[StrEnum] = list(self.type) if issubclass(self.type, StrEnum) else []
-        return [choice.value for choice in every if self.accepts(choice)]
+        """The accepted values of an option with choices; empty for other options."""
+        members: list[StrEnum] = list(self.type) if issubclass(self.type, StrEnum) else []
+        return [choice.value for choice in members if self.accepts(choice)]
 
     def problem(self, value: Any) -> str:
-        """What is wrong with a value; empty if nothing is."""
+        """The problem of a value; empty if it is valid."""
         if issubclass(self.type, StrEnum):
             choices = self.choices
             return "" if value in choices else f"{self.flag} must be one of {', '.join(choices)}; got '{value}'"
@@ -69,12 +69,12 @@ class Option:
 
 @dataclass(frozen=True, kw_only=True, eq=False)  # each is one object
 class Strategy:
-    """What the strategies of all families have.
+    """The fields that the strategies of all families have.
 
     Attributes:
-        name: as the user types it; the file has underscores where the name has hyphens.
+        name: the name that the user types; its file has underscores in place of hyphens.
         summary: one line for listings and ``--help``.
-        options: option → the strategy's default.
+        options: option → default of the strategy.
     """
 
     name: str
@@ -83,7 +83,7 @@ class Strategy:
 
     @property
     def defaults(self) -> dict[str, Any]:
-        """Name of each option → the strategy's default."""
+        """Name of each option → default of the strategy."""
         return {option.name: default for option, default in self.options.items()}
 
 
@@ -96,9 +96,9 @@ class Family(Generic[S]):
 
     Attributes:
         package: import name of the folder, such as ``pimerge.merging.methods``.
-        noun: what one of them is called in messages, such as ``merge method``.
-        attribute: the name of the object in each file, such as ``METHOD``.
-        type: what each of these objects is.
+        noun: name of one strategy in messages, such as ``merge method``.
+        attribute: name of the object in each file, such as ``METHOD``.
+        type: class of these objects.
     """
 
     package: str
@@ -112,7 +112,7 @@ class Family(Generic[S]):
         return sorted(file.name.replace("_", "-") for file in files if not file.name.startswith("_"))
 
     def load(self, name: str) -> S:
-        """The strategy of a name; underscores count as hyphens. An unknown name is refused, and the nearest named."""
+        """Import the strategy of a name, with hyphens or underscores; an error suggests the nearest known name."""
         name = name.replace("_", "-")
         if name not in self.names():
             raise PimergeError(f"there is no {self.noun} '{name}'", nearest(name, self.names()))
@@ -134,7 +134,7 @@ class Family(Generic[S]):
         return found
 
     def given_options(self, strategy: S, values: Mapping[str, Any]) -> dict[str, Any]:
-        """The options that were given to a strategy, checked; all problems are raised at once.
+        """Check the options given to a strategy and return them; all problems are raised at once.
 
         Args:
             values: name → value; None for an option that was not given.
@@ -152,5 +152,5 @@ class Family(Generic[S]):
         for name in given.keys() & own.keys():
             if problem := own[name].problem(given[name]):
                 problems.add(problem)
-        problems.raise_any(f"options that '{strategy.name}' cannot take")
+        problems.raise_any(f"invalid options for '{strategy.name}'")
         return given

@@ -1,4 +1,4 @@
-"""How library functions report progress and remarks without knowing how they are shown."""
+"""Report progress and remarks from library functions, independent of how they are displayed."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import TypeAlias
 
 Advance: TypeAlias = Callable[..., None]
-"""``advance(steps=1, note="")`` reports further steps as done; the note is shown beside the bar."""
+"""``advance(steps=1, note="")`` reports completed steps; the note is shown beside the progress bar."""
 
 Track: TypeAlias = Callable[[str, int, str], AbstractContextManager[Advance]]
 """``track(description, total, unit)`` opens a progress report and yields its ``advance``."""
 
 
 Note: TypeAlias = Callable[[str], None]
-"""``note(message)`` tells the user something that is worth knowing but is not a result."""
+"""``note(message)`` reports a remark to the user that is not a result."""
 
 
 def unheard(message: str) -> None:

@@ -31,7 +31,7 @@ def test_every_problem_of_an_expert_comes_at_once(tmp_path: Path) -> None:
     set_tensors(folder, {PREFIX + "q.lora_A.weight": torch.full((2, 4), math.inf)})
     with pytest.raises(PimergeError) as caught:
         check_expert(open_expert(folder))
-    named = ["task.json", "the base model './gone' is not there", "q.lora_A.weight holds 8 values"]
+    named = ["task.json", "the base model './gone' does not exist", "q.lora_A.weight holds 8 values"]
     assert len(caught.value.problems) == len(named)
     assert all(name in problem.message for name, problem in zip(named, caught.value.problems, strict=True))
 
@@ -42,7 +42,7 @@ def test_shapes_that_differ_from_the_base_are_named(
     folder = make_expert(tmp_path / "e", vit_base, parity_task)
     name = next(iter(open_expert(folder).modules))
     set_tensors(folder, {f"{PREFIX}{name}.lora_A.weight": normal(4, 5)})
-    with pytest.raises(PimergeError, match=rf"module '{name}': ΔW is \(16, 5\), the base's weight \(16, 16\)"):
+    with pytest.raises(PimergeError, match=rf"module '{name}': ΔW is \(16, 5\), but the base's weight is \(16, 16\)"):
         check_expert(open_expert(folder))
 
 

@@ -271,7 +271,9 @@ def test_heads_are_averaged_only_if_the_labels_agree(pair: list[Expert]) -> None
     path = pair[1].path / "task.json"
     document = json.loads(path.read_text())
     path.write_text(json.dumps(document | {"labels": document["labels"][::-1]}))
-    with pytest.raises(PimergeError, match=r"'e1' answers \['odd', 'even'\], that of 'e0' \['even', 'odd'\]"):
+    with pytest.raises(
+        PimergeError, match=r"'e1' has the labels \['odd', 'even'\], the head of 'e0' has \['even', 'odd'\]"
+    ):
         choose_head("average", pair, None)
     path.unlink()
     with pytest.raises(PimergeError, match=r"'e1' has the labels of no task\.json"):

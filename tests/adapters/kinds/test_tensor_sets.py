@@ -80,7 +80,7 @@ def test_strengths_lie_on_the_line_from_what_changes_nothing(
     loaded, batch = loaded_base(bases[base]), inputs(base)
     if kind in PROMPTS:
         assert strengths_of(expert) == (1.0,)
-        with pytest.raises(PimergeError, match="one strength"):
+        with pytest.raises(PimergeError, match="only has strength 1"):
             expert.with_strength(0.5)
         return
     before = logits_of(loaded.model, batch)
@@ -130,7 +130,7 @@ def test_a_prompt_on_images_is_refused(
     make_expert: MakeExpert, bert_base: Path, vit_base: Path, parity_task: Path, kind: str, tmp_path: Path
 ) -> None:
     folder = make_expert(tmp_path / "x", bert_base, parity_task, kind=kind, head=False)
-    with pytest.raises(PimergeError, match="goes before a text"):
+    with pytest.raises(PimergeError, match="is put before a text"):
         check_expert(open_expert(folder, str(vit_base)))
 
 
