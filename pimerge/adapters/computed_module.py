@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from pimerge.adapters.lora_module import Factors, LoraModule
 from pimerge.adapters.tensor_sets import TensorSet, TensorSlot
@@ -32,15 +32,11 @@ class ComputedModule(LoraModule):
         dense: computes ΔW (d_out × d_in) in float64 from a reader of tensors and, if needed, the base's weight.
     """
 
+    is_computed: ClassVar[bool] = True
     slots: Mapping[str, str] = field(default_factory=dict)
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     shared: tuple[str, ...] = ()
     dense: Callable[[Read, Tensor | None], Tensor] | None = None
-
-    @property
-    def is_computed(self) -> bool:
-        """True, since its factors are not in the file."""
-        return True
 
     @property
     def full_rank(self) -> int:

@@ -12,7 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pimerge.adapters.keys import PREFIX
 from pimerge.core.errors import PimergeError
@@ -41,6 +41,9 @@ class LoraModule:
             no copy.
     """
 
+    is_computed: ClassVar[bool] = False
+    """Whether its factors are computed from other tensors, and so cannot be compared or trained."""
+
     name: str
     A: str
     B: str
@@ -61,11 +64,6 @@ class LoraModule:
         if DORA in self.conversions:
             return min(self.d_out, self.d_in)
         return self.rank * 2 if self.conversions else self.rank
-
-    @property
-    def is_computed(self) -> bool:
-        """Whether its factors are computed from other tensors, and so cannot be compared or trained."""
-        return False
 
     @property
     def key_of_slot(self) -> Mapping[str, str]:
