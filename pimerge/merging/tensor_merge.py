@@ -57,12 +57,18 @@ class TensorMerge:
         """Compute the merged tensors by key."""
         found: dict[tuple[str, str], Tensor] = {}
         for name, tensor_set in self.tensor_sets.items():
-            parts = {slot: self._parts(name, slot) for slot in tensor_set.slots}
+            parts = {
+                slot: [at_strength(expert, expert.tensor_sets[name].slots[slot], self.base) for expert in self.experts]
+                for slot in tensor_set.slots
+            }
             coefficients = self._linear(name, parts)
             for slot, each in parts.items():
                 found[name, slot] = self._merged(name, slot, each, coefficients)
         merged = joined(self.tensor_sets, found)
-        rounded = {key: tensor.to(self._dtype_of(key)) for key, tensor in merged.items()}
+        rounded = {
+            key: tensor.to(self.dtype or widest([expert.file.entries[key].dtype] for expert in self.experts))
+            for key, tensor in merged.items()
+        }
         for key, tensor in rounded.items():
             if not is_finite(tensor):
                 raise PimergeError(
@@ -72,9 +78,6 @@ class TensorMerge:
 
     def _zero(self, name: str, slot: str) -> Tensor:
         return neutral(self.tensor_sets[name].slots[slot], self.base)
-
-    def _parts(self, name: str, slot: str) -> list[Tensor]:
-        return [at_strength(expert, expert.tensor_sets[name].slots[slot], self.base) for expert in self.experts]
 
     def _linear(self, name: str, parts: Mapping[str, Sequence[Tensor]]) -> list[float] | None:
         """Return the coefficients of a linear method, whose inner products are of φ_n − φ0 over the tensor set."""
@@ -109,11 +112,6 @@ class TensorMerge:
         assert self.fisher is not None
         own = self.tensor_sets[name].slots[slot]
         return torch.stack([read_slot(own, partial(self.fisher, expert)).to(F64) for expert in self.experts])
-
-    def _dtype_of(self, key: str) -> torch.dtype:
-        if self.dtype is not None:
-            return self.dtype
-        return widest([expert.file.entries[key].dtype] for expert in self.experts)
 
 
 def prepare_tensors(

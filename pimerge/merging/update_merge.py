@@ -108,7 +108,9 @@ class UpdateMerge(UpdateSettings):
     def _module(self, name: str) -> MergedModule:
         layout, weights = self.layout(name), torch.tensor(self.weights[name], dtype=F64)
         parts = [self._part(expert, name, layout) for expert in self.experts]
-        coefficients = self._coefficients(parts, weights)
+        coefficients = None
+        if self.method.space is Space.LINEAR:
+            coefficients = self.method.coefficients(weights, lambda: inner_products(parts))
         found = self._merged(name, layout, parts, weights, coefficients)
         summed = (weights if coefficients is None else coefficients).tolist()
         bias = weighted_bias(parts, summed, self.dtype) if self.has_bias else None
@@ -127,11 +129,6 @@ class UpdateMerge(UpdateSettings):
             require_finite(self.experts)  # names every such tensor of every expert
             raise PimergeError(f"the update of '{expert.name}' in module '{name}' contains NaN or Inf")
         return part
-
-    def _coefficients(self, parts: Sequence[Factors], weights: Tensor) -> Tensor | None:
-        if self.method.space is not Space.LINEAR:
-            return None
-        return self.method.coefficients(weights, lambda: inner_products(parts))
 
     def _merged(
         self, name: str, layout: LoraModule, parts: Sequence[Factors], weights: Tensor, coefficients: Tensor | None

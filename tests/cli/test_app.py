@@ -1,4 +1,4 @@
-"""The command ``pimerge`` itself: exit codes."""
+"""The command ``pimerge`` itself: exit codes and help."""
 
 from __future__ import annotations
 
@@ -48,3 +48,9 @@ def typer_app(command: Any) -> typer.Typer:
     made = typer.Typer(pretty_exceptions_enable=False)
     made.command()(lambda: command())
     return made
+
+
+def test_the_paragraphs_of_a_help_text_are_not_broken_into_lines() -> None:
+    for command in app.app.registered_commands:
+        assert command.help
+        assert "\n" not in command.help.replace("\n\n", "")

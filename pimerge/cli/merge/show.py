@@ -21,22 +21,18 @@ Say = Callable[[str], None]
 def show(merged: Merged, *, as_json: bool, say: Say) -> None:
     """Print the results of a merge, or its plan if nothing was written."""
     if merged.path and isinstance(merged, MergedUpdates) and not isinstance(merged, MergedIntoCheckpoint):
-        _warn_of_loss(merged)
+        error = relative_error(merged.summaries)
+        if error**2 > LOSS_WARNING:
+            warn(
+                f"the truncation drops {error**2:.1%} of the energy ‖ΔW‖² (error {error:.1%}): raise --rank, or keep "
+                "all with --rank max"
+            )
     if as_json:
         print_json(merged.to_dict())
     elif merged.path:
         show_results(merged, say)
     else:
         show_plan(merged, say)
-
-
-def _warn_of_loss(merged: MergedUpdates) -> None:
-    error = relative_error(merged.summaries)
-    if error**2 > LOSS_WARNING:
-        warn(
-            f"the truncation drops {error**2:.1%} of the energy ‖ΔW‖² (error {error:.1%}): raise --rank, or keep all "
-            "with --rank max"
-        )
 
 
 @singledispatch
