@@ -1,4 +1,4 @@
-"""``pimerge compare`` as it is typed."""
+"""The command ``pimerge compare``."""
 
 from __future__ import annotations
 

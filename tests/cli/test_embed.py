@@ -1,4 +1,4 @@
-"""``pimerge embed`` as it is typed."""
+"""The command ``pimerge embed``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``pimerge eval`` as it is typed."""
+"""The command ``pimerge eval``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``pimerge inspect`` as it is typed."""
+"""The command ``pimerge inspect``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``pimerge merge`` as it is typed."""
+"""The command ``pimerge merge``."""
 
 from __future__ import annotations
 

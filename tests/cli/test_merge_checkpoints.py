@@ -1,4 +1,4 @@
-"""``pimerge merge`` of full checkpoints as it is typed, against dense references."""
+"""The command ``pimerge merge`` on full checkpoints, against dense references."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``pimerge merge --into`` as it is typed, against PEFT's model of base and adapter."""
+"""The command ``pimerge merge --into``, against PEFT's model of base and adapter."""
 
 from __future__ import annotations
 

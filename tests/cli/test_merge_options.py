@@ -1,4 +1,4 @@
-"""Each option of ``pimerge merge`` as it is typed, against dense references."""
+"""Each option of the command ``pimerge merge``, against dense references."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``pimerge plot`` as it is typed."""
+"""The command ``pimerge plot``."""
 
 from __future__ import annotations
 

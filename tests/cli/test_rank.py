@@ -1,4 +1,4 @@
-"""``pimerge rank`` as it is typed."""
+"""The command ``pimerge rank``."""
 
 from __future__ import annotations
 

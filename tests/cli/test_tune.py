@@ -1,4 +1,4 @@
-"""``pimerge tune`` as it is typed."""
+"""The command ``pimerge tune``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``pimerge.merge`` as it is called from Python."""
+"""The function ``pimerge.merge``."""
 
 from __future__ import annotations
 
