@@ -20,7 +20,7 @@ from pathlib import Path
 from pimerge.adapters.expert import open_expert
 from pimerge.adapters.expert_files import find_experts
 from pimerge.cli.console import print_line, print_table
-from pimerge.evaluation.design import CONTROLS, ComparisonDesign, RankedExpert, shots_text
+from pimerge.evaluation.design import ComparisonDesign, RankedExpert, all_controls, shots_text
 from pimerge.evaluation.runner import ComparisonRequest, run_comparison
 from pimerge.evaluation.scoring import BASE, score_experts
 from pimerge.models.loading import quiet_libraries
@@ -94,7 +94,7 @@ def table(
 ) -> None:
     """Print the table of one number of shots."""
     points = {method: [100 * scores[shots, method, name] for name in names] for method in methods}
-    controls = [method for method in methods if method in CONTROLS]
+    controls = [method for method in methods if method in all_controls()]
     best = max(controls, key=lambda method: statistics.fmean(points[method]))
     best_each = [max(points[control][i] for control in controls) for i in range(len(names))]
     above = statistics.fmean(100 * own[name] for name in names)

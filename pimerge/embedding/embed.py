@@ -1,4 +1,4 @@
-"""``pimerge.embed``: a pool of experts → their Fisher embeddings in the store."""
+"""``pimerge.embed``: add the Fisher embeddings of a pool of experts to a store."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from pimerge.tasks.task import Task, TaskSource, open_task
 
 @dataclass(frozen=True)
 class EmbedResult:
-    """What :func:`embed` did.
+    """Result of :func:`embed`.
 
     Attributes:
-        store: the ``embeddings.json``.
-        experts: name → entry of the store, of the experts that were asked for.
-        computed: the names of those that were computed now; the others were in the store, unchanged.
-        skipped: why some experts could not be embedded.
-        stored: how many experts the store holds now.
+        store: the path of ``embeddings.json``.
+        experts: name → entry of the store, for each of the given experts.
+        computed: names of the experts that were embedded by this call; the other embeddings were up to date.
+        skipped: reasons why some experts could not be embedded.
+        stored: number of experts in the store.
     """
 
     store: Path
@@ -38,7 +38,7 @@ class EmbedResult:
     stored: int
 
     def to_dict(self) -> dict[str, Any]:
-        """What ``pimerge embed --json`` prints."""
+        """Return the document that ``pimerge embed --json`` prints."""
         return {
             "store": str(self.store),
             "computed": self.computed,
@@ -71,32 +71,33 @@ def embed(
 
         F_i = (1/M) Σ_m (∂ log p(y_m | x_m) / ∂φ_i)²        (π-Tuning, arXiv 2304.14381, eq. 3)
 
-    over M examples of the training split of the expert's task, the square taken per example; and what the measures of
-    ``rank`` compare beside it (:mod:`pimerge.embedding.layer_moments`). Each expert is written as soon as it is
-    computed, and an unchanged expert is not computed again, so an interrupted call continues when it is repeated.
+    over M examples of the training split of the expert's task. Squares are taken per example. The store also receives
+    the second moments of the adapted layers (:mod:`pimerge.embedding.layer_moments`), which the measures of ``rank``
+    compare. Each embedding is written as soon as it is computed, and the embedding of an unchanged expert is kept, so
+    an interrupted call continues when it is repeated.
 
     Args:
-        experts: pools (folders of experts), experts' folders, Hub ids (``org/name@revision``) or open experts.
-        store: the ``embeddings.json`` to extend; its tensors lie in the folder ``embeddings`` beside it.
-        task: the task of all these experts in place of the ``task.json`` that each of them has: a folder, a task, or
-            rows in memory (a ``datasets.Dataset`` or a list of dicts).
-        examples: most examples of each expert's training split.
-        labels: ``true`` (those of the data) or ``sampled`` (drawn from what the model predicts).
-        shots: training examples per class; None for all.
-        seed: of the sampling.
-        grams: collect the input Gram matrices as well, for ``merge(method="regmean")``.
-        batch_tokens: most tokens of a batch; by default as the device needs.
-        base: the base model, a folder or Hub id, in place of the one that each expert names.
-        device: ``auto``, ``cpu``, ``cuda``, ``cuda:1`` …
-        dtype: ``auto`` (bfloat16 on a GPU, else float32), ``float32``, ``bfloat16`` or ``float64``.
-        skip_broken: embed the others if some experts have a problem.
-        force: compute what the store has already.
+        experts: pools (folders of experts), folders of experts, Hub ids (``org/name@revision``) or open experts.
+        store: the ``embeddings.json`` to extend; its tensors are in the folder ``embeddings`` beside it.
+        task: the task of all these experts, instead of each expert's own ``task.json``: a folder, a task, or rows in
+            memory (a ``datasets.Dataset`` or a list of dicts).
+        examples: maximum number of examples from each expert's training split.
+        labels: ``true`` (the labels of the data) or ``sampled`` (labels sampled from the model's predictions).
+        shots: training examples per class; None uses all.
+        seed: seed of the sampling.
+        grams: also collect the input Grams, which ``merge(method="regmean")`` needs.
+        batch_tokens: maximum number of tokens per batch; the default depends on the device.
+        base: the base model, a folder or Hub id, instead of the one that each expert names.
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ….
+        dtype: ``auto`` (bfloat16 on a GPU, otherwise float32), ``float32``, ``bfloat16`` or ``float64``.
+        skip_broken: if some experts have a problem, embed the others.
+        force: compute embeddings that the store already holds.
         track: shows progress.
-        note: receives what is worth knowing, a sentence at a time.
-        warn: receives what has to be known, a sentence at a time.
+        note: receives remarks, one sentence at a time.
+        warn: receives warnings, one sentence at a time.
 
     Returns:
-        the entries of the store, and which of them were computed now.
+        the entries of the store, and the names of the experts that were embedded by this call.
 
     Example:
         In a folder that holds ``experts/``::
@@ -105,7 +106,7 @@ def embed(
             {name: entry.norm for name, entry in result.experts.items()}
     """
     if labels not in list(LabelMode):
-        raise PimergeError(f"--labels is '{labels}'", f"expected {' or '.join(LabelMode)}")
+        raise PimergeError(f"--labels must be {' or '.join(LabelMode)}; got '{labels}'")
     target = Store(Path(store))
     members = [experts] if isinstance(experts, str | Path | Expert) else list(experts)
     ready, problems = _checked(members, base, None if task is None else open_task(task))
@@ -115,10 +116,10 @@ def embed(
         warn(f"skipped {problem.message}")
     for name in [name for name in target.experts if not target.folder_of(name).is_dir()]:
         target.drop(name)
-        note(f"{name}: its folder is gone; dropped from the store")
+        note(f"{name}: its folder is gone; removed from the store")
     resolved = resolve_device(device)
     bases = Bases(resolved, resolve_dtype(dtype, resolved))
-    # experts of one base and as many labels follow each other, so that it is loaded once
+    # experts with the same base and number of labels follow each other, so that the base is loaded once
     ready.sort(key=lambda pair: (pair[0].base.identity, pair[1].file.type, len(pair[1].labels)))
     settings = EmbedSettings(labels=labels, max_examples=examples, shots=shots, seed=seed)
     options = EmbedOptions(batch_tokens, grams, force)
@@ -132,7 +133,7 @@ def embed(
             for remark in _remarks(outcome):
                 note(f"{expert.name}: {remark}")
     except KeyboardInterrupt:
-        note("interrupted: what is embedded is in the store, and the same command continues from there")
+        note("interrupted: finished embeddings are in the store, and the same command continues from there")
         raise
     entries = {expert.name: target.experts[expert.name] for expert, _ in ready}
     if grams:
@@ -144,7 +145,7 @@ def embed(
 def _checked(
     members: Sequence[str | Path | Expert], base: str | None, task: Task | None
 ) -> tuple[list[tuple[Expert, Task]], Problems]:
-    """The experts of some pools with their tasks, and the problems of those that cannot be embedded."""
+    """Open the experts of some pools with their tasks, and collect the problems of those that cannot be embedded."""
     found: list[str | Path | Expert] = []
     for member in members:
         found += [member] if isinstance(member, Expert) else pool_members([str(member)])
@@ -157,7 +158,7 @@ def _checked(
             own = check_expert(expert, task)
             if expert.name in folders:
                 raise PimergeError(
-                    f"its name '{expert.name}' is also that of '{folders[expert.name]}'", "rename one of the folders"
+                    f"'{folders[expert.name]}' has the same name, '{expert.name}'", "rename one of the folders"
                 )
             folders[expert.name] = expert.path
             ready.append((expert, own))
@@ -165,12 +166,12 @@ def _checked(
 
 
 def _remarks(outcome: EmbedOutcome) -> list[str]:
-    """Remarks on how an expert was embedded."""
+    """Return remarks for the user on how an expert was embedded."""
     if not outcome.computed:
         return ["unchanged since it was embedded"]
     found = []
     if outcome.fisher and outcome.fisher.why_loop:
         found.append(f"one example at a time, since {outcome.fisher.why_loop}")
     if outcome.truncated:
-        found.append(f"{outcome.truncated} examples are longer than the model takes and were cut")
+        found.append(f"{outcome.truncated} examples exceed the model's maximum length and were cut")
     return found

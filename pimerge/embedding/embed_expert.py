@@ -1,4 +1,4 @@
-"""Embed one expert: its Fisher information and what is measured beside it, into the store."""
+"""Embed one expert: compute its Fisher information and second moments, and add them to the store."""
 
 from __future__ import annotations
 
@@ -35,37 +35,22 @@ if TYPE_CHECKING:
 
 
 class LabelMode(StrEnum):
-    """Which labels the Fisher information is taken at."""
+    """Labels at which the Fisher information is computed."""
 
     TRUE = "true"
     """The labels of the data: the empirical Fisher."""
     SAMPLED = "sampled"
-    """Labels drawn from what the model predicts."""
-
-
-@dataclass(frozen=True)
-class EmbedOptions:
-    """How an expert is embedded, beside the settings that its embedding depends on.
-
-    Attributes:
-        batch_tokens: most tokens of a batch; None for :func:`default_batch_tokens`.
-        grams: with the Gram matrices of the layers' inputs; an expert that has them already keeps them.
-        force: compute what the store has already.
-    """
-
-    batch_tokens: int | None = None
-    grams: bool = False
-    force: bool = False
+    """Labels sampled from the model's predictions."""
 
 
 @dataclass(frozen=True)
 class EmbedOutcome:
-    """The result of embedding one expert.
+    """Result of embedding one expert.
 
     Attributes:
-        computed: False if the store had it already.
-        fisher: None if it was not computed.
-        truncated: examples longer than the model takes.
+        computed: False if the store already held an up-to-date embedding.
+        fisher: the Fisher information; None if it was not computed.
+        truncated: number of examples that were longer than the model's maximum length.
     """
 
     name: str
@@ -74,23 +59,38 @@ class EmbedOutcome:
     truncated: int = 0
 
 
+@dataclass(frozen=True)
+class EmbedOptions:
+    """Options of :func:`embed_expert` that do not change the Fisher information.
+
+    Attributes:
+        batch_tokens: maximum number of tokens per batch; None uses :func:`default_batch_tokens`.
+        grams: also store the input Grams of the layers. An expert that already has them keeps them.
+        force: compute the embedding even if the store already holds it.
+    """
+
+    batch_tokens: int | None = None
+    grams: bool = False
+    force: bool = False
+
+
 def embed_expert(
     expert: Expert,
     task: Task,
     store: Store,
     settings: EmbedSettings,
     bases: Bases,
-    options: EmbedOptions = EmbedOptions(),  # noqa: B008: it is frozen
+    options: EmbedOptions = EmbedOptions(),
     *,
     track: Track = silent,
 ) -> EmbedOutcome:
     """Embed one expert by the diagonal Fisher information of its parameters on the training split of its task.
 
-    The head serves the likelihood and is not part of the embedding.
+    The head is needed for the likelihood but is not part of the embedding.
 
     Args:
-        settings: label mode, examples, seed.
-        bases: loads the base on its device, in its dtype.
+        settings: label mode, number of examples and seed.
+        bases: loads the base.
     """
     settings = settings.model_copy(update={"dtype": str(bases.dtype).removeprefix("torch.")})
     fields: dict[str, Any] = {
@@ -102,7 +102,7 @@ def embed_expert(
         "base": expert.base.identity,
         "settings": settings,
     }
-    # they serve merging in ΔW; and a merge by them must not fail as soon as somebody embeds the pool once more
+    # only merges of ΔW read input Grams; existing ones are kept, so that embedding again does not break such a merge
     grams = bool(expert.modules) and (options.grams or store.has_grams(expert.name))
     if not options.force and store.is_current(expert.name, fields, grams):
         return EmbedOutcome(expert.name, computed=False)
@@ -122,9 +122,8 @@ def embed_expert(
     )
     tokens = options.batch_tokens or default_batch_tokens(bases.device, loaded.config)
     batches = bucket_by_length(examples.lengths, tokens if examples.alike else 1, padded=not expert.virtual_tokens)
-    fisher, tensors = _measure(
-        expert, loaded, EncodedBatches(task, examples, batches, bases.device), bases, settings, grams, track
-    )
+    data = EncodedBatches(task, examples, batches, bases.device)
+    fisher, tensors = _measure(expert, loaded, data, bases, settings, grams, track)
     fields |= {
         "task": {"type": task.file.type, "labels": task.labels},
         "examples": fisher.examples,
@@ -139,11 +138,11 @@ def embed_expert(
 
 @dataclass(frozen=True)
 class EncodedBatches:
-    """The examples of a task, encoded, and their batches.
+    """The encoded examples of a task in batches.
 
     Attributes:
-        batches: the indices of the examples of each.
-        device: where the batches go.
+        batches: indices of the examples of each batch.
+        device: device of the batches' tensors.
     """
 
     task: Task
@@ -152,11 +151,11 @@ class EncodedBatches:
     device: torch.device
 
     def plain(self, indices: Sequence[int]) -> Batch:
-        """The batch of some examples, with the labels of the data."""
+        """Build the batch of the given examples with the labels of the data."""
         return on_device(self.examples.batch(indices), self.device)
 
     def with_labels(self, model: nn.Module, settings: EmbedSettings) -> Callable[[Sequence[int]], Batch]:
-        """Batches with the labels of the data, or with labels drawn by a uniform number for each example."""
+        """Return the function that builds batches, with the data's labels or with labels sampled from the model."""
         if settings.labels != LabelMode.SAMPLED:
             return self.plain
         examples = self.examples
@@ -183,8 +182,8 @@ def _measure(
     grams: bool,
     track: Track,
 ) -> tuple[Fisher, dict[str, dict[str, Tensor]]]:
-    """The Fisher information of an expert, and the tensors of its sidecars."""
-    # the fast path is checked once for each base and form of expert in a run
+    """Compute the Fisher information of an expert and the tensors of its sidecar files."""
+    # the batched computation is checked once per base and form of expert in a run
     form = (
         expert.base.identity,
         expert.kind,
@@ -193,10 +192,10 @@ def _measure(
     )
     nll = data.task.type.nll
     with injected(expert, loaded) as model:
-        # those of LoRA for kinds without ΔW, so that all kinds compare there
+        # kinds without ΔW use the layers that LoRA would adapt, so that all kinds can be compared
         layers = linear_layers(model, expert.modules or lora_targets(loaded.model))
         make = data.with_labels(model, settings)
-        # PEFT's wrapper, since the base's own layer may compute nothing that needs a gradient
+        # hooks go on PEFT's wrapper, since the output of the base's own layer may not require a gradient
         prefix = peft_prefix(model)
         moments = SecondMoments({name: model.get_submodule(prefix + name) for name in layers}, expert.virtual_tokens)
         fisher = diagonal_fisher(
@@ -218,7 +217,7 @@ def _measure(
 
 
 def default_batch_tokens(device: torch.device, config: Any) -> int:
-    """Tokens of a batch that keep a device busy; on a CPU, activations that stay in its cache.
+    """Return a number of tokens per batch that keeps a GPU busy, or whose activations fit a CPU's cache.
 
     >>> from types import SimpleNamespace
     >>> [default_batch_tokens(torch.device("cpu"), SimpleNamespace(hidden_size=width)) for width in (48, 384, 4096)]
@@ -231,7 +230,7 @@ def default_batch_tokens(device: torch.device, config: Any) -> int:
 
 
 def factors_of(expert: Expert, model: nn.Module) -> dict[str, nn.Parameter]:
-    """Key in the adapter's file → the model's parameter; only these require gradients."""
+    """Map each key of the adapter's file to the model's parameter, and let only these require gradients."""
     key_of = expert.strategy.key_of_parameter
     keys = set(expert.keys)
     model.requires_grad_(False)
@@ -242,12 +241,12 @@ def factors_of(expert: Expert, model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def updates_of(expert: Expert) -> dict[str, Tensor]:
-    """Random projections of the expert's updates: ``update.MODULE`` → ΔW in random directions."""
+    """Return ``update.MODULE`` → ΔW in random directions, which is stored beside the second moments."""
     return {f"{UPDATE}.{name}": update for name, update in update_embedding(expert).items()}
 
 
 def projections_of(moments: Mapping[str, Tensor]) -> dict[str, str]:
-    """The two parts of the measure ``fisher``, small enough for the document: name → text."""
+    """Return the random projections of both parts of the measure ``fisher`` as text: name → text."""
     gradients = {key: value / value.norm().clamp(min=1e-30) for key, value in _parts(moments, GRADIENT)}
     parts = {"gradients": gradients, "update": dict(_parts(moments, UPDATE))}
     return {name: to_text(project(part)) for name, part in parts.items()}

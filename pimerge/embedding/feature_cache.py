@@ -1,4 +1,4 @@
-"""A disk cache of features, keyed by hashes of everything that they depend on."""
+"""Cache of features on disk, keyed by the hashes of everything that they depend on."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 
 class FeatureCache:
-    """A folder of features, one file for each candidate.
+    """A folder of features with one file per candidate.
 
     Args:
-        folder: created when it is first written to; None keeps nothing. From the first failed write on, nothing more is
-            kept, and ``notes`` says why.
-        data: what all features depend on: the examples and the base.
+        folder: created at the first write; None disables the cache. After a failed write nothing more is written, and
+            ``notes`` says why.
+        data: identities of the examples and the base, on which all features depend.
     """
 
     def __init__(self, folder: Path | None, data: Sequence[Any]) -> None:
@@ -30,10 +30,10 @@ class FeatureCache:
         self.notes: list[str] = []
 
     def get(self, key: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """The tensors of a candidate, computed if they are not in the folder.
+        """Return the tensors of a candidate, and compute them if they are not in the folder.
 
         Args:
-            key: what the candidate's features depend on beside the data.
+            key: identity of the candidate.
         """
         if self._folder is None:
             return compute()
@@ -47,7 +47,7 @@ class FeatureCache:
         found = compute()
         try:
             write_file(file, save({name: value.contiguous() for name, value in found.items()}, {"format": "pt"}))
-        except PimergeError as error:  # the ranking itself may well go elsewhere
-            self.notes.append(f"ranking again computes everything again: {error.problems[0].message}")
+        except PimergeError as error:  # the ranking itself may be written to another folder
+            self.notes.append(f"features are not cached for the next ranking: {error.problems[0].message}")
             self._folder = None
         return found

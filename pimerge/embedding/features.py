@@ -1,8 +1,8 @@
-"""Candidates forwarded over the target's examples: the vectors that the task head reads, and its answers.
+"""Features of the target's examples under each candidate: the vectors that the task head reads, and its logits.
 
-Every candidate is an expert at one of its strengths (:mod:`pimerge.embedding.strengths`). One pass per strength gives
-the vectors and the answers of the candidate's own head; they are cached by the hashes of expert, base and data, so
-ranking again, or by another measure, forwards nothing.
+A candidate is an expert at one of its strengths (:mod:`pimerge.embedding.strengths`). One pass per strength gives the
+vectors and the logits of the candidate's own head. Both are cached by the hashes of expert, base and data, so ranking
+again, or by another measure, needs no forward pass.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TargetFeatures:
-    """n examples of the target, seen through the base or through the base with one candidate expert.
+    """Features of n examples of the target under the base, or under the base with one candidate.
 
     Attributes:
-        vectors: (n × d) float64, what the task head reads of each example.
+        vectors: (n × d) float64, the vector that the task head reads for each example.
         labels: (n) int64, the target's classes 0 … classes − 1.
-        classes: how many classes the target has; at least two of them are in ``labels``.
-        logits: (n × classes of the candidate's own head), what that head answers; None without a head.
-        losses: (n) −log p(y|x) of the target's labels, by a head for these labels; None without one.
+        classes: number of classes of the target; at least two of them are in ``labels``.
+        logits: (n × classes of the candidate's own head), the output of that head; None without a head.
+        losses: (n) −log p(y|x) by a head for the target's labels; None without such a head.
     """
 
     vectors: Tensor
@@ -58,21 +58,21 @@ class TargetFeatures:
 
 
 def why_not(task: Task) -> str:
-    """Why experts cannot be ranked by the examples of a task; empty if they can."""
+    """Say why experts cannot be ranked by the examples of a task; empty if they can."""
     if task.of_words:
-        return "the task's classes are those of words, and a ranking by examples needs one of each example"
+        return "the task has a class per word, and a ranking by examples needs a class per example"
     return "" if task.labels else "the task has no classes, which a ranking by examples needs"
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """Which of the target's examples are looked at.
+    """Which of the target's examples are used.
 
     Attributes:
-        role: ``train`` or ``test``.
-        shots: examples per class; None for all.
-        limit: most examples in all; None for no limit.
-        seed: of the sampling.
+        role: the split, ``train`` or ``test``.
+        shots: examples per class; None uses all.
+        limit: maximum number of examples; None sets no limit.
+        seed: seed of the sampling.
     """
 
     role: str = "train"
@@ -82,17 +82,15 @@ class Sampling:
 
 
 class FeatureReader:
-    """The target's examples, encoded once, and how each candidate sees them.
+    """Computes the features of the target's examples, which are encoded once, under each candidate.
 
     Args:
         loaded: the base with a head for the target's labels.
-        base: its identity.
-        task: the target's.
-        sampling: which examples.
-        cache: a folder for what has been computed; None computes every time, and so does one that cannot be
-            written to.
-        advance: told how many examples were forwarded.
-
+        base: the base's identity.
+        task: the target's task.
+        sampling: which examples are used.
+        cache: folder of the feature cache; None disables it.
+        advance: called with the number of examples after each forward pass.
     """
 
     def __init__(
@@ -107,21 +105,14 @@ class FeatureReader:
         self.loaded, self.base, self.task, self.sampling = loaded, base, task, sampling
         self.advance = advance
         self._trains_head: bool = task.type.trains_head
-        self.examples, labels = task.examples(
-            sampling.role,
-            loaded.processor,
-            loaded.config,
-            shots=sampling.shots,
-            seed=sampling.seed,
-            limit=sampling.limit,
-        )
+        self.examples, labels = self._encode()
         if reason := why_not(task):
             raise PimergeError(reason, "use a measure of the store, such as --measure fisher")
         if len(set(labels)) < 2:
             raise PimergeError(
                 f"all {len(labels)} examples of '{task.path}' are of the class '{task.labels[labels[0]]}'",
-                "a ranking by examples needs at least two classes: label some of another one, or rank by a measure "
-                "of the store",
+                "a ranking by examples needs at least two classes: label examples of another class, or rank by a "
+                "measure of the store",
             )
         self.labels = torch.tensor(labels)
         parameter = next(loaded.model.parameters())
@@ -132,7 +123,7 @@ class FeatureReader:
         self._cache = FeatureCache(cache, data)
 
     def seen(self) -> Seen:
-        """Which examples these are, for the ranking."""
+        """Describe the examples for the ranking."""
         counts = self.labels.bincount(minlength=len(self.task.labels)).tolist()
         return Seen(
             examples=len(self.labels),
@@ -144,41 +135,41 @@ class FeatureReader:
 
     @property
     def holds_out(self) -> bool:
-        """Whether some of the examples can be held out to test a head: a class has two of them."""
+        """Whether some examples can be held out to test a head, which takes two examples of a class."""
         return int(self.labels.bincount().max()) > 1
 
     def notes(self) -> list[str]:
-        """Remarks on the examples for readers of the ranking."""
+        """Return remarks on the examples for readers of the ranking."""
         counts = self.labels.bincount(minlength=len(self.task.labels)).tolist()
         missing = [name for name, count in zip(self.task.labels, counts, strict=True) if not count]
         found = list(self._cache.notes)
         if self.examples.truncated:
-            found.append(f"{self.examples.truncated} examples are longer than the model takes and were cut")
+            found.append(f"{self.examples.truncated} examples exceed the model's maximum length and were cut")
         if missing:
             found.append(f"no example of {', '.join(missing)}: the ranking is about the other classes")
         if not self.holds_out:
             found.append(
-                "with one example of a class nothing can be held out, and no measure of so few is reliable: no expert "
-                "is expected to help"
+                "with one example per class nothing can be held out, and no measure is reliable, so no expert is "
+                "expected to help"
             )
         return found
 
     def base_features(self) -> TargetFeatures:
-        """The examples' features under the bare base, which is strength 0 of every expert."""
+        """Return the features under the bare base, which is every expert at strength 0."""
         return self._features(self._cache.get("base", lambda: self._read(self.loaded.model)), "")
 
     def features(self, expert: Expert) -> dict[float, TargetFeatures]:
-        """Strength → the examples' features under the base with the expert."""
+        """Return strength → features under the base with the expert."""
         found = self._cache.get(_identity(expert), lambda: self._candidate(expert))
         return {strength: self._features(found, f"{strength}.") for strength in strengths_of(expert)}
 
     def with_losses(
         self, expert: Expert, samples: Mapping[float, TargetFeatures], target: Expert | None
     ) -> dict[float, TargetFeatures]:
-        """The features with losses: by the candidate's own head if it has the target's labels, else by the target's.
+        """Add losses to the features: by the candidate's own head if its labels are the target's, else by the target's.
 
         Args:
-            target: the target's own expert, if it has one; its head answers on the candidate's vectors.
+            target: the target's own expert, if it has one; its head is applied to the candidate's vectors.
         """
         own = task_of(expert)
         if self._trains_head and (own is None or own.labels != self.task.labels or not self._answers(expert)):
@@ -187,12 +178,12 @@ class FeatureReader:
             key = f"{_identity(expert)} answered by {_identity(target)}"
             found = self._cache.get(key, lambda: self._candidate(expert, target))
             samples = {strength: self._features(found, f"{strength}.") for strength in strengths_of(expert)}
-        if any(sample.logits is None for sample in samples.values()):  # answers that are generated have no likelihoods
+        if any(sample.logits is None for sample in samples.values()):  # generated answers have no likelihoods
             return dict(samples)
-        return {strength: _lossy(sample) for strength, sample in samples.items()}
+        return {strength: _with_losses(sample) for strength, sample in samples.items()}
 
     def mean_features(self, experts: Sequence[Expert]) -> TargetFeatures:
-        """The examples' features under the base with the mean of several experts, each at its strength."""
+        """Return the features under the base with the mean of several experts, each at its strength."""
 
         def compute() -> dict[str, Tensor]:
             with injected_sum(experts, [1 / len(experts)] * len(experts), self.loaded) as model:
@@ -210,9 +201,9 @@ class FeatureReader:
         )
 
     def _answers(self, expert: Expert) -> bool:
-        """Whether an expert can answer on the base: its head's labels are known, and no part lies in the backbone.
+        """Whether an expert can answer: the labels of its head are known, and the head is the base's head alone.
 
-        Where the base answers in text, every expert does, and to the target's own classes.
+        If the base answers in text, every expert answers, with the target's own classes.
         """
         return not self._trains_head or (
             bool(expert.head)
@@ -221,7 +212,7 @@ class FeatureReader:
         )
 
     def _candidate(self, expert: Expert, head_of: Expert | None = None) -> dict[str, Tensor]:
-        """One pass per strength, with the expert's own head or with another's."""
+        """Run one pass per strength, with the head of the expert or of another one."""
         answering = head_of or expert
         answers = self._answers(answering)
         own = task_of(answering) if answers and self._trains_head else None
@@ -235,31 +226,31 @@ class FeatureReader:
                 found |= self._read(model, [expert], f"{strength}.", answers=answers)
         return found
 
+    def _encode(self, experts: Sequence[Expert] = ()) -> tuple[Examples, list[int]]:
+        """Encode the examples for the base with some experts; return them with their labels."""
+        how, config = self.sampling, self.loaded.config_for(experts)
+        return self.task.examples(
+            how.role, self.loaded.processor, config, shots=how.shots, seed=how.seed, limit=how.limit
+        )
+
     def _room(self, experts: Sequence[Expert] = ()) -> int | None:
-        """Tokens left for a text after the vectors that experts put before it; None if there is no limit."""
+        """Return the number of tokens for a text after the experts' virtual tokens; None without a maximum length."""
         return getattr(self.loaded.config_for(experts), "max_position_embeddings", None)
 
     def _examples_for(self, experts: Sequence[Expert]) -> Examples:
-        """The examples, cut a little more where they have to leave room."""
-        room, sampling = self._room(experts), self.sampling
+        """Return the examples, cut to the length that the experts' virtual tokens leave."""
+        room = self._room(experts)
         if room not in self._encoded:
-            self._encoded[room], _ = self.task.examples(
-                sampling.role,
-                self.loaded.processor,
-                self.loaded.config_for(experts),
-                shots=sampling.shots,
-                seed=sampling.seed,
-                limit=sampling.limit,
-            )
+            self._encoded[room], _ = self._encode(experts)
         return self._encoded[room]
 
     def _read(
         self, model: nn.Module, experts: Sequence[Expert] = (), prefix: str = "", *, answers: bool = False
     ) -> dict[str, Tensor]:
-        """One pass over the examples: what the head reads of each and, where asked for, what it answers.
+        """Run one pass over the examples and return the head's input vectors and, if ``answers``, its logits.
 
         Args:
-            experts: those in the model.
+            experts: the experts in the model.
         """
         examples = self._examples_for(experts)
         vectors: list[Tensor] = [torch.empty(0)] * len(examples)
@@ -282,7 +273,7 @@ class FeatureReader:
         return found
 
     def _reading(self, model: nn.Module) -> dict[str, nn.Module]:
-        """The modules whose input is the feature (the first one that runs): the head, or the language model head."""
+        """Return the modules whose input is read, the first that runs: the head, or the output embeddings."""
         if not self._trains_head:
             return {"output": self.loaded.model.get_output_embeddings()}  # type: ignore[operator]
         names, prefix = dict(model.named_modules()), peft_prefix(model)
@@ -290,10 +281,10 @@ class FeatureReader:
 
 
 def _identity(expert: Expert) -> str:
-    """A text that identifies an expert's update: hashes of its files, and its strength."""
+    """Return the identity of an expert's update: its tensors, its config with the scalings, and its strength."""
     return f"{expert.sha256} {sha256_file(expert.path / CONFIG)} {expert.strength}"
 
 
-def _lossy(sample: TargetFeatures) -> TargetFeatures:
+def _with_losses(sample: TargetFeatures) -> TargetFeatures:
     assert sample.logits is not None
     return replace(sample, losses=cross_entropy(sample.logits, sample.labels, reduction="none"))

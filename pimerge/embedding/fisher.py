@@ -1,9 +1,9 @@
-"""Per-example gradients → the diagonal of the empirical Fisher information.
+"""Diagonal of the empirical Fisher information from per-example gradients.
 
     F_i = (1/M) Σ_m (∂ log p(y_m | x_m) / ∂φ_i)²        (π-Tuning, arXiv 2304.14381, eq. 3)
 
-The square is taken per example: the square of a batch's mean gradient is another quantity. Layout: a
-Linear's input X is (batch, …, d_in), the gradient of its output G is (batch, …, d_out), examples first.
+The square is taken per example; the square of a batch's mean gradient is a different quantity. Layout: the input X of
+a Linear layer is (batch, …, d_in) and the gradient G of its output is (batch, …, d_out), with the examples first.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 NegativeLogLikelihood = Callable[[nn.Module, "Batch"], "Tensor"]
 
 CHECKED_EXAMPLES = 2
-# What rounding may change between one example alone and the same example in a batch, by the model's dtype.
+# Relative deviation that rounding may cause between an example alone and in a batch, by the model's dtype.
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 1e-1, torch.float16: 1e-1}
 
 
@@ -37,11 +37,11 @@ class Fisher:
     """A diagonal Fisher information and how it was computed.
 
     Attributes:
-        diagonal: parameter name → F, of the parameter's shape, in float32 (float64 for a float64 model).
-        examples: M.
-        route: ``rules`` (batched, per-example gradients of the factors) or ``loop`` (one example at a time).
-        why_loop: the reason for ``loop``.
-        deviation: largest relative deviation of a tensor from the loop on the first examples; None if unchecked.
+        diagonal: parameter name → F in the parameter's shape, float32 (float64 for a float64 model).
+        examples: the number of examples, M.
+        route: ``rules`` (batched) or ``loop`` (one example at a time).
+        why_loop: the reason for ``loop``; empty for ``rules``.
+        deviation: largest relative deviation of a tensor from the loop on the first examples; None if not checked.
     """
 
     diagonal: dict[str, Tensor]
@@ -62,20 +62,21 @@ def diagonal_fisher(
     during: AbstractContextManager[None] | None = None,
     track: Track = silent,
 ) -> Fisher:
-    """The exact diagonal of the empirical Fisher information of some parameters.
+    """Compute the exact diagonal of the empirical Fisher information of some parameters.
 
-    One forward and one backward per batch. Where no rule covers a parameter, or the batched result differs
-    from the loop on the first two examples, every example is taken alone, which is always exact.
+    It takes one forward and one backward pass per batch. If no rule covers a parameter, or if the batched result
+    differs from the loop on the first two examples, each example is processed alone, which is always exact.
 
     Args:
         model: in eval mode; only ``parameters`` require gradients.
         parameters: name → parameter.
         batches: indices of the examples of each batch.
-        make_batch: the batch of some examples, on the model's device; the first of its tensors has the examples first.
-        nll: −log p(y|x) of each example of a batch, summed over its target tokens.
-        check: compare with the loop first; off where the same was done for parameters of the same form.
-        during: entered around the passes over the batches, the check left out.
-        track: progress over examples.
+        make_batch: builds the batch of the given examples on the model's device; in its first tensor the first axis
+            is the examples.
+        nll: returns −log p(y|x) of each example of a batch, summed over its target tokens.
+        check: compare with the loop first; not needed if parameters of the same form were checked before.
+        during: context entered for the passes over the batches, but not for the check.
+        track: shows progress over examples.
 
     >>> layer = nn.Linear(1, 1, bias=False)
     >>> xs = torch.tensor([[1.0], [2.0]])
@@ -91,7 +92,7 @@ def diagonal_fisher(
         why_loop = f"no rule covers {', '.join(uncovered[:3])}" + (" …" if len(uncovered) > 3 else "")
     elif check:
         first = [index for [index] in alone[:CHECKED_EXAMPLES]]
-        # each by itself, so without padding: that the batch pads them must change nothing
+        # single examples have no padding, so this also checks that padding in a batch changes nothing
         reference = fisher_by_loop(model, parameters, (make_batch([index]) for index in first), nll)
         deviation = _deviation(fisher_by_rules(model, parameters, [make_batch(first)], nll), reference)
         if not deviation <= _TOLERANCE[_coarsest_dtype(model)]:
@@ -107,37 +108,30 @@ def diagonal_fisher(
 
 
 def fisher_by_rules(
-    model: nn.Module,
-    parameters: Mapping[str, nn.Parameter],
-    batches: Iterable[Batch],
-    nll: NegativeLogLikelihood,
+    model: nn.Module, parameters: Mapping[str, nn.Parameter], batches: Iterable[Batch], nll: NegativeLogLikelihood
 ) -> dict[str, Tensor]:
-    """Σ over all examples of the squared per-example gradients, in one forward and backward per batch.
+    """Sum the squared per-example gradients over all examples, with one forward and backward pass per batch.
 
-    Covers the parameters that :mod:`pimerge.embedding.fisher_rules` has rules for, where a layer's input has the
-    examples on its
-    first axis, or as many rows of each example one after the other; each must be used once per example. The first
-    tensor of a batch has as many rows as there are examples.
+    It covers the parameters that :mod:`pimerge.embedding.fisher_rules` has rules for. The first axis of a layer's input
+    must be the examples, or equally many consecutive rows for each example, and each layer must be used once per
+    example. The first tensor of a batch has one row per example.
     """
     _reset(parameters)
     sums = _zeros(parameters)
     for batch in batches:
         with squaring(model, parameters, len(next(iter(batch.values())))):
-            # backward, not autograd.grad: under reentrant checkpointing the latter finds nothing
+            # autograd.grad finds no gradients under reentrant checkpointing; backward does
             nll(model, batch).sum().backward()  # type: ignore[no-untyped-call]
-        # summed outside of .grad, where a parameter of 16 bits would soon swallow what is added
+        # summed outside of .grad, which for 16-bit parameters would lose small terms to rounding
         for name, squares in _harvest(parameters).items():
             sums[name] += squares
     return sums
 
 
 def fisher_by_loop(
-    model: nn.Module,
-    parameters: Mapping[str, nn.Parameter],
-    batches: Iterable[Batch],
-    nll: NegativeLogLikelihood,
+    model: nn.Module, parameters: Mapping[str, nn.Parameter], batches: Iterable[Batch], nll: NegativeLogLikelihood
 ) -> dict[str, Tensor]:
-    """The same sum from batches of one example each: slow and always exact."""
+    """Compute the same sum from batches of one example each, which is slow and always exact."""
     _reset(parameters)
     sums = _zeros(parameters)
     for batch in batches:
@@ -148,9 +142,7 @@ def fisher_by_loop(
 
 
 def _advancing(
-    batches: Sequence[Sequence[int]],
-    make_batch: Callable[[Sequence[int]], Batch],
-    advance: Callable[[int], None],
+    batches: Sequence[Sequence[int]], make_batch: Callable[[Sequence[int]], Batch], advance: Callable[[int], None]
 ) -> Iterator[Batch]:
     for indices in batches:
         yield make_batch(indices)
@@ -167,7 +159,7 @@ def _zeros(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
 
 
 def _harvest(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """Collect ``.grad`` after a backward pass; a parameter that no loss depends on has gradient 0."""
+    """Take the gradients out of ``.grad``; a parameter on which no loss depends has the gradient 0."""
     found = {}
     for name, parameter in parameters.items():
         gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
@@ -177,7 +169,8 @@ def _harvest(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
 
 
 def _deviation(found: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> float:
-    """Largest relative Frobenius deviation; tensors that are zero up to rounding count against the whole."""
+    """Return the largest relative deviation in Frobenius norm; tensors that are zero up to rounding are measured
+    against the norm of all tensors."""
     whole = sum(float(value.square().sum()) for value in reference.values()) ** 0.5
     deviations = [
         float((found[name] - value).norm()) / max(float(value.norm()), 1e-6 * whole, 1e-300)
@@ -187,11 +180,11 @@ def _deviation(found: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> 
 
 
 def _coarsest_dtype(model: nn.Module) -> torch.dtype:
-    """The least precise dtype of the model's weights."""
+    """Return the least precise dtype of the model's weights."""
     dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
     return max(dtypes & set(_TOLERANCE), key=lambda dtype: _TOLERANCE[dtype], default=torch.float32)
 
 
 def _sum_dtype(parameter: nn.Parameter) -> torch.dtype:
-    """Squares are summed in float32, or in float64 for a float64 model."""
+    """Return the dtype in which squares are summed: float32, or float64 for a float64 model."""
     return torch.promote_types(parameter.dtype, torch.float32)

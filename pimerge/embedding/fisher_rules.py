@@ -1,17 +1,17 @@
-"""Rules by which a backward leaves squared per-example gradients: for each kind of layer what ``.grad`` becomes.
+"""Rules that make a backward pass leave squared per-example gradients in ``.grad``, one rule per kind of layer.
 
-During :func:`squaring` an ordinary ``loss.sum().backward()`` puts into ``.grad`` of a parameter θ, instead of Σ_b ∂
-log p_b/∂θ, the sum of squares Σ_b (∂ log p_b/∂θ)² over the examples b of the batch, at about the cost of the plain
-backward:
+Inside :func:`squaring` an ordinary ``loss.sum().backward()`` stores in ``.grad`` of a parameter θ the sum of squares
+Σ_b (∂ log p_b/∂θ)² over the examples b of the batch, instead of Σ_b ∂ log p_b/∂θ, at about the cost of a plain
+backward pass:
 
 - Linear y = Wx + b: Σ_b (Σ_t g_bt x_btᵀ)² and Σ_b (Σ_t g_bt)²;
-- an elementwise scale y = w ⊙ x, as (IA)³ has it, and LayerNorm and RMSNorm behind the normalisation:
+- an elementwise scale y = w ⊙ x, as in (IA)³ and, after the normalisation, in LayerNorm and RMSNorm:
   Σ_b (Σ_t g_bt ⊙ x_bt)²;
-- a bias that is added (BitFit), and of LayerNorm: Σ_b (Σ_t g_bt)²;
+- an added bias, as in BitFit and LayerNorm: Σ_b (Σ_t g_bt)²;
 - a prompt or prefix that is repeated for every example: Σ_b g_b².
 
-Layout: (batch, …, d), examples first, or as many rows of each example one after the other, as of DaViT's windows of an
-image. g is the gradient of a layer's output, t counts positions within an example.
+Layout: (batch, …, d) with the examples first, or equally many consecutive rows for each example, such as DaViT's
+windows of an image. g is the gradient of a layer's output; t counts positions within an example.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ if TYPE_CHECKING:
 
 _PRODUCT_BYTES = 8 * 2**20
 Owned = dict[str, nn.Parameter]
-"""Parameters of a module: their names within it → parameter."""
+"""Parameters of a module by their names within it."""
 Rule = Callable[[Any, Owned, int], "AbstractContextManager[None]"]
-"""(module, the parameters that are asked for, examples of the batch) → the block in which a backward squares."""
+"""(module, wanted parameters, number of examples in the batch) → context in which a backward pass squares."""
 
 
 def covered(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> set[str]:
-    """The names of the parameters that some rule covers.
+    """Return the names of the parameters that some rule covers.
 
     >>> layer = nn.Linear(1, 1)
     >>> sorted(covered(layer, dict(layer.named_parameters()))), covered(nn.Conv1d(1, 1, 1), {})
@@ -49,10 +49,10 @@ def covered(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> set[str
 
 @contextmanager
 def squaring(model: nn.Module, parameters: Mapping[str, nn.Parameter], examples: int) -> Iterator[None]:
-    """During the block a backward leaves sums of squares in ``.grad`` of the parameters that some rule covers.
+    """Let backward passes leave sums of squares in ``.grad`` of the parameters that some rule covers.
 
     Args:
-        examples: of the batch.
+        examples: number of examples in the batch.
     """
     with ExitStack() as stack:
         for module, owned, rule in list(_ruled(model, parameters)):
@@ -61,7 +61,7 @@ def squaring(model: nn.Module, parameters: Mapping[str, nn.Parameter], examples:
 
 
 def _ruled(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Iterator[tuple[nn.Module, Owned, Rule]]:
-    """Modules that own some of the parameters, with the rule for them; one that somebody patched has none."""
+    """Yield modules that own some of the parameters, with their rule; a module with a patched forward has none."""
     wanted = {id(parameter) for parameter in parameters.values()}
     for module in model.modules():
         found = None if "forward" in vars(module) else _rule_for(module)
@@ -73,7 +73,7 @@ def _ruled(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Iterator
 
 
 def _rule_for(module: Any) -> tuple[Rule, Owned] | None:
-    """The rule for a module and the parameters that it covers."""
+    """Return the rule for a module and the parameters that it covers."""
     kind = type(module)
     own = dict(module.named_parameters(recurse=False))
     if kind is nn.Linear:
@@ -92,14 +92,14 @@ def _rule_for(module: Any) -> tuple[Rule, Owned] | None:
 
 
 def _of_adapter(module: Any, attribute: str) -> Owned:
-    """The active adapter's parameter in one of PEFT's dictionaries; of several active adapters there is no rule."""
+    """Return the active adapter's parameter in one of PEFT's dictionaries; nothing for several active adapters."""
     active = [name for name in module.active_adapters if name in getattr(module, attribute)]
     return {attribute: getattr(module, attribute)[active[0]]} if len(active) == 1 and not module.merged else {}
 
 
 @contextmanager
 def _forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Another forward for a module during the block."""
+    """Replace a module's forward during the block."""
     module.forward = forward
     try:
         yield
@@ -109,7 +109,7 @@ def _forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
 
 @contextmanager
 def _standing_in(module: nn.Module, **stand_ins: Any) -> Iterator[None]:
-    """Other values in place of a module's parameters during the block; what is in the dictionary goes first."""
+    """Replace a module's parameters during the block; the instance dictionary has precedence over them."""
     vars(module).update(stand_ins)
     try:
         yield
@@ -171,12 +171,12 @@ def _bitfit(module: Any, owned: Owned, examples: int) -> AbstractContextManager[
 
 
 def _prompt(module: Any, owned: Owned, examples: int) -> AbstractContextManager[None]:
-    """PEFT repeats the weight itself for every example in inference mode, which an expert that was loaded is in."""
+    """PEFT repeats the weight for every example in inference mode, the mode of every loaded expert."""
     return _standing_in(module.prompt_encoder[module.active_adapter].embedding, weight=_Repeatable(owned["weight"]))
 
 
 class _Repeatable:
-    """A prompt as far as PEFT looks at it before it repeats it for every example."""
+    """Stand-in for a prompt's weight with the attributes that PEFT reads before it repeats the weight."""
 
     def __init__(self, weight: nn.Parameter) -> None:
         self.weight, self.device = weight, weight.device
@@ -192,10 +192,7 @@ def _apply(function: type[torch.autograd.Function], *arguments: Any) -> Tensor:
 
 
 class _SquaringLinear(torch.autograd.Function):
-    """A Linear whose backward gives, as the gradient of its weight W, Σ_b (Σ_t g_bt x_btᵀ)².
-
-    So ``.grad`` holds a batch's sum of squared per-example gradients after an ordinary backward.
-    """
+    """Linear layer whose backward returns Σ_b (Σ_t g_bt x_btᵀ)² as the gradient of its weight W."""
 
     @staticmethod
     def forward(ctx: Any, examples: int, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -217,7 +214,7 @@ class _SquaringLinear(torch.autograd.Function):
 
 
 class _SquaringScale(torch.autograd.Function):
-    """w ⊙ x + b with w and b of the last axis; the gradient of w is Σ_b (Σ_t g_bt ⊙ x_bt)²."""
+    """w ⊙ x + b along the last axis; the gradient of w is Σ_b (Σ_t g_bt ⊙ x_bt)²."""
 
     @staticmethod
     def forward(ctx: Any, examples: int, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -240,7 +237,7 @@ class _SquaringScale(torch.autograd.Function):
 
 
 class _SquaringBias(torch.autograd.Function):
-    """A bias that is in y already; its gradient is Σ_b (Σ_t g_bt)², with the channels on ``axis``."""
+    """Bias that is already part of y; its gradient is Σ_b (Σ_t g_bt)², with the channels on ``axis``."""
 
     @staticmethod
     def forward(ctx: Any, examples: int, y: Tensor, bias: Tensor, axis: int) -> Tensor:
@@ -255,7 +252,7 @@ class _SquaringBias(torch.autograd.Function):
 
 
 class _SquaringRepeat(torch.autograd.Function):
-    """A tensor for each example; its gradient is Σ_b g_b²."""
+    """Tensor repeated for each example; its gradient is Σ_b g_b²."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, examples: int) -> Tensor:
@@ -267,9 +264,10 @@ class _SquaringRepeat(torch.autograd.Function):
 
 
 def _by_example(values: Tensor, examples: int) -> Tensor:
-    """(rows, …, d) → (batch, positions, d), or (batch, d) of one position each, with as many rows of every example.
+    """Reshape (rows, …, d) to (batch, positions, d), or to (batch, d) if every example has one position.
 
-    Other rows stay as they are: what comes of them is wrong, which the check against the loop finds.
+    If the examples cannot have equally many rows, the shape is unchanged; the result is then wrong, and the check
+    against the loop detects that.
     """
     if len(values) % examples:
         return values
@@ -278,13 +276,13 @@ def _by_example(values: Tensor, examples: int) -> Tensor:
 
 
 def _squared_sums(g: Tensor, examples: int) -> Tensor:
-    """Σ_b (Σ_t g_bt)², (d), for g (rows, …, d)."""
+    """Compute Σ_b (Σ_t g_bt)², (d), for g (rows, …, d)."""
     g = _by_example(g, examples)
     return g.reshape(len(g), -1, g.shape[-1]).sum(1).square().sum(0)
 
 
 def _sum_of_squares(g: Tensor, x: Tensor) -> Tensor:
-    """Σ_b (Σ_t g_bt x_btᵀ)², (d_out × d_in), for g (batch, …, d_out) and x (batch, …, d_in)."""
+    """Compute Σ_b (Σ_t g_bt x_btᵀ)², (d_out × d_in), for g (batch, …, d_out) and x (batch, …, d_in)."""
     if g.dim() == 2:  # one position per example: the square of a product is the product of the squares
         return g.square().T @ x.square()
     g, x = g.flatten(1, -2), x.flatten(1, -2)

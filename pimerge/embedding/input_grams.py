@@ -1,10 +1,10 @@
-"""Gram matrices of the inputs of adapted layers, for merging by regression (RegMean, arXiv 2212.09849).
+"""Input Grams of adapted layers, for merging by regression (RegMean, arXiv 2212.09849).
 
     G = (1/T) Σ_m Σ_t x_mt x_mtᵀ        over all T tokens t of all examples m; (d_in × d_in)
 
 RegMean sums XᵀX over the examples. The mean per token differs from that by a factor per expert and layer only,
-and keeps a task of long texts from outweighing one of short texts. Layout: a layer's input is (…, d_in); of a
-text it is (batch, tokens, …, d_in), and the padding counts as nothing.
+and keeps a task with long texts from outweighing one with short texts. Layout: a layer's input is (…, d_in), for text
+(batch, tokens, …, d_in). Padding is ignored.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 
     from pimerge.tasks.examples import Batch
 
-# The names in transformers, in T5 and in BART-like models.
+# Names in transformers, for T5 and for the models derived from BART.
 _CROSS_ATTENTION = {"EncDecAttention", "encoder_attn", "crossattention", "cross_attn"}
 _KEYS_AND_VALUES = {"k", "v", "k_proj", "v_proj", "key", "value"}
-# What reads tokens in a model that is shown images; all else reads pieces of these.
+# Modules that read text tokens in a model for images and text; all others read image patches.
 _OF_WORDS = {"language_model", "text_model", "lm_head"}
 
 
@@ -41,22 +41,22 @@ def input_grams(
     *,
     track: Track = silent,
 ) -> dict[str, Tensor]:
-    """The mean of x xᵀ over all tokens that enter each layer, in one forward pass without gradients.
+    """Compute the mean of x xᵀ over all tokens that enter each layer, in one forward pass without gradients.
 
-    Products are taken in float32 (float64 for a float64 model) and added up in float64, so that neither the
-    size of the batches nor their padding matters beyond rounding.
+    Products are computed in float32 (float64 for a float64 model) and summed in float64, so that batch size and padding
+    matter only up to rounding.
 
     Args:
-        layers: name → layer, in eval mode inside a model that ``forward`` runs.
+        layers: name → layer, in eval mode inside the model that ``forward`` runs.
         batches: indices of the examples of each batch.
-        make_batch: the batch of some examples; an ``attention_mask`` (batch × tokens) in it marks the padding, for a
-            decoder's layers a ``decoder_attention_mask``.
-        forward: run the model on a batch; what it returns is not used.
-        track: progress over examples.
+        make_batch: builds the batch of the given examples; its ``attention_mask`` (batch × tokens) marks the padding,
+            and its ``decoder_attention_mask`` that of a decoder's layers.
+        forward: runs the model on a batch; the result is not used.
+        track: shows progress over examples.
 
     Returns:
-        name → G, (d_in × d_in) in float32, exactly symmetric, in alphabetical order; a layer that no example
-        reaches is absent.
+        name → G, (d_in × d_in) float32, exactly symmetric, in alphabetical order; layers that no example reaches are
+        absent.
 
     >>> layer = nn.Linear(2, 1)
     >>> xs = torch.tensor([[[1.0, 2.0], [3.0, 0.0]], [[1.0, 0.0], [9.0, 9.0]]])  # (2 examples, 2 tokens, 2)
@@ -73,15 +73,15 @@ def input_grams(
             with _recording(layers, sums, batch):
                 forward(batch)
             advance(len(indices))
-    # a sum in float64 goes as soon as its mean is there
+    # each float64 sum is released as soon as its mean is computed
     means = ((name, sums.pop(name).mean()) for name in list(sums))
     return {name: mean for name, mean in means if mean is not None}
 
 
 def linear_layers(model: nn.Module, modules: Iterable[str]) -> dict[str, nn.Module]:
-    """The adapted layers that multiply their input by a matrix: Linear, and GPT-2's Conv1D, which is one.
+    """Return the adapted layers that multiply their input by a matrix: Linear, and GPT-2's Conv1D.
 
-    Embeddings and convolutions are left out: their ΔW meets no vector of d_in numbers that a Gram matrix describes.
+    Embeddings and convolutions are left out, since their ΔW does not multiply vectors of d_in numbers.
 
     Args:
         model: PEFT's model.
@@ -102,7 +102,7 @@ def linear_layers(model: nn.Module, modules: Iterable[str]) -> dict[str, nn.Modu
 
 @dataclass
 class _Sum:
-    """Σ x xᵀ of one layer and how many x there were."""
+    """Sum Σ x xᵀ of one layer and the number of vectors x."""
 
     total: Tensor | None = None
     rows: int = 0
@@ -116,16 +116,16 @@ class _Sum:
         self.rows += len(x)
 
     def mean(self) -> Tensor | None:
-        """The mean of x xᵀ; None of no x."""
+        """Return the mean of x xᵀ; None if no x was added."""
         if self.total is None or not self.rows:
             return None
-        # a matrix product need not be symmetric to the last bit
+        # a matrix product may be asymmetric in the last bit
         return ((self.total + self.total.T) / (2 * self.rows)).float()
 
 
 @contextmanager
 def _recording(layers: Mapping[str, nn.Module], sums: Mapping[str, _Sum], batch: Batch) -> Iterator[None]:
-    """Accumulate the inputs of the layers during the block; their outputs do not change."""
+    """Add the layers' inputs to the sums during the block; their outputs stay the same."""
     handles = [
         layer.register_forward_pre_hook(partial(_record, sums[name], real_tokens(batch, name)))
         for name, layer in layers.items()
@@ -142,7 +142,7 @@ def _record(into: _Sum, real: Tensor | None, module: nn.Module, inputs: tuple[An
 
 
 def real_rows(x: Tensor, real: Tensor | None) -> Tensor:
-    """The inputs that count: (…, d_in) → (rows × d_in), without those of the padding."""
+    """Return the inputs without padding: (…, d_in) → (rows × d_in)."""
     if real is not None and x.dim() > 2 and x.shape[:2] == real.shape:
         x = x[real]  # (real tokens, …, d_in)
     elif real is not None and x.dim() == 2 and len(x) == real.numel():  # some models flatten (batch, tokens)
@@ -151,16 +151,16 @@ def real_rows(x: Tensor, real: Tensor | None) -> Tensor:
 
 
 def real_tokens(batch: Batch, layer: str, virtual: int = 0) -> Tensor | None:
-    """(batch × tokens) mask of a layer's inputs: False for padding; None if there is none, as with images.
+    """Return a mask of a layer's input (batch × tokens), False for padding; None without padding, as for images.
 
     Args:
-        virtual: tokens that an expert puts before a text, which the decoder beside an encoder does not see; they count,
-            since a head may read the first of them.
+        virtual: number of tokens that an expert puts before a text. A head may read the first of them, so they are not
+            padding. In an encoder-decoder the decoder does not see them.
 
     >>> batch = {"attention_mask": torch.tensor([[1, 0]]), "decoder_attention_mask": torch.tensor([[1, 1, 0]])}
     >>> real_tokens(batch, "decoder.layers.0.self_attn.k_proj").tolist()
     [[True, True, False]]
-    >>> real_tokens(batch, "decoder.layers.0.encoder_attn.k_proj").tolist()  # it reads what the encoder says
+    >>> real_tokens(batch, "decoder.layers.0.encoder_attn.k_proj").tolist()  # its input comes from the encoder
     [[True, False]]
     >>> real_tokens(batch, "encoder.layers.0.self_attn.k_proj", virtual=1).tolist()
     [[True, True, False]]
@@ -176,6 +176,6 @@ def real_tokens(batch: Batch, layer: str, virtual: int = 0) -> Tensor | None:
 
 
 def _decodes(path: Sequence[str]) -> bool:
-    """Whether a layer of an encoder-decoder takes in the decoder's tokens."""
+    """Whether the input of a layer of an encoder-decoder is the decoder's tokens."""
     reads_encoder = not _CROSS_ATTENTION.isdisjoint(path) and path[-1] in _KEYS_AND_VALUES
     return not reads_encoder and ("decoder" in path or "lm_head" in path)

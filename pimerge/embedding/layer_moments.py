@@ -1,13 +1,13 @@
-"""Second moments of the Fisher information of an adapted layer's weight W, by its outputs and by its inputs.
+"""Second moments of an adapted layer's inputs and output gradients, from which its Fisher information follows.
 
     E[g_i²] = (1/T) Σ_m Σ_t g_mti²,   E[x_j²] = (1/T) Σ_m Σ_t x_mtj²       over all T tokens t of all examples m
     E[Qᵀg gᵀQ]                                      with Q 64 random directions, see
     :func:`pimerge.embedding.random_projection.projection`
 
-with x what enters the layer and g = ∂ log p(y|x) / ∂(its output). If g and x were independent, E[g_i²] E[x_j²]
-would be the diagonal Fisher of W_ij per token (K-FAC, arXiv 1503.05671). Neither the rank, the init nor the basis
-of an expert's factors is in them, so experts of any kind compare. Layout: x is (…, d_in), g is (…, d_out); of a
-text (batch, tokens, …), and the padding counts as nothing.
+with x the input of the layer and g = ∂ log p(y|x) / ∂(its output). If g and x were independent, E[g_i²] E[x_j²] would
+be the diagonal Fisher information of W_ij per token (K-FAC, arXiv 1503.05671). Second moments do not depend on the
+rank, init or basis of an expert's factors, so experts of any kind can be compared by them. Layout: x is (…, d_in) and g
+is (…, d_out), for text (batch, tokens, …). Padding is ignored.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ if TYPE_CHECKING:
 
 
 class SecondMoments:
-    """Sums of squares of layer inputs and of output gradients, over the batches of a block.
+    """Sums of squares of the inputs and output gradients of layers, over all batches of a block.
 
     Args:
-        layers: name → layer. An output that requires no gradient, since nothing before it trains, is made to.
-        virtual: tokens that an expert puts before a text; they count as others do.
+        layers: name → layer. Their outputs are made to require gradients.
+        virtual: number of tokens that an expert puts before a text; they are counted like all others.
 
     >>> layer = nn.Linear(1, 1, bias=False)
     >>> nn.init.constant_(layer.weight, 3.0).item()
@@ -54,16 +54,14 @@ class SecondMoments:
         self._batch: Batch = {}
 
     def of(self, batch: Batch) -> Batch:
-        """The batch itself; its padding is left out of what is recorded next."""
+        """Return the batch unchanged, and ignore its padding in the next recording."""
         self._batch = batch
         return batch
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Accumulate during the block; the layers' outputs do not change."""
-        handles = []
-        for name, layer in self._layers.items():
-            handles.append(layer.register_forward_hook(self._watch(name)))
+        """Record the layers during the block; their outputs stay the same."""
+        handles = [layer.register_forward_hook(self._watch(name)) for name, layer in self._layers.items()]
         try:
             yield
         finally:
@@ -71,9 +69,9 @@ class SecondMoments:
                 handle.remove()
 
     def means(self) -> dict[str, Tensor]:
-        """``input.LAYER`` → E[x²] (d_in), ``output.`` → E[g²] (d_out), ``gradient.`` → E[Qᵀg gᵀQ], in float32.
+        """Return ``input.LAYER`` → E[x²] (d_in), ``output.`` → E[g²] (d_out), ``gradient.`` → E[Qᵀg gᵀQ], in float32.
 
-        Where gradients came back, a layer that none came back to, since no answer depends on it, has none of the three.
+        After a backward pass, a layer that received no gradients, since the loss does not depend on it, is absent.
         """
         idle = {name for name in self._layers if f"{OUTPUT}.{name}" not in self._sums}
         left_out = {f"{INPUT}.{name}" for name in idle} if len(idle) < len(self._layers) else set()
@@ -87,7 +85,7 @@ class SecondMoments:
             self._add(f"{INPUT}.{name}", entering.square().sum(0), len(entering))
             if torch.is_grad_enabled():
                 if not output.requires_grad:
-                    output = output.detach().requires_grad_().clone()  # a leaf itself may not be changed in place
+                    output = output.detach().requires_grad_().clone()  # a leaf cannot be changed in place
                 output.register_hook(  # type: ignore[no-untyped-call]
                     lambda gradient: self._add_gradient(name, _wide_rows(gradient, real))
                 )

@@ -1,12 +1,11 @@
-"""Random projections of large embeddings, for finding the nearest of thousands without reading them.
+"""Random projections of large embeddings, to find the nearest of thousands of experts without reading their tensors.
 
-Two transforms of Johnson–Lindenstrauss type, which follow from names, so that projections made at different times
-compare:
+Two transforms of Johnson–Lindenstrauss type, seeded by names, so that projections from different times are comparable:
 
-- :func:`projection` restricts a layer's outputs or inputs to 64 random directions (all of them up to 64);
+- :func:`projection` restricts a layer's outputs or inputs to 64 random directions (to all of them if there are fewer);
 - :func:`project` adds every number of an embedding, with a random sign, to one random place in each of four blocks of
-  128 (sparse, Kane and Nelson, arXiv 1012.1577). The inner product of two projections is that of the embeddings, in the
-  mean over the draws; its standard deviation is at most √(2/512) ≈ 0.063 of ‖a‖‖b‖ (0.044 for orthogonal ones).
+  128 (sparse; Kane and Nelson, arXiv 1012.1577). The expected inner product of two projections is that of the
+  embeddings a and b; its standard deviation is at most √(2/512) ≈ 0.063 of ‖a‖‖b‖ (0.044 for orthogonal ones).
   Rounding to eight bits adds about 0.005.
 """
 
@@ -19,9 +18,9 @@ from hashlib import sha256
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 if TYPE_CHECKING:
-    import torch
     from numpy.typing import NDArray
     from torch import Tensor
 
@@ -35,13 +34,11 @@ _LEVELS = 127
 
 @lru_cache(maxsize=256)
 def projection(name: str, size: int) -> Tensor:
-    """(size × min(64, size)) float32 with orthonormal columns: random directions, the same for the same name.
+    """Return orthonormal random directions as columns (size × min(64, size)), float32, the same for the same name.
 
     >>> projection("q.output", 2).tolist()
     [[1.0, 0.0], [0.0, 1.0]]
     """
-    import torch
-
     if size <= DIRECTIONS:
         return torch.eye(size)
     drawn = torch.randn(size, DIRECTIONS, generator=_generator(name), dtype=torch.float64)
@@ -50,10 +47,10 @@ def projection(name: str, size: int) -> Tensor:
 
 
 def update_embedding(expert: Expert) -> dict[str, Tensor]:
-    """Module → ΔW in random directions of its outputs and inputs, (≤ 64 × ≤ 64), scaled to the norm of ΔW.
+    """Return module → ΔW in random directions of its outputs and inputs, (≤ 64 × ≤ 64).
 
-    In the mean over the draws ‖·‖ is that of ΔW; inner products hold with a relative error of about 1/√64 a module,
-    which averages out over modules.
+    It is scaled so that its expected squared norm is that of ΔW. Inner products have a relative error of about 1/√64
+    per module, which averages out over modules.
     """
     found = {}
     for name, module in expert.modules.items():
@@ -66,20 +63,18 @@ def update_embedding(expert: Expert) -> dict[str, Tensor]:
 
 
 def project(embedding: Mapping[str, Tensor]) -> Tensor:
-    """(512) float64, from the parts of an embedding by their names.
+    """Project an embedding, given as name → part, to (512) float64.
 
     >>> import torch
     >>> a, b = torch.eye(2, dtype=torch.float64)
     >>> round(float(project({"q": a}) @ project({"q": a})), 6)
     1.0
     """
-    import torch
-
     sums = torch.zeros(BLOCKS, WIDTH, dtype=torch.float64)
     for name, part in sorted(embedding.items()):
         values = part.double().flatten()
         generator = _generator(name)
-        # one draw tells block by block the place (below 128) and the sign
+        # one random integer per block gives the place (its value modulo 128) and the sign
         drawn = torch.randint(2 * WIDTH, (BLOCKS, len(values)), generator=generator, dtype=torch.int16)
         signs = (drawn >= WIDTH).double() * 2 - 1
         sums.scatter_add_(1, (drawn % WIDTH).long(), signs * values)
@@ -88,16 +83,14 @@ def project(embedding: Mapping[str, Tensor]) -> Tensor:
 
 
 def to_text(values: Tensor) -> str:
-    """A projection in 688 characters: its largest magnitude as float32, then eight bits a number, in base64."""
-    import torch
-
+    """Encode a projection in 688 characters of base64: its largest magnitude as float32, then eight bits per number."""
     largest = values.abs().max().float()
     levels = (values / torch.where(largest > 0, largest, 1.0) * _LEVELS).round().to(torch.int8)
     return base64.b64encode(largest.numpy().astype("<f4").tobytes() + levels.numpy().tobytes()).decode()
 
 
 def from_texts(texts: Sequence[str]) -> NDArray[np.float32]:
-    """(n × 512), the projections that :func:`to_text` wrote.
+    """Decode projections that :func:`to_text` wrote, (n × 512).
 
     >>> import torch
     >>> values = torch.linspace(-1, 1, SIZE)
@@ -112,6 +105,4 @@ def from_texts(texts: Sequence[str]) -> NDArray[np.float32]:
 
 
 def _generator(name: str) -> torch.Generator:
-    import torch
-
     return torch.Generator().manual_seed(int.from_bytes(sha256(name.encode()).digest()[:7]))

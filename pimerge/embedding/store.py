@@ -1,10 +1,11 @@
-"""The store of embeddings: ``embeddings.json`` and a sidecar of tensors for each expert.
+"""The store of embeddings: ``embeddings.json`` and files of tensors beside it, the sidecars.
 
-``embeddings/NAME.safetensors`` holds the full diagonal, one tensor per parameter, under the keys of the adapter's own
-file; ``NAME.marginals.safetensors`` the second moments of each adapted layer (:mod:`pimerge.embedding.layer_moments`)
-and its update in random directions (:mod:`pimerge.embedding.random_projection`); ``NAME.grams.safetensors``, where it
-was asked for, the Gram matrix of each adapted layer's inputs, under the module's name. A sidecar is written before the
-document that names it, so the store is whole at any moment; several processes may extend it at once.
+``embeddings/NAME.safetensors`` holds the full diagonal of the Fisher information, one tensor per parameter, under the
+keys of the adapter's own file. ``NAME.marginals.safetensors`` holds the second moments of each adapted layer
+(:mod:`pimerge.embedding.layer_moments`) and its update in random directions
+(:mod:`pimerge.embedding.random_projection`). The optional ``NAME.grams.safetensors`` holds the input Gram of each
+adapted layer under the module's name. A sidecar is written before the document that names it, so the store is complete
+at any moment, and several processes can extend it at once.
 """
 
 from __future__ import annotations
@@ -30,18 +31,18 @@ if TYPE_CHECKING:
 
 SIDECARS = "embeddings"
 DIAGONAL, SECOND_MOMENTS, GRAMS = "diagonal", "marginals", "grams"
-# what follows a module's name in a key
+# the part of a key after the module's name
 _TENSOR = re.compile(
     r"\.(?:\w*(?:lora|vera)|ia3|ln_tuning|bitfit|bottleneck|hada|hira|lokr|fourierft|c3a|miss|shira|waveft)_.*"
 )
-TRACES = "traces"  # of the modules, in the metadata of the diagonal: in the document they were most of it
+TRACES = "traces"  # of the modules, in the metadata of the diagonal, to keep the document small
 
 
 class Store:
     """An ``embeddings.json`` and its sidecars.
 
     Args:
-        path: the JSON document; it need not be there yet.
+        path: the JSON document; it need not exist yet.
     """
 
     def __init__(self, path: Path) -> None:
@@ -63,7 +64,7 @@ class Store:
         return self.path.parent / self.document.experts[name].path
 
     def open(self, name: str) -> Expert:
-        """Open an expert of the store and check that it is the one that was embedded."""
+        """Open an expert of the store and check that it has not changed since it was embedded."""
         if not self.folder_of(name).is_dir():
             raise PimergeError(f"the folder '{self.folder_of(name)}' is gone", "run 'pimerge embed' again")
         expert, entry = open_expert(self.folder_of(name)), self.document.experts[name]
@@ -72,69 +73,69 @@ class Store:
         return expert
 
     def base_name(self, name: str) -> str:
-        """The base that an expert names; the base's identity if its folder is gone."""
+        """Return the name of an expert's base from its config; the base's identity if its folder no longer exists."""
         with suppress(PimergeError):
             return str(read_json(self.folder_of(name) / CONFIG)["base_model_name_or_path"])
         return self.document.experts[name].base
 
     def find(self, target: str) -> str | None:
-        """The name in the store of a target given by name or by folder; None if it is not there."""
+        """Return the name in the store of an expert given by name or folder; None if the store does not hold it."""
         if target in self.document.experts:
             return target
-        # the paths of the document have no links in them: to resolve thousands anew would take seconds
+        # the paths of the document have no links, and resolving thousands of paths takes seconds
         here, folder = str(self.path.parent.resolve()), str(Path(target).resolve())
         paths = ((name, os.path.normpath(os.path.join(here, entry.path))) for name, entry in self.experts.items())
         return next((name for name, path in paths if path == folder), None)
 
     def find_sha(self, sha256: str) -> str | None:
-        """The first name in the store whose adapter's tensors have this SHA-256; None if there is none."""
+        """Return the first name in the store whose adapter tensors have this SHA-256; None if there is none."""
         return next((name for name, entry in self.experts.items() if entry.sha256 == sha256), None)
 
     def diagonal(self, name: str) -> dict[str, Tensor]:
-        """The full diagonal of one expert: key → tensor."""
+        """Read the full diagonal of one expert: key → tensor."""
         file = self.diagonal_file(name)
         return {key: file.read(key) for key in file.entries}
 
     def diagonal_file(self, name: str) -> TensorFile:
-        """The full diagonal of one expert, to be read one tensor at a time."""
+        """Open the full diagonal of one expert, to be read one tensor at a time."""
         return self._checked(self.document.experts[name].sidecars[DIAGONAL], "run 'pimerge embed' again")
 
     def traces(self, name: str) -> dict[str, float]:
-        """Module → trace of its Fisher, of one expert."""
+        """Return module → trace of its Fisher information, for one expert."""
         found: dict[str, float] = json.loads(self.diagonal_file(name).metadata[TRACES])
         return found
 
     def second_moments_file(self, name: str) -> TensorFile:
-        """The second moments of one expert's layers."""
+        """Open the second moments of one expert's layers."""
         return self._checked(self.document.experts[name].sidecars[SECOND_MOMENTS], "run 'pimerge embed' again")
 
     def view(self, name: str, expert: Expert, *, diagonal: bool = False, moments: bool = False) -> StoreView:
-        """An expert of the store with the sidecars that a measure reads."""
+        """Return the store view of an expert, with the sidecars that a measure reads."""
         second_moments = self.second_moments_file(name) if moments else None
         return StoreView(expert, self.diagonal_file(name) if diagonal else None, second_moments)
 
     def grams(self, name: str) -> TensorFile:
-        """The Gram matrices of the inputs of one expert's layers: module → (d_in × d_in), to be read one by one."""
+        """Open the input Grams of one expert's layers: module → (d_in × d_in), to be read one at a time."""
         hint = f"run 'pimerge embed --grams {self.folder_of(name)}'"
         if not self.has_grams(name):
             raise PimergeError(f"the store '{self.path}' has no Gram matrices of '{name}'", hint)
         return self._checked(self.document.experts[name].sidecars[GRAMS], hint)
 
     def has_grams(self, name: str) -> bool:
-        """Whether the expert is in the store with Gram matrices."""
+        """Whether the store holds input Grams of the expert."""
         entry = self.document.experts.get(name)
         return entry is not None and GRAMS in entry.sidecars
 
     def grams_size(self, name: str) -> int:
-        """Bytes of the expert's Gram matrices on the disk; 0 without any."""
+        """Return the size of the expert's input Grams on disk in bytes; 0 without any."""
         sidecar = self.document.experts[name].sidecars.get(GRAMS)
         return (self.path.parent / sidecar.file).stat().st_size if sidecar and self._is_whole(sidecar) else 0
 
     def is_current(self, name: str, expected: Mapping[str, Any], grams: bool = False) -> bool:
-        """Whether the entry has these fields and its sidecars are whole.
+        """Whether the entry has these values and its sidecars are intact.
 
         Args:
-            grams: whether it must also have its Gram matrices, whole.
+            grams: whether intact input Grams are required as well.
         """
         entry = self.document.experts.get(name)
         if entry is None or any(getattr(entry, field) != value for field, value in expected.items()):
@@ -146,8 +147,8 @@ class Store:
         """Write the sidecars, then the document with the new entry.
 
         Args:
-            fields: of the entry, but for those that follow from the diagonal.
-            tensors: ``diagonal``, ``marginals`` and maybe ``grams`` → name → tensor.
+            fields: fields of the entry, except for those that are computed from the diagonal.
+            tensors: ``diagonal``, ``marginals`` and optionally ``grams`` → name → tensor.
         """
         diagonal = tensors[DIAGONAL]
         traces: dict[str, float] = {}
@@ -172,14 +173,14 @@ class Store:
         with self._changing() as document:
             experts = document.experts
             for other in experts.keys() - {name}:
-                if own & _sidecars([experts[other]]):  # 'a.grams' beside the Gram matrices of 'a'
-                    raise PimergeError(f"the sidecars of '{name}' and '{other}' have one name", "rename one expert")
+                if own & _sidecars([experts[other]]):  # an expert 'a.grams' and the input Grams of 'a'
+                    raise PimergeError(f"sidecars of '{name}' and '{other}' have the same name", "rename one expert")
             for part, content in contents.items():
                 write_file(self.path.parent / sidecars[part].file, content)
             experts[name] = entry
 
     def drop(self, name: str) -> None:
-        """Remove an entry and its sidecars, and what is known of its gains."""
+        """Remove an entry, its sidecars and its measured gains."""
         with self._changing() as document:
             document.experts.pop(name, None)
             document.gains.pop(name, None)
@@ -192,7 +193,7 @@ class Store:
             document.gains[target] = gains
 
     def history(self) -> dict[str, dict[str, dict[float, float]]]:
-        """Target → source → strength → gain, of experts and tasks that are as they were measured."""
+        """Return target → source → strength → gain, for experts and tasks that are unchanged since then."""
         entries = self.document.experts
         return {
             target: {
@@ -205,7 +206,7 @@ class Store:
         }
 
     def overlay(self, folder: Path) -> Store:
-        """A store in another folder with the same entries, to which more can be added without touching this one."""
+        """Create a store in another folder with the same entries; adding to it does not change this store."""
         here = self.path.parent.resolve()
         experts = {
             name: entry.model_copy(
@@ -224,7 +225,7 @@ class Store:
         return Store(folder / self.path.name)
 
     def path_of(self, expert: Expert) -> str:
-        """An expert's folder as written in the document."""
+        """Return an expert's folder relative to the document."""
         return relative_to(expert.path, self.path.parent)
 
     def _is_whole(self, sidecar: Sidecar) -> bool:
@@ -232,7 +233,7 @@ class Store:
         return path.is_file() and sha256_file(path) == sidecar.sha256
 
     def _checked(self, sidecar: Sidecar, hint: str) -> TensorFile:
-        """Open a sidecar that has to be whole."""
+        """Open a sidecar after checking its hash."""
         path = self.path.parent / sidecar.file
         if not self._is_whole(sidecar):
             state = "has changed" if path.is_file() else "is gone"
@@ -241,10 +242,7 @@ class Store:
 
     @contextmanager
     def _changing(self) -> Iterator[StoreDocument]:
-        """Change the document under a lock, starting from its current content on disk.
-
-        Sidecars that it no longer names are removed.
-        """
+        """Change the latest document on disk under a lock, and remove sidecars that it no longer names."""
         from filelock import FileLock
 
         with disk_errors(self.sidecars):
@@ -259,7 +257,7 @@ class Store:
             write_file(self.path, json_text(document.model_dump()))
             self.document = document
             for sidecar in before - _sidecars(document.experts.values()):
-                if not os.path.isabs(sidecar):  # that of the store under an overlay
+                if not os.path.isabs(sidecar):  # an absolute path belongs to the store under an overlay
                     (self.path.parent / sidecar).unlink(missing_ok=True)
         finally:
             lock.release()
@@ -270,19 +268,19 @@ def _file_of(name: str, part: str) -> str:
 
 
 def _sidecars(entries: Iterable[Embedding]) -> set[str]:
-    """The files that some entries name."""
+    """Return the sidecar files of some entries."""
     return {sidecar.file for entry in entries for sidecar in entry.sidecars.values()}
 
 
 def _safetensors(tensors: Mapping[str, Tensor], metadata: dict[str, str] | None) -> bytes:
-    """The bytes of a file; at most one item of metadata, since the library writes several in any order."""
+    """Return the bytes of a file; with at most one item of metadata, since the order of several is not fixed."""
     from safetensors.torch import save
 
     return save({key: value.cpu().contiguous() for key, value in tensors.items()}, metadata or {"format": "pt"})
 
 
 def open_store(path: Path) -> Store:
-    """Open a store that has to be there."""
+    """Open an existing store that holds experts."""
     if not path.is_file():
         raise PimergeError(f"there is no store '{path}'", "run 'pimerge embed ./experts' first, or pass --store")
     store = Store(path)
@@ -292,7 +290,7 @@ def open_store(path: Path) -> Store:
 
 
 def unknown_target(target: str, store: Store) -> PimergeError:
-    """The error for a target that is neither in the store nor a folder."""
+    """Return the error for a target that is neither in the store nor a folder."""
     return PimergeError(
         f"there is no target '{target}': it is neither in '{store.path}' nor a folder",
         nearest(target, list(store.experts)),

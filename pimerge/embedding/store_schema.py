@@ -1,4 +1,4 @@
-"""The document ``embeddings.json``: an entry for each expert, and the experts' gains for each other."""
+"""The document ``embeddings.json``: an entry for each expert, and measured gains of the experts for each other."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SCHEMA = 4
 
 
 class EmbedSettings(BaseModel):
-    """The settings of an embedding; with other settings it is computed anew."""
+    """Settings of an embedding; with other settings the embedding is computed again."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -28,7 +28,7 @@ class EmbedSettings(BaseModel):
 
 
 class Sidecar(BaseModel):
-    """A file beside the document: relative to its folder, with its SHA-256."""
+    """A file beside the document: its path relative to the document's folder, and its SHA-256."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -40,15 +40,15 @@ class Embedding(BaseModel):
     """One expert's entry.
 
     Attributes:
-        path: the expert's folder, relative to the store's.
-        sha256: of the adapter's tensors; ``config_sha256`` of its config, ``task_sha256`` of its task and data.
+        path: the expert's folder, relative to the store's folder.
+        sha256: hash of the adapter's tensors; ``config_sha256`` of its config, ``task_sha256`` of its task and data.
         base: the base model's identity.
-        examples, tokens: what the estimate is made of.
-        route: ``rules`` or ``loop``.
+        examples, tokens: number of examples and tokens in the estimate.
+        route: ``rules`` or ``loop``, see :class:`pimerge.embedding.fisher.Fisher`.
         norm: ‖F‖₂ over all parameters; ``trace`` is ΣF, ``largest`` the largest entry.
-        sketches: ``gradients`` and ``update``, the two parts of the measure ``fisher``; see
-        :mod:`pimerge.embedding.random_projection`.
-        sidecars: ``diagonal``, ``marginals`` and, where there are some, ``grams``.
+        sketches: random projections of ``gradients`` and ``update``, the two parts of the measure ``fisher``; see
+            :mod:`pimerge.embedding.random_projection`.
+        sidecars: ``diagonal``, ``marginals`` and optionally ``grams``.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -77,9 +77,9 @@ class MeasuredGains(BaseModel):
     """Measured gains of the store's experts for one target (``pimerge rank --calibrate``).
 
     Attributes:
-        task_sha256: of the target's task and data, as they were.
-        examples: of the target that were looked at.
-        sources: name → the sha256 of its tensors, and the gain in accuracy over the bare base at each strength.
+        task_sha256: hash of the target's task and data at the measurement.
+        examples: number of the target's examples that were used.
+        sources: name → SHA-256 of its tensors, and the gain in accuracy over the bare base at each strength.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -100,11 +100,11 @@ class StoreDocument(BaseModel):
 
 
 def read_document(path: Path) -> StoreDocument:
-    """Read the document, experts in alphabetical order; an empty one if it is not there."""
+    """Read the document with its experts in alphabetical order; return an empty one if the file does not exist."""
     if not path.exists():
         return StoreDocument()
     document = None
-    with suppress(OSError, ValidationError):  # parsed at once, which takes a fraction; else see what is wrong
+    with suppress(OSError, ValidationError):  # the fast way; on a failure the slow way below says what is wrong
         document = StoreDocument.model_validate_json(path.read_bytes())
     if document is None or "schema_version" not in document.model_fields_set or document.schema_version != SCHEMA:
         content = read_json(path)
@@ -112,7 +112,7 @@ def read_document(path: Path) -> StoreDocument:
         if found != SCHEMA:
             raise PimergeError(
                 f"'{path}' has the schema version {found}, expected {SCHEMA}",
-                "it is not a store, or one of another version: remove it, or choose another --store",
+                "it is not a store or is of another version: remove it, or pass another --store",
             )
         document = parse_document(StoreDocument, path, "remove the file and run 'pimerge embed' again")
     document.experts = dict(sorted(document.experts.items()))

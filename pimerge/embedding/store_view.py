@@ -1,4 +1,4 @@
-"""What a measure sees of the store: its members, and their tensors, a few layers of all members at a time."""
+"""Store views: the embeddings of experts as a measure reads them, a few layers of all experts at a time."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 INPUT, OUTPUT, GRADIENT = "input", "output", "gradient"
-"""The parts of a layer's second moments, see :mod:`pimerge.embedding.layer_moments`."""
+"""Parts of a layer's second moments, see :mod:`pimerge.embedding.layer_moments`."""
 UPDATE = "update"
-"""Beside them: its ΔW in random directions, see :func:`pimerge.embedding.random_projection.update_embedding`."""
+"""A layer's ΔW in random directions, see :func:`pimerge.embedding.random_projection.update_embedding`."""
 AT_ONCE = 8
-"""Tensors or modules that are read of each member at a time: a file is opened seldom, and memory stays small."""
+"""Number of tensors or modules read from each expert at a time, to open files rarely and bound the memory."""
 
 Part = TypeVar("Part")
 Member = TypeVar("Member")
@@ -27,11 +27,12 @@ Member = TypeVar("Member")
 
 @dataclass(frozen=True)
 class StoreView:
-    """One expert as a measure sees it; tensors are read when they are asked for.
+    """An expert of the store as a measure reads it; tensors are read on demand.
 
     Attributes:
-        expert: its adapter.
-        diagonal: of its Fisher; None for a measure that does not need it. ``marginals``: the same.
+        expert: the expert.
+        diagonal: the diagonal of its Fisher information; None if the measure does not need it.
+        second_moments: the second moments of its layers; None if the measure does not need them.
     """
 
     expert: Expert
@@ -44,19 +45,19 @@ class StoreView:
         return self.expert.keys
 
     def fisher(self, keys: Iterable[str]) -> dict[str, NDArray[Any]]:
-        """The diagonal Fisher of some tensors, by their keys."""
+        """Read the diagonal Fisher information of some tensors, by their keys."""
         assert self.diagonal is not None
         return self.diagonal.arrays(keys)
 
     def layers(self, part: str) -> list[str]:
-        """The layers that have this part of the second moments, or an update."""
+        """Return the layers that have this part of the second moments, or an update."""
         assert self.second_moments is not None
         return sorted(
             name.removeprefix(f"{part}.") for name in self.second_moments.entries if name.startswith(f"{part}.")
         )
 
     def moments(self, names: Iterable[str]) -> dict[str, NDArray[Any]]:
-        """The tensors ``PART.LAYER`` of some names, where there are any."""
+        """Read the tensors of some names ``PART.LAYER``, as far as they exist."""
         assert self.second_moments is not None
         return self.second_moments.arrays(name for name in names if name in self.second_moments.entries)
 
@@ -64,10 +65,10 @@ class StoreView:
 def by_name(
     members: Sequence[Member], names: Sequence[str], read: Callable[[Member, Sequence[str]], dict[str, Part]]
 ) -> Iterator[tuple[str, dict[int, Part]]]:
-    """For each name, member → what it has under that name; :data:`AT_ONCE` names are held at once.
+    """Yield each name with index of a member → its part of that name; :data:`AT_ONCE` names are in memory at a time.
 
     Args:
-        read: a member's parts of some names, of those that it has.
+        read: reads a member's parts of some names, as far as they exist.
     """
     for start in range(0, len(names), AT_ONCE):
         chosen = names[start : start + AT_ONCE]
@@ -79,10 +80,10 @@ def by_name(
 def rows_by_name(
     members: Sequence[Member], names: Sequence[str], read: Callable[[Member, Sequence[str]], dict[str, NDArray[Any]]]
 ) -> Iterator[tuple[str, NDArray[np.float64]]]:
-    """For each name, (members × numbers) the tensors under it, each in a row; 0 for a member without it.
+    """Yield each name with the members' tensors of that name as rows (members × numbers); 0 for a missing tensor.
 
     Args:
-        read: as of :func:`by_name`.
+        read: see :func:`by_name`.
     """
     for name, found in by_name(members, names, read):
         rows = np.empty((len(members), next(iter(found.values())).size))

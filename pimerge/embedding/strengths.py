@@ -1,7 +1,7 @@
-"""Strengths at which a candidate expert is tried.
+"""Strengths at which each expert is tried.
 
-At strength s its model is W0 + s · ΔW, or neutral + s · (φ − neutral) for an expert without ΔW; an expert without a
-neutral point is tried at full strength alone.
+At strength s the model is W0 + s · ΔW, or neutral + s · (φ − neutral) for an expert without ΔW. An expert without a
+neutral point is tried only at full strength.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ STRENGTHS = (0.25, 0.5, 0.75, 1.0)
 
 
 def strengths_of(expert: Expert) -> tuple[float, ...]:
-    """The strengths at which an expert is tried."""
+    """Return the strengths at which an expert is tried."""
     return STRENGTHS if expert.has_strength else (1.0,)
 
 
 def models_at_strengths(expert: Expert, loaded: LoadedBase) -> Iterator[tuple[float, nn.Module]]:
-    """PEFT's model of the base with an expert at each of its strengths, one after the other."""
+    """Yield each strength with PEFT's model of the base and the expert at that strength."""
     if expert.tensor_sets:
         for strength in strengths_of(expert):
             with injected_sum([expert.with_strength(strength)], [1.0], loaded) as model:
@@ -37,7 +37,7 @@ def models_at_strengths(expert: Expert, loaded: LoadedBase) -> Iterator[tuple[fl
 
 
 def _strengths(model: nn.Module) -> Iterator[float]:
-    """Set PEFT's model to W0 + strength · ΔW for each of :data:`STRENGTHS`; it ends at strength 1."""
+    """Set PEFT's model to W0 + strength · ΔW for each of :data:`STRENGTHS`; the last strength is 1."""
     from peft.tuners.lora import LoraLayer
 
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]

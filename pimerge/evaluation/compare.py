@@ -53,13 +53,13 @@ def compare(
 
     Args:
         target: an expert's or a task's folder, an expert, a task, a ``datasets.Dataset`` or a list of dicts; by default
-            the ranking's target. Its own expert has no part: it may have seen more examples.
+            the ranking's target. The target's own expert is left out, since it may have seen more examples.
         experts: experts, or folders of them; by default the candidates of the ranking.
         shots: numbers of training examples per class; None for all.
         seeds: number of samplings, with the seeds 0, 1, ….
         methods: tune methods.
-        controls: controls, of head, scratch, named, full, single, uniform and random; by default all but random, and
-            named only where a method takes the names of classes as examples.
+        controls: controls, from head, scratch, named, full, single, uniform and random; by default all except random,
+            and named only if a method uses the names of classes as examples.
         counts: numbers of ranked experts that a method gets.
         also_test: further tasks with the target's classes whose test splits are scored as well.
         draw_from: the split of the data that examples are sampled from; by default the train split.
@@ -73,11 +73,11 @@ def compare(
         ranking: the ranking, or its file, that names the target and the experts.
         base: a base model's folder or Hub id, in place of the one that the experts name.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
-        dtype: ``auto`` (bfloat16 on a GPU, else float32), ``float32``, ``bfloat16`` or ``float64``.
+        dtype: ``auto`` (bfloat16 on a GPU, otherwise float32), ``float32``, ``bfloat16`` or ``float64``.
         output: the document; its tables (``.md``) and runs (``.csv``) are written beside it.
         force: whether to replace an output that differs.
-        track: is told the progress.
-        note: is told remarks, a sentence at a time.
+        track: shows progress.
+        note: receives remarks, one sentence at a time.
 
     Returns:
         the comparison; None in a process that only made its share of the runs.
@@ -89,7 +89,7 @@ def compare(
     """
     output = Path(output)
     if output.suffix != ".json":
-        raise PimergeError(f"the output is '{output}'", "expected a name that ends in .json")
+        raise PimergeError(f"the output must end in .json; got '{output}'")
     tried = [name.replace("_", "-") for name in methods]
     check_names(tried, controls or [])
     own, task = open_target(target, ranking, base)
@@ -128,7 +128,7 @@ def compare(
 def _open_pool(
     given: Sequence[str | Path | Expert] | None, own: Expert | None, ranking: str | Path | Ranking, base: str | None
 ) -> list[RankedExpert]:
-    """The experts given, else the ranking's candidates; without the target's own expert."""
+    """Open the given experts, otherwise the ranking's candidates, without the target's own expert."""
     pool = []
     if given:
         paths = pool_members([str(each) for each in given if not isinstance(each, Expert)])

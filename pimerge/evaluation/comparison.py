@@ -1,4 +1,4 @@
-"""What a comparison found, as tables, Markdown, CSV and JSON."""
+"""Results of a comparison as tables, Markdown, CSV and JSON."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ COLUMNS = ("method", "experts", "score", "to the best control", "95 %", "trained
 
 @dataclass(frozen=True)
 class Comparison:
-    """Tune methods beside their controls over several samplings of few labels.
+    """Scores of tune methods and controls over several samplings of few labels.
 
     Attributes:
         document: the content of ``comparison.json``.
@@ -43,11 +43,11 @@ class Comparison:
         return self.document.conclusion
 
     def to_dict(self) -> dict[str, Any]:
-        """The document that ``pimerge compare --json`` prints."""
+        """Return the document that ``pimerge compare --json`` prints."""
         return self.document.model_dump()
 
     def tables(self) -> list[tuple[str, list[list[str]]]]:
-        """A title and rows of :data:`COLUMNS` for each number of shots and test set, the highest score first."""
+        """Return a title and rows of :data:`COLUMNS` for each number of shots and test set, the highest score first."""
         document, style = self.document, METRICS.load(self.document.metric).format
         groups: dict[tuple[int | None, str], list[ComparisonLine]] = {}
         for line in document.lines:
@@ -63,7 +63,7 @@ class Comparison:
         return tables
 
     def markdown(self) -> str:
-        """The tables as Markdown, and the conclusion."""
+        """Return the tables and the conclusion as Markdown."""
         parts = [f"# {self.document.target} on {self.document.base}"]
         for title, rows in self.tables():
             table = [COLUMNS, ["---"] * len(COLUMNS), *rows]
@@ -71,7 +71,7 @@ class Comparison:
         return "\n\n".join([*parts, self.conclusion]) + "\n"
 
     def csv(self) -> str:
-        """A row for each run and test set."""
+        """Return CSV with a row for each run and test set."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         head = ["method", "shots", "seed", "experts", "test", self.document.metric, "loss"]
@@ -85,7 +85,7 @@ class Comparison:
         return text.getvalue()
 
     def save(self, path: str | Path, *, force: bool = False) -> None:
-        """Write the document, and its tables beside it as ``.md`` and its runs as ``.csv``.
+        """Write the document, and beside it the tables as ``.md`` and the runs as ``.csv``.
 
         Args:
             force: whether to replace other content.

@@ -15,8 +15,7 @@ from pimerge.tuning.method import METHODS, TuneMethod, open_tune_method
 from pimerge.tuning.options import TrainingOptions, check_options
 
 SINGLE = "single"
-"""The best single expert: the ranking's first with a head, as ``uniform`` has it of several."""
-CONTROLS = ("head", "scratch", "named", "full", SINGLE, "uniform", "random")
+"""The control that is no tune method: the ranking's first expert with a new head, trained by ``uniform``."""
 USUAL_CONTROLS = ("head", "scratch", "full", SINGLE, "uniform")
 RANKED_BY = ("draws", "ranking")
 
@@ -26,15 +25,15 @@ class ComparisonDesign:
     """The methods to compare, and on what.
 
     Attributes:
-        methods: tune methods and controls (:data:`CONTROLS`), in the order of the table.
+        methods: tune methods and controls, in the order of the table.
         shots: examples of each class; None for all.
         seeds: number of samplings of the examples, with the seeds 0, 1, ….
         experts: numbers of ranked experts that a method gets.
-        options: of every training; shots and seed are each run's.
-        select: as :func:`pimerge.tuning.tune.tune` takes it.
-        lrs: method → learning rate, where it is not the method's usual one.
-        ranked_by: ``draws``: the experts are ranked on the examples of each sampling; ``ranking``: they keep
-            their order.
+        options: training options of all runs, except shots and seed.
+        select: see :func:`pimerge.tuning.tune.tune`.
+        lrs: method → learning rate, if it is not the method's default.
+        ranked_by: ``draws`` ranks the experts on the examples of each sampling; ``ranking`` keeps the order of the
+            ranking.
         split: the split of the data that examples are sampled from; None for the task's train split.
     """
 
@@ -50,13 +49,13 @@ class ComparisonDesign:
 
     @property
     def controls(self) -> list[str]:
-        """Those of the methods that are controls."""
-        return [name for name in self.methods if name in CONTROLS]
+        """The methods that are controls."""
+        return [name for name in self.methods if name in all_controls()]
 
 
 @dataclass(frozen=True)
 class RankedExpert:
-    """An expert of the pool, with its score and the gain that is expected of it; None where no ranking says."""
+    """An expert of the pool with its score and expected gain; None if no ranking has them."""
 
     expert: Expert
     score: float | None = None
@@ -65,7 +64,7 @@ class RankedExpert:
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One run to be made."""
+    """A run of a comparison."""
 
     method: str
     shots: int | None
@@ -73,22 +72,27 @@ class PlannedRun:
     k: int
 
 
-def usual_controls(task: Task, methods: Sequence[str]) -> list[str]:
-    """The default controls of some methods.
+def all_controls() -> list[str]:
+    """Return the names of all controls."""
+    return [*(method.name for method in METHODS if method.control), SINGLE]
 
-    Where a method takes the names of classes as examples, a fresh LoRA that does so as well is a control: what the
-    names gain is not due to the experts.
+
+def usual_controls(task: Task, methods: Sequence[str]) -> list[str]:
+    """Return the default controls of some methods.
+
+    If a method uses the names of classes as examples, a fresh LoRA that uses them as well is a control, since a gain by
+    the names is not due to the experts.
     """
     use_names = any(open_tune_method(name).plan.class_names for name in methods if name != SINGLE)
-    return [*USUAL_CONTROLS, *(["named"] if use_names and class_texts(task) else [])]
+    named = [method.name for method in METHODS if method.control and method.plan.class_names]
+    return [*USUAL_CONTROLS, *(named if use_names and class_texts(task) else [])]
 
 
 def check_names(methods: Sequence[str], controls: Sequence[str]) -> None:
-    """Refuse names of methods and controls that do not exist."""
+    """Check that methods and controls exist."""
     problems = Problems()
-    for name in controls:
-        if name not in CONTROLS:
-            problems.add(f"there is no control '{name}'", f"expected {', '.join(CONTROLS)}, or none")
+    for name in [name for name in controls if name not in all_controls()]:
+        problems.add(f"there is no control '{name}'", f"expected {', '.join(all_controls())}, or none")
     known = [*METHODS.names(), SINGLE]
     for name in (name.replace("_", "-") for name in methods):
         if name not in known:
@@ -97,7 +101,7 @@ def check_names(methods: Sequence[str], controls: Sequence[str]) -> None:
 
 
 def shots_text(shots: int | None) -> str:
-    """The number of training examples per class, in words.
+    """Return the number of training examples per class in words.
 
     >>> shots_text(1), shots_text(5), shots_text(None)
     ('1 shot', '5 shots', 'all examples')
@@ -106,7 +110,7 @@ def shots_text(shots: int | None) -> str:
 
 
 def cases_of(design: ComparisonDesign, methods: Mapping[str, TuneMethod]) -> Iterator[PlannedRun]:
-    """All runs; a method without experts has one for each sampling, whatever the numbers of experts."""
+    """Yield all runs; a method without experts has one run for each sampling, for any numbers of experts."""
     for shots in design.shots:
         for seed in range(design.seeds):
             for name in design.methods:
@@ -125,9 +129,9 @@ def check_design(
     """Check a design before anything runs.
 
     Args:
-        experts: how many there are, besides the target's own.
-        also: further tasks whose test splits the results are scored on.
-        note: told what the user should know.
+        experts: number of experts, without the target's own.
+        also: further tasks whose test splits are scored.
+        note: receives remarks, one sentence at a time.
     """
     check_options(design.options)
     problems = Problems()
@@ -146,13 +150,13 @@ def check_design(
             problems.add(
                 f"'{other.path}' is about {', '.join(other.labels) or other.file.type}, the target about "
                 f"{', '.join(task.labels) or task.file.type}",
-                "a further test needs the type and the classes of the target",
+                "a further test needs the target's task type and classes",
             )
     problems.raise_any("this cannot be compared")
     with problems.collected():
         _, labels = task.rows("train")
         _check_data(task, design, Counter(labels), problems, note)
-    problems.raise_any("the data cannot give what is asked for")
+    problems.raise_any("the data does not suffice for this comparison")
 
 
 def _check_numbers(design: ComparisonDesign, methods: Mapping[str, TuneMethod], problems: Problems) -> None:
@@ -173,13 +177,13 @@ def _check_numbers(design: ComparisonDesign, methods: Mapping[str, TuneMethod], 
 def _check_data(
     task: Task, design: ComparisonDesign, counts: Counter[int], problems: Problems, note: Callable[[str], None]
 ) -> None:
-    """Check that there are as many examples of each class as are asked for."""
+    """Check that each class has enough examples for the numbers of shots."""
     for shots in design.shots:
         short = [task.labels[label] for label, count in sorted(counts.items()) if shots and count < shots]
         if task.labels and short and not task.of_words:
             least = min(counts.values())
             problems.add(
-                f"{shots} shots are asked for, and of {', '.join(short)} there are fewer: {least}",
+                f"{shots} shots are asked for, but {', '.join(short)} has fewer examples: {least}",
                 f"pass --shots {least} or all, or --draw-from with a larger split",
             )
     if design.seeds > 1 and any(shots is None or set(counts.values()) == {shots} for shots in design.shots):

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 DEFAULT_OUTPUTS = ("tuned", "merged")
 Scorable: TypeAlias = "str | Path | Expert | Ensemble | TuneResult | Merged"
-"""An expert or an ensemble, the path or Hub id of one, the folder of a full checkpoint, or what tune or merge wrote."""
+"""An expert or ensemble, its path or Hub id, the folder of a full checkpoint, or the result of tune or merge."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Evaluation:
         return next(score for score in self.scores if score.name == name)
 
     def to_dict(self) -> dict[str, Any]:
-        """The document that ``pimerge eval --json`` prints."""
+        """Return the document that ``pimerge eval --json`` prints."""
         return {"target": self.target, "split": "test", "scores": [asdict(score) for score in self.scores]}
 
 
@@ -69,22 +69,22 @@ def evaluate(
 ) -> Evaluation:
     """Score experts and the bare base on the target's test split, each with a 95 % interval.
 
-    The bare base answers with its own head if that is for the target's classes, else with the head of the target's
+    The bare base answers with its own head if that is for the target's classes, otherwise with the head of the target's
     expert. Without either it has no score.
 
     Args:
-        experts: what to score: experts, ensembles or full checkpoints, as paths, Hub ids or opened, and what
-            ``pimerge.tune`` and ``pimerge.merge`` returned; by default the folders ``tuned`` and ``merged``, where they
+        experts: experts, ensembles or full checkpoints (open, or their paths or Hub ids), and results of
+            ``pimerge.tune`` and ``pimerge.merge``. By default the folders ``tuned`` and ``merged``, as far as they
             exist.
-        target: what to score on: an expert's or a task's folder, an expert, a task, a ``datasets.Dataset`` or a list of
-            dicts. By default the ranking's target, else the task of the first expert that has one.
-        test: rows of the test split, where ``target`` is rows.
+        target: an expert's or a task's folder, an expert, a task, a ``datasets.Dataset`` or a list of dicts. By default
+            the ranking's target, otherwise the task of the first expert that has one.
+        test: rows of the test split, if ``target`` is rows.
         ranking: the ranking, or its file, that names the target.
         base: a base model's folder or Hub id, in place of the one that the experts name.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
-        dtype: ``auto`` (bfloat16 on a GPU, else float32), ``float32``, ``bfloat16`` or ``float64``.
-        track: is told the progress.
-        note: is told remarks, a sentence at a time.
+        dtype: ``auto`` (bfloat16 on a GPU, otherwise float32), ``float32``, ``bfloat16`` or ``float64``.
+        track: shows progress.
+        note: receives remarks, one sentence at a time.
 
     Returns:
         accuracy, loss and the task's metrics of each, with 95 % intervals.
@@ -123,7 +123,7 @@ def _default_outputs() -> list[str]:
 
 
 def _written(given: Scorable) -> str | Path | Expert | Ensemble:
-    """The folder of what was tuned or merged; everything else unchanged."""
+    """Return the folder of a result of tune or merge; return everything else unchanged."""
     if isinstance(given, TuneResult):
         return given.output
     if not isinstance(given, Merged):
@@ -134,12 +134,12 @@ def _written(given: Scorable) -> str | Path | Expert | Ensemble:
 
 
 def _is_checkpoint(given: object) -> bool:
-    """Whether something is the path of a full checkpoint, not of an adapter."""
+    """Whether something is the path of a full checkpoint."""
     return isinstance(given, str | Path) and is_checkpoint(given)
 
 
 def _opened(given: Sequence[str | Path | Expert | Ensemble], base: str | None) -> list[Expert | Ensemble]:
-    """The experts and ensembles, opened, in their order; the problems of all experts are raised at once."""
+    """Open experts and ensembles in their order; the problems of all are raised at once."""
     found: dict[int, Expert | Ensemble] = {}
     references: dict[int, str] = {}
     for place, each in enumerate(given):
@@ -154,7 +154,7 @@ def _opened(given: Sequence[str | Path | Expert | Ensemble], base: str | None) -
 
 
 def _with_test(target: TargetSource | None, test: SplitRows) -> Task:
-    """The task of rows in memory with a test split of its own."""
+    """Return the task of rows in memory with the given test split."""
     if target is None or isinstance(target, str | Path | Expert | Task):
         raise PimergeError(
             "test rows were given for a target that is not given as rows",

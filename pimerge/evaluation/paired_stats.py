@@ -1,6 +1,6 @@
-"""Runs of tune methods against their controls: how each line of a comparison compares with the best control.
+"""Paired statistics of a comparison: the difference of each method to the best control, with its interval.
 
-Everything is paired by seed: methods of one seed had the same examples and the same ranking.
+Runs are paired by seed: runs with one seed have the same examples and the same ranking.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class PairedDifference:
     """Mean of paired differences with a two-sided t-interval.
 
     Attributes:
-        low, high: None with one pair.
+        low, high: bounds of the interval; None for a single pair.
     """
 
     mean: float
@@ -30,9 +30,9 @@ class PairedDifference:
 
 
 def paired_difference(first: Sequence[float], second: Sequence[float], level: float = LEVEL) -> PairedDifference:
-    """mean(d) ± t(level, n − 1) · sd(d) / √n, with d the differences of first and second.
+    """Compute mean(d) ± t(level, n − 1) · sd(d) / √n for the differences d of n pairs.
 
-    >>> found = paired([0.8, 0.7, 0.9], [0.6, 0.6, 0.6])
+    >>> found = paired_difference([0.8, 0.7, 0.9], [0.6, 0.6, 0.6])
     >>> round(found.mean, 3), round(found.low, 3), round(found.high, 3)
     (0.2, -0.048, 0.448)
     """
@@ -48,10 +48,10 @@ def paired_difference(first: Sequence[float], second: Sequence[float], level: fl
 
 
 def lines_of(runs: Sequence[ComparisonRun], controls: Sequence[str]) -> list[ComparisonLine]:
-    """A line for each method, number of shots and of experts, and test set, in the order of the runs.
+    """Summarise the runs in a line for each method, number of shots, number of experts and test set.
 
-    The best control at a number of shots has the highest mean of them, at whatever number of experts; it is compared
-    with nothing.
+    The lines are in the order of the runs. The best control at a number of shots is the one with the highest mean, over
+    all numbers of experts; its own line has no difference.
     """
     cells: dict[tuple[str, int | None, int, str], dict[int, ComparisonRun]] = {}
     for run in runs:
@@ -64,11 +64,9 @@ def lines_of(runs: Sequence[ComparisonRun], controls: Sequence[str]) -> list[Com
         rivals = [key for key in cells if key[0] in controls and key[1] == shots and key[3] == test]
         best = max(rivals, key=lambda key: statistics.fmean(scores[key].values()), default=None)
         seeds = sorted(set(scores[cell]) & set(scores[best])) if best is not None and best != cell else []
-        difference = (
-            paired_difference([scores[cell][s] for s in seeds], [scores[best][s] for s in seeds])
-            if best and seeds
-            else None
-        )
+        difference = None
+        if best and seeds:
+            difference = paired_difference([scores[cell][s] for s in seeds], [scores[best][s] for s in seeds])
         values = [scores[cell][seed] for seed in sorted(found)]
         last = next(iter(found.values()))
         lines.append(
@@ -93,10 +91,10 @@ def lines_of(runs: Sequence[ComparisonRun], controls: Sequence[str]) -> list[Com
 
 
 def conclusion(runs: Sequence[ComparisonRun], controls: Sequence[str], metric: str) -> str:
-    """One sentence: which method won, or that none is distinguishable from the best control.
+    """Say in one sentence which method won, or that none can be told from the best control.
 
-    A method has won at a number of shots if the interval of its paired difference to the best control lies above zero
-    at a level that holds for all comparisons at once (Bonferroni).
+    A method wins at a number of shots if the interval of its paired difference to the best control lies above zero, at
+    a level that holds for all comparisons at once (Bonferroni).
     """
     lines = [line for line in lines_of(runs, controls) if line.test == "test"]
     tried = [line for line in lines if not line.control and line.difference is not None]
@@ -119,10 +117,10 @@ def conclusion(runs: Sequence[ComparisonRun], controls: Sequence[str], metric: s
             if result.low is not None and result.low > 0:
                 sure.append((result, line))
         where = "with all examples" if shots is None else f"at {shots} shots" if shots > 1 else "at 1 shot"
-        control = f"the best control ({best.method}, {_shown(best.mean, metric)})"
+        control = f"the best control ({best.method}, {best.mean:{METRICS.load(metric).format}})"
         if sure:
             result, line = max(sure, key=lambda pair: pair[0].mean)
-            found.append(f"{where} {line.method} beats {control} by {_gain(result, metric)}")
+            found.append(f"{where} {line.method} beats {control} by {_gain(result)}")
         else:
             found.append(f"{where} no method can be told from {control}")
     several = f", at a level that holds for all {len(tried)} comparisons" if len(tried) > 1 else ""
@@ -134,12 +132,7 @@ def _is_of(run: ComparisonRun, line: ComparisonLine) -> bool:
     return (run.method, run.shots, run.k) == (line.method, line.shots, line.k)
 
 
-def _shown(value: float, metric: str) -> str:
-
-    return format(value, METRICS.load(metric).format)
-
-
-def _gain(result: PairedDifference, metric: str) -> str:
+def _gain(result: PairedDifference) -> str:
     def points(value: float | None) -> str:
         return f"{100 * (value or 0.0):.1f}"
 

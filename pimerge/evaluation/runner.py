@@ -1,7 +1,7 @@
-"""Tune methods and controls on samples of a target's examples, at equal budget, in one process.
+"""Run tune methods and controls on samples of a target's examples, with equal budget, in one process.
 
-The base is loaded once. The experts are ranked once for every sampling, and all methods take that ranking. Each ranking
-and each run is a file in a folder, so an interrupted comparison continues, and a larger one makes only the new runs.
+The base is loaded once. The experts are ranked once per sampling, and all methods use that ranking. Each ranking and
+each run is a file in a folder, so an interrupted comparison continues, and a larger one makes only the new runs.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ from pimerge.tuning.method import TuneMethod, open_tune_method
 from pimerge.tuning.session import TuneRequest, TuningSession, open_session
 
 BY_ONE_EXAMPLE = "logme"
-"""The measure where a class has one example, of which nothing can be held out."""
+"""The measure for samplings with one example per class, of which nothing can be held out."""
 LIMIT = 500
 FEATURES, RANKINGS = "features", "rankings"
-ANEW = "delete it: it is made anew"
+ANEW = "delete the file; it is created again"
 _WAIT = 0.5
 _DISTRIBUTED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -58,10 +58,10 @@ class ComparisonRequest:
     """What to compare, and where the runs are kept.
 
     Attributes:
-        task: the target's. The target's own expert has no part: it may have seen more examples.
-        pool: the experts, in the order of a ranking if ``design.ranked_by`` says so.
-        folder: holds the runs.
-        also: further tasks with the target's classes, whose test splits are scored as well.
+        task: the target's task. The target's own expert is left out, since it may have seen more examples.
+        pool: the experts, in the order of a ranking if ``design.ranked_by`` is ``ranking``.
+        folder: folder of the runs.
+        also: further tasks with the target's classes whose test splits are scored as well.
     """
 
     task: Task
@@ -81,20 +81,20 @@ def run_comparison(
     track: Track = silent,
     note: Note = unheard,
 ) -> ComparisonDocument | None:
-    """Make the runs that are missing, and sum up all of them.
+    """Make the missing runs and summarise all runs.
 
-    Under ``accelerate launch`` every process makes its share of the runs on its own device; the first sums up.
+    Under ``accelerate launch`` each process makes its share of the runs on its own device; the first one summarises.
 
     Args:
-        before: called before the first run, if any is missing.
+        before: called before the first run if any run is missing.
 
     Returns:
-        None in a process that does not sum up.
+        None in a process that does not summarise.
     """
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if world > 1 and request.device == "auto":
         request = replace(request, device=_own_device())
-    for name in _DISTRIBUTED:  # a run has one process
+    for name in _DISTRIBUTED:  # each run uses one process
         os.environ.pop(name, None)
     task, design = request.task, request.design
     if design.split is not None:
@@ -139,7 +139,7 @@ def _summed_up(request: ComparisonRequest, runs: Sequence[ComparisonRun]) -> Com
 
 
 class _ComparisonRunner:
-    """Makes the runs of a comparison: the base in memory, the rankings of the samplings, and the folder of the runs."""
+    """Makes the runs of a comparison, with the base in memory, the rankings of the samplings and the folder of runs."""
 
     def __init__(self, request: ComparisonRequest, methods: Mapping[str, TuneMethod]) -> None:
         self.methods, self.pool, self.design, self.folder = methods, request.pool, request.design, request.folder
@@ -158,7 +158,7 @@ class _ComparisonRunner:
 
     @cached_property
     def session(self) -> TuningSession:
-        """The base, loaded when the first run is made."""
+        """The base, loaded before the first run."""
         return open_session(self.task, self.base, self.device, self.dtype)
 
     @cached_property
@@ -168,7 +168,7 @@ class _ComparisonRunner:
         return {name: read_test_split(task, self.session.loaded, experts) for name, task in self.test_tasks.items()}
 
     def done(self, case: PlannedRun) -> ComparisonRun | None:
-        """The result of a run, if it has been made."""
+        """Return the result of a run; None if it has not been made."""
         if case not in self.runs and (file := self._file(case)).is_file():
             self.runs[case] = parse_document(ComparisonRun, file, ANEW)
         return self.runs.get(case)
@@ -200,7 +200,7 @@ class _ComparisonRunner:
                 result = fit(method, replace(request, undo=undo))
                 seconds = time.monotonic() - started
                 results = {name: score_model(case.method, result.model, test) for name, test in self.tests.items()}
-        problems.raise_any("a run failed; those before it are kept")
+        problems.raise_any("a run failed; earlier runs are kept")
         metric = self.task.metrics[0]
         run = ComparisonRun(
             method=case.method,
@@ -220,7 +220,7 @@ class _ComparisonRunner:
         shutil.rmtree(work, ignore_errors=True)
 
     def _ranked(self, shots: int | None, seed: int) -> Sequence[RankedExpert]:
-        """The pool ranked on the examples of a sampling, best first, each expert at its best strength."""
+        """Rank the pool on the examples of a sampling, best first, each expert at its best strength."""
         if self.design.ranked_by == "ranking":
             return self.pool
         file = self.folder / RANKINGS / f"{_digest([shots, seed, self.inputs])}.json"

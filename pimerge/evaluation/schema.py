@@ -18,14 +18,16 @@ class ComparisonRun(BaseModel):
 
     Attributes:
         method: a tune method or a control, as ``--methods`` names it.
-        shots: training examples of each class; None for all. ``seed`` decides which, and all else.
-        k: how many of the ranked experts the method had.
+        shots: training examples per class; None for all.
+        seed: seed of the sampling and of the training.
+        k: number of ranked experts that the method used.
         experts: the experts in the result.
-        scores: of the task's first metric, by test set: ``test``, and the name of each further one.
-        losses: mean −log p(y|x) in nats, by test set.
-        trained_parameters: numbers that trained; ``deployed_parameters``: that the result adds to the base.
-        seconds: from composing to the trained result, without its scoring.
-        class_names: whether the names of the classes were examples as well.
+        scores: test set → score by the task's first metric; the sets are ``test`` and the further tests by name.
+        losses: test set → mean −log p(y|x) in nats.
+        trained_parameters: number of trained parameters.
+        deployed_parameters: number of parameters that the result adds to the base.
+        seconds: duration of the training, without scoring.
+        class_names: whether the names of the classes were used as examples.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -48,10 +50,10 @@ class ComparisonLine(BaseModel):
     """A method over its seeds, at one number of shots and of experts, on one test set.
 
     Attributes:
-        control: whether it is one of the controls.
-        mean, sd: of the scores over the seeds.
-        difference, low, high: paired difference to the best control, seed by seed, with its 95 % interval (t); None
-            for that control itself, and the interval with one seed.
+        control: whether the method is a control.
+        mean, sd: mean and standard deviation of the scores over the seeds.
+        difference, low, high: mean of the paired differences to the best control, with its 95 % t-interval. None for
+            the best control; with one seed there is no interval.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -76,10 +78,10 @@ class ComparisonDocument(BaseModel):
     """``comparison.json``.
 
     Attributes:
-        metric: the task's first, which all scores are of.
-        options: budget and learning rates, the same for all.
-        experts: of the ranking, best first.
-        conclusion: one sentence: which method won, or that none is distinguishable.
+        metric: the metric of all scores, the task's first.
+        options: budget and learning rates of all runs.
+        experts: names of the experts in the pool.
+        conclusion: a sentence that says which method won, or that none can be told from the best control.
     """
 
     model_config = ConfigDict(extra="forbid")

@@ -38,16 +38,17 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class Score:
-    """One row of the result.
+    """Scores of one expert, or of the bare base.
 
     Attributes:
-        name: the expert's, or ``(base)``.
-        accuracy, accuracy_low, accuracy_high: share of right answers and its 95 % interval (Wilson); without classes an
-            answer is right that is one of the references; of words, with the interval of a bootstrap over sentences.
+        name: name of the expert, or ``(base)``.
+        accuracy, accuracy_low, accuracy_high: fraction of correct answers and its 95 % interval (Wilson). Without
+            classes, an answer is correct if it equals one of the references. For classes of words, the interval is from
+            a bootstrap over sentences.
         loss, loss_low, loss_high: mean of −log p(y|x) in nats and its 95 % interval (normal).
-        examples: of the test split.
-        note: whose head answers, where it is not the expert's own.
-        metrics: those of the task, each with its 95 % interval: accuracy as above, the others by a bootstrap.
+        examples: number of examples in the test split.
+        note: whose head answers, if it is not the expert's own.
+        metrics: the task's metrics with 95 % intervals, of accuracy as above, of the others by a bootstrap.
     """
 
     name: str
@@ -67,8 +68,8 @@ class TestSplit:
     """The labelled examples of one split, encoded once for several models.
 
     Attributes:
-        labels: the class of each, or the classes of its words.
-        batches: indices, each once.
+        labels: the class of each example, or the classes of its words.
+        batches: indices of the examples of each batch; each example is in one batch.
     """
 
     task: Task
@@ -77,7 +78,7 @@ class TestSplit:
     batches: Sequence[Sequence[int]]
 
     def answers(self, model: nn.Module, advance: Advance) -> Scored:
-        """Score a model on all examples, in their order."""
+        """Return the answers of a model to all examples, in their order."""
         order: list[int] = []
         parts: list[Scored] = []
         for indices in self.batches:
@@ -107,13 +108,13 @@ def read_test_split(
     """Encode the test split for a base with some experts.
 
     Args:
-        limit: the most examples, sampled by the seed; None for all.
-        padded: off, the examples of a batch have one length.
-        note: told how many examples were cut.
+        limit: maximum number of examples, sampled by the seed; None uses all.
+        padded: False puts only examples of equal length into a batch.
+        note: receives a remark if examples were cut.
     """
     examples, labels = task.examples("test", loaded.processor, loaded.config_for(experts), seed=seed, limit=limit)
     if examples.truncated:
-        note(f"{examples.truncated} test examples are longer than the model takes and were cut")
+        note(f"{examples.truncated} test examples exceed the model's maximum length and were cut")
     padded = padded and not most_virtual_tokens(experts)
     return TestSplit(
         task, examples, examples.classes or labels, bucket_by_length(examples.lengths, BATCH_TOKENS, padded=padded)
@@ -131,16 +132,16 @@ def score_experts(
     track: Track = silent,
     note: Callable[[str], None] = lambda message: None,
 ) -> list[Score]:
-    """Score the bare base and each expert, or ensemble of some, on the target's test split.
+    """Score the bare base and each expert or ensemble on the target's test split.
 
-    The base answers with its own head if its labels are the task's, else with the target expert's head; if
-    neither is there, it has no row.
+    The base answers with its own head if that is for the task's labels, otherwise with the head of the target's expert.
+    Without either it has no score.
 
     Args:
-        task: the target's.
-        base: that of every expert.
-        target: the target's own expert, if it is known.
-        note: told what the user should know, a sentence at a time.
+        task: the target's task.
+        base: the base of all experts.
+        target: the target's own expert, if there is one.
+        note: receives remarks, one sentence at a time.
     """
     problems = Problems()
     single = [each for row in experts for each in (row.experts if isinstance(row, Ensemble) else [row])]
@@ -178,16 +179,16 @@ def score_model(
     advance: Advance = lambda count: None,
     note: Callable[[str], None] = lambda message: None,
 ) -> Score:
-    """Score a model that answers.
+    """Score a model on the test split.
 
     Args:
-        whose: note on the head that answers.
+        whose: whose head answers, for the note of the score.
     """
     found = split.answers(model.eval(), advance)
     if endless := [row for row, cut in enumerate(found.cut) if cut]:
         note(
-            f"{name}: {len(endless)} answers were cut at max_new_tokens, in rows {some(endless)} (from 0): "
-            "raise it in task.json if they should be longer"
+            f"{name}: {len(endless)} answers were cut at max_new_tokens, in rows {some(endless)} (from 0); "
+            "increase it in task.json if they should be longer"
         )
     return _score(name, found, split, whose)
 
@@ -212,7 +213,7 @@ def score_checkpoint(
 
 
 def wilson_interval(right: int, total: int) -> tuple[float, float]:
-    """95 % interval of a share (Wilson, 1927); it stays in [0, 1] and is not empty at 0 or 1.
+    """Return the 95 % interval of a proportion (Wilson, 1927), which lies in [0, 1] and is not empty at 0 or 1.
 
     >>> [round(bound, 3) for bound in wilson_interval(8, 10)]
     [0.49, 0.943]
@@ -225,8 +226,8 @@ def wilson_interval(right: int, total: int) -> tuple[float, float]:
 
 def _require_answers(expert: Expert, task: Task, base: Base) -> None:
     if expert.base.identity != base.identity:
-        raise PimergeError(f"its base is '{expert.base.name}', the target's '{base.name}'", "score it apart")
-    if not task.type.trains_head:  # the base itself answers
+        raise PimergeError(f"its base is '{expert.base.name}', the target's '{base.name}'", "score it separately")
+    if not task.type.trains_head:  # the base answers in text
         return
     own = task_of(expert)
     if not expert.head:
@@ -239,7 +240,7 @@ def _require_answers(expert: Expert, task: Task, base: Base) -> None:
 
 
 def _base_head(loaded: LoadedBase, target: Expert | None, task: Task) -> tuple[Mapping[str, Tensor], str | None]:
-    """The head for the bare base, and a note on it; the note is None if there is no head for it."""
+    """Return the head for the bare base and a note on it; the note is None if there is no such head."""
     if loaded.has_own_head:
         return {}, "its own head" if loaded.head else ""
     if target is None or not target.head:
@@ -264,7 +265,7 @@ def _score(name: str, found: Scored, split: TestSplit, note: str) -> Score:
     if not math.isfinite(mean):
         raise PimergeError(f"the loss of '{name}' is not finite", "its weights diverged: tune it with a lower --lr")
     answers = Answers(found.chosen, split.labels, len(task.labels), found.texts, examples.references)
-    # the words of a sentence go wrong together, so that no share of them has Wilson's interval
+    # errors of words in one sentence are correlated, so Wilson's interval does not apply
     accuracy = (
         bootstrap_interval("accuracy", answers)
         if task.of_words

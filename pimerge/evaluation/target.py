@@ -1,4 +1,4 @@
-"""The target that experts are scored or compared on: a path, rows in memory, a task or an expert."""
+"""Targets of evaluate and compare: a path, rows in memory, a task or an expert."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ TargetSource: TypeAlias = "Expert | TaskSource"
 def open_target(
     target: TargetSource | None, ranking: str | Path | Ranking, base: str | None
 ) -> tuple[Expert | None, Task | None]:
-    """The target's own expert and its task; None for what there is not.
+    """Open the target's own expert and its task, each None if there is none.
 
     Args:
-        target: None for the ranking's target.
+        target: the target; None uses the ranking's target.
     """
     if isinstance(target, Expert):
         return target, open_task(target.path)
@@ -33,5 +33,5 @@ def open_target(
 
 
 def task_beside(folders: Sequence[Path]) -> Task | None:
-    """The task of the first folder that holds one."""
+    """Return the task of the first folder that holds one."""
     return next((open_task(folder) for folder in folders if (folder / "task.json").is_file()), None)

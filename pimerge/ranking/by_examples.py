@@ -1,9 +1,8 @@
-"""The target's few labelled examples and a pool → the ranking by what the experts make of the examples.
+"""Rank a pool by the features of the target's labelled examples under each expert.
 
-A candidate is an expert at one of the strengths of :data:`pimerge.embedding.strengths.STRENGTHS`; of each expert the
-strength with the highest score stands for it. Whatever the measure, each candidate's expected gain in accuracy over
-the bare base comes from the measure ``combined``, and a candidate is expected to help if that gain is above three of
-its errors.
+Each expert is tried at the strengths of :data:`pimerge.embedding.strengths.STRENGTHS` and represented by the strength
+with the highest score. With every measure, the expected gain in accuracy over the bare base comes from the measure
+``combined``. An expert is expected to help if its gain exceeds three standard errors.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from pimerge.core.errors import PimergeError
 from pimerge.embedding.features import FeatureReader
 from pimerge.ranking.measure import Measure
 from pimerge.ranking.measures import combined
-from pimerge.ranking.selection import MOST, GainEstimate, SelectionRule, candidate_of, document, of_first_kind
+from pimerge.ranking.selection import MOST, GainEstimate, SelectionRule, best_first, candidate_of, ranking_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,60 +37,52 @@ def rank_by_examples(
     rule: SelectionRule,
     prior: Mapping[str, float] | None = None,
 ) -> Ranking:
-    """Rank experts by the target's examples.
+    """Rank experts by a measure of the target's examples.
 
     Args:
-        experts: name → expert of the target's base.
-        excluded: name → why it is none of them.
+        reader: reads the features of the target's examples.
+        experts: name → expert on the target's base.
+        excluded: name → why the expert is not among them.
         own: the target's own expert, if it has one.
-        measure: one that needs examples.
+        measure: a measure of examples.
         prior: name → gain that the store predicts, see :func:`judge`.
     """
     verdict = judge(reader, experts, measure, own, prior)
-    candidates = [candidate_of(name, experts[name], found) for name, found in verdict.judged.items()]
-    candidates.sort(key=lambda candidate: (-candidate.score, candidate.name))
-    helpful = [candidate for candidate in candidates if candidate.helps or not rule.gate]
+    candidates = best_first([candidate_of(name, experts[name], found) for name, found in verdict.judged.items()])
     notes = reader.notes()
-    helpful = of_first_kind(helpful, experts, notes)
+    eligible = rule.eligible(candidates, experts, notes)
     if own is None:
-        notes.insert(0, "the target has no expert: its examples alone decide")
-    if rule.k is None:
-        scaled = [experts[candidate.name].with_strength(candidate.scale) for candidate in helpful[:MOST]]
-        priors = [candidate.scale * (prior or {}).get(candidate.name, 0.0) for candidate in helpful[:MOST]]
+        notes.insert(0, "the target has no expert, so its examples alone decide")
+    count = rule.k
+    if count is None:
+        scaled = [experts[candidate.name].with_strength(candidate.scale) for candidate in eligible[:MOST]]
+        priors = [candidate.scale * (prior or {}).get(candidate.name, 0.0) for candidate in eligible[:MOST]]
         gains = gains_of_means(reader, scaled, priors)
         count = 1 + max(range(len(gains)), key=lambda i: gains[i]) if gains else 0
         notes += [
             f"expected gain of the mean of the first {i}: {100 * gain:+.1f} points" for i, gain in enumerate(gains, 1)
         ]
-    else:
-        count = rule.k
+    elif rule.gate and len(eligible) < count:
         unsure = [each.name for each in candidates if verdict.judged[each.name].is_unsure]
-        if rule.gate and unsure and len(helpful) < count:
+        if unsure:
             notes.append(
-                f"not selected: {', '.join(unsure)}: the best of many candidates gains something by luck, so a gain "
-                "has to be above three of its errors (--no-gate selects them anyway)"
+                f"not selected: {', '.join(unsure)}: the best of many candidates gains something by chance, so a gain "
+                "has to exceed three of its standard errors (--no-gate selects them all the same)"
             )
-    ranking = document(
-        target,
-        measure.name,
-        count,
-        candidates,
-        {**excluded, **verdict.excluded},
-        helpful[:count],
-        f"of {len(candidates)} experts by '{measure.name}' on {len(reader.labels)} examples: " + measure.summary,
-        notes,
-    )
+    what = f"experts by '{measure.name}' on {len(reader.labels)} examples"
+    excluded = {**excluded, **verdict.excluded}
+    ranking = ranking_of(target, measure, candidates, excluded, eligible, count, what, notes)
     return ranking.model_copy(update={"base_score": verdict.base_score, "seen": reader.seen()})
 
 
 @dataclass(frozen=True)
 class PoolEstimate:
-    """Scores and gains of all candidates on the examples.
+    """Estimates for a pool of experts by the target's examples.
 
     Attributes:
-        base_score: of the bare base by the measure, 0 by ``combined``; None if the measure has no score for it.
-        judged: name → judgement.
-        excluded: name → why the measure has no score for it.
+        base_score: score of the bare base, 0 for ``combined``; None if the measure has no score for it.
+        judged: name → score and expected gain.
+        excluded: name → why the measure has no score for the expert.
     """
 
     base_score: float | None
@@ -108,16 +99,16 @@ def judge(
     *,
     seed: int = 0,
 ) -> PoolEstimate:
-    """Judge experts by the target's examples.
+    """Estimate the scores and gains of experts by the target's examples.
 
     Args:
-        reader: the target's examples.
+        reader: reads the features of the target's examples.
         experts: name → expert.
-        measure: one of ``measures/`` that needs examples.
+        measure: a measure of examples.
         target: the target's own expert, if it has one, for the measure ``loss``.
         prior: name → gain at full strength that the store predicts, see
             :func:`pimerge.ranking.measures.combined.store_weight`.
-        seed: of the bootstrap over the examples.
+        seed: seed of the bootstrap over the examples.
     """
     base = reader.base_features()
     one = torch.ones(1, len(base.labels), dtype=torch.float64)
@@ -153,15 +144,15 @@ def judge(
 
 
 def _with_error(values: Tensor) -> tuple[float, float]:
-    """The value on all examples, which stands first, and the standard deviation of those on the draws."""
+    """Return the first value, which is for all examples, and the standard deviation over the bootstrap samples."""
     return float(values[0]), float(values[1:].std())
 
 
 def gains_by_strength(reader: FeatureReader, expert: Expert, prior: float = 0.0) -> dict[float, dict[str, float]]:
-    """Scale → the parts of ``combined`` above the bare base's, and the expected gain that they make together.
+    """Return strength → each part of ``combined`` minus its value for the bare base, and the resulting expected gain.
 
     Args:
-        prior: what the store predicts at full strength; its part ``store`` is the gain itself.
+        prior: gain at full strength that the store predicts.
     """
     base = reader.base_features()
     one = torch.ones(1, len(base.labels), dtype=torch.float64)
@@ -174,10 +165,10 @@ def gains_by_strength(reader: FeatureReader, expert: Expert, prior: float = 0.0)
 
 
 def gains_of_means(reader: FeatureReader, experts: Sequence[Expert], priors: Sequence[float]) -> list[float]:
-    """Expected gain of the mean of the first 1, 2, … of some experts, each at its strength; without its own error.
+    """Return the expected gains of the mean of the first 1, 2, … of some experts, each at its strength.
 
     Args:
-        priors: what the store predicts of each, at its strength.
+        priors: gain of each expert at its strength that the store predicts.
     """
     base = reader.base_features()
     one = torch.ones(1, len(base.labels), dtype=torch.float64)
@@ -190,10 +181,10 @@ def gains_of_means(reader: FeatureReader, experts: Sequence[Expert], priors: Seq
 
 
 def bootstrap(labels: Tensor, draws: int, seed: int) -> Tensor:
-    """(draws × n) how often each example is drawn, with replacement within its class, so that none goes missing.
+    """Return how often each example is in each bootstrap sample, (draws × n).
 
-    The classes of one example each are drawn from together: alone, such a class would always be the same, and a
-    target of one example a class would look as if it had no error.
+    Examples are drawn with replacement within their class, so that every class is in every sample. Classes with a
+    single example form one class for this purpose; otherwise a target with one example per class would have no error.
 
     >>> bootstrap(torch.tensor([0, 0, 1]), 2, seed=0)[:, 2].tolist()
     [1.0, 1.0]

@@ -1,4 +1,4 @@
-"""Who helps whom in a pool: the gain of every expert for every other's task, measured and kept in the store."""
+"""Measure the gain of every expert of a pool for every other expert's task, and keep the gains in the store."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from pimerge.ranking.target_examples import feature_reader
 
 
 def calibrate_store(request: RankRequest) -> dict[str, dict[str, dict[float, float]]]:
-    """Measure the gain of every expert of the store for every other's task, and keep them in the store.
+    """Measure the gain of every expert of the store for every other expert's task, and keep the gains in the store.
 
-    A target whose task and sources are as they were measured is not measured again, but for ``--force``; one that
-    cannot be measured is left out.
+    A target is measured again only if its task or the experts have changed, or with ``--force``. A target that cannot
+    be measured is left out with a warning.
 
     Returns:
         target → source → strength → gain.
@@ -40,7 +40,7 @@ def calibrate_store(request: RankRequest) -> dict[str, dict[str, dict[float, flo
 
 
 def _calibrate(name: str, store: Store, done: Mapping[str, Mapping[float, float]], request: RankRequest) -> None:
-    """Measure the gains for one target, unless they are known."""
+    """Measure the gains for one target, unless they are in the store already."""
     target = RankTarget(name, store.open(name), store.folder_of(name), stored=True)
     if target.task().sha256() != store.experts[name].task_sha256:
         raise PimergeError("its task has changed since it was embedded", "run 'pimerge embed' again")
@@ -56,13 +56,13 @@ def _calibrate(name: str, store: Store, done: Mapping[str, Mapping[float, float]
 
 
 def measure_gains(reader: FeatureReader, experts: Mapping[str, Expert]) -> MeasuredGains:
-    """Gains in accuracy over the bare base on a target's examples, at every strength of every expert.
+    """Measure gains in accuracy over the bare base on a target's examples, at every strength of every expert.
 
-    The head is a linear probe, and every example is answered by one that has not seen it
-    (:func:`pimerge.models.linear_probe.held_out_log_probabilities`); the folds are the same for all.
+    The head is a linear probe, and each example is answered by a probe that was fitted without it
+    (:func:`pimerge.models.linear_probe.held_out_log_probabilities`). All experts share the same folds.
 
     Args:
-        experts: name → expert, the target's own left out.
+        experts: name → expert, without the target's own.
     """
     base = held_out_accuracy(reader.base_features())
     sources = {
@@ -76,7 +76,7 @@ def measure_gains(reader: FeatureReader, experts: Mapping[str, Expert]) -> Measu
 
 
 def held_out_accuracy(sample: TargetFeatures) -> float:
-    """The share of right answers among the examples that can be held out."""
+    """Return the accuracy on the examples that can be held out."""
     found = held_out_log_probabilities(sample.vectors, sample.labels, sample.classes)
-    target = found.isfinite().all(1)
-    return float((found.argmax(1) == sample.labels)[target].double().mean())
+    answered = found.isfinite().all(1)
+    return float((found.argmax(1) == sample.labels)[answered].double().mean())

@@ -1,11 +1,11 @@
-"""Similarities that are sums over tensors: scores, what each tensor adds to them, and their errors.
+"""Cosine similarities as sums over tensors: scores, contributions of the tensors, and standard errors.
 
-A measure of the store embeds an expert as e_n, in parts e_nt, one for each of T tensors; the score of a candidate
-is the cosine of the whole embeddings,
+A measure of the store embeds expert n as e_n with parts e_nt, one for each of T tensors. The score of a candidate is
+the cosine of the whole embeddings,
 
     score_n = Σ_t ⟨e_t, e_nt⟩ / √(Σ_t ‖e_t‖² · Σ_t ‖e_nt‖²).
 
-Inner products are all that it takes, also around the mean ē of a pool, which is subtracted from all of them:
+Only inner products are needed, even if the mean ē of a pool is subtracted from all embeddings:
 ⟨a − ē, b − ē⟩ = ⟨a, b⟩ − ⟨a, ē⟩ − ⟨b, ē⟩ + ‖ē‖².
 """
 
@@ -27,11 +27,11 @@ MIN_TO_CENTRE = 3
 
 @dataclass(frozen=True)
 class Similarity:
-    """The target's embedding against n candidates', over T tensors.
+    """Similarity of the target's embedding to those of n candidates, by T tensors.
 
     Attributes:
-        tensors: names, T of them.
-        products: (n × T) inner products with the target.
+        tensors: names of the T tensors.
+        products: (n × T) inner products of the candidates with the target.
         own: (1 × T) squared norms of the target.
         norms: (n × T) squared norms of the candidates.
     """
@@ -42,7 +42,7 @@ class Similarity:
     norms: Array
 
     def scores(self) -> Array:
-        """(n) cosines in [−1, 1]; 0 where an embedding is zero.
+        """Return (n) cosines in [−1, 1]; 0 where an embedding is zero.
 
         >>> one = np.ones((1, 2))
         >>> Similarity(["a", "b"], one * 0.5, one, one).scores().item()
@@ -51,12 +51,12 @@ class Similarity:
         return self._cosines(np.ones((1, len(self.tensors))))[:, 0]
 
     def contributions(self) -> Array:
-        """(n × T) what each tensor adds to the score; they sum to it."""
+        """Return (n × T) contributions of the tensors, which sum to the score."""
         scale = np.sqrt(self.own.sum(1) * self.norms.sum(1))
         return self.products / np.where(scale > 0, scale, np.inf)[:, None]
 
     def errors(self, draws: int = 200, seed: int = 0) -> Array:
-        """(n) standard errors of the scores, from a bootstrap over tensors: how much they hang on a few of them."""
+        """Return (n) standard errors of the scores by a bootstrap over tensors; large if few tensors decide."""
         count = len(self.tensors)
         if count < 2:
             return np.zeros(len(self.products))
@@ -65,19 +65,19 @@ class Similarity:
         return spread
 
     def _cosines(self, weights: Array) -> Array:
-        """(n × draws) cosines with each tensor counted as often as ``weights`` (draws × T) say."""
+        """Return (n × draws) cosines with each tensor counted ``weights`` (draws × T) times."""
         norms = _inner(self.own, weights) * _inner(self.norms, weights)
         return np.clip(_inner(self.products, weights) / np.sqrt(np.where(norms > 0, norms, np.inf)), -1, 1)
 
 
 @dataclass(frozen=True)
 class InnerProducts:
-    """Inner products of the parts of one tensor: first the target's, then the n candidates'.
+    """Inner products of the parts of one tensor, for the target and then the n candidates.
 
     Attributes:
-        target: (1 + n) with the target's part.
-        norms: (1 + n) with themselves.
-        mean: (1 + n) with the mean of the pool; zeros if nothing is to be subtracted.
+        target: (1 + n) inner products with the target's part.
+        norms: (1 + n) squared norms.
+        mean: (1 + n) inner products with the mean of the pool; zeros if no mean is subtracted.
         whole: the squared norm of that mean.
     """
 
@@ -90,14 +90,13 @@ class InnerProducts:
     def around(
         cls, target: Array, norms: Array, total: Array, candidates: int, pool: Sequence[int], sampled: bool = False
     ) -> InnerProducts:
-        """From the inner products of all N embeddings with the target, themselves, and the sum of the pool.
+        """Build them from the inner products of all N embeddings with the target, themselves, and the pool's sum.
 
         Args:
-            total: (N) those with the sum of the embeddings in ``pool``.
-            sampled: whether ``pool`` is a random sample e_1 … e_n of a much larger one, whose mean is meant. The
-                squared norm of the sample's mean is too large by 1/n of the variance of the embeddings, in the mean
-                over samples, which would lift every score alike, above the threshold. Without bias is that of all
-                ⟨e_i, e_j⟩ with i ≠ j,
+            total: (N) inner products with the sum of the embeddings in ``pool``.
+            sampled: whether ``pool`` is a random sample e_1 … e_n of a much larger pool, whose mean is meant. The
+                squared norm of the sample's mean is then too large, in expectation by 1/n of the variance of the
+                embeddings, which would lift all scores. The mean of ⟨e_i, e_j⟩ over i ≠ j has no bias:
 
                     (‖Σ_j e_j‖² − Σ_j ‖e_j‖²) / (n (n − 1)).
         """
@@ -110,12 +109,12 @@ class InnerProducts:
 
 
 def has_mean(pool: Sequence[int]) -> bool:
-    """Whether the mean of a pool is subtracted: two members are exactly opposite to each other around theirs."""
+    """Whether the mean of a pool is subtracted; not of two members, which are exactly opposite around their mean."""
     return len(pool) >= MIN_TO_CENTRE
 
 
 def from_products(products: Iterable[tuple[str, InnerProducts]], candidates: int) -> Similarity:
-    """The similarity of the target with the candidates around the pool's mean, by (tensor, inner products)."""
+    """Return the similarity of the target to the candidates from (tensor, inner products)."""
     names: list[str] = []
     crossed, own, norms = [np.zeros((0, candidates))], [np.zeros(0)], [np.zeros((0, candidates))]
     for name, parts in products:
@@ -132,12 +131,12 @@ def from_products(products: Iterable[tuple[str, InnerProducts]], candidates: int
 def from_vectors(
     parts: Iterable[tuple[str, Array]], candidates: int, pool: Sequence[int] = (), sampled: bool = False
 ) -> Similarity:
-    """The similarity of the first of N embeddings with those after it.
+    """Return the similarity of the first of N embeddings to those after it.
 
     Args:
-        parts: (tensor, (N × numbers) the parts of the target, the candidates, and any others).
-        candidates: how many of the N are candidates.
-        pool: the embeddings whose mean is subtracted from all; of less than three, nothing is.
+        parts: (tensor, parts of the target, the candidates and any others as rows (N × numbers)).
+        candidates: how many of the N embeddings are candidates.
+        pool: indices of the embeddings whose mean is subtracted from all; no mean is subtracted for fewer than three.
         sampled: whether the pool is a sample of a much larger one, see :meth:`InnerProducts.around`.
 
     >>> parts = np.array([[1.0, 0.0], [3.0, 4.0]])
@@ -155,10 +154,10 @@ def from_vectors(
 def from_grams(
     grams: Iterable[tuple[str, Array]], candidates: int, pool: Sequence[int] = (), sampled: bool = False
 ) -> Similarity:
-    """The same for embeddings of which only the inner products are known.
+    """Return the same from the inner products of the embeddings.
 
     Args:
-        grams: (tensor, (N × N) inner products of the parts).
+        grams: (tensor, inner products of the parts (N × N)).
 
     >>> gram = np.array([[1.0, 0.5], [0.5, 1.0]])
     >>> from_grams([("q", gram)], 1).scores().tolist()
@@ -172,21 +171,21 @@ def from_grams(
 
 
 def _inner(rows: Array, others: Array) -> Array:
-    """(n × m) inner products of n rows with m others; by BLAS equal rows would differ in the last digits."""
+    """Return (n × m) inner products, the same for equal rows up to the last digit, which BLAS does not guarantee."""
     products: Array = np.einsum("it,jt->ij", rows, others)
     return products
 
 
 def _without_noise(values: Array, noise: float) -> Array:
-    """Set values that cancel up to rounding to zero; otherwise copies of one expert get scores from noise."""
-    return np.where(np.abs(values) <= noise, 0.0, values)  # NaN stays, and is seen
+    """Set values that are zero up to rounding to zero, so that copies of one expert get no scores from noise."""
+    return np.where(np.abs(values) <= noise, 0.0, values)  # NaN is kept
 
 
 def balanced(parts: Sequence[Similarity], names: Sequence[str]) -> Similarity:
-    """The mean of several cosines, as one similarity whose tensors are those of all parts.
+    """Return the mean of several cosines as one similarity with the tensors of all parts.
 
     Args:
-        names: of the parts, put behind their tensors' names.
+        names: names of the parts, appended to the names of their tensors.
 
     >>> one = np.ones((1, 1))
     >>> halves = [Similarity(["q"], one * cosine, one, one) for cosine in (0.25, 0.75)]
@@ -197,19 +196,19 @@ def balanced(parts: Sequence[Similarity], names: Sequence[str]) -> Similarity:
     return Similarity(
         [f"{tensor} ({name})" for part, name in zip(parts, names, strict=True) for tensor in part.tensors],
         np.concatenate([share * part.contributions() for part in parts], 1),
-        # a part that is zero keeps its share of the norm: its cosine counts as 0
+        # a part that is zero keeps its share of the norm, so that its cosine counts as 0
         np.concatenate([_shares(part.own, share) for part in parts], 1),
         np.concatenate([_shares(part.norms, share) for part in parts], 1),
     )
 
 
 def _shares(squares: Array, total: float) -> Array:
-    """Rows that sum to ``total``, in proportion; equal ones for a row of zeros."""
+    """Scale rows to the sum ``total``; a row of zeros becomes a row of equal numbers."""
     whole = squares.sum(1, keepdims=True)
     return total * np.where(whole > 0, squares / np.where(whole > 0, whole, 1.0), 1 / squares.shape[1])
 
 
 def unit(rows: Array) -> Array:
-    """(N × numbers) the rows at norm 1, in their place; a row that is zero stays so."""
+    """Scale rows (N × numbers) to norm 1 in place; a row of zeros stays zero."""
     norms = np.sqrt(np.einsum("ij,ij->i", rows, rows))[:, None]
     return np.divide(rows, np.where(norms > 0, norms, np.inf), out=rows)

@@ -1,7 +1,7 @@
-"""Measures of how much an expert helps a target: what each of them needs, and the functions that it provides.
+"""The family of measures: scores for how much an expert is expected to help a target.
 
-Higher is better. A measure of the store compares embeddings (``similarity``), a measure of examples looks at the
-target's labelled examples through each candidate (``scores``), and a measure of the history predicts from the gains
+Higher is better. A measure of the store compares embeddings (``similarity``). A measure of examples scores the features
+of the target's labelled examples under each candidate (``scores``). A measure of the history predicts from the gains
 that ``pimerge rank --calibrate`` measured (``predict``).
 """
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class Needs(StrEnum):
-    """The inputs of a measure."""
+    """Input of a measure."""
 
     FISHER = "fisher"
     SECOND_MOMENTS = "marginals"
@@ -35,7 +35,7 @@ class Needs(StrEnum):
 
     @property
     def text(self) -> str:
-        """The inputs that the user must have."""
+        """The input in words."""
         return {
             Needs.FISHER: "the store",
             Needs.SECOND_MOMENTS: "the store",
@@ -46,7 +46,7 @@ class Needs(StrEnum):
 
 
 class SimilarityFunction(Protocol):
-    """Compare the target with candidates by their embeddings."""
+    """Compares the target with candidates by their embeddings."""
 
     def __call__(
         self, members: Sequence[StoreView], candidates: int, pool: Sequence[int], sampled: bool = False, /
@@ -54,8 +54,8 @@ class SimilarityFunction(Protocol):
         """Compare ``members[0]``, the target, with the ``candidates`` members after it.
 
         Args:
-            pool: the members whose mean stands for the whole pool.
-            sampled: whether the pool is a sample of a much larger one.
+            pool: indices of the members whose mean is subtracted.
+            sampled: whether these are a sample of a much larger pool.
         """
 
 
@@ -66,7 +66,7 @@ def _no_similarity(
 
 
 def _no_scores(features: TargetFeatures, weights: Tensor) -> Tensor:
-    raise AssertionError("this measure does not look at examples")
+    raise AssertionError("this measure does not score examples")
 
 
 def _no_prediction(
@@ -80,23 +80,22 @@ class Measure(Strategy):
     """A measure.
 
     Attributes:
-        needs: what it is computed from, and so which of the three functions it has.
-        similarity: of a measure of the store.
-        threshold: a candidate is expected to help if its similarity is above this.
-        same_basis: whether it compares factor by factor, which is defined only for experts of one rank and one set of
-            modules that were trained from one init.
+        needs: the input, which decides which of the functions ``similarity``, ``scores`` and ``predict`` it has.
+        similarity: compares embeddings, for a measure of the store.
+        threshold: a candidate is expected to help if its similarity exceeds this.
+        same_basis: whether it compares factors, which is defined only for experts with the same rank, modules and init.
         needs_update: whether the target must have updates ΔW.
-        remark: what a reader should know of a comparison of some experts; empty if nothing.
-        of_files: the similarity of plain files of tensors over some keys, after subtracting what all were trained from;
+        remark: returns a remark on a comparison of the given experts, for readers of the ranking; empty without one.
+        of_files: compares plain files of tensors by some keys, after subtracting the file from which all were trained;
             None if the measure needs more than the files.
-        scores: of a measure of examples: one score for each row of the weights (draws × n), which say how often each
-            example counts in a draw of the bootstrap.
-        reads_answers: whether it looks at what a head answers, which the bare base has none for.
-        held_out: whether it tests on held-out examples, so that a repeated example is not the same as a weight of two.
-        least_per_class: how many examples some class must have.
-        is_gain: whether the score above the base's is the expected gain in accuracy itself.
-        predict: of a measure of the history: (target → source → strength → gain, target → similarity, source) → the
-            source's best strength, its expected gain there and the standard error of that; None for an unknown source.
+        scores: for a measure of examples: returns a score for each row of the weights (draws × n), the number of times
+            that each example counts in a bootstrap sample.
+        reads_answers: whether it reads the output of a head, which the bare base may not have.
+        held_out: whether it tests on held-out examples; repeating an example is then not the same as a weight of 2.
+        least_per_class: how many examples at least one class must have.
+        is_gain: whether the difference of the score to the base's is the expected gain in accuracy.
+        predict: for a measure of the history: (target → source → strength → gain, target → similarity, source) → the
+            source's best strength, its expected gain and the standard error of the gain; None for an unknown source.
     """
 
     needs: Needs
@@ -117,17 +116,17 @@ class Measure(Strategy):
 
     @property
     def compares_embeddings(self) -> bool:
-        """Whether the store decides, by similarity."""
+        """Whether it compares embeddings of the store."""
         return self.needs in (Needs.FISHER, Needs.SECOND_MOMENTS, Needs.EXPERTS)
 
     @property
     def any_kind(self) -> bool:
-        """Whether it compares experts of different kinds: by their layers' second moments or by ΔW alone."""
+        """Whether it compares experts of different kinds, by second moments or by ΔW."""
         return not self.same_basis and (self.needs is Needs.SECOND_MOMENTS or self.needs_update)
 
     @property
     def requirements(self) -> str:
-        """The inputs that the user must have, for listings."""
+        """The requirements in words, for listings."""
         return "; ".join(
             [
                 self.needs.text + (f", at least {self.least_per_class} of a class" if self.least_per_class > 1 else ""),
@@ -139,4 +138,4 @@ class Measure(Strategy):
 
 MEASURES = Family("pimerge.ranking.measures", "measure", "MEASURE", Measure)
 BY_EXAMPLES, BY_STORE, BY_FILES = "combined", "fisher", "parameters"
-"""The measures where none is asked for: if the target's examples can be read, if not, and of plain files of tensors."""
+"""Default measures: if the target's examples can be read, if not, and for plain files of tensors."""

@@ -1,7 +1,7 @@
-"""A target of the store against the store's other experts: which of them compare, and how close they are.
+"""Compare an expert of a store with the store's other experts.
 
-Up to :data:`SHORTLIST` experts are compared one by one. Of a larger store the random projections choose the nearest
-100, which are then compared exactly; the pool's mean is that of a systematic sample, from the nearest to the farthest.
+Up to :data:`SHORTLIST` experts are compared exactly. In a larger store, random projections choose that many nearest
+experts, and the pool's mean is taken over a systematic sample from the nearest to the farthest.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ MEAN_OF = 16
 
 @dataclass(frozen=True)
 class StoreComparison:
-    """The target against the experts that compare with it.
+    """Comparison of a target with the experts of its store.
 
     Attributes:
-        experts: name → expert, those that were compared.
-        similarity: of the target with each of them, in their order; None if there is none.
-        excluded: name → why it cannot be compared.
-        shortlisted_from: how many experts the random projections chose from; None if all were compared.
+        experts: name → expert, for the experts that were compared.
+        similarity: similarity of the target to these experts, in their order; None if there are none.
+        excluded: name → why the expert cannot be compared.
+        shortlisted_from: number of experts from which random projections chose; None if all were compared.
     """
 
     experts: dict[str, Expert]
@@ -49,8 +49,8 @@ def compare(store: Store, target: str, measure: Measure) -> StoreComparison:
     """Compare a target with the other experts of its store.
 
     Args:
-        target: a name in the store.
-        measure: one of ``measures/`` that needs the store alone.
+        target: the name of an expert in the store.
+        measure: a measure of the store.
     """
     opened = store.open(target)
     if measure.needs_update and not opened.modules:
@@ -84,7 +84,7 @@ def compare(store: Store, target: str, measure: Measure) -> StoreComparison:
 def _comparable(
     store: Store, target: str, own: StoreView, names: Sequence[str], measure: Measure
 ) -> tuple[dict[str, StoreView], dict[str, str]]:
-    """The experts of some names that compare with the target, and why the others do not."""
+    """Open the experts that can be compared with the target, and say why the others cannot."""
 
     def opened(name: str) -> StoreView | str:
         try:
@@ -94,7 +94,7 @@ def _comparable(
         except PimergeError as error:
             return error.problems[0].message
 
-    # on every core: what takes long is to hash the files, which releases the interpreter's lock
+    # on every core: hashing the files takes most of the time and releases the GIL
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         found = dict(zip(names, threads.map(opened, names), strict=True))
     members = {name: each for name, each in found.items() if isinstance(each, StoreView)}
@@ -102,16 +102,16 @@ def _comparable(
 
 
 def _view(store: Store, name: str, expert: Expert, measure: Measure) -> StoreView:
-    """An expert of the store with what a measure reads."""
+    """Return the store view of an expert with the tensors that a measure reads."""
     needs = measure.needs
     return store.view(name, expert, diagonal=needs is Needs.FISHER, moments=needs is Needs.SECOND_MOMENTS)
 
 
 def by_projection(store: Store, target: str, others: Sequence[str]) -> list[str]:
-    """Names of the store in descending order of the similarity of their random projections to the target's, centred.
+    """Sort names of the store by the similarity of their random projections to the target's, around the mean.
 
-    :mod:`pimerge.embedding.random_projection` states the error of an inner product of projections: one of the truly
-    nearest experts that stands out by more than that is among the first.
+    An expert that is truly among the nearest comes first if it stands out by more than the error of the projections,
+    which :mod:`pimerge.embedding.random_projection` states.
     """
     entries = [store.document.experts[name] for name in (target, *others)]
     scores = np.zeros(len(others), np.float32)
@@ -125,9 +125,9 @@ def by_projection(store: Store, target: str, others: Sequence[str]) -> list[str]
 
 
 def _alike(store: Store, target: str, measure: Measure) -> tuple[list[str], dict[str, str]]:
-    """The experts that the measure can compare with the target, and the reason for each of the others.
+    """Return the names that can be compared with the target according to the document, and why the others cannot.
 
-    They have the target's base and its kind, unless the measure looks at the layers' second moments or at ΔW alone.
+    They have the target's base, and its kind unless the measure compares experts of any kind.
     """
     entries = store.document.experts
     own, alike, others = entries[target], [], {}
@@ -150,17 +150,17 @@ def _compare_across_kinds(measure: Measure, entry: Embedding, own: Embedding) ->
 
 
 def _has_update(entry: Embedding) -> bool:
-    """Whether an expert is of a kind that is known and has a ΔW."""
+    """Whether an expert is of a known kind with ΔW."""
     return entry.kind in KINDS.names() and KINDS.load(entry.kind).has_update
 
 
 def _spread(ordered: Sequence[str]) -> list[str]:
-    """A systematic sample of the experts from the nearest to the farthest, for the mean."""
+    """Return experts at equal distances from the nearest to the farthest, whose mean is like the pool's."""
     return [ordered[round(len(ordered) * (place + 0.5) / MEAN_OF - 0.5)] for place in range(MEAN_OF)]
 
 
 def _difference(store: Store, target: str, own: Expert, name: str, expert: Expert, measure: Measure) -> str:
-    """Why an expert cannot be compared with the target; empty if it can be."""
+    """Say why an expert cannot be compared with the target; empty if it can."""
     shapes = {n: (m.d_out, m.d_in) for n, m in own.modules.items()}
     if any(shapes.get(n, (m.d_out, m.d_in)) != (m.d_out, m.d_in) for n, m in expert.modules.items()):
         return "its modules have other shapes than the target's"

@@ -1,4 +1,4 @@
-"""A target that the store does not hold yet: its expert is embedded; one that has none gets an expert to embed."""
+"""Add a target to a store: embed its expert, or an expert that is trained or initialised for it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 @contextmanager
 def store_with_target(target: RankTarget, store: Store, request: RankRequest) -> Iterator[Store]:
-    """A store that has the target: this one with its expert, or a temporary one on top with the pool's init."""
+    """Yield a store that holds the target: this store with the target's expert, or a temporary overlay with the
+    pool's init in its place."""
     if target.stored:
         yield store
         return
@@ -37,8 +38,8 @@ def store_with_target(target: RankTarget, store: Store, request: RankRequest) ->
     start_from = _start(target, store, request)
     with tempfile.TemporaryDirectory() as folder, initial_expert(start_from, request.track) as start:
         request.note(
-            f"{target.name} has no expert: its Fisher is taken at {_init_of(start_from.pool, store)} "
-            "(--train-target trains one)"
+            f"{target.name} has no expert: its Fisher information is computed at "
+            f"{_init_of(start_from.pool, store)} (--train-target trains an expert)"
         )
         overlay = store.overlay(Path(folder))
         _embed(replace(target, expert=start, folder=start.path), overlay, request)
@@ -46,11 +47,11 @@ def store_with_target(target: RankTarget, store: Store, request: RankRequest) ->
 
 
 def trained(target: RankTarget, store: Store, request: RankRequest) -> RankTarget:
-    """The target with an expert of its own in the store, trained on its examples from the pool's init."""
+    """Train an expert on the target's examples from the pool's init, embed it, and return the target with it."""
     output = folder_for(store, target.name)
     _refuse_namesake(replace(target, folder=output), store)
     if output.is_dir() and open_task(output).sha256() == target.task().sha256():
-        request.note(f"{target.name}: the expert that was trained before, '{output}'")
+        request.note(f"{target.name}: using the expert that was trained before, '{output}'")
     else:
         from pimerge.tuning.target_expert import train_expert
 
@@ -65,21 +66,23 @@ def trained(target: RankTarget, store: Store, request: RankRequest) -> RankTarge
 
 
 def _start(target: RankTarget, store: Store, request: RankRequest) -> NewTarget:
-    """What an expert for the target starts from, of the kind that most experts have, and how it is trained."""
+    """Return the start of an expert for the target, of the most frequent kind, and its training options."""
     from pimerge.tuning.options import TrainingOptions
     from pimerge.tuning.target_expert import NewTarget
 
     base = pool_base(store, target, request.base)
     names, excluded = names_on(store, target, base)
     kinds = Counter(store.experts[name].kind for name in names)
-    if kinds:  # of several kinds the one with the most experts
+    if kinds:  # the most frequent kind
         names = [name for name in names if store.experts[name].kind == kinds.most_common(1)[0][0]]
-    pool, broken = open_all(store, names[:SHORTLIST])  # the mean init of these is that of all
+    pool, broken = open_all(store, names[:SHORTLIST])  # their mean init is close to that of all experts
     if not pool:
         problems = Problems()
         for name, reason in (excluded | broken).items():
             problems.add(f"'{name}': {reason}", "rank by the store that holds experts of the target's base")
-        problems.raise_any(f"'{target.name}' has no expert, and the store none for it to start from")
+        problems.raise_any(
+            f"'{target.name}' has no expert, and the store has no expert that its training could start from"
+        )
     return NewTarget(
         pool=list(pool.values()),
         task=target.task(),
@@ -91,13 +94,13 @@ def _start(target: RankTarget, store: Store, request: RankRequest) -> NewTarget:
 
 
 def _init_of(pool: Sequence[Expert], store: Store) -> str:
-    """A description of the init that a target starts from; names the kind if the pool has several."""
+    """Name the init, with its kind if the pool has several kinds of expert."""
     several = len({entry.kind for entry in store.experts.values()}) > 1
     return f"the init of the pool's most frequent kind, {pool[0].kind}" if several else "the pool's init"
 
 
 def _embed(target: RankTarget, store: Store, request: RankRequest) -> None:
-    """Embed the target's expert as the others were, but with no more examples than are to be looked at."""
+    """Embed the target's expert with the settings of the others, but with the number of shots asked for."""
     from pimerge.adapters.compatibility import check_expert
     from pimerge.embedding.embed_expert import embed_expert
     from pimerge.models.loading import Bases, resolve_device, resolve_dtype
@@ -122,6 +125,6 @@ def _embed(target: RankTarget, store: Store, request: RankRequest) -> None:
 def _refuse_namesake(target: RankTarget, store: Store) -> None:
     if target.name in store.experts and store.folder_of(target.name).resolve() != target.folder.resolve():
         raise PimergeError(
-            f"'{store.path}' has another expert of the name '{target.name}': {store.folder_of(target.name)}",
+            f"'{store.path}' has another expert named '{target.name}': {store.folder_of(target.name)}",
             "rename one of the folders",
         )

@@ -1,4 +1,4 @@
-"""``pimerge.rank``: find the target, choose the measure, rank the experts of the store; and explain a place."""
+"""``pimerge.rank``: rank the experts of a store for a target, and explain the rank of a candidate."""
 
 from __future__ import annotations
 
@@ -44,34 +44,35 @@ def rank(
 ) -> Ranking:
     """Rank the experts of a store by how much they are expected to help a target, and select the first k.
 
-    Where the target's examples can be read, every expert is tried on them at four strengths; otherwise the store alone
-    decides. Without a measure given, a target with an expert of its own is ranked by the store where its examples
-    cannot be used, unless ``shots`` asks for them; and so is a target whose expert ``train_target`` has trained.
+    If the target's examples can be read, every expert is tried on them at four strengths. Otherwise the experts'
+    embeddings in the store are compared. The default measure also compares embeddings if the target has its own expert
+    and its examples cannot be used, unless ``shots`` is given, and if ``train_target`` trained the target's expert.
 
     Args:
         target: an expert's name in the store, its folder, or the folder of a task; an open expert or task; or rows in
-            memory (a ``datasets.Dataset`` or a list of dicts). A ``.safetensors`` file without a config is ranked among
-            the other files of its folder, without a store.
+            memory (a ``datasets.Dataset`` or a list of dicts). For a ``.safetensors`` file without a config, the other
+            files of its folder are ranked, without a store.
         store: the ``embeddings.json`` that ``embed`` wrote.
-        k: how many experts to select; None chooses the number, by the gain of their means or the gaps between scores.
-        measure: ``auto`` is ``combined`` if the target's examples can be read, else ``fisher``; ``pimerge rank
-            --measures`` lists the others.
-        shots: training examples per class of the target to look at; None for all.
-        examples: most examples of the target to look at.
-        seed: of the sampling.
+        k: number of experts to select; None chooses it by the gains of their means or the gaps between scores.
+        measure: ``auto`` is ``combined`` if the target's examples can be read, otherwise ``fisher``; ``pimerge rank
+            --measures`` lists all measures.
+        shots: training examples per class of the target; None uses all.
+        examples: maximum number of the target's examples.
+        seed: seed of the sampling.
         gate: select only experts that are expected to help.
-        train_target: train an expert for a target that has none, and rank by the store.
-        base: the base model, a folder or Hub id, in place of the target's own.
-        device: ``auto``, ``cpu``, ``cuda``, ``cuda:1`` …
-        dtype: ``float32``, ``bfloat16``, ``float64`` or ``auto`` (bfloat16 on a GPU, else float32).
+        train_target: train an expert for a target without one, and rank by the store.
+        base: the base model, a folder or Hub id, instead of the target's own.
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ….
+        dtype: ``float32``, ``bfloat16``, ``float64`` or ``auto`` (bfloat16 on a GPU, otherwise float32).
         force: replace an expert that ``train_target`` trained before.
         track: shows progress.
-        note: receives what is worth knowing, a sentence at a time.
-        warn: receives what has to be known, a sentence at a time.
+        note: receives remarks, one sentence at a time.
+        warn: receives warnings, one sentence at a time.
 
     Returns:
-        the candidates in descending order of their scores, with strengths, expected gains and intervals; ``selected``
-        names the chosen ones, and is empty if no expert is expected to help. ``save(path)`` writes ``ranking.json``.
+        the candidates in descending order of their scores, with strengths, expected gains and intervals. ``selected``
+        holds the names of the selected experts and is empty if no expert is expected to help. ``save(path)`` writes
+        ``ranking.json``.
 
     Example:
         In a folder with an ``embeddings.json``::
@@ -91,13 +92,13 @@ def rank(
 
 @dataclass(frozen=True)
 class Explanation:
-    """Why a candidate has its place.
+    """Explanation of a candidate's rank.
 
     Attributes:
-        candidate: as the ranking has it.
-        strengths: strength → measure of the examples → what it gives above the bare base; empty without examples.
-        measure: the measure of the store that the tensors' parts are of.
-        tensors: tensor → what it adds to the score by that measure; empty if that does not compare the two.
+        candidate: the candidate of the ranking.
+        strengths: strength → measure of examples → its value minus that of the bare base; empty without examples.
+        measure: the measure of the store for ``tensors``.
+        tensors: tensor → its contribution to the score by that measure; empty if the two cannot be compared.
     """
 
     candidate: Candidate
@@ -106,7 +107,7 @@ class Explanation:
     tensors: dict[str, float]
 
     def to_dict(self) -> dict[str, Any]:
-        """What ``pimerge rank --explain NAME --json`` prints."""
+        """Return the document that ``pimerge rank --explain NAME --json`` prints."""
         return {
             "candidate": self.candidate.model_dump(),
             "by_scale": self.strengths,
@@ -116,7 +117,7 @@ class Explanation:
 
 
 def explain(target: Expert | TaskSource, name: str, request: RankRequest) -> Explanation:
-    """Explain the place of a candidate: by strength on the examples, and by tensor in the store."""
+    """Explain the rank of a candidate, by strength on the examples and by tensor in the store."""
     with _ranked(target, request) as found:
         candidate = _candidate(found.ranking, name)
         own = found.ranking.measure
@@ -133,7 +134,7 @@ def explain(target: Expert | TaskSource, name: str, request: RankRequest) -> Exp
 
 
 def _candidate(ranking: Ranking, name: str) -> Candidate:
-    """A candidate of a ranking by its name."""
+    """Return a candidate of a ranking by its name."""
     for candidate in ranking.candidates:
         if candidate.name == name:
             return candidate
@@ -148,7 +149,7 @@ def _candidate(ranking: Ranking, name: str) -> Candidate:
 
 @dataclass(frozen=True)
 class _RankingContext:
-    """A ranking and what it came from; ``compared_in`` is a store that has the target, if there is one."""
+    """A ranking, its target and its store; ``compared_in`` is a store that holds the target, if there is one."""
 
     ranking: Ranking
     target: RankTarget
@@ -158,7 +159,7 @@ class _RankingContext:
 
 @contextmanager
 def _ranked(source: Expert | TaskSource, request: RankRequest) -> Iterator[_RankingContext]:
-    """Rank the experts of the store; a temporary store that holds the target exists during the block."""
+    """Rank the experts of the store; a temporary store with the target may exist during the block."""
     if request.measure != AUTO:
         MEASURES.load(request.measure)
     store = open_store(Path(request.store))
@@ -176,15 +177,15 @@ def _ranked(source: Expert | TaskSource, request: RankRequest) -> Iterator[_Rank
         ranking = rank_by_store(where, target.name, measure, request.rule)
         notes = [f"{found}: ranked by '{measure.name}' from the store"] if found else []
         if target.expert is None:
-            head = ", with a head of its examples" if target.task().type.trains_head else ""
+            head = ", with a head fitted to its examples" if target.task().type.trains_head else ""
             kind = where.experts[target.name].kind
-            notes.append(f"the target has no expert: its Fisher is that at the pool's init of the kind {kind}{head}")
+            notes.append(f"the target has no expert: its Fisher is taken at the pool's init of the kind {kind}{head}")
         ranking = ranking.model_copy(update={"target": target.reference()}).with_notes(*notes)
         yield _RankingContext(ranking, target, store, where)
 
 
 def _without_comparing(target: RankTarget, store: Store, request: RankRequest) -> Ranking | str:
-    """The ranking, unless the target's expert has to be compared with the others; then why, if it was not asked for."""
+    """Rank without comparing embeddings, or say why embeddings are compared (empty if the measure says so)."""
     if request.measure == AUTO:
         return by_default(target, store, request)
     measure = MEASURES.load(request.measure)

@@ -1,4 +1,4 @@
-"""Pools of plain state dicts: ``.safetensors`` files without a config, ranked by the cosine of their numbers."""
+"""Rank plain state dicts (``.safetensors`` files without a config) by the cosine of their numbers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pimerge.core.errors import PimergeError, Problems, nearest
 from pimerge.core.files import relative_to, sha256_file
 from pimerge.ranking.cosine import Similarity
 from pimerge.ranking.measure import BY_FILES, MEASURES, Measure
-from pimerge.ranking.selection import Z95, document, widest_gap
+from pimerge.ranking.selection import best_first, candidate_by_cosine, ranking_of, widest_gap
 from pimerge.ranking.target import AUTO, RankRequest
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 @dataclass(frozen=True)
 class StateDict:
-    """One file of tensors; see :func:`open_state_dict`."""
+    """A file of tensors; see :func:`open_state_dict`."""
 
     file: TensorFile
 
@@ -40,12 +40,12 @@ class StateDict:
 
     @cached_property
     def form(self) -> dict[str, tuple[int, ...]]:
-        """Key → shape of every tensor of floating numbers."""
+        """Key → shape of every floating-point tensor."""
         return {key: entry.shape for key, entry in sorted(self.file.entries.items()) if entry.dtype in FLOATS}
 
 
 def open_state_dict(path: Path) -> StateDict:
-    """Open a state dict; its header is read and checked."""
+    """Open a state dict, and read and check its header."""
     if path.suffix in PICKLES:
         raise PimergeError(
             f"'{path}' is a pickle, which can run code when it is read; only {SUFFIX} files are read",
@@ -53,22 +53,22 @@ def open_state_dict(path: Path) -> StateDict:
         )
     found = StateDict(open_tensors(path))
     if not found.form:
-        raise PimergeError(f"'{path}' holds no tensor of floating numbers", "save it again")
+        raise PimergeError(f"'{path}' holds no floating-point tensor", "save it again")
     return found
 
 
 def are_state_dicts(target: str, store: Path) -> bool:
-    """Whether a target is among plain state dicts: it is such a file, or the store is a folder of them."""
+    """Whether plain state dicts are to be ranked: the target is such a file, or the store is a folder."""
     return store.is_dir() or names_state_dict(target)
 
 
 def names_state_dict(path: str) -> bool:
-    """Whether a path is that of a plain state dict, or of a pickle that might hold one."""
+    """Whether a path is a plain state dict, or a pickle that might hold one."""
     return Path(path).suffix in (SUFFIX, *PICKLES) and Path(path).is_file()
 
 
 def find_state_dict(name: str, folder: Path) -> Path:
-    """The file of a pool by its name, with or without its suffix."""
+    """Find a file of a pool by its name, with or without its suffix."""
     for path in (folder / name, folder / f"{name}{SUFFIX}"):
         if path.is_file():
             return path
@@ -77,7 +77,7 @@ def find_state_dict(name: str, folder: Path) -> Path:
 
 
 def ranked_state_dicts(target: str, request: RankRequest) -> Ranking | None:
-    """The ranking of plain state dicts, if the target or the store names some; else None."""
+    """Rank plain state dicts if the target or the store names them; otherwise return None."""
     path, pool = Path(target), Path(request.store)
     if not are_state_dicts(target, pool):
         return None
@@ -104,17 +104,17 @@ def ranked_state_dicts(target: str, request: RankRequest) -> Ranking | None:
 def rank_state_dicts(
     path: Path, pool: Path, k: int | None, base: Path | None = None, *, measure: Measure | None = None
 ) -> Ranking:
-    """Rank the other state dicts of a folder by how close their numbers are to the target's.
+    """Rank the other state dicts of a folder by the similarity of their numbers to the target's.
 
-    Numbers that were trained from one start are close to each other whatever the task, so if the start is known, what
-    was added to it is compared.
+    Numbers trained from one start are similar whatever the task. If the start is known, the differences from it are
+    compared instead.
 
     Args:
         path: the target's file.
         pool: the folder.
-        k: how many to select; None for those before the widest gap.
-        base: the file that all were trained from, θ0; then θ − θ0 is compared.
-        measure: one that compares plain files; None for the default.
+        k: number of state dicts to select; None selects those before the widest gap in scores.
+        base: the file θ0 from which all were trained; then θ − θ0 is compared.
+        measure: a measure that compares plain files; None uses the default.
     """
     measure = measure or MEASURES.load(BY_FILES)
     target = open_state_dict(path)
@@ -147,18 +147,12 @@ def rank_state_dicts(
             candidates.append(_candidate(measure, target, open_state_dict(each), origin))
         except PimergeError as error:
             excluded[each.name.removesuffix(SUFFIX)] = error.problems[0].message
-    candidates.sort(key=lambda candidate: (-candidate.score, candidate.name))
+    candidates = best_first(candidates)
     count = k if k is not None else widest_gap([candidate.score for candidate in candidates])
-    return document(
-        Target(name=target.name, path=relative_to(path, Path()), sha256=sha256_file(path)),
-        measure.name,
-        count,
-        candidates,
-        excluded,
-        candidates[:count],
-        f"of {len(candidates)} comparable state dicts by '{measure.name}': {measure.summary}",
-        [f"compared by what was added to '{base}'"] if base else [],
-    )
+    reference = Target(name=target.name, path=relative_to(path, Path()), sha256=sha256_file(path))
+    what = f"comparable state dicts by '{measure.name}'"
+    notes = [f"compared by their difference from '{base}'"] if base else []
+    return ranking_of(reference, measure, candidates, excluded, candidates, count, what, notes)
 
 
 def _similarity(
@@ -169,7 +163,7 @@ def _similarity(
 
 
 def _candidate(measure: Measure, target: StateDict, other: StateDict, start: TensorFile | None) -> Candidate:
-    """A candidate; it must have the target's tensors, without NaN or Inf, and not be the start itself."""
+    """Return the candidate of a state dict, which must have the target's tensors and differ from the start."""
     if other.form != target.form:
         raise PimergeError(_difference(target, other))
     similarity = _similarity(measure, target, [other], start)
@@ -177,29 +171,23 @@ def _candidate(measure: Measure, target: StateDict, other: StateDict, start: Ten
         raise PimergeError(f"{_unusable(similarity.tensors, similarity.norms)} holds NaN or Inf")
     if start is not None and not similarity.norms.any():
         raise PimergeError("it holds the same numbers as the base")
-    path = other.file.path
     score, error = float(similarity.scores()[0]), float(similarity.errors()[0])
-    return Candidate(
-        name=other.name,
-        path=relative_to(path, Path()),
-        sha256=sha256_file(path),
-        score=score,
-        low=max(-1.0, score - Z95 * error),
-        high=min(1.0, score + Z95 * error),
-    )
+    return candidate_by_cosine(other.name, other.file.path, sha256_file(other.file.path), score, error)
 
 
 def _unusable(tensors: list[str], squares: NDArray[np.float64]) -> str:
-    """The first tensor whose norm is not finite, in quotes."""
+    """Return the first tensor whose norm is not finite, in quotes."""
     return f"'{tensors[int(np.flatnonzero(~np.isfinite(squares[0]))[0])]}'"
 
 
 def _difference(target: StateDict, other: StateDict) -> str:
-    """The differences between the tensors of two files."""
+    """Describe the difference between the tensors of two files."""
     lacking, extra = sorted(target.form.keys() - other.form.keys()), sorted(other.form.keys() - target.form.keys())
     if lacking:
         return f"it has no '{lacking[0]}'" + (f" and {len(lacking) - 1} more of the target's" if lacking[1:] else "")
     if extra:
-        return f"it has '{extra[0]}'" + (f" and {len(extra) - 1} more" if extra[1:] else "") + ", the target has not"
+        return (
+            f"it has '{extra[0]}'" + (f" and {len(extra) - 1} more" if extra[1:] else "") + ", which the target lacks"
+        )
     key = next(key for key, shape in target.form.items() if other.form[key] != shape)
     return f"'{key}' is {other.form[key]}, the target's {target.form[key]}"

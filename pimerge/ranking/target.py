@@ -1,4 +1,4 @@
-"""What ``pimerge rank`` is target: its options, the target that is meant, and the pool for it."""
+"""Input of ``pimerge rank``: its options, the target and the pool."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TARGETS = "targets"
 
 @dataclass(frozen=True)
 class RankRequest:
-    """The options of :func:`pimerge.ranking.rank.rank`, by their names there."""
+    """Options of :func:`pimerge.ranking.rank.rank`, under the same names."""
 
     store: str | Path = "embeddings.json"
     k: int | None = 2
@@ -49,14 +49,14 @@ class RankRequest:
 
 @dataclass(frozen=True)
 class RankTarget:
-    """The target as it was found.
+    """The target of a ranking.
 
     Attributes:
-        name: in the store, if it is there.
-        expert: its own, if it has one.
-        folder: of the expert or of the task; for rows in memory the task's name.
-        stored: whether the expert is in the store.
-        given: its task, if that was given as an object.
+        name: its name in the store if the store holds it, otherwise its own name.
+        expert: the target's own expert, if it has one.
+        folder: folder of the expert or of the task; for rows in memory the name of the task.
+        stored: whether the store holds the expert.
+        given: the target's task, if it was given as an object.
     """
 
     name: str
@@ -66,11 +66,11 @@ class RankTarget:
     given: Task | None = None
 
     def task(self) -> Task:
-        """Its task."""
+        """Open the target's task."""
         return self.given or open_task(self.folder)
 
     def reference(self) -> Target:
-        """As the ranking names it."""
+        """Return the reference by which the ranking names the target."""
         sha256 = self.expert.sha256 if self.expert else self.task().sha256()
         path = relative_to(self.folder, Path())
         return Target(name=self.name, path=path, sha256=sha256, expert=self.expert is not None)
@@ -79,10 +79,10 @@ class RankTarget:
 def find_target(target: Expert | TaskSource, store: Store, base: str | None) -> RankTarget:
     """Find a target: a name in the store, the folder of an expert or of a task, or an expert, a task or rows in memory.
 
-    A task for which ``--train-target`` has trained an expert has that one, as long as the task is the same.
+    A task uses the expert that ``--train-target`` trained for it, as long as the task has not changed.
 
     Args:
-        base: in place of the one that an expert outside the store names.
+        base: the base model, instead of the one that an expert outside the store names.
     """
     if isinstance(target, Expert):
         known = store.find(str(target.path))
@@ -105,7 +105,7 @@ def find_target(target: Expert | TaskSource, store: Store, base: str | None) -> 
 
 
 def _of_task(task: Task, store: Store) -> RankTarget | None:
-    """The expert that ``--train-target`` has trained for a task, if it is in the store."""
+    """Return the target with the expert that ``--train-target`` trained for a task, if the store holds it."""
     trained = folder_for(store, task.name)
     known = store.find(str(trained))
     if known is not None and trained.is_dir() and store.experts[known].task_sha256 == task.sha256():
@@ -114,12 +114,12 @@ def _of_task(task: Task, store: Store) -> RankTarget | None:
 
 
 def folder_for(store: Store, task: str) -> Path:
-    """Where the expert of a task lies that ``--train-target`` trains."""
+    """Return the folder of the expert that ``--train-target`` trains for a task."""
     return store.path.parent / TARGETS / task
 
 
 def pool_base(store: Store, target: RankTarget, reference: str | None) -> Base:
-    """The base given, else the target expert's, else that of all experts of the store."""
+    """Return the given base, otherwise the base of the target's expert, otherwise that of the store's experts."""
     if reference is not None:
         return given_base(reference)
     if target.expert is not None:
@@ -127,8 +127,8 @@ def pool_base(store: Store, target: RankTarget, reference: str | None) -> Base:
     count = len({entry.base for entry in store.experts.values()})
     if count > 1:
         raise PimergeError(
-            f"the experts of '{store.path}' have {count} bases, and a task alone does not say which is meant",
-            "pass --base with the target's",
+            f"the experts of '{store.path}' have {count} different bases, and the target is only a task",
+            "pass the target's base: --base FOLDER_OR_HUB_ID",
         )
     problems = Problems()
     for name in store.experts:
@@ -139,7 +139,7 @@ def pool_base(store: Store, target: RankTarget, reference: str | None) -> Base:
 
 
 def names_on(store: Store, target: RankTarget, base: Base) -> tuple[list[str], dict[str, str]]:
-    """The names in the store on a base, the target left out, and why the others are not among them."""
+    """Return the names of the store's experts on a base without the target, and why the others are left out."""
     names, excluded = [], {}
     for name, entry in store.experts.items():
         if target.stored and name == target.name:
@@ -152,7 +152,7 @@ def names_on(store: Store, target: RankTarget, base: Base) -> tuple[list[str], d
 
 
 def open_all(store: Store, names: Sequence[str]) -> tuple[dict[str, Expert], dict[str, str]]:
-    """Experts of the store by their names, and why some cannot be opened."""
+    """Open experts of the store: name → expert, and name → why it cannot be opened."""
     experts, excluded = {}, {}
     for name in names:
         try:
@@ -163,7 +163,7 @@ def open_all(store: Store, names: Sequence[str]) -> tuple[dict[str, Expert], dic
 
 
 def pool_of(store: Store, target: RankTarget, base: Base) -> tuple[dict[str, Expert], dict[str, str]]:
-    """The experts of the store on a base, the target left out, and why the others are not among them."""
+    """Open the store's experts on a base without the target: name → expert, and name → why it is left out."""
     names, others = names_on(store, target, base)
     experts, broken = open_all(store, names)
     return experts, others | broken

@@ -1,4 +1,4 @@
-"""Rank the experts of a store by a target's examples: each candidate is forwarded over them."""
+"""Rank the experts of a store by a target's examples."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from pimerge.ranking.own_expert import store_with_target
 from pimerge.ranking.target import RankRequest, RankTarget, names_on, open_all, pool_base
 
 LEAST_WEIGHT = 0.01
-"""Of the store's part in an expected gain: below that it is not worth the look."""
+"""Smallest weight of the store's prediction in an expected gain; below it the store is not read."""
 
 
 def by_default(target: RankTarget, store: Store, request: RankRequest) -> Ranking | str:
-    """Rank by the default measure of the examples; or why the store has to decide."""
+    """Rank by the default measure of examples, or say why the store has to be used."""
     try:
         if reason := why_not(target.task()):
             return reason
         reader = feature_reader(target, store, request)
         if target.expert is not None and not reader.holds_out:
-            return "one example of a class is too few to judge by"
+            return "one example per class is too few"
         return _ranked(reader, target, store, MEASURES.load(BY_EXAMPLES), request)
     except PimergeError as error:
         if target.expert is None or request.shots is not None:
@@ -41,25 +41,19 @@ def by_examples(target: RankTarget, store: Store, measure: Measure, request: Ran
     return _ranked(feature_reader(target, store, request), target, store, measure, request)
 
 
-def _ranked(
-    reader: FeatureReader,
-    target: RankTarget,
-    store: Store,
-    measure: Measure,
-    request: RankRequest,
-) -> Ranking:
-    """Try the experts on the examples; of a large store, those whose random projections are nearest."""
+def _ranked(reader: FeatureReader, target: RankTarget, store: Store, measure: Measure, request: RankRequest) -> Ranking:
+    """Try the experts on the examples; of a large store only those with the nearest random projections."""
     names, others = names_on(store, target, reader.base)
     notes = []
     if len(names) > SHORTLIST:
-        with suppress(PimergeError):  # there is nothing that they could be compared by: all of them are tried
+        with suppress(PimergeError):  # if projections cannot be compared, all experts are tried
             nearest = _nearest(target, store, names, request)
             notes.append(f"of {len(names)} experts, the {SHORTLIST} with the nearest random projections were tried")
             names = nearest
     experts, broken = open_all(store, names)
     prior = _predicted_by_store(target, store, reader)
     if prior:
-        notes.append("its expert in the store saw more examples: how close the others are to it there counts too")
+        notes.append("its expert in the store saw more examples, so similarity to that expert is taken into account")
     with request.track("candidates", (1 + len(experts) * len(STRENGTHS)) * len(reader.labels), "examples") as advance:
         reader.advance = advance
         excluded, own = others | broken, target.expert
@@ -68,7 +62,7 @@ def _ranked(
 
 
 def _predicted_by_store(target: RankTarget, store: Store, reader: FeatureReader) -> dict[str, float]:
-    """Name → gain at full strength that the store predicts; empty where it has nothing to add to the examples."""
+    """Return name → gain at full strength that the store predicts; empty if it adds nothing to the examples."""
     if not target.stored:
         return {}
     classes = len(set(reader.labels.tolist()))
@@ -81,21 +75,21 @@ def _predicted_by_store(target: RankTarget, store: Store, reader: FeatureReader)
 
 
 def gains_of(target: RankTarget, store: Store, name: str, request: RankRequest) -> dict[float, dict[str, float]]:
-    """Strength of a candidate → measure of the examples → what it gives above the bare base."""
+    """Return strength of a candidate → measure of examples → its value minus that of the bare base."""
     reader = feature_reader(target, store, request)
     return gains_by_strength(reader, store.open(name), _predicted_by_store(target, store, reader).get(name, 0.0))
 
 
 def feature_reader(target: RankTarget, store: Store, request: RankRequest) -> FeatureReader:
-    """The target's training examples under its base; what is computed of them is kept beside the store."""
+    """Return the reader of the target's training examples under its base, with a cache beside the store."""
     task, base = target.task(), pool_base(store, target, request.base)
     device = resolve_device(request.device)
     loaded = load_base(base, task, device, resolve_dtype(request.dtype, device))
-    draw = Sampling("train", request.shots, request.examples, request.seed)
-    return FeatureReader(loaded, base, task, draw, store.sidecars / "features")
+    sampling = Sampling("train", request.shots, request.examples, request.seed)
+    return FeatureReader(loaded, base, task, sampling, store.sidecars / "features")
 
 
 def _nearest(target: RankTarget, store: Store, names: list[str], request: RankRequest) -> list[str]:
-    """The experts whose random projections are nearest to the target's."""
+    """Return the experts whose random projections are nearest to the target's."""
     with store_with_target(target, store, request) as where:
         return by_projection(where, target.name, names)[:SHORTLIST]

@@ -1,4 +1,4 @@
-"""A figure: where its data comes from, what the data is, and how it is drawn; and the family of all figures.
+"""The family of figures: each has the source of its data, the type of the data and a function that draws it.
 
 A file of ``figures/`` imports matplotlib, numpy and torch only inside functions, so that listings and ``--help`` stay
 fast.
@@ -25,10 +25,10 @@ class FigureInputs:
     """The inputs of a figure: documents of other commands, experts, and the device of a model.
 
     Attributes:
-        experts: names in the store or the ranking, or folders; empty for all.
-        target: an expert's or a task's folder; None for the ranking's target.
-        path: the data of the figure that shows paths between experts.
-        comparison: what ``pimerge compare`` wrote.
+        experts: names in the store or the ranking, or folders; empty selects all.
+        target: an expert's or a task's folder; None uses the ranking's target.
+        path: the data of the figure ``path``.
+        comparison: the file that ``pimerge compare`` wrote.
         tuned: the folder that ``pimerge tune`` wrote.
     """
 
@@ -48,9 +48,9 @@ class FigureInputs:
 
 @dataclass(frozen=True, kw_only=True)
 class FigureData:
-    """Base of what figures show, and of its parts: plain data that is written as JSON and read again.
+    """Base class of the data of figures and its parts, which is written to and read from JSON.
 
-    Fields that do not belong to it and numbers that are not finite are refused when it is read.
+    Unknown fields and numbers that are not finite are rejected on reading.
     """
 
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid", "allow_inf_nan": False}
@@ -66,9 +66,9 @@ class Figure(Strategy, Generic[Source, Data]):
 
     Attributes:
         data: the type of the figure's data.
-        inputs: the fields of :class:`FigureInputs` that it reads, besides ``track`` and ``note``.
-        open: opens what the figure is made from.
-        collect: ``collect(source, inputs, **options)`` computes the data; the options are those of the figure.
+        inputs: fields of :class:`FigureInputs` that it reads, besides ``track`` and ``note``.
+        open: opens the source of the data.
+        collect: ``collect(source, inputs, **options)`` computes the data with the figure's own options.
         draw: draws the data.
     """
 
@@ -79,16 +79,16 @@ class Figure(Strategy, Generic[Source, Data]):
     draw: Callable[[Data], Drawing]
 
     def compute(self, source: Source, inputs: FigureInputs | None = None, **given: Any) -> Data:
-        """Compute the data from opened inputs; options that are not given, or None, have the figure's defaults."""
+        """Compute the data from its open source; options that are missing or None have the figure's defaults."""
         options = {**self.defaults, **FIGURES.given_options(self, given)}
         return self.collect(source, inputs or FigureInputs(), **options)
 
     def document(self, data: Data) -> dict[str, Any]:
-        """The JSON document of the data; it names the figure."""
+        """Return the JSON document of the data with the name of the figure."""
         return {"figure": self.name, **asdict(data)}
 
     def read(self, path: Path) -> Data:
-        """Read data that the figure wrote before. The data of another figure is refused."""
+        """Read data of this figure from a file; data of another figure is rejected."""
         from pydantic import TypeAdapter, ValidationError
 
         content = read_json(path)
@@ -98,7 +98,7 @@ class Figure(Strategy, Generic[Source, Data]):
                 f"holds the data of the plot '{own}'" if isinstance(own, str) else "does not hold the data of a plot"
             )
             raise PimergeError(
-                f"'{path}' {found}; expected that of '{self.name}'", f"'pimerge plot {self.name}' writes such a file"
+                f"'{path}' {found}; expected data of '{self.name}'", f"'pimerge plot {self.name}' writes such a file"
             )
         problems = Problems()
         try:
@@ -107,7 +107,7 @@ class Figure(Strategy, Generic[Source, Data]):
             for fault in error.errors():
                 field = ".".join(map(str, fault["loc"])) or "the document"
                 problems.add(f"'{path}': {field}: {fault['msg']}", f"run 'pimerge plot {self.name}' again")
-        problems.raise_any(f"'{path}' does not fit")
+        problems.raise_any(f"'{path}' is not valid")
         raise AssertionError("unreachable: a problem was raised")
 
 

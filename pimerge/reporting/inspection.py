@@ -19,17 +19,17 @@ from pimerge.tasks.task import Task
 
 @dataclass(frozen=True)
 class FisherStatistics:
-    """An expert's diagonal Fisher information F in a few numbers; see :func:`fisher_statistics`.
+    """Statistics of an expert's diagonal Fisher information F; see :func:`fisher_statistics`.
 
     Attributes:
-        examples, tokens: what the estimate is made of.
+        examples, tokens: number of examples and tokens in the estimate.
         labels: ``true`` or ``sampled``.
         trace: ΣF.
         norm: ‖F‖₂.
-        largest_share: of the largest entry in the trace.
-        effective: effective number of parameters, (ΣF)² / ΣF²: n if n entries share all information evenly.
-        effective_share: of the effective number in all parameters.
-        modules: module → its part of the trace, descending.
+        largest_share: the largest entry divided by the trace.
+        effective: effective number of parameters, (ΣF)² / ΣF²: n if n entries are equal and all others zero.
+        effective_share: the effective number divided by the number of parameters.
+        modules: module → its part of the trace, in descending order.
     """
 
     examples: int
@@ -44,7 +44,7 @@ class FisherStatistics:
 
     @property
     def shares(self) -> dict[str, float]:
-        """Module → its share of the trace, descending; 0 of a trace of 0."""
+        """Module → its fraction of the trace, in descending order; 0 if the trace is 0."""
         whole = sum(self.modules.values()) or 1.0
         return {name: value / whole for name, value in self.modules.items()}
 
@@ -76,11 +76,11 @@ class Finding:
     """One line of ``pimerge inspect``.
 
     Attributes:
-        expert: None if the folder cannot be read as one.
-        problems: what keeps it from being embedded or merged.
-        ranks_with, merges_with: names of the others that it can be compared with by its Fisher, and merged with.
-        not_ranked, not_merged: name → reason, for the rest.
-        fisher: what the store knows of it; None, with the reason in ``no_fisher``, if that is nothing.
+        expert: the expert; None if the folder cannot be read.
+        problems: problems that prevent embedding or merging.
+        ranks_with, merges_with: names of the experts that it can be compared with by Fisher information, or merged.
+        not_ranked, not_merged: name → reason, for the other experts.
+        fisher: statistics from the store; None if there are none, with the reason in ``no_fisher``.
     """
 
     path: Path
@@ -96,11 +96,11 @@ class Finding:
 
 
 def inspect(references: Sequence[str | Path], base: str | None = None, store: Store | None = None) -> list[Finding]:
-    """Look at experts one by one and in pairs; problems are findings, not errors.
+    """Inspect experts one by one and in pairs; problems are part of the findings and raise no error.
 
     Args:
-        base: a base model's folder or Hub id, in place of the one that the experts name.
-        store: where to look for their Fisher information.
+        base: a base model's folder or Hub id, instead of the one that the experts name.
+        store: the store with their Fisher information.
     """
     opened = [_open(reference, base) for reference in references]
     names = Counter(one.expert.name for one in opened if one.expert is not None)
@@ -109,7 +109,7 @@ def inspect(references: Sequence[str | Path], base: str | None = None, store: St
 
 @dataclass(frozen=True)
 class _Opened:
-    """One expert and its own problems; ``unmergeable`` is the first that keeps it from being merged."""
+    """An expert and its problems; ``unmergeable`` is the first problem that prevents any merge."""
 
     path: Path
     expert: Expert | None
@@ -173,7 +173,7 @@ def _fisher(expert: Expert | None, store: Store | None) -> FisherStatistics | st
 
 
 def _why_unmergeable(expert: Expert) -> str:
-    """What keeps an expert from being merged with any other; a merge needs no task."""
+    """Say why an expert cannot be merged with any other; empty if it can. A merge needs no task."""
     try:
         require_alike([expert])
         require_finite([expert])

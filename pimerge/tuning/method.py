@@ -115,6 +115,7 @@ class TuneMethod(Strategy):
         without_experts: name of the method that replaces this one when the ranking selects no expert.
         without_names: name of the method that replaces this one if class names are not texts; empty if it works
             without names.
+        control: whether ``pimerge compare`` accepts it as a control, the baseline for the other methods.
     """
 
     formula: str
@@ -123,6 +124,7 @@ class TuneMethod(Strategy):
     fit: Callable[..., Any] | None = None  # a TuneResult, whose module imports this one
     without_experts: str = "scratch"
     without_names: str = ""
+    control: bool = False
 
     def with_options(self, values: Mapping[str, Any] | None = None) -> TuneMethod:
         """The method with other values of its options; all wrong values are refused at once.

@@ -228,7 +228,7 @@ def test_a_test_set_of_other_classes_is_refused(compare: Any, tmp_path: Path, pa
     write_json(other / "task.json", {**document, "labels": ["a", "b"]})
     found = compare(*QUICK, "--also-test", other)
     assert found.code == 3
-    assert "needs the type and the classes of the target" in found.err
+    assert "needs the target's task type and classes" in found.err
 
 
 def test_a_run_that_fails_is_named_and_those_before_it_are_kept(compare: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -248,6 +248,6 @@ def test_a_damaged_run_is_named(compare: Any) -> None:
         found = compare(*arguments)
         assert found.code == 3
         assert damaged.name in found.err
-        assert "delete it: it is made anew" in found.err
+        assert "delete the file; it is created again" in found.err
     damaged.unlink()
     assert compare(*arguments, "--force").code == 0

@@ -112,7 +112,7 @@ def test_an_expert_whose_folder_is_gone_is_dropped(pool: Path, embed: Shell, tmp
     embed()
     shutil.rmtree(pool / "b")
     result = embed()
-    assert "b: its folder is gone; dropped from the store" in result.err
+    assert "b: its folder is gone; removed from the store" in result.err
     assert list(json.loads((tmp_path / "embeddings.json").read_text())["experts"]) == ["a", "c"]
     assert not (tmp_path / "embeddings" / "b.safetensors").exists()
 
@@ -165,14 +165,14 @@ def test_two_experts_of_one_name_are_refused(pool: Path, embed: Shell, tmp_path:
     shutil.copytree(pool, tmp_path / "others")
     result = embed("experts/a", "others/a")
     assert result.code == 3
-    assert "its name 'a' is also that of" in result.err
+    assert "has the same name, 'a'" in result.err
 
 
 @pytest.mark.parametrize(
     ("arguments", "code", "expected"),
     [
         (["nowhere/./at all"], 3, "'nowhere/at all'"),
-        (["--labels", "flase"], 3, "--labels is 'flase'"),
+        (["--labels", "flase"], 3, "--labels must be true or sampled; got 'flase'"),
         (["--dtype", "half"], 3, "'half'"),
         (["--device", "gpu"], 3, "'gpu'"),
         (["--shots", "1000"], 3, "'even'"),
@@ -217,7 +217,7 @@ def test_texts_that_are_cut_are_counted(embed: Shell, make_expert: MakeExpert, b
         task / "task.json", {"type": "text-classification", "data": {"train": "train.jsonl"}, "labels": ["c", "d"]}
     )
     make_expert(tmp_path / "experts" / "w", bert_base, task)
-    assert "w: 1 examples are longer than the model takes and were cut" in embed().err
+    assert "w: 1 examples exceed the model's maximum length and were cut" in embed().err
 
 
 def test_grams_are_stored_beside_the_embeddings_and_go_with_them(pool: Path, embed: Shell, tmp_path: Path) -> None:

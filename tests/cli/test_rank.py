@@ -138,7 +138,7 @@ def test_a_folder_outside_with_a_name_of_the_store_is_another_expert(folder: Pat
     shutil.copytree(folder / "experts" / "a", folder / "outside" / "b")
     result = shell("rank", "--target", "outside/b", *STORED)
     assert result.code == 3
-    assert "has another expert of the name 'b'" in result.err
+    assert "has another expert named 'b'" in result.err
     by_examples = shell("rank", "--target", "outside/b", "--json").document
     assert by_examples["target"]["path"] == "outside/b"
     assert {candidate["name"] for candidate in by_examples["candidates"]} == set(NAMES)
@@ -185,7 +185,7 @@ def test_a_task_alone_is_ranked_by_its_examples(folder: Path, shell: Shell) -> N
     result = shell("rank", "--target", "tasks/new", "--json").document
     assert result["target"] == {**result["target"], "name": "new", "path": "tasks/new", "expert": False}
     assert {candidate["name"] for candidate in result["candidates"]} == set(NAMES)
-    assert result["notes"][0] == "the target has no expert: its examples alone decide"
+    assert result["notes"][0] == "the target has no expert, so its examples alone decide"
     assert shell("rank", "--target", "tasks/new/task.json", "--json").document == result
 
 
@@ -320,8 +320,8 @@ def test_several_bases_ask_for_one_and_the_others_experts_are_not_comparable(
     (folder / "embeddings.json").write_text(store.document.model_dump_json())
     refused = shell("rank", "--target", "tasks/new")
     assert refused.code == 3
-    assert "have 2 bases" in refused.err
-    assert "pass --base" in refused.err
+    assert "have 2 different bases" in refused.err
+    assert "pass the target's base: --base" in refused.err
     result = shell("rank", "--target", "tasks/new", "--base", vit_base, "--json").document
     assert {candidate["name"] for candidate in result["candidates"]} == set(NAMES)
     (reason,) = result["not_comparable"]

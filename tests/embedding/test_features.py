@@ -278,7 +278,7 @@ def test_a_folder_that_cannot_be_written_is_said_and_does_not_matter(
     reader.base_features()
     assert torch.equal(found, reader_of(bert_base, text_task).features(expert)[1.0].vectors)
     (sentence,) = reader.notes()
-    assert "ranking again computes everything again: cannot write" in sentence
+    assert "features are not cached for the next ranking: cannot write" in sentence
     assert str(tmp_path / "file") in sentence
 
 
@@ -333,7 +333,7 @@ def test_what_is_odd_about_the_examples_is_said(bert_base: Path, text_task: Path
     rows = [{"text": "cat " * 30, "label": 0}, {"text": "dog", "label": 2}]
     reader = reader_of(bert_base, few_rows(tmp_path / "few", text_task, rows, ["x", "y", "z"]), Sampling())
     cut, missing, single = reader.notes()
-    assert cut == "1 examples are longer than the model takes and were cut"
+    assert cut == "1 examples exceed the model's maximum length and were cut"
     assert "no example of y" in missing
     assert "nothing can be held out" in single
     seen = reader.seen()

@@ -337,7 +337,7 @@ def test_no_sidecar_stays_that_the_document_does_not_name(with_grams: Store) -> 
 
 
 def test_an_expert_whose_sidecar_would_be_anothers_grams_is_refused(with_grams: Store) -> None:
-    with pytest.raises(PimergeError, match=r"the sidecars of 'n0.grams' and 'n0' have one name"):
+    with pytest.raises(PimergeError, match=r"sidecars of 'n0.grams' and 'n0' have the same name"):
         with_grams.add("n0.grams", fields_of("n0.grams"), tensors_of(0))
     assert torch.equal(with_grams.grams("n0").read("q"), grams_of(0)["q"])
 

@@ -39,5 +39,5 @@ def test_rows_and_paths_give_the_same_runs(pool: list[Expert], tmp_path: Path) -
 
 
 def test_an_output_that_is_not_json_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(PimergeError, match=r"expected a name that ends in \.json"):
+    with pytest.raises(PimergeError, match=r"the output must end in \.json"):
         compare(output=tmp_path / "comparison.md")

@@ -85,7 +85,7 @@ def test_the_best_that_are_expected_to_help_are_selected_at_their_scale() -> Non
     ]
     assert {other.name: other.reason for other in ranking.not_comparable} == {"gone": "its folder is gone"}
     assert ranking.why.startswith("the 2 best of 4 experts by 'combined' on 30 examples")
-    assert ranking.notes == ["the target has no expert: its examples alone decide", "a note"]
+    assert ranking.notes == ["the target has no expert, so its examples alone decide", "a note"]
     assert ranking.target == TARGET
 
 

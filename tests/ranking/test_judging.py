@@ -142,7 +142,7 @@ def test_a_candidate_without_a_score_is_left_out_with_the_reason() -> None:
     broken = PimergeError("the features hold NaN or Inf")
     verdict = judged_by(leep, BASE, headless=GOOD, broken=broken, heads=heads)
     assert list(verdict.judged) == ["heads"]
-    assert "gives no probabilities of classes" in verdict.excluded["headless"]
+    assert "gives no class probabilities" in verdict.excluded["headless"]
     assert verdict.excluded["broken"] == "the features hold NaN or Inf"
     assert verdict.base_score is None
 

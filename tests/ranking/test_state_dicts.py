@@ -62,7 +62,7 @@ def test_with_a_base_the_score_is_the_cosine_of_what_was_added(states: States, s
     assert scores == {name: pytest.approx(cosine(added["x"], added[name])) for name in "yz"}
     reasons = {each["name"]: each["reason"] for each in result.document["not_comparable"]}
     assert reasons == {"same": "it holds the same numbers as the base"}
-    assert result.document["notes"] == ["compared by what was added to 'states/base.safetensors'"]
+    assert result.document["notes"] == ["compared by their difference from 'states/base.safetensors'"]
     save_file(base | {"b": torch.ones(8)}, "wide.safetensors")
     save_file(states["x"], "own.safetensors")
     for other, said in (
@@ -120,7 +120,7 @@ def test_files_that_do_not_compare_say_why(states: States, shell: Shell) -> None
     reasons = {each["name"]: each["reason"] for each in result.document["not_comparable"]}
     assert {name: reason for name, reason in reasons.items() if name in ("less", "more", "wide", "nan")} == {
         "less": "it has no 'b'",
-        "more": "it has 'c', the target has not",
+        "more": "it has 'c', which the target lacks",
         "wide": "'b' is (8,), the target's (7,)",
         "nan": "'b' holds NaN or Inf",
     }

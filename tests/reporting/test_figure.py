@@ -111,7 +111,7 @@ def test_a_figure_reads_inputs_that_exist_and_has_data_of_its_own(name: str) -> 
 @pytest.mark.parametrize(
     ("document", "expected"),
     [
-        ({"figure": "path", "length": 1}, "holds the data of the plot 'path'; expected that of 'text-length'"),
+        ({"figure": "path", "length": 1}, "holds the data of the plot 'path'; expected data of 'text-length'"),
         ({"length": 1}, "does not hold the data of a plot"),
         ([1], "does not hold the data of a plot"),
         ({"figure": "text-length"}, "length: Field required"),

@@ -2,14 +2,13 @@
 
     gain = w_l · (likelihood(candidate) − likelihood(base)) + w_s · (1/K − 1/K_e) · strength · fisher(target, candidate)
 
-The first part is that of the measure ``likelihood`` on the K examples a class that are looked at. The second counts
-where the target has an expert in the store that saw more, K_e a class: the measure ``fisher`` then knows what these few
-cannot tell.
+The first part is the measure ``likelihood`` on K examples per class. The second part is the measure ``fisher``, which
+adds information if the target's expert in the store was embedded with more examples, K_e per class.
 
-The weights, without an intercept, so that the base itself has the gain 0, are rounded from least-squares fits of the
-true gains of development pools; a fit on one pool predicts the others nearly as well as their own
-(``examples/benchmarks/ranking.py``). With one example a class nothing can be held out, and label-CKA, which stands in,
-says little: its weight is small.
+The weights are rounded from least-squares fits to the true gains in development pools, without an intercept, so that
+the base has the gain 0. A fit on one pool predicts the other pools nearly as well as their own fits
+(``examples/benchmarks/ranking.py``). With one example per class nothing can be held out, and the measure ``label-cka``
+takes the place of ``likelihood``; it is less reliable, so its weight is small.
 """
 
 from __future__ import annotations
@@ -30,10 +29,10 @@ STORE_WEIGHT = 1.3
 
 
 def scores(features: TargetFeatures, weights: Tensor) -> Tensor:
-    """The weighted part; its difference to the base's is the expected gain, 0.01 being a point of accuracy.
+    """Return the weighted first part; minus its value for the base it is the expected gain, with 0.01 for a point.
 
     Args:
-        features: needs vectors (n × d) and labels.
+        features: features with vectors (n × d) and labels.
         weights: (draws × n) float64, how often each example counts.
 
     Returns:
@@ -52,25 +51,25 @@ def scores(features: TargetFeatures, weights: Tensor) -> Tensor:
 
 
 class Part(NamedTuple):
-    """The measure that the expected gain is read from, and how much of a gain its unit is."""
+    """The measure of the first part, and its weight."""
 
     measure: Measure
     weight: float
 
 
 def part_of(features: TargetFeatures) -> Part:
-    """The part that these examples allow: to hold some out takes two of a class."""
+    """Return the first part for these examples; holding out examples takes two of a class."""
     if features.labels.bincount().max() < 2:
         return Part(label_cka.MEASURE, CKA_WEIGHT)
     return Part(likelihood.MEASURE, LIKELIHOOD_WEIGHT)
 
 
 def store_weight(seen: float, by_expert: float) -> float:
-    """Expected gain at full strength for a similarity of 1 in the store.
+    """Return the expected gain at full strength for a similarity of 1 in the store.
 
     Args:
-        seen: examples a class that are looked at; of less than two the weight is that of two.
-        by_expert: examples a class that the target's expert was embedded with.
+        seen: number of examples per class that the target gives, K; at least 2 is assumed.
+        by_expert: number of examples per class with which the target's expert was embedded, K_e.
 
     >>> round(store_weight(5, 50), 3), store_weight(16, 16)
     (0.234, 0.0)

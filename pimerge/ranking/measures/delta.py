@@ -1,8 +1,8 @@
 """Cosine of the updates ΔW around the pool's mean, by the factors; for any rank, init and basis.
 
-⟨ΔW_a, ΔW_b⟩ = s_a s_b Σ (B_aᵀB_b) ⊙ (A_aA_bᵀ), summed over modules, so no ΔW is formed. A module that only
-one of the two adapts contributes to its norm alone. What all experts share says nothing about which of them fit
-each other, so the pool's mean update is subtracted.
+⟨ΔW_a, ΔW_b⟩ = s_a s_b Σ (B_aᵀB_b) ⊙ (A_aA_bᵀ), summed over modules, is computed through the factors without forming any
+ΔW. A module that only one of two experts adapts contributes only to the norm. The pool's mean update is subtracted,
+since the part that all experts share does not tell which of them are similar.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def similarity(members: Sequence[StoreView], candidates: int, pool: Sequence[int], sampled: bool = False) -> Similarity:
-    """The cosines of ΔW_target − Δ̄ and ΔW_n − Δ̄ over all modules, with Δ̄ the mean of the ``pool``."""
+    """Compute the cosines of ΔW_target − Δ̄ and ΔW_n − Δ̄ over all modules, with Δ̄ the mean of the ``pool``."""
     modules = sorted({name for member in members for name in member.expert.modules})
 
     def by_module() -> Iterator[tuple[str, InnerProducts]]:
@@ -40,10 +40,11 @@ def _updates(member: StoreView, modules: Sequence[str]) -> dict[str, Update]:
 
 
 def _products(updates: Mapping[int, Update], count: int, pool: Sequence[int]) -> tuple[Array, Array, Array]:
-    """(count) inner products of the members' updates of one module with the target's, themselves, and the pool's sum.
+    """Return (count) inner products of the updates of a module with the target's, themselves and the pool's sum.
 
     Args:
-        updates: member → its update, of those of ``count`` members that adapt the module.
+        updates: member → its update, for the members that adapt the module.
+        count: number of members.
     """
     owners = list(updates)
     A, B = (_stacked([update[factor] for update in updates.values()]) for factor in (0, 1))
@@ -58,7 +59,7 @@ def _products(updates: Mapping[int, Update], count: int, pool: Sequence[int]) ->
         """(count) the inner products with the sum of some members' updates."""
         places = [owners.index(index) for index in members if index in updates]
         A_sum, B_sum = _rows(A[places]), _rows(B[places])
-        # in the cheaper order: through a dense ΔW only where the ranks add up to more than its width
+        # multi_dot chooses the cheaper order, which forms a dense ΔW only if the summed ranks exceed its width
         products = np.linalg.multi_dot([_rows(B), B_sum.T, A_sum])
         return by_member(np.einsum("ij,ij->i", products, _rows(A)).reshape(A.shape[:2]))
 
@@ -67,7 +68,7 @@ def _products(updates: Mapping[int, Update], count: int, pool: Sequence[int]) ->
 
 
 def _stacked(factors: Sequence[Array]) -> Array:
-    """(members × r × d) with r the highest rank; zeros fill up the others."""
+    """Stack factors as (members × r × d), with r the highest rank; smaller ones are padded with zeros."""
     stack = np.zeros((len(factors), max(map(len, factors)), factors[0].shape[1]))
     for place, factor in zip(stack, factors, strict=True):
         place[: len(factor)] = factor

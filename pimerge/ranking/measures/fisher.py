@@ -2,13 +2,12 @@
 
     score = ½ cos(G_target − Ḡ, G_n − Ḡ) + ½ cos(ΔW_target − Δ̄, ΔW_n − Δ̄)
 
-G is the Fisher information on the output side of the adapted layers, E[g gᵀ] with g = ∂ log p(y|x)/∂(output), at
-unit norm for each layer so that no layer decides alone (the factor of the outputs in K-FAC, arXiv 1503.05671). The
-first cosine tells whether two tasks ask the same of the layers, the second whether their experts answered alike.
-Neither depends on the basis, the rank or the init of the factors. Both are seen in up to 64 random directions of the
-outputs and inputs of each layer (:mod:`pimerge.embedding.random_projection`), so that all of it is in the store. Where
-the target or a
-candidate is of a kind without ΔW, the first cosine alone compares all of them, at the layers that they have in common.
+G is the Fisher information of the outputs of the adapted layers, E[g gᵀ] with g = ∂ log p(y|x)/∂(output), the output
+factor of K-FAC (arXiv 1503.05671). It has unit norm in each layer, so that no layer decides alone. The first cosine
+compares what two tasks require of the layers, the second how their experts changed them. Neither depends on the basis,
+rank or init of the factors. Both are computed in up to 64 random directions of the outputs and inputs of each layer
+(:mod:`pimerge.embedding.random_projection`), which the store holds. If the target or a candidate is of a kind without
+ΔW, all are compared by the first cosine alone, at the layers that they have in common.
 """
 
 from __future__ import annotations
@@ -30,17 +29,17 @@ def remark(experts: Sequence[Expert]) -> str:
 
 
 def similarity(members: Sequence[StoreView], candidates: int, pool: Sequence[int], sampled: bool = False) -> Similarity:
-    """The score of each candidate, in [−1, 1].
+    """Compute the score of each candidate, in [−1, 1].
 
-    A part that is zero counts as 0; a target without an update, at the pool's init, or experts of kinds that have
-    none, have the first cosine alone.
+    The cosine with a zero part is 0. The first cosine is used alone if the target's update is zero, as at the pool's
+    init, or if an expert is of a kind without ΔW.
     """
     parts = {"gradients": unit_parts(members, GRADIENT)}
     target = members[0].moments(f"{UPDATE}.{layer}" for layer in members[0].layers(UPDATE))
     compared = members[: candidates + 1]
     if all(member.expert.modules for member in compared) and any(update.any() for update in target.values()):
         parts["update"] = parts_of(members, UPDATE)
-    # to read and to multiply, which takes long in large pools, releases the interpreter's lock
+    # reading and multiplying, which are slow for large pools, release the GIL
     with ThreadPoolExecutor(len(parts)) as threads:
         each = threads.map(lambda rows: from_vectors(rows, candidates, pool, sampled), parts.values())
         found = dict(zip(parts, each, strict=True))

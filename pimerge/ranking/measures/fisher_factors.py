@@ -1,8 +1,8 @@
 """Cosine of the diagonal Fisher of the factors B, unit norm per tensor, around the pool's mean.
 
-With F_t the diagonal of tensor t, e_n = concat_t F_t/‖F_t‖ over the factors B, and the score is
-cos(e_target − ē, e_n − ē) with ē the pool's mean. The norm per tensor keeps a few huge entries from deciding; the
-mean holds what all tasks share. Compare arXiv 2304.14381, section 3.2.
+The score is cos(e_target − ē, e_n − ē) with e_n = concat_t F_t/‖F_t‖ over the factors B, F_t the diagonal of tensor t,
+and ē the pool's mean. Unit norm per tensor keeps a few large entries from deciding the score; subtracting the mean
+removes the part that all tasks share. Compare arXiv 2304.14381, section 3.2.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pimerge.ranking.measure import Measure, Needs
 
 
 def similarity(members: Sequence[StoreView], candidates: int, pool: Sequence[int], sampled: bool = False) -> Similarity:
-    """The cosines, in [−1, 1]; 0 for an embedding that is the mean itself."""
+    """Compute the cosines, in [−1, 1]; 0 for an embedding that equals the mean."""
     keys = [key for key in members[0].parameters if is_B_factor(key)]
     parts = ((key, unit(rows)) for key, rows in rows_by_name(members, keys, StoreView.fisher))
     return from_vectors(parts, candidates, pool, sampled)

@@ -4,8 +4,8 @@ With Σ the covariance of the features, Σ_y that of their class means and d the
 
     H = (1 − a) tr(Σ_a⁻¹ Σ_y),   Σ_a = (1 − a) Σ + a · tr(Σ)/d · I.
 
-It is the H-score of Bao et al. (2019), tr(Σ⁻¹ Σ_y), as Ibrahim et al. (arXiv 2110.06893) mend it for few examples:
-a is the shrinkage of Ledoit and Wolf (2004), here at least 1e-9, so that Σ_a is never singular.
+This is the H-score of Bao et al. (2019), tr(Σ⁻¹ Σ_y), with the correction of Ibrahim et al. (arXiv 2110.06893) for few
+examples: a is the shrinkage of Ledoit and Wolf (2004), here at least 1e-9, so that Σ_a is never singular.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ _ROUNDING = 1e-12
 
 
 def scores(features: TargetFeatures, weights: Tensor) -> Tensor:
-    """H, in [0, classes − 1], one for each row of weights; 0 if the features do not differ.
+    """Compute H, in [0, classes − 1], for each row of weights; 0 if all features are equal.
 
     Args:
-        features: needs vectors (n × d) and labels.
+        features: features with vectors (n × d) and labels.
         weights: (draws × n) float64, how often each example counts.
 
     Returns:
@@ -72,13 +72,13 @@ def _score(vectors: Tensor, targets: Tensor, weights: Tensor, d: int) -> Tensor:
 
 
 def _ledoit_wolf(X: Tensor, covariance: Tensor, weights: Tensor, d: int) -> Tensor:
-    """The shrinkage a: the variance of Σ's estimate as a share of its distance from tr(Σ)/d · I, at most 1."""
+    """Compute the shrinkage a: the variance of Σ's estimate over its squared distance to tr(Σ)/d · I, at most 1."""
     import torch
 
     n, square = weights.sum(), covariance.square().sum()
     distance = square - 1 / d
     variance = (weights @ X.square().sum(1).square() / n - square) / n
-    if distance <= _ROUNDING * square:  # Σ is that already, as in one dimension
+    if distance <= _ROUNDING * square:  # Σ equals that matrix, as in one dimension
         return torch.full_like(square, _LEAST_SHRINKAGE)
     return (variance / distance).clamp(_LEAST_SHRINKAGE, 1.0)
 

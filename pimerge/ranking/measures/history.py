@@ -1,9 +1,9 @@
-"""Gains that the pool's experts had for other targets of the pool, weighted by how close those are to this one.
+"""Gains of the pool's experts for the pool's other targets, weighted by the similarity of those targets to this one.
 
     gain(target, s) = Σ_t w_t gain(t, s) / Σ_t w_t,   w_t = exp(similarity(target, t) / 0.1)
 
-over the targets t that ``rank --calibrate`` measured, s itself and the target left out; the similarity is that of the
-measure ``fisher``. Without an expert of the target all are weighted alike: a source's general usefulness.
+over the targets t that ``rank --calibrate`` measured, except s itself and the target. The similarity is the score of
+the measure ``fisher``. If the target has no expert, all weights are equal, and the score is a source's mean gain.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def predicted(
 
 
 def _standard_error(weighted: list[tuple[float, float]], mean: float) -> float:
-    """Of a weighted mean, by its effective number of values."""
+    """Return the standard error of a weighted mean, from its effective number of values."""
     effective = 1 / sum(share**2 for share, _ in weighted)
     if effective <= 1 + 1e-9:
         return math.inf
@@ -58,9 +58,7 @@ def _standard_error(weighted: list[tuple[float, float]], mean: float) -> float:
 
 MEASURE = Measure(
     name="history",
-    summary=(
-        "Gains that the pool's experts had for other targets of the pool, weighted by how close those are to this one."
-    ),
+    summary="Gains of the pool's experts for its other targets, weighted by their similarity to this target.",
     needs=Needs.HISTORY,
     predict=predicted,
 )

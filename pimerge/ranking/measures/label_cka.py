@@ -1,7 +1,7 @@
 """Linear CKA of the features and the labels: whether examples with the same label have similar features.
 
 With X the features and Y the one-hot labels, both centred: ‖YᵀX‖²_F / (‖XᵀX‖_F ‖YᵀY‖_F) (arXiv 1905.00414,
-section 3). It depends on neither rotation nor scale of the features.
+section 3). It does not depend on rotation or scale of the features.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 
 def scores(features: TargetFeatures, weights: Tensor) -> Tensor:
-    """The CKA, in [0, 1], one for each row of weights; 0 if features or labels do not differ.
+    """Compute the CKA, in [0, 1], for each row of weights; 0 if all features or all labels are equal.
 
     Args:
-        features: needs vectors (n × d) and labels.
+        features: features with vectors (n × d) and labels.
         weights: (draws × n) float64, how often each example counts.
 
     Returns:

@@ -1,4 +1,4 @@
-"""LEEP: how well the labels follow from the answers of the expert's own head, over its own classes.
+"""LEEP: how well the output of the expert's own head, over its own classes, predicts the labels.
 
 With θ(x)_z the head's probabilities, P(y, z) = 1/n Σ_{i: y_i = y} θ(x_i)_z and P(y|z) = P(y, z) / P(z), the score
 is 1/n Σ_i log Σ_z P(y_i|z) θ(x_i)_z (LEEP, arXiv 2002.12462, section 3).
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 
 def scores(features: TargetFeatures, weights: Tensor) -> Tensor:
-    """The mean log-likelihood of the labels, in nats, one for each row of weights.
+    """Compute the mean log-likelihood of the labels, in nats, for each row of weights.
 
     Args:
-        features: needs labels, and logits (n × the head's classes).
+        features: features with labels and logits (n × the head's classes).
         weights: (draws × n) float64, how often each example counts.
 
     Returns:
@@ -55,12 +55,12 @@ def _score(answers: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
     mass = joint.sum(0)
     conditional = joint / torch.where(mass > 0, mass, torch.inf)
     likelihood = ((answers @ conditional.T) * targets).sum(1)
-    return torch.xlogy(weights, likelihood).sum() / weights.sum()  # xlogy: an example not drawn may have 0
+    return torch.xlogy(weights, likelihood).sum() / weights.sum()  # xlogy: weight and likelihood may be 0
 
 
 MEASURE = Measure(
     name="leep",
-    summary="LEEP: how well the labels follow from the answers of the expert's own head, over its own classes.",
+    summary="LEEP: how well the output of the expert's own head, over its own classes, predicts the labels.",
     needs=Needs.EXAMPLES,
     scores=scores,
     reads_answers=True,

@@ -1,7 +1,7 @@
-"""Mean probability of the right label, held out, by linear probes on the expert's features.
+"""Mean probability of the right label for held-out examples, by linear probes on the expert's features.
 
-See :func:`pimerge.models.linear_probe.held_out_probability`. Unlike the log-likelihood of ``probe``, no single example
-that is answered wrongly with confidence weighs more than any other, so it is steadier, and nearer to an accuracy.
+See :func:`pimerge.models.linear_probe.held_out_probability`. Unlike the log-likelihood of ``probe``, it does not
+give more weight to confident wrong answers, so it varies less and is closer to an accuracy.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 
 def scores(features: TargetFeatures, weights: Tensor) -> Tensor:
-    """The weighted mean of the examples' probabilities, one for each row of weights.
+    """Compute the weighted mean of the examples' probabilities for each row of weights.
 
     Args:
-        features: needs vectors (n × d) and labels.
+        features: features with vectors (n × d) and labels.
         weights: (draws × n) float64, how often each example counts; see :func:`pimerge.ranking.measures.probe.scores`.
 
     Returns:
@@ -41,7 +41,7 @@ def scores(features: TargetFeatures, weights: Tensor) -> Tensor:
 
 MEASURE = Measure(
     name="likelihood",
-    summary="Mean probability of the right label, held out, by linear probes on the expert's features.",
+    summary="Mean probability of the right label for held-out examples, by linear probes on the expert's features.",
     needs=Needs.EXAMPLES,
     scores=scores,
     held_out=True,

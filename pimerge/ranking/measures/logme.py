@@ -1,15 +1,15 @@
-"""LogME: the evidence per example that the features give for the labels, by Bayesian linear regression.
+"""LogME: the evidence of the labels per example given the features, in Bayesian linear regression.
 
-For one class, with y its one-hot column (n) and X the features as they are, neither centred nor with an
-intercept, the evidence is log N(y; 0, β⁻¹ I + α⁻¹ X Xᵀ), maximised over the precisions α and β; the score is
-its mean over the classes, divided by n (LogME, arXiv 2102.11005). It depends on X by the spectrum alone:
-with σ_j the eigenvalues of XᵀX, z_j the components of y along the left singular vectors and t = α/β,
+For one class with the one-hot column y (n) and the features X, not centred and without an intercept, the evidence is
+log N(y; 0, β⁻¹ I + α⁻¹ X Xᵀ), maximised over the precisions α and β. The score is its mean over the classes, divided
+by n (LogME, arXiv 2102.11005). It depends on X only by the spectrum: with σ_j the eigenvalues of XᵀX, z_j the
+components of y along the left singular vectors, and t = α/β,
 
     log p = n/2 · log(β/2π) − β/2 · R(t) − ½ Σ_j log(1 + σ_j/t),   R(t) = ‖y‖² − Σ_j z_j² σ_j/(σ_j + t).
 
-For each t the best β is n/R(t). So one number is searched, on a grid that is refined, in place of the paper's
-fixed-point iteration, which stops at the first optimum. Where X explains y without error, as it may where
-examples repeat or n < d, the evidence has no bound: so the noise variance 1/β is kept from falling below 1e-3.
+For each t the best β is n/R(t), so only t is searched, on a grid that is refined. The paper's fixed-point iteration
+stops at the first optimum. If X explains y without error, as is possible with repeated examples or n < d, the evidence
+has no upper bound; therefore the noise variance 1/β is at least 1e-3.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ if TYPE_CHECKING:
 
 LEAST_NOISE = 1e-3
 
-_NEGLIGIBLE = 1e-12  # share of the largest eigenvalue below which one is rounding
-# log t, where the mean of ‖x‖² is 1: from where a direction of the share above counts, to where none does
+_NEGLIGIBLE = 1e-12  # smaller eigenvalues, relative to the largest, are rounding
+# range of log t for mean ‖x‖² = 1: from where even negligible directions count, to where no direction counts
 _RANGE = (math.log(1e-18), math.log(1e8))
 _POINTS = 61
-_REFINEMENTS = 3  # each narrows the grid thirtyfold; the evidence is flat to second order at its maximum
+_REFINEMENTS = 3  # each narrows the grid thirtyfold
 
 
 def scores(features: TargetFeatures, weights: Tensor) -> Tensor:
-    """The evidence in nats per example, one score for each row of weights.
+    """Compute the evidence in nats per example for each row of weights.
 
-    A class without an example is left out. The features' scale does not matter, α takes it up.
+    Classes without examples are left out. The scale of the features has no influence, since α absorbs it.
 
     Args:
-        features: needs vectors (n × d) and labels.
+        features: features with vectors (n × d) and labels.
         weights: (draws × n) float64, how often each example counts.
 
     Returns:
@@ -64,7 +64,7 @@ def scores(features: TargetFeatures, weights: Tensor) -> Tensor:
 
 
 def _score(vectors: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-    """The mean evidence of the classes that occur; σ and ‖y‖² are divided by n throughout."""
+    """Compute the mean evidence of the classes that occur; σ and ‖y‖² are divided by n throughout."""
     import torch
 
     shares = weights / weights.sum()
@@ -80,7 +80,7 @@ def _score(vectors: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
 
 
 def _maximum(sigma: Tensor, explained: Tensor, left: Tensor, n: float) -> Tensor:
-    """(classes) the highest evidence per example over log t."""
+    """Return (classes) the highest evidence per example over log t."""
     import torch
 
     low, high = _RANGE
@@ -96,7 +96,7 @@ def _maximum(sigma: Tensor, explained: Tensor, left: Tensor, n: float) -> Tensor
 
 
 def _evidence(t: Tensor, sigma: Tensor, explained: Tensor, left: Tensor, n: float) -> Tensor:
-    """(classes × points) the evidence per example at t = α/β (classes × points), for the best β."""
+    """Return (classes × points) the evidence per example at t = α/β (classes × points), for the best β."""
     ratio = sigma / t[:, :, None]  # (classes × points × r)
     residual = left[:, None] + (explained[:, None] / (1 + ratio)).sum(2)
     noise = residual.clamp(min=LEAST_NOISE)
@@ -105,7 +105,7 @@ def _evidence(t: Tensor, sigma: Tensor, explained: Tensor, left: Tensor, n: floa
 
 MEASURE = Measure(
     name="logme",
-    summary="LogME: the evidence per example that the features give for the labels, by Bayesian linear regression.",
+    summary="LogME: the evidence of the labels per example given the features, in Bayesian linear regression.",
     needs=Needs.EXAMPLES,
     scores=scores,
 )

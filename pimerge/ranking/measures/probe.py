@@ -1,7 +1,7 @@
 """Mean log-likelihood of held-out labels, in nats per example, by a linear probe on the expert's features.
 
-See :func:`pimerge.models.linear_probe.held_out_log_likelihood`. The choice of the penalty by the same likelihood
-flatters every candidate a little, and alike.
+See :func:`pimerge.models.linear_probe.held_out_log_likelihood`. The penalty is chosen by the same likelihood, which
+raises the scores of all candidates slightly and about equally.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
 
 def scores(features: TargetFeatures, weights: Tensor) -> Tensor:
-    """The weighted mean of the examples' held-out log-likelihoods, one for each row of weights.
+    """Compute the weighted mean of the examples' held-out log-likelihoods for each row of weights.
 
-    The probes are fitted once, on the examples as they are: in a fit on repeated examples the same one would
-    stand in the training and be held out at once. The only example of a class counts nowhere; a draw that has
-    none but such gets the mean of all others, of which it says nothing.
+    The probes are fitted once, without repetitions: of a repeated example one copy could be held out while another is
+    used for the fit. The only example of a class is ignored; a bootstrap sample of such examples alone gets the mean of
+    all other examples.
 
     Args:
-        features: needs vectors (n × d) and labels.
+        features: features with vectors (n × d) and labels.
         weights: (draws × n) float64, how often each example counts.
 
     Returns:
@@ -43,7 +43,7 @@ def scores(features: TargetFeatures, weights: Tensor) -> Tensor:
 
 
 def mean_of_held_out(found: Tensor, weights: Tensor) -> Tensor:
-    """The weighted means of what was found of each example: (n), (draws × n) → (draws); NaN counts nowhere."""
+    """Compute the weighted means of values (n) with weights (draws × n), without NaN values: (draws)."""
     held = ~found.isnan()
     found, weights = found[held], weights[:, held]
     weights = weights.where(weights.sum(1, keepdim=True) > 0, 1.0)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure as Drawing
 
-# Okabe and Ito (2008), without the yellow, which is too faint on white
+# the palette of Okabe and Ito (2008) without yellow, which is too faint on white
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
@@ -23,17 +23,17 @@ GREY = "#999999"
 LIBRARIES = ("matplotlib", "networkx", "scipy")
 LONGEST = 30
 _STYLE: Any = {
-    "font.family": "DejaVu Sans",  # matplotlib's own, so that every machine draws the same
+    "font.family": "DejaVu Sans",  # comes with matplotlib, so that every machine draws the same
     "font.size": 9,
     "axes.titlesize": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.titlelocation": "left",
     "legend.frameon": False,
-    "figure.dpi": 150,  # as the PNG has, so that what was laid out fits it
+    "figure.dpi": 150,  # the resolution of the PNG, so that the layout fits it
     "svg.hashsalt": "pimerge",
-    "text.hinting": "none",  # widths are the same at every size
-    "text.parse_math": False,  # a name may hold dollars
+    "text.hinting": "none",  # makes widths proportional to the size
+    "text.parse_math": False,  # names may contain dollar signs
 }
 
 
@@ -49,7 +49,7 @@ def require_libraries() -> None:
 
 @contextmanager
 def style() -> Iterator[None]:
-    """Matplotlib's own settings and the plots', whatever the user's are; afterwards they are as before."""
+    """Use matplotlib's defaults and the style of the plots during the block, regardless of the user's settings."""
     import matplotlib
 
     with matplotlib.rc_context():
@@ -59,13 +59,13 @@ def style() -> Iterator[None]:
 
 
 def pictures(draw: Callable[[], Drawing]) -> dict[str, bytes]:
-    """Suffix → content of the picture's files: the same bytes for the same figure."""
+    """Return suffix → content of the picture's files, the same bytes for the same figure."""
     found = {}
     with style():
         figure = draw()
         figure.draw_without_rendering()
-        figure.set_layout_engine("none")  # it is laid out, once for both
-        # room for what stands beside the axes: names are of any length
+        figure.set_layout_engine("none")  # the layout is computed once for both files
+        # include everything beside the axes, since names have any length
         frame = figure.get_tightbbox().padded(0.15)
         for suffix, metadata in ((".png", {"Software": None}), (".svg", {"Date": None, "Creator": None})):
             buffer = io.BytesIO()
@@ -75,7 +75,7 @@ def pictures(draw: Callable[[], Drawing]) -> dict[str, bytes]:
 
 
 def new_figure(width: float, height: float) -> Drawing:
-    """An empty figure, in inches; it belongs to no window and no global state."""
+    """Create an empty figure of a size in inches, independent of windows and of global state."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -85,7 +85,7 @@ def new_figure(width: float, height: float) -> Drawing:
 
 
 def look(place: int) -> dict[str, Any]:
-    """Colour, marker and line of the n-th of several things; they repeat in other combinations after seven.
+    """Return colour, marker and line style of the n-th item; after seven they repeat in other combinations.
 
     >>> look(0)["color"], look(7)["color"], look(7)["marker"]
     ('#0072B2', '#0072B2', 's')
@@ -96,18 +96,18 @@ def look(place: int) -> dict[str, Any]:
 
 
 def title(axes: Axes, text: str, width: int = 60) -> None:
-    """A title over several lines, if it takes them."""
+    """Set a title, wrapped into lines."""
     axes.set_title("\n".join(textwrap.wrap(text, width)))
 
 
 def subtitle(figure: Drawing, text: str) -> None:
-    """What the whole figure is about, above all axes, in as many lines as it takes beside a legend on the right."""
+    """Set a title above all axes, wrapped so that there is room for a legend on the right."""
     width = int(12 * (figure.get_figwidth() - 2.2))
     figure.suptitle("\n".join(textwrap.wrap(text, width)), x=0.01, ha="left", fontsize=9, color="0.3")
 
 
 def shortened(name: str, longest: int = LONGEST) -> str:
-    """A name that is too long for a picture without its middle; a line break in it is a space.
+    """Shorten a long name by its middle, and replace line breaks by spaces.
 
     >>> shortened("an-expert-of-a-very-long-name", 15)
     'an-expe…ng-name'
@@ -120,13 +120,13 @@ def shortened(name: str, longest: int = LONGEST) -> str:
 
 
 def short_names(names: Sequence[str], longest: int = LONGEST) -> list[str]:
-    """Names as :func:`shortened` has them, but whole where two would look the same."""
+    """Shorten names by :func:`shortened`, except names that would then look the same."""
     short = [shortened(name, longest) for name in names]
     return [each if short.count(each) == 1 else name for each, name in zip(short, names, strict=True)]
 
 
 def percent(axes: Axes) -> None:
-    """Shares as percent along the vertical axis."""
+    """Show fractions as percentages on the vertical axis."""
     from matplotlib.ticker import PercentFormatter
 
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))

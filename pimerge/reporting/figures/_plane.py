@@ -1,8 +1,8 @@
-"""The plane through three experts, and where a sum of them lies in it.
+"""The plane through three experts, and the coordinates of their weighted sums in it.
 
-A point of the plane is w_0 ΔW_0 + w_1 ΔW_1 + w_2 ΔW_2 with weights that sum to 1. Its coordinates (x, y) are those of
-an orthonormal basis that begins with ΔW_1 − ΔW_0, so that lengths and angles in the picture are those of the updates.
-All inner products are taken through the factors: no dense ΔW is formed.
+A point of the plane is w_0 ΔW_0 + w_1 ΔW_1 + w_2 ΔW_2 with weights that sum to 1. Its coordinates (x, y) refer to an
+orthonormal basis whose first vector is along ΔW_1 − ΔW_0, so lengths and angles in the picture are those of the
+updates. All inner products are computed through the factors without forming ΔW.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ DIFFERENCES = np.array([[-1.0, 1.0, 0.0], [-1.0, 0.0, 1.0]])
 
 
 def inner_products(experts: Sequence[Expert]) -> dict[str, Array]:
-    """Module → (n × n) ⟨ΔW_a, ΔW_b⟩ = Σ (B_aᵀB_b) ⊙ (A_aA_bᵀ); of a kind without ΔW, of the tensors of each group."""
+    """Return module → (n × n) ⟨ΔW_a, ΔW_b⟩ = Σ (B_aᵀB_b) ⊙ (A_aA_bᵀ); for kinds without ΔW by tensor set."""
     found = {}
     for name in sorted({part for expert in experts for part in expert.parts}):
         gram = np.zeros((len(experts), len(experts)))
@@ -43,7 +43,7 @@ def inner_products(experts: Sequence[Expert]) -> dict[str, Array]:
 
 
 def _factors(expert: Expert, name: str) -> tuple[Array, Array]:
-    """A (r × d_in) and s · Bᵀ (r × d_out); of a group its numbers (1 × n) and a 1."""
+    """Return A (r × d_in) and s · Bᵀ (r × d_out); for a tensor set its numbers (1 × n) and a 1."""
     if expert.modules:
         return expert.updates([name])[name]
     from pimerge.adapters.tensor_sets import read_slot
@@ -59,7 +59,7 @@ class Plane:
 
     Attributes:
         products: module → (3 × 3) inner products.
-        basis: (2 × 2), rows are the coordinates of ΔW_1 − ΔW_0 and ΔW_2 − ΔW_0; the first has y = 0.
+        basis: (2 × 2) coordinates of ΔW_1 − ΔW_0 and ΔW_2 − ΔW_0 as rows; the first has y = 0.
     """
 
     products: Mapping[str, Array]
@@ -67,7 +67,7 @@ class Plane:
 
     @classmethod
     def through(cls, experts: Sequence[Expert]) -> Plane:
-        """The plane through three experts."""
+        """Build the plane through three experts."""
         products = inner_products(experts)
         square = DIFFERENCES @ sum(products.values(), np.zeros((3, 3))) @ DIFFERENCES.T  # (2 × 2)
         x = float(np.sqrt(max(square[0, 0], 0.0)))
@@ -81,20 +81,20 @@ class Plane:
         return cls(products, np.array([[x, 0.0], [along, float(np.sqrt(rest))]]))
 
     def weights(self, places: Array) -> Array:
-        """(n × 2) coordinates → (n × 3) weights that sum to 1."""
+        """Convert (n × 2) coordinates to (n × 3) weights that sum to 1."""
         later = np.linalg.solve(self.basis.T, places.T).T
         weights: Array = np.column_stack([1 - later.sum(1), later])
         return weights
 
     def place(self, weights: Mapping[str, Sequence[float]]) -> tuple[Array, float]:
-        """Where a sum with its own weights in each module lies, and how far from the plane.
+        """Project a sum with different weights in each module onto the plane.
 
         Args:
-            weights: module → one for each of the three; a module that is not there has no update.
+            weights: module → weights of the three experts; a missing module has no update.
 
         Returns:
-            the coordinates (2) of the nearest point of the plane, and the distance from it as a share of the distance
-            from ΔW_0 (0: it lies in the plane).
+            the coordinates (2) of the nearest point of the plane, and the distance to it relative to the distance to
+            ΔW_0 (0 in the plane).
         """
         along: Any = np.zeros(2)
         square = 0.0

@@ -1,4 +1,4 @@
-"""Similarities of the experts of a store, their clustering, and their places on a plane."""
+"""Similarities of the experts of a store, their clustering, and a layout in two dimensions."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
     Array = NDArray[np.float64]
 
-LEAST_GAP = 0.7  # between two of n experts, of a square of side 1, times √n
+LEAST_GAP = 0.7  # smallest distance of two of n experts in a square of side 1, times √n
 
 
 def similarities(store: Store, measure: Measure, track: Track, note: Note) -> Array:
-    """(n × n) similarities, symmetric, NaN where the measure cannot compare two experts."""
+    """Compute symmetric similarities (n × n), NaN if the measure cannot compare two experts."""
     from pimerge.ranking.nearest import compare
 
     names = list(store.experts)
@@ -31,7 +31,7 @@ def similarities(store: Store, measure: Measure, track: Track, note: Note) -> Ar
         for row, name in enumerate(names):
             try:
                 compared = compare(store, name, measure)
-            except PimergeError as error:  # it has changed, or is of a kind that the measure does not know
+            except PimergeError as error:  # it has changed, or the measure does not know its kind
                 reasons[name] = error.problems[0].message
                 advance()
                 continue
@@ -52,7 +52,7 @@ def similarities(store: Store, measure: Measure, track: Track, note: Note) -> Ar
 
 
 def clustered(similarity: Array) -> tuple[list[int], list[tuple[int, int, float, int]]]:
-    """The order of the leaves, and the merges with the leaves numbered in that order."""
+    """Return the order of the leaves, and the merges with the leaves numbered in that order."""
     from scipy.cluster.hierarchy import leaves_list, linkage
     from scipy.spatial.distance import squareform
 
@@ -67,7 +67,7 @@ def clustered(similarity: Array) -> tuple[list[int], list[tuple[int, int, float,
 
 
 def _distances(similarity: Array) -> Array:
-    """(n × n) 1 − similarity; two experts that cannot be compared are as far apart as any are."""
+    """Return (n × n) 1 − similarity, with the largest distance for experts that cannot be compared."""
     distances = 1 - similarity
     filled: Array = np.where(np.isnan(distances), np.nanmax(distances), distances)
     np.fill_diagonal(filled, 0.0)
@@ -75,7 +75,7 @@ def _distances(similarity: Array) -> Array:
 
 
 def places_of(similarity: Array) -> Array:
-    """(n × 2) places in [0, 1]²: near each other where experts are similar, none over another."""
+    """Return (n × 2) places in [0, 1]² without overlaps, where similar experts are near each other."""
     import networkx as nx
 
     count = len(similarity)
@@ -85,7 +85,7 @@ def places_of(similarity: Array) -> Array:
     found = nx.kamada_kawai_layout(whole, dist=lengths)
     places = np.array([found[index] for index in range(count)])
     least = LEAST_GAP / np.sqrt(count)
-    for _ in range(200):  # push apart those that would cover each other
+    for _ in range(200):  # push overlapping experts apart
         low, high = places.min(0), places.max(0)
         places = (places - low) / np.maximum(high - low, 1e-9)
         apart = places[:, None] - places[None]

@@ -1,4 +1,4 @@
-"""A target with an expert of its own, other experts, and the sums of them on the target's test examples."""
+"""Scores of weighted sums of experts, with the target's own expert among them, on the target's test examples."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ SAMPLING = {LIMIT: 500, SEED: 0}
 
 @dataclass(frozen=True)
 class Study:
-    """Whose experts are looked at.
+    """A target with its own expert, and other experts.
 
     Attributes:
         target: the target's own expert.
-        experts: the others, at full strength, best first.
-        left_out: name → why it cannot be combined with the target's expert.
+        experts: the other experts at full strength, best first.
+        left_out: name → why the expert cannot be combined with the target's expert.
     """
 
     target: Expert
@@ -49,7 +49,7 @@ class Study:
 
 
 def open_study(inputs: FigureInputs) -> Study:
-    """Open the target with its expert, and the experts that are named, else all that the ranking has."""
+    """Open the target with its expert, and the named experts, otherwise all experts of the ranking."""
     from pimerge.adapters.compatibility import require_alike
     from pimerge.adapters.selected import base_of
     from pimerge.tasks.task import open_task
@@ -64,13 +64,13 @@ def open_study(inputs: FigureInputs) -> Study:
             left_out[expert.name] = error.problems[0].message
     kept = [expert for expert in others if expert.name not in left_out]
     if not kept or (inputs.experts and left_out):
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in left_out.items()) or "there is none"
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in left_out.items()) or "there are none"
         raise PimergeError(f"'{target.name}' cannot be summed with the other experts ({reasons})", "name others")
     return Study(target, open_task(folder), base_of([], target, inputs.base), kept, left_out)
 
 
 def _open_target(inputs: FigureInputs) -> tuple[Expert, Path]:
-    """The target's own expert, and the folder of its task."""
+    """Open the target's own expert, and return it with the folder of its task."""
     from pimerge.adapters.selected import select
 
     if inputs.target is None and not inputs.ranking.is_file():
@@ -81,7 +81,7 @@ def _open_target(inputs: FigureInputs) -> tuple[Expert, Path]:
     chosen = select(None, inputs.ranking, inputs.target, inputs.base, needed=False)
     if chosen.target is None:
         raise PimergeError(
-            f"the target '{chosen.task_folder}' has no expert of its own, where a path would start",
+            f"the target '{chosen.task_folder}' has no expert of its own, which this plot needs",
             "train one: pimerge rank --train-target --measure fisher --force "
             f"--target {chosen.task_folder}, or pimerge tune --method scratch --target {chosen.task_folder}",
         )
@@ -90,7 +90,7 @@ def _open_target(inputs: FigureInputs) -> tuple[Expert, Path]:
 
 
 def _open_others(inputs: FigureInputs, target: Expert) -> list[Expert]:
-    """The other experts at full strength, whatever strength the ranking advises."""
+    """Open the other experts at full strength, regardless of the strengths in the ranking."""
     from pimerge.adapters.ranking_document import Reference, open_ranked, read_ranking
     from pimerge.adapters.selected import open_all
 
@@ -116,10 +116,10 @@ def _open_others(inputs: FigureInputs, target: Expert) -> list[Expert]:
 
 @dataclass(frozen=True, kw_only=True)
 class ShownExamples(FigureData):
-    """Whose test examples a figure shows.
+    """The test examples of a figure.
 
     Attributes:
-        head: the name of the target's expert, whose head answers, or ``(base)`` where the base answers in text.
+        head: name of the target's expert, whose head answers, or ``(base)`` if the base answers in text.
         examples: number of examples of the test split, sampled by the seed.
     """
 
@@ -129,14 +129,14 @@ class ShownExamples(FigureData):
     seed: int
 
     def sentence(self) -> str:
-        """The examples in words, for a title."""
+        """Describe the examples for a title."""
         head = "" if self.head == BASE else f", the head of {self.head}"
         return f"{self.examples} test examples of {self.target}{head}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class AnswerScore(FigureData):
-    """Share of right answers, and mean −log p(y|x) in nats."""
+    """Fraction of correct answers, and mean −log p(y|x) in nats."""
 
     accuracy: float
     loss: float
@@ -144,7 +144,7 @@ class AnswerScore(FigureData):
 
 @dataclass(frozen=True)
 class LoadedStudy:
-    """The base under the head of the target's expert, and the target's test examples."""
+    """The base with the head of the target's expert, and the target's test examples."""
 
     study: Study
     loaded: LoadedBase

@@ -1,8 +1,8 @@
 """Scores of the ranking against the best accuracy on each expert's path (π-Tuning, fig. 3b).
 
-The gain of an expert is the highest accuracy on its path above that of the target's expert alone (α = 0), and as much
-lower the loss can get. If the ranking is right, the points rise from left to right. An accuracy has a standard error
-of its own, which the plot says; the loss tells small gains better.
+The gain of an expert is the highest accuracy on its path minus the accuracy of the target's expert alone (α = 0), and
+likewise the decrease of the loss. If the ranking is right, the points rise from left to right. The plot states the
+standard error of an accuracy; the loss shows small gains more clearly.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ class GainPoint(FigureData):
 
 @dataclass(frozen=True, kw_only=True)
 class Correlation(FigureData):
-    """Of the scores with a gain; None for fewer than three points, or where one side is constant."""
+    """Correlation of the scores with a gain; None for fewer than three points, or if one side is constant."""
 
     pearson: float | None
     spearman: float | None
 
     def sentence(self) -> str:
-        """For a title."""
+        """Describe the correlation for a title."""
         if self.pearson is None or self.spearman is None:
             return "no correlation can be had"
         return f"Pearson {self.pearson:.2f}, Spearman {self.spearman:.2f}"
@@ -65,7 +65,7 @@ class GainData(FigureData):
 
 
 def open_paths(inputs: FigureInputs) -> tuple[Ranking, PathData]:
-    """Read the ranking, and the paths that the figure of paths wrote."""
+    """Read the ranking and the data of the figure ``path``."""
     from pimerge.adapters.ranking_document import read_ranking
 
     if not inputs.path.is_file():
@@ -74,12 +74,12 @@ def open_paths(inputs: FigureInputs) -> tuple[Ranking, PathData]:
 
 
 def collect(source: tuple[Ranking, PathData], inputs: FigureInputs) -> GainData:
-    """Join a ranking with the paths, by the experts' tensors."""
+    """Join the ranking with the paths by the hashes of the experts."""
     ranking, paths = source
     if ranking.target.sha256 != paths.target_sha256:
         same = ", which has changed since" if paths.shown.target == ranking.target.name else ""
         raise PimergeError(
-            f"the paths are those of '{paths.shown.target}', the ranking is for '{ranking.target.name}'{same}",
+            f"the paths are for '{paths.shown.target}', the ranking is for '{ranking.target.name}'{same}",
             "run 'pimerge plot path --force' again",
         )
     scores = {candidate.sha256: candidate.score for candidate in ranking.candidates}
@@ -96,9 +96,7 @@ def collect(source: tuple[Ranking, PathData], inputs: FigureInputs) -> GainData:
         if path.sha256 in scores
     ]
     if not points:
-        raise PimergeError(
-            "the ranking has none of the experts that the paths lead to", "run 'pimerge plot path --force' again"
-        )
+        raise PimergeError("the ranking has none of the experts of the paths", "run 'pimerge plot path --force' again")
     start = paths.paths[0].points[0].accuracy
     return GainData(
         target=ranking.target.name,
@@ -112,7 +110,7 @@ def collect(source: tuple[Ranking, PathData], inputs: FigureInputs) -> GainData:
 
 
 def draw(data: GainData) -> Drawing:
-    """A point for each expert, with its name: gain in accuracy on the left, in loss on the right."""
+    """Draw a named point for each expert: gain in accuracy on the left, in loss on the right."""
     from pimerge.reporting.figures._labels import place_labels
 
     figure = new_figure(11.5, 5.0)
@@ -133,7 +131,7 @@ def draw(data: GainData) -> Drawing:
         f"{data.examples} test examples of {data.target}; one standard error of an accuracy is "
         f"{100 * data.error:.1f} points",
     )
-    for axes, values in zip(panels, gains, strict=True):  # last: it needs the places of all else
+    for axes, values in zip(panels, gains, strict=True):  # last, since it needs the final layout
         place_labels(axes, list(zip(scores, values, strict=True)), names)
     return figure
 

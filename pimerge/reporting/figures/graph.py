@@ -1,9 +1,9 @@
 """Similarity of all experts of the store, clustered, and the graph of nearest neighbours (π-Tuning, fig. 1).
 
-The similarity of two experts is a measure of the store's, around the mean of the experts that are shown. Rows and
+The similarity of two experts is the score of a measure of the store, around the mean of the shown experts. Rows and
 columns are in the order of a hierarchical clustering (average linkage of 1 − similarity). In the graph an arrow leads
-from each expert to the one that is most similar to it; nearness on the plane is similarity as far as two dimensions
-can show it (Kamada and Kawai, 1989).
+from each expert to the most similar one; similar experts are near each other, as far as two dimensions can show that
+(Kamada and Kawai, 1989).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MOST = 60
 
 @dataclass(frozen=True, kw_only=True)
 class GraphNode(FigureData):
-    """An expert: its kind, the type of its task, the place of the most similar one, and where it is drawn."""
+    """An expert: its kind, the type of its task, the index of the most similar one, and its coordinates."""
 
     name: str
     kind: str
@@ -46,8 +46,8 @@ class GraphData(FigureData):
 
     Attributes:
         experts: in the order of the clustering.
-        similarity: between each two of them, None where the measure cannot compare them; 1 with themselves.
-        merges: of the clustering, as scipy's ``linkage`` has them: two clusters, their distance, their size.
+        similarity: similarity of each pair, None if the measure cannot compare them; 1 on the diagonal.
+        merges: merges of the clustering as in scipy's ``linkage``: two clusters, their distance and their size.
     """
 
     measure: str
@@ -64,7 +64,7 @@ def open_embeddings(inputs: FigureInputs) -> Store:
 
 
 def collect(store: Store, inputs: FigureInputs, *, measure: str) -> GraphData:
-    """Compare all experts of a store, or those that are named."""
+    """Compare all experts of a store, or the named ones."""
     import numpy as np
 
     from pimerge.reporting.figures._similarity import clustered, nearest_of, places_of, similarities
@@ -100,7 +100,7 @@ def collect(store: Store, inputs: FigureInputs, *, measure: str) -> GraphData:
 
 
 def draw(data: GraphData) -> Drawing:
-    """The matrix with its dendrogram on the left, the graph on the right; numbers say which expert is which."""
+    """Draw the matrix with its dendrogram on the left and the graph, with numbered experts, on the right."""
     count = len(data.experts)
     side = max(3.4, 0.17 * count + 1.6)
     figure = new_figure(2.15 * side + 2.4, side + 0.7)
@@ -112,7 +112,7 @@ def draw(data: GraphData) -> Drawing:
 
 
 def _restricted(store: Store, names: tuple[str, ...]) -> Store:
-    """The store with some of its experts alone, or all of them; its files stay as they are."""
+    """Return the store with all or some of its experts, without changing its files."""
     chosen = list(store.experts)
     if names:
         problems = Problems()
@@ -138,7 +138,7 @@ def _draw_tree(axes: Axes, data: GraphData) -> None:
     from scipy.cluster.hierarchy import dendrogram
 
     count = len(data.experts)
-    found = dendrogram(np.array(data.merges, float), no_plot=True)  # its leaves are numbered as the rows are
+    found = dendrogram(np.array(data.merges, float), no_plot=True)  # its leaves are numbered like the rows
     for leaves, distances in zip(found["icoord"], found["dcoord"], strict=True):
         axes.plot(distances, [(leaf - 5) / 10 for leaf in leaves], color="0.35", linewidth=0.8)
     axes.set_ylim(count - 0.5, -0.5)

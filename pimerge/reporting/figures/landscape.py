@@ -1,10 +1,10 @@
 """Loss and accuracy over the plane through three experts, the target's and two others (π-Tuning, fig. 3c).
 
-Every point is a sum of the three updates with weights that sum to 1; inside the triangle all weights are positive.
-Lengths are those of the updates, ‖ΔW‖. The head is that of the target's expert everywhere, and nothing is trained.
-What ``--coefficients`` names, such as ``tuned/coefficients.json``, has other weights in every module and lies beside
-the plane: the nearest point of the plane is shown, and how far away it is. Its own head and factors that were trained
-besides the weights do not show here.
+Each point is a sum of the three updates with weights that sum to 1; inside the triangle all weights are positive.
+Lengths are norms of updates, ‖ΔW‖. The head of the target's expert is used everywhere, and nothing is trained. Weights
+given by ``--coefficients``, such as ``tuned/coefficients.json``, differ between modules and lie outside the plane; the
+plot shows the nearest point of the plane and the distance to it. A head and factors that were trained besides the
+weights are not shown.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class MarkedPoint(FigureData):
     """A point with a name: its weights on the three experts, where it lies, and its distance from the plane.
 
     Attributes:
-        off: as a share of its distance from the target's expert.
-        score: of the point of the plane.
+        off: distance from the plane, relative to the distance from the target's expert.
+        score: score of the nearest point of the plane.
     """
 
     name: str
@@ -109,7 +109,7 @@ def collect(
 
 
 def draw(data: LandscapeData) -> Drawing:
-    """Contours of the loss on the left, of the accuracy on the right."""
+    """Draw contours of the loss on the left and of the accuracy on the right."""
     import numpy as np
 
     from pimerge.reporting.figures._labels import place_labels
@@ -150,20 +150,20 @@ def _three(study: Study, named: tuple[str, ...]) -> list[Expert]:
 
 
 def _marks(plane: Plane, three: list[Expert], coefficients: tuple[Path, ...]) -> list[Mark]:
-    """Name, kind, coordinates and distance from the plane of the three experts, their mean, and the files."""
+    """Return name, kind, coordinates and distance from the plane for the experts, their mean, and the files."""
     found: list[Mark] = []
     for place, expert in enumerate(three):
         alone = [float(place == other) for other in range(3)]
         found.append((expert.name, "expert", *plane.place(dict.fromkeys(plane.products, alone))))
     found.append(("uniform of the three", "uniform", *plane.place(dict.fromkeys(plane.products, [1 / 3] * 3))))
-    for path in coefficients:
-        mark: Mark = (path.resolve().parent.name, "coefficients", *plane.place(_weights(path, three)))
-        found += [mark]
+    found += [
+        (path.resolve().parent.name, "coefficients", *plane.place(_weights(path, three))) for path in coefficients
+    ]
     return found
 
 
 def _weights(path: Path, three: list[Expert]) -> dict[str, list[float]]:
-    """Module → weight of each of the three experts, at full strength, in a file of coefficients."""
+    """Read module → weights of the three experts at full strength from a file of coefficients."""
     from pimerge.adapters.writer import Coefficients
     from pimerge.core.documents import parse_document
 
@@ -185,7 +185,7 @@ def _weights(path: Path, three: list[Expert]) -> dict[str, list[float]]:
 
 
 def _levels(values: Array) -> Array:
-    """Where contours lie: evenly between the extremes of most points, so that one far corner does not take them all."""
+    """Return evenly spaced contour levels between quantiles of the values, so that extreme corners do not decide."""
     import numpy as np
     from matplotlib.ticker import MaxNLocator
 

@@ -2,9 +2,9 @@
 
     ΔW(α) = (1 − α) · ΔW_t + α · ΔW_j,  α from 0 to 1
 
-with ΔW_t of the target's expert and ΔW_j of another, each at full strength. The head is that of the target's expert
-along the whole path, and nothing is trained. Where accuracy in between is above α = 0, the other expert has something
-for the target.
+with ΔW_t of the target's expert and ΔW_j of another, each at full strength. The head of the target's expert is used
+along the whole path, and nothing is trained. If the accuracy exceeds its value at α = 0, the other expert
+helps the target.
 """
 
 from __future__ import annotations
@@ -29,26 +29,26 @@ IN_COLOUR = 7
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertPath(FigureData):
-    """From the target's expert to another: what the base answers at each α."""
+    """The path from the target's expert to another one, with the score at each α."""
 
     expert: str
     sha256: str
     points: list[AnswerScore]
 
     def best(self) -> int:
-        """Where accuracy is highest, first."""
+        """Return the first index with the highest accuracy."""
         return max(range(len(self.points)), key=lambda place: self.points[place].accuracy)
 
     def gain(self) -> float:
-        """The highest accuracy on the path above that at α = 0."""
+        """Return the highest accuracy on the path minus the accuracy at α = 0."""
         return self.points[self.best()].accuracy - self.points[0].accuracy
 
     def least(self) -> int:
-        """Where loss is lowest, first."""
+        """Return the first index with the lowest loss."""
         return min(range(len(self.points)), key=lambda place: self.points[place].loss)
 
     def fall(self) -> float:
-        """The lowest loss on the path below that at α = 0."""
+        """Return the loss at α = 0 minus the lowest loss on the path."""
         return self.points[0].loss - self.points[self.least()].loss
 
 
@@ -77,11 +77,7 @@ def collect(study: Study, inputs: FigureInputs, *, step: float, limit: int, seed
             points = start + list(found.scores([study.target, expert], rows, advance))
             paths.append(ExpertPath(expert=expert.name, sha256=expert.sha256, points=points))
     return PathData(
-        shown=found.shown,
-        target_sha256=study.target.sha256,
-        alphas=alphas,
-        paths=paths,
-        left_out=study.left_out,
+        shown=found.shown, target_sha256=study.target.sha256, alphas=alphas, paths=paths, left_out=study.left_out
     )
 
 
@@ -96,14 +92,14 @@ def steps(step: float) -> list[float]:
 
 
 def draw(data: PathData) -> Drawing:
-    """Accuracy on the left, loss on the right; the paths to the lowest losses in colour, the others grey."""
+    """Draw accuracy on the left and loss on the right, with the paths to the lowest losses in colour."""
     figure = new_figure(10.5, 4.2)
     accuracy, loss = figure.subplots(1, 2)
     order = sorted(range(len(data.paths)), key=lambda place: (-data.paths[place].fall(), -data.paths[place].gain()))
     names = short_names([path.expert for path in data.paths])
     every = max(1, (len(data.alphas) - 1) // 5)
     handles, labels = [], []
-    for rank, place in reversed(list(enumerate(order))):  # the best on top
+    for rank, place in reversed(list(enumerate(order))):  # the best is drawn on top
         points = data.paths[place].points
         style = (
             {**look(rank), "markevery": every} if rank < IN_COLOUR else {"color": GREY, "linewidth": 0.7, "alpha": 0.8}

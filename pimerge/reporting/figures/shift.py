@@ -1,7 +1,7 @@
 """How much each method loses on other test sets than the target's own (π-Tuning, fig. 4).
 
-From ``comparison.json``: the score on the target's test split less that on each other test set, run by run, and the
-mean ± one standard deviation of that over seeds. A method further left stands a shift of the data better.
+The plot shows, from ``comparison.json``, the score on the target's test split minus the score on each other test set,
+as mean ± one standard deviation over the seeds. A method further to the left is more robust to a shift of the data.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pimerge.reporting.figures._comparing import (
     by_shots,
     chosen_k,
     chosen_shots,
+    examples_text,
     in_percent,
     methods,
     open_comparison,
@@ -111,7 +112,7 @@ def collect(comparison: ComparisonDocument, inputs: FigureInputs, *, k: int | No
 
 
 def draw(data: ShiftData) -> Drawing:
-    """A row per method, a marker per test set."""
+    """Draw a row per method with a marker per test set."""
     figure = new_figure(8.0, 1.5 + (0.26 + 0.1 * len(data.tests)) * len(data.methods))
     axes = figure.subplots()
     unit = 100 if data.percent else 1
@@ -144,10 +145,8 @@ def draw(data: ShiftData) -> Drawing:
     points = "points" if data.percent else data.metric
     axes.set_xlabel(f"{data.metric} on the target's own test split less that on the other, {points}")
     figure.legend(handles, short_names(data.tests), loc="outside right upper", title="test set", alignment="left")
-    shots = "all training examples" if data.shots is None else f"{data.shots} training examples of each class"
-    subtitle(
-        figure, f"{data.target}, {shots}, k = {data.k} experts at hand; mean ± sd over seeds, score on its own test"
-    )
+    text = f"{data.target}, {examples_text(data.shots)}, k = {data.k} experts at hand"
+    subtitle(figure, f"{text}; mean ± sd over seeds, score on its own test")
     return figure
 
 

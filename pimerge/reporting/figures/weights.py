@@ -1,11 +1,11 @@
 """Learned weights of every layer, and the CKA of the tuned model's features with the experts' (2402.15414, figs. 7, 8).
 
-The weights are those of ``tuned/coefficients.json``. The likeness is the linear CKA of the layer's outputs, meaned over
-tokens, on the target's test examples (X of the base with an expert, Y of the base with the tuned one, columns centred):
+The weights are from ``tuned/coefficients.json``. The similarity is the linear CKA of the layer's outputs, averaged over
+tokens, on the target's test examples (X with an expert, Y with the tuned expert in the base, columns centred):
 
     ‖YᵀX‖²_F / (‖XᵀX‖_F ‖YᵀY‖_F)
 
-in [0, 1] (Kornblith and others, 2019). If the weights find what helps, they are large where the CKA is.
+in [0, 1] (Kornblith et al., 2019). If the weights are large for helpful experts, they are large where the CKA is.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ class WeightsData(FigureData):
     """The data of the plot.
 
     Attributes:
-        tuned: the folder's name; ``method`` is that of ``pimerge tune``.
-        layers, modules: a weight belongs to a layer and a module in it.
-        weights: expert × layer × module, None where the layer does not have the module.
-        cka: expert × layer, None where the layer's outputs could not be had.
+        tuned: name of the folder; ``method`` is the method of ``pimerge tune``.
+        layers, modules: each weight belongs to a layer and a module in it.
+        weights: expert × layer × module, None if the layer does not have the module.
+        cka: expert × layer, None if the layer's outputs are not available.
     """
 
     shown: ShownExamples
@@ -53,7 +53,7 @@ class WeightsData(FigureData):
 
 
 def open_tuned(inputs: FigureInputs) -> tuple[Study, Coefficients]:
-    """Open the tuned expert as the target, with the experts that it combines, and their weights."""
+    """Open the tuned expert as the target, the experts that it combines, and their weights."""
     from pimerge.adapters.expert import open_expert
     from pimerge.adapters.ranking_document import Reference, open_ranked
     from pimerge.adapters.selected import base_of
@@ -80,11 +80,10 @@ def open_tuned(inputs: FigureInputs) -> tuple[Study, Coefficients]:
 
 
 def collect(source: tuple[Study, Coefficients], inputs: FigureInputs, *, limit: int, seed: int) -> WeightsData:
-    """Read the weights, and forward the test examples through each expert and the tuned one.
+    """Collect the weights and the CKA of the features of the test examples.
 
     Args:
-        source: the tuned expert as the target, those that it is made of as the experts; and the weights.
-
+        source: a study with the tuned expert as the target and its components as the experts, and the weights.
     """
     from pimerge.models.injection import injected_sum
 
@@ -120,7 +119,7 @@ def collect(source: tuple[Study, Coefficients], inputs: FigureInputs, *, limit: 
 
 
 def linear_cka(X: Tensor, Y: Tensor) -> float:
-    """Linear CKA of features (n × d) and (n × e), in [0, 1]; 0 if one does not vary.
+    """Compute the linear CKA of features (n × d) and (n × e), in [0, 1]; 0 if one of them is constant.
 
     >>> import torch
     >>> X = torch.tensor([[0.0], [1.0], [2.0]])
@@ -133,7 +132,7 @@ def linear_cka(X: Tensor, Y: Tensor) -> float:
 
 
 def draw(data: WeightsData) -> Drawing:
-    """A heat map of weights for each expert, and one of the CKA of all."""
+    """Draw a heat map of weights for each expert, and one of the CKA of all experts."""
     import numpy as np
     from matplotlib.colors import Normalize
 
@@ -175,7 +174,7 @@ def _heat(axes: Axes, values: Any, columns: Sequence[str], scale: Any) -> Any:
 
 
 def _place(module: str) -> tuple[str, str]:
-    """The layer of a module, and its name in it.
+    """Split the name of a module into its layer and its name in the layer.
 
     >>> _place("vit.layers.0.attention.q_proj"), _place("embeddings")
     (('vit.layers.0', 'attention.q_proj'), ('embeddings', 'itself'))
@@ -185,12 +184,12 @@ def _place(module: str) -> tuple[str, str]:
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
-    """A key that puts layer 2 before layer 10."""
+    """Return a sort key that puts layer 2 before layer 10."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 def _features(model: nn.Module, layers: Sequence[str], found: LoadedStudy, advance: Any) -> dict[str, Tensor]:
-    """Layer → (examples × d) its outputs, meaned over tokens, in the order of the examples."""
+    """Return layer → outputs averaged over tokens (examples × d), in the order of the examples."""
     import torch
 
     from pimerge.models.injection import peft_prefix
@@ -219,7 +218,7 @@ def _features(model: nn.Module, layers: Sequence[str], found: LoadedStudy, advan
 
 @contextmanager
 def _outputs(modules: dict[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
-    """Yield module → the output of its first run in the block."""
+    """Yield a dictionary that receives each module's first output in the block."""
     import torch
 
     seen: dict[str, Tensor] = {}

@@ -1,1 +1,1 @@
-"""One HTML page about the documents in a folder: its content, where that comes from, and how it looks."""
+"""The HTML report on the documents of a folder."""

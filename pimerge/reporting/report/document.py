@@ -1,4 +1,4 @@
-"""The content of a report: sections with tables, pictures, sentences, and commands for what is missing."""
+"""Content of a report: sections with tables, pictures, sentences, and commands that create missing content."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
 
 class Cell(BaseModel):
-    """One field of a table; ``value`` is what it is sorted by, where that is a number."""
+    """A cell of a table; ``value`` is the number by which rows are sorted, if it is numeric."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -18,8 +18,8 @@ class Table(BaseModel):
     """Rows of cells under named columns.
 
     Attributes:
-        numbers: which columns hold numbers.
-        left_out: how many rows are not shown.
+        numbers: for each column, whether it holds numbers.
+        left_out: number of rows that are not shown.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -32,7 +32,7 @@ class Table(BaseModel):
 
 
 class Picture(BaseModel):
-    """A plot: its file in the folder, and what it shows."""
+    """A plot: its file in the folder, its title and its description."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -42,7 +42,7 @@ class Picture(BaseModel):
 
 
 class LongText(BaseModel):
-    """A longer text that is shown when it is asked for."""
+    """A longer text that the reader can unfold."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -54,9 +54,9 @@ class Section(BaseModel):
     """A part of the report.
 
     Attributes:
-        sentences: what a reader should know first.
-        problems: what lies in the folder and cannot be shown.
-        missing: what could be here, and the command that makes it.
+        sentences: remarks that stand first.
+        problems: why some content of the folder cannot be shown.
+        missing: descriptions of missing content, each with the command that creates it.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -72,12 +72,12 @@ class Section(BaseModel):
 
     @property
     def is_empty(self) -> bool:
-        """Whether the section has nothing to show except what is missing."""
+        """Whether the section shows nothing except a list of missing content."""
         return not (self.tables or self.pictures or self.problems)
 
 
 class Report(BaseModel):
-    """The whole of it; ``folder`` is the folder's name."""
+    """A report on the folder of the name ``folder``."""
 
     model_config = ConfigDict(extra="forbid")
 

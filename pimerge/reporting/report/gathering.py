@@ -1,4 +1,4 @@
-"""The documents that lie in a folder → the report's sections. What cannot be read is said in its section."""
+"""Collect the documents of a folder into the sections of a report, which also state what could not be read."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from pimerge.embedding.store import Store
 
-MOST_PAIRS = 200  # of a larger pool it is not looked at who goes with whom
+MOST_PAIRS = 200  # experts of a larger pool are not compared with each other
 LARGEST_DOCUMENT = 20_000_000
 LONGEST_CARD = 20_000
 POOL, STORE = "experts", "embeddings.json"
@@ -30,7 +30,7 @@ POOL, STORE = "experts", "embeddings.json"
 
 @dataclass
 class FolderDocuments:
-    """The JSON documents of a folder by what they are, each with its path; and what could not be read."""
+    """JSON documents of a folder by kind, each with its path, and the problems of unreadable ones."""
 
     rankings: list[tuple[Path, Any]] = field(default_factory=list)
     scores: list[tuple[Path, Any]] = field(default_factory=list)
@@ -40,7 +40,7 @@ class FolderDocuments:
 
 
 def gather(folder: Path) -> Report:
-    """The report on a folder."""
+    """Build the report on a folder."""
     if not folder.is_dir():
         raise PimergeError(f"there is no folder '{folder}'")
     found = sort_documents(folder)
@@ -61,7 +61,7 @@ def gather(folder: Path) -> Report:
 
 
 def sort_documents(folder: Path) -> FolderDocuments:
-    """What each JSON file of a folder is, by its content; files of others are passed over."""
+    """Sort the JSON files of a folder by their content; files of other programs are skipped."""
     found = FolderDocuments()
     kinds: Sequence[tuple[list[tuple[Path, Any]], set[str]]] = [
         (found.plots, {"figure"}),
@@ -85,7 +85,7 @@ def sort_documents(folder: Path) -> FolderDocuments:
 
 
 def _pool(folder: Path) -> Section:
-    """The experts of ./experts, with what the store knows of them."""
+    """Describe the experts of ./experts, with the Fisher information that the store holds."""
     section = Section(name="pool", title="The pool")
     store = _store(folder, section)
     if (folder / POOL).is_dir():
@@ -96,8 +96,7 @@ def _pool(folder: Path) -> Section:
             paths = find_experts(folder / POOL)
             if len(paths) > MOST_PAIRS:
                 section.sentences.append(
-                    f"{len(paths)} experts: who goes with whom is shown by 'pimerge inspect' for pools of up to "
-                    f"{MOST_PAIRS}"
+                    f"{len(paths)} experts: the report compares those of pools of up to {MOST_PAIRS}"
                 )
                 findings = [one for path in paths[: tables.MOST_ROWS] for one in inspect([path], None, store)]
             else:
@@ -146,7 +145,7 @@ def _rankings(found: FolderDocuments) -> Section:
 
 
 def _outputs(folder: Path) -> Section:
-    """Folders that pimerge has written."""
+    """Describe the folders that pimerge wrote."""
     section = Section(name="outputs", title="Merged and tuned")
     rows = []
     for path in sorted(folder.glob(f"*/{MANIFEST_FILE}")):
@@ -175,7 +174,7 @@ def _scores(found: FolderDocuments) -> Section:
     for path, content in found.scores:
         try:
             section.tables.append(tables.scores_table(path, content))
-        except (PimergeError, KeyError, TypeError, ValueError, AttributeError):  # no model says what it has to be
+        except (PimergeError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError):  # no schema
             section.problems.append(f"'{path}' is not what 'pimerge eval --output' writes")
     if not found.scores:
         section.missing.append(("scores", "pimerge eval tuned merged --output scores.json"))
@@ -190,7 +189,7 @@ def _comparisons(found: FolderDocuments) -> Section:
         try:
             section.tables.append(tables.comparison_table(path, comparison))
             section.sentences.append(f"{path.name}: {comparison.conclusion}")
-        except PimergeError as error:  # a metric that this version does not know
+        except PimergeError as error:  # this version does not know the metric
             section.problems += _messages(error)
     if not found.comparisons:
         section.missing.append(("a comparison with controls", "pimerge compare --target NAME --shots 1,5,20 --seeds 3"))
@@ -221,7 +220,7 @@ def _plots(folder: Path, found: FolderDocuments) -> Section:
 def _parsed(
     model: type[BaseModel], documents: Sequence[tuple[Path, Any]], section: Section
 ) -> Iterator[tuple[Path, Any]]:
-    """Each document that fits; the problems of the others go into the section."""
+    """Yield each valid document; the problems of the others are added to the section."""
     for path, _ in documents:
         try:
             yield path, parse_document(model, path)

@@ -1,4 +1,4 @@
-"""A report → one HTML file that needs nothing else: no network, no other file."""
+"""Render a report as one self-contained HTML file, which needs neither the network nor other files."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from pimerge.reporting.report.document import Picture, Report
 
 HERE = Path(__file__).parent
 LARGEST = 5_000_000
-LARGEST_SVG = 700_000  # a larger one is shown as PNG, if that is there and smaller
+LARGEST_SVG = 700_000  # a larger one is replaced by the PNG, if that exists and is smaller
 ROOM_FOR_PICTURES = 4_000_000
 _TYPES = {".svg": "image/svg+xml", ".png": "image/png"}
 
 
 def page(report: Report, folder: Path) -> str:
-    """The HTML.
+    """Render the HTML page.
 
-    Names and texts are escaped; a policy in the page forbids the browser all but the styles, the script and the
-    pictures that are in it.
+    Names and texts are escaped. A Content-Security-Policy lets the browser use only the styles, the script and the
+    pictures that are part of the page.
 
     Args:
-        folder: where the pictures lie.
+        folder: the folder of the pictures.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -41,14 +41,14 @@ def page(report: Report, folder: Path) -> str:
     )
     if len(text.encode()) >= LARGEST:
         raise PimergeError(
-            f"the report has {len(text.encode()) / 1e6:.1f} MB, and is meant to stay below {LARGEST / 1e6:g}",
+            f"the report has {len(text.encode()) / 1e6:.1f} MB; the limit is {LARGEST / 1e6:g} MB",
             "move some of the plots or outputs out of the folder",
         )
     return text
 
 
 def _sources(report: Report, folder: Path) -> dict[str, str]:
-    """File → its picture as a data URI, of those for which there is room."""
+    """Map the file of each picture to a data URI, until the room is used up."""
     found: dict[str, str] = {}
     room = ROOM_FOR_PICTURES
     for picture in (picture for section in report.sections for picture in section.pictures):
@@ -75,5 +75,5 @@ def _data_uri(path: Path) -> str:
 
 
 def _hash(text: str) -> str:
-    """As a Content-Security-Policy names an inline style or script."""
+    """Return the hash by which a Content-Security-Policy identifies an inline style or script."""
     return f"sha256-{b64encode(hashlib.sha256(text.encode()).digest()).decode()}"

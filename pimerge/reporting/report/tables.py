@@ -1,4 +1,4 @@
-"""The tables of a report, each made from one kind of document."""
+"""Tables of a report, one function for each kind of document."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pimerge.reporting.inspection import Finding
 
 MOST_ROWS = 1000
-LARGEST_NUMBER = 1e300  # beyond are no results, and NaN is not below it
+LARGEST_NUMBER = 1e300  # larger numbers, infinity and NaN are shown but not sorted by
 NONE = Cell(text="–")
 
 
@@ -114,7 +114,7 @@ def output_row(folder: Path, manifest: Manifest) -> list[Cell]:
 
 
 def _mean_weights(folder: Path) -> list[float]:
-    """Of each expert over all modules, where the output has coefficients."""
+    """Return the mean weight of each expert over all modules; empty if the output has no coefficients."""
     from pimerge.adapters.writer import COEFFICIENTS_FILE, Coefficients
 
     if not (folder / COEFFICIENTS_FILE).is_file():
@@ -169,7 +169,7 @@ def comparison_table(path: Path, comparison: ComparisonDocument) -> Table:
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> Table:
-    """A table; a column holds numbers if every cell of it that says something has one."""
+    """Build a table; a column is numeric if all of its non-empty cells have a value."""
     numbers = [
         any(row[place].value is not None for row in rows)
         and all(row[place].value is not None or row[place].text in ("–", "all") for row in rows)
@@ -189,7 +189,7 @@ def _number(value: float, text: str | None = None) -> Cell:
 
 
 def _maybe(value: Any, style: str) -> Cell:
-    """A number of an option or a result that not every output has."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    """Format a number of an option or a result; a dash if the output does not have it."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or value > LARGEST_NUMBER:
         return NONE
     return _number(value, style.format(value))

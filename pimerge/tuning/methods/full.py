@@ -60,4 +60,5 @@ METHOD = TuneMethod(
     formula="θ = θ_base + Δθ, all of it trained",
     plan=MixturePlan(full=True),
     fit=fit,
+    control=True,
 )

@@ -7,4 +7,5 @@ METHOD = TuneMethod(
     summary="Train the task head alone on the bare base: the control without any expert.",
     formula="ΔW = 0",
     plan=MixturePlan(fresh=True),
+    control=True,
 )

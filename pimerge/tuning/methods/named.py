@@ -12,4 +12,5 @@ METHOD = TuneMethod(
     formula="ΔW = s B A, B and A trained",
     plan=MixturePlan(fresh=True, train_experts=True, lr=5e-3, class_names=True),
     without_names="scratch",
+    control=True,
 )

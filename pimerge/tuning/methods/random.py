@@ -11,4 +11,5 @@ METHOD = TuneMethod(
     formula="ΔW = α_t ΔW_t + Σ_n α_n ΔW_n, α = softmax(v), ΔW_n fresh",
     paper="π-Tuning, arXiv 2304.14381, section 4",
     plan=MixturePlan(experts=True, target=True, random_experts=True, train_weights=True, train_experts=True),
+    control=True,
 )

@@ -11,4 +11,5 @@ METHOD = TuneMethod(
     summary="Train a fresh LoRA on the target alone: the control, and how a pool's experts are made.",
     formula="ΔW = s B A, B and A trained",
     plan=MixturePlan(fresh=True, train_experts=True, lr=5e-3),
+    control=True,
 )

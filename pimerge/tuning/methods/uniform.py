@@ -11,4 +11,5 @@ METHOD = TuneMethod(
     formula="ΔW = 1/N · Σ_n ΔW_n",
     paper="arXiv 2402.15414, section 3.1",
     plan=MixturePlan(experts=True),
+    control=True,
 )

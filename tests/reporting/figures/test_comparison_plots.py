@@ -65,16 +65,16 @@ def test_drops_are_paired_by_run() -> None:
     ("figure", "document", "options", "expected"),
     [
         (shots.FIGURE, comparison(["head"], numbers=(5,)), {}, r"have 5 shots.*\n.*compare --shots 1,5,20"),
-        (shots.FIGURE, DOCUMENT, {"k": 3}, r"no runs with 3 experts, it has 0, 1, 2, 4\n.*--experts 3"),
+        (shots.FIGURE, DOCUMENT, {"k": 3}, r"no runs with 3 experts, but with 0, 1, 2, 4\n.*--experts 3"),
         (
             experts.FIGURE,
             comparison(["head", "learned"], ks=(2,)),
             {},
             r"one number of experts at 1 shots.*\n.*compare --experts 1,2,4",
         ),
-        (experts.FIGURE, DOCUMENT, {"shots": "7"}, r"no runs of 7 shots, it has 1, 5, all\n.*--shots 7"),
+        (experts.FIGURE, DOCUMENT, {"shots": "7"}, r"no runs with 7 shots, but with 1, 5, all\n.*--shots 7"),
         (shift.FIGURE, comparison(["head"], tests=("test",)), {}, r"test split alone\n.*--also-test FOLDER"),
-        (shift.FIGURE, DOCUMENT, {"shots": "some"}, "no runs of some shots"),
+        (shift.FIGURE, DOCUMENT, {"shots": "some"}, "no runs with some shots"),
     ],
 )
 def test_what_the_comparison_lacks_is_said_with_the_option_that_makes_it(
