@@ -88,7 +88,7 @@ def task_of(expert: Expert) -> Task | None:
 
 
 def _labels(task: Task | None) -> str:
-    return str(task.labels) if task else "of no task.json"
+    return str(task.labels) if task else "unknown (no task.json)"
 
 
 def _head_modules(expert: Expert) -> list[str]:
