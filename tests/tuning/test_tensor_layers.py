@@ -189,10 +189,7 @@ def test_a_fresh_kind_that_cannot_be_is_refused(
     text, scans = ("--target", text_task, "--base", bert_base), ("--target", parity_task, "--base", vit_base)
     scratch = ("--method", "scratch", "--kind")
     for given, named in (
-        (
-            (*scratch, "prefix", *scans),
-            "a prefix is put before a text's keys and values, but ViTForImageClassification",
-        ),
+        ((*scratch, "prefix", *scans), "a prefix is put before a text, but ViTForImageClassification"),
         ((*scratch, "prompt", *scans), "a prompt is put before a text"),
         ((*scratch, "bottle", *text), "did you mean 'bottleneck'"),
         ((*scratch, "ia3", "--fresh-rank", "3", *text), "this kind of expert has no size"),
