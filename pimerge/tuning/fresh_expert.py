@@ -43,7 +43,9 @@ def fresh_expert(
     if strategy.fresh_fields is None:
         raise PimergeError(f"no fresh expert of kind {kind} can be made", _OTHER_KIND)
     if strategy.before_text and task.type.peft_task is None:
-        raise PimergeError(f"a {kind} is put before a text, but {type(loaded.model).__name__} reads no text", _OTHER_KIND)
+        raise PimergeError(
+            f"a {kind} is put before a text, but {type(loaded.model).__name__} reads no text", _OTHER_KIND
+        )
     config_class = PEFT_TYPE_TO_CONFIG_MAPPING[strategy.peft_type]
     fields = {
         "task_type": task.type.peft_task_for(loaded.config),
