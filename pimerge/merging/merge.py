@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,6 @@ def merge(
     experts: Sequence[str | Path | Expert] | Ranking | None = None,
     *,
     method: str | None = None,
-    options: Mapping[str, Any] | None = None,
     weights: Sequence[float] | None = None,
     rules: Sequence[str] = (),
     alpha: float | None = None,
@@ -49,6 +48,7 @@ def merge(
     dry_run: bool = False,
     track: Track = silent,
     note: Note = unheard,
+    **options: Any,
 ) -> Merged:
     """Combine experts into one without training.
 
@@ -63,7 +63,6 @@ def merge(
             reads the file ``ranking``. Methods that join the target add the target's own expert.
         method: name of a merge method. None stands for ``interpolated`` if there are ``coefficients``, and for
             ``uniform`` otherwise.
-        options: options of the method, such as ``{"density": 0.3}``.
         weights: one weight per expert, in order; they need not sum to 1.
         rules: weights by module, such as ``"experts/a:*.layers.1?.*=0.7"``. The last matching rule applies.
         alpha: weight of the target's expert, for methods that join it. The other experts share the rest, evenly or by
@@ -91,13 +90,14 @@ def merge(
         dry_run: check everything but write nothing; see :attr:`Merged.plan`.
         track: reports progress.
         note: receives messages, such as what is left out of the merge.
+        **options: options of the method, such as ``density=0.3``.
 
     Returns:
         the merge, with ``path`` if it was written, and ``to_dict()``, ``save(path)`` and ``load(base_model)``.
 
     Example::
 
-        merged = pimerge.merge(["experts/a", "experts/b"], method="ties", options={"density": 0.3}, head="none")
+        merged = pimerge.merge(["experts/a", "experts/b"], method="ties", density=0.3, head="none")
         model = merged.load(base_model)
     """
     from pimerge.adapters.ranking_document import Ranking

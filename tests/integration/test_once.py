@@ -51,7 +51,7 @@ def experts(tmp_path: Path, make_expert: MakeExpert, bert_base: Path, text_task:
 
 def test_a_merge_opens_method_and_experts_once_and_checks_likeness_once(tmp_path: Path, experts: list[Path]) -> None:
     with counting() as calls:
-        pimerge.merge(experts, method="ties", options={"density": 0.5}, head="none", output=tmp_path / "merged")
+        pimerge.merge(experts, method="ties", density=0.5, head="none", output=tmp_path / "merged")
     assert calls == {"open_method": 1, "open_expert": len(experts), "select": 1, "require_alike": 1}
 
 

@@ -31,7 +31,7 @@ def test_it_writes_what_the_command_writes(cli: Cli, pair: dict[str, Expert]) ->
     given = ["--method", "ties", "--density", "0.3", "--head", "average", "--json", "-q"]
     document = json.loads(cli("merge", "experts/a", "experts/b", *given, "-o", "by-command").stdout)
     merged = pimerge.merge(
-        ["experts/a", Path("experts/b")], method="ties", options={"density": 0.3}, head="average", output="by-function"
+        ["experts/a", Path("experts/b")], method="ties", density=0.3, head="average", output="by-function"
     )
     assert merged.path == Path("by-function")
     assert {**merged.to_dict(), "output": "by-command"} == document

@@ -94,7 +94,6 @@ def merge(
     merged = merge_experts(
         experts,
         method=method,
-        options=settings,
         weights=None if weights is None else options.numbers(weights, "--weights"),
         rules=weight or [],
         alpha=alpha,
@@ -119,6 +118,7 @@ def merge(
         dry_run=dry_run,
         track=tracker(quiet),
         note=partial(note, quiet=quiet),
+        **(settings or {}),
     )
     from pimerge.cli.merge.show import show
 
