@@ -15,7 +15,7 @@ from pimerge.tuning.method import METHODS, TuneMethod, open_tune_method
 from pimerge.tuning.options import TrainingOptions, check_options
 
 SINGLE = "single"
-"""The control that is no tune method: the ranking's first expert with a new head, trained by ``uniform``."""
+"""The control that is not a tune method: the ranking's first expert with a new head, trained by ``uniform``."""
 USUAL_CONTROLS = ("head", "scratch", "full", SINGLE, "uniform")
 RANKED_BY = ("draws", "ranking")
 

@@ -94,8 +94,10 @@ def evaluate(
         scores = pimerge.evaluate(["tuned", "merged"], target="experts/X")
         scores["tuned"].accuracy, scores["tuned"].accuracy_low, scores["tuned"].accuracy_high
     """
-    several = _default_outputs() if experts is None else experts if isinstance(experts, Sequence) else [experts]
-    given = [_written(each) for each in ([several] if isinstance(several, str) else several)]
+    if experts is None:
+        experts = [name for name in DEFAULT_OUTPUTS if Path(name).is_dir()]
+    several = experts if isinstance(experts, Sequence) and not isinstance(experts, str) else [experts]
+    given = [_written(each) for each in several]
     checkpoints = [Path(each) for each in given if isinstance(each, str | Path) and _is_checkpoint(each)]
     rows = _opened([each for each in given if not _is_checkpoint(each)], base)
     opened = [expert for row in rows for expert in (row.experts if isinstance(row, Ensemble) else [row])]
@@ -116,10 +118,6 @@ def evaluate(
     for path in checkpoints:
         scores.append(score_checkpoint(path, task, device=device, dtype=dtype, track=track, note=note))
     return Evaluation(task.name, task, scores)
-
-
-def _default_outputs() -> list[str]:
-    return [name for name in DEFAULT_OUTPUTS if Path(name).is_dir()]
 
 
 def _written(given: Scorable) -> str | Path | Expert | Ensemble:
