@@ -477,13 +477,13 @@ def merged(per: dict[str, list[float]], one: Seen, k: int, own: Mapping[tuple[st
 def fitted_weights(k: int, seen: Mapping[str, Seen], trials: Mapping) -> dict[str, float]:
     """Least-squares weight of the part of ``combined`` on this pool, and its R² and that of the shipped weight."""
     shipped = combined.part_of(subset(next(iter(seen.values())).train[BARE], drawn(next(iter(seen.values())), k, 0)))
-    foretold, gains = [], []
+    predicted, gains = [], []
     for name, one in seen.items():
         true = truth(one, k, STRENGTHS)
         for scores in trials[name]:
-            foretold += [scores[shipped.measure.name][key] - scores[shipped.measure.name][BARE] for key in true]
+            predicted += [scores[shipped.measure.name][key] - scores[shipped.measure.name][BARE] for key in true]
             gains += [gain / 100 for gain in true.values()]
-    x, y = np.array(foretold), np.array(gains)
+    x, y = np.array(predicted), np.array(gains)
     fit = float(x @ y / (x @ x))
     explained = [1 - float(((y - weight * x) ** 2).sum() / (y**2).sum()) for weight in (fit, shipped.weight)]
     print(f"  weight of {shipped.measure.name} by least squares here: {fit:.2f}, shipped {shipped.weight}; ", end="")
