@@ -18,9 +18,9 @@ from hashlib import sha256
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 if TYPE_CHECKING:
+    import torch
     from numpy.typing import NDArray
     from torch import Tensor
 
@@ -39,6 +39,8 @@ def projection(name: str, size: int) -> Tensor:
     >>> projection("q.output", 2).tolist()
     [[1.0, 0.0], [0.0, 1.0]]
     """
+    import torch
+
     if size <= DIRECTIONS:
         return torch.eye(size)
     drawn = torch.randn(size, DIRECTIONS, generator=_generator(name), dtype=torch.float64)
@@ -70,6 +72,8 @@ def project(embedding: Mapping[str, Tensor]) -> Tensor:
     >>> round(float(project({"q": a}) @ project({"q": a})), 6)
     1.0
     """
+    import torch
+
     sums = torch.zeros(BLOCKS, WIDTH, dtype=torch.float64)
     for name, part in sorted(embedding.items()):
         values = part.double().flatten()
@@ -84,6 +88,8 @@ def project(embedding: Mapping[str, Tensor]) -> Tensor:
 
 def to_text(values: Tensor) -> str:
     """Encode a projection in 688 characters of base64: its largest magnitude as float32, then eight bits per number."""
+    import torch
+
     largest = values.abs().max().float()
     levels = (values / torch.where(largest > 0, largest, 1.0) * _LEVELS).round().to(torch.int8)
     return base64.b64encode(largest.numpy().astype("<f4").tobytes() + levels.numpy().tobytes()).decode()
@@ -105,4 +111,6 @@ def from_texts(texts: Sequence[str]) -> NDArray[np.float32]:
 
 
 def _generator(name: str) -> torch.Generator:
+    import torch
+
     return torch.Generator().manual_seed(int.from_bytes(sha256(name.encode()).digest()[:7]))
