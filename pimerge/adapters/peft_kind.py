@@ -16,7 +16,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pimerge.adapters.computed_module import ComputedModule
-from pimerge.adapters.keys import PREFIX, sort_keys
+from pimerge.adapters.keys import PREFIX, key_of_parameter, sort_keys
 from pimerge.adapters.kind import AdapterHeader, Kind, Parts, Shapes
 from pimerge.adapters.peft_layers import PeftDelta, PeftLayers
 from pimerge.core.errors import PimergeError, Problems
@@ -40,11 +40,21 @@ def peft_kind(how: PeftDelta, **fields: Any) -> Kind:
     usual: dict[str, Any] = {
         "peft_type": how.peft_type,
         "parse": partial(_parse, how),
+        "key_of_parameter": partial(_key_of_parameter, how.trained),
         "has_update": True,
         "reads_base": True,
         "usual_places": lora_places,
     }
     return Kind(**usual | fields)
+
+
+def _key_of_parameter(shared: Sequence[str], name: str) -> str:
+    """The key of a parameter; PEFT's model holds a tensor that all layers share in the first layer.
+
+    >>> _key_of_parameter(["vblora_vector_bank"], "base_model.model.q.vblora_vector_bank.default")
+    'base_model.vblora_vector_bank'
+    """
+    return next((f"base_model.{slot}" for slot in shared if f".{slot}." in name), key_of_parameter(name))
 
 
 def fresh_fields(size: int | None, modules: Sequence[str] | None, name: str = "r", **more: Any) -> dict[str, Any]:
@@ -74,6 +84,8 @@ def _parse(how: PeftDelta, header: AdapterHeader) -> Parts:
     refused = f"this {how.peft_type} adapter cannot be used"
     fields = _fields(how, header.config, problems)
     shared = {key.removeprefix("base_model."): key for key in header.shapes if key.count(".") == 1}
+    with problems.collected():
+        how.require(header.shapes)
     repeated = tuple(f".{slot}" for slot in shared)  # PEFT may write shared tensors again for every layer
     own = {key: shape for key, shape in header.shapes.items() if not key.endswith(repeated or "\0")}
     pattern = re.compile(rf"{re.escape(PREFIX)}(?P<module>.+?)\.(?P<slot>{how.slots}\w*(?:\.weight)?)")

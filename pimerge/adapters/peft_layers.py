@@ -51,6 +51,7 @@ class PeftDelta:
         needs_weight: config → whether ΔW depends on the base's weights.
         fixed: slots of tensors in the file that are not trained, such as indices.
         trained: slots of trained tensors that all layers share.
+        require: raises if the file lacks a tensor without which its layers cannot be determined.
         since: the first version of PEFT that has the kind.
     """
 
@@ -62,6 +63,7 @@ class PeftDelta:
     needs_weight: Callable[[Mapping[str, Any]], bool] = lambda config: False
     fixed: tuple[str, ...] = ()
     trained: tuple[str, ...] = ()
+    require: Callable[[Shapes], None] = lambda shapes: None
     since: str = "0.19"
 
 

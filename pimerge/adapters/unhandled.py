@@ -30,7 +30,6 @@ _WHY = {
     "PEANUT": _OF_THE_BASE,
     "TINYLORA": _OF_THE_BASE,
     "SUPERTUNING": _SINGLE_ENTRIES,
-    "UNILORA": "its file does not name its layers, and the numbers that a layer uses depend on the order of all layers",
     "LILY": "Lily shares factors between layers and routes each token over several",
     "ROAD": "RoAd rotates and scales pairs of a layer's outputs, and the sum of two rotations is not a rotation",
     "BEFT": "BEFT adds vectors to some layers' outputs; 'bitfit' trains the biases of all",

@@ -40,9 +40,10 @@ LINEAR: dict[str, list[dict[str, Any]]] = {
     "miss": [{"r": 4}, {"r": 4, "init_weights": "mini", "mini_r": 2}, {"r": 4, "init_weights": "bat"}],
     "shira": [{"r": 2}],
     "hira": [{"r": 2}, {"r": 5}],
+    "unilora": [{"r": 2, "theta_d_length": 40, "save_indices": True}],
 }
 """Kind → fields of PEFT's config."""
-IN_CONV1D = ("vera", "pvera", "randlora", "fourierft", "waveft", "gralora", "vblora", "adalora", "hira")
+IN_CONV1D = ("vera", "pvera", "randlora", "fourierft", "waveft", "gralora", "vblora", "adalora", "hira", "unilora")
 IN_CONVOLUTIONS = ("loha", "lokr", "adalora", "hira")
 TOLERANCE = 2e-6
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ def answers(base: Path, expert: Path) -> Tensor:
 def test_every_number_that_was_trained_has_its_place(experts: list[Path], kind: str) -> None:
     expert = open_expert(experts[0], convert=True)
     file = load_file(experts[0] / "adapter_model.safetensors")
-    not_trained = {key for key in file if key.endswith(("shira_indices", "delora_w_norm"))}
+    not_trained = {key for key in file if re.search(r"shira_indices|delora_w_norm|unilora_(indices|scales)", key)}
     assert set(expert.keys) | set(expert.head.values()) | not_trained == set(file)
     assert expert.parameters == sum(file[key].numel() for key in expert.keys)
     assert bool(expert.modules) != bool(expert.tensor_sets)

@@ -69,6 +69,7 @@ RELATIVES: dict[str, dict[str, Any]] = {
     "randlora": {"r": 5, "randlora_alpha": 20, "save_projection": False, "projection_prng_key": 3},
     "fourierft": {"n_frequency": 6},
     "pvera": {"r": 5, "save_projection": False, "projection_prng_key": 3},
+    "unilora": {"r": 3, "theta_d_length": 64, "save_indices": True},
     "waveft": {"n_frequency": 6},
     "gralora": {"r": 4, "gralora_k": 2},
     "delora": {"r": 3},
