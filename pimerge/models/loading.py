@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -105,13 +106,14 @@ def load_base(base: Base, task: Task, device: torch.device, dtype: torch.dtype, 
 
 
 def quiet_libraries() -> None:
-    """Turn off transformers' progress bars and reports, so that a stage prints nothing; errors are still shown."""
+    """Turn off the libraries' progress bars, reports and warnings; errors are still shown."""
     import transformers
 
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", module=r"(accelerate|datasets|peft|torch|transformers)\b")
 
 
 def _not_loaded(base: Base, task: Task, message: str) -> PimergeError:

@@ -38,7 +38,7 @@ from tests.support.numerics import logits_of, relative_difference
 Run = Callable[..., Any]
 READ = tuple(kind for kind in RELATIVES if kind != "hira")
 """Those whose ΔW does not need the base's weights."""
-TELL_SHAPES = ("loha", "lokr")
+TELL_SHAPES = ("unilora", "loha", "lokr")
 TUNED = tuple(kind for kind in READ if KINDS.load(kind).fresh_fields is not None)
 TRANSFORMERS = {"bert": ["query", "intermediate.dense", "output.dense"], "gpt2": ["c_attn", "c_proj"]}
 LINEAR: list[tuple[str, PeftConfig]] = [

@@ -146,7 +146,7 @@ def test_heads_of_other_labels_are_not_averaged(shell: Shell, pair: dict[str, Ex
     write_json(Path("experts/b/task.json"), task | {"labels": ["odd", "even"]})
     result = shell("merge", "experts/a", "experts/b", "--head", "average")
     assert result.code == 3
-    assert "the head of 'b' answers ['odd', 'even'], that of 'a' ['even', 'odd']" in result.err
+    assert "the head of 'b' has the labels ['odd', 'even'], the head of 'a' has ['even', 'odd']" in result.err
 
 
 RULES = ["--method", "interpolated", "--weight", "a=1", "--weight", "experts/b=0.5", "--weight", "b:*.v_proj=-2"]

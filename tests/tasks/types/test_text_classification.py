@@ -54,7 +54,7 @@ def test_texts_for_a_head_that_reads_their_end_have_one_each(bert_base: Path) ->
         "row 1 (from 0) of test: 2 end tokens, the others have 1",
         "row 7 (from 0) of test: 0 end tokens, the others have 1",
     ]
-    with pytest.raises(PimergeError, match="puts no end token"):
+    with pytest.raises(PimergeError, match="adds no end token"):
         texts.encode(rows, FILE, processor, T5Config(eos_token_id=99))
 
 

@@ -197,10 +197,10 @@ def test_the_lines_run_one_after_the_other(shell: Shell, tmp_path: Path, bert_ba
         result = shell(*line.split())
         assert result.code == 0, (line, result.err)
         if line.startswith("rank"):
-            assert "classes are those of words" in result.out + result.err
+            assert "a class per word" in result.out + result.err
     refused = shell("rank", "--target", "pets", "--measure", "logme", "--output", "x.json")
     assert refused.code == 3
-    assert "classes are those of words" in refused.err
+    assert "a class per word" in refused.err
     scored = shell("eval", "merged", "pi", "--json")
     assert scored.code == 0, scored.err
     rows = scored.document["scores"]
