@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 from pimerge.core.version import __version__
 
 if TYPE_CHECKING:
-    from pimerge.adapters.expert import Expert
+    from pimerge.adapters.expert import Expert, open_expert
     from pimerge.adapters.ranking_document import Ranking
     from pimerge.core.errors import PimergeError
     from pimerge.embedding.embed import EmbedResult, embed
@@ -60,6 +60,7 @@ __all__ = [
     "embed",
     "evaluate",
     "merge",
+    "open_expert",
     "rank",
     "tune",
 ]
@@ -78,6 +79,7 @@ _MODULES = {
     "embed": "pimerge.embedding.embed",
     "evaluate": "pimerge.evaluation.evaluate",
     "merge": "pimerge.merging.merge",
+    "open_expert": "pimerge.adapters.expert",
     "rank": "pimerge.ranking.rank",
     "tune": "pimerge.tuning.tune",
 }

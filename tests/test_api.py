@@ -22,7 +22,7 @@ def test_import_loads_nothing_slow() -> None:
 
 
 def test_every_public_name_is_there() -> None:
-    assert sorted(set(pimerge.__all__) - {"__version__"}) == sorted(FUNCTIONS + TYPES)
+    assert sorted(set(pimerge.__all__) - {"__version__", "open_expert"}) == sorted(FUNCTIONS + TYPES)
     assert set(pimerge.__all__) <= set(dir(pimerge))
     for name in TYPES:
         assert inspect.isclass(getattr(pimerge, name)), name

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,6 +40,20 @@ class Selection:
     def task_source(self) -> Path | Task | None:
         """The argument for :func:`pimerge.tasks.task.open_task`; None if no target is known."""
         return self.task or self.task_folder
+
+
+def listed(experts: str | Path | Expert | Iterable[str | Path | Expert] | None) -> list[str | Path | Expert] | None:
+    """Return the given experts as a list; a single one is not a sequence of characters, and none at all is refused.
+
+    >>> listed("experts/a"), listed(None)
+    (['experts/a'], None)
+    """
+    if experts is None:
+        return None
+    found = [experts] if isinstance(experts, str | Path | Expert) else list(experts)
+    if not found:
+        raise PimergeError("the list of experts is empty", "name an expert, or pass None for the ranking's experts")
+    return found
 
 
 def open_all(references: Sequence[str | Path | Expert], base: str | None, *, convert: bool = False) -> list[Expert]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pimerge.adapters.expert import Expert
 from pimerge.adapters.ranking_document import Ranking, open_ranked, read_ranking
-from pimerge.adapters.selected import base_of, open_all, pool_members
+from pimerge.adapters.selected import base_of, listed, open_all, pool_members
 from pimerge.core.errors import PimergeError, Problems
 from pimerge.core.files import require_absent
 from pimerge.core.progress import Note, Track, silent, unheard
@@ -22,7 +22,7 @@ from pimerge.tuning.options import TrainingOptions
 def compare(
     target: TargetSource | None = None,
     *,
-    experts: Sequence[str | Path | Expert] | None = None,
+    experts: str | Path | Expert | Sequence[str | Path | Expert] | None = None,
     shots: Sequence[int | None] = (5,),
     seeds: int = 3,
     methods: Sequence[str] = ("guided", "learned", "interpolated"),
@@ -95,7 +95,7 @@ def compare(
     own, task = open_target(target, ranking, base)
     if task is None:
         raise PimergeError("the target is not known", "pass --target FOLDER (an expert's or a task's)")
-    pool = _open_pool(experts, own, ranking, base)
+    pool = _open_pool(listed(experts), own, ranking, base)
     asked = usual_controls(task, tried) if controls is None else controls
     request = ComparisonRequest(
         task=task,

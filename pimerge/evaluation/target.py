@@ -29,7 +29,7 @@ def open_target(
         return None, open_task(target)
     ranked = ranking if isinstance(ranking, Ranking) else Path(ranking)
     chosen = select(None, ranked, None if target is None else str(target), base, needed=False)
-    return chosen.target, open_task(chosen.task_folder) if chosen.task_folder else None
+    return chosen.target, open_task(chosen.task_source) if chosen.task_source else None
 
 
 def task_beside(folders: Sequence[Path]) -> Task | None:

@@ -16,12 +16,13 @@ if TYPE_CHECKING:
     from pimerge.adapters.expert import Expert
     from pimerge.adapters.ranking_document import Ranking
     from pimerge.merging.merged import Merged
+    from pimerge.tasks.task import TaskSource
 
 DEFAULT_METHOD, METHOD_OF_WEIGHTS = "uniform", "interpolated"
 
 
 def merge(
-    experts: Sequence[str | Path | Expert] | Ranking | None = None,
+    experts: str | Path | Expert | Sequence[str | Path | Expert] | Ranking | None = None,
     *,
     method: str | None = None,
     weights: Sequence[float] | None = None,
@@ -39,7 +40,7 @@ def merge(
     into: str | Path | None = None,
     fisher: Sequence[str | Path] = (),
     store: str | Path = "embeddings.json",
-    target: str | Path | None = None,
+    target: Expert | TaskSource | None = None,
     ranking: str | Path = "ranking.json",
     base: str | Path | None = None,
     verify: bool = False,
@@ -81,7 +82,8 @@ def merge(
         into: full checkpoint to merge the result into, a folder or a safetensors file.
         fisher: for full checkpoints, one file per checkpoint with its diagonal Fisher. LoRA experts use ``store``.
         store: embedding store, for methods that need Fisher information or input Grams.
-        target: folder of an expert or a task. None stands for the target of the ranking.
+        target: folder of an expert or a task, an open expert or task, or rows in memory. None stands for the target of
+            the ranking.
         ranking: file with the ranking.
         base: base model, a folder or Hub id. None stands for the base that the experts name.
         verify: first check that every expert, merged alone, comes back unchanged.
@@ -100,7 +102,10 @@ def merge(
         merged = pimerge.merge(["experts/a", "experts/b"], method="ties", density=0.3, head="none")
         model = merged.load(base_model)
     """
+    from pimerge.adapters.expert import Expert
     from pimerge.adapters.ranking_document import Ranking
+    from pimerge.adapters.selected import listed
+    from pimerge.tasks.task import open_task
 
     problems = Problems()
     for option, value in ((SPACE, space), (HEAD, head), (DTYPE, dtype)):
@@ -108,7 +113,7 @@ def merge(
             problems.add(problem)
     problems.raise_any("some options are not valid")
     request = MergeRequest(
-        experts=None if isinstance(experts, Ranking) else experts,
+        experts=None if isinstance(experts, Ranking) else listed(experts),
         weights=weights,
         rules=rules,
         alpha=alpha,
@@ -124,7 +129,7 @@ def merge(
         fisher=list(map(Path, fisher)),
         store=Path(store),
         verify=verify,
-        target=None if target is None else str(target),
+        target=target if target is None or isinstance(target, str | Path | Expert) else open_task(target),
         ranking=experts if isinstance(experts, Ranking) else Path(ranking),
         base=None if base is None else str(base),
         output=None if output is None else Path(output),

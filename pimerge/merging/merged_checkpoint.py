@@ -172,11 +172,11 @@ def _target(request: MergeRequest, paths: Sequence[Path]) -> int | None:
     """Return the index of the target's checkpoint among the experts; a single expert is its own target."""
     if request.target is None:
         return 0 if len(paths) == 1 else None
-    wanted = Path(request.target).resolve()
+    target = request.target if isinstance(request.target, str | Path) else request.target.path
     for number, path in enumerate(paths):
-        if path.resolve() == wanted or path.name == request.target:
+        if path.resolve() == Path(target).resolve() or path.name == target:
             return number
-    raise PimergeError(f"the target '{request.target}' is not one of the given checkpoints", "name one of them")
+    raise PimergeError(f"the target '{target}' is not one of the given checkpoints", "name one of them")
 
 
 def _head_of(base: Checkpoint, experts: Sequence[Checkpoint]) -> HeadPolicy:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from pimerge.adapters.expert import Expert
     from pimerge.adapters.low_rank import Truncation
     from pimerge.adapters.ranking_document import Ranking
+    from pimerge.tasks.task import Task
 
 AUTO_ENERGY = 0.99
 """Share of ‖ΔW‖² that ``rank="auto"`` keeps if ``energy`` is not given."""
@@ -83,7 +84,7 @@ class MergeRequest:
     fisher: Sequence[Path] = ()
     store: Path = Path("embeddings.json")
     verify: bool = False
-    target: str | None = None
+    target: str | Path | Expert | Task | None = None
     ranking: Path | Ranking = Path("ranking.json")
     base: str | None = None
     output: Path | None = None

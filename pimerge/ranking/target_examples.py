@@ -23,6 +23,7 @@ LEAST_WEIGHT = 0.01
 
 def by_default(target: RankTarget, store: Store, request: RankRequest) -> Ranking | str:
     """Rank by the default measure of examples, or say why the store has to be used."""
+    resolve_dtype(request.dtype, resolve_device(request.device))  # wrong options are refused first
     try:
         if reason := why_not(target.task()):
             return reason

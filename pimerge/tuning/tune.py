@@ -31,7 +31,7 @@ class WeightStart(StrEnum):
 
 
 def tune(
-    experts: Sequence[str | Path | Expert] | Ranking | None = None,
+    experts: str | Path | Expert | Sequence[str | Path | Expert] | Ranking | None = None,
     *,
     method: str = "guided",
     target: Expert | TaskSource | None = None,
@@ -90,7 +90,7 @@ def tune(
     asked = open_tune_method(method, {name: value for name, value in settings.items() if name not in names})
     if start not in list(WeightStart):
         raise PimergeError(f"--start must be {' or '.join(WeightStart)}; got '{start}'")
-    given = None if isinstance(experts, Ranking) else experts
+    given = None if isinstance(experts, Ranking) else selected.listed(experts)
     if given and not asked.plan.experts:
         raise PimergeError(f"'{method}' combines no experts, and {len(given)} were given", "leave them out")
     ranking = experts if isinstance(experts, Ranking) else ranking

@@ -27,7 +27,23 @@ def test_each_function_takes_what_the_one_before_returned(
     merged = pimerge.merge(ranking, head="none")
     tuned = pimerge.tune(ranking, method="learned", epochs=2, holdout=0.0)
     assert set(tuned.experts) == set(ranking.selected)
-    assert [score.name for score in pimerge.evaluate([tuned], target=task)][-1] == "tuned"
+    for source in ({"target": task}, {"ranking": ranking}):
+        assert [score.name for score in pimerge.evaluate([tuned], **source)][-1] == "tuned"
+    again = pimerge.merge(ranking, target=task, head="none", output="again")
+    assert again.to_dict()["weights"] == merged.to_dict()["weights"]
     base = AutoModelForSequenceClassification.from_pretrained(bert_base, num_labels=len(task.labels))
     for result in (merged, tuned):
         assert type(result.load(deepcopy(base))).__name__.startswith("PeftModel")
+
+
+def test_one_expert_needs_no_list_and_an_empty_list_is_refused(
+    tmp_path: Path, make_expert: MakeExpert, bert_base: Path, text_task: Path
+) -> None:
+    folder = make_expert(tmp_path / "a", bert_base, text_task)
+    alone = pimerge.merge(str(folder), output=tmp_path / "by-path")
+    opened = pimerge.merge(pimerge.open_expert(folder), output=tmp_path / "open")
+    assert alone.to_dict()["weights"] == opened.to_dict()["weights"]
+    for function in (pimerge.merge, pimerge.tune, pimerge.compare):
+        keywords = {"target": text_task} if function is pimerge.compare else {}
+        with pytest.raises(pimerge.PimergeError, match="the list of experts is empty"):
+            function(experts=[], **keywords)
