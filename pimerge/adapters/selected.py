@@ -52,7 +52,7 @@ def listed(experts: str | Path | Expert | Iterable[str | Path | Expert] | None) 
         return None
     found = [experts] if isinstance(experts, str | Path | Expert) else list(experts)
     if not found:
-        raise PimergeError("the list of experts is empty", "name an expert, or pass None for the ranking's experts")
+        raise PimergeError("the list of experts is empty", "name at least one expert, or leave the argument out")
     return found
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from pimerge.adapters.compatibility import check_expert
 from pimerge.adapters.expert import Expert, open_expert
-from pimerge.adapters.selected import pool_members
+from pimerge.adapters.selected import listed, pool_members
 from pimerge.core.errors import PimergeError, Problems
 from pimerge.core.progress import Note, Track, silent, unheard
 from pimerge.embedding.embed_expert import EmbedOptions, EmbedOutcome, LabelMode, embed_expert
@@ -108,8 +108,7 @@ def embed(
     if labels not in list(LabelMode):
         raise PimergeError(f"--labels must be {' or '.join(LabelMode)}; got '{labels}'")
     target = Store(Path(store))
-    members = [experts] if isinstance(experts, str | Path | Expert) else list(experts)
-    ready, problems = _checked(members, base, None if task is None else open_task(task))
+    ready, problems = _checked(listed(experts) or [], base, None if task is None else open_task(task))
     if not skip_broken or not ready:
         problems.raise_any("some experts cannot be embedded (--skip-broken embeds the others)")
     for problem in problems.found:

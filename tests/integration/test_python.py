@@ -43,7 +43,7 @@ def test_one_expert_needs_no_list_and_an_empty_list_is_refused(
     alone = pimerge.merge(str(folder), output=tmp_path / "by-path")
     opened = pimerge.merge(pimerge.open_expert(folder), output=tmp_path / "open")
     assert alone.to_dict()["weights"] == opened.to_dict()["weights"]
-    for function in (pimerge.merge, pimerge.tune, pimerge.compare):
+    for function in (pimerge.embed, pimerge.merge, pimerge.tune, pimerge.compare):
         keywords = {"target": text_task} if function is pimerge.compare else {}
         with pytest.raises(pimerge.PimergeError, match="the list of experts is empty"):
             function(experts=[], **keywords)
