@@ -35,7 +35,7 @@ def check_expert(expert: Expert, task: Task | None = None) -> Task:
     with problems.collected():
         expert.require_handled()
     with problems.collected():
-        task = task or open_task(expert.path)
+        task = task or open_task(expert.folder)
     with problems.collected():
         _ = expert.base.identity
         if task is not None and not expert.unhandled:
@@ -188,7 +188,7 @@ def _has_bias(expert: Expert) -> bool:
 def refuse_over_inputs(output: Path, experts: Sequence[Expert]) -> None:
     """Refuse an output that would replace one of its input experts or a folder that holds one."""
     for expert in experts:
-        if expert.path.resolve().is_relative_to(output.resolve()):
+        if any(file.resolve().is_relative_to(output.resolve()) for file in (expert.path, *expert.file.files)):
             raise PimergeError(
                 f"the output '{output}' is the expert '{expert.name}' or contains it", "choose another --output"
             )

@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pimerge.adapters.expert_files import CONFIG, WEIGHTS, looks_like_expert, tensors_of
 from pimerge.adapters.expert_parts import base_of, kind_of, parsed, parsed_with_base
-from pimerge.adapters.hub import download, is_hub_reference
 from pimerge.adapters.kind import KINDS, Kind
 from pimerge.adapters.lora_module import Factors, LoraModule
+from pimerge.adapters.source import AdapterSource, open_source
 from pimerge.adapters.tensor_sets import TensorSet
 from pimerge.checkpoints.base import Base
 from pimerge.checkpoints.dtypes import FLOATS
 from pimerge.checkpoints.safetensors_file import TensorFile, is_finite
 from pimerge.core.errors import PimergeError, Problems
-from pimerge.core.files import read_json, sha256_file
+from pimerge.core.files import sha256_file
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,10 +34,10 @@ _INTEGERS = frozenset(
 
 @dataclass(frozen=True)
 class Expert:
-    """A PEFT adapter folder that has been checked; see :func:`open_expert`.
+    """An adapter that has been checked; see :func:`open_expert`.
 
     Attributes:
-        path: its folder.
+        path: its folder, or its file if it is a single file.
         kind: the name of its kind; PEFT's name for one that can only be inspected.
         config: the content of ``adapter_config.json``.
         file: its tensors.
@@ -50,6 +48,7 @@ class Expert:
         base_override: the base given by option in place of the one that the config names.
         strength: factor of its update, which the scalings of its modules include.
         unhandled: why it can only be inspected, not embedded, ranked, merged or tuned; empty if it is handled.
+        config_file: the file that its config was read from.
     """
 
     path: Path
@@ -63,10 +62,18 @@ class Expert:
     strength: float = 1.0
     tensor_sets: dict[str, TensorSet] = field(default_factory=dict)
     unhandled: str = ""
+    config_file: Path = Path("adapter_config.json")
+
+    @property
+    def folder(self) -> Path:
+        """The folder that holds its files, its task and its card."""
+        return self.path.parent if self.path.suffix == ".safetensors" else self.path
 
     @property
     def name(self) -> str:
-        """The name of its folder, or of its repository if it is a snapshot in the Hub's local cache."""
+        """The name of its folder or file, or of its repository if it is a snapshot in the Hub's local cache."""
+        if self.folder != self.path:
+            return self.path.stem
         folder = self.path.resolve()
         return folder.parents[1].name.rpartition("--")[2] if folder.parent.name == "snapshots" else folder.name
 
@@ -83,7 +90,12 @@ class Expert:
     @cached_property
     def sha256(self) -> str:
         """SHA-256 of the file of its tensors."""
-        return sha256_file(self.path / WEIGHTS)
+        return self.file.sha256
+
+    @cached_property
+    def config_sha256(self) -> str:
+        """SHA-256 of its config."""
+        return sha256_file(self.config_file)
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -202,53 +214,26 @@ def open_expert(
     """Open an expert and check its files.
 
     Args:
-        reference: a folder, or a Hub id (``org/name`` or ``org/name@revision``).
+        reference: a folder, a safetensors file, or a Hub id (``org/name`` or ``org/name@revision``).
         base: a base model's folder or Hub id, in place of the one that the expert names.
         convert: accept what has to be converted with the base's weights (DoRA, PiSSA, OLoRA).
         only_look: also accept experts that can only be inspected, since their kind cannot be combined or needs a base
             that is not on this machine; ``unhandled`` says why.
     """
-    path = _folder(reference)
+    source = open_source(reference)
     problems = Problems()
-    config: Any = {}
     with problems.collected():
-        config = read_json(path / CONFIG)
-        if not isinstance(config, dict):
-            raise PimergeError(f"'{path / CONFIG}' is not a JSON object", "save the adapter again with PEFT")
-    file = None
-    with problems.collected():
-        file = tensors_of(path)
-    if not problems.found and file is not None:
-        with problems.collected():
-            expert = _checked(path, config, file, base, convert, only_look)
-            if not only_look:
-                expert.require_handled()
-            return expert
-    problems.raise_any(f"the expert '{path}' has several problems")
+        expert = _checked(source, base, convert, only_look)
+        if not only_look:
+            expert.require_handled()
+        return expert
+    problems.raise_any(f"the expert '{source.path}' has several problems")
     raise AssertionError("unreachable: a problem was raised")
 
 
-def _folder(reference: str | Path) -> Path:
-    path = Path(reference)
-    if os.path.isdir(path):  # unlike Path.is_dir, False for an invalid name
-        if not looks_like_expert(path):
-            inside = [str(each) for each in sorted(path.iterdir()) if looks_like_expert(each)]
-            raise PimergeError(
-                f"'{path}' is not an expert: it has neither {CONFIG} nor {WEIGHTS}",
-                f"name an expert in it: {', '.join(inside[:5])}" if inside else "",
-            )
-        return path
-    if os.path.exists(path):
-        raise PimergeError(f"'{path}' is a file, expected the folder of an expert")
-    if isinstance(reference, str) and is_hub_reference(reference):
-        return download(reference)
-    raise PimergeError(f"there is no expert '{reference}'", "expected a folder or a Hub id (org/name@revision)")
-
-
-def _checked(
-    path: Path, config: dict[str, Any], file: TensorFile, base: str | None, convert: bool, only_look: bool
-) -> Expert:
+def _checked(source: AdapterSource, base: str | None, convert: bool, only_look: bool) -> Expert:
     """Build the expert from its config and tensors, which must fit each other."""
+    path, config, file = source.path, source.config, source.file
     kind, reason = kind_of(config)
     shapes = tuple((key, entry.shape) for key, entry in file.entries.items())
     strategy = None if reason else KINDS.load(kind)
@@ -265,7 +250,19 @@ def _checked(
         parts, head = parsed("" if reason else kind, json.dumps(config), shapes, convert)
     modules = {name: part for name, part in parts.items() if isinstance(part, LoraModule)}
     tensor_sets = {name: part for name, part in parts.items() if isinstance(part, TensorSet)}
-    expert = Expert(path, kind, config, file, modules, head, (), base, tensor_sets=tensor_sets, unhandled=reason)
+    expert = Expert(
+        path,
+        kind,
+        config,
+        file,
+        modules,
+        head,
+        (),
+        base,
+        tensor_sets=tensor_sets,
+        unhandled=reason,
+        config_file=source.config_file,
+    )
     if not only_look:
         copies = {name: module for name, module in modules.items() if module.base_copy}
         if copies:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pimerge.checkpoints.safetensors_file import TensorFile, open_tensors
+from pimerge.checkpoints.checkpoint import INDEX, open_shards, read_object
+from pimerge.checkpoints.safetensors_file import TensorFile, joined, open_tensors
 from pimerge.core.errors import PimergeError
 
 CONFIG = "adapter_config.json"
@@ -35,15 +36,17 @@ def find_experts(pool: Path) -> list[Path]:
 
 def looks_like_expert(folder: Path) -> bool:
     """Whether a folder holds an adapter's config or weights."""
-    names = (CONFIG, WEIGHTS, *_PICKLES[:3])
+    names = (CONFIG, WEIGHTS, WEIGHTS + INDEX, *_PICKLES[:3])
     return folder.is_dir() and any((folder / name).exists() for name in names)
 
 
 def tensors_of(path: Path) -> TensorFile:
-    """Open the expert's tensors; only the header is read."""
-    file = path / WEIGHTS
+    """Open the expert's tensors, in one file or in shards with an index; only headers are read."""
+    file, index = path / WEIGHTS, path / (WEIGHTS + INDEX)
     if file.is_file():
         return open_tensors(file)
+    if index.is_file():
+        return joined(index, open_shards(path, index.name, read_object(index)))
     pickle = next((name for name in _PICKLES if (path / name).is_file()), None)
     if pickle:
         raise PimergeError(

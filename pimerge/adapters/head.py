@@ -84,7 +84,7 @@ def choose_head(policy: str, experts: Sequence[Expert], target: Expert | None) -
 
 def task_of(expert: Expert) -> Task | None:
     """The task in an expert's folder; None without a task.json."""
-    return open_task(expert.path) if (expert.path / TASK).is_file() else None
+    return open_task(expert.folder) if (expert.folder / TASK).is_file() else None
 
 
 def _labels(task: Task | None) -> str:

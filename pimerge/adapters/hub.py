@@ -9,9 +9,10 @@ from pathlib import Path
 
 from pimerge.adapters.expert_files import CONFIG, TASK, WEIGHTS
 from pimerge.checkpoints.base import is_hub_id
+from pimerge.checkpoints.checkpoint import INDEX
 from pimerge.core.errors import PimergeError
 
-_HUB_FILES = (CONFIG, WEIGHTS, TASK, "pimerge.json")
+_HUB_FILES = (CONFIG, WEIGHTS, "adapter_model-*-of-*.safetensors", WEIGHTS + INDEX, TASK, "pimerge.json")
 _CARD = "README.md"  # states the licence
 _ONLINE = "run the command once online and without HF_HUB_OFFLINE, to download it"
 _HUB_REFERENCE = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
@@ -49,7 +50,10 @@ def download(reference: str) -> Path:
                 f"'{reference}' is not a folder, and it cannot be downloaded from the Hub: {reason}", hint
             ) from error
         path = Path(found)
-    missing = " and no ".join(name for name in (CONFIG, WEIGHTS) if not (path / name).is_file())
+    has_weights = any((path / name).is_file() for name in (WEIGHTS, WEIGHTS + INDEX))
+    missing = " and no ".join(
+        name for name, found in ((CONFIG, (path / CONFIG).is_file()), (WEIGHTS, has_weights)) if not found
+    )
     if missing and constants.HF_HUB_OFFLINE:
         raise PimergeError(f"the Hub's local cache has no {missing} of '{reference}'", _ONLINE)
     if missing:

@@ -118,13 +118,13 @@ def _open_folder(path: Path) -> Checkpoint:
     problems = Problems()
     config: dict[str, Any] = {}
     with problems.collected():
-        config = _object(path / CONFIG)
+        config = read_object(path / CONFIG)
     index: dict[str, Any] = {}
     files: tuple[TensorFile, ...] = ()
     with problems.collected():
         if weights.name.endswith(INDEX):
-            index = _object(weights)
-            files = _shards(path, weights.name, index)
+            index = read_object(weights)
+            files = open_shards(path, weights.name, index)
         else:
             files = (open_tensors(weights),)
     problems.raise_any(f"the checkpoint '{path}' has several problems")
@@ -177,7 +177,13 @@ def weights_file(folder: Path) -> Path:
     raise PimergeError(f"'{folder}' holds no weights", "expected model.safetensors, or its index and shards")
 
 
-def _shards(folder: Path, name: str, index: Mapping[str, Any]) -> tuple[TensorFile, ...]:
+def open_shards(folder: Path, name: str, index: Mapping[str, Any]) -> tuple[TensorFile, ...]:
+    """Open the shards of an index and check that they hold exactly the tensors that it names.
+
+    Args:
+        name: file name of the index.
+        index: its content.
+    """
     places = index.get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(place, str) for place in places.values()):
         raise PimergeError(f"'{folder / name}' has no weight_map", "download the index again")
@@ -205,7 +211,8 @@ def _check_shard(
         problems.add(f"'{shard}' holds '{key}', but {where}", "download the index and the shards again")
 
 
-def _object(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON object."""
     document = read_json(path)
     if not isinstance(document, dict):
         raise PimergeError(f"'{path}' is not a JSON object", "download or save the checkpoint again")

@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from pimerge.checkpoints.dtypes import dtype_name, numpy_name, size_of, torch_dtype
 from pimerge.core.errors import PimergeError
-from pimerge.core.files import sha256_bytes
+from pimerge.core.files import sha256_bytes, sha256_file, sha256_files
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -30,17 +30,26 @@ _ENTRY_BYTES = 160  # bytes of a tensor's header entry without its name: dtype, 
 
 
 class Entry(NamedTuple):
-    """The location of one tensor: safetensors' name of its dtype, shape, and bytes from ``start`` to ``end``."""
+    """The location of one tensor: safetensors' name of its dtype, shape, and bytes from ``start`` to ``end``.
+
+    Attributes:
+        path: the file that holds it; None for the file at :attr:`TensorFile.path`.
+        transposed: whether the file holds the transpose of the matrix of this shape.
+    """
 
     dtype: str
     shape: tuple[int, ...]
     start: int
     end: int
+    path: Path | None = None
+    transposed: bool = False
 
 
 @dataclass(frozen=True)
 class TensorFile:
-    """A safetensors file to read from; see :func:`open_tensors`.
+    """Tensors to read: a safetensors file (see :func:`open_tensors`), or a view of one or more files.
+
+    A view has other keys, leaves tensors out, transposes matrices or joins shards: only ``entries`` differs.
 
     Attributes:
         entries: key → location of its tensor, in the order of the file.
@@ -52,25 +61,45 @@ class TensorFile:
     metadata: dict[str, str] = field(default_factory=dict)
 
     @cached_property
+    def files(self) -> list[Path]:
+        """The files that hold the tensors, in alphabetical order."""
+        return sorted({entry.path or self.path for entry in self.entries.values()}) or [self.path]
+
+    @cached_property
+    def sha256(self) -> str:
+        """SHA-256 of the file; of several files, the SHA-256 of their hashes."""
+        if len(self.files) == 1:
+            return sha256_file(self.files[0])
+        return sha256_bytes("".join(sha256_files(self.files)).encode())
+
+    @cached_property
     def beginning(self) -> str:
         """SHA-256 of the header and the first tensors, which distinguishes most files without reading them."""
-        with self.path.open("rb") as file:
-            return sha256_bytes(file.read(_BEGINNING_BYTES))
+        starts = []
+        for path in self.files:
+            with path.open("rb") as file:
+                starts.append(file.read(_BEGINNING_BYTES))
+        return sha256_bytes(b"".join(starts))
 
     def read(self, key: str) -> Tensor:
         """Read one tensor."""
         entry = self.entries[key]
+        if entry.transposed:
+            return self._read_stored(entry, 0, math.prod(entry.shape)).view(entry.shape[::-1]).T.contiguous()
         return self.read_part(key, 0, math.prod(entry.shape)).view(entry.shape)
 
     def read_part(self, key: str, start: int, stop: int) -> Tensor:
         """Read the numbers from ``start`` to ``stop`` of the flattened tensor."""
+        entry = self.entries[key]
+        return self.read(key).view(-1)[start:stop] if entry.transposed else self._read_stored(entry, start, stop)
+
+    def _read_stored(self, entry: Entry, start: int, stop: int) -> Tensor:
         import torch
 
-        entry = self.entries[key]
         size = (entry.end - entry.start) // max(1, math.prod(entry.shape))
         data = torch.empty((stop - start) * size, dtype=torch.uint8)
-        with self._opened() as file:
-            self._fill(file, entry.start + start * size, bytes_of(data))
+        with self._opened() as fill:
+            fill(entry, start * size, bytes_of(data))
         return data.view(torch_dtype(entry.dtype))
 
     def arrays(self, keys: Iterable[str]) -> dict[str, NDArray[Any]]:
@@ -78,38 +107,48 @@ class TensorFile:
         import numpy as np
 
         found = {}
-        with self._opened() as file:
+        with self._opened() as fill:
             for key in keys:
                 entry = self.entries[key]
                 data = np.empty(entry.end - entry.start, np.uint8)
-                self._fill(file, entry.start, data.data)
-                found[key] = _numbers(data, entry.dtype).reshape(entry.shape)
+                fill(entry, 0, data.data)
+                numbers = _numbers(data, entry.dtype)
+                found[key] = numbers.reshape(entry.shape[::-1]).T if entry.transposed else numbers.reshape(entry.shape)
         return found
 
-    def pieces(self, key: str) -> Iterator[bytearray]:
-        """Yield the bytes of one tensor of any dtype, at most :data:`PIECE` at once."""
+    def pieces(self, key: str) -> Iterator[memoryview | bytearray]:
+        """Yield the bytes of one tensor of any dtype, at most :data:`PIECE` at once unless it is transposed."""
         entry = self.entries[key]
+        if entry.transposed:
+            yield bytes_of(self.read(key))
+            return
         for start in range(0, entry.end - entry.start, PIECE):
             data = bytearray(min(PIECE, entry.end - entry.start - start))
-            with self._opened() as file:
-                self._fill(file, entry.start + start, memoryview(data))
+            with self._opened() as fill:
+                fill(entry, start, memoryview(data))
             yield data
 
     @contextmanager
-    def _opened(self) -> Iterator[int]:
-        try:
-            with self.path.open("rb", buffering=0) as file:
-                yield file.fileno()
-        except OSError as error:
-            raise PimergeError(f"cannot read '{self.path}': {error.strerror}") from error
+    def _opened(self) -> Iterator[Callable[[Entry, int, memoryview], None]]:
+        """Yield a function that fills a buffer with an entry's bytes from an offset; each file is opened once."""
+        with ExitStack() as stack:
+            opened: dict[Path, int] = {}
 
-    def _fill(self, file: int, start: int, buffer: memoryview) -> None:
-        done = 0
-        while done < len(buffer):  # a call reads at most 2 GiB
-            got = os.preadv(file, [buffer[done:]], start + done)
-            if not got:
-                raise PimergeError(f"'{self.path}' became shorter while it was read", "run the command again")
-            done += got
+            def fill(entry: Entry, offset: int, buffer: memoryview) -> None:
+                path = entry.path or self.path
+                if path not in opened:
+                    opened[path] = stack.enter_context(path.open("rb", buffering=0)).fileno()
+                done = 0
+                while done < len(buffer):  # a call reads at most 2 GiB
+                    got = os.preadv(opened[path], [buffer[done:]], entry.start + offset + done)
+                    if not got:
+                        raise PimergeError(f"'{path}' became shorter while it was read", "run the command again")
+                    done += got
+
+            try:
+                yield fill
+            except OSError as error:
+                raise PimergeError(f"cannot read '{error.filename or self.path}': {error.strerror}") from error
 
 
 def open_tensors(path: Path) -> TensorFile:
@@ -134,6 +173,18 @@ def open_tensors(path: Path) -> TensorFile:
         for start, end, key in places
     }
     return TensorFile(path, entries, metadata)
+
+
+def joined(path: Path, files: Sequence[TensorFile]) -> TensorFile:
+    """The tensors of several files as one.
+
+    Args:
+        path: their index, which names them.
+    """
+    entries = {
+        key: entry._replace(path=entry.path or file.path) for file in files for key, entry in file.entries.items()
+    }
+    return TensorFile(path, entries, {name: text for file in files for name, text in file.metadata.items()})
 
 
 def is_finite(tensor: Tensor) -> bool:

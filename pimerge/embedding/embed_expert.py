@@ -12,10 +12,8 @@ import torch
 from torch import nn
 
 from pimerge.adapters.expert import Expert
-from pimerge.adapters.expert_files import CONFIG
 from pimerge.checkpoints.architecture import lora_targets
 from pimerge.core.errors import PimergeError
-from pimerge.core.files import sha256_file
 from pimerge.core.progress import Track, silent
 from pimerge.embedding.fisher import Fisher, diagonal_fisher
 from pimerge.embedding.input_grams import input_grams, linear_layers
@@ -96,7 +94,7 @@ def embed_expert(
     fields: dict[str, Any] = {
         "path": store.path_of(expert),
         "sha256": expert.sha256,
-        "config_sha256": sha256_file(expert.path / CONFIG),
+        "config_sha256": expert.config_sha256,
         "task_sha256": task.sha256(),
         "kind": expert.kind,
         "base": expert.base.identity,

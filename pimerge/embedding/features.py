@@ -18,12 +18,10 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from pimerge.adapters.expert import Expert
-from pimerge.adapters.expert_files import CONFIG
 from pimerge.adapters.head import task_of
 from pimerge.adapters.ranking_document import Seen
 from pimerge.checkpoints.base import Base
 from pimerge.core.errors import PimergeError
-from pimerge.core.files import sha256_file
 from pimerge.core.progress import Advance
 from pimerge.embedding.embed_expert import default_batch_tokens
 from pimerge.embedding.feature_cache import FeatureCache
@@ -282,7 +280,7 @@ class FeatureReader:
 
 def _identity(expert: Expert) -> str:
     """Return the identity of an expert's update: its tensors, its config with the scalings, and its strength."""
-    return f"{expert.sha256} {sha256_file(expert.path / CONFIG)} {expert.strength}"
+    return f"{expert.sha256} {expert.config_sha256} {expert.strength}"
 
 
 def _with_losses(sample: TargetFeatures) -> TargetFeatures:

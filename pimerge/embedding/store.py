@@ -68,7 +68,7 @@ class Store:
         if not self.folder_of(name).is_dir():
             raise PimergeError(f"the folder '{self.folder_of(name)}' is gone", "run 'pimerge embed' again")
         expert, entry = open_expert(self.folder_of(name)), self.document.experts[name]
-        if (expert.sha256, sha256_file(expert.path / CONFIG)) != (entry.sha256, entry.config_sha256):
+        if (expert.sha256, expert.config_sha256) != (entry.sha256, entry.config_sha256):
             raise PimergeError(f"'{expert.path}' has changed since it was embedded", "run 'pimerge embed' again")
         return expert
 

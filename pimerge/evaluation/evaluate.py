@@ -104,7 +104,7 @@ def evaluate(
     if test is not None:
         target = _with_test(target, test)
     own, task = open_target(target, ranking, base)
-    task = task or task_beside([*(expert.path for expert in opened), *checkpoints])
+    task = task or task_beside([*(expert.folder for expert in opened), *checkpoints])
     if task is None:
         raise PimergeError(
             "the target is not known" if given else "there is nothing to score",

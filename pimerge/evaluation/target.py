@@ -24,7 +24,7 @@ def open_target(
         target: the target; None uses the ranking's target.
     """
     if isinstance(target, Expert):
-        return target, open_task(target.path)
+        return target, open_task(target.folder)
     if target is not None and not isinstance(target, str | Path):
         return None, open_task(target)
     ranked = ranking if isinstance(ranking, Ranking) else Path(ranking)

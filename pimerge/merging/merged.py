@@ -196,7 +196,7 @@ class MergedExperts(Merged):
 def sources_of(experts: Sequence[Expert], weights: Weights) -> list[Source]:
     """Return the experts for the model card."""
     return [
-        Source(expert.name, expert.sha256, licence_of(expert.path), range_text(weights, place), expert.strength)
+        Source(expert.name, expert.sha256, licence_of(expert.folder), range_text(weights, place), expert.strength)
         for place, expert in enumerate(experts)
     ]
 

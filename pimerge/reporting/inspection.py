@@ -9,9 +9,7 @@ from pathlib import Path
 
 from pimerge.adapters.compatibility import check_expert, differing_form, init_cosine, require_alike, require_finite
 from pimerge.adapters.expert import Expert, open_expert
-from pimerge.adapters.expert_files import CONFIG
 from pimerge.core.errors import PimergeError, Problem
-from pimerge.core.files import sha256_file
 from pimerge.embedding.store import Store
 from pimerge.embedding.store_schema import Embedding
 from pimerge.tasks.task import Task
@@ -163,7 +161,7 @@ def _fisher(expert: Expert | None, store: Store | None) -> FisherStatistics | st
     if name is None:
         return "it is not in the store"
     entry = store.experts[name]
-    if (expert.sha256, sha256_file(expert.path / CONFIG)) != (entry.sha256, entry.config_sha256):
+    if (expert.sha256, expert.config_sha256) != (entry.sha256, entry.config_sha256):
         return "changed since it was embedded"
     biases = sum(module.d_out for module in expert.modules.values() if module.bias)
     try:

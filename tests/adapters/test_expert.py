@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from pimerge.adapters.expert import open_expert
 from pimerge.adapters.expert_files import find_experts
@@ -224,11 +225,47 @@ def test_what_is_no_expert_is_refused_by_name(reference: str, tmp_path: Path, mo
         open_expert(reference)
 
 
-def test_a_file_and_an_empty_folder_are_no_experts(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(PimergeError, match="is a file, expected the folder"):
-        open_expert(folder / WEIGHTS)
+def test_another_file_and_an_empty_folder_are_no_experts(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(PimergeError, match=r"is a file, expected the folder of an expert or a \.safetensors file"):
+        open_expert(folder / CONFIG)
     with pytest.raises(PimergeError, match="is not an expert: it has neither adapter_config"):
         open_expert(tmp_path)
+
+
+def test_the_weights_of_a_folder_stand_for_the_folder(folder: Path) -> None:
+    assert open_expert(folder / WEIGHTS) == open_expert(folder)
+
+
+def test_a_single_file_is_read_with_the_config_beside_it_and_refused_without(folder: Path) -> None:
+    whole = open_expert(folder)
+    assert whole.sha256  # hashed before the file moves
+    renamed = (folder / WEIGHTS).rename(folder / "renamed.safetensors")
+    single = open_expert(renamed)
+    assert (single.name, single.folder, single.sha256) == ("renamed", folder, whole.sha256)
+    assert single.modules == whole.modules
+    (folder / CONFIG).unlink()
+    with pytest.raises(PimergeError, match="states the scaling alpha"):
+        open_expert(renamed)
+
+
+def test_shards_with_an_index_are_one_expert(folder: Path) -> None:
+    whole, tensors = open_expert(folder), load_file(folder / WEIGHTS)
+    expected = {name: (factors.B @ factors.A) for name in whole.parts for factors in [whole.factors(name)]}
+    (folder / WEIGHTS).unlink()
+    places = {key: f"adapter_model-0000{1 + place % 2}-of-00002.safetensors" for place, key in enumerate(tensors)}
+    for shard in set(places.values()):
+        save_file({key: tensors[key] for key, place in places.items() if place == shard}, folder / shard)
+    (folder / f"{WEIGHTS}.index.json").write_text(json.dumps({"weight_map": places}))
+    sharded = open_expert(folder)
+    assert sharded.sha256 == sha256_bytes(
+        "".join(sha256_bytes((folder / shard).read_bytes()) for shard in sorted(set(places.values()))).encode()
+    )
+    assert {name: B.T @ A for name, (A, B) in sharded.updates(sharded.parts).items()}.keys() == expected.keys()
+    for name, (A, B) in sharded.updates(sharded.parts).items():
+        np.testing.assert_allclose(B.T @ A, expected[name], rtol=1e-4, atol=1e-6)
+    (folder / places[next(iter(places))]).unlink()
+    with pytest.raises(PimergeError, match="which does not exist"):
+        open_expert(folder)
 
 
 def test_a_folder_of_experts_names_those_in_it(folder: Path) -> None:

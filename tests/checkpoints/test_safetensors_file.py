@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from pimerge.checkpoints import safetensors_file
 from pimerge.checkpoints.dtypes import dtype_name, size_of, torch_dtype
-from pimerge.checkpoints.safetensors_file import bytes_of, is_finite, open_tensors, writing_tensors
+from pimerge.checkpoints.safetensors_file import bytes_of, is_finite, joined, open_tensors, writing_tensors
 from pimerge.core.errors import PimergeError
 from tests.support.numerics import normal, small
 
@@ -233,3 +234,22 @@ def test_a_file_that_changes_after_it_was_opened_is_an_error(tmp_path: Path) -> 
     for read in (file.read, lambda key: file.arrays([key])):
         with pytest.raises(PimergeError, match="cannot read"):
             read("a")
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_a_view_renames_transposes_and_joins(dtype: torch.dtype, tmp_path: Path) -> None:
+    first, second = normal(3, 5).to(dtype), normal(2, 4).to(dtype)
+    for name, tensor in (("one", first), ("two", second)):
+        save_file({name: tensor}, tmp_path / f"{name}.safetensors")
+    both = joined(tmp_path / "index.json", [open_tensors(tmp_path / f"{name}.safetensors") for name in ("two", "one")])
+    one = both.entries["one"]
+    turned = one._replace(shape=one.shape[::-1], transposed=True)
+    view = replace(both, entries={"new": turned, "two": both.entries["two"]})
+    assert same_bits(view.read("new"), first.T.contiguous())
+    assert same_bits(view.read("two"), second)
+    assert same_bits(view.read_part("new", 2, 7), first.T.reshape(-1)[2:7])
+    assert b"".join(view.pieces("new")) == bytes(bytes_of(first.T))
+    arrays = view.arrays(["new", "two"])
+    np.testing.assert_array_equal(arrays["new"], widened(first).T.numpy())
+    np.testing.assert_array_equal(arrays["two"], widened(second).numpy())
+    assert view.files == [tmp_path / "one.safetensors", tmp_path / "two.safetensors"]

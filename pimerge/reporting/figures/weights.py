@@ -76,7 +76,7 @@ def open_tuned(inputs: FigureInputs) -> tuple[Study, Coefficients]:
             component = open_ranked(Reference(name=path, path=path, sha256=sha256), file, inputs.base)
             components.append(component.with_strength(strength))
     problems.raise_any(f"some experts of '{file}' cannot be opened")
-    return Study(tuned, open_task(tuned.path), base_of([], tuned, inputs.base), components), content
+    return Study(tuned, open_task(tuned.folder), base_of([], tuned, inputs.base), components), content
 
 
 def collect(source: tuple[Study, Coefficients], inputs: FigureInputs, *, limit: int, seed: int) -> WeightsData:
