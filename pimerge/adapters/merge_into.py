@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pimerge.adapters.into_config import fitted, shares_weight, untied, vocabulary_of
 from pimerge.adapters.lora_module import Factors, LoraModule
 from pimerge.checkpoints.checkpoint import Checkpoint, require_weights
 from pimerge.checkpoints.dtypes import FLOATS, dtype_name
-from pimerge.checkpoints.key_mapping import Names, is_fan_in_first, match, match_modules, names_of, skeleton
+from pimerge.checkpoints.key_mapping import Names, is_fan_in_first, match, match_modules, names_of
 from pimerge.checkpoints.safetensors_file import PIECE
 from pimerge.checkpoints.writer import flat_pieces, write_like
 from pimerge.core.errors import PimergeError, Problems
@@ -32,6 +33,7 @@ class MergeIntoPlan:
         transposed: keys of ``weights`` that are stored as (d_in × d_out).
         untied: whether tied weights become separate tensors.
         config: the changed content of ``config.json``; None keeps the file byte for byte.
+        resized: the number of tokens of the result, if its vocabulary has another size than the checkpoint's.
     """
 
     checkpoint: Checkpoint
@@ -42,6 +44,7 @@ class MergeIntoPlan:
     transposed: frozenset[str]
     untied: bool
     config: dict[str, Any] | None
+    resized: int | None = None
 
     def source(self, key: str) -> str:
         """The stored key whose values a written tensor starts from."""
@@ -70,6 +73,7 @@ def plan_merge_into(
     fan_in_fan_out: bool = False,
     head: Mapping[str, Tensor] | None = None,
     fields: Mapping[str, Any] | None = None,
+    trained_in: str | None = None,
 ) -> MergeIntoPlan:
     """Check that an adapter fits a checkpoint; nothing is computed or written.
 
@@ -78,6 +82,7 @@ def plan_merge_into(
             is unknown.
         head: parameter name → tensor that replaces the checkpoint's or is added.
         fields: fields of ``config.json`` that the head needs, such as ``id2label``.
+        trained_in: the class of the model that has the head, for a checkpoint whose own class has no place for it.
     """
     require_weights(checkpoint)
     stored = None if head or fan_in_fan_out else _as_stored(checkpoint, layouts)
@@ -97,16 +102,23 @@ def plan_merge_into(
         if layouts[module].bias is not None:
             with problems.collected():
                 biases[_bias(checkpoint, names, module)] = module
-    heads = _heads(checkpoint, names, head or {}, {**weights, **biases}, problems)
+    head = head or {}
+    heads = _heads(checkpoint, names, head, {**weights, **biases}, problems)
     problems.raise_any(f"the adapter cannot be merged into '{checkpoint.path}'")
-    touched = weights.keys() | biases.keys() | heads.keys()
-    untied = _shares(names, touched)
+    separate = shares_weight(names, weights.keys() | biases.keys() | heads.keys())
+    copies = dict(names.shared or {}) if separate else {}
     config = {**checkpoint.config, **(fields or {})}
-    if untied:
-        config = _untied(checkpoint, names, config)
-    copies = dict(names.shared or {}) if untied else {}
+    if trained_in and any(names.known and names.rename(key) not in names.known for key in heads):
+        config = {**config, "architectures": (fields or {}).get("architectures") or [trained_in]}
+    if separate:
+        config = untied(checkpoint, names, config)
+    if heads and not checkpoint.is_file:
+        new = {key: checkpoint.entry(source).shape for key, source in copies.items()}
+        config = fitted(checkpoint, names, config, new | {key: tuple(head[name].shape) for key, name in heads.items()})
     changed = config if config != checkpoint.config and not checkpoint.is_file else None
-    return MergeIntoPlan(checkpoint, weights, biases, heads, copies, frozenset(transposed), untied, changed)
+    size = vocabulary_of(config)
+    resized = size if size != vocabulary_of(checkpoint.config) else None
+    return MergeIntoPlan(checkpoint, weights, biases, heads, copies, frozenset(transposed), separate, changed, resized)
 
 
 def merge_into(
@@ -173,18 +185,6 @@ def _as_stored(checkpoint: Checkpoint, layouts: Mapping[str, LoraModule]) -> dic
             return None
         found[key] = name
     return found
-
-
-def label_fields(labels: list[str]) -> dict[str, Any]:
-    """The fields of ``config.json`` that name a classifier's labels.
-
-    >>> label_fields(["cat"])
-    {'id2label': {'0': 'cat'}, 'label2id': {'cat': 0}}
-    """
-    return {
-        "id2label": {str(index): name for index, name in enumerate(labels)},
-        "label2id": {name: index for index, name in enumerate(labels)},
-    }
 
 
 def _weight(plan: MergeIntoPlan, key: str, factors: Factors) -> Iterator[Tensor]:
@@ -261,28 +261,3 @@ def _heads(
                 problems.add(f"'{key}' would be replaced by the head and also changed by another part of the adapter")
             found[key] = name
     return found
-
-
-def _shares(names: Names, touched: set[str]) -> bool:
-    """Whether any of the changed tensors is shared by several parameters."""
-    keys = {name: key for key, name in names.parameter.items()}
-    return any(keys.get(name, name) in touched for group in names.groups for name in group)
-
-
-def _untied(checkpoint: Checkpoint, names: Names, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config of the model with its tied weights separated."""
-    shared = ", ".join(sorted(names.shared or ()))
-    hint = "merge into an adapter instead, or leave out the module that shares its weight"
-    if config.get("is_encoder_decoder"):
-        raise PimergeError(f"{shared} share one tensor, which cannot be untied in an encoder-decoder", hint)
-    changed = {
-        key: {**value, "tie_word_embeddings": False}
-        if isinstance(value, dict) and value.get("tie_word_embeddings")
-        else value
-        for key, value in config.items()
-    } | {"tie_word_embeddings": False}
-    model = skeleton(checkpoint, changed)
-    stray = [name for name in names.shared or () if names.rename(name) != name]
-    if model is None or model.all_tied_weights_keys or stray:
-        raise PimergeError(f"{shared} share one tensor, which transformers does not untie in this model", hint)
-    return changed

@@ -8,13 +8,16 @@ from typing import Any, ClassVar
 
 import torch
 
+from pimerge.adapters.expert import Expert
 from pimerge.adapters.head import Head
+from pimerge.adapters.into_config import label_fields, model_class, vocabulary_of
 from pimerge.adapters.lora_module import Factors
-from pimerge.adapters.merge_into import MergeIntoPlan, label_fields, merge_into, plan_merge_into
+from pimerge.adapters.merge_into import MergeIntoPlan, merge_into, plan_merge_into
 from pimerge.adapters.merged_module import Summary, relative_error
 from pimerge.adapters.writer import COEFFICIENTS_FILE
 from pimerge.checkpoints.base import Base, find_base
 from pimerge.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from pimerge.checkpoints.tokenizer_files import copy_tokenizer
 from pimerge.core.errors import PimergeError
 from pimerge.core.files import hashes_of, json_text, new_folder, write_into
 from pimerge.core.manifest import MANIFEST_FILE
@@ -46,6 +49,12 @@ class MergedIntoCheckpoint(MergedUpdates):
             handled.append(
                 "the adapter changes one of two tied weights: both are written, and config.json no longer ties them"
             )
+        if self.into.resized:
+            before = vocabulary_of(self.into.checkpoint.config)
+            handled.append(
+                f"the vocabulary has {self.into.resized} tokens, not {before} as in the base: config.json says so, "
+                "and the adapter's tokenizer is written if its folder has one"
+            )
         if self.into.heads:
             handled.append(f"the head is written as {', '.join(sorted(self.into.heads))}")
         return replace(plan, handled=[*plan.handled, *handled], size=self.into.checkpoint.size)
@@ -73,6 +82,8 @@ class MergedIntoCheckpoint(MergedUpdates):
                 dtype=request.torch_dtype(),
                 track=request.track,
             )
+            if self.into.resized and (source := self._source_of_head()):
+                copy_tokenizer(source.path, partial)
             self.summaries = [summaries[name] for name in self.merge.names]
             coefficients = self._coefficients(self.merge.experts, self.weights)
             contents = {COEFFICIENTS_FILE: json_text(coefficients.model_dump()), "README.md": self._checkpoint_card()}
@@ -82,6 +93,14 @@ class MergedIntoCheckpoint(MergedUpdates):
             write_into(partial, {MANIFEST_FILE: json_text(manifest.model_dump())})
         self.size = written.size
         return {**self._heading, "folded": written.modules, "truncation": relative_error(self.summaries)}
+
+    def _source_of_head(self) -> Expert | None:
+        """Return the expert whose head is written: the target, or the first one with these shapes."""
+        shapes = {name: tuple(tensor.shape) for name, tensor in self.head.tensors.items()}
+        for expert in [*([self.chosen.target] if self.chosen.target else []), *self.chosen.experts]:
+            if shapes == {name: expert.file.entries[key].shape for name, key in expert.head.items()}:
+                return expert
+        return None
 
     def _checkpoint_sha256(self) -> str:
         """Return the hash of the checkpoint, which is already known if it is the base of the experts."""
@@ -124,6 +143,7 @@ def merged_into(request: MergeRequest, method: OpenedMethod, chosen: ChosenExper
         fan_in_fan_out=any(bool(expert.config.get("fan_in_fan_out")) for expert in merge.experts),
         head=head.tensors,
         fields=_head_fields(checkpoint, head),
+        trained_in=model_class(checkpoint, (chosen.target or merge.experts[0]).config) if head.tensors else None,
     )
     # at least float32, so that the update is rounded only once, with the weights of the checkpoint
     wide = replace(merge, dtype=torch.promote_types(merge.dtype, torch.float32))

@@ -14,7 +14,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from pimerge.adapters.expert import Expert, open_expert
-from pimerge.adapters.merge_into import MergedInto, label_fields, merge_into, plan_merge_into
+from pimerge.adapters.into_config import label_fields
+from pimerge.adapters.merge_into import MergedInto, merge_into, plan_merge_into
 from pimerge.checkpoints.checkpoint import open_checkpoint
 from pimerge.core.errors import PimergeError
 from tests.support.bases import model_for

@@ -1,0 +1,178 @@
+"""The ``config.json`` of a checkpoint that an adapter is merged into: untied weights, labels, vocabulary."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pimerge.checkpoints.checkpoint import Checkpoint
+from pimerge.checkpoints.key_mapping import Names, skeleton
+from pimerge.core.errors import PimergeError, Problems
+
+Shape = tuple[int, ...]
+_ADAPTER = "merge into an adapter instead (without --into)"
+_AUTO_CLASSES = {
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+}
+
+
+def label_fields(labels: list[str]) -> dict[str, Any]:
+    """The fields of ``config.json`` that name a classifier's labels.
+
+    >>> label_fields(["cat"])
+    {'id2label': {'0': 'cat'}, 'label2id': {'cat': 0}}
+    """
+    return {
+        "id2label": {str(index): name for index, name in enumerate(labels)},
+        "label2id": {name: index for index, name in enumerate(labels)},
+    }
+
+
+def model_class(checkpoint: Checkpoint, adapter: Mapping[str, Any]) -> str | None:
+    """The class of the model that an adapter was trained in, by its config; None if the config does not tell."""
+    import transformers
+
+    mapping = adapter.get("auto_mapping")
+    stated = mapping.get("base_model_class") if isinstance(mapping, dict) else None
+    if isinstance(stated, str) and hasattr(transformers, stated):
+        return stated
+    auto, model_type = _AUTO_CLASSES.get(str(adapter.get("task_type"))), checkpoint.config.get("model_type")
+    if auto is None or model_type not in transformers.CONFIG_MAPPING:
+        return None
+    found = getattr(transformers, auto)._model_mapping.get(transformers.CONFIG_MAPPING[model_type], None)
+    found = found[0] if isinstance(found, tuple) else found
+    return None if found is None else str(found.__name__)
+
+
+def shares_weight(names: Names, touched: set[str]) -> bool:
+    """Whether any of the changed tensors is shared by several parameters."""
+    keys = {name: key for key, name in names.parameter.items()}
+    return any(keys.get(name, name) in touched for group in names.groups for name in group)
+
+
+def untied(checkpoint: Checkpoint, names: Names, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of the model with its tied weights separated."""
+    shared = ", ".join(sorted(names.shared or ()))
+    hint = "merge into an adapter instead, or leave out the module that shares its weight"
+    changed = {
+        key: {**value, "tie_word_embeddings": False}
+        if isinstance(value, dict) and value.get("tie_word_embeddings")
+        else value
+        for key, value in config.items()
+    } | {"tie_word_embeddings": False}
+    if config.get("is_encoder_decoder"):
+        raise PimergeError(f"{shared} share one tensor, which cannot be untied in an encoder-decoder", hint)
+    model = skeleton(checkpoint, changed)
+    stray = [name for name in names.shared or () if names.rename(name) != name]
+    if model is None or model.all_tied_weights_keys or stray:
+        raise PimergeError(f"{shared} share one tensor, which transformers does not untie in this model", hint)
+    return changed
+
+
+def fitted(checkpoint: Checkpoint, names: Names, config: Mapping[str, Any], new: Mapping[str, Shape]) -> dict[str, Any]:
+    """The config of a model whose parameters have the shapes that will be written.
+
+    A resized vocabulary sets ``vocab_size``; a classifier's head with another number of labels sets ``id2label``. Any
+    other difference is refused, since transformers would not load the checkpoint.
+
+    Args:
+        new: key → shape, for the tensors that are replaced or added.
+    """
+    found = dict(config)
+    model = skeleton(checkpoint, found)
+    if model is None:
+        return _by_rows(checkpoint, found, new)
+    shapes = {names.parameter.get(key, key): shape for key, shape in _written(checkpoint, new).items()}
+    wrong = _misfits(model, names, shapes)
+    if not wrong:
+        return found
+    rows = {shapes[name][0] for name in _vocabulary(model) & wrong.keys() & {*map(names.parameter.get, new), *new}}
+    if len(rows) == 1:
+        found = with_vocabulary(model.config, found, rows.pop())
+    labels = {shapes[name][0] for name in wrong if names.in_head(name) or name in new} - rows
+    if len(labels) == 1 and not rows and found.get("id2label") == checkpoint.config.get("id2label"):
+        found |= label_fields([f"LABEL_{index}" for index in range(labels.pop())])
+    changed = skeleton(checkpoint, found)
+    before = {names.parameter[key]: checkpoint.entry(key).shape for key in checkpoint.home}
+    known = _misfits(model, names, before)
+    problems = Problems()
+    for name, (shape, expected) in _misfits(changed, names, shapes).items():
+        if name not in known or shape != before.get(name):
+            how = "the adapter's" if before.get(name) != shape else "the base's, which the adapter does not hold,"
+            problems.add(
+                f"'{name}' is {shape} ({how} shape), but the model that results needs {expected}",
+                f"train and save the adapter with modules_to_save for every part that was resized, or {_ADAPTER}",
+            )
+    problems.raise_any("transformers could not load the merged checkpoint")
+    return found
+
+
+def with_vocabulary(settings: Any, config: Mapping[str, Any], size: int) -> dict[str, Any]:
+    """The config with another ``vocab_size``, where transformers looks it up: in a multimodal model in its text part.
+
+    Args:
+        settings: transformers' object of the config.
+    """
+    text = settings.get_text_config()
+    part = next((name for name in settings.sub_configs if getattr(settings, name, None) is text), None)
+    if part is None:
+        return {**config, "vocab_size": size}
+    outer = {"vocab_size": size} if "vocab_size" in config else {}
+    return {**config, **outer, part: {**config.get(part, {}), "vocab_size": size}}
+
+
+def vocabulary_of(config: Mapping[str, Any]) -> int | None:
+    """The ``vocab_size`` of a config or of its text part; None if neither states it.
+
+    >>> vocabulary_of({"text_config": {"vocab_size": 8}})
+    8
+    """
+    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
+    return next((part["vocab_size"] for part in parts if isinstance(part.get("vocab_size"), int)), None)
+
+
+def _vocabulary(model: Any) -> set[str]:
+    """The parameters with one row for each token."""
+    layers = (model.get_input_embeddings(), model.get_output_embeddings())
+    own = {id(parameter) for layer in layers if layer is not None for parameter in layer.parameters()}
+    return {name for name, parameter in model.named_parameters(remove_duplicate=False) if id(parameter) in own}
+
+
+def _written(checkpoint: Checkpoint, new: Mapping[str, Shape]) -> dict[str, Shape]:
+    return {key: checkpoint.entry(key).shape for key in checkpoint.home} | dict(new)
+
+
+def _misfits(model: Any, names: Names, shapes: Mapping[str, Shape]) -> dict[str, tuple[Shape, Shape]]:
+    """Parameter → its shape and the model's, where they differ."""
+    own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    named = {names.rename(name) if name not in own else name: shape for name, shape in shapes.items()}
+    return {
+        name: (shape, own[name])
+        for name, shape in named.items()
+        if name in own and name not in names.converted and shape != own[name]
+    }
+
+
+def _by_rows(checkpoint: Checkpoint, config: dict[str, Any], new: Mapping[str, Shape]) -> dict[str, Any]:
+    """As :func:`fitted`, for a model that transformers does not know: by the number of rows alone."""
+    size = vocabulary_of(config)
+    rows = {
+        shape[0]
+        for key, shape in new.items()
+        if key in checkpoint.home and checkpoint.entry(key).shape[:1] == (size,) and shape[:1] != (size,)
+    }
+    if len(rows) != 1:
+        return config
+    grown = rows.pop()
+    return {
+        key: {**value, "vocab_size": grown}
+        if isinstance(value, dict) and value.get("vocab_size") == size
+        else grown
+        if key == "vocab_size"
+        else value
+        for key, value in config.items()
+    }
