@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from pimerge.adapters.expert import Expert
 from pimerge.adapters.expert_files import TASK
+from pimerge.adapters.keys import is_saved
 from pimerge.core.errors import PimergeError, Problems
 from pimerge.tasks.task import Task, open_task
 
@@ -93,7 +94,7 @@ def _labels(task: Task | None) -> str:
 
 def _head_modules(expert: Expert) -> list[str]:
     saved: list[str] = expert.config.get("modules_to_save") or []
-    return [name for name in saved if any(f".{name}." in f".{parameter}" for parameter in expert.head)]
+    return [name for name in saved if any(is_saved(parameter, [name]) for parameter in expert.head)]
 
 
 def _shapes(expert: Expert) -> dict[str, tuple[int, ...]]:

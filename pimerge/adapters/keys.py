@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from pimerge.core.errors import Problems
@@ -22,6 +22,17 @@ def key_of_parameter(name: str) -> str:
     'base_model.model.q.hada_w1_a'
     """
     return re.sub(r"\.default(?=\.(?:weight|bias)$|$)", "", name)
+
+
+def is_saved(name: str, saved: Iterable[str]) -> bool:
+    """Whether a parameter of the base belongs to ``modules_to_save``.
+
+    As PEFT's ``_set_trainable`` has it: every module whose full name ends with an entry, even within a word.
+
+    >>> is_saved("pre_classifier.weight", ["classifier"]), is_saved("classifier_2.weight", ["classifier"])
+    (True, False)
+    """
+    return any(f"{entry}." in name for entry in saved)
 
 
 def sort_keys(
@@ -46,7 +57,7 @@ def sort_keys(
             keys.setdefault(place[0], {})[place[1]] = key
             continue
         name = key.removeprefix(prefix)
-        if name != key and any(f".{saved_name}." in f".{name}" for saved_name in saved):
+        if name != key and is_saved(name, saved):
             head[name] = key
         else:
             unknown.append(key)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pimerge.adapters.keys import is_saved
 from pimerge.adapters.kind import AdapterHeader, Parts
 from pimerge.adapters.tensor_sets import TensorSet, TensorSlot
 
@@ -63,7 +64,7 @@ def parse(header: AdapterHeader) -> Parts:
     head = {}
     for key, shape in sorted(header.shapes.items()):
         name = next((key.removeprefix(prefix) for prefix in _PREFIXES if key.startswith(prefix)), key)
-        if any(f".{each}." in f".{name}" for each in heads):
+        if is_saved(name, heads):
             head[name] = key
         else:
             module, _, slot = name.rpartition(".")

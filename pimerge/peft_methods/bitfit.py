@@ -97,7 +97,7 @@ def biased_modules(model: nn.Module, head: Iterable[str]) -> set[str]:
         name
         for name, module in layers_within(model).items()
         if isinstance(getattr(module, "bias", None), nn.Parameter)
-        and not any(f".{saved}." in f".{name}." for saved in head)
+        and not any(f"{saved}." in f"{name}." for saved in head)  # as PEFT matches modules_to_save
     }
     if not found:
         raise ValueError(f"{type(model).__name__} has no biases, so BitFit has nothing to train")

@@ -204,7 +204,7 @@ def test_fields_of_a_wrong_type_are_refused_by_name(fields: dict[str, Any], tmp_
         ({"q.lora_A.bias": torch.ones(3)}, "neither LoRA factors nor in modules_to_save: .*q.lora_A.bias"),
         ({"q.lora_magnitude_vector": torch.ones(3)}, "q.lora_magnitude_vector"),
         ({"embed.weight": torch.ones(3)}, "embed.weight"),
-        ({"subhead.weight": torch.ones(3)}, "subhead.weight"),
+        ({"headless.weight": torch.ones(3)}, "headless.weight"),
     ],
 )
 def test_tensors_that_do_not_fit_are_refused_by_name(
