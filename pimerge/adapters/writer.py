@@ -16,6 +16,7 @@ from pimerge.adapters.keys import PREFIX
 from pimerge.adapters.lora_module import LoraModule, bias_key, rank_fields, refuse_biased_embeddings, stored
 from pimerge.adapters.merged_module import MergedModule, Summary
 from pimerge.adapters.model_card import CARD_FILE
+from pimerge.adapters.model_class import task_fields
 from pimerge.checkpoints.base import Base, folder_from
 from pimerge.checkpoints.safetensors_file import writing_tensors
 from pimerge.core.files import json_text, new_folder, relative_to, sha256_bytes, sha256_file, write_into
@@ -152,7 +153,12 @@ def write_tensor_sets(
     return _write_folder(
         path,
         write,
-        lambda _: {**like.config, **sets, **_own_fields(path, head, base)},
+        lambda _: {
+            **like.config,
+            **sets,
+            **task_fields(like.config, head.tensors, before_text=like.strategy.before_text),
+            **_own_fields(path, head, base),
+        },
         head,
         lambda _: documents(),
         force,
@@ -206,8 +212,7 @@ def _config(
 ) -> dict[str, Any]:
     return {
         "peft_type": "LORA",
-        "task_type": like.get("task_type"),
-        "auto_mapping": like.get("auto_mapping"),
+        **task_fields(like, head.tensors),
         **_own_fields(path, head, base),
         **rank_fields({summary.name: summary.rank for summary in summaries}),
         "use_rslora": False,

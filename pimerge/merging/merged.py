@@ -27,12 +27,6 @@ if TYPE_CHECKING:
 
 Weights = Mapping[str, Sequence[float]]
 """Name of a module, tensor set or tensor → one weight per expert."""
-ADAPTER_LOADING = """
-from peft import PeftModel
-from transformers import AutoModel  # or the Auto class of your task
-
-model = PeftModel.from_pretrained(AutoModel.from_pretrained("{}"), "path/to/this/folder")
-"""
 FOLDER_LOADING = """
 from transformers import AutoModel  # or the Auto class of your task
 

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from pimerge.adapters.head import choose_head
+from pimerge.adapters.model_class import loading_code
 from pimerge.adapters.writer import Documents, base_reference, write_tensor_sets
 from pimerge.merging.choice import ChosenExperts
-from pimerge.merging.merged import ADAPTER_LOADING, MergedExperts, Weights, flat, range_text, sources_of
+from pimerge.merging.merged import MergedExperts, Weights, flat, range_text, sources_of
 from pimerge.merging.method import OpenedMethod
 from pimerge.merging.preparation import statistics_of
 from pimerge.merging.request import MergeRequest
@@ -75,7 +76,7 @@ class MergedTensorSets(MergedExperts):
 
     def _documents(self) -> Documents:
         merge, first = self.merge, self.merge.experts[0]
-        base, _ = base_reference(first.base, self.request.folder)
+        base, like = base_reference(first.base, self.request.folder)[0], self.chosen.target or first
         manifest = self._manifest(
             merge.experts,
             merge.weights,
@@ -87,7 +88,7 @@ class MergedTensorSets(MergedExperts):
             base,
             sources_of(merge.experts, merge.weights),
             f"none; {first.parameters} parameters of kind {first.kind} were combined entry by entry.",
-            _IMPORT * first.strategy.needs_import + ADAPTER_LOADING.format(base),
+            _IMPORT * first.strategy.needs_import + loading_code(like.config, first.base, base, self.head),
             first.kind,
         )
         return Documents(manifest, self._coefficients(merge.experts, self.weights), card)

@@ -8,11 +8,12 @@ from typing import Any
 
 from pimerge.adapters.head import choose_head
 from pimerge.adapters.merged_module import MergedModule, Summary, relative_error
+from pimerge.adapters.model_class import loading_code
 from pimerge.adapters.writer import Documents, Layout, base_reference, write_expert
 from pimerge.core.manifest import Manifest
 from pimerge.merging.choice import ChosenExperts
 from pimerge.merging.dry_run import UpdatePlan, plan_of
-from pimerge.merging.merged import ADAPTER_LOADING, MergedExperts, flat, range_text, sources_of
+from pimerge.merging.merged import MergedExperts, flat, range_text, sources_of
 from pimerge.merging.method import OpenedMethod
 from pimerge.merging.preparation import prepare, reader_of, statistics_of
 from pimerge.merging.request import MergeRequest
@@ -77,6 +78,11 @@ class MergedUpdates(MergedExperts):
         """Module → the coefficient of each update, or its weight if the method has no coefficients."""
         return {s.name: list(s.coefficients or self.merge.weights[s.name]) for s in self.summaries}
 
+    @property
+    def _like(self) -> dict[str, Any]:
+        """The config that the result's task type is taken from."""
+        return (self.chosen.target or self.chosen.experts[0]).config
+
     def _modules(self) -> Iterator[MergedModule]:
         with self.request.track("merge", len(self.merge.names), "modules") as advance:
             for name in self.merge.names:
@@ -99,10 +105,7 @@ class MergedUpdates(MergedExperts):
             self._modules(),
             self.head,
             base=merge.experts[0].base,
-            like={
-                **(self.chosen.target or experts[0]).config,
-                "fan_in_fan_out": any(expert.config.get("fan_in_fan_out") for expert in experts),
-            },
+            like={**self._like, "fan_in_fan_out": any(expert.config.get("fan_in_fan_out") for expert in experts)},
             documents=documents,
             force=request.force,
         )
@@ -139,7 +142,7 @@ class MergedUpdates(MergedExperts):
             sources_of(self.merge.experts, self.merge.weights),
             f"rank {ranks} of {len(self.summaries)} modules; "
             + (f"{error:.2%} of ‖ΔW‖ is lost." if error else "nothing is lost."),
-            ADAPTER_LOADING.format(base),
+            loading_code(self._like, self.merge.experts[0].base, base, self.head),
             "lora",
             space=self.merge.space,
         )

@@ -7,7 +7,7 @@ from functools import singledispatch
 
 from pimerge.adapters.merged_module import relative_error
 from pimerge.cli.console import print_json, print_table, size_text, warn
-from pimerge.merging.merged import Merged, flat, range_text
+from pimerge.merging.merged import Merged, MergedExperts, flat, range_text
 from pimerge.merging.merged_checkpoint import MergedCheckpoint
 from pimerge.merging.merged_into import MergedIntoCheckpoint
 from pimerge.merging.merged_tensor_sets import MergedTensorSets
@@ -89,6 +89,13 @@ def _(merged: MergedCheckpoint, say: Say) -> None:
     print_table(["", ""], rows)
 
 
+def _next(merged: MergedExperts) -> str:
+    """The command that comes next; a result without the head that its experts had cannot be scored."""
+    if not merged.head.tensors and any(expert.head for expert in merged.chosen.experts):
+        return f"it has no head; next: pimerge tune {merged.path} --target TASK"
+    return f"next: pimerge eval {merged.path}"
+
+
 @singledispatch
 def show_results(merged: Merged, say: Say) -> None:
     """Print the results."""
@@ -105,7 +112,7 @@ def _(merged: MergedUpdates, say: Say) -> None:
         right=["rank", "error"],
     )
     say(", ".join(f"{e.name} {range_text(merged.weights, i)}" for i, e in enumerate(merged.merge.experts)))
-    say(f"→ {merged.path}; error: ‖ΔW − ΔW_rank‖ / ‖ΔW‖; next: pimerge eval {merged.path}")
+    say(f"→ {merged.path}; error: ‖ΔW − ΔW_rank‖ / ‖ΔW‖; {_next(merged)}")
 
 
 @show_results.register
@@ -120,7 +127,7 @@ def _(merged: MergedTensorSets, say: Say) -> None:
     experts = merged.merge.experts
     rows = [[expert.name, range_text(merged.weights, place)] for place, expert in enumerate(experts)]
     print_table(["expert", "weight"], rows, right=["weight"])
-    say(f"→ {merged.path}, of kind {experts[0].kind}; next: pimerge eval {merged.path}")
+    say(f"→ {merged.path}, of kind {experts[0].kind}; {_next(merged)}")
 
 
 @show_results.register
