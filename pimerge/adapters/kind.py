@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pimerge.adapters.keys import PREFIX, PROMPT_PREFIX, key_of_parameter
 from pimerge.adapters.lora_module import LoraModule
-from pimerge.adapters.tensor_sets import TensorSet
+from pimerge.adapters.tensor_sets import BaseChange, TensorSet
 from pimerge.core.plugins import Family, Strategy
 
 if TYPE_CHECKING:
@@ -77,6 +77,9 @@ class Kind(Strategy):
         embeds_tokens: whether it puts vectors before the embedded text.
         needs_import: whether PEFT knows it only after ``import pimerge.peft_methods``.
         why_no_update: why it has no ΔW that can be added to another's.
+        base_changes: a tensor set and the config → the changes of the base's parameters with the same outputs; None
+            for a kind with ΔW and for a kind that no change of parameters can stand for.
+        why_not_into: why no change of the base's parameters can stand for it.
         fresh_fields: size and modules → fields of PEFT's config for a fresh expert; None if pimerge cannot create one.
         usual_places: further fields of that config in an architecture that PEFT does not know.
         misfit: why a tensor set does not fit a base, empty if it fits; a missing module raises AttributeError.
@@ -96,6 +99,8 @@ class Kind(Strategy):
     embeds_tokens: bool = False
     needs_import: bool = False
     why_no_update: str = ""
+    base_changes: Callable[[TensorSet, Mapping[str, Any]], Sequence[BaseChange]] | None = None
+    why_not_into: str = ""
     fresh_fields: Callable[[int | None, Sequence[str] | None], dict[str, Any]] | None = None
     usual_places: Callable[[nn.Module], dict[str, Any]] = _no_places
     misfit: Callable[[TensorSet, nn.Module, Mapping[str, Any]], str] = _anywhere

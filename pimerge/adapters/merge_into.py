@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pimerge.adapters.base_changes import PlannedChange, changed_pieces, plan_changes
 from pimerge.adapters.into_config import fitted, shares_weight, untied, vocabulary_of
 from pimerge.adapters.lora_module import Factors, LoraModule
+from pimerge.adapters.tensor_sets import BaseChange
 from pimerge.checkpoints.checkpoint import Checkpoint, require_weights
 from pimerge.checkpoints.dtypes import FLOATS, dtype_name
 from pimerge.checkpoints.key_mapping import Names, is_fan_in_first, match, match_modules, names_of
@@ -29,6 +31,7 @@ class MergeIntoPlan:
     Attributes:
         weights, biases: key → module whose update is added.
         heads: key → parameter name of the head tensor that replaces it.
+        changes: key → how an expert without ΔW changes it.
         copies: keys that are added → key of the stored tensor that they shared before.
         transposed: keys of ``weights`` that are stored as (d_in × d_out).
         untied: whether tied weights become separate tensors.
@@ -45,6 +48,7 @@ class MergeIntoPlan:
     untied: bool
     config: dict[str, Any] | None
     resized: int | None = None
+    changes: dict[str, PlannedChange] = field(default_factory=dict)
 
     def source(self, key: str) -> str:
         """The stored key whose values a written tensor starts from."""
@@ -56,7 +60,7 @@ class MergedInto:
     """The checkpoint that :func:`merge_into` wrote.
 
     Attributes:
-        modules: number of modules whose update was added.
+        modules: number of modules whose update was added, or of tensors that an expert without ΔW changed.
         untied: whether tied weights became separate tensors.
         size: bytes of all tensors.
     """
@@ -74,6 +78,7 @@ def plan_merge_into(
     head: Mapping[str, Tensor] | None = None,
     fields: Mapping[str, Any] | None = None,
     trained_in: str | None = None,
+    changes: Sequence[BaseChange] = (),
 ) -> MergeIntoPlan:
     """Check that an adapter fits a checkpoint; nothing is computed or written.
 
@@ -83,9 +88,10 @@ def plan_merge_into(
         head: parameter name → tensor that replaces the checkpoint's or is added.
         fields: fields of ``config.json`` that the head needs, such as ``id2label``.
         trained_in: the class of the model that has the head, for a checkpoint whose own class has no place for it.
+        changes: the changes of the base's parameters by experts without ΔW.
     """
     require_weights(checkpoint)
-    stored = None if head or fan_in_fan_out else _as_stored(checkpoint, layouts)
+    stored = None if head or fan_in_fan_out or changes else _as_stored(checkpoint, layouts)
     if stored is not None:
         return MergeIntoPlan(checkpoint, stored, {}, {}, {}, frozenset(), False, None)
     names, problems = names_of(checkpoint), Problems()
@@ -103,9 +109,10 @@ def plan_merge_into(
             with problems.collected():
                 biases[_bias(checkpoint, names, module)] = module
     head = head or {}
-    heads = _heads(checkpoint, names, head, {**weights, **biases}, problems)
+    changed = plan_changes(checkpoint, names, changes, fan_in_fan_out=fan_in_fan_out, problems=problems)
+    heads = _heads(checkpoint, names, head, {*weights, *biases, *changed}, problems)
     problems.raise_any(f"the adapter cannot be merged into '{checkpoint.path}'")
-    separate = shares_weight(names, weights.keys() | biases.keys() | heads.keys())
+    separate = shares_weight(names, {*weights, *biases, *heads, *changed})
     copies = dict(names.shared or {}) if separate else {}
     config = {**checkpoint.config, **(fields or {})}
     if trained_in and any(names.known and names.rename(key) not in names.known for key in heads):
@@ -115,10 +122,12 @@ def plan_merge_into(
     if heads and not checkpoint.is_file:
         new = {key: checkpoint.entry(source).shape for key, source in copies.items()}
         config = fitted(checkpoint, names, config, new | {key: tuple(head[name].shape) for key, name in heads.items()})
-    changed = config if config != checkpoint.config and not checkpoint.is_file else None
+    written = config if config != checkpoint.config and not checkpoint.is_file else None
     size = vocabulary_of(config)
     resized = size if size != vocabulary_of(checkpoint.config) else None
-    return MergeIntoPlan(checkpoint, weights, biases, heads, copies, frozenset(transposed), separate, changed, resized)
+    return MergeIntoPlan(
+        checkpoint, weights, biases, heads, copies, frozenset(transposed), separate, written, resized, changed
+    )
 
 
 def merge_into(
@@ -127,6 +136,7 @@ def merge_into(
     output: Path,
     *,
     head: Mapping[str, Tensor] | None = None,
+    tensors: Mapping[str, Tensor] | None = None,
     dtype: torch.dtype | None = None,
     track: Track = silent,
 ) -> MergedInto:
@@ -139,13 +149,16 @@ def merge_into(
         update: module → its merged factors; called in the order of the checkpoint.
         output: an empty folder, or the path of a file if the checkpoint is a single file.
         head: as for :func:`plan_merge_into`.
+        tensors: key in the adapter → merged tensor, for the plan's changes.
         dtype: dtype of all floating tensors; None keeps the dtype of each.
     """
-    tensors = head or {}
+    heads = head or {}
 
     def change(key: str) -> Iterator[Tensor] | None:
         if key in plan.heads:
-            return iter([tensors[plan.heads[key]].reshape(-1)])
+            return iter([heads[plan.heads[key]].reshape(-1)])
+        if key in plan.changes:
+            return changed_pieces(plan.checkpoint, plan.source(key), plan.changes[key], tensors or {})
         if key in plan.weights:
             return _weight(plan, key, update(plan.weights[key]))
         if key in plan.biases:
@@ -158,10 +171,10 @@ def merge_into(
     new = {key: _like(plan.checkpoint, source) for key, source in plan.copies.items()}
     for key, name in plan.heads.items():
         known = plan.source(key) in plan.checkpoint.home
-        kind = _like(plan.checkpoint, plan.source(key))[0] if known else dtype_name(tensors[name].dtype)
-        new[key] = (kind, tuple(tensors[name].shape))
+        kind = _like(plan.checkpoint, plan.source(key))[0] if known else dtype_name(heads[name].dtype)
+        new[key] = (kind, tuple(heads[name].shape))
     size = write_like(plan.checkpoint, output, change, new=new, config=plan.config, dtype=dtype, track=track)
-    return MergedInto(len(plan.weights), plan.untied, size)
+    return MergedInto(len(plan.weights) + len(plan.changes), plan.untied, size)
 
 
 def _as_stored(checkpoint: Checkpoint, layouts: Mapping[str, LoraModule]) -> dict[str, str] | None:
@@ -245,7 +258,7 @@ def _bias(checkpoint: Checkpoint, names: Names, module: str) -> str:
 
 
 def _heads(
-    checkpoint: Checkpoint, names: Names, head: Mapping[str, Tensor], updated: Mapping[str, str], problems: Problems
+    checkpoint: Checkpoint, names: Names, head: Mapping[str, Tensor], updated: set[str], problems: Problems
 ) -> dict[str, str]:
     """Key → parameter name of each head tensor; a tensor that the checkpoint lacks is added under its own name."""
     found: dict[str, str] = {}

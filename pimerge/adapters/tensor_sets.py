@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -60,6 +61,38 @@ class TensorSet:
     def form(self) -> tuple[object, ...]:
         """Names and shapes, which two sets must share to be combined."""
         return tuple((name, slot.shape) for name, slot in self.slots.items())
+
+
+class Effect(StrEnum):
+    """What a tensor does to a parameter of the base."""
+
+    REPLACED = "replaced"
+    SCALED_OUTPUTS = "scaled outputs"
+    SCALED_INPUTS = "scaled inputs"
+
+
+@dataclass(frozen=True)
+class BaseChange:
+    """The change of one parameter of the base by an expert without ΔW.
+
+    Attributes:
+        parameter: its name in the base.
+        key: key of the adapter's tensor.
+        shape: shape of the adapter's tensor.
+        is_optional: whether the layer may lack the parameter.
+    """
+
+    parameter: str
+    key: str
+    shape: tuple[int, ...]
+    effect: Effect = Effect.REPLACED
+    is_optional: bool = False
+
+
+def replacements(tensor_set: TensorSet) -> list[BaseChange]:
+    """The parameters of the base that a set's tensors replace."""
+    slots = tensor_set.slots.values()
+    return [BaseChange(slot.base, slot.key, slot.shape) for slot in slots if slot.base is not None]
 
 
 def read_slot(slot: TensorSlot, read: Callable[[str], Tensor]) -> Tensor:

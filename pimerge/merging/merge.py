@@ -79,7 +79,8 @@ def merge(
         head: task head of the result: ``target``, ``average`` or ``none``.
         dtype: ``float32``, ``bfloat16``, ``float16`` or ``float64``. None keeps the dtype of the experts, or the
             widest if they differ.
-        into: full checkpoint to merge the result into, a folder or a safetensors file.
+        into: full checkpoint to merge the result into, a folder or a safetensors file. Experts without ΔW scale or
+            replace its parameters, as PEFT's ``merge_and_unload`` does.
         fisher: for full checkpoints, one file per checkpoint with its diagonal Fisher. LoRA experts use ``store``.
         store: embedding store, for methods that need Fisher information or input Grams.
         target: folder of an expert or a task, an open expert or task, or rows in memory. None stands for the target of
@@ -160,6 +161,7 @@ def _checked(request: MergeRequest, method: OpenedMethod) -> Merged:
     from pimerge.merging.choice import choose
     from pimerge.merging.merged_into import merged_into
     from pimerge.merging.merged_tensor_sets import merged_tensor_sets
+    from pimerge.merging.merged_tensors_into import merged_tensors_into
     from pimerge.merging.merged_updates import merged_updates
 
     request.truncation()  # a wrong rank is reported before an expert is opened
@@ -167,5 +169,5 @@ def _checked(request: MergeRequest, method: OpenedMethod) -> Merged:
     request.require_globs_match(chosen.names)
     chosen.refuse_over(request.output)
     if chosen.experts[0].tensor_sets:
-        return merged_tensor_sets(request, method, chosen)
+        return (merged_tensor_sets if request.into is None else merged_tensors_into)(request, method, chosen)
     return (merged_updates if request.into is None else merged_into)(request, method, chosen)

@@ -16,8 +16,8 @@ from pimerge.core.manifest import MANIFEST_FILE
 from pimerge.merging.checkpoint_merge import MergedTensors, merge_checkpoints
 from pimerge.merging.checkpoint_plan import CheckpointPlan, plan_checkpoints
 from pimerge.merging.choice import require_one_each, weights_by_score
+from pimerge.merging.into_checkpoint import refuse_checkpoint
 from pimerge.merging.merged import FILE_LOADING, FOLDER_LOADING, Merged, flat
-from pimerge.merging.merged_into import refuse_checkpoint
 from pimerge.merging.method import METHODS, OpenedMethod, Space
 from pimerge.merging.request import HeadPolicy, MergeRequest
 from pimerge.merging.weights import by_module, parse_rules, starting_weights
@@ -133,9 +133,10 @@ def merged_checkpoint(request: MergeRequest, method: OpenedMethod) -> MergedChec
 def _refuse_other_options(request: MergeRequest, method: OpenedMethod, paths: Sequence[Path]) -> None:
     why = "applies to adapters, and the experts are full checkpoints"
     problems = request.problems_for_updates_only(why)
-    for option, value in (("--coefficients", request.coefficients), ("--alpha", request.alpha)):
+    given = {"--coefficients": request.coefficients, "--alpha": request.alpha, "--into": request.into}
+    for option, value in given.items():
         if value is not None:
-            problems.add(f"{option} {why}", "leave it out")
+            problems.add(f"{option} {why}", f"leave out {option}")
     for path in paths:
         if not is_checkpoint(path):
             problems.add(

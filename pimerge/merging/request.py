@@ -142,11 +142,10 @@ class MergeRequest:
             "--rank": self.rank != "max",
             "--energy": self.energy is not None,
             "--space": self.space is not EntrySpace.CORE,
-            "--into": self.into is not None,
             "--verify": self.verify,
         }
         problems = Problems()
         for option, is_given in given.items():
             if is_given:
-                problems.add(f"{option} {why}", "leave it out")
+                problems.add(f"{option} {why}", f"leave out {option}")
         return problems

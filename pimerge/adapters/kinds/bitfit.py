@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pimerge.adapters.kind import AdapterHeader, Kind, Parts
 from pimerge.adapters.kinds._tensor_sets import fresh_fields, parse_tensor_sets
-from pimerge.adapters.tensor_sets import TensorSet, TensorSlot
+from pimerge.adapters.tensor_sets import BaseChange, TensorSet, TensorSlot, replacements
 
 if TYPE_CHECKING:
     from torch import nn
@@ -31,6 +31,11 @@ def parse(header: AdapterHeader) -> Parts:
     return parse_tensor_sets(header, _KEY, "biases", slot, frozenset({"bitfit_bias"}))
 
 
+def base_changes(group: TensorSet, config: Mapping[str, Any]) -> list[BaseChange]:
+    """The parameters that the trained ones replace."""
+    return replacements(group)
+
+
 def misfit(group: TensorSet, model: nn.Module, config: Mapping[str, Any]) -> str:
     """Why a tensor set does not fit a base; empty if it fits."""
     bias = getattr(model.get_submodule(group.name), "bias", None)
@@ -48,6 +53,7 @@ KIND = Kind(
     peft_type="BITFIT",
     needs_import=True,
     fresh_fields=fresh_fields,
+    base_changes=base_changes,
     misfit=misfit,
     parse=parse,
 )

@@ -95,6 +95,7 @@ KIND = Kind(
     init_slots=("down.weight",),
     meaning_fields=("activation", "scale"),
     needs_import=True,
+    why_not_into="it adds layers with a nonlinearity, which no weight of the base can hold",
     fresh_fields=fresh_fields,
     usual_places=usual_places,
     misfit=misfit,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from pimerge.adapters.kind import AdapterHeader, Kind, Parts
 from pimerge.adapters.kinds._tensor_sets import fresh_fields as placed
 from pimerge.adapters.kinds._tensor_sets import parse_tensor_sets
-from pimerge.adapters.tensor_sets import TensorSet, TensorSlot
+from pimerge.adapters.tensor_sets import BaseChange, Effect, TensorSet, TensorSlot
 from pimerge.core.errors import PimergeError
 
 if TYPE_CHECKING:
@@ -74,6 +74,26 @@ def usual_places(model: nn.Module) -> dict[str, Any]:
     return {"target_modules": named_layers(model, _KEYS_AND_VALUES) + last, "feedforward_modules": last}
 
 
+def base_changes(group: TensorSet, config: Mapping[str, Any]) -> list[BaseChange]:
+    """The scaled weight, and the bias where outputs are scaled; the shape of a convolution's vector is always
+    (1, n, …), and the config says which side it scales.
+
+    >>> slot = TensorSlot("k.ia3_l", (4, 1), neutral=1.0)
+    >>> [change.parameter for change in base_changes(TensorSet("k", {"ia3_l": slot}), {})]
+    ['k.weight', 'k.bias']
+    """
+    slot, named = group.slots["ia3_l"], config.get("feedforward_modules") or []
+    in_config = bool(re.fullmatch(named, group.name)) if isinstance(named, str) else group.name.endswith((*named,))
+    is_clear = len(slot.shape) == 2 and slot.shape[0] != slot.shape[1]
+    if slot.shape[0] == 1 if is_clear else in_config:
+        return [BaseChange(f"{group.name}.weight", slot.key, slot.shape, Effect.SCALED_INPUTS)]
+    weight, bias = (
+        BaseChange(f"{group.name}.{name}", slot.key, slot.shape, Effect.SCALED_OUTPUTS, is_optional=name == "bias")
+        for name in ("weight", "bias")
+    )
+    return [weight, bias]
+
+
 def misfit(group: TensorSet, model: nn.Module, config: Mapping[str, Any]) -> str:
     """Why a tensor set does not fit a base; empty if it fits."""
     weight = getattr(model.get_submodule(group.name), "weight", None)
@@ -92,6 +112,7 @@ KIND = Kind(
     why_no_update=_WHY_NO_UPDATE,
     fresh_fields=fresh_fields,
     usual_places=usual_places,
+    base_changes=base_changes,
     misfit=misfit,
     parse=parse,
 )

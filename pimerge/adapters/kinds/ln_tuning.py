@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pimerge.adapters.kind import AdapterHeader, Kind, Parts
 from pimerge.adapters.kinds._tensor_sets import fresh_fields, parse_tensor_sets
-from pimerge.adapters.tensor_sets import TensorSet, TensorSlot
+from pimerge.adapters.tensor_sets import BaseChange, TensorSet, TensorSlot, replacements
 
 if TYPE_CHECKING:
     from torch import nn
@@ -41,6 +41,11 @@ def usual_places(model: nn.Module) -> dict[str, Any]:
     return {} if config.model_type in KNOWN else {"target_modules": norms(model)}
 
 
+def base_changes(group: TensorSet, config: Mapping[str, Any]) -> list[BaseChange]:
+    """The parameters that the trained ones replace."""
+    return replacements(group)
+
+
 def misfit(group: TensorSet, model: nn.Module, config: Mapping[str, Any]) -> str:
     """Why a tensor set does not fit a base; empty if it fits."""
     own = {name: tuple(value.shape) for name, value in model.get_submodule(group.name).named_parameters(recurse=False)}
@@ -56,6 +61,7 @@ KIND = Kind(
     peft_type="LN_TUNING",
     fresh_fields=fresh_fields,
     usual_places=usual_places,
+    base_changes=base_changes,
     misfit=misfit,
     parse=parse,
 )

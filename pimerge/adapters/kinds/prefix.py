@@ -96,6 +96,7 @@ KIND = Kind(
     peft_type="PREFIX_TUNING",
     init_slots=("prefix",),
     before_text=True,
+    why_not_into="its keys and values stand before those of the text, and no weight of the base holds them",
     fresh_fields=fresh_fields,
     usual_places=usual_places,
     misfit=misfit,

@@ -61,6 +61,7 @@ KIND = Kind(
     meaning_fields=("num_transformer_submodules",),
     before_text=True,
     embeds_tokens=True,
+    why_not_into="its vectors stand in front of the embedded text, and no weight of the base holds them",
     fresh_fields=fresh_fields,
     misfit=misfit,
     parse=parse,

@@ -11,6 +11,7 @@ from pimerge.merging.merged import Merged, MergedExperts, flat, range_text
 from pimerge.merging.merged_checkpoint import MergedCheckpoint
 from pimerge.merging.merged_into import MergedIntoCheckpoint
 from pimerge.merging.merged_tensor_sets import MergedTensorSets
+from pimerge.merging.merged_tensors_into import MergedTensorsInto
 from pimerge.merging.merged_updates import MergedUpdates
 
 LOSS_WARNING = 0.05
@@ -66,6 +67,8 @@ def _(merged: MergedTensorSets, say: Say) -> None:
         [[e["name"], e["weight"], e["dtype"], e["sha256"][:12]] for e in plan["experts"]],
         right=["weight"],
     )
+    for sentence in plan.get("handled", ()):
+        say(sentence)
     say(
         f"{plan['parameters']} parameters in {plan['modules']} modules by '{plan['method']}', entry by entry; "
         "nothing is written now"
@@ -115,8 +118,9 @@ def _(merged: MergedUpdates, say: Say) -> None:
     say(f"→ {merged.path}; error: ‖ΔW − ΔW_rank‖ / ‖ΔW‖; {_next(merged)}")
 
 
-@show_results.register
-def _(merged: MergedIntoCheckpoint, say: Say) -> None:
+@show_results.register(MergedIntoCheckpoint)
+@show_results.register(MergedTensorsInto)
+def _(merged: MergedIntoCheckpoint | MergedTensorsInto, say: Say) -> None:
     row = [str(merged.results["folded"]), size_text(merged.size), f"{merged.results['truncation']:.2%}"]
     print_table(["modules", "size", "error"], [row], right=["modules", "error"])
     say(f"→ {merged.path}: a full checkpoint")

@@ -1,0 +1,109 @@
+"""Changes of a base by experts without ΔW: tensors that replace parameters, and vectors that scale them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+import torch
+from torch import Tensor
+
+from pimerge.adapters.tensor_sets import BaseChange, Effect
+from pimerge.checkpoints.checkpoint import Checkpoint
+from pimerge.checkpoints.dtypes import FLOATS
+from pimerge.checkpoints.key_mapping import Names, is_fan_in_first, match
+from pimerge.checkpoints.safetensors_file import PIECE
+from pimerge.core.errors import PimergeError, Problems
+
+_OTHER_BASE = "the adapter was trained on another base"
+
+
+class Axis(StrEnum):
+    """The axis of a stored weight that a vector scales."""
+
+    ROWS = "rows"
+    COLUMNS = "columns"
+
+
+@dataclass(frozen=True)
+class PlannedChange:
+    """A change of one stored tensor.
+
+    Attributes:
+        key: key of the adapter's tensor.
+        axis: the axis that is scaled; None if the tensor is replaced.
+    """
+
+    key: str
+    axis: Axis | None
+
+
+def plan_changes(
+    checkpoint: Checkpoint, names: Names, changes: Sequence[BaseChange], *, fan_in_fan_out: bool, problems: Problems
+) -> dict[str, PlannedChange]:
+    """Key in the checkpoint → its change; a parameter that is missing or has another shape is a problem.
+
+    Args:
+        fan_in_fan_out: whether weights are stored (d_in × d_out) where the model is unknown.
+    """
+    found: dict[str, PlannedChange] = {}
+    for change in changes:
+        with problems.collected():
+            try:
+                key = match(names, change.parameter, f"'{change.parameter}'")
+            except PimergeError:
+                if change.is_optional:
+                    continue
+                raise
+            shape = checkpoint.entry((names.shared or {}).get(key, key)).shape
+            module = change.parameter.removesuffix(".weight")
+            turned = is_fan_in_first(names, module) if names.known else fan_in_fan_out
+            found[key] = PlannedChange(change.key, _axis(change, shape, turned))
+            if checkpoint.entry((names.shared or {}).get(key, key)).dtype not in FLOATS:
+                raise PimergeError(f"'{key}' is not stored as floating-point numbers", "use the original checkpoint")
+    return found
+
+
+def _axis(change: BaseChange, shape: tuple[int, ...], turned: bool) -> Axis | None:
+    if change.effect is Effect.REPLACED:
+        if shape != change.shape:
+            raise PimergeError(f"'{change.parameter}' is {change.shape}, the checkpoint's is {shape}", _OTHER_BASE)
+        return None
+    length, on_inputs = math.prod(change.shape), change.effect is Effect.SCALED_INPUTS
+    axis = Axis.COLUMNS if on_inputs is not (turned and len(shape) == 2) else Axis.ROWS
+    size = shape[0] if axis is Axis.ROWS else shape[1] if len(shape) > 1 else 0
+    is_grouped = axis is Axis.COLUMNS and len(shape) > 2 and size and length % size == 0
+    if length != size and not is_grouped:
+        raise PimergeError(f"'{change.parameter}' is {shape}, but the adapter scales {length} numbers", _OTHER_BASE)
+    return axis
+
+
+def changed_pieces(
+    checkpoint: Checkpoint, source: str, change: PlannedChange, tensors: Mapping[str, Tensor]
+) -> Iterator[Tensor]:
+    """Yield the new values of a stored tensor, flattened, in the memory of a block of rows."""
+    tensor = tensors[change.key]
+    if change.axis is None:
+        yield tensor.reshape(-1)
+        return
+    file = checkpoint.home[source]
+    entry = file.entries[source]
+    kind = torch.float64 if entry.dtype == "F64" else torch.float32
+    factor = _factors(tensor.reshape(-1).to(kind), entry.shape, change.axis)
+    columns = math.prod(entry.shape[1:])
+    step = max(1, PIECE // (16 * columns))
+    for start in range(0, entry.shape[0], step):
+        stop = min(start + step, entry.shape[0])
+        block = file.read_part(source, start * columns, stop * columns).to(kind).view(-1, columns)
+        yield (block * factor(start, stop)).view(-1)
+
+
+def _factors(vector: Tensor, shape: tuple[int, ...], axis: Axis) -> Callable[[int, int], Tensor]:
+    """Rows → what they are multiplied by; in a grouped convolution the columns of each group have their own numbers."""
+    if axis is Axis.ROWS:
+        return lambda start, stop: vector[start:stop, None]
+    groups = len(vector) // shape[1]
+    by_group = vector.view(groups, shape[1]).repeat_interleave(math.prod(shape[2:]), dim=1)
+    return lambda start, stop: by_group[torch.arange(start, stop) // (shape[0] // groups)]

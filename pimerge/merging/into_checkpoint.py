@@ -1,0 +1,149 @@
+"""Merge adapters into a full checkpoint: open it, check it against the experts, and write the result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pimerge.adapters.expert import Expert
+from pimerge.adapters.head import Head
+from pimerge.adapters.into_config import label_fields, model_class, vocabulary_of
+from pimerge.adapters.merge_into import MergedInto, MergeIntoPlan, merge_into
+from pimerge.checkpoints.base import Base, find_base
+from pimerge.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from pimerge.checkpoints.tokenizer_files import copy_tokenizer
+from pimerge.core.errors import PimergeError
+from pimerge.core.files import hashes_of, json_text, new_folder, write_into
+from pimerge.core.manifest import MANIFEST_FILE, Manifest
+from pimerge.merging.choice import ChosenExperts
+from pimerge.merging.merged import FILE_LOADING, FOLDER_LOADING
+from pimerge.merging.request import MergeRequest
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from pimerge.adapters.lora_module import Factors
+
+
+def open_into(request: MergeRequest, own: Base) -> Checkpoint:
+    """Open the checkpoint ``request.into``, which must be the base of the experts."""
+    assert request.into is not None
+    path = request.into if request.into.exists() else find_base(str(request.into), None, Path.cwd()).folder
+    if path is None:
+        raise PimergeError(f"'{request.into}' is not on this machine", "download it first: hf download NAME")
+    refuse_checkpoint(request.output, path)
+    checkpoint = open_checkpoint(path)
+    if path.is_dir() and own.folder is not None and Base(str(path), None, path).identity != own.identity:
+        raise PimergeError(
+            f"'{path}' differs from the base of the experts, '{own.name}'",
+            f"merge into '{own.source}'; if it is the same model, for example in another dtype, "
+            f"also pass --base {path}",
+        )
+    return checkpoint
+
+
+def refuse_checkpoint(output: Path | None, path: Path) -> None:
+    """Refuse an output that is a checkpoint or contains it."""
+    if output is not None and path.resolve().is_relative_to(output.resolve()):
+        raise PimergeError(
+            f"the output '{output}' is the checkpoint '{path}' or contains it", "choose another --output"
+        )
+
+
+def head_arguments(checkpoint: Checkpoint, head: Head, chosen: ChosenExperts) -> dict[str, Any]:
+    """The arguments of :func:`~pimerge.adapters.merge_into.plan_merge_into` that describe the head."""
+    config = (chosen.target or chosen.experts[0]).config
+    return {
+        "head": head.tensors,
+        "fields": _fields(checkpoint, head),
+        "trained_in": model_class(checkpoint, config) if head.tensors else None,
+    }
+
+
+def _fields(checkpoint: Checkpoint, head: Head) -> dict[str, Any]:
+    """Return the fields of config.json that describe a head: its labels, and the model class."""
+    if head.task is None or not head.tensors or checkpoint.is_file:
+        return {}
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(checkpoint.path)
+    model = getattr(transformers, head.task.type.auto_model_for(config))._model_mapping[type(config)]
+    return {**label_fields(head.task.labels), "architectures": [model.__name__]}
+
+
+def handled_by(plan: MergeIntoPlan) -> list[str]:
+    """Sentences on what a merge changes in the checkpoint beside its weights."""
+    found = []
+    if plan.untied:
+        found.append(
+            "the adapter changes one of two tied weights: both are written, and config.json no longer ties them"
+        )
+    if plan.resized:
+        before = vocabulary_of(plan.checkpoint.config)
+        found.append(
+            f"the vocabulary has {plan.resized} tokens, not {before} as in the base: config.json says so, and the "
+            "adapter's tokenizer is written if its folder has one"
+        )
+    if plan.heads:
+        found.append(f"the head is written as {', '.join(sorted(plan.heads))}")
+    return found
+
+
+def write_merged(
+    request: MergeRequest,
+    plan: MergeIntoPlan,
+    update: Callable[[str], Factors],
+    head: Head,
+    chosen: ChosenExperts,
+    documents: Callable[[MergedInto], tuple[Mapping[str, str], Manifest]],
+    *,
+    tensors: Mapping[str, Tensor] | None = None,
+) -> MergedInto:
+    """Write the checkpoint and its documents, completely or not at all.
+
+    Args:
+        update: module → its merged factors.
+        documents: gives the files beside the weights and the manifest, once the weights are written.
+        tensors: key in the adapter → merged tensor, for experts without ΔW.
+    """
+    checkpoint, dtype = plan.checkpoint, request.torch_dtype()
+    with new_folder(request.folder, force=request.force) as partial:
+        output = partial / checkpoint.name if checkpoint.is_file else partial
+        written = merge_into(plan, update, output, head=head.tensors, tensors=tensors, dtype=dtype, track=request.track)
+        if plan.resized and (source := _source_of(head, chosen)):
+            copy_tokenizer(source.path, partial)
+        contents, manifest = documents(written)
+        write_into(partial, dict(contents))
+        manifest = manifest.model_copy(update={"outputs": hashes_of(partial)})
+        write_into(partial, {MANIFEST_FILE: json_text(manifest.model_dump())})
+    return written
+
+
+def _source_of(head: Head, chosen: ChosenExperts) -> Expert | None:
+    """Return the expert whose head is written: the target, or the first one with these shapes."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in head.tensors.items()}
+    for expert in [*([chosen.target] if chosen.target else []), *chosen.experts]:
+        if shapes == {name: expert.file.entries[key].shape for name, key in expert.head.items()}:
+            return expert
+    return None
+
+
+def sha256_of(checkpoint: Checkpoint, own: Base) -> str:
+    """The hash of the checkpoint, which is already known if it is the base of the experts."""
+    if own.folder is not None and own.folder.resolve() == checkpoint.path.resolve():
+        return own.identity.removeprefix("sha256:")
+    return checkpoint.sha256
+
+
+def loading(checkpoint: Checkpoint) -> str:
+    """Python code for the card that loads the result."""
+    return FILE_LOADING.format(checkpoint.name) if checkpoint.is_file else FOLDER_LOADING
+
+
+def wide(dtype: torch.dtype | None) -> torch.dtype:
+    """The dtype of merged tensors before they are added: at least float32, so that the weights are rounded once."""
+    import torch
+
+    return torch.float32 if dtype is None else torch.promote_types(dtype, torch.float32)
