@@ -9,6 +9,8 @@ Six functions follow each other. Each is what the command of the same name calls
 ``evaluate``  scores experts on the target's test split, beside the bare base
 ``compare``   compares tune methods with controls over several samplings of few labels
 
+``verify`` checks a merge that any program made against what it claims to be.
+
 In a folder that holds ``experts/``::
 
     import pimerge
@@ -40,6 +42,8 @@ if TYPE_CHECKING:
     from pimerge.evaluation.evaluate import Evaluation, evaluate
     from pimerge.merging.merge import merge
     from pimerge.merging.merged import Merged
+    from pimerge.merging.verification.verification import Verification
+    from pimerge.merging.verification.verify import verify
     from pimerge.ranking.rank import rank
     from pimerge.tasks.task import Task
     from pimerge.tuning.session import TuneResult
@@ -55,6 +59,7 @@ __all__ = [
     "Ranking",
     "Task",
     "TuneResult",
+    "Verification",
     "__version__",
     "compare",
     "embed",
@@ -63,6 +68,7 @@ __all__ = [
     "open_expert",
     "rank",
     "tune",
+    "verify",
 ]
 
 _MODULES = {
@@ -75,6 +81,7 @@ _MODULES = {
     "Ranking": "pimerge.adapters.ranking_document",
     "Task": "pimerge.tasks.task",
     "TuneResult": "pimerge.tuning.session",
+    "Verification": "pimerge.merging.verification.verification",
     "compare": "pimerge.evaluation.compare",
     "embed": "pimerge.embedding.embed",
     "evaluate": "pimerge.evaluation.evaluate",
@@ -82,6 +89,7 @@ _MODULES = {
     "open_expert": "pimerge.adapters.expert",
     "rank": "pimerge.ranking.rank",
     "tune": "pimerge.tuning.tune",
+    "verify": "pimerge.merging.verification.verify",
 }
 
 

@@ -11,8 +11,19 @@ import pytest
 import pimerge
 from tests.support.cli import SLOW, printed
 
-FUNCTIONS = ["compare", "embed", "evaluate", "merge", "rank", "tune"]
-TYPES = ["Comparison", "EmbedResult", "Evaluation", "Expert", "Merged", "PimergeError", "Ranking", "Task", "TuneResult"]
+FUNCTIONS = ["compare", "embed", "evaluate", "merge", "rank", "tune", "verify"]
+TYPES = [
+    "Comparison",
+    "EmbedResult",
+    "Evaluation",
+    "Expert",
+    "Merged",
+    "PimergeError",
+    "Ranking",
+    "Task",
+    "TuneResult",
+    "Verification",
+]
 
 
 def test_import_loads_nothing_slow() -> None:
@@ -52,7 +63,9 @@ def test_functions_are_documented_and_keyword_only(name: str) -> None:
     assert [each.name for each in (first, *rest) if f"{each.name}:" not in described] == []
 
 
-@pytest.mark.parametrize("name", ["Comparison", "EmbedResult", "Evaluation", "Merged", "Ranking", "TuneResult"])
+@pytest.mark.parametrize(
+    "name", ["Comparison", "EmbedResult", "Evaluation", "Merged", "Ranking", "TuneResult", "Verification"]
+)
 def test_results_have_a_document(name: str) -> None:
     assert callable(getattr(pimerge, name).to_dict)
 

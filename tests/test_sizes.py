@@ -18,6 +18,7 @@ API = {
     "tuning/tune.py: tune",
     "evaluation/evaluate.py: evaluate",
     "evaluation/compare.py: compare",
+    "merging/verification/verify.py: verify",
 }
 LINES_OF_A_FILE = 300
 LINES_OF_A_FUNCTION = 60

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from pimerge.cli import compare, embed, inspect, plot, rank, report, tune
+from pimerge.cli import compare, embed, inspect, plot, rank, report, tune, verify
 from pimerge.cli import eval as evaluate
 from pimerge.cli.merge import command as merge
 from pimerge.core.errors import PimergeError
@@ -59,6 +59,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "plot": plot.plot,
     "report": report.report,
     "inspect": inspect.inspect,
+    "verify": verify.verify,
 }
 for name, command in COMMANDS.items():
     # Typer would print the line breaks within a paragraph

@@ -1,0 +1,227 @@
+"""Pair what a merge holds with the updates that it should be the sum of, tensor by tensor."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+from pimerge.adapters.expert import Expert
+from pimerge.adapters.lora_module import Factors, LoraModule
+from pimerge.adapters.merge_into import MergeIntoPlan, plan_merge_into
+from pimerge.checkpoints.checkpoint import Checkpoint
+from pimerge.checkpoints.dtypes import FLOATS
+from pimerge.checkpoints.key_mapping import align, names_of
+from pimerge.core.errors import Problems
+from pimerge.merging.verification.compared_tensor import ComparedTensor, Part, StoredTensor, low_rank
+from pimerge.merging.verification.verdict import CheckedModule, Scaling, Verdict
+
+Source = Expert | Checkpoint
+Read = Callable[[Expert, str], Factors]
+_RECOMPUTED = 8  # roundings of a weight that is normalised and multiplied anew, as DoRA does
+
+
+@dataclass
+class Pairing:
+    """The tensors to compare.
+
+    Attributes:
+        comparisons: module, or key of a tensor → a function that reads its comparison.
+        scalings: the scaling of each expert, for each comparison.
+        untouched: key of the base → the base's tensor and the merge's, for tensors that no expert changes.
+        modules: verdicts on modules that need no comparison, since they are missing or have another shape.
+        beside: such verdicts on tensors that no expert changes.
+        extra: keys of the merge that the base has not.
+        remarks: what is not part of the claim.
+    """
+
+    comparisons: dict[str, Callable[[], ComparedTensor]] = field(default_factory=dict)
+    scalings: dict[str, list[Scaling]] = field(default_factory=dict)
+    untouched: dict[str, tuple[StoredTensor, StoredTensor]] = field(default_factory=dict)
+    modules: list[CheckedModule] = field(default_factory=list)
+    beside: list[CheckedModule] = field(default_factory=list)
+    extra: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
+
+    def add(
+        self, name: str, shape: tuple[int, int], base: StoredTensor | None, parts: Sequence[Callable[[], Part | None]]
+    ) -> None:
+        """Add a comparison; the first part is the merge's."""
+
+        def read() -> ComparedTensor:
+            found, *updates = (part() for part in parts)
+            return ComparedTensor(name, found, updates, base, shape)
+
+        self.comparisons[name] = read
+
+
+def pair_adapters(merged: Expert, experts: Sequence[Expert], read: Read) -> Pairing:
+    """Pair the updates of adapters, for which no base is needed."""
+    pairing = Pairing()
+    sources = [merged, *experts]
+    for name, layout in layouts_of(sources).items():
+        scalings = [_scaling(expert, name) for expert in experts]
+        pairing.add(name, (layout.d_out, layout.d_in), None, [partial(_update, e, name, read, False) for e in sources])
+        pairing.scalings[name] = scalings
+        if any(name in expert.modules and expert.modules[name].bias for expert in sources):
+            pairing.add(f"{name}.bias", (layout.d_out, 1), None, [partial(_bias, e, name, read) for e in sources])
+            pairing.scalings[f"{name}.bias"] = scalings
+    return pairing
+
+
+def pair_tensors(merged: Source, experts: Sequence[Source], base: Checkpoint, read: Read) -> Pairing:
+    """Pair the tensors of full checkpoints, or of adapters and full checkpoints, relative to a base."""
+    pairing = Pairing()
+    sources = [merged, *experts]
+    plan = _plan(base, [source for source in sources if isinstance(source, Expert)])
+    modules = {**plan.weights, **plan.biases}
+    wanted = list(dict.fromkeys([*base.home, *modules]))
+    keys = [_own_keys(base, source, wanted) if isinstance(source, Checkpoint) else {} for source in sources]
+    if isinstance(merged, Checkpoint):
+        used = set(keys[0].values())
+        pairing.extra = sorted(key for key in merged.home if key not in used)
+        wanted = _present(pairing, merged, keys[0], base, plan, modules, wanted)
+    for key in wanted:
+        stored, entry = StoredTensor(base.home[plan.source(key)], plan.source(key)), base.entry(plan.source(key))
+        is_touched = key in modules or any(key in own for own in keys[1:])
+        if not is_touched or entry.dtype not in FLOATS:
+            if isinstance(merged, Checkpoint):
+                pairing.untouched[key] = stored, StoredTensor(merged.home[keys[0][key]], keys[0][key])
+            continue
+        name = f"{modules[key]}.bias" if key in plan.biases else modules.get(key, key)
+        rows = entry.shape[0] if entry.shape else 1
+        shape = (rows, math.prod(entry.shape) // max(1, rows))
+        parts = [partial(_part, source, own, key, plan, read) for source, own in zip(sources, keys, strict=True)]
+        pairing.add(name, shape, stored, parts)
+        pairing.scalings[name] = [_scaling(expert, modules.get(key, "")) for expert in experts]
+    return pairing
+
+
+def layouts_of(experts: Sequence[Expert]) -> dict[str, LoraModule]:
+    """The layout of each module of several adapters, which must agree on its shape."""
+    found: dict[str, LoraModule] = {}
+    problems = Problems()
+    for expert in experts:
+        if expert.tensor_sets:
+            problems.add(
+                f"'{expert.name}' is of kind {expert.kind}, which has no ΔW",
+                "verify compares updates ΔW of matrices: leave it out",
+            )
+        for name, module in expert.modules.items():
+            known = found.setdefault(name, module)
+            if (known.d_out, known.d_in) != (module.d_out, module.d_in):
+                problems.add(
+                    f"module '{name}': ΔW is {module.d_out} × {module.d_in} in '{expert.name}', but "
+                    f"{known.d_out} × {known.d_in} in another adapter",
+                    "they belong to different bases",
+                )
+    problems.raise_any("these adapters cannot be compared")
+    return dict(sorted(found.items()))
+
+
+def _plan(base: Checkpoint, adapters: Sequence[Expert]) -> MergeIntoPlan:
+    if not adapters:
+        return MergeIntoPlan(base, {}, {}, {}, {}, frozenset(), False, None)
+    fan_in_first = any(bool(expert.config.get("fan_in_fan_out")) for expert in adapters)
+    return plan_merge_into(base, layouts_of(adapters), fan_in_fan_out=fan_in_first)
+
+
+def _own_keys(base: Checkpoint, other: Checkpoint, wanted: Sequence[str]) -> dict[str, str]:
+    """Key in the base → key in another checkpoint, regardless of prefixes; tied weights share a tensor."""
+    found = {key: key for key in wanted if key in other.home}
+    if len(found) == len(wanted):
+        return found
+    own, names = names_of(base), names_of(other)
+    aligned = {home: key for key, home in align(own, names).items()}
+    shared = names.shared or {}
+    for key in wanted:
+        name = own.parameter.get(key, key)
+        place = aligned.get(key) or shared.get(name) or shared.get(f"{names.prefix}.{name}")
+        if key not in found and place is not None:
+            found[key] = place
+    return found
+
+
+def _present(
+    pairing: Pairing,
+    merged: Checkpoint,
+    keys: Mapping[str, str],
+    base: Checkpoint,
+    plan: MergeIntoPlan,
+    modules: Mapping[str, str],
+    wanted: Sequence[str],
+) -> list[str]:
+    """The keys whose tensors can be compared; the others are missing or have another shape."""
+    present, absent = [], []
+    for key in wanted:
+        verdicts = pairing.modules if key in modules else pairing.beside
+        shape = base.entry(plan.source(key)).shape
+        if key not in keys:
+            absent.append(key)
+        elif merged.entry(keys[key]).shape != shape:
+            found = merged.entry(keys[key]).shape
+            reason = f"its shape is {found}, in the base {shape}"
+            verdicts.append(CheckedModule(modules.get(key, key), Verdict.OTHER, reason=reason))
+        elif merged.entry(keys[key]).dtype not in FLOATS and base.entry(plan.source(key)).dtype in FLOATS:
+            reason = f"it is stored as {merged.entry(keys[key]).dtype}"
+            verdicts.append(CheckedModule(modules.get(key, key), Verdict.OTHER, reason=reason))
+        else:
+            present.append(key)
+    if absent:
+        own, names = names_of(base), names_of(merged)
+        for key in absent:
+            name = own.parameter.get(key, key)
+            if key in modules or not names.known or {name, f"{names.prefix}.{name}"} & names.known:
+                verdicts = pairing.modules if key in modules else pairing.beside
+                verdicts.append(CheckedModule(modules.get(key, key), Verdict.MISSING))
+            else:
+                pairing.remarks.append(f"'{key}' of the base has no place in the architecture of '{merged.name}'")
+    return present
+
+
+def _part(source: Source, own: Mapping[str, str], key: str, plan: MergeIntoPlan, read: Read) -> Part | None:
+    """The update of a source for a key of the base."""
+    if isinstance(source, Checkpoint):
+        return StoredTensor(source.home[own[key]], own[key]) if key in own else None
+    if key in plan.biases:
+        return _bias(source, plan.biases[key], read)
+    return _update(source, plan.weights[key], read, key in plan.transposed) if key in plan.weights else None
+
+
+def _update(expert: Expert, module: str, read: Read, transposed: bool) -> Part | None:
+    if module not in expert.modules:
+        return None
+    roundings = _RECOMPUTED if expert.modules[module].conversions else 1
+    return low_rank(read(expert, module), transposed=transposed, roundings=roundings)
+
+
+def _bias(expert: Expert, module: str, read: Read) -> Part | None:
+    """The bias update as a matrix of one column."""
+    if module not in expert.modules or not expert.modules[module].bias:
+        return None
+    factors = read(expert, module)
+    assert factors.bias is not None
+    one = factors.bias.new_ones(1, 1)
+    return low_rank(Factors(one, factors.bias[:, None], factors.scaling), transposed=False)
+
+
+def _scaling(source: Source, module: str) -> Scaling:
+    if not isinstance(source, Expert) or module not in source.modules:
+        return Scaling()
+    layout = source.modules[module]
+    if layout.is_computed or layout.conversions:
+        return Scaling()
+    return Scaling(layout.scaling, layout.rank, bool(source.config.get("use_rslora")))
+
+
+def require_same_shapes(base: Checkpoint, experts: Sequence[Source]) -> None:
+    """Refuse full checkpoints among the experts whose tensors have other shapes than the base's."""
+    problems = Problems()
+    for expert in experts:
+        if not isinstance(expert, Checkpoint):
+            continue
+        for key, own in _own_keys(base, expert, list(base.home)).items():
+            if expert.entry(own).shape != base.entry(key).shape:
+                problems.add(f"'{own}' of '{expert.name}' is {expert.entry(own).shape}, not {base.entry(key).shape}")
+    problems.raise_any("the experts do not fit the base")
