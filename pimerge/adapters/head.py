@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -99,3 +100,22 @@ def _head_modules(expert: Expert) -> list[str]:
 
 def _shapes(expert: Expert) -> dict[str, tuple[int, ...]]:
     return {name: tuple(expert.tensor(key).shape) for name, key in expert.head.items()}
+
+
+def refuse_updates_of_head(experts: Sequence[Expert], modules: Sequence[str], head: Head) -> None:
+    """Refuse an update of a module that the head replaces: PEFT adapts no module in ``modules_to_save``.
+
+    Args:
+        modules: names of the modules of the merged update.
+    """
+    problems = Problems()
+    for saved in head.modules:
+        inside = re.compile(rf"(^|.*\.){saved}($|\..*)")  # as PEFT matches it
+        updated = [name for name in modules if inside.match(name)]
+        owner = next((expert.name for expert in experts if set(updated) & expert.modules.keys()), "")
+        if updated:
+            problems.add(
+                f"'{owner}' updates '{updated[0]}' of the base, but the head of the result replaces '{saved}'",
+                f"pass --head none for the base's own head, or leave the update out: --exclude '*{updated[0]}'",
+            )
+    problems.raise_any("the updates do not fit the head")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -145,21 +144,6 @@ def refuse_biased_embeddings(modules: Iterable[LoraModule], has_bias: bool) -> N
             f"an expert has biases (lora_bias), but '{embeddings[0]}' is an embedding: PEFT cannot load both at once",
             "leave out the experts with lora_bias or those that adapt embeddings",
         )
-
-
-def rank_fields(ranks: Mapping[str, int]) -> dict[str, Any]:
-    """Fields of PEFT's config for a LoRA with these modules and ranks, and scaling 1.
-
-    >>> rank_fields({"q": 2, "v": 4, "k": 2})
-    {'r': 2, 'lora_alpha': 2, 'rank_pattern': {'k': 2, 'q': 2, 'v': 4}, 'alpha_pattern': {'k': 2, 'q': 2, 'v': 4}, \
-'target_modules': ['k', 'q', 'v']}
-    """
-    usual = Counter(ranks.values()).most_common(1)[0][0] if ranks else 1
-    # PEFT uses the first key that is an ending of a module's name, so longer names come first and all are listed.
-    differ = len(set(ranks.values())) > 1
-    pattern = {name: ranks[name] for name in sorted(ranks, key=lambda n: (-len(n), n))} if differ else {}
-    patterns = {"rank_pattern": pattern, "alpha_pattern": pattern}
-    return {"r": usual, "lora_alpha": usual, **patterns, "target_modules": sorted(ranks)}
 
 
 def bias_key(module: str) -> str:

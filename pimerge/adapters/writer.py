@@ -13,11 +13,14 @@ from pimerge.adapters.expert import Expert
 from pimerge.adapters.expert_files import CONFIG, TASK, WEIGHTS
 from pimerge.adapters.head import Head
 from pimerge.adapters.keys import PREFIX
-from pimerge.adapters.lora_module import LoraModule, bias_key, rank_fields, refuse_biased_embeddings, stored
+from pimerge.adapters.lora_fields import rank_fields, ranks_to_write
+from pimerge.adapters.lora_module import LoraModule, bias_key, refuse_biased_embeddings, stored
 from pimerge.adapters.merged_module import MergedModule, Summary
 from pimerge.adapters.model_card import CARD_FILE
 from pimerge.adapters.model_class import task_fields
+from pimerge.adapters.padding import pad_factors
 from pimerge.checkpoints.base import Base, folder_from
+from pimerge.checkpoints.base_shapes import base_modules
 from pimerge.checkpoints.safetensors_file import writing_tensors
 from pimerge.core.files import json_text, new_folder, relative_to, sha256_bytes, sha256_file, write_into
 from pimerge.core.manifest import MANIFEST_FILE, Manifest
@@ -110,9 +113,17 @@ def write_expert(
         documents: gives the files beside the tensors, once all modules are written.
     """
     refuse_biased_embeddings(layout.modules, layout.has_bias)
+
+    def write(file: Path) -> list[Summary]:
+        summaries = _write_tensors(file, layout, modules, head)
+        ranks = _ranks(summaries)
+        if ranks_to_write(ranks) != ranks:
+            pad_factors(file, layout.modules, ranks_to_write(ranks))
+        return summaries
+
     return _write_folder(
         path,
-        lambda file: _write_tensors(file, layout, modules, head),
+        write,
         lambda summaries: _config(path, layout, summaries, head, base, like),
         head,
         documents,
@@ -214,7 +225,7 @@ def _config(
         "peft_type": "LORA",
         **task_fields(like, head.tensors),
         **_own_fields(path, head, base),
-        **rank_fields({summary.name: summary.rank for summary in summaries}),
+        **rank_fields(ranks_to_write(_ranks(summaries)), base_modules(base)),
         "use_rslora": False,
         "lora_dropout": 0.0,
         "lora_bias": layout.has_bias,
@@ -222,6 +233,10 @@ def _config(
         "fan_in_fan_out": bool(like.get("fan_in_fan_out")),
         "init_lora_weights": True,
     }
+
+
+def _ranks(summaries: Sequence[Summary]) -> dict[str, int]:
+    return {summary.name: summary.rank for summary in summaries}
 
 
 def _own_fields(path: Path, head: Head, base: Base) -> dict[str, Any]:

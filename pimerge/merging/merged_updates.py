@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from pimerge.adapters.head import choose_head
+from pimerge.adapters.head import choose_head, refuse_updates_of_head
 from pimerge.adapters.merged_module import MergedModule, Summary, relative_error
 from pimerge.adapters.model_class import loading_code
 from pimerge.adapters.writer import Documents, Layout, base_reference, write_expert
@@ -159,4 +159,5 @@ def merged_updates(request: MergeRequest, method: OpenedMethod, chosen: ChosenEx
     )
     merge = prepare(chosen.experts, chosen.weights, method, settings, request.selects)
     head = choose_head(request.head, chosen.experts, chosen.target)
+    refuse_updates_of_head(merge.experts, merge.names, head)
     return MergedUpdates(request, method, chosen, head, merge)

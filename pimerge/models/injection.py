@@ -14,7 +14,8 @@ from pimerge.adapters.base_fit import check_fits
 from pimerge.adapters.compatibility import require_alike
 from pimerge.adapters.expert import Expert
 from pimerge.adapters.keys import PREFIX, PROMPT_PREFIX
-from pimerge.adapters.lora_module import Factors, rank_fields, stored
+from pimerge.adapters.lora_fields import rank_fields
+from pimerge.adapters.lora_module import Factors, stored
 from pimerge.models.loaded_base import LoadedBase
 
 if TYPE_CHECKING:

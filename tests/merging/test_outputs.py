@@ -13,8 +13,9 @@ from peft import AutoPeftModel
 from torch import Tensor, nn
 
 import pimerge
+from pimerge.core.errors import PimergeError
 from tests.support.bases import inputs
-from tests.support.experts import KINDS, peft_config
+from tests.support.experts import KINDS, peft_config, raw_expert, updates_of
 from tests.support.peft_outputs import adapter_of, open_strictly
 
 HEADED = {
@@ -71,3 +72,40 @@ def test_the_code_on_the_card_loads_a_result_without_a_head(headed_base: dict[st
     assert config["task_type"] is None
     loaded = AutoPeftModel.from_pretrained(str(tmp_path / "merged")).eval()
     torch.testing.assert_close(answers(loaded), answers(expert), rtol=1e-4, atol=1e-5)
+
+
+def test_a_router_of_lower_rank_than_the_experts_loads(tmp_path: Path) -> None:
+    """PEFT moves the experts and the router of a Mixtral to fused parameters; the router has rank 4 at most."""
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = transformers.MixtralConfig(**sizes, vocab_size=32, num_local_experts=4, num_key_value_heads=2)
+    torch.manual_seed(0)
+    transformers.MixtralForCausalLM(config).save_pretrained(tmp_path / "base")
+    block, shapes = "model.layers.0.block_sparse_moe", {"model.layers.0.self_attn.q_proj": (16, 3, 16)}
+    shapes[f"{block}.gate"] = (4, 3, 16)
+    for expert in range(4):
+        shapes |= {f"{block}.experts.{expert}.{w}": (24, 3, 16) for w in ("w1", "w3")}
+        shapes[f"{block}.experts.{expert}.w2"] = (16, 3, 24)
+    for name, seed in (("a", 1), ("b", 1000)):
+        raw_expert(
+            tmp_path / name, updates_of(shapes, seed), r=3, lora_alpha=3, rank_pattern={}, alpha_pattern={},
+            base_model_name_or_path="../base", target_modules=["q_proj", "gate", "w1", "w2", "w3"],
+        )  # fmt: skip
+    experts = [tmp_path / "a", tmp_path / "b"]
+    pimerge.merge(experts, method="interpolated", weights=[0.7, 0.4], output=tmp_path / "merged")
+
+    def weights(folder: Path | None) -> dict[str, Tensor]:
+        model = transformers.MixtralForCausalLM.from_pretrained(tmp_path / "base")
+        return dict((model if folder is None else open_strictly(model, folder).merge_and_unload()).named_parameters())
+
+    base, merged, (a, b) = weights(None), weights(tmp_path / "merged"), map(weights, experts)
+    for name, own in base.items():
+        torch.testing.assert_close(merged[name] - own, 0.7 * (a[name] - own) + 0.4 * (b[name] - own))
+
+
+def test_an_update_of_a_module_that_the_head_replaces_is_refused(tmp_path: Path) -> None:
+    saved = {"base_model.model.score.weight": torch.ones(2, 4)}
+    raw_expert(tmp_path / "a", updates_of({"q": (4, 2, 4)}), saved, modules_to_save=["score"])
+    raw_expert(tmp_path / "b", updates_of({"q": (4, 2, 4), "score": (2, 1, 4)}))
+    with pytest.raises(PimergeError, match="'b' updates 'score' of the base, but the head of the result replaces"):
+        pimerge.merge([tmp_path / "a", tmp_path / "b"], target=str(tmp_path / "a"), output=tmp_path / "m")
+    pimerge.merge([tmp_path / "a", tmp_path / "b"], head="none", output=tmp_path / "m")

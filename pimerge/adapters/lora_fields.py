@@ -1,0 +1,67 @@
+"""The fields of PEFT's config that select the modules of a LoRA and their ranks.
+
+PEFT adapts a module if its name is in the list ``target_modules``, or ends with an entry of it after a dot; if
+``target_modules`` is a string, the whole name must match it as a regular expression. The rank is that of the first
+entry of ``rank_pattern`` that matches the name, or its ending after a dot, as a regular expression.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+_FUSED = re.compile(r"\.experts\.\d+\.|\.gate$")
+"""Experts and routers of a mixture of experts, which PEFT moves to fused parameters without their ``rank_pattern``."""
+
+
+def ranks_to_write(ranks: Mapping[str, int]) -> dict[str, int]:
+    """The ranks to which the factors of modules are padded with zeros.
+
+    The experts and routers of a mixture of experts get one rank: PEFT moves them to fused parameters when it loads
+    them, and there only the rank in the field ``r`` holds.
+
+    >>> ranks_to_write({"mlp.experts.0.w1": 4, "mlp.gate": 2, "q": 3})
+    {'mlp.experts.0.w1': 4, 'mlp.gate': 4, 'q': 3}
+    """
+    common = max((rank for name, rank in ranks.items() if _FUSED.search(name)), default=0)
+    return {name: common if _FUSED.search(name) else rank for name, rank in ranks.items()}
+
+
+def rank_fields(ranks: Mapping[str, int], others: Iterable[str] = ()) -> dict[str, Any]:
+    """Fields of PEFT's config for a LoRA with these modules and ranks, and scaling 1.
+
+    Args:
+        others: names of the base's modules, as far as they are known; only those in ``ranks`` are adapted.
+
+    >>> rank_fields({"q": 2, "v": 4, "k": 2})
+    {'r': 2, 'lora_alpha': 2, 'rank_pattern': {'k': 2, 'q': 2, 'v': 4}, 'alpha_pattern': {'k': 2, 'q': 2, 'v': 4}, \
+'target_modules': ['k', 'q', 'v']}
+    """
+    fused = [rank for name, rank in ranks.items() if _FUSED.search(name)]
+    usual = Counter(fused or ranks.values()).most_common(1)[0][0] if ranks else 1
+    # all names are listed, the longer ones first, since one name can be the ending of another
+    names = sorted(ranks, key=lambda name: (-len(name), name)) if len(set(ranks.values())) > 1 else []
+    patterns = {field: {re.escape(name): ranks[name] for name in names} for field in ("rank_pattern", "alpha_pattern")}
+    return {"r": usual, "lora_alpha": usual, **patterns, "target_modules": _targets(ranks, others)}
+
+
+def _targets(names: Mapping[str, int], others: Iterable[str]) -> list[str] | str:
+    """The names, or a regular expression if another module of the base ends with one of them.
+
+    >>> _targets({"0": 1}, ["0", "mlp.0"]), _targets({"mlp.0": 1}, ["0", "mlp.0"])
+    ('0', ['mlp.0'])
+    """
+    known = set(others)
+    if known & names.keys() and any(_ends_with_one(other, names) for other in known - names.keys()):
+        return "|".join(re.escape(name) for name in sorted(names))
+    return sorted(names)
+
+
+def _ends_with_one(other: str, names: Mapping[str, int]) -> bool:
+    while "." in other:
+        other = other.partition(".")[2]
+        if other in names:
+            return True
+    return False
