@@ -18,7 +18,8 @@ def pad_factors(path: Path, modules: Iterable[LoraModule], ranks: Mapping[str, i
     """
     import torch
 
-    file, places = open_tensors(path), {}
+    file = open_tensors(path)
+    places: dict[str, tuple[int, int]] = {}
     for module in modules:
         rank = ranks.get(module.name, 0)
         places |= {module.A: (0, rank), module.B: (1, rank)}
