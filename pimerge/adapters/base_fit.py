@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
 
 import torch
 from torch import nn
 
 from pimerge.adapters.expert import Expert
+from pimerge.adapters.lora_module import LoraModule
 from pimerge.adapters.tensor_sets import TensorSet
 from pimerge.core.errors import PimergeError, Problems
 from pimerge.tasks.task import Task
@@ -24,11 +26,11 @@ def check_fits(expert: Expert, base_model: nn.Module, *, head: bool = True) -> N
     hint = "the expert was trained on another base: pass its own with --base"
     layers = dict(base_model.named_modules())
     for module in expert.modules.values():
-        layer = layers.get(module.name)
-        if layer is None:
-            problems.add(f"the base has no module '{module.name}'", hint)
+        expected, found = _delta_shape(module, layers), (module.d_out, module.d_in)
+        if expected is None:
+            what = f"parameter '{module.parameter.full_name}'" if module.parameter else f"module '{module.name}'"
+            problems.add(f"the base has no {what}", hint)
             continue
-        expected, found = delta_shape(layer), (module.d_out, module.d_in)
         if expected != found:
             problems.add(f"module '{module.name}': ΔW is {found}, but the base's weight is {expected}", hint)
     for reason in dict.fromkeys(_misfit(expert, part, base_model) for part in expert.tensor_sets.values()):
@@ -45,6 +47,21 @@ def check_fits(expert: Expert, base_model: nn.Module, *, head: bool = True) -> N
                 "task.json's labels must be those that the expert was trained on",
             )
     problems.raise_any(f"the expert '{expert.name}' does not fit the base '{expert.base.name}'")
+
+
+def _delta_shape(module: LoraModule, layers: Mapping[str, nn.Module]) -> tuple[int, ...] | None:
+    """(d_out, d_in) of the update that a module would have in a base; None if the base does not have it."""
+    place = module.parameter
+    if place is None:
+        return None if module.name not in layers else delta_shape(layers[module.name])
+    owner = layers.get(place.module)
+    weight = getattr(owner, place.name, None)
+    if not isinstance(weight, nn.Parameter) or weight.dim() not in (2, 3):
+        return None
+    if place.count != (len(weight) if weight.dim() == 3 else 1):
+        return ()
+    rows, columns = weight.shape[-2:]
+    return (columns, rows) if weight.dim() == 3 and getattr(owner, "is_transposed", False) else (rows, columns)
 
 
 def _misfit(expert: Expert, part: TensorSet, base_model: nn.Module) -> str:

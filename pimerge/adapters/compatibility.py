@@ -34,6 +34,7 @@ def check_expert(expert: Expert, task: Task | None = None) -> Task:
     problems = Problems()
     with problems.collected():
         expert.require_handled()
+        refuse_bare_parameters([expert], "embedded")
     with problems.collected():
         task = task or open_task(expert.folder)
     with problems.collected():
@@ -183,6 +184,24 @@ def _listed(ranks: Sequence[int]) -> str:
 
 def _has_bias(expert: Expert) -> bool:
     return any(module.bias is not None for module in expert.modules.values())
+
+
+def refuse_bare_parameters(experts: Sequence[Expert], what: str) -> None:
+    """Refuse experts that adapt bare parameters (``target_parameters``), which can be merged and ranked only.
+
+    Args:
+        what: what would be done with them, in the past participle.
+    """
+    problems = Problems()
+    for expert in experts:
+        found = next((module.parameter for module in expert.modules.values() if module.parameter), None)
+        if found is not None:
+            problems.add(
+                f"'{expert.name}' adapts the parameter '{found.full_name}' (target_parameters), and only updates of "
+                f"layers can be {what}",
+                "merge it instead (pimerge merge), or train one on target_modules such as the attention's projections",
+            )
+    problems.raise_any(f"some experts cannot be {what}")
 
 
 def refuse_over_inputs(output: Path, experts: Sequence[Expert]) -> None:

@@ -33,6 +33,7 @@ class ComputedModule(LoraModule):
     """
 
     is_computed: ClassVar[bool] = True
+    is_plain: ClassVar[bool] = False
     slots: Mapping[str, str] = field(default_factory=dict)
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     shared: tuple[str, ...] = ()

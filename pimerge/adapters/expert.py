@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -161,14 +161,20 @@ class Expert:
 
     def factors(self, module: str) -> Factors:
         """Read the update of one module: A (r × d_in), B (d_out × r), scaling, bias."""
-        return self.modules[module].factors(self.tensor)
+        found = self.modules[module]
+        return found.factors(self._recent if found.parameter else self.tensor)
+
+    @cached_property
+    def _recent(self) -> Callable[[str], Tensor]:
+        """Reads tensors that several modules share; the last ones are kept."""
+        return lru_cache(maxsize=4)(self.file.read)
 
     def updates(self, modules: Iterable[str]) -> dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]]:
         """Read the updates of several modules at once: name → A (r × d_in) and scaling · Bᵀ (r × d_out) in float64."""
         import numpy as np
 
         chosen = {name: self.modules[name] for name in modules}
-        stored = {name: module for name, module in chosen.items() if not module.is_computed}
+        stored = {name: module for name, module in chosen.items() if module.is_plain}
         read = self.file.arrays(key for module in stored.values() for key in (module.A, module.B))
         found = {}
         for name, module in chosen.items():
@@ -177,7 +183,7 @@ class Expert:
                 found[name] = read[module.A].reshape(module.rank, -1).astype(np.float64), B.T
             else:
                 factors = self.factors(name)
-                found[name] = factors.A.numpy(), (factors.scaling * factors.B).numpy().T
+                found[name] = factors.A.double().numpy(), (factors.scaling * factors.B.double()).numpy().T
         return found
 
     def head_tensors(self) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 _FUSED = re.compile(r"\.experts\.\d+\.|\.gate$")
@@ -29,11 +29,14 @@ def ranks_to_write(ranks: Mapping[str, int]) -> dict[str, int]:
     return {name: common if _FUSED.search(name) else rank for name, rank in ranks.items()}
 
 
-def rank_fields(ranks: Mapping[str, int], others: Iterable[str] = ()) -> dict[str, Any]:
+def rank_fields(
+    ranks: Mapping[str, int], others: Iterable[str] = (), parameters: Container[str] = ()
+) -> dict[str, Any]:
     """Fields of PEFT's config for a LoRA with these modules and ranks, and scaling 1.
 
     Args:
         others: names of the base's modules, as far as they are known; only those in ``ranks`` are adapted.
+        parameters: the names that are bare parameters (``target_parameters``) and not modules.
 
     >>> rank_fields({"q": 2, "v": 4, "k": 2})
     {'r': 2, 'lora_alpha': 2, 'rank_pattern': {'k': 2, 'q': 2, 'v': 4}, 'alpha_pattern': {'k': 2, 'q': 2, 'v': 4}, \
@@ -44,7 +47,10 @@ def rank_fields(ranks: Mapping[str, int], others: Iterable[str] = ()) -> dict[st
     # all names are listed, the longer ones first, since one name can be the ending of another
     names = sorted(ranks, key=lambda name: (-len(name), name)) if len(set(ranks.values())) > 1 else []
     patterns = {field: {re.escape(name): ranks[name] for name in names} for field in ("rank_pattern", "alpha_pattern")}
-    return {"r": usual, "lora_alpha": usual, **patterns, "target_modules": _targets(ranks, others)}
+    fields = {"r": usual, "lora_alpha": usual, **patterns}
+    layers = {name: rank for name, rank in ranks.items() if name not in parameters}
+    bare = sorted(ranks.keys() - layers.keys())
+    return {**fields, "target_modules": _targets(layers, others), **({"target_parameters": bare} if bare else {})}
 
 
 def _targets(names: Mapping[str, int], others: Iterable[str]) -> list[str] | str:

@@ -25,6 +25,28 @@ DORA, PISSA, OLORA = "DoRA", "PiSSA", "OLoRA"
 
 
 @dataclass(frozen=True)
+class BareParameter:
+    """A parameter that PEFT adapts by its name (``target_parameters``) instead of by the layer that holds it.
+
+    Attributes:
+        module: the full name of the module that holds it.
+        name: its name in the module.
+        count: the number of matrices that it stacks; 1 for a single matrix.
+        index: the place of one of them.
+    """
+
+    module: str
+    name: str
+    count: int
+    index: int
+
+    @property
+    def full_name(self) -> str:
+        """Its full name in the base model."""
+        return f"{self.module}.{self.name}"
+
+
+@dataclass(frozen=True)
 class LoraModule:
     """The update of one module: the keys of its tensors in the adapter file, and its scaling.
 
@@ -32,16 +54,19 @@ class LoraModule:
         name: the module's full name in the base model.
         A, B, bias: keys of the tensors; ``bias`` is None without ``lora_bias``.
         scaling: s = alpha / r, or alpha / √r with rsLoRA.
-        layer: ``linear``, ``embedding`` or ``conv``.
+        layer: ``linear``, ``embedding`` or ``conv``; for a matrix of a stacked parameter, how many it stacks.
         shape_A, shape_B: shapes as stored.
         magnitude: key of DoRA's magnitudes; None for other variants.
         conversions: the variants from which it has to be converted: ``PiSSA``, ``OLoRA``, ``DoRA``.
         base_copy: key of a copy of the base's weight, which PEFT saves beside an embedding's factors; None if there is
             no copy.
+        parameter: the bare parameter or the matrix in it that is adapted; None for a layer.
     """
 
     is_computed: ClassVar[bool] = False
     """Whether its factors are computed from other tensors, and so cannot be compared or trained."""
+    is_plain: ClassVar[bool] = True
+    """Whether the tensors A and B are its factors, and not more than those."""
 
     name: str
     A: str
@@ -56,6 +81,7 @@ class LoraModule:
     magnitude: str | None = None
     conversions: tuple[str, ...] = ()
     base_copy: str | None = None
+    parameter: BareParameter | None = None
 
     @property
     def full_rank(self) -> int:
@@ -137,13 +163,14 @@ def stored(module: LoraModule, merged: Factors) -> dict[str, Tensor]:
 
 
 def refuse_biased_embeddings(modules: Iterable[LoraModule], has_bias: bool) -> None:
-    """Refuse an expert of these modules with biases (``lora_bias``) if one is an embedding."""
-    embeddings = [module.name for module in modules if module.layer == "embedding"]
-    if has_bias and embeddings:
-        raise PimergeError(
-            f"an expert has biases (lora_bias), but '{embeddings[0]}' is an embedding: PEFT cannot load both at once",
-            "leave out the experts with lora_bias or those that adapt embeddings",
-        )
+    """Refuse an expert of these modules with biases (``lora_bias``) if one is an embedding or a bare parameter."""
+    for module in modules if has_bias else ():
+        if module.layer == "embedding" or module.parameter:
+            what = "a bare parameter" if module.parameter else "an embedding"
+            raise PimergeError(
+                f"an expert has biases (lora_bias), but '{module.name}' is {what}: PEFT cannot load both at once",
+                f"leave out the experts with lora_bias or those that adapt {what.partition(' ')[2]}s",
+            )
 
 
 def bias_key(module: str) -> str:

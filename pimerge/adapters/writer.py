@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
+from pimerge.adapters.bare_parameter import Packing, bare_names, target_ranks
 from pimerge.adapters.expert import Expert
 from pimerge.adapters.expert_files import CONFIG, TASK, WEIGHTS
 from pimerge.adapters.head import Head
 from pimerge.adapters.keys import PREFIX
 from pimerge.adapters.lora_fields import rank_fields, ranks_to_write
-from pimerge.adapters.lora_module import LoraModule, bias_key, refuse_biased_embeddings, stored
+from pimerge.adapters.lora_module import LoraModule, refuse_biased_embeddings
 from pimerge.adapters.merged_module import MergedModule, Summary
 from pimerge.adapters.model_card import CARD_FILE
 from pimerge.adapters.model_class import task_fields
@@ -116,7 +117,7 @@ def write_expert(
 
     def write(file: Path) -> list[Summary]:
         summaries = _write_tensors(file, layout, modules, head)
-        ranks = _ranks(summaries)
+        ranks = _ranks(layout, summaries)
         if ranks_to_write(ranks) != ranks:
             pad_factors(file, layout.modules, ranks_to_write(ranks))
         return summaries
@@ -205,13 +206,12 @@ def _write_folder(
 
 def _write_tensors(file: Path, layout: Layout, modules: Iterable[MergedModule], head: Head) -> list[Summary]:
     heads = {PREFIX + name: tensor for name, tensor in head.tensors.items()}
-    keys = [key for module in layout.modules for key in (module.A, module.B, bias_key(module.name))]
-    summaries = []
-    with writing_tensors(file, [*keys, *heads]) as writer:
+    packing, summaries = Packing(layout.modules), []
+    with writing_tensors(file, [*packing.keys, *heads]) as writer:
         narrow = {key: tensor for key, tensor in heads.items() if tensor.itemsize < layout.dtype.itemsize}
         writer.add_all({key: tensor for key, tensor in heads.items() if key not in narrow})
         for module in modules:
-            for key, tensor in stored(module.module, module.factors).items():
+            for key, tensor in packing.add(module).items():
                 writer.add(key, tensor)
             summaries.append(module.summary)
         writer.add_all(narrow)
@@ -225,7 +225,7 @@ def _config(
         "peft_type": "LORA",
         **task_fields(like, head.tensors),
         **_own_fields(path, head, base),
-        **rank_fields(ranks_to_write(_ranks(summaries)), base_modules(base)),
+        **rank_fields(ranks_to_write(_ranks(layout, summaries)), base_modules(base), bare_names(layout.modules)),
         "use_rslora": False,
         "lora_dropout": 0.0,
         "lora_bias": layout.has_bias,
@@ -235,8 +235,8 @@ def _config(
     }
 
 
-def _ranks(summaries: Sequence[Summary]) -> dict[str, int]:
-    return {summary.name: summary.rank for summary in summaries}
+def _ranks(layout: Layout, summaries: Sequence[Summary]) -> dict[str, int]:
+    return target_ranks(layout.modules, {summary.name: summary.rank for summary in summaries})
 
 
 def _own_fields(path: Path, head: Head, base: Base) -> dict[str, Any]:

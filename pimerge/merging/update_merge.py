@@ -96,8 +96,9 @@ class UpdateMerge(UpdateSettings):
         return list(self.weights)
 
     def layout(self, name: str) -> LoraModule:
-        """The layout of a module, from the first expert that has it."""
-        return next(expert.modules[name] for expert in self.experts if name in expert.modules)
+        """The layout of a module, from the first expert that has it; as a bare parameter if any expert has it so."""
+        found = [expert.modules[name] for expert in self.experts if name in expert.modules]
+        return next((module for module in found if module.parameter), found[0])
 
     def module(self, name: str) -> MergedModule:
         """Merge one module; refuse NaN and Inf in an expert, and a result that is too large for its dtype."""

@@ -10,12 +10,15 @@ import torch
 from torch import nn
 
 from pimerge.adapters.additive_tensors import sum_of
+from pimerge.adapters.bare_parameter import Packing, SlicedModule, bare_names, target_ranks
 from pimerge.adapters.base_fit import check_fits
 from pimerge.adapters.compatibility import require_alike
 from pimerge.adapters.expert import Expert
 from pimerge.adapters.keys import PREFIX, PROMPT_PREFIX
 from pimerge.adapters.lora_fields import rank_fields
-from pimerge.adapters.lora_module import Factors, stored
+from pimerge.adapters.lora_module import Factors
+from pimerge.adapters.merged_module import MergedModule
+from pimerge.core.errors import PimergeError
 from pimerge.models.loaded_base import LoadedBase
 
 if TYPE_CHECKING:
@@ -31,6 +34,11 @@ def injected(expert: Expert, loaded: LoadedBase) -> Iterator[nn.Module]:
     from pimerge import peft_methods  # noqa: F401  PEFT has to know every kind
 
     check_fits(expert, loaded.model)
+    if any(isinstance(module, SlicedModule) and module.by_expert for module in expert.modules.values()):
+        raise PimergeError(
+            f"'{expert.name}' stores the updates of a mixture's experts in Unsloth's order, which PEFT does not read",
+            f"write it in PEFT's order first: pimerge merge {expert.path} --output FOLDER",
+        )
     with modules_restored(loaded.model):
         yield PeftModel.from_pretrained(loaded.model, str(expert.path)).eval()
 
@@ -60,6 +68,11 @@ def injected_sum(experts: Sequence[Expert], weights: Sequence[float], loaded: Lo
     for expert in experts:
         check_fits(expert, loaded.model, head=False)
     require_alike(experts)
+    if len({bare_names(expert.modules.values()) for expert in experts} - {frozenset()}) > 1:
+        raise PimergeError(
+            "the experts adapt different parameters (target_parameters), which PEFT cannot load together",
+            "merge them instead (pimerge merge), or leave some out",
+        )
     if experts[0].tensor_sets:
         tensors = sum_of(experts, weights, loaded.model.get_parameter)
         with modules_restored(loaded.model):
@@ -96,17 +109,19 @@ def _as_lora(expert: Expert) -> tuple[PeftConfig, dict[str, Tensor], float]:
     """Convert an expert to a LoRA: PEFT's config, its tensors, and the strength that they do not include."""
     from peft import LoraConfig, PeftConfig
 
-    if not expert.is_computed:
+    if all(module.is_plain for module in expert.modules.values()):
         keys = expert.file.entries.keys() - set(expert.head.values())
         tensors = {key: expert.tensor(key) for key in sorted(keys)}
         return PeftConfig.from_pretrained(str(expert.path)), tensors, expert.strength
     ranks = {name: module.rank for name, module in expert.modules.items()}
-    config = LoraConfig(**rank_fields(ranks), fan_in_fan_out=bool(expert.config.get("fan_in_fan_out")))
-    tensors = {}
+    modules = list(expert.modules.values())
+    fields = rank_fields(target_ranks(modules, ranks), parameters=bare_names(modules))
+    config = LoraConfig(**fields, fan_in_fan_out=bool(expert.config.get("fan_in_fan_out")))
+    packing, tensors = Packing(modules), {}
     for name, module in expert.modules.items():
         factors = expert.factors(name)
         plain = Factors(factors.A.float(), (factors.scaling * factors.B).float(), 1.0)
-        tensors |= stored(module, plain)
+        tensors |= packing.add(MergedModule(module, plain))
     return config, tensors, 1.0
 
 

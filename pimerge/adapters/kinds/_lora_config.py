@@ -20,7 +20,6 @@ _NOT_LINEAR = {
     "monteclora_config": "MonteCLoRA samples its factors at random",
     "velora_config": "VeLoRA changes the computation of the layer in training",
     "layer_replication": "layer replication changes the base's layers",
-    "target_parameters": "LoRA on bare parameters (target_parameters) has another layout",
     "trainable_token_indices": "trained tokens are not a low-rank update",
     "megatron_config": "Megatron shards its factors",
 }
@@ -46,7 +45,7 @@ _HARMLESS = frozenset(
     target_modules exclude_modules lora_alpha lora_dropout fan_in_fan_out bias use_rslora modules_to_save
     init_lora_weights layers_to_transform layers_pattern rank_pattern alpha_pattern megatron_core loftq_config
     eva_config corda_config lora_ga_config qalora_group_size runtime_config lora_bias
-    ensure_weight_tying""".split()  # noqa: SIM905
+    ensure_weight_tying target_parameters lora_B_layout""".split()  # noqa: SIM905
 )
 
 
@@ -62,6 +61,7 @@ class _LoraFields(CommonFields):
     fan_in_fan_out: bool | None = None
     bias: str | None = None
     init_lora_weights: bool | str | None = None
+    target_parameters: list[str] | None = None
 
 
 def well_typed(config: Mapping[str, Any], problems: Problems) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any
 from pimerge.adapters.keys import PREFIX, sort_keys
 from pimerge.adapters.kind import AdapterHeader, Kind
 from pimerge.adapters.kinds._lora_config import conversions_of, refuse_unhandled, well_typed
+from pimerge.adapters.kinds._lora_parameters import bare_parameters
 from pimerge.adapters.lora_module import DORA, OLORA, LoraModule, pattern_value
 from pimerge.core.errors import Problems
 
@@ -34,12 +35,12 @@ def parse(header: AdapterHeader) -> tuple[dict[str, LoraModule], dict[str, str]]
     config = well_typed(header.config, problems)
     refuse_unhandled(config, problems, convert=header.convert)
     keys, head = sort_keys(config, header.shapes, _slot_of, "LoRA factors", problems)
-    modules = {}
-    for name in sorted(keys):
+    modules = bare_parameters(config, keys, header.shapes, problems)
+    for name in keys:
         if module := _module(name, keys[name], config, header.shapes, problems, convert=header.convert):
             modules[name] = module
     problems.raise_any("this LoRA cannot be used")
-    return modules, head
+    return dict(sorted(modules.items())), head
 
 
 def is_B_factor(key: str) -> bool:

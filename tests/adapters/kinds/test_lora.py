@@ -140,7 +140,6 @@ def plain(folder: Path, **config: Any) -> Path:
         ("use_qalora", True, "QA-LoRA"),
         ("alora_invocation_tokens", [1], "aLoRA"),
         ("layer_replication", [[0, 2]], "layer replication"),
-        ("target_parameters", ["w"], "target_parameters"),
         ("trainable_token_indices", [1], "trained tokens"),
         ("a_field_of_tomorrow", True, "a_field_of_tomorrow"),
         ("peft_type", None, "None"),

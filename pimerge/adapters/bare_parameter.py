@@ -1,0 +1,152 @@
+"""Updates of bare parameters (PEFT's ``target_parameters``), such as the stacked weights of a mixture of experts.
+
+PEFT adapts a parameter of shape (E, …) with one LoRA of rank r for each of its E matrices, and stores them together:
+A is (E·r × d_in), with the rows of one matrix side by side; B is (d_out × r·E), and its column j belongs to matrix
+j mod E (``ParamWrapper.get_delta_weight``). Versions of Unsloth before 2026.9.6 store B with the columns of one matrix
+side by side instead: column j belongs to matrix j // r.
+
+Several adapted parameters of one module are nested: the last one in the module's code has the keys
+``module.lora_A.weight``, the one before it ``module.base_layer.lora_A.weight``, and so on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from pimerge.adapters.keys import PREFIX
+from pimerge.adapters.lora_module import BareParameter, Factors, LoraModule, bias_key, stored
+from pimerge.adapters.merged_module import MergedModule
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# Parameters of modules of transformers in the order of their code; no module has them in another order.
+_ORDER = (
+    "gate_proj",
+    "gate_up_proj",
+    "gate_up_proj_bias",
+    "up_proj",
+    "w1",
+    "v1",
+    "down_proj",
+    "down_proj_bias",
+    "w2",
+)
+
+
+@dataclass(frozen=True)
+class SlicedModule(LoraModule):
+    """The update of one matrix of a stacked parameter; its factors are slices of the tensors A and B.
+
+    Attributes:
+        by_expert: whether the columns of B that belong to one matrix are stored side by side, as Unsloth did.
+    """
+
+    is_plain: ClassVar[bool] = False
+    by_expert: bool = False
+
+    def factors(self, read: Callable[[str], Tensor]) -> Factors:
+        """Read its factors in the common layout; ``read`` reads the tensor of a key."""
+        assert self.parameter is not None
+        index, count, rank = self.parameter.index, self.parameter.count, self.rank
+        own = slice(index * rank, (index + 1) * rank)
+        return Factors(
+            read(self.A)[own], read(self.B)[:, own if self.by_expert else slice(index, None, count)], self.scaling
+        )
+
+
+def nesting(names: Iterable[str]) -> list[str] | None:
+    """The parameters of a module from the innermost to the outermost of PEFT's layers; None if the order is unknown.
+
+    >>> nesting(["down_proj", "gate_up_proj"]), nesting(["a"]), nesting(["a", "b"])
+    (['gate_up_proj', 'down_proj'], ['a'], None)
+    """
+    found = sorted(names)
+    if len(found) > 1 and not set(found) <= set(_ORDER):
+        return None
+    return sorted(found, key=_ORDER.index) if len(found) > 1 else found
+
+
+def packed(slices: Mapping[int, Factors], count: int) -> tuple[Tensor, Tensor]:
+    """A (count·r × d_in) and B (d_out × r·count) of a stacked parameter, as PEFT stores them, for scaling 1.
+
+    The rank r is the highest of the slices. A lower rank is filled up with zeros, and a matrix without an update is
+    zero, so every ΔW stays the same.
+
+    >>> import torch
+    >>> A, B = packed({1: Factors(torch.ones(1, 3), torch.ones(2, 1), 1.0)}, count=2)
+    >>> A.tolist(), B.tolist()
+    ([[0.0, 0.0, 0.0], [1.0, 1.0, 1.0]], [[0.0, 1.0], [0.0, 1.0]])
+    """
+    first = next(iter(slices.values()))
+    rank = max(len(factors.A) for factors in slices.values())
+    A = first.A.new_zeros(count, rank, first.A.shape[1])
+    B = first.B.new_zeros(len(first.B), rank, count)
+    for index, factors in slices.items():
+        own = len(factors.A)
+        A[index, :own] = factors.A
+        B[:, :own, index] = factors.B
+    return A.view(count * rank, -1), B.view(len(first.B), rank * count)
+
+
+class Packing:
+    """Gathers merged modules until the tensors in which PEFT stores them are complete."""
+
+    def __init__(self, modules: Sequence[LoraModule]) -> None:
+        self._places = _places(modules)
+        self._missing: dict[str, int] = {}
+        self._slices: dict[str, dict[int, Factors]] = {}
+        plain = [module for module in modules if module.parameter is None]
+        for module in modules:
+            if module.parameter is not None:
+                self._missing[module.parameter.full_name] = self._missing.get(module.parameter.full_name, 0) + 1
+        self.keys = [key for module in plain for key in (module.A, module.B, bias_key(module.name))]
+        self.keys += [f"{place}.lora_{letter}.weight" for place in self._places.values() for letter in "AB"]
+
+    def add(self, merged: MergedModule) -> dict[str, Tensor]:
+        """The tensors that a module completes."""
+        parameter = merged.module.parameter
+        if parameter is None:
+            return stored(merged.module, merged.factors)
+        name = parameter.full_name
+        self._slices.setdefault(name, {})[parameter.index] = merged.factors
+        self._missing[name] -= 1
+        if self._missing[name]:
+            return {}
+        A, B = packed(self._slices.pop(name), parameter.count)
+        return {f"{self._places[name]}.lora_A.weight": A, f"{self._places[name]}.lora_B.weight": B}
+
+
+def target_ranks(modules: Sequence[LoraModule], ranks: Mapping[str, int]) -> dict[str, int]:
+    """The rank of each module, and of each bare parameter by its full name: the highest of its matrices.
+
+    Args:
+        ranks: name of a module → its rank.
+    """
+    found: dict[str, int] = {}
+    for module in modules:
+        name = module.name if module.parameter is None else module.parameter.full_name
+        found[name] = max(ranks[module.name], found.get(name, 0))
+    return found
+
+
+def bare_names(modules: Iterable[LoraModule]) -> frozenset[str]:
+    """The full names of the bare parameters among some modules."""
+    return frozenset(module.parameter.full_name for module in modules if module.parameter)
+
+
+def _places(modules: Sequence[LoraModule]) -> dict[str, str]:
+    """Full name of each bare parameter → the key of PEFT's layer for it."""
+    found: dict[str, dict[str, BareParameter]] = {}
+    for module in modules:
+        if module.parameter is not None:
+            found.setdefault(module.parameter.module, {})[module.parameter.name] = module.parameter
+    places = {}
+    for owner, own in found.items():
+        names = nesting(own)
+        assert names is not None, "experts with parameters of an unknown order are refused"
+        for depth, name in enumerate(reversed(names)):
+            places[own[name].full_name] = PREFIX + owner + ".base_layer" * depth
+    return places
