@@ -135,7 +135,7 @@ def score_experts(
     """Score the bare base and each expert or ensemble on the target's test split.
 
     The base answers with its own head if that is for the task's labels, otherwise with the head of the target's expert.
-    Without either it has no score.
+    Without either it has no score. An expert without a head answers with the base's own.
 
     Args:
         task: the target's task.
@@ -148,11 +148,19 @@ def score_experts(
     for expert in single:
         with problems.collected(f"'{expert.name}': "):
             _require_answers(expert, task, base)
+    headless = Problems()
+    for name in [expert.name for expert in single if task.type.trains_head and not expert.head]:
+        hint = f"merge it with --head target, tune it, or pass a --base with a head for {', '.join(task.labels)}"
+        headless.add(f"'{name}' has no head", hint)
+    if problems.found:
+        problems.extend(headless.found)
     problems.raise_any("these experts cannot be scored on this task")
     resolved = resolve_device(device)
     precision = resolve_dtype(dtype, resolved)
     scores = []
     loaded = load_base(base, task, resolved, precision)
+    if not loaded.has_own_head:
+        headless.raise_any("these experts cannot be scored on this task")
     split = read_test_split(task, loaded, single, note=note)
     head, whose = _base_head(loaded, target, task)
     total = len(split.examples) * (len(experts) + (whose is not None))
@@ -166,7 +174,7 @@ def score_experts(
             run(BASE, loaded.model, whose)
         for row in experts:
             with ensemble_in_base(row, loaded) if isinstance(row, Ensemble) else injected(row, loaded) as model:
-                run(row.name, model, f"{len(row.experts)} experts together" if isinstance(row, Ensemble) else "")
+                run(row.name, model, _note(row, task))
     return scores
 
 
@@ -230,13 +238,17 @@ def _require_answers(expert: Expert, task: Task, base: Base) -> None:
     if not task.type.trains_head:  # the base answers in text
         return
     own = task_of(expert)
-    if not expert.head:
-        raise PimergeError("it has no head", "merge it with --head target, or tune it")
-    if own is not None and own.labels != task.labels:
+    if expert.head and own is not None and own.labels != task.labels:
         raise PimergeError(
             f"its head answers {', '.join(own.labels)}, the task asks for {', '.join(task.labels)}",
             "tune it on the target first: pimerge tune --method uniform EXPERT",
         )
+
+
+def _note(row: Expert | Ensemble, task: Task) -> str:
+    if isinstance(row, Ensemble):
+        return f"{len(row.experts)} experts together"
+    return "the base's own head" if task.type.trains_head and not row.head else ""
 
 
 def _base_head(loaded: LoadedBase, target: Expert | None, task: Task) -> tuple[Mapping[str, Tensor], str | None]:

@@ -18,6 +18,7 @@ from pimerge.core.files import require_absent, sha256_bytes
 from pimerge.core.manifest import Manifest, inputs_of, library_versions
 from pimerge.core.progress import Note, Track, silent, unheard
 from pimerge.tasks.task import Task
+from pimerge.tuning.adapted_head import without_adapted
 from pimerge.tuning.components import chosen_experts
 from pimerge.tuning.cross_validation import choose
 from pimerge.tuning.fit import fit
@@ -92,6 +93,7 @@ def run_tuning(
     chosen = chosen_experts(method, inputs.experts, inputs.target)
     run = _run_folder(replace(inputs, options=options), chosen, output)
     session = open_session(inputs.task, inputs.base, inputs.device, inputs.dtype, options.seed)
+    session = replace(session, loaded=without_adapted(session.loaded, chosen))
     options = replace(options, lr=plan.usual_lr(session.loaded.width) if options.lr is None else options.lr)
     request = TuneRequest(
         session=session,

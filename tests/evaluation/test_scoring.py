@@ -166,7 +166,7 @@ def test_all_experts_that_cannot_answer_are_named_at_once(
         score_experts([*experts, x], open_task(x.path), x.base, x, device="cpu")
     message = str(caught.value)
     assert "'other-labels': its head answers odd, even, the task asks for even, odd" in message
-    assert "'headless': it has no head" in message
+    assert "'headless' has no head" in message
     assert "'text-x': its base is" in message
     assert "'x'" not in message
 

@@ -85,6 +85,11 @@ def train_heads(
     from pimerge.tuning.mixture import Switch
 
     loaded = request.session.loaded
+    if not loaded.head and request.session.task.type.trains_head:
+        raise PimergeError(
+            f"'{method.name}' trains a head for each expert, and these experts adapt the base's own head",
+            "take 'learned' or 'interpolated'",
+        )
     if not loaded.head:
         raise PimergeError(
             f"'{method.name}' averages the probabilities of classes, and a base that answers in text "
