@@ -25,32 +25,56 @@ def ranks_to_write(ranks: Mapping[str, int]) -> dict[str, int]:
     >>> ranks_to_write({"mlp.experts.0.w1": 4, "mlp.gate": 2, "q": 3})
     {'mlp.experts.0.w1': 4, 'mlp.gate': 4, 'q': 3}
     """
-    common = max((rank for name, rank in ranks.items() if _FUSED.search(name)), default=0)
-    return {name: common if _FUSED.search(name) else rank for name, rank in ranks.items()}
+    common = max((rank for name, rank in ranks.items() if is_fused(name)), default=0)
+    return {name: common if is_fused(name) else rank for name, rank in ranks.items()}
+
+
+def is_fused(name: str) -> bool:
+    """Whether PEFT moves a module to fused parameters, where ``rank_pattern`` and ``alpha_pattern`` do not hold."""
+    return _FUSED.search(name) is not None
 
 
 def rank_fields(
-    ranks: Mapping[str, int], others: Iterable[str] = (), parameters: Container[str] = ()
+    ranks: Mapping[str, int],
+    others: Iterable[str] = (),
+    parameters: Container[str] = (),
+    scalings: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
-    """Fields of PEFT's config for a LoRA with these modules and ranks, and scaling 1.
+    """Fields of PEFT's config for a LoRA with these modules and ranks.
 
     Args:
         others: names of the base's modules, as far as they are known; only those in ``ranks`` are adapted.
         parameters: the names that are bare parameters (``target_parameters``) and not modules.
+        scalings: scaling of each module; 1 by default.
 
     >>> rank_fields({"q": 2, "v": 4, "k": 2})
-    {'r': 2, 'lora_alpha': 2, 'rank_pattern': {'k': 2, 'q': 2, 'v': 4}, 'alpha_pattern': {'k': 2, 'q': 2, 'v': 4}, \
+    {'r': 2, 'rank_pattern': {'k': 2, 'q': 2, 'v': 4}, 'lora_alpha': 2, 'alpha_pattern': {'k': 2, 'q': 2, 'v': 4}, \
 'target_modules': ['k', 'q', 'v']}
+    >>> rank_fields({"q": 2, "v": 2}, scalings={"q": 1.5, "v": 1.5})
+    {'r': 2, 'rank_pattern': {}, 'lora_alpha': 3, 'alpha_pattern': {}, 'target_modules': ['q', 'v']}
     """
-    fused = [rank for name, rank in ranks.items() if _FUSED.search(name)]
-    usual = Counter(fused or ranks.values()).most_common(1)[0][0] if ranks else 1
-    # all names are listed, the longer ones first, since one name can be the ending of another
-    names = sorted(ranks, key=lambda name: (-len(name), name)) if len(set(ranks.values())) > 1 else []
-    patterns = {field: {re.escape(name): ranks[name] for name in names} for field in ("rank_pattern", "alpha_pattern")}
-    fields = {"r": usual, "lora_alpha": usual, **patterns}
+    alphas = {name: _alpha((scalings or {}).get(name, 1.0), rank) for name, rank in ranks.items()}
+    names = sorted(ranks, key=lambda name: (-len(name), name))
+    fields: dict[str, Any] = {}
+    for field, pattern, given in (("r", "rank_pattern", ranks), ("lora_alpha", "alpha_pattern", alphas)):
+        fused = [value for name, value in given.items() if is_fused(name)]
+        fields[field] = Counter(fused or given.values()).most_common(1)[0][0] if given else 1
+        # all names are listed, the longer ones first, since one name can be the ending of another
+        differ = len(set(given.values())) > 1
+        fields[pattern] = {re.escape(name): given[name] for name in names} if differ else {}
     layers = {name: rank for name, rank in ranks.items() if name not in parameters}
     bare = sorted(ranks.keys() - layers.keys())
     return {**fields, "target_modules": _targets(layers, others), **({"target_parameters": bare} if bare else {})}
+
+
+def _alpha(scaling: float, rank: int) -> float:
+    """The ``lora_alpha`` of a scaling: an integer where it gives the same scaling, as PEFT's own configs have.
+
+    >>> _alpha(16 / 3, 3), _alpha(0.3, 3)
+    (16, 0.8999999999999999)
+    """
+    alpha = scaling * rank
+    return round(alpha) if round(alpha) / rank == scaling else alpha
 
 
 def _targets(names: Mapping[str, int], others: Iterable[str]) -> list[str] | str:

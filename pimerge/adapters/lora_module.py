@@ -151,7 +151,7 @@ class Factors:
 
 
 def stored(module: LoraModule, merged: Factors) -> dict[str, Tensor]:
-    """The tensors of one module as PEFT stores them: the inverse of :meth:`LoraModule.factors` for scaling 1."""
+    """The tensors of one module as PEFT stores them: the inverse of :meth:`LoraModule.factors` at the same scaling."""
     rank = merged.A.shape[0]
     tensors = {
         module.A: merged.A.reshape(rank, *module.shape_A[1:]).contiguous(),

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from pimerge.adapters.lora_module import Factors
+from pimerge.adapters.rounding import side_by_side
 from pimerge.core.errors import PimergeError
 
 if TYPE_CHECKING:
@@ -69,14 +70,16 @@ class Truncated:
     """Factors of an update, and the energy that a truncation dropped.
 
     Attributes:
-        factors: A (r × d_in), B (d_out × r), scaling 1.
-        energy: ‖ΔW‖² before the truncation; 0 if nothing was truncated.
+        factors: A (r × d_in), B (d_out × r), with their scaling.
+        energy: ‖ΔW‖² before the truncation; 0 if nothing was truncated or rounded.
         lost: the part of the energy that the truncation dropped.
+        rounding: the energy of the error from rounding to a 16-bit dtype.
     """
 
     factors: Factors
     energy: float
     lost: float
+    rounding: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -221,39 +224,26 @@ def weighted_sum(
     """Factors of Σ c_n ΔW_n, in a dtype or a wider one; see :func:`weighted_bias` for the biases.
 
     Without a truncation they are the experts' factors side by side, if a matrix of that shape can have rank Σ r_n. This
-    needs no decomposition, and every number is rounded once.
+    needs no decomposition, and every number is rounded at most once
+    (:func:`~pimerge.adapters.rounding.side_by_side`).
     """
     rank = sum(len(part.A) for part, c in zip(parts, coefficients, strict=True) if c)
     if truncation == EVERYTHING and rank <= min(len(parts[0].B), parts[0].A.shape[1]):
-        return Truncated(_side_by_side(parts, coefficients, dtype), 0.0, 0.0)
+        placed = side_by_side(parts, coefficients, dtype)
+        return Truncated(placed.factors, placed.energy, 0.0, placed.error)
     cores = to_cores(parts)
     return truncated(cores.summed(coefficients), cores, truncation)
 
 
-def weighted_bias(parts: Sequence[Factors], coefficients: Sequence[float], dtype: torch.dtype) -> Tensor:
-    """Σ c_n s_n bias_n, (d_out); zero for an update without a bias."""
+def weighted_bias(
+    parts: Sequence[Factors], coefficients: Sequence[float], dtype: torch.dtype, scaling: float = 1.0
+) -> Tensor:
+    """Σ c_n s_n bias_n / s, (d_out), for a result with scaling s; zero for an update without a bias."""
     total = torch.zeros(len(parts[0].B), dtype=F64)
     for part, c in zip(parts, coefficients, strict=True):
         if part.bias is not None:
             total += c * part.scaling * part.bias.to(F64)
-    return total.to(dtype)
-
-
-def _side_by_side(parts: Sequence[Factors], coefficients: Sequence[float], dtype: torch.dtype) -> Factors:
-    """The factors side by side, each B scaled; experts with coefficient 0 are left out, unless all have it."""
-    used = [(part, c) for part, c in zip(parts, coefficients, strict=True) if c and len(part.A)]
-    used = used or [(next((part for part in parts if len(part.A)), parts[0]), 0.0)]
-    wide = torch.promote_types(dtype, torch.float32)
-    rank = sum(len(part.A) for part, _ in used)
-    A = torch.empty(rank, parts[0].A.shape[1], dtype=dtype)
-    B = torch.empty(len(parts[0].B), rank, dtype=dtype)
-    start = 0
-    for part, c in used:
-        end = start + len(part.A)
-        A[start:end] = part.A
-        B[:, start:end] = part.B.to(wide) * (part.scaling * c)
-        start = end
-    return Factors(A, B, 1.0)
+    return (total / scaling).to(dtype)
 
 
 def _principal(gram: Tensor) -> Tensor:

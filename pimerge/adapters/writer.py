@@ -106,7 +106,8 @@ def write_expert(
 ) -> Documents:
     """Write an expert's folder completely or not at all, one module at a time.
 
-    The config has r = alpha (scaling 1), no rsLoRA, and a ``rank_pattern`` if ranks differ.
+    The config states the scalings of the modules without rsLoRA: r = alpha for scaling 1. Ranks and alphas that differ
+    are in ``rank_pattern`` and ``alpha_pattern``.
 
     Args:
         modules: merged modules; each is requested after the previous one has been written.
@@ -225,7 +226,12 @@ def _config(
         "peft_type": "LORA",
         **task_fields(like, head.tensors),
         **_own_fields(path, head, base),
-        **rank_fields(ranks_to_write(_ranks(layout, summaries)), base_modules(base), bare_names(layout.modules)),
+        **rank_fields(
+            ranks_to_write(_ranks(layout, summaries)),
+            base_modules(base),
+            bare_names(layout.modules),
+            {summary.name: summary.scaling for summary in summaries},
+        ),
         "use_rslora": False,
         "lora_dropout": 0.0,
         "lora_bias": layout.has_bias,

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from pimerge.adapters.head import choose_head, refuse_updates_of_head
-from pimerge.adapters.merged_module import MergedModule, Summary, relative_error
+from pimerge.adapters.merged_module import MergedModule, Summary, relative_error, rounding_error
 from pimerge.adapters.model_class import loading_code
 from pimerge.adapters.writer import Documents, Layout, base_reference, write_expert
 from pimerge.core.manifest import Manifest
@@ -58,8 +58,13 @@ class MergedUpdates(MergedExperts):
             "options": self.method.options,
             "experts": experts,
             **asdict(self.update_plan()),
-            "dtype": str(self.merge.dtype).removeprefix("torch."),
+            "dtype": self._dtype,
         }
+
+    @property
+    def _dtype(self) -> str:
+        """The name of the result's dtype."""
+        return str(self.merge.dtype).removeprefix("torch.")
 
     def check(self) -> None:
         """Report special cases and parts that are left out, and run the self-check if requested."""
@@ -120,7 +125,11 @@ class MergedUpdates(MergedExperts):
         merge, request = self.merge, self.request
         results: dict[str, Any] = {
             "truncation": relative_error(self.summaries),
-            "modules": {s.name: {"rank": s.rank, "truncation": s.error} for s in self.summaries},
+            "rounding": rounding_error(self.summaries),
+            "rank": max(s.rank for s in self.summaries),
+            "modules": {
+                s.name: {"rank": s.rank, "truncation": s.error, "rounding": s.rounding_error} for s in self.summaries
+            },
         }
         if self.deviation is not None:
             results["verified"] = self.deviation
@@ -129,19 +138,20 @@ class MergedUpdates(MergedExperts):
             "space": request.space,
             "rank": str(request.rank),
             "energy": merge.truncation.energy,
-            "dtype": request.dtype or str(merge.dtype).removeprefix("torch."),
+            "dtype": request.dtype or self._dtype,
         }
         return self._manifest(merge.experts, merge.weights, results, **settings, **more)
 
     def _adapter_card(self) -> str:
-        error = relative_error(self.summaries)
+        error, rounding = relative_error(self.summaries), rounding_error(self.summaries)
         base, _ = base_reference(self.merge.experts[0].base, self.request.folder)
         ranks = "/".join(map(str, sorted({s.rank for s in self.summaries})))
         return self._card(
             base,
             sources_of(self.merge.experts, self.merge.weights),
             f"rank {ranks} of {len(self.summaries)} modules; "
-            + (f"{error:.2%} of ‖ΔW‖ is lost." if error else "nothing is lost."),
+            + (f"{error:.2%} of ‖ΔW‖ is lost." if error else "nothing is lost.")
+            + (f" Rounding to {self._dtype} changes ΔW by {rounding:.2g} of ‖ΔW‖." if rounding else ""),
             loading_code(self._like, self.merge.experts[0].base, base, self.head),
             "lora",
             space=self.merge.space,

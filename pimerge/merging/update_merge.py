@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pimerge.adapters.compatibility import require_finite
 from pimerge.adapters.expert import Expert
+from pimerge.adapters.lora_fields import is_fused
 from pimerge.adapters.lora_module import Factors, LoraModule
 from pimerge.adapters.low_rank import (
     EVERYTHING,
@@ -26,6 +27,7 @@ from pimerge.adapters.low_rank import (
     weighted_sum,
 )
 from pimerge.adapters.merged_module import MergedModule
+from pimerge.adapters.rounding import rounded, shared_scaling
 from pimerge.checkpoints.dtypes import torch_dtype
 from pimerge.checkpoints.safetensors_file import is_finite
 from pimerge.core.errors import PimergeError
@@ -85,6 +87,10 @@ class UpdateMerge(UpdateSettings):
         """The dtype of the computation: float32, or float64 for a result in float64."""
         return torch.promote_types(self.dtype, torch.float32)
 
+    def _stored(self, name: str) -> torch.dtype:
+        """The dtype that decides whether the config carries a scaling; not for modules that PEFT gives a common one."""
+        return self._wide if is_fused(name) or self.layout(name).parameter else self.dtype
+
     @property
     def by_factor(self) -> bool:
         """Whether A and B are merged separately."""
@@ -114,12 +120,14 @@ class UpdateMerge(UpdateSettings):
             coefficients = self.method.coefficients(weights, lambda: inner_products(parts))
         found = self._merged(name, layout, parts, weights, coefficients)
         summed = (weights if coefficients is None else coefficients).tolist()
-        bias = weighted_bias(parts, summed, self.dtype) if self.has_bias else None
-        factors = Factors(found.factors.A.to(self.dtype), found.factors.B.to(self.dtype), 1.0, bias)
+        narrow = rounded(found.factors, self.dtype)
+        bias = weighted_bias(parts, summed, self.dtype, narrow.factors.scaling) if self.has_bias else None
+        factors = replace(narrow.factors, bias=bias)
         if not all(tensor is None or is_finite(tensor) for tensor in (factors.A, factors.B, factors.bias)):
             raise _too_large(name, self.dtype)
         given = None if coefficients is None else tuple(coefficients.tolist())
-        return MergedModule(layout, factors, found.energy, found.lost, given)
+        energy, rounding = found.energy or narrow.energy, found.rounding + narrow.error
+        return MergedModule(layout, factors, energy, found.lost, given, rounding)
 
     def _part(self, expert: Expert, name: str, layout: LoraModule) -> Factors:
         """Read the update of an expert, which is zero and of rank 0 if it does not adapt the module."""
@@ -136,11 +144,11 @@ class UpdateMerge(UpdateSettings):
     ) -> Truncated:
         limit = min(layout.d_out, layout.d_in)
         if coefficients is not None:
-            return weighted_sum(parts, coefficients.tolist(), self.truncation, self.dtype)
+            return weighted_sum(parts, coefficients.tolist(), self.truncation, self._stored(name))
         match self.method.space:
             case Space.INPUTS:
                 turned = self._transformed(name, parts, weights)
-                return weighted_sum(turned, [1.0] * len(turned), self.truncation, self.dtype)
+                return weighted_sum(turned, [1.0] * len(turned), self.truncation, self._stored(name))
             case Space.FACTORS:
                 return self._by_factor(name, parts, weights, limit)
             case Space.ROWS:
@@ -180,6 +188,7 @@ class UpdateMerge(UpdateSettings):
             "A": torch.stack([part.A.to(self._wide) for part in parts]),
             "B": torch.stack([part.scaling * part.B.to(self._wide) for part in parts]),
         }
+        shared = shared_scaling([part.scaling for part in parts], self._stored(name))
         merged = {}
         for letter, stack in stacks.items():
             if self.method.space is Space.FACTORS:
@@ -188,7 +197,7 @@ class UpdateMerge(UpdateSettings):
             else:
                 merged[letter] = self._apply(f"{name} {letter}", stack, weights, limit)
         if self.truncation == EVERYTHING:
-            return Truncated(Factors(merged["A"], merged["B"], 1.0), 0.0, 0.0)
+            return Truncated(Factors(merged["A"], merged["B"] / shared, shared), 0.0, 0.0)
         cores = to_cores([Factors(merged["A"], merged["B"], 1.0)])
         return truncated(cores.stacked()[0], cores, self.truncation)
 

@@ -161,7 +161,11 @@ def test_a_rank_reports_the_error_of_eckart_and_young(cli: Cli, pool: dict[str, 
     for name in x:
         singular = torch.linalg.svdvals((x[name] + y[name]) / 2)
         own = float(singular[1:].norm() / singular.norm())
-        assert document["modules"][name] == {"rank": 1, "truncation": pytest.approx(own, rel=1e-6)}
+        assert document["modules"][name] == {
+            "rank": 1,
+            "truncation": pytest.approx(own, rel=1e-6),
+            "rounding": 0.0,
+        }
         lost, energy = lost + float(singular[1:].square().sum()), energy + float(singular.square().sum())
     assert document["truncation"] == pytest.approx((lost / energy) ** 0.5, rel=1e-6)
     assert open_expert("merged").ranks == (1,)
@@ -411,3 +415,21 @@ def test_a_task_that_changed_since_it_was_ranked_is_refused(
         raise_from(cli("merge", "--head", "none"))
     with pytest.raises(PimergeError, match=r"ranks experts for 'task', not for '\./task' in its present state"):
         raise_from(cli("merge", "--head", "none", "--target", "./task"))
+
+
+def test_rounding_and_high_ranks_are_told_with_what_to_do(tmp_path: Path, cli: Cli) -> None:
+    shapes = {"q": (90, 40, 80)}
+    experts = []
+    for seed in range(2):
+        updates = {name: (A.bfloat16(), B.bfloat16()) for name, (A, B) in updates_of(shapes, seed).items()}
+        experts.append(str(raw_expert(tmp_path / f"e{seed}", updates, lora_alpha=16)))
+    plain = cli("merge", *experts, "-o", "plain")
+    assert "--dtype float32" not in plain.stderr
+    assert "the highest rank is 80: servers limit it" in plain.stderr
+    assert "--rank N" in plain.stderr
+    weighted = cli("merge", *experts, "--method", "interpolated", "--weights", "0.6,0.4", "-o", "weighted")
+    assert re.search(r"rounding to bfloat16 changes ΔW by 0\.1\d%; --dtype float32 avoids it", weighted.stderr)
+    assert re.search(r"all +80 +0\.1\d%", weighted.stdout)
+    low = cli("merge", *experts, "--rank", "32", "--dtype", "float32", "-o", "low")
+    assert "highest rank is" not in low.stderr
+    assert "rank 32" in low.stderr

@@ -37,8 +37,7 @@ def product(A: Tensor, B: Tensor) -> Tensor:
 
 def dense(merged: Sequence[MergedModule]) -> dict[str, Tensor]:
     """Module → the merged ΔW."""
-    assert all(part.factors.scaling == 1.0 for part in merged)
-    return {part.module.name: product(part.factors.A, part.factors.B) for part in merged}
+    return {part.module.name: part.factors.scaling * product(part.factors.A, part.factors.B) for part in merged}
 
 
 def assert_same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], rel: float = 1e-10) -> None:
@@ -231,10 +230,16 @@ def test_a_dtype_can_be_asked_for(pool: list[Expert]) -> None:
 
 def test_a_sum_too_large_for_its_dtype_is_an_error_and_not_inf(tmp_path: Path) -> None:
     updates = {name: (A.half(), (1e3 * B).half()) for name, (A, B) in updates_of(SHAPES).items()}
-    expert = open_expert(raw_expert(tmp_path / "large", updates, lora_alpha=10_000))
+    expert, other = (open_expert(raw_expert(tmp_path / n, updates, lora_alpha=10_000 + len(n))) for n in ("a", "bc"))
     with pytest.raises(PimergeError, match=r"too large for torch\.float16\n.*--dtype float32"):
-        merge([expert], [1.0])
-    merge([expert], [1.0], dtype=torch.float32)
+        merge([expert, other], [0.6, 0.3])
+    merge([expert, other], [0.6, 0.3], dtype=torch.float32)
+
+
+def test_a_scaling_in_the_config_keeps_large_updates_in_their_dtype(tmp_path: Path) -> None:
+    updates = {name: (A.half(), (1e3 * B).half()) for name, (A, B) in updates_of(SHAPES).items()}
+    expert = open_expert(raw_expert(tmp_path / "large", updates, lora_alpha=10_000))
+    assert_same(dense(merge([expert], [1.0])), {n: 10_000 / len(A) * product(A, B) for n, (A, B) in updates.items()})
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import singledispatch
 
-from pimerge.adapters.merged_module import relative_error
+from pimerge.adapters.merged_module import relative_error, rounding_error, total_error
 from pimerge.cli.console import print_json, print_table, size_text, warn
 from pimerge.merging.merged import Merged, MergedExperts, flat, range_text
 from pimerge.merging.merged_checkpoint import MergedCheckpoint
@@ -15,6 +15,9 @@ from pimerge.merging.merged_tensors_into import MergedTensorsInto
 from pimerge.merging.merged_updates import MergedUpdates
 
 LOSS_WARNING = 0.05
+ROUNDING_HINT = 1e-3
+RANK_HINT = 64
+_SMALLEST_SHOWN = 5e-5
 Say = Callable[[str], None]
 """Prints a hint on standard error, unless quiet."""
 
@@ -107,15 +110,41 @@ def show_results(merged: Merged, say: Say) -> None:
 
 @show_results.register
 def _(merged: MergedUpdates, say: Say) -> None:
-    summaries, error = merged.summaries, relative_error(merged.summaries)
+    summaries = merged.summaries
+    highest = max(s.rank for s in summaries)
     print_table(
         ["module", "rank", "error"],
-        [[s.name, str(s.rank), f"{s.error:.2%}"] for s in summaries]
-        + [["all", str(max(s.rank for s in summaries)), f"{error:.2%}"]],
+        [[s.name, str(s.rank), _percent(total_error([s]))] for s in summaries]
+        + [["all", str(highest), _percent(total_error(summaries))]],
         right=["rank", "error"],
     )
     say(", ".join(f"{e.name} {range_text(merged.weights, i)}" for i, e in enumerate(merged.merge.experts)))
-    say(f"→ {merged.path}; error: ‖ΔW − ΔW_rank‖ / ‖ΔW‖; {_next(merged)}")
+    for hint in _hints(merged, highest):
+        say(hint)
+    say(f"→ {merged.path}, rank {highest}; error: ‖ΔW − ΔŴ‖ / ‖ΔW‖ of the written ΔŴ; {_next(merged)}")
+
+
+def _percent(error: float) -> str:
+    """An error as a percentage; one that would be shown as 0.00 % keeps its magnitude.
+
+    >>> _percent(0.0), _percent(0.0017), _percent(3e-6)
+    ('0.00%', '0.17%', '0.0003%')
+    """
+    return f"{error:.2%}" if error == 0 or error >= _SMALLEST_SHOWN else f"{100 * error:.1g}%"
+
+
+def _hints(merged: MergedUpdates, highest: int) -> list[str]:
+    """What to do about rounding errors and high ranks."""
+    hints = []
+    if (rounding := rounding_error(merged.summaries)) > ROUNDING_HINT:
+        dtype = str(merged.merge.dtype).removeprefix("torch.")
+        hints.append(f"rounding to {dtype} changes ΔW by {rounding:.2%}; --dtype float32 avoids it")
+    if highest > RANK_HINT:
+        hints.append(
+            f"the highest rank is {highest}: servers limit it (vLLM: --max-lora-rank, 16 by default and at most 512); "
+            "pass --rank N for a lower one, and the table shows what it costs"
+        )
+    return hints
 
 
 @show_results.register(MergedIntoCheckpoint)
