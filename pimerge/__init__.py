@@ -10,6 +10,7 @@ Six functions follow each other. Each is what the command of the same name calls
 ``compare``   compares tune methods with controls over several samplings of few labels
 
 ``verify`` checks a merge that any program made against what it claims to be.
+``convert`` brings an adapter or a checkpoint to the files that these functions read.
 
 In a folder that holds ``experts/``::
 
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from pimerge.evaluation.compare import compare
     from pimerge.evaluation.comparison import Comparison
     from pimerge.evaluation.evaluate import Evaluation, evaluate
+    from pimerge.merging.convert import Converted, convert
     from pimerge.merging.merge import merge
     from pimerge.merging.merged import Merged
     from pimerge.merging.verification.verification import Verification
@@ -51,6 +53,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Comparison",
+    "Converted",
     "EmbedResult",
     "Evaluation",
     "Expert",
@@ -62,6 +65,7 @@ __all__ = [
     "Verification",
     "__version__",
     "compare",
+    "convert",
     "embed",
     "evaluate",
     "merge",
@@ -73,6 +77,7 @@ __all__ = [
 
 _MODULES = {
     "Comparison": "pimerge.evaluation.comparison",
+    "Converted": "pimerge.merging.convert",
     "EmbedResult": "pimerge.embedding.embed",
     "Evaluation": "pimerge.evaluation.evaluate",
     "Expert": "pimerge.adapters.expert",
@@ -83,6 +88,7 @@ _MODULES = {
     "TuneResult": "pimerge.tuning.session",
     "Verification": "pimerge.merging.verification.verification",
     "compare": "pimerge.evaluation.compare",
+    "convert": "pimerge.merging.convert",
     "embed": "pimerge.embedding.embed",
     "evaluate": "pimerge.evaluation.evaluate",
     "merge": "pimerge.merging.merge",

@@ -11,9 +11,10 @@ import pytest
 import pimerge
 from tests.support.cli import SLOW, printed
 
-FUNCTIONS = ["compare", "embed", "evaluate", "merge", "rank", "tune", "verify"]
+FUNCTIONS = ["compare", "convert", "embed", "evaluate", "merge", "rank", "tune", "verify"]
 TYPES = [
     "Comparison",
+    "Converted",
     "EmbedResult",
     "Evaluation",
     "Expert",

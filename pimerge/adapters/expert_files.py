@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pimerge.checkpoints.checkpoint import INDEX, open_shards, read_object
+from pimerge.checkpoints.checkpoint import INDEX, UNPICKLE, open_shards, read_object
 from pimerge.checkpoints.safetensors_file import TensorFile, joined, open_tensors
 from pimerge.core.errors import PimergeError
 
@@ -51,6 +51,6 @@ def tensors_of(path: Path) -> TensorFile:
     if pickle:
         raise PimergeError(
             f"'{path / pickle}' is a pickle, which can run code when it is read; only {WEIGHTS} is read",
-            "if you trust it, load it with PEFT and save it again: model.save_pretrained(FOLDER)",
+            UNPICKLE.format(path),
         )
     raise PimergeError(f"'{file}' does not exist", "save the adapter with PEFT: model.save_pretrained(FOLDER)")

@@ -59,7 +59,8 @@ def download(reference: str) -> Path:
     if missing:
         raise PimergeError(
             f"'{reference}' is not an adapter: its repository on the Hub has no {missing}",
-            "expected what PEFT's save_pretrained writes, as safetensors; a pickle (adapter_model.bin) is not read",
+            "expected what PEFT's save_pretrained writes, as safetensors; if it has an adapter_model.bin: "
+            f"hf download {match['id']} --local-dir FOLDER, then pimerge convert FOLDER -o NEW",
         )
     return path
 

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 CONFIG = "config.json"
 INDEX = ".index.json"
 _NAMES = ("model.safetensors", "diffusion_pytorch_model.safetensors")
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+UNPICKLE = "convert it without running its code: pimerge convert {} -o NEW"
+"""What to do with a pickle; the place is for its path."""
 _QUANTISED = ("qweight", "qzeros", "absmax", "SCB", "weight_scale", "weight_scale_inv", "scale_weight")
 
 
@@ -98,10 +100,10 @@ def open_checkpoint(path: Path) -> Checkpoint:
             names that diffusers uses), or a single ``.safetensors`` file.
     """
     if path.is_file():
-        if path.suffix in _PICKLES:
+        if path.suffix in PICKLES:
             raise PimergeError(
                 f"'{path}' is a pickle, which can run code when it is read; only safetensors files are read",
-                "if you trust it, save it as .safetensors",
+                UNPICKLE.format(path),
             )
         checkpoint = Checkpoint(path, (open_tensors(path),))
     elif path.is_dir():
@@ -164,7 +166,7 @@ def weights_file(folder: Path) -> Path:
             f"{', '.join(path.name for path in found[:4])}",
             "download the index as well, or name one file",
         )
-    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES)
+    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
     if (folder / "adapter_config.json").is_file():
         raise PimergeError(f"'{folder}' is an adapter, expected a full checkpoint")
     if (folder / "model_index.json").is_file():
@@ -172,7 +174,7 @@ def weights_file(folder: Path) -> Path:
     if pickles:
         raise PimergeError(
             f"'{folder}' holds pickles ({', '.join(pickles[:4])}), which can run code when they are read",
-            "if you trust it, save it as safetensors: model.save_pretrained(FOLDER)",
+            UNPICKLE.format(folder),
         )
     raise PimergeError(f"'{folder}' holds no weights", "expected model.safetensors, or its index and shards")
 

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from pimerge.cli import compare, embed, inspect, plot, rank, report, tune, verify
+from pimerge.cli import compare, convert, embed, inspect, plot, rank, report, tune, verify
 from pimerge.cli import eval as evaluate
 from pimerge.cli.merge import command as merge
 from pimerge.core.errors import PimergeError
@@ -60,6 +60,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "report": report.report,
     "inspect": inspect.inspect,
     "verify": verify.verify,
+    "convert": convert.convert,
 }
 for name, command in COMMANDS.items():
     # Typer would print the line breaks within a paragraph

@@ -192,6 +192,23 @@ def new_folder(path: Path, *, force: bool) -> Iterator[Path]:
             _remove(old)
 
 
+@contextmanager
+def new_file(path: Path, *, force: bool) -> Iterator[Path]:
+    """Yield a path to write a file to; it moves to ``path`` when the block ends and is removed if the block fails."""
+    require_absent(path, force)
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(path)
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        partial = _beside(path, "partial")
+        try:
+            yield partial
+            partial.replace(path)
+        finally:
+            _remove(partial)
+
+
 def _write_synced(path: Path, content: bytes | str) -> None:
     with path.open("wb") as file:
         file.write(content.encode() if isinstance(content, str) else content)

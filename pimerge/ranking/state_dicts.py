@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pimerge.adapters.ranking_document import Candidate, Ranking, Target
+from pimerge.checkpoints.checkpoint import PICKLES, UNPICKLE
 from pimerge.checkpoints.dtypes import FLOATS
 from pimerge.checkpoints.safetensors_file import TensorFile, open_tensors
 from pimerge.core.errors import PimergeError, Problems, nearest
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 SUFFIX = ".safetensors"
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def open_state_dict(path: Path) -> StateDict:
     if path.suffix in PICKLES:
         raise PimergeError(
             f"'{path}' is a pickle, which can run code when it is read; only {SUFFIX} files are read",
-            f"save it as {SUFFIX} if you trust it",
+            UNPICKLE.format(path),
         )
     found = StateDict(open_tensors(path))
     if not found.form:

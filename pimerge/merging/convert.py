@@ -1,0 +1,221 @@
+"""``pimerge.convert``: bring an adapter or a checkpoint to the files that today's libraries read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from pimerge.core.errors import PimergeError
+from pimerge.core.files import new_file, new_folder, require_absent
+from pimerge.core.progress import Note, Track, silent, unheard
+
+if TYPE_CHECKING:
+    from pimerge.adapters.expert import Expert
+    from pimerge.merging.merged import Merged
+
+SAFETENSORS = ".safetensors"
+
+
+@dataclass
+class Converted:
+    """What :func:`convert` wrote.
+
+    Attributes:
+        path: the folder or file.
+        summary: what was converted, in a sentence.
+        results: its numbers, for the JSON document.
+        merged: the merge that computed a LoRA of another rank, with the error of each module; None for other
+            conversions.
+    """
+
+    path: Path
+    summary: str
+    results: dict[str, Any] = field(default_factory=dict)
+    merged: Merged | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON document."""
+        return {"output": str(self.path), "summary": self.summary, **self.results}
+
+
+def convert(
+    source: str | Path,
+    *,
+    rank: int | str | None = None,
+    energy: float | None = None,
+    base: str | Path | None = None,
+    output: str | Path = "converted",
+    force: bool = False,
+    track: Track = silent,
+    note: Note = unheard,
+) -> Converted:
+    """Bring an adapter or a checkpoint to the files that today's libraries read.
+
+    Weights in PyTorch's pickles (``.bin``, ``.pt``, ``.pth``, ``.ckpt``), of an adapter or of a model, become
+    safetensors files; the other files of their folder are copied. A pickle is read by
+    ``torch.load(weights_only=True)``, which runs none of its code. No other function of pimerge reads a pickle.
+
+    With ``rank``, an adapter of any kind with updates ΔW becomes a LoRA of that rank: in each module the truncated
+    singular value decomposition of ΔW, its nearest matrix of that rank (Eckart and Young, 1936). This is a merge of one
+    expert.
+
+    Args:
+        source: folder or file of an adapter or a model, or the Hub id of an adapter.
+        rank: rank of the LoRA: a number, ``max`` (lossless) or ``auto`` (the lowest that keeps ``energy``). None keeps
+            the adapter's kind.
+        energy: share of ‖ΔW‖² to keep in every module; it implies ``rank="auto"``.
+        base: base model of the adapter, a folder or Hub id, for updates that depend on the base's weights. None stands
+            for the base that the adapter names.
+        output: folder to write; for a single file also a name that ends in ``.safetensors``.
+        force: overwrite ``output`` if it exists; the input is never overwritten.
+        track: reports progress.
+        note: receives messages, such as what is left out.
+
+    Returns:
+        what was written: ``path``, ``summary``, ``merged`` (with the errors by module if there is a rank) and
+        ``to_dict()``.
+
+    Example::
+
+        pimerge.convert("runs/loha", rank=16, output="runs/lora")
+        pimerge.convert("models/bert", output="models/bert-safetensors")  # its weights are in pytorch_model.bin
+    """
+    given, output = Path(source), Path(output)
+    require_absent(output, force)
+    if given.exists() and given.resolve().is_relative_to(output.resolve()):
+        raise PimergeError(f"the output '{output}' is the input or contains it", "choose another --output")
+    if energy is not None and rank is None:
+        rank = "auto"
+    pickled = _pickled(given, output)
+    if rank is not None:
+        if pickled is None:
+            return _to_lora(source, rank, energy, base, output, force, track, note)
+        with _unpickled(pickled, base, track) as expert:
+            return _to_lora(expert, rank, energy, base, output, force, track, note)
+    if pickled is None:
+        raise _nothing_to_do(given)
+    return _unpickle(pickled, output, force, track, note)
+
+
+def _pickled(path: Path, output: Path) -> Path | None:
+    """The folder or file that holds pickled weights; the folder for its file unless the output is a file, too."""
+    from pimerge.checkpoints.checkpoint import PICKLES
+    from pimerge.checkpoints.pickled_folder import has_pickled_weights
+    from pimerge.checkpoints.pickles import weight_pickles
+
+    if path.is_dir():
+        return path if has_pickled_weights(path) else None
+    if path.suffix not in PICKLES or not path.is_file():
+        return None
+    is_model = any((path.parent / name).is_file() for name in ("config.json", "adapter_config.json"))
+    return path.parent if is_model and output.suffix != SAFETENSORS and weight_pickles(path.parent) == [path] else path
+
+
+def _unpickle(pickled: Path, output: Path, force: bool, track: Track, note: Note) -> Converted:
+    """Write pickled weights as safetensors: a folder, or a file for a file."""
+    from pimerge.checkpoints.pickled_folder import Unpickled, safetensors_name, unpickle_folder
+    from pimerge.checkpoints.pickles import read_pickle
+
+    found = Unpickled()
+    if pickled.is_dir():
+        if output.suffix == SAFETENSORS:
+            raise PimergeError(f"'{pickled}' is a folder, but the output '{output}' is a file", "name a folder")
+        with new_folder(output, force=force) as partial:
+            unpickle_folder(pickled, partial, found, track)
+    elif output.suffix == SAFETENSORS:
+        with new_file(output, force=force) as partial:
+            found.write(read_pickle(pickled), partial, output.name)
+    else:
+        name = safetensors_name(pickled.name)
+        with new_folder(output, force=force) as partial:
+            found.write(read_pickle(pickled), partial / name, name)
+    if found.tied:
+        note(f"not written, since the model ties them to other tensors: {', '.join(found.tied)}")
+    files = "1 safetensors file" if len(found.files) == 1 else f"{len(found.files)} safetensors files"
+    return Converted(
+        output,
+        f"{found.tensors} tensors of PyTorch's pickles, now in {files}",
+        {"tensors": found.tensors, "size": found.size, "files": found.files, "tied": found.tied},
+    )
+
+
+def _nothing_to_do(path: Path) -> PimergeError:
+    """Say why there is nothing to convert."""
+    from pimerge.adapters.expert_files import looks_like_expert
+    from pimerge.checkpoints.checkpoint import is_checkpoint
+
+    if looks_like_expert(path):
+        return PimergeError(
+            f"'{path}' is an adapter in PEFT's format, with safetensors: there is nothing to convert",
+            "pass --rank N to turn it into a LoRA of another rank",
+        )
+    if is_checkpoint(path):
+        return PimergeError(f"'{path}' is in safetensors: there is nothing to convert")
+    return PimergeError(
+        f"'{path}' holds nothing to convert" if path.exists() else f"there is no '{path}'",
+        "name the folder or the file of an adapter or a model",
+    )
+
+
+@contextmanager
+def _unpickled(pickled: Path, base: str | Path | None, track: Track) -> Iterator[Expert]:
+    """Open an adapter whose weights are pickled."""
+    from pimerge.adapters.expert import open_expert
+    from pimerge.adapters.expert_files import CONFIG
+    from pimerge.adapters.expert_parts import base_of
+    from pimerge.checkpoints.pickled_folder import Unpickled, unpickle_folder
+    from pimerge.core.files import read_json
+
+    if not (pickled / CONFIG).is_file():
+        raise PimergeError(f"'{pickled}' is no adapter, which --rank and --energy need", "leave them out")
+    named = base_of(pickled, read_json(pickled / CONFIG), None if base is None else str(base))
+    with TemporaryDirectory() as folder:
+        unpickle_folder(pickled, Path(folder), Unpickled(), track)
+        expert = open_expert(folder, named.reference, convert=base is not None)
+        yield replace(expert, path=pickled, base_override=None if base is None else str(base))
+
+
+def _to_lora(
+    source: str | Path | Expert,
+    rank: int | str,
+    energy: float | None,
+    base: str | Path | None,
+    output: Path,
+    force: bool,
+    track: Track,
+    note: Note,
+) -> Converted:
+    """Write an adapter as a LoRA of a rank, which is a merge of one expert at weight 1."""
+    from pimerge.adapters.expert import Expert, open_expert
+
+    expert = source if isinstance(source, Expert) else open_expert(source, _text(base), convert=base is not None)
+    if expert.tensor_sets:
+        raise PimergeError(
+            f"'{expert.name}' is of kind {expert.kind}, which has no LoRA: {expert.strategy.why_no_update}",
+            "leave --rank and --energy out",
+        )
+    from pimerge.merging.merge import merge
+
+    merged = merge(
+        [expert],
+        method="interpolated",
+        weights=[1.0],
+        rank=rank,
+        energy=energy,
+        base=_text(base),
+        output=output,
+        force=force,
+        track=track,
+        note=note,
+    )
+    return Converted(
+        output, f"the updates of '{expert.name}', of kind {expert.kind}, as LoRA", merged.to_dict(), merged
+    )
+
+
+def _text(base: str | Path | None) -> str | None:
+    return None if base is None else str(base)
