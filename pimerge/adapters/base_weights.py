@@ -12,8 +12,9 @@ from pimerge.adapters.lora_module import LoraModule
 from pimerge.adapters.merge_into import plan_merge_into
 from pimerge.checkpoints.base import Base
 from pimerge.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from pimerge.checkpoints.key_mapping import Names, is_fan_in_first, match_modules, names_of
+from pimerge.checkpoints.key_mapping import Names, is_fan_in_first, is_grouped, match_modules, names_of
 from pimerge.core.errors import PimergeError, Problems
+from pimerge.core.progress import Note
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,6 +47,34 @@ def layer_shapes(base: Base, modules: Sequence[str], *, fan_in_fan_out: bool = F
         found[name] = (*reversed(shape),) if turned and len(shape) == 2 else shape
     problems.raise_any("the expert does not fit its base")
     return found
+
+
+def require_ungrouped(base: Base, modules: Mapping[str, LoraModule], note: Note) -> None:
+    """Refuse computed updates of convolutions in groups, which PEFT's LoRA cannot hold.
+
+    PEFT's LoRA of such a layer reads all input channels, but the update is one matrix for each group. Where the model
+    is unknown, only a convolution of single channels is taken for one in groups.
+
+    Args:
+        note: receives a sentence if the model is unknown.
+    """
+    convolutions = {name: module for name, module in modules.items() if module.is_computed and module.layer == "conv"}
+    if not convolutions or base.folder is None:
+        return
+    with _ONE_AT_A_TIME:
+        names = _names(base.folder)
+    problems = Problems()
+    for name, module in convolutions.items():
+        depthwise = not names.known and module.shape_A[1] == 1 < module.d_out
+        if depthwise or is_grouped(names, name):
+            problems.add(
+                f"'{name}' is {'probably ' * depthwise}a convolution whose channels are divided into groups: no LoRA "
+                "of PEFT holds its update",
+                "merge it into the base, --into BASE, or leave the module out with --exclude",
+            )
+    problems.raise_any("some updates cannot be written as a LoRA")
+    if not names.known:
+        note(f"{', '.join(convolutions)}: written as convolutions without groups, since the base's model is unknown")
 
 
 def _open(base: Base, reason: str) -> Checkpoint:

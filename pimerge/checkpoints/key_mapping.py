@@ -28,6 +28,7 @@ class Names:
         shared: parameters that are not on disk → key of the tensor that they share.
         prefix: prefix of the backbone in a model with a head, such as ``bert``.
         fan_in_first: modules that store their weight (d_in × d_out).
+        grouped: convolutions whose channels are divided into groups.
         rename: key on disk, also of older versions → parameter name.
     """
 
@@ -38,6 +39,7 @@ class Names:
     shared: Mapping[str, str] | None = None
     prefix: str = ""
     fan_in_first: frozenset[str] = frozenset()
+    grouped: frozenset[str] = frozenset()
     rename: Callable[[str], str] = str
 
     def in_head(self, name: str) -> bool:
@@ -68,8 +70,18 @@ def names_of(checkpoint: Checkpoint) -> Names:
         if stored:
             shared |= {name: keys[stored[0]] for name in sorted(group) if name not in keys}
     conv1d = frozenset(name for name, module in model.named_modules() if type(module).__name__ == "Conv1D")
-    prefix: str = model.base_model_prefix
-    return Names(parameter, known, frozenset(converted), groups, shared, prefix, conv1d, lambda key: rename(key)[0])
+    grouped = frozenset(name for name, module in model.named_modules() if getattr(module, "groups", 1) != 1)
+    return Names(
+        parameter,
+        known,
+        frozenset(converted),
+        groups,
+        shared,
+        model.base_model_prefix,
+        conv1d,
+        grouped,
+        lambda key: rename(key)[0],
+    )
 
 
 def skeleton(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Any:
@@ -132,9 +144,18 @@ def match(names: Names, name: str, what: str) -> str:
 
 def is_fan_in_first(names: Names, module: str) -> bool:
     """Whether a module stores its weight (d_in × d_out), in a model that transformers knows."""
+    return _is_among(names, module, names.fan_in_first)
+
+
+def is_grouped(names: Names, module: str) -> bool:
+    """Whether a module is a convolution in groups, in a model that transformers knows."""
+    return _is_among(names, module, names.grouped)
+
+
+def _is_among(names: Names, module: str, known: frozenset[str]) -> bool:
     prefix = names.prefix + "."
     renamed = names.rename(f"{module}.weight").removesuffix(".weight")
-    return any(way in names.fan_in_first for way in (module, renamed, prefix + module, module.removeprefix(prefix)))
+    return any(way in known for way in (module, renamed, prefix + module, module.removeprefix(prefix)))
 
 
 def align(own: Names, other: Names) -> dict[str, str]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from pimerge.adapters.base_weights import require_ungrouped
 from pimerge.adapters.head import choose_head, refuse_updates_of_head
 from pimerge.adapters.merged_module import MergedModule, Summary, relative_error, rounding_error
 from pimerge.adapters.model_class import loading_code
@@ -170,4 +171,6 @@ def merged_updates(request: MergeRequest, method: OpenedMethod, chosen: ChosenEx
     merge = prepare(chosen.experts, chosen.weights, method, settings, request.selects)
     head = choose_head(request.head, chosen.experts, chosen.target)
     refuse_updates_of_head(merge.experts, merge.names, head)
+    if request.into is None:
+        require_ungrouped(merge.experts[0].base, {name: merge.layout(name) for name in merge.names}, request.note)
     return MergedUpdates(request, method, chosen, head, merge)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from peft import AutoPeftModel
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, AutoPeftModel
 from torch import Tensor, nn
 
 import pimerge
@@ -109,3 +109,22 @@ def test_an_update_of_a_module_that_the_head_replaces_is_refused(tmp_path: Path)
     with pytest.raises(PimergeError, match="'b' updates 'score' of the base, but the head of the result replaces"):
         pimerge.merge([tmp_path / "a", tmp_path / "b"], target=str(tmp_path / "a"), output=tmp_path / "m")
     pimerge.merge([tmp_path / "a", tmp_path / "b"], head="none", output=tmp_path / "m")
+
+
+@pytest.mark.parametrize("kind", ["loha", "lokr"])
+def test_a_convolution_in_groups_is_merged_into_the_base_but_into_no_lora(kind: str, tmp_path: Path) -> None:
+    config = transformers.ConvNextConfig(hidden_sizes=[4, 8], depths=[1, 1], num_stages=2, patch_size=2)
+    torch.manual_seed(0)
+    transformers.ConvNextModel(config).save_pretrained(tmp_path / "base")
+
+    def model() -> nn.Module:
+        return transformers.ConvNextModel.from_pretrained(tmp_path / "base")  # type: ignore[no-any-return]
+
+    peft_type = PEFT_TYPE_TO_CONFIG_MAPPING[kind.upper()]
+    adapter_of(model(), peft_type(r=2, target_modules=["dwconv"]), tmp_path / "expert")
+    with pytest.raises(PimergeError, match=r"dwconv' is a convolution whose channels are divided into groups"):
+        pimerge.merge(tmp_path / "expert", base=tmp_path / "base", output=tmp_path / "merged")
+    pimerge.merge(tmp_path / "expert", base=tmp_path / "base", into=tmp_path / "base", output=tmp_path / "full")
+    expected = open_strictly(model(), tmp_path / "expert").merge_and_unload().state_dict()
+    found = transformers.ConvNextModel.from_pretrained(tmp_path / "full").state_dict()
+    torch.testing.assert_close(found, expected)
