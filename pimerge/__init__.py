@@ -9,8 +9,8 @@ Six functions follow each other. Each is what the command of the same name calls
 ``evaluate``  scores experts on the target's test split, beside the bare base
 ``compare``   compares tune methods with controls over several samplings of few labels
 
-``verify`` checks a merge that any program made against what it claims to be.
-``convert`` brings an adapter or a checkpoint to the files that these functions read.
+``verify`` checks a merge that any program made against what it claims to be, and ``extract`` turns a full fine-tune
+into an adapter. ``convert`` brings an adapter or a checkpoint to the files that these functions read.
 
 In a folder that holds ``experts/``::
 
@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from pimerge.evaluation.comparison import Comparison
     from pimerge.evaluation.evaluate import Evaluation, evaluate
     from pimerge.merging.convert import Converted, convert
+    from pimerge.merging.extraction.extract import extract
+    from pimerge.merging.extraction.extraction import Extraction
     from pimerge.merging.merge import merge
     from pimerge.merging.merged import Merged
     from pimerge.merging.verification.verification import Verification
@@ -57,6 +59,7 @@ __all__ = [
     "EmbedResult",
     "Evaluation",
     "Expert",
+    "Extraction",
     "Merged",
     "PimergeError",
     "Ranking",
@@ -68,6 +71,7 @@ __all__ = [
     "convert",
     "embed",
     "evaluate",
+    "extract",
     "merge",
     "open_expert",
     "rank",
@@ -81,6 +85,7 @@ _MODULES = {
     "EmbedResult": "pimerge.embedding.embed",
     "Evaluation": "pimerge.evaluation.evaluate",
     "Expert": "pimerge.adapters.expert",
+    "Extraction": "pimerge.merging.extraction.extraction",
     "Merged": "pimerge.merging.merged",
     "PimergeError": "pimerge.core.errors",
     "Ranking": "pimerge.adapters.ranking_document",
@@ -91,6 +96,7 @@ _MODULES = {
     "convert": "pimerge.merging.convert",
     "embed": "pimerge.embedding.embed",
     "evaluate": "pimerge.evaluation.evaluate",
+    "extract": "pimerge.merging.extraction.extract",
     "merge": "pimerge.merging.merge",
     "open_expert": "pimerge.adapters.expert",
     "rank": "pimerge.ranking.rank",

@@ -11,13 +11,14 @@ import pytest
 import pimerge
 from tests.support.cli import SLOW, printed
 
-FUNCTIONS = ["compare", "convert", "embed", "evaluate", "merge", "rank", "tune", "verify"]
+FUNCTIONS = ["compare", "convert", "embed", "evaluate", "extract", "merge", "rank", "tune", "verify"]
 TYPES = [
     "Comparison",
     "Converted",
     "EmbedResult",
     "Evaluation",
     "Expert",
+    "Extraction",
     "Merged",
     "PimergeError",
     "Ranking",
@@ -65,7 +66,7 @@ def test_functions_are_documented_and_keyword_only(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["Comparison", "EmbedResult", "Evaluation", "Merged", "Ranking", "TuneResult", "Verification"]
+    "name", ["Comparison", "EmbedResult", "Evaluation", "Extraction", "Merged", "Ranking", "TuneResult", "Verification"]
 )
 def test_results_have_a_document(name: str) -> None:
     assert callable(getattr(pimerge, name).to_dict)

@@ -19,6 +19,7 @@ API = {
     "evaluation/evaluate.py: evaluate",
     "evaluation/compare.py: compare",
     "merging/verification/verify.py: verify",
+    "merging/extraction/extract.py: extract",
 }
 LINES_OF_A_FILE = 300
 LINES_OF_A_FUNCTION = 60

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from pimerge.cli import compare, convert, embed, inspect, plot, rank, report, tune, verify
+from pimerge.cli import compare, convert, embed, extract, inspect, plot, rank, report, tune, verify
 from pimerge.cli import eval as evaluate
 from pimerge.cli.merge import command as merge
 from pimerge.core.errors import PimergeError
@@ -61,6 +61,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "inspect": inspect.inspect,
     "verify": verify.verify,
     "convert": convert.convert,
+    "extract": extract.extract,
 }
 for name, command in COMMANDS.items():
     # Typer would print the line breaks within a paragraph

@@ -65,37 +65,18 @@ DTYPE = Option("dtype", ResultDtype, "Dtype of the result. Default: the dtype of
 
 
 @dataclass(frozen=True, kw_only=True)
-class MergeRequest:
-    """The arguments of :func:`pimerge.merge` except the method; they are described there."""
+class ResultRequest:
+    """The arguments of every function that writes a LoRA: which modules, their rank, and where to."""
 
-    experts: Sequence[str | Path | Expert] | None = None
-    weights: Sequence[float] | None = None
-    rules: Sequence[str] = ()
-    alpha: float | None = None
-    coefficients: Path | None = None
-    space: EntrySpace = EntrySpace.CORE
     rank: int | str = "max"
     energy: float | None = None
     include: Sequence[str] = ()
     exclude: Sequence[str] = ()
-    head: HeadPolicy = HeadPolicy.TARGET
     dtype: ResultDtype | None = None
-    into: Path | None = None
-    fisher: Sequence[Path] = ()
-    store: Path = Path("embeddings.json")
-    verify: bool = False
-    target: str | Path | Expert | Task | None = None
-    ranking: Path | Ranking = Path("ranking.json")
-    base: str | None = None
     output: Path | None = None
     force: bool = False
     track: Track = silent
     note: Note = unheard
-
-    @property
-    def ranking_path(self) -> Path:
-        """The file of the ranking."""
-        return self.ranking if isinstance(self.ranking, Path) else self.ranking.path
 
     @property
     def folder(self) -> Path:
@@ -131,6 +112,31 @@ class MergeRequest:
                 if not any(fnmatchcase(name, glob) for name in names):
                     problems.add(f"{option} '{glob}' matches none of {len(names)} names, such as '{names[0]}'")
         problems.raise_any("some globs match nothing")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeRequest(ResultRequest):
+    """The arguments of :func:`pimerge.merge` except the method; they are described there."""
+
+    experts: Sequence[str | Path | Expert] | None = None
+    weights: Sequence[float] | None = None
+    rules: Sequence[str] = ()
+    alpha: float | None = None
+    coefficients: Path | None = None
+    space: EntrySpace = EntrySpace.CORE
+    head: HeadPolicy = HeadPolicy.TARGET
+    into: Path | None = None
+    fisher: Sequence[Path] = ()
+    store: Path = Path("embeddings.json")
+    verify: bool = False
+    target: str | Path | Expert | Task | None = None
+    ranking: Path | Ranking = Path("ranking.json")
+    base: str | None = None
+
+    @property
+    def ranking_path(self) -> Path:
+        """The file of the ranking."""
+        return self.ranking if isinstance(self.ranking, Path) else self.ranking.path
 
     def problems_for_updates_only(self, why: str) -> Problems:
         """Return a problem for each given option that applies only to updates ΔW.

@@ -6,6 +6,7 @@ is flattened into the columns. It is low-rank, or the difference of two stored t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -102,6 +103,25 @@ class ComparedTensor:
         for start, stop in self.blocks():
             total += X[start:stop].T @ (self.delta(self.found, start, stop) @ Y)
         return total
+
+    def distance_in_span(self, weights: Sequence[float]) -> float:
+        """How far a low-rank F is from the claim C = Σ w_n Δ_n in its own rows or columns.
+
+        It is zero if F is a projection of C, such as its best approximation of a rank.
+
+        Returns:
+            min(‖Uᵀ(F − C)‖, ‖(F − C)V‖) for orthonormal bases U and V of F's columns and rows.
+        """
+        assert isinstance(self.found, LowRank)
+        U, V = (torch.linalg.qr(factor)[0] for factor in (self.found.left, self.found.right.T))
+        left, right = torch.zeros(U.shape[1], self.shape[1], dtype=F64), 0.0
+        for start, stop in self.blocks():
+            error = self.delta(self.found, start, stop)
+            for part, w in zip(self.parts, weights, strict=True):
+                error = error - w * self.delta(part, start, stop)
+            left += U[start:stop].T @ error
+            right += float((error @ V).square().sum())
+        return min(float(left.norm()), math.sqrt(right))
 
 
 def low_rank(factors: Factors, *, transposed: bool, roundings: int = 1) -> LowRank:

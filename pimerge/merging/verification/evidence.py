@@ -163,7 +163,7 @@ def _measure_rows(comparison: ComparedTensor, weights: Sequence[float]) -> Evide
 
 def _add(comparison: ComparedTensor, weights: Sequence[float], sums: _Sums, start: int, stop: int) -> None:
     """Add the measurements of some rows."""
-    found, columns = comparison.found, comparison.shape[1]
+    found = comparison.found
     deltas = torch.stack([comparison.delta(part, start, stop) for part in (found, *comparison.parts)])
     if not bool(deltas[0].isfinite().all()):
         sums.finite = False
@@ -171,12 +171,8 @@ def _add(comparison: ComparedTensor, weights: Sequence[float], sums: _Sums, star
     flat = deltas.flatten(1)
     sums.gram += flat @ flat.T
     claim = torch.einsum("n,nrc->rc", torch.tensor(list(weights), dtype=F64), deltas[1:])
-    step, roundings, sums.dtype, same = _steps(comparison, start, stop, claim)
+    step, roundings, sums.dtype, same = _steps(comparison, weights, start, stop)
     slack = arithmetic_error(sums.dtype) * _magnitude(comparison, weights, start, stop)
-    for part, w in zip(comparison.parts, weights, strict=True):
-        if isinstance(part, StoredTensor) and not isinstance(found, StoredTensor):
-            values = part.rows(start, stop, columns)
-            slack += abs(w) / 2 * spacing(values, precision_of(values))
     allowed = roundings / 2 * step + slack
     error = (deltas[0] - claim).abs()
     sums.difference += float(error.square().sum())
@@ -189,13 +185,20 @@ def _add(comparison: ComparedTensor, weights: Sequence[float], sums: _Sums, star
     sums.roundings = roundings
 
 
-def _steps(comparison: ComparedTensor, start: int, stop: int, claim: Tensor) -> tuple[Tensor, int, torch.dtype, bool]:
+def _steps(
+    comparison: ComparedTensor, weights: Sequence[float], start: int, stop: int
+) -> tuple[Tensor, int, torch.dtype, bool]:
     """Units in the last place, the number of roundings, the dtype of the merge, and whether it equals the base."""
     found, base, columns = comparison.found, comparison.base, comparison.shape[1]
-    if not isinstance(found, StoredTensor):
-        dtype = found.dtype if found is not None else torch.float64
-        return torch.zeros_like(claim), 0, dtype, found is None or not found.left.numel()
     assert base is not None
+    if not isinstance(found, StoredTensor):  # an adapter beside full checkpoints, whose own numbers were rounded
+        step = torch.zeros(stop - start, columns, dtype=F64)
+        for part, w in zip(comparison.parts, weights, strict=True):
+            if isinstance(part, StoredTensor):
+                values = part.rows(start, stop, columns)
+                step += abs(w) * spacing(values, precision_of(values))
+        dtype = found.dtype if found is not None else torch.float64
+        return step, 1, dtype, found is None or not bool(found.left.any() and found.right.any())
     values, before = found.rows(start, stop, columns), base.rows(start, stop, columns)
     dtype = precision_of(values)
     same = torch.equal(values, before.to(dtype).to(values.dtype))

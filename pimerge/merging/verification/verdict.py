@@ -167,13 +167,17 @@ def _explanations(
     elif evidence.unchanged and evidence.visible:
         yield {"verdict": Verdict.BASE}
     v, _ = evidence.fitted()
-    if _explains(evidence, evidence.residual(v), float(v.abs().max())):
+    if not _close(v.tolist(), weights) and _explains(evidence, evidence.residual(v), float(v.abs().max())):
         reason = named(v.tolist(), weights, scalings)
         yield {"verdict": Verdict.WEIGHTS, "weights": v.tolist(), "reason": reason}
     parts = [part for part in comparison.parts if part is not None]
     low = [part for part in parts if isinstance(part, LowRank)]
     if len(low) == len(parts) > 0:
         yield from _by_factors(comparison, evidence, weights, low)
+    elif isinstance(comparison.found, LowRank):
+        rank = comparison.found.left.shape[1]
+        if 0 < rank < min(comparison.shape) and comparison.distance_in_span(weights) <= evidence.tolerance:
+            yield {"verdict": Verdict.TRUNCATED, "rank": rank}
 
 
 def _explains(evidence: Evidence, residual: float, size: float = 1.0) -> bool:
