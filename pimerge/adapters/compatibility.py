@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pimerge.adapters.expert import Expert
+from pimerge.adapters.fused_experts import layers_beside_stacks
 from pimerge.core.errors import PimergeError, Problems
 from pimerge.tasks.task import Task, open_task
 
@@ -83,6 +84,11 @@ def require_alike(experts: Sequence[Expert]) -> None:
                     f"{known[1]} × {known[2]} ({known[0]}) in '{owner.name}'",
                     "they belong to different bases: leave one out",
                 )
+    for name in sorted(layers_beside_stacks(expert.modules for expert in experts)):
+        problems.add(
+            f"'{name}' is the layer of a mixture's expert in one adapter and a part of a stacked parameter in another",
+            "merge adapters of one version of the model; DoRA's are converted only together",
+        )
     problems.raise_any("these experts do not fit each other")
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pimerge.adapters.expert_parts import base_of, kind_of, parsed, parsed_with_base
+from pimerge.adapters.fused_experts import fused
 from pimerge.adapters.kind import KINDS, Kind
 from pimerge.adapters.lora_module import Factors, LoraModule
 from pimerge.adapters.source import AdapterSource, open_source
@@ -254,7 +255,10 @@ def _checked(source: AdapterSource, base: str | None, convert: bool, only_look: 
             reason = error.problems[0].message
     if not parts:
         parts, head = parsed("" if reason else kind, json.dumps(config), shapes, convert)
-    modules = {name: part for name, part in parts.items() if isinstance(part, LoraModule)}
+    modules = fused(
+        {name: part for name, part in parts.items() if isinstance(part, LoraModule)},
+        lambda: base_of(path, config, base),
+    )
     tensor_sets = {name: part for name, part in parts.items() if isinstance(part, TensorSet)}
     expert = Expert(
         path,

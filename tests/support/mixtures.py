@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tests.support.experts import set_config
@@ -101,3 +103,59 @@ def _randomise(parameters: Any, seed: int) -> None:
     with torch.no_grad():
         for _, parameter in sorted(parameters, key=lambda each: each[0]):
             parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+
+
+_LAYERS = {"mixtral": ("w1", "w3", "w2", "block_sparse_moe")}
+
+
+def save_adapter_by_layer(
+    base: Any, name: str, folder: Path, seed: int, layers: Sequence[str] = (), **config: Any
+) -> dict[str, Tensor]:
+    """An adapter as it was made before the experts' weights were stacked, with a LoRA for each layer of each expert.
+
+    It also adapts the router, and the layers of shared experts.
+
+    Args:
+        layers: the layers of the experts that are adapted, as today's parts of them: gate, up, down.
+
+    Returns:
+        parameter → ΔW, computed densely from the factors.
+    """
+    rank, alpha = 2, 3
+    gate, up, down, block = _LAYERS.get(name, ("gate_proj", "up_proj", "down_proj", "mlp"))
+    generator = torch.Generator().manual_seed(seed)
+    tensors: dict[str, Tensor] = {}
+    deltas: dict[str, Tensor] = {}
+
+    def update(module: str, like: Tensor) -> Tensor:
+        A, B = (torch.randn(shape, generator=generator) for shape in ((rank, like.shape[1]), (like.shape[0], rank)))
+        old = module.replace(".mlp.", f".{block}.")
+        tensors[f"base_model.model.{old}.lora_A.weight"], tensors[f"base_model.model.{old}.lora_B.weight"] = A, B
+        return alpha / rank * B.double() @ A.double()
+
+    wanted = set(layers or ("gate", "up", "down"))
+    for parameter, weight in base.state_dict().items():
+        module, _, leaf = parameter.rpartition(".")
+        if leaf == "gate_up_proj":
+            halves = weight.chunk(2, dim=1)
+            deltas[parameter] = torch.zeros_like(weight, dtype=torch.float64)
+            for index in range(EXPERTS):
+                rows = [
+                    update(f"{module}.{index}.{layer}", half[index])
+                    if part in wanted
+                    else torch.zeros_like(half[index])
+                    for part, layer, half in zip(("gate", "up"), (gate, up), halves, strict=True)
+                ]
+                deltas[parameter][index] = torch.cat(rows)
+        elif leaf == "down_proj" and "down" in wanted:
+            matrices = [update(f"{module}.{index}.{down}", weight[index]) for index in range(EXPERTS)]
+            deltas[parameter] = torch.stack(matrices)
+        elif weight.dim() == 2 and module.endswith(("mlp.gate", "q_proj", ".gate_proj", ".up_proj", ".down_proj")):
+            deltas[parameter] = update(module, weight)
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    fields = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": "org/mixture"}
+    targets = ["q_proj", "gate", *([gate] if "gate" in wanted else []), *([up] if "up" in wanted else []), down]
+    document = {**fields, "r": rank, "lora_alpha": alpha, "target_modules": targets, **config}
+    (folder / "adapter_config.json").write_text(json.dumps(document))
+    return deltas
