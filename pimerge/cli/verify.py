@@ -73,7 +73,8 @@ def _row(found: CheckedModule) -> list[str]:
     if found.factor is not None:
         detail += f" (× {found.factor:.4g})"
     elif found.weights:
-        detail += f" ({', '.join(f'{w:.3g}' for w in found.weights)})"
+        closest = "closest: " if found.verdict == "other" else ""
+        detail += f" ({closest}{', '.join(f'{w:.3g}' for w in found.weights)})"
     elif found.rank is not None:
         detail += f" ({found.rank})"
     return [found.name, *numbers, str(found.verdict), detail]

@@ -33,15 +33,15 @@ def judge_beside(
         else:
             reason = "" if math.isinf(size) else f"it differs from the base by {size:.2%}, though no expert changes it"
             changed.append(CheckedModule(key, Verdict.CHANGED if size == size else Verdict.NOT_FINITE, reason=reason))
-    for key in pairing.extra:
+    for key, reason in pairing.extra.items():
         owner = _owner_of_head(key, StoredTensor(merged.home[key], key), experts, weights)
-        if owner is None:
-            remarks.append(f"'{key}' is not in the base and not part of the claim")
-        elif owner:
+        if owner:
             remarks.append(f"'{key}' is {owner}")
+        elif owner is None and not reason:
+            remarks.append(f"'{key}' is not in the base and not part of the claim")
         else:
-            reason = "it differs from the head of every expert"
-            changed.append(CheckedModule(key, Verdict.CHANGED, reason=reason))
+            why = reason or "it differs from the head of every expert"
+            changed.append(CheckedModule(key, Verdict.CHANGED, reason=why))
     return changed, remarks
 
 

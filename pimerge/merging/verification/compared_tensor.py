@@ -26,14 +26,13 @@ class LowRank:
 
     Attributes:
         dtype: the narrowest dtype that holds the stored factors.
-        roundings: how often a program rounds the weight when it merges this update: more than once if it computes the
-            whole weight anew, as DoRA does.
+        is_recomputed: whether a program computes the whole weight anew when it merges this update, as for DoRA.
     """
 
     left: Tensor
     right: Tensor
     dtype: torch.dtype
-    roundings: int = 1
+    is_recomputed: bool = False
 
     @property
     def factors(self) -> Factors:
@@ -124,14 +123,14 @@ class ComparedTensor:
         return min(float(left.norm()), math.sqrt(right))
 
 
-def low_rank(factors: Factors, *, transposed: bool, roundings: int = 1) -> LowRank:
+def low_rank(factors: Factors, *, transposed: bool, is_recomputed: bool = False) -> LowRank:
     """An adapter's update in the orientation in which the base stores the weight.
 
     Args:
         transposed: whether the base stores (d_in × d_out).
-        roundings: as for :class:`LowRank`.
+        is_recomputed: as for :class:`LowRank`.
     """
     A, B = factors.A.cpu(), factors.B.cpu()
     dtype = min((precision_of(tensor) for tensor in (A, B)), key=lambda kind: torch.finfo(kind).eps)
     left, right = factors.scaling * B.to(F64), A.to(F64)
-    return LowRank(*((right.T, left.T) if transposed else (left, right)), dtype, roundings)
+    return LowRank(*((right.T, left.T) if transposed else (left, right)), dtype, is_recomputed)

@@ -16,12 +16,14 @@ from torch import Tensor
 
 from pimerge.adapters.low_rank import inner_products, orthonormal_basis
 from pimerge.checkpoints.dtypes import torch_dtype
-from pimerge.merging.verification.compared_tensor import F64, ComparedTensor, LowRank, StoredTensor
+from pimerge.merging.verification.compared_tensor import F64, ComparedTensor, LowRank, Part, StoredTensor
 from pimerge.merging.verification.rounding import ARITHMETIC, arithmetic_error, precision_of, spacing
 
 _VISIBLE = 1.01  # a change of half a unit in the last place is lost or not, depending on the direction of rounding
 _DITHERED = 0.6  # from this ratio of update to unit in the last place on, rounding is as good as independent of it
 _DEVIATIONS = 5.0
+_RECOMPUTED = 8  # roundings of a weight that is computed anew: the sum, its norm, a division, a product, the difference
+_NORM_ERROR = 2e-6  # relative, of a weight that was divided by its norm in float32
 
 
 @dataclass(frozen=True)
@@ -202,19 +204,31 @@ def _steps(
     values, before = found.rows(start, stop, columns), base.rows(start, stop, columns)
     dtype = precision_of(values)
     same = torch.equal(values, before.to(dtype).to(values.dtype))
-    touching = sum(part.roundings if isinstance(part, LowRank) else 1 for part in comparison.parts if part)
+    touching = sum(_roundings(part) for part in comparison.parts if part is not None)
     is_narrower = torch.finfo(dtype).eps > torch.finfo(torch_dtype(base.file.entries[base.key].dtype)).eps
     step = spacing(torch.maximum(values.double().abs(), before.double().abs()), dtype)
     return step, max(1, touching) + is_narrower, dtype, same
 
 
+def _roundings(part: Part) -> int:
+    """How often a program rounds the weight when it adds an update."""
+    return _RECOMPUTED if isinstance(part, LowRank) and part.is_recomputed else 1
+
+
 def _magnitude(comparison: ComparedTensor, weights: Sequence[float], start: int, stop: int) -> Tensor:
-    """Σ |w_n| |left_n| |right_n|, the scale of the errors of the arithmetic; of F as well if it is low-rank."""
+    """Σ |w_n| |left_n| |right_n|, the scale of the errors of the arithmetic; of F as well if it is low-rank.
+
+    For a weight that is computed anew, the weight itself is part of it.
+    """
     total = torch.zeros(stop - start, comparison.shape[1], dtype=F64)
     found = [(comparison.found, 1.0)] if isinstance(comparison.found, LowRank) else []
     for part, w in [*zip(comparison.parts, weights, strict=True), *found]:
         if isinstance(part, LowRank):
             total += abs(w) * (part.left[start:stop].abs() @ part.right.abs())
+            if part.is_recomputed and comparison.base is not None:
+                before = comparison.base.rows(start, stop, comparison.shape[1]).to(F64)
+                typical = before.square().mean().sqrt() + (part.left[start:stop] @ part.right).square().mean().sqrt()
+                total += abs(w) * _NORM_ERROR / ARITHMETIC * (before.abs() + typical)
         elif part is not None:
             total += abs(w) * comparison.delta(part, start, stop).abs()
     return total

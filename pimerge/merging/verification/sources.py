@@ -19,7 +19,6 @@ from pimerge.merging.verification.verdict import CheckedModule, Scaling, Verdict
 
 Source = Expert | Checkpoint
 Read = Callable[[Expert, str], Factors]
-_RECOMPUTED = 8  # roundings of a weight that is normalised and multiplied anew, as DoRA does
 
 
 @dataclass
@@ -32,7 +31,7 @@ class Pairing:
         untouched: key of the base → the base's tensor and the merge's, for tensors that no expert changes.
         modules: verdicts on modules that need no comparison, since they are missing or have another shape.
         beside: such verdicts on tensors that no expert changes.
-        extra: keys of the merge that the base has not.
+        extra: key of the merge → why it is not compared with the base: empty if the base has no such tensor.
         remarks: what is not part of the claim.
     """
 
@@ -41,7 +40,7 @@ class Pairing:
     untouched: dict[str, tuple[StoredTensor, StoredTensor]] = field(default_factory=dict)
     modules: list[CheckedModule] = field(default_factory=list)
     beside: list[CheckedModule] = field(default_factory=list)
-    extra: list[str] = field(default_factory=list)
+    extra: dict[str, str] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
 
     def add(
@@ -80,8 +79,9 @@ def pair_tensors(merged: Source, experts: Sequence[Source], base: Checkpoint, re
     keys = [_own_keys(base, source, wanted) if isinstance(source, Checkpoint) else {} for source in sources]
     if isinstance(merged, Checkpoint):
         used = set(keys[0].values())
-        pairing.extra = sorted(key for key in merged.home if key not in used)
+        pairing.extra = {key: "" for key in sorted(merged.home) if key not in used}
         wanted = _present(pairing, merged, keys[0], base, plan, modules, wanted)
+        _remark_shared(pairing, merged, keys[0], modules)
     for key in wanted:
         stored, entry = StoredTensor(base.home[plan.source(key)], plan.source(key)), base.entry(plan.source(key))
         is_touched = key in modules or any(key in own for own in keys[1:])
@@ -155,19 +155,21 @@ def _present(
     """The keys whose tensors can be compared; the others are missing or have another shape."""
     present, absent = [], []
     for key in wanted:
-        verdicts = pairing.modules if key in modules else pairing.beside
-        shape = base.entry(plan.source(key)).shape
         if key not in keys:
             absent.append(key)
-        elif merged.entry(keys[key]).shape != shape:
-            found = merged.entry(keys[key]).shape
-            reason = f"its shape is {found}, in the base {shape}"
-            verdicts.append(CheckedModule(modules.get(key, key), Verdict.OTHER, reason=reason))
-        elif merged.entry(keys[key]).dtype not in FLOATS and base.entry(plan.source(key)).dtype in FLOATS:
-            reason = f"it is stored as {merged.entry(keys[key]).dtype}"
-            verdicts.append(CheckedModule(modules.get(key, key), Verdict.OTHER, reason=reason))
-        else:
+            continue
+        before, after = base.entry(plan.source(key)), merged.entry(keys[key])
+        reason = ""
+        if after.shape != before.shape:
+            reason = f"its shape is {after.shape}, in the base {before.shape}"
+        elif after.dtype not in FLOATS and before.dtype in FLOATS:
+            reason = f"it is stored as {after.dtype}"
+        if not reason:
             present.append(key)
+        elif key in modules:
+            pairing.modules.append(CheckedModule(modules[key], Verdict.OTHER, reason=reason))
+        else:
+            pairing.extra[keys[key]] = reason
     if absent:
         own, names = names_of(base), names_of(merged)
         for key in absent:
@@ -178,6 +180,20 @@ def _present(
             else:
                 pairing.remarks.append(f"'{key}' of the base has no place in the architecture of '{merged.name}'")
     return present
+
+
+def _remark_shared(pairing: Pairing, merged: Checkpoint, keys: Mapping[str, str], modules: Mapping[str, str]) -> None:
+    """Remark that several updates are for one tensor of the merge, as if tied weights are merged without untying."""
+    owners: dict[str, list[str]] = {}
+    for key, module in modules.items():
+        if key in keys:
+            owners.setdefault(keys[key], []).append(module)
+    for key, names in owners.items():
+        if len(names) > 1:
+            pairing.remarks.append(
+                f"{' and '.join(names)} share '{key}' in '{merged.name}', which cannot hold an update for each: "
+                "tied weights were merged without untying them"
+            )
 
 
 def _part(source: Source, own: Mapping[str, str], key: str, plan: MergeIntoPlan, read: Read) -> Part | None:
@@ -192,8 +208,8 @@ def _part(source: Source, own: Mapping[str, str], key: str, plan: MergeIntoPlan,
 def _update(expert: Expert, module: str, read: Read, transposed: bool) -> Part | None:
     if module not in expert.modules:
         return None
-    roundings = _RECOMPUTED if expert.modules[module].conversions else 1
-    return low_rank(read(expert, module), transposed=transposed, roundings=roundings)
+    is_recomputed = bool(expert.modules[module].conversions)
+    return low_rank(read(expert, module), transposed=transposed, is_recomputed=is_recomputed)
 
 
 def _bias(expert: Expert, module: str, read: Read) -> Part | None:

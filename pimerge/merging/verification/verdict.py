@@ -44,7 +44,7 @@ class CheckedModule:
         error: ‖found − claimed‖ / ‖claimed ΔW‖; None if there is no claimed update or the merge holds NaN or Inf.
         rounding: the largest error that rounding to the merge's dtype can cause, on the same scale.
         factor: found = factor · claimed, for the verdict ``scaled``.
-        weights: the weights that explain what was found, one per expert, for ``scaled`` and ``weights``.
+        weights: the weights that explain what was found, one per expert; for ``other``, those that come closest.
         rank: the rank of what was found, for the verdict ``truncated``.
         reason: the mistake that explains the verdict, if it has a name.
     """
@@ -117,7 +117,7 @@ def judge(
         return _as(known, reason=f"the update is below the precision of {_dtype(evidence)}" if lost else "")
     for found in _explanations(comparison, evidence, weights, scalings):
         return _as(known, **found)
-    return _as(known, Verdict.OTHER)
+    return _as(known, Verdict.OTHER, weights=evidence.fitted()[0].tolist())
 
 
 def _as(known: CheckedModule, verdict: Verdict = Verdict.EQUAL, **more: Any) -> CheckedModule:

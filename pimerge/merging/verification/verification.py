@@ -95,7 +95,8 @@ def _numbers(group: Sequence[CheckedModule]) -> str:
         return f" (found = {_range(factors)} · claimed)"
     rows = [each.weights for each in group]
     if all(rows):
-        return f" (weights found: {', '.join(_range(column) for column in zip(*rows, strict=True))})"
+        what = "closest weights" if group[0].verdict is Verdict.OTHER else "weights found"
+        return f" ({what}: {', '.join(_range(column) for column in zip(*rows, strict=True))})"
     return ""
 
 

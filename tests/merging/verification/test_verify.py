@@ -347,3 +347,57 @@ def test_a_bf16_merge_of_a_float32_base_is_equal(pair_on: Pair, vit_base: Path, 
     assert found.error > 1e-4
     wide = save_full(weighted(vit_base, experts, WEIGHTS, torch.bfloat16).float(), tmp_path / "wide")
     assert pimerge.verify(wide, experts=experts, weights=WEIGHTS).equal
+
+
+def test_tied_weights_that_were_merged_together_are_remarked(
+    pair_on: Pair, language_base: Callable[[str], Path], tmp_path: Path
+) -> None:
+    base = language_base("qwen2-lm")
+    experts = pair_on(base, target_modules=["embed_tokens", "lm_head", "q_proj"])
+    for expert in experts:  # PEFT saves the embedding itself as well
+        edit_tensors(expert, lambda found: [found.pop(key) for key in list(found) if "base_layer" in key])
+    model = with_experts(base, experts).merge_and_unload(adapter_names=["a", "b"])
+    found = pimerge.verify(save_full(model, tmp_path / "full"), experts=experts, weights=[1, 1], base=base)
+    verdicts = {each.name: str(each.verdict) for each in found.modules}
+    assert verdicts["model.layers.0.self_attn.q_proj"] == "equal"
+    assert (verdicts["model.embed_tokens"], verdicts["lm_head"]) == ("other", "other")
+    assert any("tied weights were merged without untying them" in remark for remark in found.remarks)
+
+
+def test_a_resized_vocabulary_is_a_change_unless_an_expert_saved_it(
+    pair_on: Pair, language_base: Callable[[str], Path], tmp_path: Path
+) -> None:
+    base = language_base("llama-lm")
+    experts = pair_on(base)
+    merged = save_full(weighted(base, experts, WEIGHTS, torch.float32), tmp_path / "full")
+    edit_file(merged, {"lm_head.weight": lambda value: torch.cat([value, value[:1]])})
+    found = pimerge.verify(merged, experts=experts, weights=WEIGHTS, base=base)
+    assert (found.verdict, [each.name for each in found.beside]) == ("changed", ["lm_head.weight"])
+    assert "its shape is" in found.summary[0]
+    head = load_file(merged / "model.safetensors")["lm_head.weight"]
+    set_config(experts[0], modules_to_save=["lm_head"])
+    edit_tensors(experts[0], lambda tensors: tensors.update({"base_model.model.lm_head.weight": head}))
+    found = pimerge.verify(merged, experts=experts, weights=WEIGHTS, base=base)
+    assert found.equal, found.summary
+    assert "'lm_head.weight' is the head of 'a'" in found.remarks
+
+
+def test_what_is_left_over_gets_the_closest_weights(pair_on: Pair, vit_base: Path, tmp_path: Path) -> None:
+    a, b = pair_on(vit_base)
+    merged = save_full(weighted(vit_base, [a, b], WEIGHTS, torch.float32), tmp_path / "full")
+    found = pimerge.verify(merged, experts=a, weights=[0.6])
+    assert found.verdict == "other"
+    assert found.modules[0].weights == pytest.approx([0.6], abs=0.2)
+    assert "closest weights" in found.summary[0]
+
+
+def test_a_missing_shard_is_an_error(pair_on: Pair, language_base: Callable[[str], Path], tmp_path: Path) -> None:
+    base = language_base("llama-lm")
+    experts = pair_on(base)
+    model = weighted(base, experts, WEIGHTS, torch.float32)
+    model.save_pretrained(tmp_path / "full", max_shard_size="8KB")
+    assert pimerge.verify(tmp_path / "full", experts=experts, weights=WEIGHTS, base=base).equal
+    gone = sorted((tmp_path / "full").glob("*.safetensors"))[1]
+    gone.unlink()
+    with pytest.raises(PimergeError, match=gone.name):
+        pimerge.verify(tmp_path / "full", experts=experts, weights=WEIGHTS, base=base)
