@@ -32,6 +32,7 @@ _EXPERT = re.compile(rf"(?P<owner>.+\.experts)\.(?P<index>\d+)\.(?P<layer>{'|'.j
 # Layers that PEFT takes for experts' by the ending of their name, wherever they are, if they are in target_modules.
 _TAKEN = re.compile(rf".+\.({'|'.join([*_HALVES, *_WHOLE])})")
 _FUSED, _DOWN = "gate_up_proj", "down_proj"
+_BLOCK = (".block_sparse_moe.", ".mlp.")
 Rename = Callable[[str], str | None]
 """Parameter of an earlier model → its name today; None where the base's model has none of that name."""
 
@@ -114,6 +115,20 @@ def fused(modules: Mapping[str, LoraModule], base: Callable[[], Base]) -> dict[s
     return dict(sorted(result.items()))
 
 
+def layer_of_expert(name: str) -> tuple[str, int, int | None] | None:
+    """The stacked parameter that a layer of an expert is a part of today, the expert, and the half of its rows.
+
+    >>> layer_of_expert("model.layers.0.block_sparse_moe.experts.3.w3")
+    ('model.layers.0.mlp.experts.gate_up_proj', 3, 1)
+    """
+    match = _EXPERT.fullmatch(name)
+    if match is None:
+        return None
+    half = _HALVES.get(match["layer"])
+    owner = match["owner"].replace(*_BLOCK)
+    return f"{owner}.{_DOWN if half is None else _FUSED}", int(match["index"]), half
+
+
 def layers_beside_stacks(experts: Iterable[Mapping[str, LoraModule]]) -> set[str]:
     """The first layer of each mixture that keeps the names of earlier models, while another expert has it stacked.
 
@@ -127,7 +142,7 @@ def layers_beside_stacks(experts: Iterable[Mapping[str, LoraModule]]) -> set[str
             if module.parameter is not None:
                 stacked.add(module.parameter.module)
             elif match := _EXPERT.fullmatch(name):
-                layers.setdefault(match["owner"].replace(".block_sparse_moe.", ".mlp."), name)
+                layers.setdefault(match["owner"].replace(*_BLOCK), name)
     return {name for owner, name in layers.items() if owner in stacked}
 
 
@@ -184,7 +199,7 @@ def _rename_of(base: Callable[[], Base]) -> Rename:
         folder = base().folder
         if folder is not None:
             return _by_transformers(folder)
-    return lambda name: name.replace(".block_sparse_moe.", ".mlp.")
+    return lambda name: name.replace(*_BLOCK)
 
 
 @cache

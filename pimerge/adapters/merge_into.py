@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from pimerge.adapters.base_changes import PlannedChange, changed_pieces, plan_changes
 from pimerge.adapters.into_config import fitted, shares_weight, untied, vocabulary_of
+from pimerge.adapters.into_stacks import Placed, is_stacked, place_matrices, stacked_pieces
 from pimerge.adapters.lora_module import Factors, LoraModule
 from pimerge.adapters.tensor_sets import BaseChange
 from pimerge.checkpoints.checkpoint import Checkpoint, require_weights
@@ -32,8 +34,9 @@ class MergeIntoPlan:
         weights, biases: key → module whose update is added.
         heads: key → parameter name of the head tensor that replaces it.
         changes: key → how an expert without ΔW changes it.
+        stacks: key → the matrices of bare parameters whose updates are added.
         copies: keys that are added → key of the stored tensor that they shared before.
-        transposed: keys of ``weights`` that are stored as (d_in × d_out).
+        transposed: keys of ``weights`` and ``stacks`` that are stored as (d_in × d_out).
         untied: whether tied weights become separate tensors.
         config: the changed content of ``config.json``; None keeps the file byte for byte.
         resized: the number of tokens of the result, if its vocabulary has another size than the checkpoint's.
@@ -49,6 +52,7 @@ class MergeIntoPlan:
     config: dict[str, Any] | None
     resized: int | None = None
     changes: dict[str, PlannedChange] = field(default_factory=dict)
+    stacks: Placed = field(default_factory=dict)
 
     def source(self, key: str) -> str:
         """The stored key whose values a written tensor starts from."""
@@ -98,8 +102,9 @@ def plan_merge_into(
     weights: dict[str, str] = {}
     biases: dict[str, str] = {}
     transposed: set[str] = set()
+    stacked = {name: layout for name, layout in layouts.items() if is_stacked(layout)}
     with problems.collected():
-        weights = {key: module for module, key in match_modules(names, layouts).items()}
+        weights = {key: module for module, key in match_modules(names, layouts.keys() - stacked.keys()).items()}
     for key, module in weights.items():
         with problems.collected():
             source = (names.shared or {}).get(key, key)
@@ -108,11 +113,12 @@ def plan_merge_into(
         if layouts[module].bias is not None:
             with problems.collected():
                 biases[_bias(checkpoint, names, module)] = module
+    stacks, turned = place_matrices(checkpoint, names, stacked, problems)
     head = head or {}
     changed = plan_changes(checkpoint, names, changes, fan_in_fan_out=fan_in_fan_out, problems=problems)
-    heads = _heads(checkpoint, names, head, {*weights, *biases, *changed}, problems)
+    heads = _heads(checkpoint, names, head, {*weights, *biases, *changed, *stacks}, problems)
     problems.raise_any(f"the adapter cannot be merged into '{checkpoint.path}'")
-    separate = shares_weight(names, {*weights, *biases, *heads, *changed})
+    separate = shares_weight(names, {*weights, *biases, *heads, *changed, *stacks})
     copies = dict(names.shared or {}) if separate else {}
     config = {**checkpoint.config, **(fields or {})}
     if trained_in and any(names.known and names.rename(key) not in names.known for key in heads):
@@ -125,8 +131,9 @@ def plan_merge_into(
     written = config if config != checkpoint.config and not checkpoint.is_file else None
     size = vocabulary_of(config)
     resized = size if size != vocabulary_of(checkpoint.config) else None
+    transposed |= turned
     return MergeIntoPlan(
-        checkpoint, weights, biases, heads, copies, frozenset(transposed), separate, written, resized, changed
+        checkpoint, weights, biases, heads, copies, frozenset(transposed), separate, written, resized, changed, stacks
     )
 
 
@@ -153,6 +160,7 @@ def merge_into(
         dtype: dtype of all floating tensors; None keeps the dtype of each.
     """
     heads = head or {}
+    update_of_matrix = lru_cache(maxsize=4)(update)  # several stored layers can be parts of one matrix
 
     def change(key: str) -> Iterator[Tensor] | None:
         if key in plan.heads:
@@ -161,6 +169,9 @@ def merge_into(
             return changed_pieces(plan.checkpoint, plan.source(key), plan.changes[key], tensors or {})
         if key in plan.weights:
             return _weight(plan, key, update(plan.weights[key]))
+        if key in plan.stacks:
+            stack, is_turned = plan.stacks[key], key in plan.transposed
+            return stacked_pieces(plan.checkpoint, plan.source(key), stack, update_of_matrix, transposed=is_turned)
         if key in plan.biases:
             factors = update(plan.biases[key])
             return iter([_plus_bias(plan.checkpoint.read(plan.source(key)), factors)])
@@ -174,7 +185,8 @@ def merge_into(
         kind = _like(plan.checkpoint, plan.source(key))[0] if known else dtype_name(heads[name].dtype)
         new[key] = (kind, tuple(heads[name].shape))
     size = write_like(plan.checkpoint, output, change, new=new, config=plan.config, dtype=dtype, track=track)
-    return MergedInto(len(plan.weights) + len(plan.changes), plan.untied, size)
+    matrices = {each.module for placed in plan.stacks.values() for each in placed}
+    return MergedInto(len(plan.weights) + len(plan.changes) + len(matrices), plan.untied, size)
 
 
 def _as_stored(checkpoint: Checkpoint, layouts: Mapping[str, LoraModule]) -> dict[str, str] | None:

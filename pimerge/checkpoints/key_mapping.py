@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,18 +23,18 @@ class Names:
     Attributes:
         parameter: key on disk → parameter name; the key itself if the name is unknown or unused.
         known: all parameter names; empty if transformers does not know the model.
-        converted: parameters that are made from several tensors or from changed ones.
+        converted: parameters that are made from several tensors or from changed ones → the operations, by name.
         groups: sets of tied parameters.
         shared: parameters that are not on disk → key of the tensor that they share.
         prefix: prefix of the backbone in a model with a head, such as ``bert``.
-        fan_in_first: modules that store their weight (d_in × d_out).
+        fan_in_first: modules that store their weights (d_in × d_out).
         grouped: convolutions whose channels are divided into groups.
         rename: key on disk, also of older versions → parameter name.
     """
 
     parameter: dict[str, str]
     known: frozenset[str] = frozenset()
-    converted: frozenset[str] = frozenset()
+    converted: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     groups: tuple[frozenset[str], ...] = ()
     shared: Mapping[str, str] | None = None
     prefix: str = ""
@@ -56,12 +56,12 @@ def names_of(checkpoint: Checkpoint) -> Names:
         return Names({key: key for key in checkpoint.home}, shared={})
     rename = _renaming(model)
     known = frozenset(model.state_dict())
-    parameter, converted = {}, set()
+    parameter, converted = {}, {}
     for key in checkpoint.home:
-        name, changed = rename(key)
-        parameter[key] = key if changed or name not in known else name
-        if changed:
-            converted.add(name)
+        name, operations = rename(key)
+        parameter[key] = key if operations or name not in known else name
+        if operations:
+            converted[name] = operations
     groups = _groups(model.all_tied_weights_keys)
     keys = {name: key for key, name in parameter.items()}
     shared: dict[str, str] = {}
@@ -69,16 +69,20 @@ def names_of(checkpoint: Checkpoint) -> Names:
         stored = [name for name in sorted(group) if name in keys]
         if stored:
             shared |= {name: keys[stored[0]] for name in sorted(group) if name not in keys}
-    conv1d = frozenset(name for name, module in model.named_modules() if type(module).__name__ == "Conv1D")
+    turned = frozenset(
+        name
+        for name, module in model.named_modules()
+        if type(module).__name__ == "Conv1D" or getattr(module, "is_transposed", False)
+    )
     grouped = frozenset(name for name, module in model.named_modules() if getattr(module, "groups", 1) != 1)
     return Names(
         parameter,
         known,
-        frozenset(converted),
+        converted,
         groups,
         shared,
         model.base_model_prefix,
-        conv1d,
+        turned,
         grouped,
         lambda key: rename(key)[0],
     )
@@ -198,8 +202,8 @@ def _loose(name: str) -> str:
     return _DIFFUSION.sub("", name.replace(".", "_"))
 
 
-def _renaming(model: Any) -> Callable[[str], tuple[str, bool]]:
-    """Key on disk → parameter name, and whether transformers changes the values when it loads them."""
+def _renaming(model: Any) -> Callable[[str], tuple[str, tuple[str, ...]]]:
+    """Key on disk → parameter name, and the operations by which transformers changes the values when it loads them."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
@@ -208,11 +212,17 @@ def _renaming(model: Any) -> Callable[[str], tuple[str, bool]]:
     converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
     prefix, state = model.base_model_prefix, model.state_dict()
 
-    def rename(key: str) -> tuple[str, bool]:
+    operations = {
+        pattern: tuple(type(operation).__name__ for operation in converter.operations) or ("none",)
+        for converter in converters
+        for pattern in converter.source_patterns
+    }
+
+    def rename(key: str) -> tuple[str, tuple[str, ...]]:
         name, pattern = rename_source_key(key, renamings, converters, prefix, state)
         if name not in state and key in state:
             name, pattern = rename_source_key(key, [], [], prefix, state)
-        return name, pattern is not None
+        return name, () if pattern is None else operations[pattern]
 
     return rename
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from pimerge.adapters.expert import Expert
+from pimerge.adapters.into_stacks import stacked_factors
 from pimerge.adapters.lora_module import Factors, LoraModule
 from pimerge.adapters.merge_into import MergeIntoPlan, plan_merge_into
 from pimerge.checkpoints.checkpoint import Checkpoint
@@ -74,7 +75,7 @@ def pair_tensors(merged: Source, experts: Sequence[Source], base: Checkpoint, re
     pairing = Pairing()
     sources = [merged, *experts]
     plan = _plan(base, [source for source in sources if isinstance(source, Expert)])
-    modules = {**plan.weights, **plan.biases}
+    modules = {**plan.weights, **plan.biases, **{key: key for key in plan.stacks}}
     wanted = list(dict.fromkeys([*base.home, *modules]))
     keys = [_own_keys(base, source, wanted) if isinstance(source, Checkpoint) else {} for source in sources]
     if isinstance(merged, Checkpoint):
@@ -91,10 +92,13 @@ def pair_tensors(merged: Source, experts: Sequence[Source], base: Checkpoint, re
             continue
         name = f"{modules[key]}.bias" if key in plan.biases else modules.get(key, key)
         rows = entry.shape[0] if entry.shape else 1
+        if key in plan.stacks:
+            rows = math.prod(entry.shape[:-1])
         shape = (rows, math.prod(entry.shape) // max(1, rows))
         parts = [partial(_part, source, own, key, plan, read) for source, own in zip(sources, keys, strict=True)]
         pairing.add(name, shape, stored, parts)
-        pairing.scalings[name] = [_scaling(expert, modules.get(key, "")) for expert in experts]
+        module = plan.stacks[key][0].module if key in plan.stacks else modules.get(key, "")
+        pairing.scalings[name] = [_scaling(expert, module) for expert in experts]
     return pairing
 
 
@@ -202,7 +206,19 @@ def _part(source: Source, own: Mapping[str, str], key: str, plan: MergeIntoPlan,
         return StoredTensor(source.home[own[key]], own[key]) if key in own else None
     if key in plan.biases:
         return _bias(source, plan.biases[key], read)
+    if key in plan.stacks:
+        return _stack(source, key, plan, read)
     return _update(source, plan.weights[key], read, key in plan.transposed) if key in plan.weights else None
+
+
+def _stack(expert: Expert, key: str, plan: MergeIntoPlan, read: Read) -> Part | None:
+    """The updates of the matrices of a bare parameter, as one."""
+    placed = [each for each in plan.stacks[key] if each.module in expert.modules]
+    if not placed:
+        return None
+    shape = plan.checkpoint.entry(key).shape
+    found = stacked_factors(placed, shape, partial(read, expert), transposed=key in plan.transposed)
+    return low_rank(found, transposed=False)
 
 
 def _update(expert: Expert, module: str, read: Read, transposed: bool) -> Part | None:
