@@ -19,6 +19,7 @@ from pimerge.adapters.lora_module import LoraModule, refuse_biased_embeddings
 from pimerge.adapters.merged_module import MergedModule, Summary
 from pimerge.adapters.model_card import CARD_FILE
 from pimerge.adapters.model_class import task_fields
+from pimerge.adapters.output_check import check_adapter
 from pimerge.adapters.padding import pad_factors
 from pimerge.checkpoints.base import Base, folder_from
 from pimerge.checkpoints.base_shapes import base_modules
@@ -128,6 +129,7 @@ def write_expert(
         write,
         lambda summaries: _config(path, layout, summaries, head, base, like),
         head,
+        base,
         documents,
         force,
     )
@@ -173,6 +175,7 @@ def write_tensor_sets(
             **_own_fields(path, head, base),
         },
         head,
+        base,
         lambda _: documents(),
         force,
     )
@@ -183,6 +186,7 @@ def _write_folder(
     write_tensors: Callable[[Path], list[Summary]],
     config: Callable[[Sequence[Summary]], dict[str, Any]],
     head: Head,
+    base: Base,
     documents: Callable[[Sequence[Summary]], Documents],
     force: bool,
 ) -> Documents:
@@ -202,6 +206,7 @@ def _write_folder(
         manifest = written.manifest.model_copy(update={"outputs": dict(sorted(outputs.items()))})
         contents[MANIFEST_FILE] = json_text(manifest.model_dump())
         write_into(partial, contents)
+        check_adapter(partial, base)
     return replace(written, manifest=manifest)
 
 

@@ -9,11 +9,13 @@ from pathlib import Path
 
 from pimerge.checkpoints.base import Base
 from pimerge.checkpoints.checkpoint import open_checkpoint
+from pimerge.checkpoints.dtypes import FLOATS
+from pimerge.checkpoints.safetensors_file import Entry
 from pimerge.core.errors import PimergeError
 
 
 def base_shapes(base: Base) -> Mapping[str, tuple[int, ...]]:
-    """Key on disk → shape of each tensor; empty if the base is not on this machine as safetensors."""
+    """Key on disk → shape of each tensor, () if it is quantised; empty if the base is not here as safetensors."""
     return {} if base.folder is None else _shapes(base.folder)
 
 
@@ -30,5 +32,9 @@ def base_modules(base: Base) -> set[str]:
 def _shapes(folder: Path) -> Mapping[str, tuple[int, ...]]:
     with suppress(PimergeError, OSError):
         checkpoint = open_checkpoint(folder)
-        return {key: checkpoint.entry(key).shape for key in checkpoint.home}
+        return {key: _shape(checkpoint.entry(key)) for key in checkpoint.home}
     return {}
+
+
+def _shape(entry: Entry) -> tuple[int, ...]:
+    return entry.shape if entry.dtype in FLOATS else ()  # the shape of a quantised tensor is not the layer's

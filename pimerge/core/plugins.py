@@ -8,6 +8,7 @@ Importing a strategy's file does not import torch, so listings and ``--help`` st
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -114,9 +115,10 @@ class Family(Generic[S]):
     def load(self, name: str) -> S:
         """Import the strategy of a name, with hyphens or underscores; an error suggests the nearest known name."""
         name = name.replace("_", "-")
-        if name not in self.names():
+        file = f"{self.package}.{name.replace('-', '_')}"
+        if (file not in sys.modules or name.startswith("-")) and name not in self.names():  # listing a folder is slow
             raise PimergeError(f"there is no {self.noun} '{name}'", nearest(name, self.names()))
-        strategy = vars(import_module(f"{self.package}.{name.replace('-', '_')}"))[self.attribute]
+        strategy = vars(import_module(file))[self.attribute]
         assert isinstance(strategy, self.type), f"{name}: {self.attribute} is a {type(strategy).__name__}"
         assert strategy.name == name, f"the file of '{name}' defines '{strategy.name}'"
         return strategy
