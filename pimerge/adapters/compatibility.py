@@ -59,7 +59,7 @@ def require_alike(experts: Sequence[Expert]) -> None:
     first = experts[0]
     shapes: dict[str, tuple[str, Expert, tuple[object, ...]]] = {}
     for expert in experts:
-        if expert.base.identity != first.base.identity:
+        if expert.base.is_known and first.base.is_known and expert.base.identity != first.base.identity:
             problems.add(
                 f"'{expert.name}' has the base '{expert.base.name}', '{first.name}' has '{first.base.name}', "
                 "which is another model",

@@ -52,7 +52,7 @@ class ComputedModule(LoraModule):
     @property
     def keys(self) -> tuple[str, ...]:
         """The keys of the trained tensors that determine ΔW."""
-        return (*self.slots.values(), *self.shared)
+        return (*self.slots.values(), *self.shared, *([self.bias] if self.bias else []))
 
     @property
     def shared_keys(self) -> tuple[str, ...]:
@@ -77,7 +77,7 @@ class ComputedModule(LoraModule):
             weight: the base's weight (d_out × d_in), for a kind whose ΔW depends on it.
         """
         assert self.dense is not None
-        return Factors(*factorised(self.dense(read, weight), self.rank), self.scaling)
+        return Factors(*factorised(self.dense(read, weight), self.rank), self.scaling, self.read_bias(read))
 
 
 def factorised(delta: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,8 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pimerge.adapters.expert_parts import base_of, kind_of, parsed, parsed_with_base
+from pimerge.adapters.expert_parts import base_of, foreign_base, kind_of, parsed, parsed_with_base
+from pimerge.adapters.format import PEFT, Place
 from pimerge.adapters.fused_experts import fused
 from pimerge.adapters.kind import KINDS, Kind
 from pimerge.adapters.lora_module import Factors, LoraModule
@@ -20,7 +21,7 @@ from pimerge.checkpoints.base import Base
 from pimerge.checkpoints.dtypes import FLOATS
 from pimerge.checkpoints.safetensors_file import TensorFile, is_finite
 from pimerge.core.errors import PimergeError, Problems
-from pimerge.core.files import sha256_file
+from pimerge.core.files import json_text, sha256_bytes, sha256_file
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,6 +34,9 @@ _INTEGERS = frozenset(
 )  # buffers of a head, such as BatchNorm's num_batches_tracked
 
 
+_USUAL_FILES = ("adapter_model", "adapters", "pytorch_lora_weights")  # names that tell nothing of the adapter
+
+
 @dataclass(frozen=True)
 class Expert:
     """An adapter that has been checked; see :func:`open_expert`.
@@ -40,7 +44,7 @@ class Expert:
     Attributes:
         path: its folder, or its file if it is a single file.
         kind: the name of its kind; PEFT's name for one that can only be inspected.
-        config: the content of ``adapter_config.json``.
+        config: the content of ``adapter_config.json``, or the fields of it that another format states.
         file: its tensors.
         modules: name of each adapted module → its update ΔW; empty for a kind without ΔW.
         tensor_sets: name → tensors that are combined elementwise, for the other kinds.
@@ -49,7 +53,9 @@ class Expert:
         base_override: the base given by option in place of the one that the config names.
         strength: factor of its update, which the scalings of its modules include.
         unhandled: why it can only be inspected, not embedded, ranked, merged or tuned; empty if it is handled.
-        config_file: the file that its config was read from.
+        config_file: the file that its config was read from; None if its format has none.
+        format: the name of its file format.
+        places: name of each module → its place in the file, for formats other than PEFT's.
     """
 
     path: Path
@@ -63,7 +69,9 @@ class Expert:
     strength: float = 1.0
     tensor_sets: dict[str, TensorSet] = field(default_factory=dict)
     unhandled: str = ""
-    config_file: Path = Path("adapter_config.json")
+    config_file: Path | None = None
+    format: str = PEFT
+    places: Mapping[str, Place] = field(default_factory=dict)
 
     @property
     def folder(self) -> Path:
@@ -73,9 +81,9 @@ class Expert:
     @property
     def name(self) -> str:
         """The name of its folder or file, or of its repository if it is a snapshot in the Hub's local cache."""
-        if self.folder != self.path:
+        if self.folder != self.path and self.path.stem not in _USUAL_FILES:
             return self.path.stem
-        folder = self.path.resolve()
+        folder = self.folder.resolve()
         return folder.parents[1].name.rpartition("--")[2] if folder.parent.name == "snapshots" else folder.name
 
     @property
@@ -86,6 +94,8 @@ class Expert:
     @cached_property
     def base(self) -> Base:
         """The base model that it was trained on."""
+        if self.format != PEFT and self.base_override is None:
+            return foreign_base(self.format, self.config, self.file)
         return base_of(self.path, self.config, self.base_override)
 
     @cached_property
@@ -95,8 +105,10 @@ class Expert:
 
     @cached_property
     def config_sha256(self) -> str:
-        """SHA-256 of its config."""
-        return sha256_file(self.config_file)
+        """SHA-256 of its config; of a format without one, of what the file states in its place."""
+        return (
+            sha256_bytes(json_text(self.config).encode()) if self.config_file is None else sha256_file(self.config_file)
+        )
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -216,7 +228,12 @@ class Expert:
 
 
 def open_expert(
-    reference: str | Path, base: str | None = None, *, convert: bool = False, only_look: bool = False
+    reference: str | Path,
+    base: str | None = None,
+    *,
+    convert: bool = False,
+    only_look: bool = False,
+    config: Path | None = None,
 ) -> Expert:
     """Open an expert and check its files.
 
@@ -226,8 +243,9 @@ def open_expert(
         convert: accept what has to be converted with the base's weights (DoRA, PiSSA, OLoRA).
         only_look: also accept experts that can only be inspected, since their kind cannot be combined or needs a base
             that is not on this machine; ``unhandled`` says why.
+        config: the ``adapter_config.json`` of a single file; None for the one beside it.
     """
-    source = open_source(reference)
+    source = open_source(reference, config)
     problems = Problems()
     with problems.collected():
         expert = _checked(source, base, convert, only_look)
@@ -246,33 +264,23 @@ def _checked(source: AdapterSource, base: str | None, convert: bool, only_look: 
     strategy = None if reason else KINDS.load(kind)
     parts: Mapping[str, LoraModule | TensorSet] = {}
     head: dict[str, str] = {}
-    if strategy is not None and strategy.reads_base:
+    if strategy is not None and strategy.reads_base and source.modules is None:
         try:
             parts, head = parsed_with_base(strategy, path, config, dict(shapes), base, convert)
         except PimergeError as error:
             if not only_look or base_of(path, config, base).folder is not None:
                 raise
             reason = error.problems[0].message
-    if not parts:
+    if source.modules is not None:
+        parts = source.modules
+    elif not parts:
         parts, head = parsed("" if reason else kind, json.dumps(config), shapes, convert)
     modules = fused(
         {name: part for name, part in parts.items() if isinstance(part, LoraModule)},
         lambda: base_of(path, config, base),
     )
     tensor_sets = {name: part for name, part in parts.items() if isinstance(part, TensorSet)}
-    expert = Expert(
-        path,
-        kind,
-        config,
-        file,
-        modules,
-        head,
-        (),
-        base,
-        tensor_sets=tensor_sets,
-        unhandled=reason,
-        config_file=source.config_file,
-    )
+    expert = Expert(path, kind, config, file, modules, head, (), base, tensor_sets=tensor_sets, unhandled=reason)
     if not only_look:
         copies = {name: module for name, module in modules.items() if module.base_copy}
         if copies:
@@ -288,4 +296,10 @@ def _checked(source: AdapterSource, base: str | None, convert: bool, only_look: 
             f"it holds tensors stored as {', '.join(sorted(other))}",
             "save the adapter as F16, BF16, F32 or F64",
         )
-    return replace(expert, dtypes=tuple(sorted({dtypes[key] for key in expert.keys if key not in biases})))
+    return replace(
+        expert,
+        dtypes=tuple(sorted({dtypes[key] for key in expert.keys if key not in biases})),
+        config_file=source.config_file,
+        format=source.format,
+        places=source.places,
+    )

@@ -1,4 +1,4 @@
-"""Files in an expert's folder, and the experts in a pool."""
+"""Files in an expert's folder."""
 
 from __future__ import annotations
 
@@ -14,30 +14,14 @@ TASK = "task.json"
 _PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth", "pytorch_model.bin")
 
 
-def find_experts(pool: Path) -> list[Path]:
-    """Find the experts of a pool: every folder in it that holds an adapter, or the pool itself if it is one."""
-    if not pool.is_dir():
-        raise PimergeError(f"there is no folder '{pool}'", "name the folder that holds the experts")
-    if looks_like_expert(pool):
-        return [pool]
-    found = sorted(child for child in pool.iterdir() if not child.name.startswith(".") and looks_like_expert(child))
-    if not found and any(pool.glob("*.safetensors")):
-        raise PimergeError(
-            f"'{pool}' holds state dicts but no expert",
-            f"use them without a store: pimerge rank --target {pool}/NAME.safetensors, pimerge merge FILE FILE",
-        )
-    if not found:
-        raise PimergeError(
-            f"'{pool}' holds no expert",
-            f"expected folders with {CONFIG} and {WEIGHTS}, as PEFT's save_pretrained writes them",
-        )
-    return found
-
-
 def looks_like_expert(folder: Path) -> bool:
     """Whether a folder holds an adapter's config or weights."""
-    names = (CONFIG, WEIGHTS, WEIGHTS + INDEX, *_PICKLES[:3])
-    return folder.is_dir() and any((folder / name).exists() for name in names)
+    return folder.is_dir() and ((folder / CONFIG).exists() or has_weights(folder))
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether a folder holds the weights of an adapter under PEFT's names."""
+    return any((folder / name).exists() for name in (WEIGHTS, WEIGHTS + INDEX, *_PICKLES[:3]))
 
 
 def tensors_of(path: Path) -> TensorFile:

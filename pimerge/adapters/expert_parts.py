@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from pimerge.adapters import unhandled
+from pimerge.adapters.format import FORMATS
 from pimerge.adapters.kind import KINDS, AdapterHeader, Kind, Parts
 from pimerge.checkpoints.base import Base, find_base, given_base
+from pimerge.checkpoints.safetensors_file import TensorFile
 from pimerge.core.errors import PimergeError
 
 
@@ -45,6 +47,18 @@ def base_of(path: Path, config: dict[str, Any], override: str | None) -> Base:
     return find_base(config.get("base_model_name_or_path"), config.get("revision"), path)
 
 
+def foreign_base(format_name: str, config: Mapping[str, Any], file: TensorFile) -> Base:
+    """The base that a file of another format than PEFT's states; a Base without a name if it states none.
+
+    Such a name describes an architecture or a repository; the base itself is not needed to merge.
+    """
+    name = config.get("base_model_name_or_path") or FORMATS.load(format_name).base(file.metadata)
+    try:
+        return find_base(name, None, file.path.parent)
+    except PimergeError:
+        return Base(name, None, None)
+
+
 def kind_of(config: dict[str, Any]) -> tuple[str, str]:
     """The kind in a config, and why it can only be inspected; empty if it is handled."""
     peft_type = str(config.get("peft_type"))
@@ -53,6 +67,11 @@ def kind_of(config: dict[str, Any]) -> tuple[str, str]:
         return kind, ""
     if reason := unhandled.why_unhandled(peft_type):
         return peft_type.lower(), reason
+    if not config.get("peft_type"):
+        raise PimergeError(
+            "adapter_config.json has no peft_type",
+            "if PEFT wrote the tensors, add what is missing; a LoRA has peft_type LORA, r and lora_alpha",
+        )
     raise PimergeError(
         f"its peft_type is '{peft_type}', which is not handled", f"pimerge reads the kinds: {', '.join(KINDS.names())}"
     )

@@ -61,6 +61,7 @@ class LoraModule:
         base_copy: key of a copy of the base's weight, which PEFT saves beside an embedding's factors; None if there is
             no copy.
         parameter: the bare parameter or the matrix in it that is adapted; None for a layer.
+        bias_factor: factor of the stored bias: scaling · bias_factor · bias is the update of the layer's bias.
     """
 
     is_computed: ClassVar[bool] = False
@@ -82,6 +83,7 @@ class LoraModule:
     conversions: tuple[str, ...] = ()
     base_copy: str | None = None
     parameter: BareParameter | None = None
+    bias_factor: float = 1.0
 
     @property
     def full_rank(self) -> int:
@@ -129,9 +131,13 @@ class LoraModule:
     def factors(self, read: Callable[[str], Tensor]) -> Factors:
         """Read its factors in the common layout; ``read`` reads the tensor of a key."""
         A, B = read(self.A), read(self.B)
-        return Factors(
-            A.reshape(A.shape[0], -1), B.reshape(B.shape[0], -1), self.scaling, read(self.bias) if self.bias else None
-        )
+        return Factors(A.reshape(A.shape[0], -1), B.reshape(B.shape[0], -1), self.scaling, self.read_bias(read))
+
+    def read_bias(self, read: Callable[[str], Tensor]) -> Tensor | None:
+        """Read its bias, which the scaling multiplies; None without one."""
+        if self.bias is None:
+            return None
+        return read(self.bias) if self.bias_factor == 1 else read(self.bias).double() * self.bias_factor
 
 
 @dataclass(frozen=True)

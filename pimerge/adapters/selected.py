@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pimerge.adapters.expert import Expert, open_expert
-from pimerge.adapters.expert_files import CONFIG, TASK, find_experts
+from pimerge.adapters.expert_files import CONFIG, TASK
 from pimerge.adapters.hub import is_hub_reference
+from pimerge.adapters.pool import find_experts
 from pimerge.adapters.ranking_document import Ranking, open_ranked, read_ranking
+from pimerge.adapters.source import adapter_files
 from pimerge.checkpoints.base import Base, given_base
 from pimerge.core.errors import PimergeError, Problems
 from pimerge.tasks.task import Task, open_task
@@ -162,24 +164,24 @@ def _target(
     if target is None:
         return (None, None) if ranking is None else _ranked_target(ranking, ranking_path, base)
     if isinstance(target, Expert | Task):
-        return (target, target.path) if isinstance(target, Expert) else (None, None)
+        return (target, target.folder) if isinstance(target, Expert) else (None, None)
     if ranking is not None and target == ranking.target.name and not Path(target).is_dir():
         return _ranked_target(ranking, ranking_path, base)
     path = Path(target)
     path = path.parent if path.is_file() and path.name == TASK else path
-    if path.is_dir() and not (path / CONFIG).is_file():
+    if path.is_dir() and not (path / CONFIG).is_file() and not adapter_files(path):
         if not (path / TASK).is_file():
             raise PimergeError(f"'{path}' is neither an expert nor a task", "expected adapter_config.json or task.json")
         return None, path
     own = open_expert(target if not path.is_dir() else path, base, convert=convert)
-    return own, own.path
+    return own, own.folder
 
 
 def _ranked_target(ranking: Ranking, ranking_path: Path, base: str | None) -> tuple[Expert | None, Path]:
     """The target of a ranking; a target that has changed since is refused."""
     if ranking.target.expert:
         own = open_ranked(ranking.target, ranking_path, base)
-        return own, own.path
+        return own, own.folder
     folder = ranking_path.parent / ranking.target.path
     if not _is_ranked(ranking, None, folder):
         raise PimergeError(
@@ -203,7 +205,7 @@ def pool_members(references: list[str]) -> list[str | Path]:
     """The experts of every pool, in order; a Hub id is an expert itself."""
     found: list[str | Path] = []
     for reference in references:
-        if not Path(reference).is_dir() and is_hub_reference(reference):
+        if not Path(reference).is_dir() and (is_hub_reference(reference) or Path(reference).is_file()):
             found.append(reference)
         else:
             found += find_experts(Path(reference))

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pimerge.adapters.expert_files import CONFIG, WEIGHTS, looks_like_expert, tensors_of
+from pimerge.adapters.expert_files import CONFIG, WEIGHTS, has_weights, looks_like_expert, tensors_of
+from pimerge.adapters.format import FORMATS, PEFT, Format, Place
+from pimerge.adapters.formats._keys import summarised
 from pimerge.adapters.hub import download, is_hub_reference
+from pimerge.adapters.lora_module import LoraModule
+from pimerge.adapters.other_writers import refuse_other_writers
+from pimerge.checkpoints.adapter_keys import adapter_keys
 from pimerge.checkpoints.safetensors_file import TensorFile, open_tensors
 from pimerge.core.errors import PimergeError, Problems
 from pimerge.core.files import read_json
+
+SUFFIX = ".safetensors"
 
 
 @dataclass(frozen=True)
@@ -21,15 +28,21 @@ class AdapterSource:
 
     Attributes:
         path: its folder, or its file if it is a single file.
-        config: the content of ``adapter_config.json``.
-        file: its tensors, under the keys that PEFT writes.
-        config_file: the file that the config was read from.
+        config: the content of PEFT's ``adapter_config.json``, or the fields of it that another format states.
+        file: its tensors, under the keys that PEFT gives them.
+        format: the name of its format.
+        config_file: the file that the config was read from; None if the format needs none.
+        modules: name → update; None if the kind in the config says how to read the tensors.
+        places: name → place in the file, for formats other than PEFT's.
     """
 
     path: Path
     config: dict[str, Any]
     file: TensorFile
-    config_file: Path
+    format: str = PEFT
+    config_file: Path | None = None
+    modules: Mapping[str, LoraModule] | None = None
+    places: Mapping[str, Place] = field(default_factory=dict)
 
 
 def open_source(reference: str | Path, config: Path | None = None) -> AdapterSource:
@@ -43,44 +56,115 @@ def open_source(reference: str | Path, config: Path | None = None) -> AdapterSou
     if os.path.isfile(path):  # unlike Path.is_file, False for an invalid name
         return _open_file(path, config)
     if os.path.isdir(path):
+        return _open_folder(path)
+    if isinstance(reference, str) and is_hub_reference(reference):
+        return _open_folder(download(reference))
+    raise PimergeError(f"there is no expert '{reference}'", "expected a folder, a file or a Hub id (org/name@revision)")
+
+
+def is_adapter_file(path: str | Path) -> bool:
+    """Whether a path is a safetensors file with the tensors of an adapter, in any format."""
+    if not (str(path).endswith(SUFFIX) and os.path.isfile(path)):
+        return False
+    try:
+        return bool(adapter_keys(open_tensors(Path(path)).entries))
+    except PimergeError:  # reported when it is opened
+        return False
+
+
+def adapter_files(folder: Path) -> list[Path]:
+    """The adapters in a folder that are single files, in alphabetical order."""
+    return sorted(path for path in folder.glob(f"*{SUFFIX}") if not path.name.startswith(".") and is_adapter_file(path))
+
+
+def _open_folder(path: Path) -> AdapterSource:
+    """Open a folder of PEFT or mlx-lm, or a folder that holds one file of another format."""
+    config_file = path / CONFIG
+    refuse_other_writers(path)
+    if not has_weights(path):
+        files = adapter_files(path)
+        if len(files) == 1:
+            return _as_folder(_open_file(files[0], None))
+        if len(files) > 1:
+            listed = ", ".join(map(str, files[:5]))
+            raise PimergeError(f"'{path}' holds {len(files)} adapters, each in a file", f"name one of them: {listed}")
         if not looks_like_expert(path):
             raise _not_an_expert(path)
-    elif isinstance(reference, str) and is_hub_reference(reference):
-        path = download(reference)
-    else:
-        raise PimergeError(f"there is no expert '{reference}'", "expected a folder or a Hub id (org/name@revision)")
-    return _read(path, config or path / CONFIG, lambda: tensors_of(path))
+    config, file = _read(path, config_file, lambda: tensors_of(path))
+    return AdapterSource(path, config, file, config_file=config_file)
 
 
-def _open_file(path: Path, config: Path | None) -> AdapterSource:
-    """Open a single file; ``adapter_model.safetensors`` beside its config stands for its folder."""
+def _as_folder(source: AdapterSource) -> AdapterSource:
+    """The only adapter of a folder goes by the folder's name."""
+    return AdapterSource(**vars(source) | {"path": source.file.path.parent})
+
+
+def _open_file(path: Path, given: Path | None) -> AdapterSource:
+    """Open a single file; the usual file of a format beside its config stands for its folder."""
+    if path.suffix != SUFFIX:
+        refuse_other_writers(path)
+        raise PimergeError(f"'{path}' is a file, expected the folder of an expert or a {SUFFIX} file")
     beside = path.with_name(CONFIG)
-    if path.suffix != ".safetensors":
-        raise PimergeError(f"'{path}' is a file, expected the folder of an expert or a .safetensors file")
-    if config is None and not beside.is_file():
+    config_file = given or (beside if beside.is_file() else None)
+    config, file = _read(path, config_file, lambda: open_tensors(path))
+    format_ = _format_of(path, file, has_config="peft_type" in config)
+    if format_.needs_config and config_file is None:
         raise PimergeError(
-            f"'{path}' holds the tensors of an adapter, but no {CONFIG} is beside it, which states the scaling alpha",
-            f"copy its {CONFIG} into the folder",
+            f"'{path}' holds factors as {format_.tool.partition(',')[0]} writes them, whose scaling alpha is in an "
+            f"{CONFIG}, and none is beside it",
+            "pass it with --config FILE, or copy it into the folder; or name the folder that holds both",
         )
-    if path.name == WEIGHTS and config is None:
-        return _read(path.parent, beside, lambda: open_tensors(path))
-    return _read(path, config or beside, lambda: open_tensors(path))
+    if not format_.needs_config:
+        config_file = None
+    problems = Problems()
+    with problems.collected():
+        content = format_.read(file, config)
+        stands_for_folder = format_.needs_config and path.name == format_.file_name and given is None
+        return AdapterSource(
+            path.parent if stands_for_folder else path,
+            content.config,
+            content.file,
+            format_.name,
+            config_file,
+            content.modules,
+            content.places,
+        )
+    problems.raise_any(f"the adapter '{path}' cannot be read")
+    raise AssertionError("unreachable: a problem was raised")
 
 
-def _read(path: Path, config_file: Path, tensors: Callable[[], TensorFile]) -> AdapterSource:
+def _format_of(path: Path, file: TensorFile, *, has_config: bool) -> Format:
+    """The format of a file by its keys."""
+    own = adapter_keys(file.entries)
+    if not own and not has_config:
+        raise PimergeError(
+            f"'{path}' is a plain state dict, not an adapter: it has keys such as '{next(iter(file.entries), '')}'",
+            "name the folder of an adapter; only 'pimerge merge' and 'pimerge rank' take state dicts",
+        )
+    keys = summarised(file.entries, has_config=has_config)
+    found = next((each for each in FORMATS if each.recognises(keys)), None)
+    if found is None:
+        raise PimergeError(
+            f"'{path}' holds factors such as '{(own or list(file.entries))[0]}', in no format that pimerge reads",
+            f"pimerge reads the formats: {', '.join(FORMATS.names())}",
+        )
+    return found
+
+
+def _read(path: Path, config_file: Path | None, tensors: Callable[[], TensorFile]) -> tuple[dict[str, Any], TensorFile]:
     """Read the config and open the tensors; problems of both are raised at once."""
     problems = Problems()
     config: Any = {}
     file = None
     with problems.collected():
-        config = read_json(config_file)
+        config = {} if config_file is None else read_json(config_file)
         if not isinstance(config, dict):
             raise PimergeError(f"'{config_file}' is not a JSON object", "save the adapter again with PEFT")
     with problems.collected():
         file = tensors()
     problems.raise_any(f"the expert '{path}' has several problems")
     assert file is not None
-    return AdapterSource(path, config, file, config_file)
+    return config, file
 
 
 def _not_an_expert(path: Path) -> PimergeError:

@@ -38,6 +38,11 @@ class Base:
         return _content(self.folder.resolve())
 
     @property
+    def is_known(self) -> bool:
+        """Whether it has a name; the files of some formats name no base."""
+        return bool(self.name)
+
+    @property
     def source(self) -> str:
         """The folder if there is one, else the Hub id, as transformers loads it."""
         return str(self.folder or self.name)

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from pimerge.adapters.expert import open_expert
-from pimerge.adapters.expert_files import find_experts
+from pimerge.adapters.pool import find_experts
 from pimerge.checkpoints.safetensors_file import TensorFile
 from pimerge.core.errors import PimergeError
 from pimerge.core.files import sha256_bytes
@@ -244,7 +244,7 @@ def test_a_single_file_is_read_with_the_config_beside_it_and_refused_without(fol
     assert (single.name, single.folder, single.sha256) == ("renamed", folder, whole.sha256)
     assert single.modules == whole.modules
     (folder / CONFIG).unlink()
-    with pytest.raises(PimergeError, match="states the scaling alpha"):
+    with pytest.raises(PimergeError, match=r"whose scaling alpha is in an adapter_config.json, and none is beside it"):
         open_expert(renamed)
 
 

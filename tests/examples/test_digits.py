@@ -15,7 +15,7 @@ from sklearn.datasets import load_digits
 
 from pimerge.adapters.compatibility import check_expert
 from pimerge.adapters.expert import open_expert
-from pimerge.adapters.expert_files import find_experts
+from pimerge.adapters.pool import find_experts
 from pimerge.embedding.embed_expert import embed_expert
 from pimerge.embedding.store import Store
 from pimerge.embedding.store_schema import EmbedSettings

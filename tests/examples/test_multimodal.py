@@ -18,7 +18,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from examples.multimodal import make
 from pimerge.adapters.expert import open_expert
-from pimerge.adapters.expert_files import find_experts
+from pimerge.adapters.pool import find_experts
 from pimerge.tasks.task import open_task
 
 MULTIMODAL = Path(make.__file__).parent

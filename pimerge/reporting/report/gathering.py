@@ -89,7 +89,7 @@ def _pool(folder: Path) -> Section:
     section = Section(name="pool", title="The pool")
     store = _store(folder, section)
     if (folder / POOL).is_dir():
-        from pimerge.adapters.expert_files import find_experts
+        from pimerge.adapters.pool import find_experts
         from pimerge.reporting.inspection import inspect
 
         try:

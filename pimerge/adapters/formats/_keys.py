@@ -1,0 +1,113 @@
+"""The endings of keys in all formats, and the tensors of a file grouped by module."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from pimerge.adapters.format import Ending, KeySummary
+
+DOWN_UP = Ending(
+    "down-up", {"A": ".lora_down.weight", "B": ".lora_up.weight", "mid": ".lora_mid.weight", "bias": ".lora_up.bias"}
+)
+A_B = Ending("A-B", {"A": ".lora_A.weight", "B": ".lora_B.weight", "bias": ".lora_B.bias"})
+A_B_DEFAULT = Ending("A-B default", {"A": ".lora_A.default.weight", "B": ".lora_B.default.weight"})
+BARE = Ending("A-B bare", {"A": ".lora_A", "B": ".lora_B"})
+LORA_LAYER = Ending("lora layer", {"A": ".lora.down.weight", "B": ".lora.up.weight"})
+ATTENTION_PROCESSOR = Ending("attention processor", {"A": "_lora.down.weight", "B": "_lora.up.weight"})
+LINEAR_LAYER = Ending("linear layer", {"A": ".lora_linear_layer.down.weight", "B": ".lora_linear_layer.up.weight"})
+TRANSPOSED = Ending("transposed", {"A": ".lora_a", "B": ".lora_b"}, transposed=True)
+ENDINGS = (DOWN_UP, A_B, A_B_DEFAULT, BARE, LORA_LAYER, ATTENTION_PROCESSOR, LINEAR_LAYER, TRANSPOSED)
+
+HADAMARD = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
+KRONECKER = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
+WHOLE = ("diff", "w_norm")  # ΔW itself, of a layer or of a norm
+BIASES = ("diff_b", "b_norm")  # the update of a bias, which no alpha scales
+_DORA = "DoRA rescales the base's weights, which this file does not hold"
+_ROTATION = "it multiplies the base's weights by an orthogonal matrix, which is not an update that can be added"
+_OF_THE_BASE = "its update depends on the base's weights, which this file does not hold"
+REFUSED = {
+    "dora_scale": _DORA,
+    "lora_magnitude_vector": _DORA,
+    "lora_magnitude_vector.weight": _DORA,
+    "m": _DORA,
+    "set_weight": "it replaces the base's weight instead of changing it",
+    "reshape_weight": "it changes the shape of the base's weight",
+    "a1.weight": _OF_THE_BASE,
+    "a2.weight": _OF_THE_BASE,
+    "b1.weight": _OF_THE_BASE,
+    "b2.weight": _OF_THE_BASE,
+    "bm.weight": _OF_THE_BASE,
+    "on_input": _OF_THE_BASE,
+    "oft_blocks": _ROTATION,
+    "oft_diag": _ROTATION,
+    "rescale": _ROTATION,
+    "lora_a_scales": "its factors are quantised",
+    "lora_b_scales": "its factors are quantised",
+}
+"""Slots whose update the file alone does not determine, and why."""
+_PLAIN = ("alpha", *HADAMARD, *KRONECKER, *WHOLE, *BIASES, *REFUSED)
+_PLACES = sorted(
+    [
+        *((text, slot, ending) for ending in ENDINGS for slot, text in ending.slots.items()),
+        *((f".{slot}", slot, None) for slot in _PLAIN),
+    ],
+    key=lambda place: -len(place[0]),  # of several endings that fit, the longest
+)
+_TEXTS = tuple(text for text, _, _ in _PLACES)
+
+
+@dataclass
+class Group:
+    """The tensors of one module: slot → key, and the ending of its factors if it has any."""
+
+    stem: str
+    keys: dict[str, str] = field(default_factory=dict)
+    ending: Ending | None = None
+
+
+def grouped(keys: Iterable[str]) -> tuple[dict[str, Group], list[str]]:
+    """Group keys by stem; also the keys without a known ending, and those of a slot that is there already.
+
+    >>> groups, unknown = grouped(["q.lora_down.weight", "q.alpha", "q.other"])
+    >>> groups["q"].keys, groups["q"].ending.name, unknown
+    ({'A': 'q.lora_down.weight', 'alpha': 'q.alpha'}, 'down-up', ['q.other'])
+    """
+    groups: dict[str, Group] = {}
+    unknown = []
+    for key in keys:
+        if not key.endswith(_TEXTS):
+            unknown.append(key)
+            continue
+        text, slot, ending = next(place for place in _PLACES if key.endswith(place[0]))
+        stem = key[: -len(text)]
+        group = groups.setdefault(stem, Group(stem))
+        if slot in group.keys or (ending and group.ending not in (None, ending)):
+            unknown.append(key)
+            continue
+        group.keys[slot] = key
+        group.ending = ending or group.ending
+    return groups, unknown
+
+
+def summarised(keys: Iterable[str], *, has_config: bool) -> KeySummary:
+    """What tells the format of a file with these keys."""
+    given = list(keys)
+    groups, _ = grouped(given)
+    return KeySummary(
+        given,
+        frozenset(groups),
+        frozenset(group.ending.name for group in groups.values() if group.ending),
+        frozenset(slot for group in groups.values() for slot in group.keys) - {"A", "B", "mid", "bias"},
+        has_config,
+    )
+
+
+def shown(names: Mapping[str, object] | list[str]) -> str:
+    """The first few names of many, for a message.
+
+    >>> shown(["a", "b", "c", "d"])
+    'a, b, c and 1 more'
+    """
+    listed = list(names)
+    return ", ".join(listed[:3]) + (f" and {len(listed) - 3} more" if len(listed) > 3 else "")

@@ -1,0 +1,84 @@
+"""mlx-lm: LoRA with transposed factors in ``adapters.safetensors`` and its scale in ``adapter_config.json``.
+
+ΔW = (scale · bᵀ) aᵀ with a (d_in × r) and b (r × d_out) (``LoRALinear.fuse`` in ``mlx_lm/tuner/lora.py``); the scale is
+the same in every module. Early versions divided by the rank: scale · alpha / rank.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from pimerge.adapters.format import Content, Format, ForWriting, KeySummary
+from pimerge.adapters.formats._keys import TRANSPOSED
+from pimerge.adapters.formats._metadata import carried
+from pimerge.adapters.formats._modules import ModuleReading, read_modules
+from pimerge.checkpoints.safetensors_file import TensorFile
+from pimerge.core.errors import PimergeError
+
+_PLAIN = (None, "lora")
+_LAYER = re.compile(r".*\.(?:layers|h|blocks)\.\d+\.(?P<inside>.+)")
+
+
+def _recognises(keys: KeySummary) -> bool:
+    return TRANSPOSED.name in keys.endings
+
+
+def _read(file: TensorFile, config: Mapping[str, Any] | None) -> Content:
+    assert config is not None
+    if config.get("fine_tune_type") not in _PLAIN:
+        raise PimergeError(
+            f"adapter_config.json states fine_tune_type '{config['fine_tune_type']}', which needs the base's weights",
+            "fuse it into its base with mlx_lm.fuse, and merge full checkpoints with --base",
+        )
+    parameters = config.get("lora_parameters")
+    parameters = config if parameters is None else parameters
+    scale = parameters.get("scale") if isinstance(parameters, dict) else None
+    if isinstance(scale, bool) or not isinstance(scale, int | float):
+        raise PimergeError(
+            "adapter_config.json has no number lora_parameters.scale, so the scaling is unknown",
+            "expected the adapter_config.json that mlx-lm wrote with it",
+        )
+    stated = parameters.get("alpha")
+
+    def alpha(name: str, rank: int) -> float:
+        return scale * (rank if stated is None else stated)
+
+    return read_modules(file, ModuleReading(TRANSPOSED, alpha), {"base_model_name_or_path": config.get("model")})
+
+
+def _documents(writing: ForWriting) -> dict[str, Any]:
+    first = dict(writing.configs[0])
+    inside = {match["inside"] if (match := _LAYER.fullmatch(name)) else name for name in writing.ranks}
+    counts = [count for config in writing.configs if isinstance(count := config.get("num_layers"), int) and count > 0]
+    layers = max(counts) if len(counts) == len(writing.configs) else -1  # -1: all layers
+    parameters = {
+        "rank": max(writing.ranks.values()),
+        "scale": 1.0,
+        "dropout": 0.0,
+        "keys": sorted(inside),
+    }
+    return {"adapter_config.json": {**first, "num_layers": layers, "lora_parameters": parameters}}
+
+
+def _metadata(writing: ForWriting) -> dict[str, str]:
+    return carried(writing.metadata)
+
+
+FORMAT = Format(
+    name="mlx",
+    summary="LoRA of mlx-lm, with its adapter_config.json.",
+    tool="ml-explore/mlx-lm",
+    keys="model.layers.0.self_attn.q_proj.lora_a, .lora_b",
+    rule="lora_parameters.scale of adapter_config.json",
+    naming="transformers",
+    recognises=_recognises,
+    read=_read,
+    needs_config=True,
+    ending=TRANSPOSED,
+    one_rank=True,
+    metadata=_metadata,
+    documents=_documents,
+    file_name="adapters.safetensors",
+)
