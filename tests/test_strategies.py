@@ -16,6 +16,7 @@ from tests.support.cli import SLOW, printed
 
 PACKAGE = Path(pimerge.__file__).parent
 FAMILIES = {
+    "pimerge.adapters.formats": "pimerge.adapters.format.FORMATS",
     "pimerge.adapters.kinds": "pimerge.adapters.kind.KINDS",
     "pimerge.tasks.types": "pimerge.tasks.task_type.TASK_TYPES",
     "pimerge.tasks.metrics": "pimerge.tasks.metric.METRICS",
@@ -24,8 +25,8 @@ FAMILIES = {
     "pimerge.ranking.measures": "pimerge.ranking.measure.MEASURES",
     "pimerge.reporting.figures": "pimerge.reporting.figure.FIGURES",
 }
-OTHER_MEANINGS = {"prompt", "fisher", "marginals", "experts", "history", "delta", "likelihood", "loss"}
-"""Also a field of a task, of a log, what a measure needs, a space of merging, a way of scoring."""
+OTHER_MEANINGS = {"prompt", "fisher", "marginals", "experts", "history", "delta", "likelihood", "loss", "diffusers"}
+"""Also a field of a task, of a log, what a measure needs, a space of merging, a way of scoring, a library."""
 
 
 def family_of(package: str) -> Family[Any]:

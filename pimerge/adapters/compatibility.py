@@ -10,6 +10,7 @@ import numpy as np
 
 from pimerge.adapters.expert import Expert
 from pimerge.adapters.fused_experts import layers_beside_stacks
+from pimerge.adapters.lora_module import FLATTENED
 from pimerge.core.errors import PimergeError, Problems
 from pimerge.tasks.task import Task, open_task
 
@@ -78,7 +79,7 @@ def require_alike(experts: Sequence[Expert]) -> None:
         for name, module in expert.modules.items():
             form = (module.layer, module.d_out, module.d_in, module.shape_A[2:])
             _, owner, known = shapes.setdefault(name, (name, expert, form))
-            if known != form:
+            if known != form and not (FLATTENED in (form[0], known[0]) and known[1:3] == form[1:3]):
                 problems.add(
                     f"module '{name}': ΔW is {module.d_out} × {module.d_in} ({module.layer}) in '{expert.name}', "
                     f"{known[1]} × {known[2]} ({known[0]}) in '{owner.name}'",

@@ -281,21 +281,18 @@ def _checked(source: AdapterSource, base: str | None, convert: bool, only_look: 
     )
     tensor_sets = {name: part for name, part in parts.items() if isinstance(part, TensorSet)}
     expert = Expert(path, kind, config, file, modules, head, (), base, tensor_sets=tensor_sets, unhandled=reason)
-    if not only_look:
-        copies = {name: module for name, module in modules.items() if module.base_copy}
-        if copies:
-            from pimerge.adapters.base_weights import require_same_base  # imports torch
+    copies = {} if only_look else {name: module for name, module in modules.items() if module.base_copy}
+    if copies:
+        from pimerge.adapters.base_weights import require_same_base  # imports torch
 
-            require_same_base(expert.base, copies, expert.tensor, fan_in_fan_out=bool(config.get("fan_in_fan_out")))
+        require_same_base(expert.base, copies, expert.tensor, fan_in_fan_out=bool(config.get("fan_in_fan_out")))
     dtypes = {key: entry.dtype for key, entry in file.entries.items()}
     biases = {module.bias for module in modules.values() if module.bias}
     used = {dtypes[key] for key in expert.keys}
     other = used - _FLOATS | {dtypes[key] for key in head.values()} - _FLOATS - _INTEGERS
     if other and not reason:
-        raise PimergeError(
-            f"it holds tensors stored as {', '.join(sorted(other))}",
-            "save the adapter as F16, BF16, F32 or F64",
-        )
+        found = ", ".join(sorted(other))
+        raise PimergeError(f"it holds tensors stored as {found}", "save the adapter as F16, BF16, F32 or F64")
     return replace(
         expert,
         dtypes=tuple(sorted({dtypes[key] for key in expert.keys if key not in biases})),

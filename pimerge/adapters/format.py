@@ -37,6 +37,7 @@ class Place:
         stem: its keys without their endings.
         ending: how its factors are named, and will be when it is written.
         whole: the slot that holds its update itself, not factors: ``diff``, ``w_norm`` or ``diff_b``; else empty.
+        product: ``hada`` or ``lokr`` for a module of LoHa or LoKr, else empty.
         bias: the slot that holds the update of its bias, ``diff_b``, ``b_norm`` or ``bias``; empty without one.
         has_alpha: whether the file states its alpha.
     """
@@ -44,6 +45,7 @@ class Place:
     stem: str
     ending: Ending
     whole: str = ""
+    product: str = ""
     bias: str = ""
     has_alpha: bool = False
 
@@ -105,6 +107,13 @@ class ForWriting:
     configs: Sequence[Mapping[str, Any]]
 
 
+LOAD_FILE = """
+from safetensors.torch import load_file
+
+tensors = load_file("path/to/this/folder/{file}")
+"""
+
+
 def _no_metadata(writing: ForWriting) -> dict[str, str]:
     return {}
 
@@ -132,6 +141,7 @@ class Format(Strategy):
         metadata: the ``__metadata__`` of a merged file.
         documents: name → content of JSON files beside a merged file.
         file_name: name of the file in a folder; empty for the name of the first source.
+        loading: Python code that loads a result from its folder, with places for ``file`` and ``base``.
         base: metadata → the base model, as far as the file tells; empty if it does not.
     """
 
@@ -149,6 +159,7 @@ class Format(Strategy):
     metadata: Callable[[ForWriting], dict[str, str]] = _no_metadata
     documents: Callable[[ForWriting], dict[str, Any]] = _no_documents
     file_name: str = ""
+    loading: str = LOAD_FILE
     base: Callable[[Mapping[str, str]], str] = lambda metadata: ""
 
 

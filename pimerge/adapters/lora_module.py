@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+FLATTENED = "flattened"
+"""The layer of a module whose file does not tell whether it is a convolution, whose kernel is then part of d_in."""
 DORA, PISSA, OLORA = "DoRA", "PiSSA", "OLoRA"
 """The variants of LoRA that are converted with the base's weights."""
 
@@ -54,7 +56,8 @@ class LoraModule:
         name: the module's full name in the base model.
         A, B, bias: keys of the tensors; ``bias`` is None without ``lora_bias``.
         scaling: s = alpha / r, or alpha / √r with rsLoRA.
-        layer: ``linear``, ``embedding`` or ``conv``; for a matrix of a stacked parameter, how many it stacks.
+        layer: ``linear``, ``embedding``, ``conv`` or :data:`FLATTENED`; for a matrix of a stacked parameter, how many
+            it stacks.
         shape_A, shape_B: shapes as stored.
         magnitude: key of DoRA's magnitudes; None for other variants.
         conversions: the variants from which it has to be converted: ``PiSSA``, ``OLoRA``, ``DoRA``.

@@ -9,6 +9,7 @@ from typing import Any
 
 CARD_FILE = "README.md"
 UNKNOWN = "not stated"
+_LIBRARIES = ("peft", "diffusers", "mlx")  # that load adapters, as the Hub names them
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def card(
     """Compose a README.md.
 
     Args:
-        base: name of the base model.
+        base: name of the base model; empty if it is unknown.
         summary: one line on the method, with its source.
         truncation: the truncation error, as a sentence.
         loading: Python code that loads the result.
@@ -71,8 +72,8 @@ def card(
 
     known = {source.licence for source in sources}
     front = ModelCardData(
-        base_model=base,
-        library_name="peft" if kind else "transformers",
+        base_model=base or None,
+        library_name=next((name for name in _LIBRARIES if name in loading), None) if kind else "transformers",
         license=known.pop() if len(known) == 1 and UNKNOWN not in known else None,
         tags=["merge", "pimerge", *([kind] if kind else [])],
     )
@@ -85,10 +86,10 @@ def card(
 {front.to_yaml()}
 ---
 
-# {base.rpartition("/")[2]}, merged by {method}
+# {base.rpartition("/")[2] or "Adapter"}, merged by {method}
 
 {"An adapter" if kind else "A model"} merged from {len(sources)} {"expert" if len(sources) == 1 else "experts"} \
-for the base `{base}` by pimerge.
+{f"for the base `{base}` " if base else ""}by pimerge.
 
 | source | weight | licence | SHA-256 of its tensors |
 | --- | --- | --- | --- |

@@ -14,7 +14,7 @@ from pimerge.adapters.formats._keys import summarised
 from pimerge.adapters.hub import download, is_hub_reference
 from pimerge.adapters.lora_module import LoraModule
 from pimerge.adapters.other_writers import refuse_other_writers
-from pimerge.checkpoints.adapter_keys import adapter_keys
+from pimerge.checkpoints.adapter_keys import adapter_keys, is_adapter_file
 from pimerge.checkpoints.safetensors_file import TensorFile, open_tensors
 from pimerge.core.errors import PimergeError, Problems
 from pimerge.core.files import read_json
@@ -60,16 +60,6 @@ def open_source(reference: str | Path, config: Path | None = None) -> AdapterSou
     if isinstance(reference, str) and is_hub_reference(reference):
         return _open_folder(download(reference))
     raise PimergeError(f"there is no expert '{reference}'", "expected a folder, a file or a Hub id (org/name@revision)")
-
-
-def is_adapter_file(path: str | Path) -> bool:
-    """Whether a path is a safetensors file with the tensors of an adapter, in any format."""
-    if not (str(path).endswith(SUFFIX) and os.path.isfile(path)):
-        return False
-    try:
-        return bool(adapter_keys(open_tensors(Path(path)).entries))
-    except PimergeError:  # reported when it is opened
-        return False
 
 
 def adapter_files(folder: Path) -> list[Path]:

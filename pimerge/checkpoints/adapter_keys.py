@@ -6,8 +6,13 @@ file with such keys is never taken for a plain state dict.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable
+from pathlib import Path
+
+from pimerge.checkpoints.safetensors_file import open_tensors
+from pimerge.core.errors import PimergeError
 
 _ADAPTER_KEY = re.compile(
     r"(^|\.)lora_(embedding_)?[AaBb](\.|$)"  # PEFT, diffusers, MLX
@@ -26,3 +31,17 @@ def adapter_keys(keys: Iterable[str]) -> list[str]:
     ['unet.q.lora_A.weight', 'lora_unet_q.alpha']
     """
     return [key for key in keys if _ADAPTER_KEY.search(key)]
+
+
+def is_adapter_file(path: str | Path) -> bool:
+    """Whether a path is a safetensors file with the tensors of an adapter.
+
+    >>> is_adapter_file("no/such.safetensors")
+    False
+    """
+    if not (str(path).endswith(".safetensors") and os.path.isfile(path)):
+        return False
+    try:
+        return bool(adapter_keys(open_tensors(Path(path)).entries))
+    except PimergeError:  # a damaged file is reported when it is opened
+        return False

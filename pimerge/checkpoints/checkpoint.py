@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pimerge.checkpoints.adapter_keys import adapter_keys, is_adapter_file
 from pimerge.checkpoints.dtypes import FLOATS
 from pimerge.checkpoints.safetensors_file import Entry, TensorFile, open_tensors
 from pimerge.core.errors import PimergeError, Problems
@@ -78,12 +79,12 @@ class Checkpoint:
 
 
 def is_state_dict(path: str | Path) -> bool:
-    """Whether a path is a single file of tensors.
+    """Whether a path is a single file of tensors that are weights, not the factors of an adapter.
 
     >>> is_state_dict("no/such.safetensors")
     False
     """
-    return str(path).endswith(".safetensors") and os.path.isfile(path)
+    return str(path).endswith(".safetensors") and os.path.isfile(path) and not is_adapter_file(path)
 
 
 def is_checkpoint(path: str | Path) -> bool:
@@ -134,7 +135,12 @@ def _open_folder(path: Path) -> Checkpoint:
 
 
 def require_weights(checkpoint: Checkpoint) -> None:
-    """Refuse a checkpoint with quantised weights."""
+    """Refuse a checkpoint with quantised weights, or with factors of an adapter beside its weights."""
+    if factors := adapter_keys(checkpoint.home):
+        raise PimergeError(
+            f"the checkpoint '{checkpoint.path}' holds factors of an adapter, such as '{factors[0]}'",
+            "merge them into its weights first, with PEFT's merge_and_unload, and save it again",
+        )
     method = checkpoint.config.get("quantization_config")
     shown = [f"quantization_config in {CONFIG}"] if method else []
     for key in checkpoint.home:

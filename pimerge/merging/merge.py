@@ -143,6 +143,8 @@ def merge(
     if written is not None:
         require_absent(written, force)
     merged = _checked(request, opened)
+    if written is not None:
+        merged.require_output_fits()
     if not dry_run:
         merged.check()
     if written is not None:
@@ -158,7 +160,10 @@ def _checked(request: MergeRequest, method: OpenedMethod) -> Merged:
     request = with_ranked_state_dicts(request, method)
     if any(isinstance(reference, str | Path) and is_checkpoint(reference) for reference in request.experts or ()):
         return merged_checkpoint(request, method)
+    from pimerge.adapters.file_writer import result_format
+    from pimerge.adapters.format import PEFT
     from pimerge.merging.choice import choose
+    from pimerge.merging.merged_file import merged_file
     from pimerge.merging.merged_into import merged_into
     from pimerge.merging.merged_tensor_sets import merged_tensor_sets
     from pimerge.merging.merged_tensors_into import merged_tensors_into
@@ -170,4 +175,7 @@ def _checked(request: MergeRequest, method: OpenedMethod) -> Merged:
     chosen.refuse_over(request.output)
     if chosen.experts[0].tensor_sets:
         return (merged_tensor_sets if request.into is None else merged_tensors_into)(request, method, chosen)
+    format_ = result_format(chosen.experts)
+    if request.into is None and format_.name != PEFT:
+        return merged_file(request, method, chosen, format_)
     return (merged_updates if request.into is None else merged_into)(request, method, chosen)

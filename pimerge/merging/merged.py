@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from pimerge.adapters.expert import Expert
 
+SUFFIX = ".safetensors"
 Weights = Mapping[str, Sequence[float]]
 """Name of a module, tensor set or tensor → one weight per expert."""
 FOLDER_LOADING = """
@@ -58,6 +59,26 @@ class Merged(ABC):
     results: dict[str, Any] = field(default_factory=dict, init=False)
 
     @property
+    def writes_file(self) -> bool:
+        """Whether the result can be a single file: an output that ends in ``.safetensors`` is then no folder."""
+        return False
+
+    @property
+    def file_output(self) -> Path | None:
+        """The output if it is a single file."""
+        output = self.request.output
+        return output if self.writes_file and output is not None and output.suffix == SUFFIX else None
+
+    def require_output_fits(self) -> None:
+        """Refuse the name of a file for a result that is a folder."""
+        output = self.request.output
+        if output is not None and output.suffix == SUFFIX and not self.writes_file:
+            raise PimergeError(
+                f"the output '{output}' is named like a file, but the result needs a config and is a folder",
+                f"name a folder: --output {output.with_suffix('')}",
+            )
+
+    @property
     @abstractmethod
     def plan(self) -> dict[str, Any]:
         """The JSON document of ``--dry-run``: the experts, how they are merged, memory and size."""
@@ -80,6 +101,7 @@ class Merged(ABC):
             force: overwrite an existing folder; an input of the merge is never overwritten.
         """
         self.request = replace(self.request, output=Path(output), force=force)
+        self.require_output_fits()
         self.refuse_over_inputs()
         self.results = self._write()
         self.path = Path(output)
@@ -142,7 +164,13 @@ class Merged(ABC):
         )
 
     def _card(
-        self, base: str, sources: Sequence[Source], truncation: str, loading: str, kind: str | None = None, **more: Any
+        self,
+        base: str,
+        sources: Sequence[Source],
+        truncation: str,
+        loading: str,
+        kind: str | None = None,
+        **more: Any,
     ) -> str:
         """Return the content of ``README.md``.
 
@@ -190,9 +218,14 @@ class MergedExperts(Merged):
 def sources_of(experts: Sequence[Expert], weights: Weights) -> list[Source]:
     """Return the experts for the model card."""
     return [
-        Source(expert.name, expert.sha256, licence_of(expert.folder), range_text(weights, place), expert.strength)
+        Source(expert.name, expert.sha256, _licence(expert), range_text(weights, place), expert.strength)
         for place, expert in enumerate(experts)
     ]
+
+
+def _licence(expert: Expert) -> str:
+    """The licence that the file itself states, or else the card in its folder."""
+    return expert.file.metadata.get("modelspec.license") or licence_of(expert.folder)
 
 
 def range_text(weights: Weights, place: int) -> str:

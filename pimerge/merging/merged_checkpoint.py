@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from pimerge.adapters.model_card import Source, licence_of
+from pimerge.checkpoints.adapter_keys import is_adapter_file
 from pimerge.checkpoints.base import given_base
 from pimerge.checkpoints.checkpoint import Checkpoint, is_checkpoint, is_state_dict, open_checkpoint
 from pimerge.core.errors import PimergeError, Problems
-from pimerge.core.files import hashes_of, json_text, new_folder, sha256_file, write_into
-from pimerge.core.manifest import MANIFEST_FILE
+from pimerge.core.files import hashes_of, json_text, new_file, new_folder, sha256_file, write_into
+from pimerge.core.manifest import MANIFEST_FILE, Manifest
 from pimerge.merging.checkpoint_merge import MergedTensors, merge_checkpoints
 from pimerge.merging.checkpoint_plan import CheckpointPlan, plan_checkpoints
 from pimerge.merging.choice import require_one_each, weights_by_score
@@ -59,28 +60,37 @@ class MergedCheckpoint(Merged):
         for checkpoint in (self.checkpoints.base, *self.checkpoints.experts):
             refuse_checkpoint(self.request.output, checkpoint.path)
 
+    @property
+    def writes_file(self) -> bool:
+        """Whether the result can be a single file, as its base is."""
+        return self.checkpoints.base.is_file
+
     def _write(self) -> dict[str, Any]:
-        request, plan = self.request, self.checkpoints
+        request, plan, single = self.request, self.checkpoints, self.file_output
+        if single is not None:
+            with new_file(single, force=request.force) as partial:
+                manifest = self._merge(partial)
+            return {**self._heading, **manifest.results}
         with new_folder(request.folder, force=request.force) as partial:
-            self.written = merge_checkpoints(
-                plan,
-                self.weights,
-                self.method,
-                partial / plan.base.name if plan.base.is_file else partial,
-                dtype=request.torch_dtype(),
-                track=request.track,
-            )
+            manifest = self._merge(partial / plan.base.name if plan.base.is_file else partial)
             write_into(partial, {"README.md": self._checkpoint_card()})
-            written = self.written
-            manifest = self._manifest(
-                plan.experts,
-                self.weights,
-                {"merged": written.merged, "kept": written.kept, "dropped": list(written.dropped)},
-                base=plan.base.name if request.base else None,
-                base_sha256=plan.base.sha256 if request.base else None,
-            ).model_copy(update={"outputs": hashes_of(partial)})
+            manifest = manifest.model_copy(update={"outputs": hashes_of(partial)})
             write_into(partial, {MANIFEST_FILE: json_text(manifest.model_dump())})
         return {**self._heading, **manifest.results}
+
+    def _merge(self, output: Path) -> Manifest:
+        """Write the merged tensors to a file or into a folder."""
+        request, plan = self.request, self.checkpoints
+        self.written = merge_checkpoints(
+            plan, self.weights, self.method, output, dtype=request.torch_dtype(), track=request.track
+        )
+        return self._manifest(
+            plan.experts,
+            self.weights,
+            {"merged": self.written.merged, "kept": self.written.kept, "dropped": list(self.written.dropped)},
+            base=plan.base.name if request.base else None,
+            base_sha256=plan.base.sha256 if request.base else None,
+        )
 
     def _checkpoint_card(self) -> str:
         plan, rows = self.checkpoints, flat(self.weights)
@@ -140,7 +150,8 @@ def _refuse_other_options(request: MergeRequest, method: OpenedMethod, paths: Se
     for path in paths:
         if not is_checkpoint(path):
             problems.add(
-                f"'{path}' is not a full checkpoint, but others are",
+                f"'{path}' is {'an adapter' if is_adapter_file(path) else 'not a full checkpoint'}, but others are "
+                "full checkpoints or state dicts",
                 "first merge adapters into a checkpoint, with --into",
             )
     # if the weights sum to 1, the base cancels
@@ -199,7 +210,8 @@ def with_ranked_state_dicts(request: MergeRequest, method: OpenedMethod) -> Merg
         return request
     ranking = read_ranking(request.ranking) if isinstance(request.ranking, Path) else request.ranking
     chosen, target = ranking.chosen(), ranking.target
-    if not chosen or not all(candidate.path.endswith(".safetensors") for candidate in chosen):
+    files = [ranking.path.parent / candidate.path for candidate in chosen]
+    if not chosen or not all(file.suffix == ".safetensors" and not is_adapter_file(file) for file in files):
         return replace(request, ranking=ranking)
     taken = [target, *chosen] if method.strategy.joins_target else chosen
     folder, problems = ranking.path.parent, Problems()

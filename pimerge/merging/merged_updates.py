@@ -143,16 +143,23 @@ class MergedUpdates(MergedExperts):
         }
         return self._manifest(merge.experts, merge.weights, results, **settings, **more)
 
-    def _adapter_card(self) -> str:
+    @property
+    def _truncation_text(self) -> str:
+        """A sentence on the ranks and the errors."""
         error, rounding = relative_error(self.summaries), rounding_error(self.summaries)
-        base, _ = base_reference(self.merge.experts[0].base, self.request.folder)
         ranks = "/".join(map(str, sorted({s.rank for s in self.summaries})))
+        return (
+            f"rank {ranks} of {len(self.summaries)} modules; "
+            + (f"{error:.2%} of ‖ΔW‖ is lost." if error else "nothing is lost.")
+            + (f" Rounding to {self._dtype} changes ΔW by {rounding:.2g} of ‖ΔW‖." if rounding else "")
+        )
+
+    def _adapter_card(self) -> str:
+        base, _ = base_reference(self.merge.experts[0].base, self.request.folder)
         return self._card(
             base,
             sources_of(self.merge.experts, self.merge.weights),
-            f"rank {ranks} of {len(self.summaries)} modules; "
-            + (f"{error:.2%} of ‖ΔW‖ is lost." if error else "nothing is lost.")
-            + (f" Rounding to {self._dtype} changes ΔW by {rounding:.2g} of ‖ΔW‖." if rounding else ""),
+            self._truncation_text,
             loading_code(self._like, self.merge.experts[0].base, base, self.head),
             "lora",
             space=self.merge.space,

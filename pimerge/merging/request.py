@@ -80,7 +80,7 @@ class ResultRequest:
 
     @property
     def folder(self) -> Path:
-        """The folder that paths in written files are relative to."""
+        """The output, which paths in written files are relative to."""
         return self.output or Path()
 
     def truncation(self) -> Truncation:

@@ -21,6 +21,7 @@ ENDINGS = (DOWN_UP, A_B, A_B_DEFAULT, BARE, LORA_LAYER, ATTENTION_PROCESSOR, LIN
 
 HADAMARD = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
 KRONECKER = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
+PRODUCTS = {"hada": HADAMARD, "lokr": KRONECKER}
 WHOLE = ("diff", "w_norm")  # ΔW itself, of a layer or of a norm
 BIASES = ("diff_b", "b_norm")  # the update of a bias, which no alpha scales
 _DORA = "DoRA rescales the base's weights, which this file does not hold"

@@ -11,9 +11,9 @@ from typing import Any
 from pimerge.adapters.computed_module import ComputedModule, Read
 from pimerge.adapters.format import Content, Ending, Place
 from pimerge.adapters.formats import _updates
-from pimerge.adapters.formats._keys import BIASES, HADAMARD, KRONECKER, REFUSED, WHOLE, Group, grouped, shown
+from pimerge.adapters.formats._keys import BIASES, HADAMARD, KRONECKER, PRODUCTS, REFUSED, WHOLE, Group, grouped, shown
 from pimerge.adapters.keys import PREFIX
-from pimerge.adapters.lora_module import LoraModule, bias_key
+from pimerge.adapters.lora_module import FLATTENED, LoraModule, bias_key
 from pimerge.checkpoints.safetensors_file import TensorFile
 from pimerge.core.errors import Problems
 
@@ -103,9 +103,10 @@ def _type(modules: Mapping[str, LoraModule]) -> str:
 def _place(group: Group, reading: ModuleReading) -> Place:
     slots = group.keys
     whole = next((slot for slot in (*WHOLE, *BIASES) if slot in slots), "") if group.ending is None else ""
-    whole = "" if set(slots) & {*HADAMARD, *KRONECKER} else whole
+    product = next((name for name, own in PRODUCTS.items() if set(slots) & set(own)), "")
+    whole = "" if product else whole
     bias = next((slot for slot in ("bias", *BIASES) if slot in slots and slot != whole), "")
-    return Place(group.stem, group.ending or reading.ending, whole, bias, "alpha" in slots)
+    return Place(group.stem, group.ending or reading.ending, whole, product, bias, "alpha" in slots)
 
 
 def _alphas(file: TensorFile, groups: Mapping[str, Group], problems: Problems) -> dict[str, float]:
@@ -241,7 +242,7 @@ def _whole(name: str, keys: Mapping[str, str], shapes: Shapes) -> LoraModule:
     slot = next(iter(keys))
     shape = shapes[slot] if len(shapes[slot]) > 1 else (shapes[slot][0], 1)
     _require(len(shapes[slot]) > 0 and 0 not in shape)
-    return _computed(name, keys, shapes, shape, min(shape[0], math.prod(shape[1:])), 1.0, _updates.whole)
+    return _computed(name, keys, shapes, shape, min(shape[0], math.prod(shape[1:])), 1.0, _updates.whole, "linear")
 
 
 def _computed(
@@ -252,12 +253,14 @@ def _computed(
     bound: int,
     scaling: float,
     update: Callable[[Read, Mapping[str, str]], Any],
+    layer: str = FLATTENED,
 ) -> ComputedModule:
     """A module whose ΔW a formula gives.
 
     Args:
         shape: of ΔW, (d_out, d_in, *kernel).
         bound: upper bound of its rank.
+        layer: the layer's type if ``shape`` has no kernel.
     """
     d_out, *inputs = shape
     rank = min(d_out, math.prod(inputs), bound)
@@ -271,7 +274,7 @@ def _computed(
         rank=rank,
         alpha=scaling * rank,
         scaling=scaling,
-        layer="conv" if kernel else "linear",
+        layer="conv" if kernel else layer,
         shape_A=(rank, *inputs),
         shape_B=(d_out, rank, *(1 for _ in kernel)),
         slots=dict(sorted(keys.items())),

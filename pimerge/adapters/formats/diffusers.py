@@ -37,6 +37,12 @@ _OTHERS = ("base_model.", "diffusion_model.", "lora_", "lycoris_")
 _PART = re.compile(r"(unet|transformer(_2)?|text_encoder(_\d)?|prior|decoder|vae|controlnet)\.(?!h\.\d)")  # not GPT-2's
 _UNET = re.compile(r"(down_blocks|mid_block|up_blocks|conv_in|conv_out|time_embedding|add_embedding)\.")
 _TRANSFORMER = re.compile(r"(single_)?transformer_blocks\.")
+_LOADING = """
+from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained("{base}")
+pipeline.load_lora_weights("path/to/this/folder", weight_name="{file}")
+"""
 _OLD_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 
 
@@ -122,5 +128,6 @@ FORMAT = Format(
     one_rank=True,
     group=_part,
     metadata=_metadata,
+    loading=_LOADING,
     base=base_of,
 )

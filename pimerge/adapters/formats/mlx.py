@@ -17,6 +17,11 @@ from pimerge.adapters.formats._modules import ModuleReading, read_modules
 from pimerge.checkpoints.safetensors_file import TensorFile
 from pimerge.core.errors import PimergeError
 
+_LOADING = """
+from mlx_lm import load
+
+model, tokenizer = load("{base}", adapter_path="path/to/this/folder")
+"""
 _PLAIN = (None, "lora")
 _LAYER = re.compile(r".*\.(?:layers|h|blocks)\.\d+\.(?P<inside>.+)")
 
@@ -81,4 +86,5 @@ FORMAT = Format(
     metadata=_metadata,
     documents=_documents,
     file_name="adapters.safetensors",
+    loading=_LOADING,
 )

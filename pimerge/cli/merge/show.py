@@ -9,6 +9,7 @@ from pimerge.adapters.merged_module import relative_error, rounding_error, total
 from pimerge.cli.console import print_json, print_table, size_text, warn
 from pimerge.merging.merged import Merged, MergedExperts, flat, range_text
 from pimerge.merging.merged_checkpoint import MergedCheckpoint
+from pimerge.merging.merged_file import MergedFile
 from pimerge.merging.merged_into import MergedIntoCheckpoint
 from pimerge.merging.merged_tensor_sets import MergedTensorSets
 from pimerge.merging.merged_tensors_into import MergedTensorsInto
@@ -97,6 +98,8 @@ def _(merged: MergedCheckpoint, say: Say) -> None:
 
 def _next(merged: MergedExperts) -> str:
     """The command that comes next; a result without the head that its experts had cannot be scored."""
+    if isinstance(merged, MergedFile):
+        return f"LoRA in the format of {merged.format.name}"
     if not merged.head.tensors and any(expert.head for expert in merged.chosen.experts):
         return f"it has no head; next: pimerge tune {merged.path} --target TASK"
     return f"next: pimerge eval {merged.path}"
