@@ -10,7 +10,14 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pimerge.adapters.expert_parts import base_of, foreign_base, kind_of, parsed, parsed_with_base
+from pimerge.adapters.expert_parts import (
+    base_of,
+    foreign_base,
+    kind_of,
+    parsed,
+    parsed_with_base,
+    require_floats,
+)
 from pimerge.adapters.format import PEFT, Place
 from pimerge.adapters.fused_experts import fused
 from pimerge.adapters.kind import KINDS, Kind
@@ -18,7 +25,6 @@ from pimerge.adapters.lora_module import Factors, LoraModule
 from pimerge.adapters.source import AdapterSource, open_source
 from pimerge.adapters.tensor_sets import TensorSet
 from pimerge.checkpoints.base import Base
-from pimerge.checkpoints.dtypes import FLOATS
 from pimerge.checkpoints.safetensors_file import TensorFile, is_finite
 from pimerge.core.errors import PimergeError, Problems
 from pimerge.core.files import json_text, sha256_bytes, sha256_file
@@ -27,12 +33,6 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
     from torch import Tensor
-
-_FLOATS = frozenset(FLOATS)
-_INTEGERS = frozenset(
-    ("I64", "I32", "I16", "I8", "U8", "BOOL")
-)  # buffers of a head, such as BatchNorm's num_batches_tracked
-
 
 _USUAL_FILES = ("adapter_model", "adapters", "pytorch_lora_weights")  # names that tell nothing of the adapter
 
@@ -275,10 +275,8 @@ def _checked(source: AdapterSource, base: str | None, convert: bool, only_look: 
         parts = source.modules
     elif not parts:
         parts, head = parsed("" if reason else kind, json.dumps(config), shapes, convert)
-    modules = fused(
-        {name: part for name, part in parts.items() if isinstance(part, LoraModule)},
-        lambda: base_of(path, config, base),
-    )
+    modules = {name: part for name, part in parts.items() if isinstance(part, LoraModule)}
+    modules = fused(modules, lambda: base_of(path, config, base)) if source.modules is None else modules
     tensor_sets = {name: part for name, part in parts.items() if isinstance(part, TensorSet)}
     expert = Expert(path, kind, config, file, modules, head, (), base, tensor_sets=tensor_sets, unhandled=reason)
     copies = {} if only_look else {name: module for name, module in modules.items() if module.base_copy}
@@ -288,11 +286,8 @@ def _checked(source: AdapterSource, base: str | None, convert: bool, only_look: 
         require_same_base(expert.base, copies, expert.tensor, fan_in_fan_out=bool(config.get("fan_in_fan_out")))
     dtypes = {key: entry.dtype for key, entry in file.entries.items()}
     biases = {module.bias for module in modules.values() if module.bias}
-    used = {dtypes[key] for key in expert.keys}
-    other = used - _FLOATS | {dtypes[key] for key in head.values()} - _FLOATS - _INTEGERS
-    if other and not reason:
-        found = ", ".join(sorted(other))
-        raise PimergeError(f"it holds tensors stored as {found}", "save the adapter as F16, BF16, F32 or F64")
+    if not reason:
+        require_floats([dtypes[key] for key in expert.keys], [dtypes[key] for key in head.values()])
     return replace(
         expert,
         dtypes=tuple(sorted({dtypes[key] for key in expert.keys if key not in biases})),

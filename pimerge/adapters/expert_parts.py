@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,13 @@ from pimerge.adapters import unhandled
 from pimerge.adapters.format import FORMATS
 from pimerge.adapters.kind import KINDS, AdapterHeader, Kind, Parts
 from pimerge.checkpoints.base import Base, find_base, given_base
+from pimerge.checkpoints.dtypes import FLOATS
 from pimerge.checkpoints.safetensors_file import TensorFile
 from pimerge.core.errors import PimergeError
+
+_FLOATS = frozenset(FLOATS)
+# buffers of a head, such as BatchNorm's num_batches_tracked
+_INTEGERS = frozenset(("I64", "I32", "I16", "I8", "U8", "BOOL"))
 
 
 @lru_cache(maxsize=32)
@@ -75,3 +80,11 @@ def kind_of(config: dict[str, Any]) -> tuple[str, str]:
     raise PimergeError(
         f"its peft_type is '{peft_type}', which is not handled", f"pimerge reads the kinds: {', '.join(KINDS.names())}"
     )
+
+
+def require_floats(dtypes: Iterable[str], head: Iterable[str]) -> None:
+    """Refuse tensors that are not floating-point numbers; a head may have integers."""
+    other = {*dtypes} - _FLOATS | {*head} - _FLOATS - _INTEGERS
+    if other:
+        found = ", ".join(sorted(other))
+        raise PimergeError(f"it holds tensors stored as {found}", "save the adapter as F16, BF16, F32 or F64")
