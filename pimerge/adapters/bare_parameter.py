@@ -13,14 +13,36 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pimerge.adapters.keys import PREFIX
 from pimerge.adapters.lora_module import BareParameter, Factors, LoraModule, bias_key, stored
 from pimerge.adapters.merged_module import MergedModule
+from pimerge.core.errors import PimergeError
+from pimerge.core.plugins import Option
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+class ExpertOrder(StrEnum):
+    """How the columns of B are stored: PEFT's order, by rank, or that of older versions of Unsloth, by expert."""
+
+    RANK = "rank"
+    EXPERT = "expert"
+
+
+ORDER_FIELD = "lora_B_layout"
+"""The field of adapter_config.json in which Unsloth states how the columns of B are stored."""
+ORDERS = {"rank_major": ExpertOrder.RANK, "grouped_by_expert": ExpertOrder.EXPERT}
+"""The values of this field."""
+EXPERT_ORDER = Option(
+    "expert_order",
+    ExpertOrder,
+    "How adapters of a mixture's stacked weights store the updates of its experts, where adapter_config.json does not "
+    "say: by rank, as PEFT does, or by expert, as Unsloth did before 2026.9.6.",
+)
 
 # Parameters of modules of transformers in the order of their code; no module has them in another order.
 _ORDER = (
@@ -55,6 +77,21 @@ class SlicedModule(LoraModule):
         return Factors(
             read(self.A)[own], read(self.B)[:, own if self.by_expert else slice(index, None, count)], self.scaling
         )
+
+
+def with_order(config: Mapping[str, Any], order: str | None) -> dict[str, Any]:
+    """A config that states how the columns of B are stored, if it did not.
+
+    Args:
+        order: an :class:`ExpertOrder`, or None for a config that stays as it is.
+
+    >>> with_order({}, "expert"), with_order({"lora_B_layout": "rank_major"}, "expert")
+    ({'lora_B_layout': 'grouped_by_expert'}, {'lora_B_layout': 'rank_major'})
+    """
+    if order is not None and (problem := EXPERT_ORDER.problem(order)):
+        raise PimergeError(problem)
+    values = {meant.value: value for value, meant in ORDERS.items()}
+    return dict(config) if order is None else {ORDER_FIELD: values[order], **config}
 
 
 def nesting(names: Iterable[str]) -> list[str] | None:
@@ -117,6 +154,11 @@ class Packing:
             return {}
         A, B = packed(self._slices.pop(name), parameter.count)
         return {f"{self._places[name]}.lora_A.weight": A, f"{self._places[name]}.lora_B.weight": B}
+
+
+def is_by_expert(modules: Iterable[LoraModule]) -> bool:
+    """Whether some of the modules are stored in the order of Unsloth, which PEFT does not read."""
+    return any(isinstance(module, SlicedModule) and module.by_expert for module in modules)
 
 
 def target_ranks(modules: Sequence[LoraModule], ranks: Mapping[str, int]) -> dict[str, int]:

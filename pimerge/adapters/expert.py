@@ -10,6 +10,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pimerge.adapters.bare_parameter import with_order
 from pimerge.adapters.expert_parts import (
     base_of,
     foreign_base,
@@ -233,6 +234,7 @@ def open_expert(
     *,
     convert: bool = False,
     only_look: bool = False,
+    expert_order: str | None = None,
     config: Path | None = None,
 ) -> Expert:
     """Open an expert and check its files.
@@ -243,9 +245,11 @@ def open_expert(
         convert: accept what has to be converted with the base's weights (DoRA, PiSSA, OLoRA).
         only_look: also accept experts that can only be inspected, since their kind cannot be combined or needs a base
             that is not on this machine; ``unhandled`` says why.
+        expert_order: how the updates of a mixture's experts are stored, if the config does not say.
         config: the ``adapter_config.json`` of a single file; None for the one beside it.
     """
     source = open_source(reference, config)
+    source = replace(source, config=with_order(source.config, expert_order))
     problems = Problems()
     with problems.collected():
         expert = _checked(source, base, convert, only_look)

@@ -58,11 +58,18 @@ def listed(experts: str | Path | Expert | Iterable[str | Path | Expert] | None) 
     return found
 
 
-def open_all(references: Sequence[str | Path | Expert], base: str | None, *, convert: bool = False) -> list[Expert]:
+def open_all(
+    references: Sequence[str | Path | Expert],
+    base: str | None,
+    *,
+    convert: bool = False,
+    expert_order: str | None = None,
+) -> list[Expert]:
     """Open several experts and raise the problems of all of them at once; open experts are returned unchanged.
 
     Args:
         convert: accept experts that have to be converted with the base's weights (DoRA, PiSSA, OLoRA).
+        expert_order: how the updates of a mixture's experts are stored, where a config does not say.
     """
     problems = Problems()
     experts = []
@@ -72,7 +79,7 @@ def open_all(references: Sequence[str | Path | Expert], base: str | None, *, con
             continue
         own = Problems()
         with own.collected():
-            experts.append(open_expert(reference, base, convert=convert))
+            experts.append(open_expert(reference, base, convert=convert, expert_order=expert_order))
         for problem in own.found:
             problems.extend([problem], "" if str(reference) in problem.message else f"'{reference}': ")
     problems.raise_any("some experts cannot be opened")

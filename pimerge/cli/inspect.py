@@ -28,6 +28,7 @@ def inspect(
     store: Annotated[
         Path | None, typer.Option(help=f"Embedding store of the experts. Default: {DEFAULT_STORE}, if it exists.")
     ] = None,
+    expert_order: options.ExpertOrdering = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -41,7 +42,7 @@ def inspect(
     from pimerge.reporting.inspection import inspect as look
 
     opened = _open_store(store, quiet)
-    findings = look(pool_members(pools or ["experts"]), base, opened)
+    findings = look(pool_members(pools or ["experts"]), base, opened, expert_order)
     if json:
         print_json([_document(finding) for finding in findings])
         return

@@ -12,6 +12,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from pimerge.adapters.bare_parameter import EXPERT_ORDER
 from pimerge.core.errors import PimergeError
 from pimerge.core.plugins import Family, Option
 
@@ -110,6 +111,7 @@ TargetReference = Annotated[
 BaseReference = Annotated[
     str | None, typer.Option("--base", help="Base model: folder or Hub id. Default: the base that the experts name.")
 ]
+ExpertOrdering = Annotated[str | None, of(EXPERT_ORDER)]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite existing output.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Do not print progress and hints.")]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,6 +40,11 @@ class ChosenExperts:
 def choose(request: MergeRequest, method: OpenedMethod) -> ChosenExperts:
     """Choose experts and weights by the request, the ranking, or a file of coefficients."""
     rules = parse_rules(request.rules)
+    if request.expert_order is not None:
+        if request.experts is None:
+            raise PimergeError("--expert-order is for experts that are named, not for a ranking", "name the experts")
+        convert, order = request.base is not None, request.expert_order
+        request = replace(request, experts=open_all(request.experts, request.base, convert=convert, expert_order=order))
     if request.coefficients is not None:
         if request.weights is not None or request.alpha is not None or rules:
             raise PimergeError(

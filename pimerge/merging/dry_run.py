@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from pimerge.adapters.bare_parameter import is_by_expert
 from pimerge.adapters.expert import Expert
 from pimerge.adapters.head import Head
 from pimerge.adapters.low_rank import EVERYTHING
@@ -77,6 +78,9 @@ def _handled(merge: UpdateMerge) -> list[str]:
             f"{len(partial)} modules are adapted by some of the experts only, such as '{partial[0]}': "
             "the others count as a zero update there, with their weight"
         )
+    turned = [expert.name for expert in experts if is_by_expert(expert.modules.values())]
+    if turned:
+        found.append(f"Unsloth's order of a mixture's experts in {_names(turned)}: PEFT's in the result")
     for expert in experts:
         if expert.is_computed:
             found.append(f"'{expert.name}' is of kind {expert.kind}: its ΔW is computed and goes into the LoRA")

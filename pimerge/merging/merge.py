@@ -37,6 +37,7 @@ def merge(
     exclude: Sequence[str] = (),
     head: str = "target",
     dtype: str | None = None,
+    expert_order: str | None = None,
     into: str | Path | None = None,
     fisher: Sequence[str | Path] = (),
     store: str | Path = "embeddings.json",
@@ -79,6 +80,8 @@ def merge(
         head: task head of the result: ``target``, ``average`` or ``none``.
         dtype: ``float32``, ``bfloat16``, ``float16`` or ``float64``. None keeps the dtype of the experts, or the
             widest if they differ.
+        expert_order: how adapters of a mixture's stacked weights store the updates of its experts, where
+            adapter_config.json does not say: ``rank``, as PEFT does, or ``expert``, as Unsloth did before 2026.9.6.
         into: full checkpoint to merge the result into, a folder or a safetensors file. Experts without ΔW scale or
             replace its parameters, as PEFT's ``merge_and_unload`` does.
         fisher: for full checkpoints, one file per checkpoint with its diagonal Fisher. LoRA experts use ``store``.
@@ -126,6 +129,7 @@ def merge(
         exclude=exclude,
         head=HeadPolicy(head),
         dtype=None if dtype is None else ResultDtype(dtype),
+        expert_order=expert_order,
         into=None if into is None else Path(into),
         fisher=list(map(Path, fisher)),
         store=Path(store),

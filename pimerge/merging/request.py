@@ -125,6 +125,7 @@ class MergeRequest(ResultRequest):
     coefficients: Path | None = None
     space: EntrySpace = EntrySpace.CORE
     head: HeadPolicy = HeadPolicy.TARGET
+    expert_order: str | None = None
     into: Path | None = None
     fisher: Sequence[Path] = ()
     store: Path = Path("embeddings.json")

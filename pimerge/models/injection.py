@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from pimerge.adapters.additive_tensors import sum_of
-from pimerge.adapters.bare_parameter import Packing, SlicedModule, bare_names, target_ranks
+from pimerge.adapters.bare_parameter import Packing, bare_names, is_by_expert, target_ranks
 from pimerge.adapters.base_fit import check_fits
 from pimerge.adapters.compatibility import require_alike
 from pimerge.adapters.expert import Expert
@@ -34,7 +34,7 @@ def injected(expert: Expert, loaded: LoadedBase) -> Iterator[nn.Module]:
     from pimerge import peft_methods  # noqa: F401  PEFT has to know every kind
 
     check_fits(expert, loaded.model)
-    if any(isinstance(module, SlicedModule) and module.by_expert for module in expert.modules.values()):
+    if is_by_expert(expert.modules.values()):
         raise PimergeError(
             f"'{expert.name}' stores the updates of a mixture's experts in Unsloth's order, which PEFT does not read",
             f"write it in PEFT's order first: pimerge merge {expert.path} --output FOLDER",

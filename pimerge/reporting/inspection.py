@@ -93,14 +93,20 @@ class Finding:
     no_fisher: str
 
 
-def inspect(references: Sequence[str | Path], base: str | None = None, store: Store | None = None) -> list[Finding]:
+def inspect(
+    references: Sequence[str | Path],
+    base: str | None = None,
+    store: Store | None = None,
+    expert_order: str | None = None,
+) -> list[Finding]:
     """Inspect experts one by one and in pairs; problems are part of the findings and raise no error.
 
     Args:
         base: a base model's folder or Hub id, instead of the one that the experts name.
         store: the store with their Fisher information.
+        expert_order: how the updates of a mixture's experts are stored, where a config does not say.
     """
-    opened = [_open(reference, base) for reference in references]
+    opened = [_open(reference, base, expert_order) for reference in references]
     names = Counter(one.expert.name for one in opened if one.expert is not None)
     return [_finding(one, [other for other in opened if other is not one], names, store) for one in opened]
 
@@ -116,9 +122,9 @@ class _Opened:
     unmergeable: str = ""
 
 
-def _open(reference: str | Path, base: str | None) -> _Opened:
+def _open(reference: str | Path, base: str | None, expert_order: str | None) -> _Opened:
     try:
-        expert = open_expert(reference, base, only_look=True)
+        expert = open_expert(reference, base, only_look=True, expert_order=expert_order)
     except PimergeError as error:
         return _Opened(Path(reference), None, None, error.problems, error.problems[0].message)
     try:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import pimerge
 from pimerge.core.errors import PimergeError
+from pimerge.reporting.inspection import inspect
 from tests.support import merge_references as references
 from tests.support.experts import set_config, set_tensors
 from tests.support.mixtures import EXPERTS, MIXTURES, experts_name, mixture, save_adapter, updates_by_peft
@@ -179,9 +180,19 @@ def test_the_order_of_unsloth_is_read_and_peft_s_is_written(pool: Any, tmp_path:
     base, folder, deltas = pool("mixtral")
     copy = by_expert(folder / "a", tmp_path / "a")
     set_config(copy, auto_mapping={"unsloth_fixed": True})
-    with pytest.raises(PimergeError, match=r"(?s)trained with Unsloth.*--expert-order expert.*--expert-order rank"):
+    with pytest.raises(PimergeError, match=r"(?s)trained with Unsloth.*--expert-order expert or --expert-order rank"):
         pimerge.merge([copy], output=tmp_path / "out")
-    with pytest.raises(PimergeError, match=r"lora_B_layout in adapter_config.json is 'x', expected rank_major"):
+    told = pimerge.merge([copy], output=tmp_path / "told", expert_order="expert")
+    require_equal(updates_by_peft(base, tmp_path / "told"), deltas[0])
+    assert told.plan["handled"][-1] == "Unsloth's order of a mixture's experts in 'a': PEFT's in the result"
+    with pytest.raises(PimergeError, match="--expert-order must be one of rank, expert; got 'both'"):
+        pimerge.merge([copy], output=tmp_path / "out", expert_order="both")
+    with pytest.raises(PimergeError, match="for experts that are named, not for a ranking"):
+        pimerge.merge(expert_order="rank", output=tmp_path / "out")
+    (finding,) = inspect([copy], expert_order="rank")
+    assert finding.expert is not None
+    assert not any("Unsloth" in problem.message for problem in finding.problems)
+    with pytest.raises(PimergeError, match=r"(?s)lora_B_layout in adapter_config.json is 'x'.*expected rank_major"):
         pimerge.merge([set_config(copy, lora_B_layout="x")], output=tmp_path / "out")
     set_config(copy, lora_B_layout="grouped_by_expert")
     pimerge.merge([copy, folder / "b"], output=tmp_path / "out")

@@ -10,14 +10,11 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from pimerge.adapters.bare_parameter import SlicedModule, nesting
+from pimerge.adapters.bare_parameter import ORDER_FIELD, ORDERS, ExpertOrder, SlicedModule, nesting
 from pimerge.adapters.kind import Shapes
 from pimerge.adapters.lora_module import BareParameter, LoraModule, pattern_value
 from pimerge.core.errors import Problems
 
-ORDER_FIELD = "lora_B_layout"
-"""The field of adapter_config.json in which Unsloth states how the columns of B are stored."""
-_BY_EXPERT = {"rank_major": False, "grouped_by_expert": True}
 _NESTED = ".base_layer"
 Keys = dict[str, dict[str, str]]
 
@@ -119,7 +116,7 @@ def _updates(
     if count == 1:
         name = parameter.module if parameter.name == "weight" else full
         return {name: LoraModule(name, keys["A"], keys["B"], None, *form, form_A, form_B, parameter=parameter)}
-    by_expert = _BY_EXPERT.get(str(config.get(ORDER_FIELD)), False)
+    by_expert = ORDERS.get(str(config.get(ORDER_FIELD))) is ExpertOrder.EXPERT
     found: dict[str, LoraModule] = {}
     for index in range(count):
         name = f"{parameter.module}.{index}.{parameter.name}"
@@ -134,17 +131,15 @@ def _require_known_order(config: Mapping[str, Any], problems: Problems) -> None:
     """Add a problem if it is not known how the columns of B are stored."""
     stated = config.get(ORDER_FIELD)
     if stated is not None:
-        if stated not in _BY_EXPERT:
-            problems.add(
-                f"{ORDER_FIELD} in adapter_config.json is '{stated}', expected {' or '.join(_BY_EXPERT)}",
-                "pass --expert-order rank or --expert-order expert",
-            )
+        if stated not in ORDERS:
+            problems.add(f"{ORDER_FIELD} in adapter_config.json is '{stated}'", f"expected {' or '.join(ORDERS)}")
         return
     mapping = config.get("auto_mapping")
     is_unsloth = isinstance(mapping, dict) and mapping.get("unsloth_fixed")
     if is_unsloth or str(config.get("base_model_name_or_path")).lower().startswith("unsloth/"):
         problems.add(
             "it was trained with Unsloth, which stored the updates of a mixture's experts by expert before version "
-            f"2026.9.6 and by rank since then, and adapter_config.json has no {ORDER_FIELD} that says which",
-            "pass --expert-order expert for an older version, or --expert-order rank for a newer one or for plain PEFT",
+            f"2026.9.6 and by rank, as PEFT does, since then; adapter_config.json has no {ORDER_FIELD} that says which",
+            "pass --expert-order expert or --expert-order rank to 'pimerge merge', which writes PEFT's order; or set "
+            f"{ORDER_FIELD} to grouped_by_expert or rank_major there",
         )

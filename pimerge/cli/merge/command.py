@@ -60,6 +60,7 @@ def merge(
     exclude: Annotated[list[str] | None, typer.Option(help="Leave out modules that match; repeatable.")] = None,
     head: Annotated[str, options.of(HEAD)] = "target",
     dtype: Annotated[str | None, options.of(DTYPE)] = None,
+    expert_order: options.ExpertOrdering = None,
     into: Annotated[
         Path | None,
         typer.Option(help="Full checkpoint (folder or .safetensors file) to merge the result into; it is not changed."),
@@ -106,6 +107,7 @@ def merge(
         exclude=exclude or [],
         head=head,
         dtype=dtype,
+        expert_order=expert_order,
         into=into,
         fisher=fisher or [],
         store=store,
