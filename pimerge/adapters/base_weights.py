@@ -29,12 +29,9 @@ def layer_shapes(base: Base, modules: Sequence[str], *, fan_in_fan_out: bool = F
         fan_in_fan_out: the field of the adapter's config; it decides how weights are stored where the model is unknown.
     """
     checkpoint = _open(base, "the shapes of its layers are needed")
-    keys = {name: f"{name}.weight" for name in modules}
-    names = Names({})
-    if fan_in_fan_out or not checkpoint.home.keys() >= set(keys.values()):  # otherwise the keys are enough
-        with _ONE_AT_A_TIME:  # experts are opened in several threads
-            names = _names(checkpoint.path)
-        keys = match_modules(names, modules)
+    with _ONE_AT_A_TIME:  # experts are opened in several threads
+        names = _names(checkpoint.path)
+    keys = match_modules(names, modules)
     problems = Problems()
     found = {}
     for name, key in keys.items():

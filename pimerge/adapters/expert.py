@@ -270,7 +270,7 @@ def _checked(source: AdapterSource, base: str | None, convert: bool, only_look: 
     head: dict[str, str] = {}
     if strategy is not None and strategy.reads_base and source.modules is None:
         try:
-            parts, head = parsed_with_base(strategy, path, config, dict(shapes), base, convert)
+            parts, head = parsed_with_base(strategy, path, config, dict(shapes), base, convert or only_look)
         except PimergeError as error:
             if not only_look or base_of(path, config, base).folder is not None:
                 raise

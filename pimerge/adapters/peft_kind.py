@@ -88,7 +88,7 @@ def _parse(how: PeftDelta, header: AdapterHeader) -> Parts:
         how.require(header.shapes)
     repeated = tuple(f".{slot}" for slot in shared)  # PEFT may write shared tensors again for every layer
     own = {key: shape for key, shape in header.shapes.items() if not key.endswith(repeated or "\0")}
-    pattern = re.compile(rf"{re.escape(PREFIX)}(?P<module>.+?)\.(?P<slot>{how.slots}\w*(?:\.weight)?)")
+    pattern = re.compile(rf"{re.escape(PREFIX)}(?P<module>.+?)\.(?P<slot>{how.slots}\w*(?:\.\w+)*)")
 
     def slot_of(key: str) -> tuple[str, str] | None:
         match = pattern.fullmatch(key)

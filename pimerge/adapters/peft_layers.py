@@ -38,6 +38,13 @@ def _get_delta_weight(layer: Any, weight: Tensor) -> Tensor:
     return delta
 
 
+def merged_delta(layer: Any, weight: Tensor) -> Tensor:
+    """ΔW as what changes in the base's weight when PEFT merges the adapter into it, for kinds that multiply weights."""
+    layer.merge()
+    delta: Tensor = layer.get_base_layer().weight.data - weight
+    return delta
+
+
 @dataclass(frozen=True, kw_only=True)
 class PeftDelta:
     """How PEFT computes the ΔW of a kind.
@@ -49,6 +56,7 @@ class PeftDelta:
         rank: shapes by slot → upper bound of ΔW's rank; None if only the shape of ΔW limits it.
         weight: shapes by slot → shape of the base's weight; None if the shape has to be read from the base.
         needs_weight: config → whether ΔW depends on the base's weights.
+        on_weight: whether PEFT's layer has to be created on the base's weight, since it starts from it or changes it.
         fixed: slots of tensors in the file that are not trained, such as indices.
         trained: slots of trained tensors that all layers share.
         require: raises if the file lacks a tensor without which its layers cannot be determined.
@@ -61,6 +69,7 @@ class PeftDelta:
     rank: Callable[[Shapes], int | None] = lambda shapes: None
     weight: Callable[[Shapes], tuple[int, ...]] | None = None
     needs_weight: Callable[[Mapping[str, Any]], bool] = lambda config: False
+    on_weight: bool = False
     fixed: tuple[str, ...] = ()
     trained: tuple[str, ...] = ()
     require: Callable[[Shapes], None] = lambda shapes: None
@@ -119,10 +128,23 @@ class PeftLayers:
         import torch
 
         with _LOCK, torch.no_grad():
-            layer: Any = self._loaded(read).get_submodule(f"{PREFIX}{name}")
+            on_weight = self.how.on_weight and weight is not None
+            model = self._on_weight(name, read, weight) if on_weight and weight is not None else self._loaded(read)
+            layer: Any = model.get_submodule(f"{PREFIX}{name}")
             base = layer.get_base_layer().weight
             delta = self.how.delta(layer, base if weight is None else weight.double().reshape(base.shape))
             return (delta.to_dense() if delta.is_sparse else delta).double().reshape(len(base), -1)
+
+    def _on_weight(self, name: str, read: Read, weight: Tensor) -> nn.Module:
+        """Create PEFT's model of one layer on the base's weight, which it may change, and load its tensors."""
+        shape = dict(self.weights)[name]
+        with _refusals(self.how.peft_type):
+            model = _model(self.how.peft_type, self.fields, ((name, shape),), weight)
+            own = [key for key in self.keys if key.startswith(f"{PREFIX}{name}.") or key.count(".") == 1]
+            _load(model, {key: read(key) for key in own})
+        base: Any = model.get_submodule(f"{PREFIX}{name}").get_base_layer()  # type: ignore[operator]
+        base.weight.data = weight.double().reshape(shape).clone()
+        return model
 
     def _loaded(self, read: Read) -> nn.Module:
         if self not in _LOADED:
@@ -147,15 +169,23 @@ def _expected(peft_type: str, fields: str, weights: Weights) -> Shapes:
     return {key: tuple(tensor.shape) for key, tensor in found.items()}
 
 
-def _model(peft_type: str, fields: str, weights: Weights) -> nn.Module:
-    """Create PEFT's model of these layers, with newly initialised adapters."""
+def _model(peft_type: str, fields: str, weights: Weights, weight: Tensor | None = None) -> nn.Module:
+    """Create PEFT's model of these layers, with newly initialised adapters.
+
+    Args:
+        weight: the base's weight of the only layer; None for zeros.
+    """
     import torch
     from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftModel
 
     names = [name for name, _ in weights]
     with _refusals(peft_type), torch.random.fork_rng(devices=[]):
         config = PEFT_TYPE_TO_CONFIG_MAPPING[peft_type](target_modules=names, inference_mode=True, **json.loads(fields))
-        model: nn.Module = PeftModel(_zeros(weights), config)
+        layers = _zeros(weights)
+        if weight is not None:
+            ((name, shape),) = weights
+            layers.get_submodule(name).weight.data = weight.float().reshape(shape)
+        model: nn.Module = PeftModel(layers, config)
         return model.eval()
 
 

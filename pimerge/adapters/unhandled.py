@@ -6,16 +6,8 @@ from pimerge.adapters.keys import is_saved
 from pimerge.adapters.kind import AdapterHeader, Parts
 from pimerge.adapters.tensor_sets import TensorSet, TensorSlot
 
-_ROTATES = (
-    "it multiplies the base's weights by an orthogonal matrix, and the sum of two orthogonal matrices is not orthogonal"
-)
 _OF_THE_BASE = "its ΔW depends on the base's weights, which are not read when experts are combined"
-_SINGLE_ENTRIES = "it changes selected entries of W, of full rank, and each expert selects its own"
 _WHY = {
-    "BOFT": _ROTATES,
-    "OFT": _ROTATES,
-    "HRA": _ROTATES,
-    "PSOFT": _ROTATES,
     "POLY": "Poly routes each task over several LoRAs",
     "XLORA": "X-LoRA routes each token over several LoRAs",
     "MIXED": "it is several adapters in one",
@@ -24,13 +16,10 @@ _WHY = {
     "ADAPTION_PROMPT": "LLaMA-Adapter gates its prompts layer by layer",
     "TRAINABLE_TOKENS": "it trains single rows of the embedding, not an update of the whole matrix",
     "ADAMSS": _OF_THE_BASE,
-    "DEFT": _OF_THE_BASE,
     "FROD": _OF_THE_BASE,
     "GLORA": _OF_THE_BASE,
     "OSF": _OF_THE_BASE,
-    "PEANUT": _OF_THE_BASE,
     "TINYLORA": _OF_THE_BASE,
-    "SUPERTUNING": _SINGLE_ENTRIES,
     "LILY": "Lily shares factors between layers and routes each token over several",
     "ROAD": "RoAd rotates and scales pairs of a layer's outputs, and the sum of two rotations is not a rotation",
     "BEFT": "BEFT adds vectors to some layers' outputs; 'bitfit' trains the biases of all",
@@ -46,8 +35,8 @@ _PREFIXES = ("base_model.model.", "base_model.")
 def why_unhandled(peft_type: str) -> str:
     """Why experts of a type are not combined; empty for a type that PEFT does not know either.
 
-    >>> why_unhandled("OFT").partition(",")[0]
-    "it multiplies the base's weights by an orthogonal matrix"
+    >>> why_unhandled("POLY")
+    'Poly routes each task over several LoRAs'
     """
     if peft_type in _WHY:
         return _WHY[peft_type]

@@ -32,11 +32,11 @@ from pimerge.models.heads import set_head
 from pimerge.models.injection import injected, injected_sum
 from pimerge.tasks.task import open_task
 from tests.support.bases import inputs, loaded_base, model_for
-from tests.support.experts import RELATIVES, MakeExpert, dense_deltas, edit_tensors, set_config
+from tests.support.experts import OF_THE_BASE, RELATIVES, MakeExpert, dense_deltas, edit_tensors, set_config
 from tests.support.numerics import logits_of, relative_difference
 
 Run = Callable[..., Any]
-READ = tuple(kind for kind in RELATIVES if kind != "hira")
+READ = tuple(kind for kind in RELATIVES if kind not in OF_THE_BASE)
 """Those whose ΔW does not need the base's weights."""
 TELL_SHAPES = ("unilora", "loha", "lokr")
 TUNED = tuple(kind for kind in READ if KINDS.load(kind).fresh_fields is not None)

@@ -79,6 +79,13 @@ RELATIVES: dict[str, dict[str, Any]] = {
     "shira": {"r": 2},
     "miss": {"r": 4},
     "hira": {"r": 2},
+    "oft": {"oft_block_size": 4},
+    "boft": {"boft_block_size": 4},
+    "hra": {"r": 2},
+    "psoft": {"r": 3, "psoft_alpha": 3},
+    "deft": {"r": 2},
+    "peanut": {"r": 3},
+    "supertuning": {"sparsity": 0.8, "save_precomputed_indices": False},
 }
 """Those whose ΔW is computed, and fields of PEFT's config."""
 
@@ -92,6 +99,10 @@ NORMS = {
     "bert": ["LayerNorm"],
     "gpt2": ["ln_1", "ln_2"],
 }
+
+
+OF_THE_BASE = ("hira", "oft", "boft", "hra", "psoft", "deft", "peanut", "supertuning")
+"""Those whose ΔW depends on the base's weights."""
 
 
 FEEDFORWARD = {"vit": ["fc2"], "clip": ["fc2"], "bert": ["intermediate.dense"], "gpt2": ["mlp.c_proj"]}

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import OFTConfig, PeftModel, PeftType, PrefixTuningConfig, get_peft_model
+from peft import PeftModel, PeftType, PrefixTuningConfig, RoadConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -206,13 +206,13 @@ def test_a_tensor_without_a_place_is_refused_by_name(
 
 
 def test_a_kind_that_can_only_be_inspected_says_why(bert_base: Path, tmp_path: Path) -> None:
-    config = OFTConfig(target_modules=["query"], oft_block_size=4, modules_to_save=["classifier"])
+    config = RoadConfig(target_modules=["query"], group_size=4, modules_to_save=["classifier"])
     get_peft_model(model_for(bert_base), config).save_pretrained(tmp_path / "x")
-    with pytest.raises(PimergeError, match="oft, which can only be inspected: it multiplies"):
+    with pytest.raises(PimergeError, match="road, which can only be inspected: RoAd rotates"):
         open_expert(tmp_path / "x")
     seen = open_expert(tmp_path / "x", only_look=True)
     file = load_file(tmp_path / "x" / "adapter_model.safetensors")
-    assert seen.kind == "oft"
+    assert seen.kind == "road"
     assert seen.parameters == sum(tensor.numel() for key, tensor in file.items() if "classifier" not in key)
     with pytest.raises(PimergeError, match="only be inspected"):
         check_expert(seen)
