@@ -208,8 +208,7 @@ class Expert:
         """Check every tensor for NaN and Inf."""
         problems = Problems()
         for key in self.file.entries:
-            tensor = self.tensor(key)
-            if not is_finite(tensor):
+            if not is_finite(tensor := self.tensor(key)):
                 bad = int((~tensor.isfinite()).sum())
                 problems.add(
                     f"{key} holds {bad} values that are NaN or Inf",
