@@ -94,6 +94,18 @@ def with_order(config: Mapping[str, Any], order: str | None) -> dict[str, Any]:
     return dict(config) if order is None else {ORDER_FIELD: values[order], **config}
 
 
+def is_order_unknown(config: Mapping[str, Any]) -> bool:
+    """Whether a version of Unsloth wrote a config that does not say how the columns of B are stored.
+
+    >>> is_order_unknown({"base_model_name_or_path": "unsloth/Qwen3-30B-A3B"}), is_order_unknown({})
+    (True, False)
+    """
+    mapping = config.get("auto_mapping")
+    is_unsloth = isinstance(mapping, dict) and mapping.get("unsloth_fixed")
+    base = str(config.get("base_model_name_or_path"))
+    return config.get(ORDER_FIELD) is None and bool(is_unsloth or base.lower().startswith("unsloth/"))
+
+
 def nesting(names: Iterable[str]) -> list[str] | None:
     """The parameters of a module from the innermost to the outermost of PEFT's layers; None if the order is unknown.
 

@@ -11,14 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pimerge.adapters.bare_parameter import with_order
-from pimerge.adapters.expert_parts import (
-    base_of,
-    foreign_base,
-    kind_of,
-    parsed,
-    parsed_with_base,
-    require_floats,
-)
+from pimerge.adapters.expert_parts import base_of, foreign_base, kind_of, parsed, parsed_with_base, require_floats
 from pimerge.adapters.format import PEFT, Place
 from pimerge.adapters.fused_experts import fused
 from pimerge.adapters.kind import KINDS, Kind

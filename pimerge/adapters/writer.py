@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
-from pimerge.adapters.bare_parameter import Packing, bare_names, target_ranks
+from pimerge.adapters.bare_parameter import ExpertOrder, Packing, bare_names, is_order_unknown, target_ranks, with_order
 from pimerge.adapters.expert import Expert
 from pimerge.adapters.expert_files import CONFIG, TASK, WEIGHTS
 from pimerge.adapters.head import Head
@@ -227,7 +227,7 @@ def _write_tensors(file: Path, layout: Layout, modules: Iterable[MergedModule], 
 def _config(
     path: Path, layout: Layout, summaries: Sequence[Summary], head: Head, base: Base, like: Mapping[str, Any]
 ) -> dict[str, Any]:
-    return {
+    fields = {
         "peft_type": "LORA",
         **task_fields(like, head.tensors),
         **_own_fields(path, head, base),
@@ -244,6 +244,8 @@ def _config(
         "fan_in_fan_out": bool(like.get("fan_in_fan_out")),
         "init_lora_weights": True,
     }
+    is_unclear = "target_parameters" in fields and is_order_unknown(fields)
+    return with_order(fields, ExpertOrder.RANK) if is_unclear else fields
 
 
 def _ranks(layout: Layout, summaries: Sequence[Summary]) -> dict[str, int]:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from pimerge.adapters.bare_parameter import ORDER_FIELD, ORDERS, ExpertOrder, SlicedModule, nesting
+from pimerge.adapters.bare_parameter import ORDER_FIELD, ORDERS, ExpertOrder, SlicedModule, is_order_unknown, nesting
 from pimerge.adapters.kind import Shapes
 from pimerge.adapters.lora_module import BareParameter, LoraModule, pattern_value
 from pimerge.core.errors import Problems
@@ -130,13 +130,9 @@ def _updates(
 def _require_known_order(config: Mapping[str, Any], problems: Problems) -> None:
     """Add a problem if it is not known how the columns of B are stored."""
     stated = config.get(ORDER_FIELD)
-    if stated is not None:
-        if stated not in ORDERS:
-            problems.add(f"{ORDER_FIELD} in adapter_config.json is '{stated}'", f"expected {' or '.join(ORDERS)}")
-        return
-    mapping = config.get("auto_mapping")
-    is_unsloth = isinstance(mapping, dict) and mapping.get("unsloth_fixed")
-    if is_unsloth or str(config.get("base_model_name_or_path")).lower().startswith("unsloth/"):
+    if stated is not None and stated not in ORDERS:
+        problems.add(f"{ORDER_FIELD} in adapter_config.json is '{stated}'", f"expected {' or '.join(ORDERS)}")
+    elif is_order_unknown(config):
         problems.add(
             "it was trained with Unsloth, which stored the updates of a mixture's experts by expert before version "
             f"2026.9.6 and by rank, as PEFT does, since then; adapter_config.json has no {ORDER_FIELD} that says which",
