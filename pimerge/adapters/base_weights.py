@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
-from pathlib import Path
-from threading import Lock
 from typing import TYPE_CHECKING
 
 from pimerge.adapters.lora_module import LoraModule
 from pimerge.adapters.merge_into import plan_merge_into
 from pimerge.checkpoints.base import Base
 from pimerge.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from pimerge.checkpoints.key_mapping import Names, is_fan_in_first, is_grouped, match_modules, names_of
+from pimerge.checkpoints.key_mapping import is_fan_in_first, is_grouped, match_modules, names_at
 from pimerge.core.errors import PimergeError, Problems
 from pimerge.core.progress import Note
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-_ONE_AT_A_TIME = Lock()  # transformers builds its renamings on first use, which is not thread-safe
 
 
 def layer_shapes(base: Base, modules: Sequence[str], *, fan_in_fan_out: bool = False) -> dict[str, tuple[int, ...]]:
@@ -29,8 +24,7 @@ def layer_shapes(base: Base, modules: Sequence[str], *, fan_in_fan_out: bool = F
         fan_in_fan_out: the field of the adapter's config; it decides how weights are stored where the model is unknown.
     """
     checkpoint = _open(base, "the shapes of its layers are needed")
-    with _ONE_AT_A_TIME:  # experts are opened in several threads
-        names = _names(checkpoint.path)
+    names = names_at(checkpoint.path)
     keys = match_modules(names, modules)
     problems = Problems()
     found = {}
@@ -58,8 +52,7 @@ def require_ungrouped(base: Base, modules: Mapping[str, LoraModule], note: Note)
     convolutions = {name: module for name, module in modules.items() if module.is_computed and module.layer == "conv"}
     if not convolutions or base.folder is None:
         return
-    with _ONE_AT_A_TIME:
-        names = _names(base.folder)
+    names = names_at(base.folder)
     problems = Problems()
     for name, module in convolutions.items():
         depthwise = not names.known and module.shape_A[1] == 1 < module.d_out
@@ -83,11 +76,6 @@ def _open(base: Base, reason: str) -> Checkpoint:
     return open_checkpoint(base.folder)
 
 
-@cache
-def _names(folder: Path) -> Names:
-    return names_of(open_checkpoint(folder))
-
-
 def base_weights(base: Base, layouts: Mapping[str, LoraModule], *, fan_in_fan_out: bool) -> Callable[[str], Tensor]:
     """A function that reads a module's weight as (d_out × d_in), however the base stores it."""
     checkpoint = _open(base, "its weights are needed to convert the experts")
@@ -99,27 +87,3 @@ def base_weights(base: Base, layouts: Mapping[str, LoraModule], *, fan_in_fan_ou
         return weight.T if keys[name] in plan.transposed else weight
 
     return read
-
-
-def require_same_base(
-    base: Base, copies: Mapping[str, LoraModule], read: Callable[[str], Tensor], *, fan_in_fan_out: bool
-) -> None:
-    """Check the copies of the base's weights that PEFT saves beside the factors of its embeddings.
-
-    Args:
-        copies: name → module, for the modules with a copy.
-        read: reads the adapter's tensor of a key.
-    """
-    hint = "save it with model.save_pretrained(FOLDER, save_embedding_layers=False) if the embeddings are unchanged"
-    problems = Problems()
-    try:
-        weight_of = base_weights(base, copies, fan_in_fan_out=fan_in_fan_out)
-    except PimergeError as error:
-        found = error.problems[0].message
-        raise PimergeError(f"it holds a copy of the base's weight of {', '.join(copies)}: {found}", hint) from error
-    for name, module in copies.items():
-        copy, weight = read(str(module.base_copy)), weight_of(name)
-        weight = weight.T if module.layer == "embedding" else weight
-        if copy.shape != weight.shape or not copy.to(weight.dtype).equal(weight):
-            problems.add(f"{module.base_copy} is not the weight of the base '{base.name}'", hint)
-    problems.raise_any("its copies differ from the base's weights")

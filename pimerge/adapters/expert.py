@@ -16,6 +16,7 @@ from pimerge.adapters.format import PEFT, Place
 from pimerge.adapters.fused_experts import fused
 from pimerge.adapters.kind import KINDS, Kind
 from pimerge.adapters.lora_module import Factors, LoraModule
+from pimerge.adapters.saved_embeddings import without_copies
 from pimerge.adapters.source import AdapterSource, open_source
 from pimerge.adapters.tensor_sets import TensorSet
 from pimerge.checkpoints.base import Base
@@ -275,11 +276,9 @@ def _checked(source: AdapterSource, base: str | None, convert: bool, only_look: 
     modules = fused(modules, lambda: base_of(path, config, base)) if source.modules is None else modules
     tensor_sets = {name: part for name, part in parts.items() if isinstance(part, TensorSet)}
     expert = Expert(path, kind, config, file, modules, head, (), base, tensor_sets=tensor_sets, unhandled=reason)
-    copies = {} if only_look else {name: module for name, module in modules.items() if module.base_copy}
-    if copies:
-        from pimerge.adapters.base_weights import require_same_base  # imports torch
-
-        require_same_base(expert.base, copies, expert.tensor, fan_in_fan_out=bool(config.get("fan_in_fan_out")))
+    if not only_look:
+        head = without_copies(head, config.get("modules_to_save") or [], lambda: expert.base, expert.tensor)
+        expert = replace(expert, head=head)
     dtypes = {key: entry.dtype for key, entry in file.entries.items()}
     biases = {module.bias for module in modules.values() if module.bias}
     if not reason:

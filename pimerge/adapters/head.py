@@ -49,11 +49,14 @@ def choose_head(policy: str, experts: Sequence[Expert], target: Expert | None) -
 
     if policy not in HEAD_POLICIES:
         raise PimergeError(f"--head is '{policy}'", f"expected {', '.join(HEAD_POLICIES)}")
-    if policy != "none" and target is not None and (task := task_of(target)) and not task.type.trains_head:
+    task = None if target is None or target.head or policy == "none" else task_of(target)
+    if task is not None and not task.type.trains_head:
         return Head({}, (), task)
     if policy == "none" or not any(expert.head for expert in experts):
         return NO_HEAD
     if policy == "target":
+        if target is None and (owner := _owner_of_embeddings(experts)):
+            return Head(owner.head_tensors(), _head_modules(owner), None)
         if target is None:
             raise PimergeError(
                 "the experts have heads, but the target is unknown",
@@ -65,10 +68,10 @@ def choose_head(policy: str, experts: Sequence[Expert], target: Expert | None) -
     first = experts[0]
     labels = tasks[first.name]
     for expert in experts:
-        task = tasks[expert.name]
-        if task is None or labels is None or task.labels != labels.labels:
+        own = tasks[expert.name]
+        if own is None or labels is None or own.labels != labels.labels:
             problems.add(
-                f"the head of '{expert.name}' has the labels {_labels(task)}, the head of '{first.name}' has "
+                f"the head of '{expert.name}' has the labels {_labels(own)}, the head of '{first.name}' has "
                 f"{_labels(labels)}",
                 "pass --head target or --head none",
             )
@@ -95,7 +98,23 @@ def _labels(task: Task | None) -> str:
 
 def _head_modules(expert: Expert) -> list[str]:
     saved: list[str] = expert.config.get("modules_to_save") or []
-    return [name for name in saved if any(is_saved(parameter, [name]) for parameter in expert.head)]
+    found = [name for name in saved if any(is_saved(parameter, [name]) for parameter in expert.head)]
+    if expert.config.get("ensure_weight_tying"):  # PEFT saves the layers that share a saved module's weight as well
+        modules = (parameter.rpartition(".")[0] for parameter in expert.head if not is_saved(parameter, saved))
+        found += sorted({module for module in modules if not module.endswith(".base_layer")})
+    return found
+
+
+def _owner_of_embeddings(experts: Sequence[Expert]) -> Expert | None:
+    """An expert with a head, if the heads of all are the same embeddings, saved because the base has others."""
+    owners = [expert for expert in experts if expert.head]
+    first = owners[0]
+    if any(is_saved(name, each.config.get("modules_to_save") or []) for each in owners for name in each.head):
+        return None
+    if any(_shapes(expert) != _shapes(first) for expert in owners):
+        return None
+    same = all(e.tensor(e.head[name]).equal(first.tensor(key)) for e in owners[1:] for name, key in first.head.items())
+    return first if same else None
 
 
 def _shapes(expert: Expert) -> dict[str, tuple[int, ...]]:

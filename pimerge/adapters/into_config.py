@@ -36,41 +36,58 @@ def model_class(checkpoint: Checkpoint, adapter: Mapping[str, Any]) -> str | Non
     """The class of the model that an adapter was trained in, by its config; None if the config does not tell."""
     import transformers
 
-    mapping = adapter.get("auto_mapping")
+    mapping, model_type = adapter.get("auto_mapping"), checkpoint.config.get("model_type")
     stated = mapping.get("base_model_class") if isinstance(mapping, dict) else None
-    if isinstance(stated, str) and hasattr(transformers, stated):
-        return stated
-    auto, model_type = _AUTO_CLASSES.get(str(adapter.get("task_type"))), checkpoint.config.get("model_type")
-    if auto is None or model_type not in transformers.CONFIG_MAPPING:
+    name = str(stated or _AUTO_CLASSES.get(str(adapter.get("task_type"))))
+    kind = getattr(transformers, name, None)
+    if kind is None or not name.startswith("Auto"):
+        return name if kind is not None else None
+    if model_type not in transformers.CONFIG_MAPPING:
         return None
-    found = getattr(transformers, auto)._model_mapping.get(transformers.CONFIG_MAPPING[model_type], None)
+    found = getattr(kind, "_model_mapping", {}).get(transformers.CONFIG_MAPPING[model_type], None)
     found = found[0] if isinstance(found, tuple) else found
     return None if found is None else str(found.__name__)
 
 
-def shares_weight(names: Names, touched: set[str]) -> bool:
-    """Whether any of the changed tensors is shared by several parameters."""
-    keys = {name: key for key, name in names.parameter.items()}
-    return any(keys.get(name, name) in touched for group in names.groups for name in group)
+def separated(
+    checkpoint: Checkpoint, names: Names, touched: set[str], config: dict[str, Any]
+) -> tuple[dict[str, str], dict[str, Any]]:
+    """The tied weights that have to be stored apart once some of them change, and the config that goes with it.
 
+    A decoder's config then no longer ties them. Where the config cannot say so (T5 and other encoder-decoders, some of
+    which also scale their outputs by that field), all that differ are stored: transformers ties two stored tensors only
+    if they are equal.
 
-def untied(checkpoint: Checkpoint, names: Names, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config of the model with its tied weights separated."""
-    shared = ", ".join(sorted(names.shared or ()))
-    hint = "merge into an adapter instead, or leave out the module that shares its weight"
+    Args:
+        touched: the keys that change.
+
+    Returns:
+        key that is added → key of the stored tensor that it shared before, and the config.
+    """
+    aliases: dict[str, str] = dict(names.shared or {})
+    if not touched & {*aliases, *aliases.values()}:
+        return {}, config
+    stray = [name for name in aliases if names.rename(name) != name]
+    if stray:
+        raise PimergeError(
+            f"{', '.join(sorted(aliases))} share one tensor, which transformers does not untie in this model",
+            "merge into an adapter instead, or leave out the module that shares its weight",
+        )
     changed = {
         key: {**value, "tie_word_embeddings": False}
         if isinstance(value, dict) and value.get("tie_word_embeddings")
         else value
         for key, value in config.items()
     } | {"tie_word_embeddings": False}
-    if config.get("is_encoder_decoder"):
-        raise PimergeError(f"{shared} share one tensor, which cannot be untied in an encoder-decoder", hint)
-    model = skeleton(checkpoint, changed)
-    stray = [name for name in names.shared or () if names.rename(name) != name]
-    if model is None or model.all_tied_weights_keys or stray:
-        raise PimergeError(f"{shared} share one tensor, which transformers does not untie in this model", hint)
-    return changed
+    if not config.get("is_encoder_decoder"):
+        model = skeleton(checkpoint, changed)
+        if model is not None and not model.all_tied_weights_keys:
+            return aliases, changed
+    moved = {name for name in aliases if name in touched}
+    stored = {names.parameter[key] for key in {*aliases.values()} & touched}
+    if stored & names.sources:  # the others would be tied to the changed one
+        return aliases, config
+    return {name: key for name, key in aliases.items() if name in moved or name in names.sources}, config
 
 
 def fitted(checkpoint: Checkpoint, names: Names, config: Mapping[str, Any], new: Mapping[str, Shape]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Any
 
 from pimerge.core.errors import Problems
@@ -11,6 +11,10 @@ from pimerge.core.errors import Problems
 PREFIX = "base_model.model."
 """Prefix of parameter names in PEFT's model; prompts and prefixes, which do not change modules, have another."""
 PROMPT_PREFIX = "base_model."
+_EMBEDDINGS = frozenset(
+    """embed_tokens word_embeddings tok_embeddings wte shared embed_in embedding embeddings lm_head embed_out proj_out
+    output output_layer""".split()  # noqa: SIM905
+)
 
 
 def key_of_parameter(name: str) -> str:
@@ -33,6 +37,33 @@ def is_saved(name: str, saved: Iterable[str]) -> bool:
     (True, False)
     """
     return any(f"{entry}." in name for entry in saved)
+
+
+def parameter_of(name: str) -> str:
+    """The base's parameter of a head's tensor; PEFT moves an adapted layer's own weight into ``base_layer``.
+
+    >>> parameter_of("lm_head.base_layer.weight")
+    'lm_head.weight'
+    """
+    return re.sub(r"\.base_layer(?=\.(weight|bias)$)", "", name)
+
+
+def is_saved_embedding(name: str, adapted: Container[str]) -> bool:
+    """Whether a tensor is an embedding of the base, or its output layer, that PEFT saved beside the adapter.
+
+    PEFT does so if the vocabulary was resized, if the layer is adapted (then with ``base_layer`` in the name), and with
+    ``ensure_weight_tying``; when it loads the adapter, the tensor replaces the base's.
+
+    Args:
+        adapted: the modules that the adapter changes.
+
+    >>> is_saved_embedding("model.embed_tokens.weight", ()), is_saved_embedding("q.base_layer.weight", ["q"])
+    (True, True)
+    """
+    module = parameter_of(name).rpartition(".")[0]
+    if parameter_of(name) != name:
+        return module in adapted
+    return name.endswith((".weight", ".bias")) and module.rpartition(".")[2] in _EMBEDDINGS
 
 
 def sort_keys(
@@ -61,6 +92,9 @@ def sort_keys(
             head[name] = key
         else:
             unknown.append(key)
+    found = [key for key in unknown if is_saved_embedding(key.removeprefix(prefix), keys) and key.startswith(prefix)]
+    head |= {key.removeprefix(prefix): key for key in found}
+    unknown = [key for key in unknown if key not in found]
     if unknown:
         shown = ", ".join(unknown[:5]) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
         problems.add(

@@ -61,8 +61,6 @@ class LoraModule:
         shape_A, shape_B: shapes as stored.
         magnitude: key of DoRA's magnitudes; None for other variants.
         conversions: the variants from which it has to be converted: ``PiSSA``, ``OLoRA``, ``DoRA``.
-        base_copy: key of a copy of the base's weight, which PEFT saves beside an embedding's factors; None if there is
-            no copy.
         parameter: the bare parameter or the matrix in it that is adapted; None for a layer.
         bias_factor: factor of the stored bias: scaling · bias_factor · bias is the update of the layer's bias.
     """
@@ -84,7 +82,6 @@ class LoraModule:
     shape_B: tuple[int, ...]
     magnitude: str | None = None
     conversions: tuple[str, ...] = ()
-    base_copy: str | None = None
     parameter: BareParameter | None = None
     bias_factor: float = 1.0
 

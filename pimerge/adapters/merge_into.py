@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -13,13 +12,15 @@ import torch
 from torch import Tensor
 
 from pimerge.adapters.base_changes import PlannedChange, changed_pieces, plan_changes
-from pimerge.adapters.into_config import fitted, shares_weight, untied, vocabulary_of
+from pimerge.adapters.into_config import fitted, separated, vocabulary_of
 from pimerge.adapters.into_stacks import Placed, is_stacked, place_matrices, stacked_pieces
+from pimerge.adapters.keys import is_saved, parameter_of
 from pimerge.adapters.lora_module import Factors, LoraModule
+from pimerge.adapters.stored_layout import bias_of, is_transposed, keys_as_stored
 from pimerge.adapters.tensor_sets import BaseChange
 from pimerge.checkpoints.checkpoint import Checkpoint, require_weights
-from pimerge.checkpoints.dtypes import FLOATS, dtype_name
-from pimerge.checkpoints.key_mapping import Names, is_fan_in_first, match, match_modules, names_of
+from pimerge.checkpoints.dtypes import dtype_name
+from pimerge.checkpoints.key_mapping import Names, match, match_modules, names_of
 from pimerge.checkpoints.safetensors_file import PIECE
 from pimerge.checkpoints.writer import flat_pieces, write_like
 from pimerge.core.errors import PimergeError, Problems
@@ -80,6 +81,7 @@ def plan_merge_into(
     *,
     fan_in_fan_out: bool = False,
     head: Mapping[str, Tensor] | None = None,
+    modules_to_save: Sequence[str] = (),
     fields: Mapping[str, Any] | None = None,
     trained_in: str | None = None,
     changes: Sequence[BaseChange] = (),
@@ -90,50 +92,59 @@ def plan_merge_into(
         fan_in_fan_out: the field of the adapter's config; it decides how a square weight is stored where the model
             is unknown.
         head: parameter name → tensor that replaces the checkpoint's or is added.
+        modules_to_save: the modules that the head's tensors belong to. PEFT loads any other tensor of the head into the
+            base's own parameter, and so into all that are tied to it.
         fields: fields of ``config.json`` that the head needs, such as ``id2label``.
         trained_in: the class of the model that has the head, for a checkpoint whose own class has no place for it.
         changes: the changes of the base's parameters by experts without ΔW.
     """
     require_weights(checkpoint)
-    stored = None if head or fan_in_fan_out or changes else _as_stored(checkpoint, layouts)
+    stored = None if head or fan_in_fan_out or changes else keys_as_stored(checkpoint, layouts)
     if stored is not None:
         return MergeIntoPlan(checkpoint, stored, {}, {}, {}, frozenset(), False, None)
     names, problems = names_of(checkpoint), Problems()
+    head, shared = head or {}, names.shared or {}
     weights: dict[str, str] = {}
-    biases: dict[str, str] = {}
-    transposed: set[str] = set()
     stacked = {name: layout for name, layout in layouts.items() if is_stacked(layout)}
     with problems.collected():
         weights = {key: module for module, key in match_modules(names, layouts.keys() - stacked.keys()).items()}
-    for key, module in weights.items():
-        with problems.collected():
-            source = (names.shared or {}).get(key, key)
-            if _is_transposed(checkpoint, source, layouts[module], fan_in_fan_out, names):
-                transposed.add(key)
-        if layouts[module].bias is not None:
-            with problems.collected():
-                biases[_bias(checkpoint, names, module)] = module
     stacks, turned = place_matrices(checkpoint, names, stacked, problems)
-    head = head or {}
     changed = plan_changes(checkpoint, names, changes, fan_in_fan_out=fan_in_fan_out, problems=problems)
-    heads = _heads(checkpoint, names, head, {*weights, *biases, *changed, *stacks}, problems)
+    heads = _heads(names, head, {*weights, *changed, *stacks}, problems)
+    transposed, biases = set(turned), dict[str, str]()
+    for key, module in weights.items():
+        dtype, shape = _layout(checkpoint, shared.get(key, key), head.get(heads.get(key, "")))
+        with problems.collected():
+            if is_transposed(key, dtype, shape, layouts[module], fan_in_fan_out, names):
+                transposed.add(key)
+        with problems.collected():
+            biases |= {bias_of(names, module): module} if layouts[module].bias is not None else {}
     problems.raise_any(f"the adapter cannot be merged into '{checkpoint.path}'")
-    separate = shares_weight(names, {*weights, *biases, *heads, *changed, *stacks})
-    copies = dict(names.shared or {}) if separate else {}
+    touched = {*weights, *biases, *heads, *changed, *stacks}
+    touched -= _still_tied(touched, heads, head, shared, modules_to_save)
+    heads = {key: name for key, name in heads.items() if key in touched or key in checkpoint.home}
     config = {**checkpoint.config, **(fields or {})}
     if trained_in and any(names.known and names.rename(key) not in names.known for key in heads):
         config = {**config, "architectures": (fields or {}).get("architectures") or [trained_in]}
-    if separate:
-        config = untied(checkpoint, names, config)
+    copies, config = separated(checkpoint, names, touched, config)
     if heads and not checkpoint.is_file:
-        new = {key: checkpoint.entry(source).shape for key, source in copies.items()}
-        config = fitted(checkpoint, names, config, new | {key: tuple(head[name].shape) for key, name in heads.items()})
+        new = _new_layouts(checkpoint, copies, heads, head)
+        config = fitted(checkpoint, names, config, {key: shape for key, (_, shape) in new.items()})
     written = config if config != checkpoint.config and not checkpoint.is_file else None
     size = vocabulary_of(config)
     resized = size if size != vocabulary_of(checkpoint.config) else None
-    transposed |= turned
     return MergeIntoPlan(
-        checkpoint, weights, biases, heads, copies, frozenset(transposed), separate, written, resized, changed, stacks
+        checkpoint,
+        weights,
+        biases,
+        heads,
+        copies,
+        frozenset(transposed),
+        bool(copies),
+        written,
+        resized,
+        changed,
+        stacks,
     )
 
 
@@ -163,12 +174,12 @@ def merge_into(
     update_of_matrix = lru_cache(maxsize=4)(update)  # several stored layers can be parts of one matrix
 
     def change(key: str) -> Iterator[Tensor] | None:
-        if key in plan.heads:
+        if key in plan.heads and key not in plan.weights:
             return iter([heads[plan.heads[key]].reshape(-1)])
         if key in plan.changes:
             return changed_pieces(plan.checkpoint, plan.source(key), plan.changes[key], tensors or {})
         if key in plan.weights:
-            return _weight(plan, key, update(plan.weights[key]))
+            return _weight(plan, key, update(plan.weights[key]), heads.get(plan.heads.get(key, "")))
         if key in plan.stacks:
             stack, is_turned = plan.stacks[key], key in plan.transposed
             return stacked_pieces(plan.checkpoint, plan.source(key), stack, update_of_matrix, transposed=is_turned)
@@ -176,56 +187,30 @@ def merge_into(
             factors = update(plan.biases[key])
             return iter([_plus_bias(plan.checkpoint.read(plan.source(key)), factors)])
         if key in plan.copies:
-            return flat_pieces(plan.checkpoint.home[plan.copies[key]], plan.copies[key])
+            own = heads.get(_own_layer(plan.heads, plan.copies[key]))
+            stored = plan.checkpoint.home[plan.copies[key]]
+            return flat_pieces(stored, plan.copies[key]) if own is None else iter([own.reshape(-1)])
         return None
 
-    new = {key: _like(plan.checkpoint, source) for key, source in plan.copies.items()}
-    for key, name in plan.heads.items():
-        known = plan.source(key) in plan.checkpoint.home
-        kind = _like(plan.checkpoint, plan.source(key))[0] if known else dtype_name(heads[name].dtype)
-        new[key] = (kind, tuple(heads[name].shape))
+    new = _new_layouts(plan.checkpoint, plan.copies, plan.heads, heads)
     size = write_like(plan.checkpoint, output, change, new=new, config=plan.config, dtype=dtype, track=track)
     matrices = {each.module for placed in plan.stacks.values() for each in placed}
     return MergedInto(len(plan.weights) + len(plan.changes) + len(matrices), plan.untied, size)
 
 
-def _as_stored(checkpoint: Checkpoint, layouts: Mapping[str, LoraModule]) -> dict[str, str] | None:
-    """Key → module, if the tensors on disk are enough to tell; None if the model's architecture is needed.
-
-    Building the model's skeleton takes seconds. It is not needed if every module's weight is stored under its own
-    name, is certainly (d_out × d_in) (a square one may be a Conv1D's, but those have a bias), cannot be tied to
-    another, and has no bias update.
-    """
-    texts = [checkpoint.config, *(part for part in checkpoint.config.values() if isinstance(part, dict))]
-    vocabulary = {part.get("vocab_size") for part in texts}
-    found = {}
-    for name, layout in layouts.items():
-        key = f"{name}.weight"
-        if key not in checkpoint.home or layout.layer != "linear" or layout.bias or layout.d_out in vocabulary:
-            return None
-        is_square = layout.d_out == layout.d_in
-        if checkpoint.entry(key).shape != (layout.d_out, layout.d_in) or (
-            is_square and f"{name}.bias" in checkpoint.home
-        ):
-            return None
-        found[key] = name
-    return found
-
-
-def _weight(plan: MergeIntoPlan, key: str, factors: Factors) -> Iterator[Tensor]:
-    """W + s·B·A in blocks of rows of the stored weight, flattened."""
+def _weight(plan: MergeIntoPlan, key: str, factors: Factors, start: Tensor | None) -> Iterator[Tensor]:
+    """W + s·B·A in blocks of rows of the stored weight, flattened; ``start`` replaces the stored W."""
     source = plan.source(key)
     file = plan.checkpoint.home[source]
-    entry = file.entries[source]
-    kind = torch.float64 if entry.dtype == "F64" else torch.float32
+    kind = torch.float64 if file.entries[source].dtype == "F64" else torch.float32
     A, B = factors.A.cpu().to(kind), factors.B.cpu().to(kind)
     left, right = (A.T, B.T) if key in plan.transposed else (B, A)
     rows, columns = len(left), right.shape[1]
     step = max(1, PIECE // (16 * columns))  # a quarter of PIECE in float32, since several blocks are in memory at once
-    for start in range(0, rows, step):
-        stop = min(start + step, rows)
-        block = file.read_part(source, start * columns, stop * columns).to(kind).view(-1, columns)
-        yield torch.addmm(block, left[start:stop], right, alpha=factors.scaling).view(-1)
+    for first in range(0, rows, step):
+        stop = min(first + step, rows)
+        block = file.read_part(source, first * columns, stop * columns) if start is None else start[first:stop]
+        yield torch.addmm(block.to(kind).view(-1, columns), left[first:stop], right, alpha=factors.scaling).view(-1)
 
 
 def _plus_bias(bias: Tensor, factors: Factors) -> Tensor:
@@ -236,53 +221,64 @@ def _plus_bias(bias: Tensor, factors: Factors) -> Tensor:
     return bias.to(kind) + factors.scaling * factors.bias.cpu().to(kind)
 
 
-def _like(checkpoint: Checkpoint, key: str) -> tuple[str, tuple[int, ...]]:
+def _layout(checkpoint: Checkpoint, key: str, head: Tensor | None = None) -> tuple[str, tuple[int, ...]]:
+    """Dtype and shape of a tensor, or of the head's that takes its place in the dtype of the checkpoint."""
+    if key not in checkpoint.home:
+        assert head is not None
+        return dtype_name(head.dtype), tuple(head.shape)
     entry = checkpoint.entry(key)
-    return entry.dtype, entry.shape
+    return entry.dtype, entry.shape if head is None else tuple(head.shape)
 
 
-def _is_transposed(checkpoint: Checkpoint, key: str, layout: LoraModule, fan_in_fan_out: bool, names: Names) -> bool:
-    """Whether the stored weight is (d_in × d_out)."""
-    dtype, shape = _like(checkpoint, key)
-    if dtype not in FLOATS:
-        raise PimergeError(f"'{key}' is stored as {dtype}", f"expected {', '.join(FLOATS)}")
-    stored = (shape[0] if shape else 0, math.prod(shape[1:]))
-    plain, turned = (layout.d_out, layout.d_in), (layout.d_in, layout.d_out)
-    if stored not in ((turned,) if layout.layer == "embedding" else (plain, turned)) or len(shape) < 2:
-        raise PimergeError(
-            f"module '{layout.name}': ΔW is {plain}, '{key}' is {shape}", "the adapter was trained on another base"
-        )
-    if layout.layer == "embedding" or plain != turned:
-        return stored == turned
-    if names.known:
-        return is_fan_in_first(names, layout.name)
-    return fan_in_fan_out
+def _new_layouts(
+    checkpoint: Checkpoint, copies: Mapping[str, str], heads: Mapping[str, str], head: Mapping[str, Tensor]
+) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Key → dtype and shape, for the tensors that are added or replaced."""
+    found = {key: _layout(checkpoint, of, head.get(_own_layer(heads, of))) for key, of in copies.items()}
+    return found | {key: _layout(checkpoint, copies.get(key, key), head[name]) for key, name in heads.items()}
 
 
-def _bias(checkpoint: Checkpoint, names: Names, module: str) -> str:
-    try:
-        return match(names, f"{module}.bias", f"the bias of module '{module}'")
-    except PimergeError as error:
-        raise PimergeError(
-            f"module '{module}' has a bias update (lora_bias), but its layer in the checkpoint has no bias",
-            "merge into an adapter instead, or train without lora_bias",
-        ) from error
+def _heads(names: Names, head: Mapping[str, Tensor], updated: set[str], problems: Problems) -> dict[str, str]:
+    """Key → parameter name of each head tensor; a tensor that the checkpoint lacks is added under its own name.
 
-
-def _heads(
-    checkpoint: Checkpoint, names: Names, head: Mapping[str, Tensor], updated: set[str], problems: Problems
-) -> dict[str, str]:
-    """Key → parameter name of each head tensor; a tensor that the checkpoint lacks is added under its own name."""
+    An adapted embedding that was saved as well is replaced first and then updated.
+    """
     found: dict[str, str] = {}
     for name in head:
-        key = name
+        key = parameter_of(name)
         with problems.collected():
             try:
-                key = match(names, name, f"the head's '{name}'")
+                key = match(names, key, f"the head's '{key}'")
             except PimergeError:
-                if name in names.known or name in names.converted:
+                if key in names.known or key in names.converted:
                     raise
-            if key in found or key in updated:
+            if key in found or (key in updated and parameter_of(name) == name):
                 problems.add(f"'{key}' would be replaced by the head and also changed by another part of the adapter")
             found[key] = name
+    return found
+
+
+def _own_layer(heads: Mapping[str, str], key: str) -> str:
+    """The head's tensor that is the own weight of an adapted layer, which what was tied to it still has; or empty."""
+    name = heads.get(key, "")
+    return name if parameter_of(name) != name else ""
+
+
+def _still_tied(
+    touched: set[str],
+    heads: Mapping[str, str],
+    head: Mapping[str, Tensor],
+    shared: Mapping[str, str],
+    modules_to_save: Sequence[str],
+) -> set[str]:
+    """The keys of tied weights that the head replaces by equal tensors, or by one for all, so that they stay tied."""
+    found = set()
+    for stored in set(shared.values()) & heads.keys():
+        name = heads[stored]
+        is_loaded = parameter_of(name) == name and not is_saved(name, modules_to_save)
+        sharing = {key for key, source in shared.items() if source == stored}
+        if (is_loaded and not sharing & touched) or all(
+            key in heads and head[heads[key]].equal(head[name]) for key in sharing
+        ):
+            found |= {stored, *sharing}
     return found

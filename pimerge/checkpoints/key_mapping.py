@@ -5,11 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
 
-from pimerge.checkpoints.checkpoint import CONFIG, Checkpoint
+from pimerge.checkpoints.checkpoint import CONFIG, Checkpoint, open_checkpoint
 from pimerge.core.errors import PimergeError, Problems, nearest
 
 # Prefixes that programs put before the names of a diffusion model.
@@ -25,6 +28,7 @@ class Names:
         known: all parameter names; empty if transformers does not know the model.
         converted: parameters that are made from several tensors or from changed ones → the operations, by name.
         groups: sets of tied parameters.
+        sources: the parameter of each group that transformers ties the others to.
         shared: parameters that are not on disk → key of the tensor that they share.
         prefix: prefix of the backbone in a model with a head, such as ``bert``.
         fan_in_first: modules that store their weights (d_in × d_out).
@@ -41,6 +45,7 @@ class Names:
     fan_in_first: frozenset[str] = frozenset()
     grouped: frozenset[str] = frozenset()
     rename: Callable[[str], str] = str
+    sources: frozenset[str] = frozenset()
 
     def in_head(self, name: str) -> bool:
         """Whether a parameter is outside the backbone, in a model that has one."""
@@ -85,7 +90,22 @@ def names_of(checkpoint: Checkpoint) -> Names:
         turned,
         grouped,
         lambda key: rename(key)[0],
+        frozenset(model.all_tied_weights_keys.values()),
     )
+
+
+_ONE_AT_A_TIME = Lock()  # transformers builds its renamings on first use, which is not thread-safe
+
+
+def names_at(folder: Path) -> Names:
+    """The parameter names of the checkpoint in a folder; may be called from several threads, and remembers them."""
+    with _ONE_AT_A_TIME:
+        return _remembered(folder)
+
+
+@cache
+def _remembered(folder: Path) -> Names:
+    return names_of(open_checkpoint(folder))
 
 
 def skeleton(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Any:

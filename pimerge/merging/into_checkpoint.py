@@ -57,6 +57,7 @@ def head_arguments(checkpoint: Checkpoint, head: Head, chosen: ChosenExperts) ->
     config = (chosen.target or chosen.experts[0]).config
     return {
         "head": head.tensors,
+        "modules_to_save": head.modules,
         "fields": _fields(checkpoint, head),
         "trained_in": model_class(checkpoint, config) if head.tensors else None,
     }
@@ -77,8 +78,14 @@ def handled_by(plan: MergeIntoPlan) -> list[str]:
     """Sentences on what a merge changes in the checkpoint beside its weights."""
     found = []
     if plan.untied:
+        ties = plan.config is None or plan.config.get("tie_word_embeddings") is not False
         found.append(
-            "the adapter changes one of two tied weights: both are written, and config.json no longer ties them"
+            "the adapter changes one of two tied weights: both are written, and "
+            + (
+                "transformers (from version 5) does not tie tensors that differ"
+                if ties
+                else "config.json no longer ties them"
+            )
         )
     if plan.resized:
         before = vocabulary_of(plan.checkpoint.config)

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from pimerge.adapters import base_weights
 from pimerge.adapters.base_weights import layer_shapes
+from pimerge.checkpoints import key_mapping
 from pimerge.checkpoints.base import find_base
 from pimerge.checkpoints.checkpoint import Checkpoint
 from pimerge.checkpoints.key_mapping import Names, names_of
@@ -35,11 +35,11 @@ def test_transformers_is_asked_by_one_thread_at_a_time(vit_base: Path, monkeypat
     locked = []
 
     def asked(checkpoint: Checkpoint) -> Names:
-        locked.append(base_weights._ONE_AT_A_TIME.locked())
+        locked.append(key_mapping._ONE_AT_A_TIME.locked())
         return names_of(checkpoint)
 
-    monkeypatch.setattr(base_weights, "names_of", asked)
-    base_weights._names.cache_clear()
+    monkeypatch.setattr(key_mapping, "names_of", asked)
+    key_mapping._remembered.cache_clear()
     base = find_base(str(vit_base), None, vit_base)
     module = "vit.layers.0.attention.q_proj"
     with ThreadPoolExecutor(4) as threads:

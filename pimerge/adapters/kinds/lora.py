@@ -19,7 +19,7 @@ from pimerge.core.errors import Problems
 
 _FACTOR_KEY = re.compile(
     re.escape(PREFIX) + r"(?P<module>.+)\.(?:lora_(?P<factor>[AB])\.weight|lora_B\.(?P<bias>bias)"
-    r"|lora_embedding_(?P<embedding>[AB])|lora_(?P<magnitude>magnitude)_vector(?:\.weight)?|(?P<base>base_layer)\.weight)"
+    r"|lora_embedding_(?P<embedding>[AB])|lora_(?P<magnitude>magnitude)_vector(?:\.weight)?)"
 )
 
 
@@ -56,7 +56,7 @@ def _slot_of(key: str) -> tuple[str, str] | None:
     match = _FACTOR_KEY.fullmatch(key)
     if match is None:
         return None
-    slots = ("factor", "embedding", "bias", "magnitude", "base")
+    slots = ("factor", "embedding", "bias", "magnitude")
     return match["module"], next(match[slot] for slot in slots if match[slot])
 
 
@@ -130,7 +130,6 @@ def _module(
         tuple(shape_B),
         magnitude,
         conversions,
-        keys.get("base_layer"),
     )
 
 
