@@ -76,6 +76,18 @@ model = PeftModel.from_pretrained(base, "path/to/this/folder")
 """
 
 
+def loading_classes(config: Mapping[str, Any]) -> list[str]:
+    """The classes of transformers that an adapter's config names, by its task type or by ``auto_mapping``.
+
+    >>> loading_classes({"task_type": "CAUSAL_LM"})
+    ['AutoModelForCausalLM']
+    """
+    mapping = config.get("auto_mapping")
+    own = [str(mapping.get("base_model_class"))] if isinstance(mapping, dict) else []
+    known = _CLASSES | _GENERATING
+    return [*own, *([known[config["task_type"]]] if config.get("task_type") in known else [])]
+
+
 def _model_class(like: Mapping[str, Any], base: Base) -> tuple[str, str]:
     """Library and class of the base's model."""
     task_type, mapping = like.get("task_type") or "", like.get("auto_mapping")

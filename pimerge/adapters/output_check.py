@@ -30,7 +30,7 @@ def check_adapter(folder: Path, base: Base) -> None:
     """Check a folder that PEFT has to load into a base; all problems are raised at once."""
     problems, faults = Problems(), Problems()
     with faults.collected():
-        expert = open_expert(folder, base.reference if base.folder is not None else None)
+        expert = open_expert(folder, base.reference if base.folder is not None else None, convert=True)
     for fault in faults.found:
         problems.add(fault.message, BUG)
     if not faults.found:
@@ -109,7 +109,7 @@ def _check_shapes(expert: Expert, base: Base, problems: Problems) -> None:
     """Compare the updates with the base's weights of the same names."""
     shapes = {key.removesuffix(".weight"): shape for key, shape in base_shapes(base).items() if key.endswith(".weight")}
     matrices = {name: shape for name, shape in shapes.items() if len(shape) > 1}
-    vocabulary = {shape[0] for name, shape in matrices.items() if name.rpartition(".")[2] in _OF_TOKENS}
+    vocabulary = {shape[0] for name, shape in matrices.items() if name.rpartition(".")[2] in OF_TOKENS}
     modules = {name: module for name, module in expert.modules.items() if module.parameter is None}
     found = {name: matrices.get(_on_disk(name, matrices)) for name in modules if not is_fused(name)}
     for name, shape in found.items():
@@ -123,7 +123,7 @@ def _check_shapes(expert: Expert, base: Base, problems: Problems) -> None:
         _check_names(list(found), base, problems)
 
 
-_OF_TOKENS = frozenset("embed_tokens word_embeddings wte shared lm_head embed_out tok_embeddings output".split())  # noqa: SIM905
+OF_TOKENS = frozenset("embed_tokens word_embeddings wte shared lm_head embed_out tok_embeddings".split())  # noqa: SIM905
 """Names of embeddings and output layers, whose vocabulary may have been resized."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from pimerge.adapters.model_card import CARD_FILE
 from pimerge.adapters.model_class import task_fields
 from pimerge.adapters.output_check import check_adapter
 from pimerge.adapters.padding import pad_factors
+from pimerge.adapters.peft_check import check_with_peft
 from pimerge.checkpoints.base import Base, folder_from
 from pimerge.checkpoints.base_shapes import base_modules
 from pimerge.checkpoints.safetensors_file import writing_tensors
@@ -87,11 +89,13 @@ class Layout:
         modules: the modules.
         dtype: dtype of the factors.
         has_bias: whether every module has a bias update (``lora_bias``).
+        open_with_peft: whether PEFT opens the result before it is put in place, even if PEFT has to be imported.
     """
 
     modules: Sequence[LoraModule]
     dtype: torch.dtype
     has_bias: bool
+    open_with_peft: bool = False
 
 
 def write_expert(
@@ -132,6 +136,7 @@ def write_expert(
         base,
         documents,
         force,
+        layout.open_with_peft,
     )
 
 
@@ -189,6 +194,7 @@ def _write_folder(
     base: Base,
     documents: Callable[[Sequence[Summary]], Documents],
     force: bool,
+    open_with_peft: bool = False,
 ) -> Documents:
     """Write the tensors, and then the documents that describe them."""
     with new_folder(path, force=force) as partial:
@@ -207,6 +213,8 @@ def _write_folder(
         contents[MANIFEST_FILE] = json_text(manifest.model_dump())
         write_into(partial, contents)
         check_adapter(partial, base)
+        if open_with_peft or "peft" in sys.modules:
+            check_with_peft(partial, base)
     return replace(written, manifest=manifest)
 
 

@@ -107,7 +107,7 @@ class MergedUpdates(MergedExperts):
 
         written = write_expert(
             request.folder,
-            Layout([merge.layout(name) for name in merge.names], merge.dtype, merge.has_bias),
+            Layout([merge.layout(name) for name in merge.names], merge.dtype, merge.has_bias, request.verify),
             self._modules(),
             self.head,
             base=merge.experts[0].base,
