@@ -213,7 +213,7 @@ def _write_folder(
         contents[MANIFEST_FILE] = json_text(manifest.model_dump())
         write_into(partial, contents)
         check_adapter(partial, base)
-        if open_with_peft or "peft" in sys.modules:
+        if open_with_peft or "peft.peft_model" in sys.modules:
             check_with_peft(partial, base)
     return replace(written, manifest=manifest)
 
