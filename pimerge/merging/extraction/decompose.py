@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from pimerge.adapters.lora_module import Factors
-from pimerge.adapters.low_rank import EVERYTHING, F64, Truncated, Truncation
+from pimerge.adapters.low_rank import F64, Truncated, Truncation
 
 _DENSE = 768  # below this size the full decomposition takes less than a second
 _FIRST_RANK = 32
@@ -39,10 +39,9 @@ def decompose(delta: Tensor, truncation: Truncation, dtype: torch.dtype, seed: i
     ((1, 4), (3, 1), True)
     """
     energy = float(delta.square().sum())
-    left, singular, right = _leading(delta, truncation, energy, seed)
-    kept = truncation.kept(singular) if truncation.energy is None else _enough(singular, truncation, energy)
-    if truncation == EVERYTHING and noise:
-        kept = _above_rounding(singular, delta.shape, noise, kept)
+    goal = _Goal(truncation, energy, noise, tuple(delta.shape))
+    left, singular, right = _leading(delta, goal, seed)
+    kept = goal.kept(singular)
     root = singular[:kept].sqrt()
     A, B = (root[:, None] * right[:kept]).to(dtype), (left[:, :kept] * root).to(dtype)
     lost = 0.0
@@ -57,16 +56,67 @@ def seed_of(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:8], "little") >> 1
 
 
-def _leading(delta: Tensor, truncation: Truncation, energy: float, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+@dataclass(frozen=True)
+class _Goal:
+    """How many singular triples of a matrix are needed.
+
+    Attributes:
+        energy: ‖ΔW‖².
+        noise: as for :func:`decompose`.
+    """
+
+    truncation: Truncation
+    energy: float
+    noise: float
+    shape: tuple[int, ...]
+
+    @property
+    def first(self) -> int:
+        """The first rank to try."""
+        small, limit = min(self.shape), self.truncation.rank
+        if self.truncation.energy is None and (limit or not self.noise):
+            return limit or small
+        return min(_FIRST_RANK, limit or small)
+
+    def kept(self, singular: Tensor) -> int:
+        """The number of leading singular values to keep."""
+        energy, limit = self.truncation.energy, self.truncation.rank
+        possible = Truncation(limit).kept(singular)
+        if energy is not None:
+            missing = singular.square().cumsum(0) < energy * self.energy * (1 - 1e-12)
+            return max(1, min(possible, 1 + int(missing.sum())))
+        if limit is None and (above := self._above_rounding(singular)):
+            return above
+        return possible
+
+    def is_reached(self, singular: Tensor) -> bool:
+        """Whether no further singular value is needed."""
+        energy, limit = self.truncation.energy, self.truncation.rank
+        if limit is not None and len(singular) >= limit:
+            return True
+        if energy is not None:
+            return float(singular.square().sum()) >= energy * self.energy
+        return 0 < self._above_rounding(singular) < len(singular)
+
+    def _above_rounding(self, singular: Tensor) -> int:
+        """The number of singular values above those of a matrix of rounding errors, about noise · (√d_out + √d_in).
+
+        It is 0 if more than rounding would be lost, since the change then has many small directions.
+        """
+        size = _MARGIN * self.noise
+        above = max(1, int((singular > size * sum(map(math.sqrt, self.shape))).sum()))
+        lost = self.energy - float(singular[:above].square().sum())
+        return above if lost <= size**2 * math.prod(self.shape) else 0
+
+
+def _leading(delta: Tensor, goal: _Goal, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     """The leading singular triples, at least as many as are needed."""
-    small = min(delta.shape)
-    rank = truncation.rank or (small if truncation.energy is None else _FIRST_RANK)
+    small, rank = min(delta.shape), goal.first
     while small > _DENSE and 4 * rank <= small:
         found = _subspace(delta, rank, seed)
-        reached = float(found[1][:rank].square().sum())
-        if truncation.energy is None or rank == truncation.rank or reached >= truncation.energy * energy:
+        if goal.is_reached(found[1][:rank]):
             return found
-        rank = min(2 * rank, truncation.rank or small)
+        rank = min(2 * rank, goal.truncation.rank or small)
     left, singular, right = torch.linalg.svd(delta, full_matrices=False)
     return left, singular, right
 
@@ -80,22 +130,3 @@ def _subspace(delta: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor, Tens
         Q = torch.linalg.qr(delta @ Q)[0]
     left, singular, right = torch.linalg.svd(Q.T @ delta, full_matrices=False)
     return Q @ left, singular, right
-
-
-def _enough(singular: Tensor, truncation: Truncation, energy: float) -> int:
-    """The least rank that keeps the share of the energy, at most the rank of the truncation."""
-    assert truncation.energy is not None
-    missing = singular.square().cumsum(0) < truncation.energy * energy * (1 - 1e-12)
-    enough = min(replace(truncation, energy=None).kept(singular), 1 + int(missing.sum()))
-    return max(1, enough)
-
-
-def _above_rounding(singular: Tensor, shape: torch.Size, noise: float, kept: int) -> int:
-    """The number of singular values above those of a matrix of rounding errors, about noise · (√d_out + √d_in).
-
-    If more is lost than rounding explains, the change has many small directions, and all are kept.
-    """
-    edge = _MARGIN * noise * (math.sqrt(shape[0]) + math.sqrt(shape[1]))
-    above = max(1, int((singular > edge).sum()))
-    lost = float(singular[above:].square().sum())
-    return above if lost <= (_MARGIN * noise) ** 2 * shape[0] * shape[1] else kept

@@ -71,7 +71,7 @@ class Evidence:
         inverse = torch.linalg.pinv(G, hermitian=True, rtol=1e-10)
         weights = inverse @ self.gram[1:, 0]
         error = (
-            self.slack * weights.abs().max().clamp_min(1e-3)
+            self.slack / 2 * weights.abs().max().clamp_min(1e-3)
             + _DEVIATIONS * (self.noise or 0.0) * inverse.diagonal().clamp_min(0).sqrt()
         )
         return weights, error
@@ -216,7 +216,7 @@ def _roundings(part: Part) -> int:
 
 
 def _magnitude(comparison: ComparedTensor, weights: Sequence[float], start: int, stop: int) -> Tensor:
-    """Σ |w_n| |left_n| |right_n|, the scale of the errors of the arithmetic; of F as well if it is low-rank.
+    """Σ |w_n| ‖left_n‖ ‖right_n‖ by rows and columns, the scale of the errors of the arithmetic; F's too if low-rank.
 
     For a weight that is computed anew, the weight itself is part of it.
     """
@@ -224,7 +224,8 @@ def _magnitude(comparison: ComparedTensor, weights: Sequence[float], start: int,
     found = [(comparison.found, 1.0)] if isinstance(comparison.found, LowRank) else []
     for part, w in [*zip(comparison.parts, weights, strict=True), *found]:
         if isinstance(part, LowRank):
-            total += abs(w) * (part.left[start:stop].abs() @ part.right.abs())
+            rows, columns = part.left[start:stop].norm(dim=1), part.right.norm(dim=0)
+            total.addr_(rows, columns, alpha=abs(w))
             if part.is_recomputed and comparison.base is not None:
                 before = comparison.base.rows(start, stop, comparison.shape[1]).to(F64)
                 typical = before.square().mean().sqrt() + (part.left[start:stop] @ part.right).square().mean().sqrt()

@@ -129,7 +129,7 @@ def _dtype(evidence: Evidence) -> str:
 
 
 def _other_weights(evidence: Evidence, weights: Sequence[float]) -> bool:
-    """Whether the found weights differ from the claimed ones by more than rounding can explain.
+    """Whether the found weights differ from these by more than rounding can explain.
 
     An entry's rounding error can hide a wrong weight where updates are small beside the weight; it averages out over
     the entries.
@@ -158,8 +158,9 @@ def _explanations(
     w = torch.tensor(list(weights), dtype=F64)
     if not evidence.unchanged and float(w @ evidence.gram[1:, 1:] @ w) > 0:
         along = float(w @ evidence.gram[1:, 0]) / float(w @ evidence.gram[1:, 1:] @ w)
-        if min(abs(along), abs(along - 1)) > _CLOSE and _explains(evidence, evidence.residual(along * w), along):
-            found = (along * w).tolist()
+        found = (along * w).tolist()
+        is_multiple = _explains(evidence, evidence.residual(along * w), along) and not _other_weights(evidence, found)
+        if min(abs(along), abs(along - 1)) > _CLOSE and is_multiple:
             reason = named(found, weights, scalings)
             yield {"verdict": Verdict.SCALED, "factor": along, "weights": found, "reason": reason}
         if evidence.residual(along * w) <= evidence.tolerance and abs(along) <= _CLOSE:

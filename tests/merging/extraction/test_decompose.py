@@ -44,3 +44,13 @@ def test_directions_below_the_rounding_are_dropped_only_if_they_are_rounding() -
     assert len(decompose(noisy, Truncation(), F64, 0, noise=1e-4).factors.A) == 3
     assert len(decompose(noisy, Truncation(), F64, 0, noise=1e-6).factors.A) == 40
     assert len(decompose(noisy, Truncation(), F64, 0).factors.A) == 40
+
+
+def test_the_rank_of_a_large_update_is_found_without_a_full_decomposition(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_DENSE", 8)
+    monkeypatch.setattr(module, "_FIRST_RANK", 2)
+    exact = normal(90, 5, seed=1).double() @ normal(5, 80, seed=2).double()
+    noisy = exact + 1e-5 * normal(90, 80, seed=3).double()
+    found = decompose(noisy, Truncation(), F64, 0, noise=1e-5)
+    assert len(found.factors.A) == 5
+    assert found.lost == pytest.approx(1e-10 * 90 * 80, rel=0.2)

@@ -17,7 +17,8 @@ import pimerge
 from pimerge.core.errors import PimergeError
 from tests.support.bases import model_for
 from tests.support.checkpoints import shaken, tensors
-from tests.support.experts import MakeExpert, edit_tensors, set_config
+from tests.support.experts import MakeExpert, edit_tensors, raw_expert, set_config
+from tests.support.numerics import normal
 
 WEIGHTS = [0.6, 0.3]
 Pair = Callable[..., list[Path]]
@@ -401,3 +402,20 @@ def test_a_missing_shard_is_an_error(pair_on: Pair, language_base: Callable[[str
     gone.unlink()
     with pytest.raises(PimergeError, match=gone.name):
         pimerge.verify(tmp_path / "full", experts=experts, weights=WEIGHTS, base=base)
+
+
+def test_a_slightly_wrong_weight_is_found_below_the_rounding(tmp_path: Path) -> None:
+    size, base = 256, {"q.weight": normal(256, 256, scale=0.02).bfloat16()}
+    updates = [{"q": (normal(4, size, seed=n), normal(size, 4, seed=n + 9, scale=1e-4))} for n in (1, 2)]
+    experts = [raw_expert(tmp_path / name, update) for name, update in zip("ab", updates, strict=True)]
+    delta = sum(w * u["q"][1] @ u["q"][0] for w, u in zip((0.63, 0.4), updates, strict=True))
+    save_file(base, tmp_path / "base.safetensors")
+    save_file({"q.weight": (base["q.weight"].float() + delta).bfloat16()}, tmp_path / "merged.safetensors")
+    given = {"experts": experts, "base": tmp_path / "base.safetensors"}
+    right = pimerge.verify(tmp_path / "merged.safetensors", weights=[0.63, 0.4], **given)
+    assert right.equal, right.summary
+    assert right.error is not None
+    assert right.error > 0.05
+    found = pimerge.verify(tmp_path / "merged.safetensors", weights=[0.6, 0.4], **given)
+    assert found.verdict == "weights"
+    assert found.modules[0].weights == pytest.approx([0.63, 0.4], abs=5e-3)
