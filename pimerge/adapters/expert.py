@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pimerge.adapters.bare_parameter import with_order
+from pimerge.adapters.expert_order import known_order
 from pimerge.adapters.expert_parts import base_of, foreign_base, kind_of, parsed, parsed_with_base, require_floats
 from pimerge.adapters.format import PEFT, Place
 from pimerge.adapters.fused_experts import fused
@@ -242,7 +243,8 @@ def open_expert(
         config: the ``adapter_config.json`` of a single file; None for the one beside it.
     """
     source = open_source(reference, config)
-    source = replace(source, config=with_order(source.config, expert_order))
+    order = known_order(source.config, source.file, expert_order)
+    source = replace(source, config=with_order(source.config, order))
     problems = Problems()
     with problems.collected():
         expert = _checked(source, base, convert, only_look)

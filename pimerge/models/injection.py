@@ -34,10 +34,12 @@ def injected(expert: Expert, loaded: LoadedBase) -> Iterator[nn.Module]:
     from pimerge import peft_methods  # noqa: F401  PEFT has to know every kind
 
     check_fits(expert, loaded.model)
-    if is_by_expert(expert.modules.values()):
+    modules = expert.modules.values()
+    if is_by_expert(modules) or (bare_names(modules) and not expert.config.get("target_parameters")):
+        why = "in Unsloth's order" if is_by_expert(modules) else "under the names of an earlier version of the model"
         raise PimergeError(
-            f"'{expert.name}' stores the updates of a mixture's experts in Unsloth's order, which PEFT does not read",
-            f"write it in PEFT's order first: pimerge merge {expert.path} --output FOLDER",
+            f"'{expert.name}' stores the updates of a mixture's experts {why}, which PEFT does not read in every model",
+            f"write them as PEFT does first: pimerge merge {expert.path} --output FOLDER",
         )
     with modules_restored(loaded.model):
         yield PeftModel.from_pretrained(loaded.model, str(expert.path)).eval()

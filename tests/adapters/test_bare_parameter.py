@@ -21,7 +21,7 @@ from pimerge.adapters.lora_module import Factors
 from pimerge.core.errors import PimergeError
 from pimerge.models.injection import injected, injected_sum
 from tests.support.experts import set_config
-from tests.support.mixtures import MIXTURES, experts_name, mixture, save_adapter, updates_by_peft
+from tests.support.mixtures import MIXTURES, experts_name, mixture, save_adapter, save_adapter_by_layer, updates_by_peft
 from tests.support.numerics import normal
 
 
@@ -87,8 +87,16 @@ def test_a_base_computes_with_them(tmp_path: Path) -> None:
             torch.testing.assert_close(model(ids).logits, direct(ids).logits, rtol=1e-4, atol=1e-5)
     other = open_expert(set_config(tmp_path / "b", lora_B_layout="grouped_by_expert"))
     with (
-        pytest.raises(PimergeError, match=r"(?s)Unsloth's order, which PEFT does not read.*pimerge merge"),
+        pytest.raises(
+            PimergeError, match=r"(?s)Unsloth's order, which PEFT does not read in every model.*pimerge merge"
+        ),
         injected(other, loaded),
+    ):
+        pass
+    save_adapter_by_layer(base, "mixtral", tmp_path / "old", 1)
+    with (
+        pytest.raises(PimergeError, match=r"(?s)under the names of an earlier version.*pimerge merge"),
+        injected(open_expert(tmp_path / "old"), loaded),
     ):
         pass
     save_adapter(base, tmp_path / "c", 3, target_modules=[], target_parameters=["experts.gate_up_proj"])

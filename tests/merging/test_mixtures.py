@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import pimerge
+from pimerge.adapters.expert import open_expert
 from pimerge.core.errors import PimergeError
 from pimerge.reporting.inspection import inspect
 from tests.support import merge_references as references
@@ -197,6 +198,34 @@ def test_the_order_of_unsloth_is_read_and_peft_s_is_written(pool: Any, tmp_path:
     set_config(copy, lora_B_layout="grouped_by_expert")
     pimerge.merge([copy, folder / "b"], output=tmp_path / "out")
     require_equal(updates_by_peft(base, tmp_path / "out"), by_matrix(deltas, lambda d: (d[0] + d[1]) / 2))
+
+
+@pytest.mark.parametrize("order", ["rank", "expert"])
+def test_zeros_of_an_expert_that_no_token_reached_show_the_order(order: str, tmp_path: Path) -> None:
+    base = mixture("mixtral")
+    parameters = {"target_modules": [], "target_parameters": ["gate_up_proj", "down_proj"]}
+    key = "base_model.model.model.layers.0.mlp.experts.lora_B.weight"
+    save_adapter(base, tmp_path / "a", 1, **parameters)
+    B = load_file(tmp_path / "a" / "adapter_model.safetensors")[key]
+    B[:, 1::EXPERTS] = 0
+    set_tensors(tmp_path / "a", {key: B})
+    expected = updates_by_peft(base, tmp_path / "a")
+    copy = by_expert(tmp_path / "a", tmp_path / "b") if order == "expert" else tmp_path / "a"
+    set_config(copy, base_model_name_or_path="unsloth/Mixture")
+    pimerge.merge([copy], output=tmp_path / "out")
+    require_equal(updates_by_peft(base, tmp_path / "out"), expected)
+
+
+def test_updates_for_measures_are_the_factors(pool: Any, tmp_path: Path) -> None:
+    """Also in bfloat16, which numpy does not have."""
+    _, folder, deltas = pool("qwen3-moe")
+    tensors = load_file(folder / "a" / "adapter_model.safetensors")
+    shutil.copytree(folder / "a", tmp_path / "a")
+    expert = open_expert(set_tensors(tmp_path / "a", {key: tensor.bfloat16() for key, tensor in tensors.items()}))
+    name = "model.layers.0.mlp.experts.1.down_proj"
+    A, scaled = expert.updates([name])[name]
+    delta = deltas[0]["model.layers.0.mlp.experts.down_proj"][1]
+    torch.testing.assert_close(torch.tensor(scaled.T @ A), delta, rtol=0.02, atol=0.01)
 
 
 def test_stacks_that_differ_are_refused(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ def bare_parameters(config: Mapping[str, Any], keys: Keys, shapes: Shapes, probl
                 found |= module
         for layer in layers:
             del keys[layer]
-    if any(isinstance(module, SlicedModule) for module in found.values()):
+    if any(isinstance(module, SlicedModule) and module.rank > 1 for module in found.values()):
         _require_known_order(config, problems)
     return found
 
