@@ -38,6 +38,12 @@ class CheckpointPlan:
     fishers: tuple[TensorFile, ...] = ()
     config: dict[str, Any] | None = None
 
+    @property
+    def head_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Key in the output → shape, for every tensor of a head."""
+        first = {key: next(iter(parts.items())) for key, parts in self.heads.items()}
+        return {key: self.experts[number].entry(source).shape for key, (number, source) in first.items()}
+
 
 @dataclass
 class _Sorted:

@@ -16,6 +16,7 @@ from pimerge.checkpoints.tokenizer_files import copy_tokenizer
 from pimerge.core.errors import PimergeError
 from pimerge.core.files import hashes_of, json_text, new_folder, write_into
 from pimerge.core.manifest import MANIFEST_FILE, Manifest
+from pimerge.merging.checkpoint_check import check_checkpoint
 from pimerge.merging.choice import ChosenExperts
 from pimerge.merging.merged import FILE_LOADING, FOLDER_LOADING
 from pimerge.merging.request import MergeRequest
@@ -119,6 +120,7 @@ def write_merged(
     with new_folder(request.folder, force=request.force) as partial:
         output = partial / checkpoint.name if checkpoint.is_file else partial
         written = merge_into(plan, update, output, head=head.tensors, tensors=tensors, dtype=dtype, track=request.track)
+        check_checkpoint(output, checkpoint, _changed(plan, head))
         if plan.resized and (source := _source_of(head, chosen)):
             copy_tokenizer(source.path, partial)
         contents, manifest = documents(written)
@@ -126,6 +128,12 @@ def write_merged(
         manifest = manifest.model_copy(update={"outputs": hashes_of(partial)})
         write_into(partial, {MANIFEST_FILE: json_text(manifest.model_dump())})
     return written
+
+
+def _changed(plan: MergeIntoPlan, head: Head) -> dict[str, tuple[int, ...]]:
+    """Key → shape of each tensor that is added or replaced."""
+    heads = {key: tuple(head.tensors[name].shape) for key, name in plan.heads.items()}
+    return {key: plan.checkpoint.entry(source).shape for key, source in plan.copies.items()} | heads
 
 
 def _source_of(head: Head, chosen: ChosenExperts) -> Expert | None:
