@@ -91,7 +91,7 @@ class Expert:
     def base(self) -> Base:
         """The base model that it was trained on."""
         if self.format != PEFT and self.base_override is None:
-            return foreign_base(self.format, self.config, self.file)
+            return foreign_base(self.config, self.folder)
         return base_of(self.path, self.config, self.base_override)
 
     @cached_property

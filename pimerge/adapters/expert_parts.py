@@ -9,11 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from pimerge.adapters import unhandled
-from pimerge.adapters.format import FORMATS
 from pimerge.adapters.kind import KINDS, AdapterHeader, Kind, Parts
 from pimerge.checkpoints.base import Base, find_base, given_base
 from pimerge.checkpoints.dtypes import FLOATS
-from pimerge.checkpoints.safetensors_file import TensorFile
 from pimerge.core.errors import PimergeError
 
 _FLOATS = frozenset(FLOATS)
@@ -52,14 +50,14 @@ def base_of(path: Path, config: dict[str, Any], override: str | None) -> Base:
     return find_base(config.get("base_model_name_or_path"), config.get("revision"), path)
 
 
-def foreign_base(format_name: str, config: Mapping[str, Any], file: TensorFile) -> Base:
+def foreign_base(config: Mapping[str, Any], near: Path) -> Base:
     """The base that a file of another format than PEFT's states; a Base without a name if it states none.
 
     Such a name describes an architecture or a repository; the base itself is not needed to merge.
     """
-    name = config.get("base_model_name_or_path") or FORMATS.load(format_name).base(file.metadata)
+    name = config.get("base_model_name_or_path") or ""
     try:
-        return find_base(name, None, file.path.parent)
+        return find_base(name, None, near)
     except PimergeError:
         return Base(name, None, None)
 

@@ -64,12 +64,14 @@ def open_all(
     *,
     convert: bool = False,
     expert_order: str | None = None,
+    config: Path | None = None,
 ) -> list[Expert]:
     """Open several experts and raise the problems of all of them at once; open experts are returned unchanged.
 
     Args:
         convert: accept experts that have to be converted with the base's weights (DoRA, PiSSA, OLoRA).
         expert_order: how the updates of a mixture's experts are stored, where a config does not say.
+        config: the ``adapter_config.json`` of those that are single files; None for the one beside each.
     """
     problems = Problems()
     experts = []
@@ -79,7 +81,8 @@ def open_all(
             continue
         own = Problems()
         with own.collected():
-            experts.append(open_expert(reference, base, convert=convert, expert_order=expert_order))
+            opened = open_expert(reference, base, convert=convert, expert_order=expert_order, config=config)
+            experts.append(opened)
         for problem in own.found:
             problems.extend([problem], "" if str(reference) in problem.message else f"'{reference}': ")
     problems.raise_any("some experts cannot be opened")
@@ -94,6 +97,7 @@ def select(
     *,
     needed: bool = True,
     convert: bool = False,
+    config: Path | None = None,
 ) -> Selection:
     """Choose the given experts or else those that the ranking selected, and the given target or else the ranking's.
 
@@ -102,6 +106,7 @@ def select(
         target: a reference to an expert or a task, or the object.
         needed: whether to require experts or a ranking.
         convert: accept experts that have to be converted with the base's weights.
+        config: the ``adapter_config.json`` of given experts that are single files.
     """
     ranking = ranked if isinstance(ranked, Ranking) else None
     ranking_path = ranked.path if isinstance(ranked, Ranking) else ranked
@@ -112,7 +117,7 @@ def select(
     task = target if isinstance(target, Task) else None
     own, folder = _target(target, ranking, ranking_path, base, convert=convert)
     if references:
-        experts = open_all(references, base, convert=convert)
+        experts = open_all(references, base, convert=convert, config=config)
         known = {c.sha256: c for c in ranking.candidates} if ranking else {}
         found = [known.get(expert.sha256) for expert in experts]
         scores, gains = ([getattr(candidate, name, None) for candidate in found] for name in ("score", "gain"))

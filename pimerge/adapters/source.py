@@ -109,6 +109,8 @@ def _open_file(path: Path, given: Path | None) -> AdapterSource:
     problems = Problems()
     with problems.collected():
         content = format_.read(file, config)
+        if not content.config.get("base_model_name_or_path") and (base := format_.base(file.metadata)):
+            content.config["base_model_name_or_path"] = base
         stands_for_folder = format_.needs_config and path.name == format_.file_name and given is None
         return AdapterSource(
             path.parent if stands_for_folder else path,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from pimerge.adapters.format import shown_kind
 from pimerge.cli import options
 from pimerge.cli.console import note, print_json, print_table
 from pimerge.core.errors import PimergeError
@@ -25,6 +26,7 @@ SHOWN_MODULES = 3
 def inspect(
     pools: options.Pools = None,
     base: options.BaseReference = None,
+    config: options.Config = None,
     store: Annotated[
         Path | None, typer.Option(help=f"Embedding store of the experts. Default: {DEFAULT_STORE}, if it exists.")
     ] = None,
@@ -42,7 +44,7 @@ def inspect(
     from pimerge.reporting.inspection import inspect as look
 
     opened = _open_store(store, quiet)
-    findings = look(pool_members(pools or ["experts"]), base, opened, expert_order)
+    findings = look(pool_members(pools or ["experts"]), base, opened, expert_order, config)
     if json:
         print_json([_document(finding) for finding in findings])
         return
@@ -77,8 +79,8 @@ def _row(finding: Finding, others: int) -> list[str]:
         task += f", {len(finding.task.labels)} labels"
     return [
         expert.name,
-        expert.kind,
-        str(expert.config.get("base_model_name_or_path")),
+        shown_kind(expert.kind, expert.format),
+        str(expert.config.get("base_model_name_or_path") or "–"),
         "/".join(map(str, expert.ranks)) or "–",
         "/".join(f"{alpha:g}" for alpha in _alphas(expert)) or "–",
         str(len(expert.parts)),
@@ -127,6 +129,7 @@ def _document(finding: Finding) -> dict[str, Any]:
     if expert is not None:
         known = {
             "kind": expert.kind,
+            "format": expert.format,
             "base": expert.config.get("base_model_name_or_path"),
             "ranks": list(expert.ranks),
             "alphas": _alphas(expert),

@@ -112,6 +112,12 @@ BaseReference = Annotated[
     str | None, typer.Option("--base", help="Base model: folder or Hub id. Default: the base that the experts name.")
 ]
 ExpertOrdering = Annotated[str | None, of(EXPERT_ORDER)]
+Config = Annotated[
+    Path | None,
+    typer.Option(
+        help="adapter_config.json of adapters that are single files of PEFT or mlx-lm. Default: the one beside each."
+    ),
+]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite existing output.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Do not print progress and hints.")]

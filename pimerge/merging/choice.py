@@ -75,6 +75,7 @@ def _from_coefficients(request: MergeRequest, path: Path) -> ChosenExperts:
         request.experts or [str(path.parent / expert) for expert in document.experts],
         request.base,
         convert=request.base is not None,
+        config=request.config,
     )
     if [expert.sha256 for expert in experts] != document.sha256:
         raise PimergeError(
@@ -102,7 +103,9 @@ def _at_strengths(experts: list[Expert], strengths: list[float]) -> list[Expert]
 
 def _from_request(request: MergeRequest, method: OpenedMethod, rules: Sequence[Rule]) -> ChosenExperts:
     convert = request.base is not None
-    chosen = select(request.experts, request.ranking, request.target, request.base, convert=convert)
+    chosen = select(
+        request.experts, request.ranking, request.target, request.base, convert=convert, config=request.config
+    )
     experts, own, scores = chosen.experts, chosen.target, chosen.scores
     if not experts:
         raise PimergeError(

@@ -44,6 +44,7 @@ def merge(
     target: Expert | TaskSource | None = None,
     ranking: str | Path = "ranking.json",
     base: str | Path | None = None,
+    config: str | Path | None = None,
     verify: bool = False,
     output: str | Path | None = "merged",
     force: bool = False,
@@ -90,6 +91,8 @@ def merge(
             the ranking.
         ranking: file with the ranking.
         base: base model, a folder or Hub id. None stands for the base that the experts name.
+        config: ``adapter_config.json`` of experts that are single files of PEFT or mlx-lm. None stands for the one
+            beside each file.
         verify: first check that every expert, merged alone, comes back unchanged.
         output: folder of the result. With None, nothing is written before :meth:`Merged.save`.
         force: overwrite ``output`` if it exists; inputs are never overwritten.
@@ -137,6 +140,7 @@ def merge(
         target=target if target is None or isinstance(target, str | Path | Expert) else open_task(target),
         ranking=experts if isinstance(experts, Ranking) else Path(ranking),
         base=None if base is None else str(base),
+        config=None if config is None else Path(config),
         output=None if output is None else Path(output),
         force=force,
         track=track,

@@ -133,6 +133,7 @@ class MergeRequest(ResultRequest):
     target: str | Path | Expert | Task | None = None
     ranking: Path | Ranking = Path("ranking.json")
     base: str | None = None
+    config: Path | None = None
 
     @property
     def ranking_path(self) -> Path:

@@ -98,6 +98,7 @@ def inspect(
     base: str | None = None,
     store: Store | None = None,
     expert_order: str | None = None,
+    config: Path | None = None,
 ) -> list[Finding]:
     """Inspect experts one by one and in pairs; problems are part of the findings and raise no error.
 
@@ -105,8 +106,9 @@ def inspect(
         base: a base model's folder or Hub id, instead of the one that the experts name.
         store: the store with their Fisher information.
         expert_order: how the updates of a mixture's experts are stored, where a config does not say.
+        config: the ``adapter_config.json`` of those that are single files; None for the one beside each.
     """
-    opened = [_open(reference, base, expert_order) for reference in references]
+    opened = [_open(reference, base, expert_order, config) for reference in references]
     names = Counter(one.expert.name for one in opened if one.expert is not None)
     return [_finding(one, [other for other in opened if other is not one], names, store) for one in opened]
 
@@ -122,9 +124,9 @@ class _Opened:
     unmergeable: str = ""
 
 
-def _open(reference: str | Path, base: str | None, expert_order: str | None) -> _Opened:
+def _open(reference: str | Path, base: str | None, expert_order: str | None, config: Path | None) -> _Opened:
     try:
-        expert = open_expert(reference, base, only_look=True, expert_order=expert_order)
+        expert = open_expert(reference, base, only_look=True, expert_order=expert_order, config=config)
     except PimergeError as error:
         return _Opened(Path(reference), None, None, error.problems, error.problems[0].message)
     try:
