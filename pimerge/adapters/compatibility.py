@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pimerge.adapters.expert import Expert
+from pimerge.adapters.format import FORMATS, PEFT
 from pimerge.adapters.fused_experts import layers_beside_stacks
 from pimerge.adapters.lora_module import FLATTENED
 from pimerge.core.errors import PimergeError, Problems
@@ -33,6 +34,11 @@ def check_expert(expert: Expert, task: Task | None = None) -> Task:
     """
     from pimerge.adapters.base_fit import check_fits_on_disk  # imports torch
 
+    if expert.format != PEFT:
+        raise PimergeError(
+            f"its format is that of {expert.format}, which PEFT does not load, so it can only be merged and compared",
+            "use 'pimerge merge' or 'pimerge rank --target FILE', which need no base model",
+        )
     problems = Problems()
     with problems.collected():
         expert.require_handled()
@@ -65,6 +71,12 @@ def require_alike(experts: Sequence[Expert]) -> None:
                 f"'{expert.name}' has the base '{expert.base.name}', '{first.name}' has '{first.base.name}', "
                 "which is another model",
                 "leave one of them out; if both are the same model, pass it with --base",
+            )
+        if _naming(expert) != _naming(first):
+            problems.add(
+                f"'{expert.name}' has the format of {expert.format}, '{first.name}' that of {first.format}, and these "
+                "name modules differently",
+                "merge files of one format; the tools that wrote them convert between formats",
             )
         with problems.collected():
             expert.require_handled()
@@ -100,6 +112,11 @@ def require_finite(experts: Sequence[Expert]) -> None:
         with problems.collected(f"'{expert.name}': "):
             expert.require_finite()
     problems.raise_any("NaN or Inf weights")
+
+
+def _naming(expert: Expert) -> str:
+    """How its format names modules."""
+    return FORMATS.load(expert.format).naming
 
 
 def _why_no_update(expert: Expert) -> str:

@@ -25,15 +25,9 @@ PROVENANCE = "pimerge"
 
 
 def result_format(experts: Sequence[Expert]) -> Format:
-    """The format of a merge of experts: the one that they share, or one of those that name modules alike."""
-    formats = {expert.format: FORMATS.load(expert.format) for expert in experts}
-    if len({format_.naming for format_ in formats.values()}) > 1:
-        listed = ", ".join(f"'{expert.name}' ({expert.format})" for expert in experts)
-        raise PimergeError(
-            f"these adapters are in formats that name modules differently: {listed}",
-            "merge files of one format; the tools that wrote them convert between formats",
-        )
-    return formats.get(PEFT) or formats[experts[0].format]
+    """The format of a merge of compatible experts: the one that they share, or one of those that name modules alike."""
+    formats = {expert.format for expert in experts}
+    return FORMATS.load(PEFT if PEFT in formats else experts[0].format)
 
 
 @dataclass(frozen=True)

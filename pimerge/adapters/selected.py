@@ -97,7 +97,6 @@ def select(
     *,
     needed: bool = True,
     convert: bool = False,
-    config: Path | None = None,
 ) -> Selection:
     """Choose the given experts or else those that the ranking selected, and the given target or else the ranking's.
 
@@ -106,7 +105,6 @@ def select(
         target: a reference to an expert or a task, or the object.
         needed: whether to require experts or a ranking.
         convert: accept experts that have to be converted with the base's weights.
-        config: the ``adapter_config.json`` of given experts that are single files.
     """
     ranking = ranked if isinstance(ranked, Ranking) else None
     ranking_path = ranked.path if isinstance(ranked, Ranking) else ranked
@@ -117,7 +115,7 @@ def select(
     task = target if isinstance(target, Task) else None
     own, folder = _target(target, ranking, ranking_path, base, convert=convert)
     if references:
-        experts = open_all(references, base, convert=convert, config=config)
+        experts = open_all(references, base, convert=convert)
         known = {c.sha256: c for c in ranking.candidates} if ranking else {}
         found = [known.get(expert.sha256) for expert in experts]
         scores, gains = ([getattr(candidate, name, None) for candidate in found] for name in ("score", "gain"))

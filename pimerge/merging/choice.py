@@ -40,11 +40,8 @@ class ChosenExperts:
 def choose(request: MergeRequest, method: OpenedMethod) -> ChosenExperts:
     """Choose experts and weights by the request, the ranking, or a file of coefficients."""
     rules = parse_rules(request.rules)
-    if request.expert_order is not None:
-        if request.experts is None:
-            raise PimergeError("--expert-order is for experts that are named, not for a ranking", "name the experts")
-        convert, order = request.base is not None, request.expert_order
-        request = replace(request, experts=open_all(request.experts, request.base, convert=convert, expert_order=order))
+    if request.expert_order is not None or request.config is not None:
+        request = replace(request, experts=_opened(request))
     if request.coefficients is not None:
         if request.weights is not None or request.alpha is not None or rules:
             raise PimergeError(
@@ -57,6 +54,20 @@ def choose(request: MergeRequest, method: OpenedMethod) -> ChosenExperts:
             return _alike(request, _from_coefficients(request, request.coefficients))
         rules = rules_of(document, request.coefficients)
     return _alike(request, _from_request(request, method, rules))
+
+
+def _opened(request: MergeRequest) -> list[Expert]:
+    """Open the given experts with the options that say how their files are read."""
+    if request.experts is None:
+        option = "--config" if request.expert_order is None else "--expert-order"
+        raise PimergeError(f"{option} is for experts that are named, not for a ranking", "name the experts")
+    return open_all(
+        request.experts,
+        request.base,
+        convert=request.base is not None,
+        expert_order=request.expert_order,
+        config=request.config,
+    )
 
 
 def _alike(request: MergeRequest, chosen: ChosenExperts) -> ChosenExperts:
@@ -75,7 +86,6 @@ def _from_coefficients(request: MergeRequest, path: Path) -> ChosenExperts:
         request.experts or [str(path.parent / expert) for expert in document.experts],
         request.base,
         convert=request.base is not None,
-        config=request.config,
     )
     if [expert.sha256 for expert in experts] != document.sha256:
         raise PimergeError(
@@ -103,9 +113,7 @@ def _at_strengths(experts: list[Expert], strengths: list[float]) -> list[Expert]
 
 def _from_request(request: MergeRequest, method: OpenedMethod, rules: Sequence[Rule]) -> ChosenExperts:
     convert = request.base is not None
-    chosen = select(
-        request.experts, request.ranking, request.target, request.base, convert=convert, config=request.config
-    )
+    chosen = select(request.experts, request.ranking, request.target, request.base, convert=convert)
     experts, own, scores = chosen.experts, chosen.target, chosen.scores
     if not experts:
         raise PimergeError(

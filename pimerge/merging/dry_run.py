@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from pimerge.adapters.bare_parameter import is_by_expert
 from pimerge.adapters.expert import Expert
+from pimerge.adapters.format import PEFT
 from pimerge.adapters.head import Head
 from pimerge.adapters.low_rank import EVERYTHING
 from pimerge.merging.method import Space
@@ -82,7 +83,7 @@ def _handled(merge: UpdateMerge) -> list[str]:
     if turned:
         found.append(f"Unsloth's order of a mixture's experts in {_names(turned)}: PEFT's in the result")
     for expert in experts:
-        if expert.is_computed:
+        if expert.is_computed and expert.format == PEFT:
             found.append(f"'{expert.name}' is of kind {expert.kind}: its ΔW is computed and goes into the LoRA")
         conversions = {conversion for module in expert.modules.values() for conversion in module.conversions}
         if conversions:

@@ -137,5 +137,5 @@ class Measure(Strategy):
 
 
 MEASURES = Family("pimerge.ranking.measures", "measure", "MEASURE", Measure)
-BY_EXAMPLES, BY_STORE, BY_FILES = "combined", "fisher", "parameters"
+BY_EXAMPLES, BY_STORE, BY_FILES, BY_UPDATES = "combined", "fisher", "parameters", "delta"
 """Default measures: if the target's examples can be read, if not, and for plain files of tensors."""

@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pimerge.adapters.ranking_document import Candidate, Ranking, Target
+from pimerge.checkpoints.adapter_keys import is_adapter_file
 from pimerge.checkpoints.checkpoint import PICKLES, UNPICKLE
 from pimerge.checkpoints.dtypes import FLOATS
 from pimerge.checkpoints.safetensors_file import TensorFile, open_tensors
 from pimerge.core.errors import PimergeError, Problems, nearest
 from pimerge.core.files import relative_to, sha256_file
+from pimerge.ranking.adapter_files import rank_adapter_files
 from pimerge.ranking.cosine import Similarity
 from pimerge.ranking.measure import BY_FILES, MEASURES, Measure
 from pimerge.ranking.selection import best_first, candidate_by_cosine, ranking_of, widest_gap
@@ -77,11 +79,13 @@ def find_state_dict(name: str, folder: Path) -> Path:
 
 
 def ranked_state_dicts(target: str, request: RankRequest) -> Ranking | None:
-    """Rank plain state dicts if the target or the store names them; otherwise return None."""
+    """Rank plain state dicts or files of adapters if the target or the store names them; otherwise return None."""
     path, pool = Path(target), Path(request.store)
     if not are_state_dicts(target, pool):
         return None
     pool = pool if pool.is_dir() else path.parent
+    if is_adapter_file(path) or any(is_adapter_file(pool / name) for name in (target, f"{target}{SUFFIX}")):
+        return rank_adapter_files(path if path.is_file() else find_state_dict(target, pool), pool, request)
     measure = MEASURES.load(BY_FILES if request.measure == AUTO else request.measure)
     problems = Problems()
     if measure.of_files is None:
