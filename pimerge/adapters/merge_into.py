@@ -107,7 +107,8 @@ def plan_merge_into(
     weights: dict[str, str] = {}
     stacked = {name: layout for name, layout in layouts.items() if is_stacked(layout)}
     with problems.collected():
-        weights = {key: module for module, key in match_modules(names, layouts.keys() - stacked.keys()).items()}
+        plain = [name for name in layouts if name not in stacked]
+        weights = {key: module for module, key in match_modules(names, plain).items()}
     stacks, turned = place_matrices(checkpoint, names, stacked, problems)
     changed = plan_changes(checkpoint, names, changes, fan_in_fan_out=fan_in_fan_out, problems=problems)
     heads = _heads(names, head, {*weights, *changed, *stacks}, problems)

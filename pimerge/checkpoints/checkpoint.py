@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pimerge.checkpoints.adapter_keys import adapter_keys, is_adapter_file
-from pimerge.checkpoints.dtypes import FLOATS
+from pimerge.checkpoints.quantised import refuse_quantised
 from pimerge.checkpoints.safetensors_file import Entry, TensorFile, open_tensors
 from pimerge.core.errors import PimergeError, Problems
 from pimerge.core.files import read_json, sha256_bytes, sha256_files
@@ -24,7 +24,6 @@ _NAMES = ("model.safetensors", "diffusion_pytorch_model.safetensors")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 UNPICKLE = "convert it without running its code: pimerge convert {} -o NEW"
 """What to do with a pickle; the place is for its path."""
-_QUANTISED = ("qweight", "qzeros", "absmax", "SCB", "weight_scale", "weight_scale_inv", "scale_weight")
 
 
 @dataclass(frozen=True)
@@ -36,12 +35,14 @@ class Checkpoint:
         files: the files that hold tensors, in order.
         config: the content of ``config.json``; empty for a single file.
         index: the content of the index of shards; empty without one.
+        is_view: whether its tensors and config differ from those in its files, so that a copy needs a new config.
     """
 
     path: Path
     files: tuple[TensorFile, ...]
     config: dict[str, Any] = field(default_factory=dict)
     index: dict[str, Any] = field(default_factory=dict)
+    is_view: bool = False
 
     @property
     def name(self) -> str:
@@ -141,19 +142,7 @@ def require_weights(checkpoint: Checkpoint) -> None:
             f"the checkpoint '{checkpoint.path}' holds factors of an adapter, such as '{factors[0]}'",
             "merge them into its weights first, with PEFT's merge_and_unload, and save it again",
         )
-    method = checkpoint.config.get("quantization_config")
-    shown = [f"quantization_config in {CONFIG}"] if method else []
-    for key in checkpoint.home:
-        dtype = checkpoint.entry(key).dtype
-        companion = key.rpartition(".")[2] in _QUANTISED or ".quant_state." in key
-        if companion or dtype.startswith(("F8_", "F6_", "F4")) or (key.endswith(".weight") and dtype not in FLOATS):
-            shown.append(f"{key} ({dtype})")
-    if shown:
-        more = f" and {len(shown) - 4} more" if len(shown) > 4 else ""
-        raise PimergeError(
-            f"the checkpoint '{checkpoint.path}' is quantised: {', '.join(shown[:4])}{more}",
-            "use the original checkpoint in F32, BF16 or F16",
-        )
+    refuse_quantised(checkpoint.path, checkpoint.config, {key: checkpoint.entry(key).dtype for key in checkpoint.home})
 
 
 def weights_file(folder: Path) -> Path:

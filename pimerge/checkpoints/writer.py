@@ -104,6 +104,8 @@ def _with_dtype(
     checkpoint: Checkpoint, config: Mapping[str, Any] | None, dtype: torch.dtype | None
 ) -> Mapping[str, Any] | None:
     """The config with the dtype that was written, since transformers loads a model in the dtype of its config."""
+    if config is None and checkpoint.is_view:
+        config = checkpoint.config
     found = checkpoint.config if config is None else config
     stated = {} if dtype is None else {name: str(dtype)[6:] for name in ("dtype", "torch_dtype") if found.get(name)}
     return {**found, **stated} if any(found[name] != value for name, value in stated.items()) else config

@@ -36,6 +36,10 @@ def open_into(request: MergeRequest, own: Base) -> Checkpoint:
         raise PimergeError(f"'{request.into}' is not on this machine", "download it first: hf download NAME")
     refuse_checkpoint(request.output, path)
     checkpoint = open_checkpoint(path)
+    if request.dequantize:
+        from pimerge.checkpoints.dequantised import dequantised
+
+        checkpoint = dequantised(checkpoint)
     if path.is_dir() and own.folder is not None and Base(str(path), None, path).identity != own.identity:
         raise PimergeError(
             f"'{path}' differs from the base of the experts, '{own.name}'",
@@ -78,6 +82,11 @@ def _fields(checkpoint: Checkpoint, head: Head) -> dict[str, Any]:
 def handled_by(plan: MergeIntoPlan) -> list[str]:
     """Sentences on what a merge changes in the checkpoint beside its weights."""
     found = []
+    if plan.checkpoint.is_view:
+        found.append(
+            f"the weights of '{plan.checkpoint.name}' are dequantised, and written without quantisation: a part of "
+            "what was lost when they were quantised stays lost"
+        )
     if plan.untied:
         ties = plan.config is None or plan.config.get("tie_word_embeddings") is not False
         found.append(

@@ -39,6 +39,7 @@ def merge(
     dtype: str | None = None,
     expert_order: str | None = None,
     into: str | Path | None = None,
+    dequantize: bool = False,
     fisher: Sequence[str | Path] = (),
     store: str | Path = "embeddings.json",
     target: Expert | TaskSource | None = None,
@@ -85,6 +86,8 @@ def merge(
             adapter_config.json does not say: ``rank``, as PEFT does, or ``expert``, as Unsloth did before 2026.9.6.
         into: full checkpoint to merge the result into, a folder or a safetensors file. Experts without ΔW scale or
             replace its parameters, as PEFT's ``merge_and_unload`` does.
+        dequantize: merge into the dequantised weights of a checkpoint that bitsandbytes quantised, and write them
+            without quantisation.
         fisher: for full checkpoints, one file per checkpoint with its diagonal Fisher. LoRA experts use ``store``.
         store: embedding store, for methods that need Fisher information or input Grams.
         target: folder of an expert or a task, an open expert or task, or rows in memory. None stands for the target of
@@ -118,6 +121,8 @@ def merge(
     for option, value in ((SPACE, space), (HEAD, head), (DTYPE, dtype)):
         if value is not None and (problem := option.problem(value)):
             problems.add(problem)
+    if dequantize and into is None:
+        problems.add("--dequantize applies to the checkpoint of --into, which is not given", "leave out --dequantize")
     problems.raise_any("some options are not valid")
     request = MergeRequest(
         experts=None if isinstance(experts, Ranking) else listed(experts),
@@ -134,6 +139,7 @@ def merge(
         dtype=None if dtype is None else ResultDtype(dtype),
         expert_order=expert_order,
         into=None if into is None else Path(into),
+        dequantize=dequantize,
         fisher=list(map(Path, fisher)),
         store=Path(store),
         verify=verify,

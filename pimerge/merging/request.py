@@ -127,6 +127,7 @@ class MergeRequest(ResultRequest):
     head: HeadPolicy = HeadPolicy.TARGET
     expert_order: str | None = None
     into: Path | None = None
+    dequantize: bool = False
     fisher: Sequence[Path] = ()
     store: Path = Path("embeddings.json")
     verify: bool = False

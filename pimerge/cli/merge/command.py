@@ -65,6 +65,13 @@ def merge(
         Path | None,
         typer.Option(help="Full checkpoint (folder or .safetensors file) to merge the result into; it is not changed."),
     ] = None,
+    dequantize: Annotated[
+        bool,
+        typer.Option(
+            "--dequantize",
+            help="Merge into the dequantised weights of an --into that bitsandbytes quantised, and write those.",
+        ),
+    ] = False,
     fisher: Annotated[
         list[Path] | None,
         typer.Option(help="File with the diagonal Fisher of a full checkpoint; repeat it for each, in order."),
@@ -113,6 +120,7 @@ def merge(
         dtype=dtype,
         expert_order=expert_order,
         into=into,
+        dequantize=dequantize,
         fisher=fisher or [],
         store=store,
         target=target,
