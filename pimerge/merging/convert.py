@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from pimerge.core.errors import PimergeError
-from pimerge.core.files import new_file, new_folder, require_absent
+from pimerge.core.files import json_text, new_file, new_folder, read_json, require_absent
 from pimerge.core.progress import Note, Track, silent, unheard
 
 if TYPE_CHECKING:
     from pimerge.adapters.expert import Expert
+    from pimerge.adapters.source import AdapterSource
     from pimerge.merging.merged import Merged
 
 SAFETENSORS = ".safetensors"
@@ -97,7 +98,7 @@ def convert(
         with _unpickled(pickled, base, track) as expert:
             return _to_lora(expert, rank, energy, base, output, force, track, note)
     if pickled is None:
-        raise _nothing_to_do(given)
+        return _to_peft(source, base, output, force, track, note)
     return _unpickle(pickled, output, force, track, note)
 
 
@@ -126,6 +127,7 @@ def _unpickle(pickled: Path, output: Path, force: bool, track: Track, note: Note
             raise PimergeError(f"'{pickled}' is a folder, but the output '{output}' is a file", "name a folder")
         with new_folder(output, force=force) as partial:
             unpickle_folder(pickled, partial, found, track)
+            _move_paths(pickled, partial, output)
     elif output.suffix == SAFETENSORS:
         with new_file(output, force=force) as partial:
             found.write(read_pickle(pickled), partial, output.name)
@@ -143,21 +145,64 @@ def _unpickle(pickled: Path, output: Path, force: bool, track: Track, note: Note
     )
 
 
-def _nothing_to_do(path: Path) -> PimergeError:
-    """Say why there is nothing to convert."""
-    from pimerge.adapters.expert_files import looks_like_expert
+def _move_paths(source: Path, partial: Path, output: Path) -> None:
+    """Write the files that hold paths, to the base and to a task's data, so that they are relative to the output."""
+    from pimerge.adapters.expert_files import CONFIG, TASK
+    from pimerge.adapters.expert_parts import base_of
+    from pimerge.adapters.writer import base_reference
+    from pimerge.tasks.task import open_task
+
+    if (source / TASK).is_file():
+        with suppress(PimergeError):  # a task that cannot be read is no reason to refuse the weights
+            (partial / TASK).write_text(json_text(open_task(source).document_for(output)), encoding="utf-8")
+    if (partial / CONFIG).is_file():
+        with suppress(PimergeError):  # nor is a base that is not here
+            config = read_json(partial / CONFIG)
+            config["base_model_name_or_path"], _ = base_reference(base_of(source, config, None), output)
+            (partial / CONFIG).write_text(json_text(config), encoding="utf-8")
+
+
+def _to_peft(
+    source: str | Path, base: str | Path | None, output: Path, force: bool, track: Track, note: Note
+) -> Converted:
+    """Write an adapter in any file format as a folder of PEFT."""
+    from pimerge.adapters.as_peft import as_peft
+    from pimerge.adapters.expert import open_expert
+    from pimerge.adapters.format import PEFT
+    from pimerge.adapters.source import open_source
     from pimerge.checkpoints.checkpoint import is_checkpoint
 
-    if looks_like_expert(path):
-        return PimergeError(
-            f"'{path}' is an adapter in PEFT's format, with safetensors: there is nothing to convert",
+    if is_checkpoint(source):
+        raise PimergeError(f"'{source}' is a model in safetensors: there is nothing to convert")
+    found = open_source(source)
+    if found.format == PEFT:
+        return _to_folder(found, output, force)
+    expert = as_peft(open_expert(source, _text(base)))
+    converted = _to_lora(expert, "max", None, base, output, force, track, note)
+    return replace(
+        converted, summary=f"the updates of '{expert.name}', in the format of {found.format}, as LoRA of PEFT"
+    )
+
+
+def _to_folder(source: AdapterSource, output: Path, force: bool) -> Converted:
+    """Write an adapter with PEFT's config as PEFT does: one file, under PEFT's keys, beside its config."""
+    from pimerge.adapters.expert_files import CONFIG, WEIGHTS
+    from pimerge.checkpoints.safetensors_file import open_tensors, writing_tensors
+
+    usual = source.path / WEIGHTS
+    if usual.is_file() and list(open_tensors(usual).entries) == list(source.file.entries):
+        raise PimergeError(
+            f"'{source.path}' is a folder of PEFT with safetensors: there is nothing to convert",
             "pass --rank N to turn it into a LoRA of another rank",
         )
-    if is_checkpoint(path):
-        return PimergeError(f"'{path}' is in safetensors: there is nothing to convert")
-    return PimergeError(
-        f"'{path}' holds nothing to convert" if path.exists() else f"there is no '{path}'",
-        "name the folder or the file of an adapter or a model",
+    tensors = {key: source.file.read(key) for key in source.file.entries}
+    with new_folder(output, force=force) as partial:
+        with writing_tensors(partial / WEIGHTS, tensors) as writer:
+            writer.add_all(tensors)
+        (partial / CONFIG).write_text(json_text(source.config), encoding="utf-8")
+        _move_paths(source.path, partial, output)
+    return Converted(
+        output, f"{len(tensors)} tensors, now a folder of PEFT", {"tensors": len(tensors), "size": writer.written}
     )
 
 
@@ -168,15 +213,16 @@ def _unpickled(pickled: Path, base: str | Path | None, track: Track) -> Iterator
     from pimerge.adapters.expert_files import CONFIG
     from pimerge.adapters.expert_parts import base_of
     from pimerge.checkpoints.pickled_folder import Unpickled, unpickle_folder
-    from pimerge.core.files import read_json
 
     if not (pickled / CONFIG).is_file():
         raise PimergeError(f"'{pickled}' is no adapter, which --rank and --energy need", "leave them out")
-    named = base_of(pickled, read_json(pickled / CONFIG), None if base is None else str(base))
+    named = None
+    with suppress(PimergeError):  # most kinds do not need the base
+        named = base_of(pickled, read_json(pickled / CONFIG), _text(base)).reference
     with TemporaryDirectory() as folder:
         unpickle_folder(pickled, Path(folder), Unpickled(), track)
-        expert = open_expert(folder, named.reference, convert=base is not None)
-        yield replace(expert, path=pickled, base_override=None if base is None else str(base))
+        expert = open_expert(folder, named, convert=base is not None)
+        yield replace(expert, path=pickled, base_override=_text(base))
 
 
 def _to_lora(
@@ -189,10 +235,15 @@ def _to_lora(
     track: Track,
     note: Note,
 ) -> Converted:
-    """Write an adapter as a LoRA of a rank, which is a merge of one expert at weight 1."""
+    """Write an adapter as a LoRA of a rank, which is a merge of one expert at weight 1.
+
+    It becomes an adapter of PEFT, except for one of a diffusion model, which keeps its file format.
+    """
+    from pimerge.adapters.as_peft import as_peft, is_named_by_base
     from pimerge.adapters.expert import Expert, open_expert
 
     expert = source if isinstance(source, Expert) else open_expert(source, _text(base), convert=base is not None)
+    expert = as_peft(expert) if is_named_by_base(expert) else expert
     if expert.tensor_sets:
         raise PimergeError(
             f"'{expert.name}' is of kind {expert.kind}, which has no LoRA: {expert.strategy.why_no_update}",

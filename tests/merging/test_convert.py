@@ -47,6 +47,11 @@ def test_a_pickled_adapter_loads_as_before(tmp_path: Path, bert_base: Path, make
     }
     assert torch.equal(logits(open_strictly(model_for(bert_base), tmp_path / "b"), bert_base), before)
     assert converted.to_dict()["files"] == ["adapter_model.safetensors"]
+    config = json.loads((tmp_path / "b" / "adapter_config.json").read_text())
+    assert open_expert(tmp_path / "b").base.folder == bert_base
+    assert config | {"base_model_name_or_path": ""} == json.loads((source / "adapter_config.json").read_text()) | {
+        "base_model_name_or_path": ""
+    }
     pimerge.convert(source / "adapter_model.bin", output=tmp_path / "c")
     assert (tmp_path / "c" / "adapter_config.json").is_file()
 
