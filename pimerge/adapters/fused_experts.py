@@ -107,7 +107,8 @@ def fused(modules: Mapping[str, LoraModule], base: Callable[[], Base]) -> dict[s
             made = _matrix(f"{module}.{index}.{leaf}", place, layers_of)
             result[made.name] = made
     problems.raise_any("the updates of a mixture's experts do not fit each other")
-    containers = {owner.removesuffix("experts"): today for today, _, owner in groups}
+    containers = {owner.removesuffix("experts") for _, _, owner in groups}  # and their names today
+    containers |= {today.rpartition(".")[0].removesuffix("experts") for today, _, _ in groups}
     for name, layer in modules.items():
         if name not in found:
             other = _beside(layer, containers, rename)
@@ -146,7 +147,7 @@ def layers_beside_stacks(experts: Iterable[Mapping[str, LoraModule]]) -> set[str
     return {name for owner, name in layers.items() if owner in stacked}
 
 
-def _beside(layer: LoraModule, containers: Mapping[str, str], rename: Rename) -> LoraModule:
+def _beside(layer: LoraModule, containers: set[str], rename: Rename) -> LoraModule:
     """A layer of a mixture that is no expert's: as a bare parameter, where PEFT would not load it as a layer.
 
     These are the router, and other layers whose names end like an expert's.

@@ -23,13 +23,16 @@ from pimerge.core.errors import PimergeError
 from pimerge.models.loaded_base import LoadedBase
 from pimerge.tasks.task import Task, open_task
 from pimerge.tuning import mixed_expert, trainer
+from pimerge.tuning.method import METHODS
 from pimerge.tuning.mixture import Mixture
 from pimerge.tuning.options import TrainingOptions
+from pimerge.tuning.run import TuneInputs, run_tuning
 from pimerge.tuning.session import TuneResult, TuningSession
 from tests.support.bases import model_for
 from tests.support.cli import Interrupt, interrupted_after
 from tests.support.experts import MakeExpert, dense_deltas
 from tests.support.merging import merge
+from tests.support.mixtures import mixture, save_adapter
 from tests.support.numerics import logits_of, relative_difference
 from tests.support.tuning import tune, unrestored
 
@@ -401,3 +404,12 @@ def test_what_experts_saved_besides_a_head_is_not_lost_in_silence(
     other = open_expert(make_expert(tmp_path / "other", vit_base, parity_task, modules_to_save=saved))
     with pytest.raises(PimergeError, match=r"'other' has trained .*layernorm_before of the base \(modules_to_save\)"):
         tuner("learned", tmp_path / "tuned", experts=[tuner.a, other])
+
+
+def test_updates_of_bare_parameters_are_refused_before_the_base_is_loaded(tmp_path: Path) -> None:
+    save_adapter(mixture("mixtral"), tmp_path / "a", 1, target_modules=[], target_parameters=["experts.down_proj"])
+    nothing: Any = None
+    experts = [open_expert(tmp_path / "a")]
+    inputs = TuneInputs(method=METHODS.load("uniform"), task=nothing, base=nothing, experts=experts)
+    with pytest.raises(PimergeError, match=r"only updates of layers can be tuned\n.*pimerge merge"):
+        run_tuning(inputs, tmp_path / "out")

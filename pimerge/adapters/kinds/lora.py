@@ -135,7 +135,7 @@ def _module(
 
 KIND = Kind(
     name="lora",
-    summary="Low-rank updates of Linear, Conv and Embedding layers.",
+    summary="Low-rank updates of Linear, Conv and Embedding layers, and of bare parameters.",
     formula="ΔW = s · B A",
     paper="LoRA (arXiv 2106.09685)",
     peft_type="LORA",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import singledispatch
 
-from pimerge.adapters.merged_module import relative_error, rounding_error, total_error
+from pimerge.adapters.merged_module import Summary, relative_error, rounding_error, total_error
 from pimerge.cli.console import print_json, print_table, size_text, warn
 from pimerge.merging.merged import Merged, MergedExperts, flat, range_text
 from pimerge.merging.merged_checkpoint import MergedCheckpoint
@@ -117,7 +117,10 @@ def _(merged: MergedUpdates, say: Say) -> None:
     highest = max(s.rank for s in summaries)
     print_table(
         ["module", "rank", "error"],
-        [[s.name, str(s.rank), _percent(total_error([s]))] for s in summaries]
+        [
+            [name, str(max(s.rank for s in group)), _percent(total_error(group))]
+            for name, group in _by_tensor(merged).items()
+        ]
         + [["all", str(highest), _percent(total_error(summaries))]],
         right=["rank", "error"],
     )
@@ -125,6 +128,15 @@ def _(merged: MergedUpdates, say: Say) -> None:
     for hint in _hints(merged, highest):
         say(hint)
     say(f"→ {merged.path}, rank {highest}; error: ‖ΔW − ΔŴ‖ / ‖ΔW‖ of the written ΔŴ; {_next(merged)}")
+
+
+def _by_tensor(merged: MergedUpdates) -> dict[str, list[Summary]]:
+    """The summaries by module, and those of all matrices of a stacked parameter together."""
+    found: dict[str, list[Summary]] = {}
+    for summary in merged.summaries:
+        place = merged.merge.layout(summary.name).parameter
+        found.setdefault(place.full_name if place and place.count > 1 else summary.name, []).append(summary)
+    return found
 
 
 def _percent(error: float) -> str:
