@@ -11,6 +11,8 @@ from pimerge.core.errors import Problems
 PREFIX = "base_model.model."
 """Prefix of parameter names in PEFT's model; prompts and prefixes, which do not change modules, have another."""
 PROMPT_PREFIX = "base_model."
+ATTENTION_OUTPUT = ".base_layer.out_proj"
+"""End of the name of a ``torch.nn.MultiheadAttention``'s output projection, which PEFT adapts with the input's."""
 _EMBEDDINGS = frozenset(
     """embed_tokens word_embeddings tok_embeddings wte shared embed_in embedding embeddings lm_head embed_out proj_out
     output output_layer""".split()  # noqa: SIM905
@@ -99,7 +101,8 @@ def sort_keys(
         shown = ", ".join(unknown[:5]) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
         problems.add(
             f"tensors that are neither {what} nor in modules_to_save: {shown}",
-            "save the adapter with PEFT (for embeddings: save_embedding_layers=False)",
+            "another library wrote them, or a version of PEFT that this version of pimerge does not know: they are "
+            "not dropped, since they change the model",
         )
     if not keys and not problems.found:
         problems.add(f"it holds no {what}", "save the adapter again: model.save_pretrained(FOLDER)")

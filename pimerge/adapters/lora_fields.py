@@ -12,6 +12,8 @@ from collections import Counter
 from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
+from pimerge.adapters.keys import ATTENTION_OUTPUT
+
 _FUSED = re.compile(r"\.experts\.\d+\.|\.gate$")
 """Experts and routers of a mixture of experts, which PEFT moves to fused parameters without their ``rank_pattern``."""
 
@@ -20,13 +22,19 @@ def ranks_to_write(ranks: Mapping[str, int]) -> dict[str, int]:
     """The ranks to which the factors of modules are padded with zeros.
 
     The experts and routers of a mixture of experts get one rank: PEFT moves them to fused parameters when it loads
-    them, and there only the rank in the field ``r`` holds.
+    them, and there only the rank in the field ``r`` holds. So do the input and output projections of a
+    ``torch.nn.MultiheadAttention``, which PEFT adapts together.
 
     >>> ranks_to_write({"mlp.experts.0.w1": 4, "mlp.gate": 2, "q": 3})
     {'mlp.experts.0.w1': 4, 'mlp.gate': 4, 'q': 3}
     """
     common = max((rank for name, rank in ranks.items() if is_fused(name)), default=0)
-    return {name: common if is_fused(name) else rank for name, rank in ranks.items()}
+    found = {name: common if is_fused(name) else rank for name, rank in ranks.items()}
+    for name in ranks:
+        attention = name.removesuffix(ATTENTION_OUTPUT)
+        if attention != name and attention in found:
+            found[name] = found[attention] = max(found[name], found[attention])
+    return found
 
 
 def is_fused(name: str) -> bool:

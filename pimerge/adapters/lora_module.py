@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pimerge.adapters.keys import PREFIX
+from pimerge.adapters.keys import ATTENTION_OUTPUT, PREFIX
 from pimerge.core.errors import PimergeError
 
 if TYPE_CHECKING:
@@ -154,6 +154,18 @@ class Factors:
     B: Tensor
     scaling: float
     bias: Tensor | None = None
+
+
+def times_added(module: str) -> int:
+    """How often PEFT adds a module's update to the base's weight.
+
+    PEFT adds that of an attention's output projection twice, in training and when it merges
+    (``MultiheadAttention.merge`` in ``peft/tuners/lora/layer.py``).
+
+    >>> times_added("attention"), times_added("attention.base_layer.out_proj")
+    (1, 2)
+    """
+    return 2 if module.endswith(ATTENTION_OUTPUT) else 1
 
 
 def stored(module: LoraModule, merged: Factors) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from pimerge.adapters.base_changes import PlannedChange, changed_pieces, plan_ch
 from pimerge.adapters.into_config import fitted, separated, vocabulary_of
 from pimerge.adapters.into_stacks import Placed, is_stacked, place_matrices, stacked_pieces
 from pimerge.adapters.keys import is_saved, parameter_of
-from pimerge.adapters.lora_module import Factors, LoraModule
+from pimerge.adapters.lora_module import Factors, LoraModule, times_added
 from pimerge.adapters.stored_layout import bias_of, is_transposed, keys_as_stored
 from pimerge.adapters.tensor_sets import BaseChange
 from pimerge.checkpoints.checkpoint import Checkpoint, require_weights
@@ -180,7 +180,7 @@ def merge_into(
         if key in plan.changes:
             return changed_pieces(plan.checkpoint, plan.source(key), plan.changes[key], tensors or {})
         if key in plan.weights:
-            return _weight(plan, key, update(plan.weights[key]), heads.get(plan.heads.get(key, "")))
+            return _weight(plan, key, _as_added(plan.weights[key], update), heads.get(plan.heads.get(key, "")))
         if key in plan.stacks:
             stack, is_turned = plan.stacks[key], key in plan.transposed
             return stacked_pieces(plan.checkpoint, plan.source(key), stack, update_of_matrix, transposed=is_turned)
@@ -197,6 +197,12 @@ def merge_into(
     size = write_like(plan.checkpoint, output, change, new=new, config=plan.config, dtype=dtype, track=track)
     matrices = {each.module for placed in plan.stacks.values() for each in placed}
     return MergedInto(len(plan.weights) + len(plan.changes) + len(matrices), plan.untied, size)
+
+
+def _as_added(module: str, update: Callable[[str], Factors]) -> Factors:
+    """The update of a module as often as PEFT adds it."""
+    factors = update(module)
+    return replace(factors, scaling=times_added(module) * factors.scaling)
 
 
 def _weight(plan: MergeIntoPlan, key: str, factors: Factors, start: Tensor | None) -> Iterator[Tensor]:

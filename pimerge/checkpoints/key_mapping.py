@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -134,7 +135,7 @@ def match_modules(names: Names, modules: Iterable[str]) -> dict[str, str]:
     found = {}
     for module in modules:
         with problems.collected():
-            found[module] = match(names, f"{module}.weight", f"module '{module}'")
+            found[module] = _weight_of(names, module)
     taken: dict[str, str] = {}
     for module, key in found.items():
         if key in taken:
@@ -142,6 +143,17 @@ def match_modules(names: Names, modules: Iterable[str]) -> dict[str, str]:
         taken.setdefault(key, module)
     problems.raise_any("the adapter does not fit the checkpoint")
     return found
+
+
+def _weight_of(names: Names, module: str) -> str:
+    """The key of a module's weight, or of the weight of the joint input projection of an attention."""
+    module = module.replace(".base_layer.", ".")  # PEFT's name of a layer within an adapted one
+    try:
+        return match(names, f"{module}.weight", f"module '{module}'")
+    except PimergeError:
+        with suppress(PimergeError):
+            return match(names, f"{module}.in_proj_weight", f"module '{module}'")
+        raise
 
 
 def match(names: Names, name: str, what: str) -> str:

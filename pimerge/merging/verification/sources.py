@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from pimerge.adapters.expert import Expert
 from pimerge.adapters.into_stacks import stacked_factors
-from pimerge.adapters.lora_module import Factors, LoraModule
+from pimerge.adapters.lora_module import Factors, LoraModule, times_added
 from pimerge.adapters.merge_into import MergeIntoPlan, plan_merge_into
 from pimerge.checkpoints.checkpoint import Checkpoint
 from pimerge.checkpoints.dtypes import FLOATS
@@ -225,7 +225,9 @@ def _update(expert: Expert, module: str, read: Read, transposed: bool) -> Part |
     if module not in expert.modules:
         return None
     is_recomputed = bool(expert.modules[module].conversions)
-    return low_rank(read(expert, module), transposed=transposed, is_recomputed=is_recomputed)
+    factors = read(expert, module)
+    factors = replace(factors, scaling=times_added(module) * factors.scaling)
+    return low_rank(factors, transposed=transposed, is_recomputed=is_recomputed)
 
 
 def _bias(expert: Expert, module: str, read: Read) -> Part | None:
