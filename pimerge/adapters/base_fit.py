@@ -24,6 +24,11 @@ def check_fits(expert: Expert, base_model: nn.Module, *, head: bool = True) -> N
     """
     problems = Problems()
     hint = "the expert was trained on another base: pass its own with --base"
+    if expert.config.get("layer_replication"):
+        problems.add(
+            "it adapts copies of the base's layers (layer_replication), which the base itself does not have",
+            "such experts can be merged into an adapter only",
+        )
     layers = dict(base_model.named_modules())
     for module in expert.modules.values():
         expected, found = _delta_shape(module, layers), (module.d_out, module.d_in)

@@ -78,6 +78,11 @@ def require_alike(experts: Sequence[Expert]) -> None:
                 "name modules differently",
                 "merge files of one format; the tools that wrote them convert between formats",
             )
+        if (expert.config.get("layer_replication") or []) != (first.config.get("layer_replication") or []):
+            problems.add(
+                f"'{expert.name}' and '{first.name}' copy other layers of their base (layer_replication)",
+                "leave one of them out",
+            )
         with problems.collected():
             expert.require_handled()
         if expert.kind != first.kind and (expert.tensor_sets or first.tensor_sets):
@@ -226,6 +231,19 @@ def refuse_bare_parameters(experts: Sequence[Expert], what: str) -> None:
                 "merge it instead (pimerge merge), or train one on target_modules such as the attention's projections",
             )
     problems.raise_any(f"some experts cannot be {what}")
+
+
+def refuse_copied_layers(experts: Sequence[Expert]) -> None:
+    """Refuse experts that adapt copies of the base's layers (``layer_replication``) where the base is read."""
+    problems = Problems()
+    for expert in experts:
+        if expert.config.get("layer_replication"):
+            problems.add(
+                f"'{expert.name}' adapts copies of the base's layers (layer_replication), which the checkpoint of the "
+                "base does not have",
+                "merge such experts into an adapter: without --into, and plain LoRA only",
+            )
+    problems.raise_any("copied layers")
 
 
 def refuse_over_inputs(output: Path, experts: Sequence[Expert]) -> None:

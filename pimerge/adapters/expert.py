@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pimerge.adapters.bare_parameter import with_order
+from pimerge.adapters.base_biases import require_untrained_biases
 from pimerge.adapters.expert_order import known_order
 from pimerge.adapters.expert_parts import base_of, foreign_base, kind_of, parsed, parsed_with_base, require_floats
 from pimerge.adapters.format import PEFT, Place
@@ -281,6 +282,7 @@ def _checked(source: AdapterSource, base: str | None, convert: bool, only_look: 
     if not only_look:
         head = without_copies(head, config.get("modules_to_save") or [], lambda: expert.base, expert.tensor)
         expert = replace(expert, head=head)
+        require_untrained_biases(config, file, lambda: expert.base)
     dtypes = {key: entry.dtype for key, entry in file.entries.items()}
     biases = {module.bias for module in modules.values() if module.bias}
     if not reason:

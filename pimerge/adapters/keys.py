@@ -68,6 +68,21 @@ def is_saved_embedding(name: str, adapted: Container[str]) -> bool:
     return name.endswith((".weight", ".bias")) and module.rpartition(".")[2] in _EMBEDDINGS
 
 
+def base_biases(config: Mapping[str, Any], keys: Iterable[str]) -> dict[str, str]:
+    """Key → parameter name in the base, for the biases of the base that ``bias`` ("all" or "…_only") saves.
+
+    >>> base_biases({"bias": "all"}, ["base_model.model.q.base_layer.bias", "base_model.model.q.lora_B.bias"])
+    {'base_model.model.q.base_layer.bias': 'q.bias'}
+    >>> base_biases({"bias": "none"}, ["base_model.model.q.bias"])
+    {}
+    """
+    if (config.get("bias") or "none") == "none":
+        return {}
+    saved = config.get("modules_to_save") or []
+    names = {key: key.removeprefix(PREFIX).replace(".base_layer.", ".") for key in keys if key.endswith(".bias")}
+    return {key: name for key, name in names.items() if ".lora_" not in name and not is_saved(name, saved)}
+
+
 def sort_keys(
     config: Mapping[str, Any],
     shapes: Mapping[str, tuple[int, ...]],

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 FLATTENED = "flattened"
 """The layer of a module whose file does not tell whether it is a convolution, whose kernel is then part of d_in."""
-DORA, PISSA, OLORA = "DoRA", "PiSSA", "OLoRA"
+DORA, PISSA, OLORA, KASA = "DoRA", "PiSSA", "OLoRA", "KaSA"
 """The variants of LoRA that are converted with the base's weights."""
 
 
@@ -60,7 +60,7 @@ class LoraModule:
             it stacks.
         shape_A, shape_B: shapes as stored.
         magnitude: key of DoRA's magnitudes; None for other variants.
-        conversions: the variants from which it has to be converted: ``PiSSA``, ``OLoRA``, ``DoRA``.
+        conversions: the variants from which it has to be converted: ``PiSSA``, ``OLoRA``, ``KaSA``, ``DoRA``.
         parameter: the bare parameter or the matrix in it that is adapted; None for a layer.
         bias_factor: factor of the stored bias: scaling · bias_factor · bias is the update of the layer's bias.
     """

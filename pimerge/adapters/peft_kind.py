@@ -16,7 +16,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pimerge.adapters.computed_module import ComputedModule
-from pimerge.adapters.keys import PREFIX, key_of_parameter, sort_keys
+from pimerge.adapters.keys import PREFIX, base_biases, key_of_parameter, sort_keys
 from pimerge.adapters.kind import AdapterHeader, Kind, Parts, Shapes
 from pimerge.adapters.peft_layers import PeftDelta, PeftLayers
 from pimerge.core.errors import PimergeError, Problems
@@ -87,7 +87,8 @@ def _parse(how: PeftDelta, header: AdapterHeader) -> Parts:
     with problems.collected():
         how.require(header.shapes)
     repeated = tuple(f".{slot}" for slot in shared)  # PEFT may write shared tensors again for every layer
-    own = {key: shape for key, shape in header.shapes.items() if not key.endswith(repeated or "\0")}
+    others = base_biases(header.config, header.shapes)
+    own = {k: shape for k, shape in header.shapes.items() if k not in others and not k.endswith(repeated or "\0")}
     pattern = re.compile(rf"{re.escape(PREFIX)}(?P<module>.+?)\.(?P<slot>{how.slots}\w*(?:\.\w+)*)")
 
     def slot_of(key: str) -> tuple[str, str] | None:
@@ -165,11 +166,6 @@ def _fields(how: PeftDelta, config: Mapping[str, Any], problems: Problems) -> di
         raise PimergeError(f"PEFT {__version__} does not have the kind {how.peft_type}", f"install peft>={how.since}")
     known = {each.name: each.default for each in dataclasses.fields(PEFT_TYPE_TO_CONFIG_MAPPING[how.peft_type])}
     faulty = faulty_fields(CommonFields, config, problems)
-    if (config.get("bias") or "none") != "none":
-        problems.add(
-            f"bias is '{config['bias']}': trained biases of the base are not an update that can be added",
-            "train with bias='none'",
-        )
     given = {name: value for name, value in config.items() if name not in faulty | _DROPPED and value is not None}
     for name, value in sorted(given.items()):
         is_number = isinstance(value, int | float) and math.isfinite(value)

@@ -36,12 +36,12 @@ def without_copies(
     if not saved or (folder := base().folder) is None:
         return dict(head)
     checkpoint = open_checkpoint(folder)
-    own = _keys_of(checkpoint, [parameter_of(name) for name in saved])
-    copies = {name for name, key in saved.items() if _equal(checkpoint, own.get(parameter_of(name)), read(key))}
+    own = keys_of(checkpoint, [parameter_of(name) for name in saved])
+    copies = {name for name, key in saved.items() if is_equal(checkpoint, own.get(parameter_of(name)), read(key))}
     return {name: key for name, key in head.items() if name not in copies}
 
 
-def _keys_of(checkpoint: Checkpoint, parameters: Sequence[str]) -> dict[str, str]:
+def keys_of(checkpoint: Checkpoint, parameters: Sequence[str]) -> dict[str, str]:
     """Parameter → key in the checkpoint; the model's architecture is built only if a key has another name."""
     if checkpoint.home.keys() >= set(parameters):
         return {parameter: parameter for parameter in parameters}
@@ -55,7 +55,8 @@ def _keys_of(checkpoint: Checkpoint, parameters: Sequence[str]) -> dict[str, str
     return found
 
 
-def _equal(checkpoint: Checkpoint, key: str | None, tensor: Tensor) -> bool:
+def is_equal(checkpoint: Checkpoint, key: str | None, tensor: Tensor) -> bool:
+    """Whether a tensor has the values of the checkpoint's tensor with this key, in the checkpoint's dtype."""
     if key is None or checkpoint.entry(key).dtype not in FLOATS or checkpoint.entry(key).shape != tuple(tensor.shape):
         return False
     weight = checkpoint.read(key)

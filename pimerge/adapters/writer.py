@@ -116,7 +116,7 @@ def write_expert(
 
     Args:
         modules: merged modules; each is requested after the previous one has been written.
-        like: config from which ``task_type``, ``auto_mapping`` and ``fan_in_fan_out`` are kept.
+        like: config from which ``task_type``, ``auto_mapping``, ``fan_in_fan_out`` and ``layer_replication`` are kept.
         documents: gives the files beside the tensors, once all modules are written.
     """
     refuse_biased_embeddings(layout.modules, layout.has_bias)
@@ -245,6 +245,7 @@ def _config(
             bare_names(layout.modules),
             {summary.name: summary.scaling for summary in summaries},
         ),
+        **({"layer_replication": like["layer_replication"]} if like.get("layer_replication") else {}),
         "use_rslora": False,
         "lora_dropout": 0.0,
         "lora_bias": layout.has_bias,

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
+from pimerge.adapters.compatibility import refuse_copied_layers
 from pimerge.adapters.lora_module import Factors
 from pimerge.adapters.merge_into import MergedInto, MergeIntoPlan, plan_merge_into
 from pimerge.adapters.merged_module import Summary, relative_error
@@ -88,6 +89,7 @@ class MergedIntoCheckpoint(MergedUpdates):
 
 def merged_into(request: MergeRequest, method: OpenedMethod, chosen: ChosenExperts) -> MergedIntoCheckpoint:
     """Check a merge of updates into the checkpoint ``request.into``."""
+    refuse_copied_layers(chosen.experts)
     merged = merged_updates(request, method, chosen)
     merge, head = merged.merge, merged.head
     checkpoint = open_into(request, merge.experts[0].base)

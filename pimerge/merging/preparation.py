@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pimerge.adapters.compatibility import require_shared_form
+from pimerge.adapters.compatibility import refuse_copied_layers, require_shared_form
 from pimerge.adapters.expert import Expert
 from pimerge.adapters.lora_module import Factors
 from pimerge.core.errors import PimergeError, Problems
@@ -106,6 +106,7 @@ def reader_of(experts: Sequence[Expert]) -> Callable[[Expert, str], Factors]:
     layouts = {name: module for e in experts for name, module in e.modules.items() if module.conversions}
     if not layouts:
         return Expert.factors
+    refuse_copied_layers(experts)
     transposed = any(bool(expert.config.get("fan_in_fan_out")) for expert in experts)
     return converting(base_weights(experts[0].base, layouts, fan_in_fan_out=transposed))
 

@@ -1,4 +1,4 @@
-"""DoRA, PiSSA and OLoRA as PEFT makes and loads them, merged into a plain LoRA."""
+"""Variants of LoRA as PEFT makes and loads them, merged into a plain LoRA."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.config import BdLoraConfig, KasaConfig, MontecloraConfig, VeloraConfig
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from typer.testing import Result
 
@@ -17,8 +19,8 @@ from pimerge.adapters.expert import open_expert
 from pimerge.core.errors import PimergeError
 from tests.support.bases import model_for
 from tests.support.checkpoints import logits
-from tests.support.experts import TARGETS, set_config
-from tests.support.numerics import relative_difference
+from tests.support.experts import PREFIX, TARGETS, dense_deltas, raw_expert, set_config, updates_of
+from tests.support.numerics import normal, relative_difference
 
 Cli = Callable[..., Result]
 KINDS: dict[str, dict[str, Any]] = {
@@ -29,9 +31,32 @@ KINDS: dict[str, dict[str, Any]] = {
     "OLoRA": {"init_lora_weights": "olora"},
     "PiSSA with DoRA": {"init_lora_weights": "pissa", "use_dora": True},
     "OLoRA with DoRA": {"init_lora_weights": "olora", "use_dora": True},
+    "KaSA": {"kasa_config": KasaConfig()},
+    "KaSA with rsLoRA": {"kasa_config": KasaConfig(), "use_rslora": True},
 }
-CASES = [(kind, base) for kind in KINDS for base in ("bert", "vit")]
+NEEDS_NO_BASE: dict[str, dict[str, Any]] = {
+    "EVA": {"init_lora_weights": "eva"},
+    "MiCA": {"init_lora_weights": "mica"},
+    "orthogonal": {"init_lora_weights": "orthogonal", "r": 4},
+    "VeLoRA": {"velora_config": VeloraConfig(num_groups=4)},
+    "MonteCLoRA": {"monteclora_config": MontecloraConfig(num_samples=2, buffer_size=2)},
+    "BD-LoRA in B": {"use_bdlora": BdLoraConfig(target_modules_bd_b=["query", "value"], nblocks=2), "r": 4},
+    "BD-LoRA in A": {"use_bdlora": BdLoraConfig(["query"], nblocks=4, match_strict=False), "r": 4, "use_rslora": True},
+    "biases that were not trained": {"bias": "lora_only", "init_lora_weights": "gaussian"},
+}
+"""Variants whose update depends on nothing but the file."""
+KINDS |= NEEDS_NO_BASE
+CASES = [(kind, base) for kind in KINDS for base in ("bert", "vit") if kind not in NEEDS_NO_BASE]
 CASES += [(kind, "gpt2") for kind in ("DoRA", "DoRA with rsLoRA", "PiSSA", "PiSSA with DoRA")]
+
+
+KINDS["DoRA of a convolution"] = {"use_dora": True, "target_modules": ["projection", "value"]}
+KINDS["DoRA of an embedding"] = {"use_dora": True, "target_modules": ["word_embeddings", "value"]}
+CASES += [
+    ("DoRA of a convolution", "vit"),
+    ("DoRA of an embedding", "bert"),
+    *((kind, "bert") for kind in NEEDS_NO_BASE),
+]
 
 
 def trained(folder: Path, base: Path, seed: int = 0, **config: Any) -> Path:
@@ -41,8 +66,8 @@ def trained(folder: Path, base: Path, seed: int = 0, **config: Any) -> Path:
     model = get_peft_model(model_for(base), LoraConfig(**(settings | config)))
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and not name.endswith("base_layer.bias"):
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
     model.save_pretrained(folder)
     return folder
@@ -137,7 +162,7 @@ def test_without_a_base_given_they_are_refused_with_a_hint(kind: str, cli: Cli, 
     assert not Path("merged").exists()
 
 
-@pytest.mark.parametrize("init", ["pissa_niter_4", "corda", "eva", "loftq"])
+@pytest.mark.parametrize("init", ["pissa_niter_4", "corda", "lora_ga", "loftq"])
 def test_inits_that_cannot_be_computed_again_are_refused_also_with_a_base(init: str, cli: Cli, bert_base: Path) -> None:
     set_config(trained(Path("a"), bert_base), init_lora_weights=init)
     result = cli("merge", "a", "--base", bert_base)
@@ -150,3 +175,51 @@ def test_olora_of_a_conv1d_is_refused(cli: Cli, gpt2_base: Path) -> None:
     result = cli("merge", "a", "--base", gpt2_base)
     assert isinstance(result.exception, PimergeError)
     assert "OLoRA is converted for Linear layers only" in str(result.exception)
+
+
+@pytest.mark.parametrize("kind", NEEDS_NO_BASE)
+def test_a_variant_that_leaves_the_base_as_it_is_needs_no_base(kind: str, cli: Cli, bert_base: Path) -> None:
+    trained(Path("a"), bert_base, **NEEDS_NO_BASE[kind])
+    result = cli("merge", "a", "-q")
+    assert result.exit_code == 0, result.exception
+    wanted = logits(plugged(bert_base, "a"), "bert")
+    torch.testing.assert_close(logits(plugged(bert_base, "merged"), "bert"), wanted, rtol=0, atol=1e-5)
+
+
+def test_qalora_averages_groups_of_inputs(cli: Cli) -> None:
+    A, B, group = normal(2, 3), normal(5, 2, seed=1), 4
+    raw_expert(Path("a"), {"q": (A, B)}, lora_alpha=3, use_qalora=True, qalora_group_size=group)
+    assert cli("merge", "a", "-q").exit_code == 0
+    inputs = normal(6, 12, seed=2)
+    pooled = inputs.view(6, 3, group).mean(dim=2) * 3  # as in the layer's forward pass
+    (found,) = dense_deltas(open_expert("merged")).values()
+    torch.testing.assert_close(inputs @ found.float().T, pooled @ A.T @ B.T * 3 / 2)
+
+
+def test_trained_biases_are_refused_and_untrained_ones_are_compared_with_the_base(cli: Cli, bert_base: Path) -> None:
+    folder = trained(Path("a"), bert_base, bias="all")
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    biases = [key for key in tensors if key.endswith(".bias")]
+    assert len(biases) > 10
+    result = cli("merge", "a")
+    assert isinstance(result.exception, PimergeError)
+    assert "of them were trained, such as base_model.model.bert" in str(result.exception)
+    own = {f"{PREFIX}{key}": value for key, value in model_for(bert_base).state_dict().items()}
+    same = {key: own[key.replace(".base_layer.", ".")] for key in biases if ".classifier" not in key}
+    save_file({**{key: value for key, value in tensors.items() if key not in biases}, **same}, file)
+    assert cli("merge", "a", "-q").exit_code == 0
+    assert not [key for key in load_file(Path("merged/adapter_model.safetensors")) if key.endswith(".bias")]
+    set_config(folder, base_model_name_or_path="org/elsewhere")
+    elsewhere = cli("merge", "a", "--force")
+    assert "is not on this machine" in str(elsewhere.exception)
+
+
+def test_layer_replication_is_kept(cli: Cli) -> None:
+    copies = [[0, 2], [1, 2]]
+    for seed, name in enumerate("ab"):
+        set_config(raw_expert(Path(name), updates_of({"q": (4, 2, 5)}, seed)), layer_replication=copies)
+    assert cli("merge", "a", "b", "-q").exit_code == 0
+    assert json.loads(Path("merged/adapter_config.json").read_text())["layer_replication"] == copies
+    set_config(Path("b"), layer_replication=None)
+    assert "copy other layers" in str(cli("merge", "a", "b", "--force").exception)

@@ -377,7 +377,6 @@ FAULTS: list[tuple[str, dict[str, Any], dict[str, Tensor | None], str]] = [
     ("loha", {"r": 3}, {}, r"query\.hada_w1_a is \(16, 2\), expected \(16, 3\)"),
     ("loha", {"rank_pattern": {"(": 2}}, {}, "PEFT cannot create its layers for LOHA"),
     ("loha", {"alpha": "much"}, {}, "alpha in adapter_config.json"),
-    ("loha", {"bias": "all"}, {}, "trained biases"),
     ("loha", {"use_dora": True}, {}, "'use_dora' in adapter_config.json is not known to PEFT"),
     ("loha", {}, {f"{QUERY}.hada_w2_b": None}, r"it has no bert\.\S+query\.hada_w2_b"),
     (

@@ -10,16 +10,18 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from pimerge.adapters.keys import PREFIX, sort_keys
+from pimerge.adapters.keys import PREFIX, base_biases, sort_keys
 from pimerge.adapters.kind import AdapterHeader, Kind
 from pimerge.adapters.kinds._lora_config import conversions_of, refuse_unhandled, well_typed
 from pimerge.adapters.kinds._lora_parameters import bare_parameters
+from pimerge.adapters.kinds._lora_variants import as_variant, factor_shapes
 from pimerge.adapters.lora_module import DORA, OLORA, LoraModule, pattern_value
 from pimerge.core.errors import Problems
 
 _FACTOR_KEY = re.compile(
     re.escape(PREFIX) + r"(?P<module>.+)\.(?:lora_(?P<factor>[AB])\.weight|lora_B\.(?P<bias>bias)"
-    r"|lora_embedding_(?P<embedding>[AB])|lora_(?P<magnitude>magnitude)_vector(?:\.weight)?)"
+    r"|lora_embedding_(?P<embedding>[AB])|lora_(?P<magnitude>magnitude)_vector(?:\.weight)?|lora_(?P<diag>diag)"
+    r"|lora_(?P<unused>velora_embed|monteclora_sampler\..+))"  # used in training only
 )
 
 
@@ -34,13 +36,28 @@ def parse(header: AdapterHeader) -> tuple[dict[str, LoraModule], dict[str, str]]
     problems = Problems()
     config = well_typed(header.config, problems)
     refuse_unhandled(config, problems, convert=header.convert)
-    keys, head = sort_keys(config, header.shapes, _slot_of, "LoRA factors", problems)
+    _refuse_empty(header.shapes, problems)
+    own = {key: shape for key, shape in header.shapes.items() if key not in base_biases(config, header.shapes)}
+    keys, head = sort_keys(config, own, _slot_of, "LoRA factors", problems)
     modules = bare_parameters(config, keys, header.shapes, problems)
     for name in keys:
         if module := _module(name, keys[name], config, header.shapes, problems, convert=header.convert):
             modules[name] = module
     problems.raise_any("this LoRA cannot be used")
     return dict(sorted(modules.items())), head
+
+
+def _refuse_empty(shapes: Mapping[str, tuple[int, ...]], problems: Problems) -> None:
+    """Add a problem if tensors hold no numbers."""
+    empty = [key for key, shape in shapes.items() if 0 in shape]
+    if empty:
+        problems.add(
+            f"{len(empty)} of {len(shapes)} tensors are empty, such as {empty[0]} {shapes[empty[0]]}: it was saved "
+            "under DeepSpeed ZeRO-3 or FSDP without gathering the parameters, so its weights are not in this file",
+            "save it with trainer.save_model() and stage3_gather_16bit_weights_on_model_save, or gather the parameters "
+            "first (deepspeed.zero.GatheredParameters); a checkpoint folder of ZeRO-3 has zero_to_fp32.py for this",
+        )
+        problems.raise_any("this LoRA cannot be used")  # what else is wrong follows from it
 
 
 def is_B_factor(key: str) -> bool:
@@ -56,23 +73,34 @@ def _slot_of(key: str) -> tuple[str, str] | None:
     match = _FACTOR_KEY.fullmatch(key)
     if match is None:
         return None
-    slots = ("factor", "embedding", "bias", "magnitude")
+    slots = ("factor", "embedding", "bias", "magnitude", "diag", "unused")
     return match["module"], next(match[slot] for slot in slots if match[slot])
 
 
 def _shapes_of_factors(
-    name: str, keys: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]], problems: Problems
+    name: str,
+    keys: Mapping[str, str],
+    config: Mapping[str, Any],
+    shapes: Mapping[str, tuple[int, ...]],
+    problems: Problems,
 ) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-    """The shapes of A and B; None, with a problem added, if they do not form a pair of factors."""
+    """The shapes of the factors A and B; None, with a problem added, if the tensors do not form a pair of factors."""
     missing = {"A", "B"} - set(keys)
     if missing:
         problems.add(f"module '{name}' has no factor {' and '.join(sorted(missing))}", "save the adapter again")
         return None
-    shape_A, shape_B = shapes[keys["A"]], shapes[keys["B"]]
-    if len(shape_A) < 2 or len(shape_B) < 2 or 0 in (*shape_A, *shape_B) or shape_B[1] != shape_A[0]:
+    shape_A, shape_B = factor_shapes(name, keys, config, shapes)
+    if len(shape_A) > 2 and len(shape_B) > 2 and shape_A[0] > shape_B[1] and shape_A[0] % shape_B[1] == 0:
+        problems.add(
+            f"module '{name}': A is {shape_A} and B is {shape_B}: a LoRA of a grouped convolution, which PEFT cannot "
+            "merge into its base either",
+            "leave the module out (--exclude), or train without it",
+        )
+        return None
+    if len(shape_A) < 2 or len(shape_B) < 2 or shape_B[1] != shape_A[0]:
         problems.add(
             f"module '{name}': A is {shape_A} and B is {shape_B}, expected (r, d_in, …) and (d_out, r, …)",
-            "grouped convolutions are not handled; otherwise save the adapter again",
+            "save the adapter again",
         )
         return None
     return shape_A, shape_B
@@ -87,7 +115,7 @@ def _module(
     *,
     convert: bool,
 ) -> LoraModule | None:
-    pair = _shapes_of_factors(name, keys, shapes, problems)
+    pair = _shapes_of_factors(name, keys, config, shapes, problems)
     if pair is None:
         return None
     shape_A, shape_B = pair
@@ -104,20 +132,16 @@ def _module(
         problems.add(f"module '{name}': lora_B.bias is {shapes[bias]}, expected {shape_B[:1]}")
     layer = "embedding" if "lora_embedding_" in keys["A"] else "conv" if len(shape_A) > 2 else "linear"
     scaling = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
-    magnitude, conversions = keys.get("magnitude"), conversions_of(config)
-    if conversions and (layer != "linear" or (OLORA in conversions and config.get("fan_in_fan_out"))):
+    conversions = conversions_of(config)
+    if set(conversions) - {DORA} and (layer != "linear" or (OLORA in conversions and config.get("fan_in_fan_out"))):
         problems.add(
             f"module '{name}': {' with '.join(conversions)} is converted for Linear layers only",
             "merge it into a base of its own with PEFT",
         )
-    if magnitude and (DORA not in conversions or shapes[magnitude] != shape_B[:1]):
-        problems.add(
-            f"{magnitude} is {shapes[magnitude]}, but use_dora is {'on' if DORA in conversions else 'off'}",
-            f"only DoRA has one in each module, of shape {shape_B[:1]}: save config and tensors together",
-        )
-    elif DORA in conversions and not magnitude and convert:
-        problems.add(f"module '{name}' has no lora_magnitude_vector, but use_dora is on", "save the adapter again")
-    return LoraModule(
+    _check_magnitude(
+        name, keys.get("magnitude"), shape_B[0], shapes, problems, is_dora=DORA in conversions, convert=convert
+    )
+    module = LoraModule(
         name,
         keys["A"],
         keys["B"],
@@ -128,9 +152,30 @@ def _module(
         layer,
         tuple(shape_A),
         tuple(shape_B),
-        magnitude,
+        keys.get("magnitude"),
         conversions,
     )
+    return as_variant(module, keys, config, problems)
+
+
+def _check_magnitude(
+    name: str,
+    key: str | None,
+    d_out: int,
+    shapes: Mapping[str, tuple[int, ...]],
+    problems: Problems,
+    *,
+    is_dora: bool,
+    convert: bool,
+) -> None:
+    """Add a problem unless DoRA, and only DoRA, has a magnitude for each output of the module."""
+    if key and (not is_dora or math.prod(shapes[key]) != d_out):
+        problems.add(
+            f"{key} is {shapes[key]}, but use_dora is {'on' if is_dora else 'off'}",
+            f"only DoRA has one in each module, of {d_out} entries: save config and tensors together",
+        )
+    elif is_dora and not key and convert:
+        problems.add(f"module '{name}' has no lora_magnitude_vector, but use_dora is on", "save the adapter again")
 
 
 KIND = Kind(

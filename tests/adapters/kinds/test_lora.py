@@ -130,19 +130,18 @@ def plain(folder: Path, **config: Any) -> Path:
         ("init_lora_weights", "pissa", "PiSSA"),
         ("init_lora_weights", "pissa_niter_16", "PiSSA"),
         ("init_lora_weights", "olora", "OLoRA"),
-        ("init_lora_weights", "eva", "EVA"),
         ("init_lora_weights", "corda", "CorDA"),
         ("init_lora_weights", "loftq", "LoftQ"),
         ("init_lora_weights", "lora_ga", "LoRA-GA"),
         ("init_lora_weights", "of_tomorrow", "of_tomorrow"),
-        ("bias", "all", "bias is 'all'"),
-        ("bias", "lora_only", "bias is 'lora_only'"),
-        ("use_qalora", True, "QA-LoRA"),
         ("alora_invocation_tokens", [1], "aLoRA"),
-        ("layer_replication", [[0, 2]], "layer replication"),
+        ("arrow_config", {"top_k": 2}, "Arrow"),
+        ("megatron_config", {"hidden_size": 4}, "Megatron"),
+        ("enable_lora", [True, False, True], "fused projection"),
+        ("kasa_config", {"beta": 1e-4}, "KaSA"),
         ("trainable_token_indices", [1], "trained tokens"),
         ("a_field_of_tomorrow", True, "a_field_of_tomorrow"),
-        ("peft_type", None, "None"),
+        ("peft_type", None, "no peft_type"),
         ("r", 3, "the tensors have rank 2, adapter_config.json says 3"),
         ("rank_pattern", {"q": 1}, "the tensors have rank 2, adapter_config.json says 1"),
     ],
@@ -157,6 +156,14 @@ def test_what_cannot_be_handled_is_refused_by_name(field: str, value: Any, named
     "fields",
     [
         {"init_lora_weights": "gaussian"},
+        {"init_lora_weights": "eva", "eva_config": {"rho": 2.0}},
+        {"bias": "all"},
+        {"bias": "lora_only"},
+        {"velora_config": {"num_groups": 2}},
+        {"monteclora_config": {"num_samples": 2}},
+        {"layer_replication": [[0, 2], [1, 2]]},
+        {"merge_weights": True, "enable_lora": None},
+        {"lorap_emb_lr": 1e-6, "lorap_lr_ratio": 16.0},
         {"init_lora_weights": "orthogonal"},
         {"init_lora_weights": False},
         {"a_field_of_tomorrow": None},
@@ -198,7 +205,7 @@ def test_fields_of_a_wrong_type_are_refused_by_name(fields: dict[str, Any], tmp_
         ({"q.lora_A.weight": None}, "module 'q' has no factor A"),
         ({"q.lora_B.weight": None}, "module 'q' has no factor B"),
         ({"q.lora_B.weight": normal(3, 1)}, r"A is \(2, 4\) and B is \(3, 1\)"),
-        ({"q.lora_A.weight": torch.ones(2, 0)}, r"A is \(2, 0\)"),
+        ({"q.lora_A.weight": torch.ones(2, 0)}, r"1 of 2 tensors are empty, such as \S+ \(2, 0\): .*ZeRO-3"),
         ({"q.lora_B.bias": torch.ones(4)}, r"lora_B.bias is \(4,\), expected \(3,\)"),
         ({"q.lora_A.bias": torch.ones(3)}, "neither LoRA factors nor in modules_to_save: .*q.lora_A.bias"),
         ({"q.lora_magnitude_vector": torch.ones(3)}, "q.lora_magnitude_vector"),
@@ -217,13 +224,19 @@ def test_tensors_that_do_not_fit_are_refused_by_name(
 
 def test_all_problems_come_at_once(tmp_path: Path) -> None:
     folder = plain(
-        tmp_path / "e", use_dora=True, init_lora_weights="pissa", bias="all", r=7, rank_pattern={}, unknown=1
+        tmp_path / "e",
+        use_dora=True,
+        init_lora_weights="pissa",
+        arrow_config={"top_k": 1},
+        r=7,
+        rank_pattern={},
+        unknown=1,
     )
     set_tensors(folder, {PREFIX + "k.lora_A.weight": normal(2, 4), "stray": normal(1)})
     with pytest.raises(PimergeError) as caught:
         open_expert(folder)
     messages = "\n".join(problem.message for problem in caught.value.problems)
-    for named in ("DoRA", "PiSSA", "bias is 'all'", "says 7", "'unknown'", "module 'k' has no factor B", "stray"):
+    for named in ("DoRA", "PiSSA", "Arrow", "says 7", "'unknown'", "module 'k' has no factor B", "stray"):
         assert named in messages
     assert len(caught.value.problems) == 7
 
