@@ -93,8 +93,9 @@ def fused(modules: Mapping[str, LoraModule], base: Callable[[], Base]) -> dict[s
         counts[match["owner"]] = max(counts.get(match["owner"], 0), int(match["index"]) + 1)
     groups: dict[tuple[str, int, str], dict[str, LoraModule]] = {}
     for name, match in found.items():
-        leaf = _FUSED if match["layer"] in _HALVES else _DOWN
-        today = rename(f"{match['owner']}.{leaf}")
+        wholes = [] if match["layer"] in ("w1", "w3") else [match["layer"]]  # an expert without a gate
+        leaves = [_FUSED, *wholes] if match["layer"] in _HALVES else [_DOWN]
+        today = next(filter(None, (rename(f"{match['owner']}.{leaf}") for leaf in leaves)), None)
         if today is None:
             return dict(modules)
         groups.setdefault((today, int(match["index"]), match["owner"]), {})[match["layer"]] = modules[name]
@@ -163,7 +164,7 @@ def _beside(layer: LoraModule, containers: set[str], rename: Rename) -> LoraModu
 
 def _matrix(name: str, place: BareParameter, layers: Mapping[str, LoraModule]) -> LoraModule:
     form = f"one of {place.count} matrices"
-    if place.name == _DOWN:
+    if place.name != _FUSED:
         (only,) = layers.values()
         return replace(only, name=name, layer=form, parameter=place)
     halves: list[LoraModule | None] = [None, None]

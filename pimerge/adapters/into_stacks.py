@@ -91,6 +91,7 @@ def _layers_on_disk(checkpoint: Checkpoint, names: Names) -> dict[str, dict[int,
             parameter, index, half = layer
             today = names.rename(key) if names.known else parameter
             if not names.known or names.converted.get(today) in _STACKED:
+                half = half if today.endswith(parameter.rpartition(".")[2]) else None  # an expert without a gate
                 found.setdefault(today, {}).setdefault(index, {})[half] = key
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -18,6 +19,9 @@ from pimerge.core.errors import PimergeError, Problems, nearest
 
 # Prefixes that programs put before the names of a diffusion model.
 _DIFFUSION = re.compile(r"^(?:model_diffusion_model|diffusion_model|unet|transformer)_")
+
+
+_UNBUILDABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError)
 
 
 @dataclass(frozen=True)
@@ -112,21 +116,36 @@ def _remembered(folder: Path) -> Names:
 def skeleton(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Any:
     """Build the model of a config without weights; None if transformers does not know it."""
     import transformers
+    from huggingface_hub.errors import StrictDataclassError
 
     architecture = next(iter(config.get("architectures") or ()), "")
     kind = getattr(transformers, architecture, None)
     if kind is None or config.get("model_type") not in transformers.CONFIG_MAPPING:
         return None
     try:
-        settings = transformers.CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
+        settings = transformers.CONFIG_MAPPING[config["model_type"]].from_dict(_with_floats(config))
         with torch.device("meta"):
             return kind(settings)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError) as error:
+    except (*_UNBUILDABLE, StrictDataclassError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise PimergeError(
             f"'{checkpoint.path / CONFIG}' does not describe a {architecture}: {reason}",
             "download or save the checkpoint again",
         ) from error
+
+
+def _with_floats(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config whose infinities and NaN, which transformers writes as objects, are numbers.
+
+    >>> _with_floats({"limits": [0.0, {"__float__": "Infinity"}]})
+    {'limits': [0.0, inf]}
+    """
+
+    def number(found: dict[str, Any]) -> Any:
+        return float(found["__float__"]) if found.keys() == {"__float__"} else found
+
+    decoded: dict[str, Any] = json.loads(json.dumps(config), object_hook=number)
+    return decoded
 
 
 def match_modules(names: Names, modules: Iterable[str]) -> dict[str, str]:

@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 import pimerge
+from pimerge.adapters import fused_experts
 from pimerge.adapters.compatibility import require_alike
 from pimerge.adapters.expert import open_expert
-from pimerge.adapters.lora_module import LoraModule
+from pimerge.adapters.fused_experts import fused
+from pimerge.adapters.lora_module import BareParameter, LoraModule
 from pimerge.core.errors import PimergeError
 from tests.support.experts import set_config, set_tensors
 from tests.support.mixtures import mixture, save_adapter, save_adapter_by_layer, updates_by_peft
@@ -106,3 +109,17 @@ def test_a_mixture_by_layer_and_stacked_is_refused(tmp_path: Path) -> None:
     mixed = [replace(experts[0], modules={unconverted.name: unconverted}), experts[1]]
     with pytest.raises(PimergeError, match=r"experts.0.w1' is the layer of a mixture's expert in one adapter"):
         require_alike(mixed)
+
+
+def test_experts_without_a_gate_keep_their_whole_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some models, such as Nemotron-H, stack up_proj as it is."""
+    ends = ("mixer.experts.up_proj", "mixer.experts.down_proj")
+    monkeypatch.setattr(fused_experts, "_rename_of", lambda base: lambda name: name if name.endswith(ends) else None)
+    names = [f"model.mixer.experts.{index}.{layer}" for index in (0, 1) for layer in ("up_proj", "down_proj")]
+    nothing: Any = None
+    found = fused({name: LoraModule(name, "A", "B", None, *FORM) for name in names}, lambda: nothing)
+    assert sorted(found) == sorted(names)
+    assert [module.parameter for module in found.values()] == [
+        BareParameter("model.mixer.experts", layer, 2, index) for index in (0, 1) for layer in ("down_proj", "up_proj")
+    ]
+    assert all((module.d_out, module.d_in) == (12, 8) for module in found.values())
