@@ -83,7 +83,7 @@ def _parse(how: PeftDelta, header: AdapterHeader) -> Parts:
     problems = Problems()
     refused = f"this {how.peft_type} adapter cannot be used"
     fields = _fields(how, header.config, problems)
-    shared = {key.removeprefix("base_model."): key for key in header.shapes if key.count(".") == 1}
+    shared = {key.removeprefix("base_model."): key for key in header.shapes if not key.startswith(PREFIX)}
     with problems.collected():
         how.require(header.shapes)
     repeated = tuple(f".{slot}" for slot in shared)  # PEFT may write shared tensors again for every layer

@@ -104,8 +104,8 @@ class PeftLayers:
         if problems.found:
             return
         # PEFT's model repeats the shared tensors in every layer
-        shared = tuple(f".{key.rpartition('.')[2]}" for key in expected if key.count(".") == 1)
-        own = {key for key in expected if key.count(".") == 1 or not key.endswith(shared or ("\0",))}
+        shared = tuple(f".{key.removeprefix('base_model.')}" for key in expected if not key.startswith(PREFIX))
+        own = {key for key in expected if not key.startswith(PREFIX) or not key.endswith(shared or ("\0",))}
         for key in sorted(own | shapes.keys()):
             name = key.removeprefix(PREFIX)
             if key not in shapes:
@@ -140,7 +140,7 @@ class PeftLayers:
         shape = dict(self.weights)[name]
         with _refusals(self.how.peft_type):
             model = _model(self.how.peft_type, self.fields, ((name, shape),), weight)
-            own = [key for key in self.keys if key.startswith(f"{PREFIX}{name}.") or key.count(".") == 1]
+            own = [key for key in self.keys if key.startswith(f"{PREFIX}{name}.") or not key.startswith(PREFIX)]
             _load(model, {key: read(key) for key in own})
         base: Any = model.get_submodule(f"{PREFIX}{name}").get_base_layer()  # type: ignore[operator]
         base.weight.data = weight.double().reshape(shape).clone()

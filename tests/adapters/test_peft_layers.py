@@ -50,6 +50,7 @@ LINEAR: dict[str, list[dict[str, Any]]] = {
     "hra": [{"r": 2}, {"r": 4, "apply_GS": True}],
     "psoft": [{"r": 3, "psoft_alpha": 6}],
     "deft": [{"r": 3}, {"r": 3, "decomposition_method": "qr"}, {"r": 2, "para": True}],
+    "osf": [{}, {"effective_rank": 3}],
     "peanut": [{"r": 3}, {"r": 3, "depth": 1}],
     "supertuning": [
         {"sparsity": 0.8},

@@ -84,6 +84,7 @@ RELATIVES: dict[str, dict[str, Any]] = {
     "hra": {"r": 2},
     "psoft": {"r": 3, "psoft_alpha": 3},
     "deft": {"r": 2},
+    "osf": {},
     "peanut": {"r": 3},
     "supertuning": {"sparsity": 0.8, "save_precomputed_indices": False},
 }
@@ -101,7 +102,7 @@ NORMS = {
 }
 
 
-OF_THE_BASE = ("hira", "oft", "boft", "hra", "psoft", "deft", "peanut", "supertuning")
+OF_THE_BASE = ("hira", "oft", "boft", "hra", "psoft", "deft", "osf", "peanut", "supertuning")
 """Those whose ΔW depends on the base's weights."""
 
 

@@ -21,7 +21,6 @@ from pimerge.adapters.kinds._prompts import (
     text_field,
 )
 from pimerge.adapters.tensor_sets import TensorSet, TensorSlot
-from pimerge.core.errors import PimergeError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -36,12 +35,6 @@ def parse(header: AdapterHeader) -> Parts:
     {'layers.0': (0, 16), 'layers.1': (16, 32)}
     """
     config = header.config
-    if config.get("prefix_projection"):
-        raise PimergeError(
-            "prefix_projection is on: the network that computes the prefix is not in the file, and the prefix itself "
-            "was not trained",
-            "train it with prefix_projection=False",
-        )
     expected = {"tokens": "num_virtual_tokens", "keys and values": "num_layers 2 token_dim"}
     (tokens, width), head = parse_prompt(config, header.shapes, "prefix", expected)
     step = width // config["num_layers"]

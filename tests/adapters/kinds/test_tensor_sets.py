@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel, PeftType, PrefixTuningConfig, RoadConfig, get_peft_model
+from peft import PeftModel, PeftType, PrefixTuningConfig, PromptEncoderConfig, RoadConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor
 
+from pimerge import merge
 from pimerge.adapters.base_fit import check_fits
 from pimerge.adapters.compatibility import check_expert
 from pimerge.adapters.expert import Expert, open_expert
@@ -167,13 +170,33 @@ def test_other_shapes_than_the_bases_are_refused(
         check_fits(open_expert(folder), wider, head=False)
 
 
-def test_a_prefix_made_by_a_network_is_refused_by_name(bert_base: Path, tmp_path: Path) -> None:
-    config = PrefixTuningConfig(
-        task_type="SEQ_CLS", num_virtual_tokens=2, prefix_projection=True, encoder_hidden_size=8
+SAVED_AS_VECTORS = {
+    "PROMPT_TUNING": PromptEncoderConfig(num_virtual_tokens=3, encoder_hidden_size=8),
+    "PREFIX_TUNING": PrefixTuningConfig(num_virtual_tokens=3, prefix_projection=True, encoder_hidden_size=8),
+}
+
+
+@pytest.mark.parametrize("peft_type", SAVED_AS_VECTORS)
+def test_what_a_network_computed_is_used_as_the_vectors_that_peft_saves(
+    peft_type: str, language_base: Callable[[str], Path], tmp_path: Path
+) -> None:
+    base = language_base("qwen2-lm")
+    for seed, name in enumerate("ab"):
+        torch.manual_seed(seed)
+        config = replace(SAVED_AS_VECTORS[peft_type], task_type="CAUSAL_LM")
+        get_peft_model(model_for(base), config).save_pretrained(tmp_path / name)
+    merge([tmp_path / "a"], output=tmp_path / "one")
+    before, after = (
+        logits_of(PeftModel.from_pretrained(model_for(base), tmp_path / name).eval(), inputs(base.name))
+        for name in ("a", "one")
     )
-    get_peft_model(model_for(bert_base), config).save_pretrained(tmp_path / "x")
-    with pytest.raises(PimergeError, match="prefix_projection"):
-        open_expert(tmp_path / "x")
+    torch.testing.assert_close(after, before)
+    merge([tmp_path / "a", tmp_path / "b"], method="interpolated", weights=[0.3, 0.7], output=tmp_path / "m")
+    first, second, mean = (
+        load_file(tmp_path / name / "adapter_model.safetensors")["prompt_embeddings"] for name in "abm"
+    )
+    torch.testing.assert_close(mean, 0.3 * first + 0.7 * second)
+    assert json.loads((tmp_path / "m" / "adapter_config.json").read_text())["peft_type"] == peft_type
 
 
 FAULTS: dict[str, dict[str, Any]] = {
@@ -230,5 +253,5 @@ def test_feedforward_layers_that_are_no_targets_are_refused_as_peft_does(
 
 @pytest.mark.parametrize("kind", sorted(kind.value for kind in PeftType))
 def test_every_kind_of_pefts_is_handled_or_has_a_reason_of_its_own(kind: str) -> None:
-    handled = {each.peft_type for each in ALL_KINDS}
+    handled = {each.peft_type for each in ALL_KINDS} | {"P_TUNING"}  # as prompt tuning
     assert (kind in handled) != (why_unhandled(kind) not in ("", NO_RULE))
