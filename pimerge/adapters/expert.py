@@ -13,15 +13,7 @@ from typing import TYPE_CHECKING, Any
 from pimerge.adapters.bare_parameter import with_order
 from pimerge.adapters.base_biases import require_untrained_biases
 from pimerge.adapters.expert_order import known_order
-from pimerge.adapters.expert_parts import (
-    as_used,
-    base_of,
-    foreign_base,
-    kind_of,
-    parsed,
-    parsed_with_base,
-    require_floats,
-)
+from pimerge.adapters.expert_parts import base_of, foreign_base, kind_of, parsed, parsed_with_base, require_floats
 from pimerge.adapters.format import PEFT, Place
 from pimerge.adapters.fused_experts import fused
 from pimerge.adapters.kind import KINDS, Kind
@@ -253,7 +245,7 @@ def open_expert(
     """
     source = open_source(reference, config)
     order = known_order(source.config, source.file, expert_order)
-    source = replace(source, config=with_order(as_used(source.config), order))
+    source = replace(source, config=with_order(source.config, order))
     problems = Problems()
     with problems.collected():
         expert = _checked(source, base, convert, only_look)

@@ -62,23 +62,6 @@ def foreign_base(config: Mapping[str, Any], near: Path) -> Base:
         return Base(name, None, None)
 
 
-def as_used(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config as PEFT uses it for predictions.
-
-    P-tuning and a prefix with a projection train a network, but PEFT saves the vectors that it computes, and loads them
-    as those of prompt tuning and of a plain prefix.
-
-    >>> as_used({"peft_type": "P_TUNING", "token_dim": 8, "encoder_hidden_size": 4})
-    {'peft_type': 'PROMPT_TUNING', 'token_dim': 8}
-    """
-    kept = {name: value for name, value in config.items() if not name.startswith("encoder_")}
-    if config.get("peft_type") == "P_TUNING":
-        return kept | {"peft_type": "PROMPT_TUNING"}
-    if config.get("peft_type") == "PREFIX_TUNING" and config.get("prefix_projection") is True:
-        return kept | {"prefix_projection": False}
-    return dict(config)
-
-
 def kind_of(config: dict[str, Any]) -> tuple[str, str]:
     """The kind in a config, and why it can only be inspected; empty if it is handled."""
     peft_type = str(config.get("peft_type"))

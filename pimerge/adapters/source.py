@@ -156,7 +156,7 @@ def _read(path: Path, config_file: Path | None, tensors: Callable[[], TensorFile
         file = tensors()
     problems.raise_any(f"the expert '{path}' has several problems")
     assert file is not None
-    return config, file
+    return as_used(config), file
 
 
 def _not_an_expert(path: Path) -> PimergeError:
@@ -165,3 +165,20 @@ def _not_an_expert(path: Path) -> PimergeError:
         f"'{path}' is not an expert: it has neither {CONFIG} nor {WEIGHTS}",
         f"name an expert in it: {', '.join(inside[:5])}" if inside else "",
     )
+
+
+def as_used(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config as PEFT uses it for predictions.
+
+    P-tuning and a prefix with a projection train a network, but PEFT saves the vectors that it computes, and loads them
+    as those of prompt tuning and of a plain prefix.
+
+    >>> as_used({"peft_type": "P_TUNING", "token_dim": 8, "encoder_hidden_size": 4})
+    {'peft_type': 'PROMPT_TUNING', 'token_dim': 8}
+    """
+    kept = {name: value for name, value in config.items() if not name.startswith("encoder_")}
+    if config.get("peft_type") == "P_TUNING":
+        return kept | {"peft_type": "PROMPT_TUNING"}
+    if config.get("peft_type") == "PREFIX_TUNING" and config.get("prefix_projection") is True:
+        return kept | {"prefix_projection": False}
+    return dict(config)
