@@ -11,7 +11,6 @@ from pimerge.checkpoints.base import Base
 from pimerge.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from pimerge.checkpoints.key_mapping import is_fan_in_first, is_grouped, match_modules, names_at
 from pimerge.core.errors import PimergeError, Problems
-from pimerge.core.progress import Note
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,31 +39,16 @@ def layer_shapes(base: Base, modules: Sequence[str], *, fan_in_fan_out: bool = F
     return found
 
 
-def require_ungrouped(base: Base, modules: Mapping[str, LoraModule], note: Note) -> None:
-    """Refuse computed updates of convolutions in groups, which PEFT's LoRA cannot hold.
+def maybe_grouped(base: Base, modules: Mapping[str, LoraModule]) -> list[str]:
+    """The convolutions with computed updates whose channels are divided into groups, or may be in an unknown model.
 
-    PEFT's LoRA of such a layer reads all input channels, but the update is one matrix for each group. Where the model
-    is unknown, only a convolution of single channels is taken for one in groups.
-
-    Args:
-        note: receives a sentence if the model is unknown.
+    The shape of a weight does not tell: (d_out, d_in / groups, kernel).
     """
-    convolutions = {name: module for name, module in modules.items() if module.is_computed and module.layer == "conv"}
+    convolutions = [name for name, module in modules.items() if module.is_computed and module.layer == "conv"]
     if not convolutions or base.folder is None:
-        return
+        return []
     names = names_at(base.folder)
-    problems = Problems()
-    for name, module in convolutions.items():
-        depthwise = not names.known and module.shape_A[1] == 1 < module.d_out
-        if depthwise or is_grouped(names, name):
-            problems.add(
-                f"'{name}' is {'probably ' * depthwise}a convolution whose channels are divided into groups: no LoRA "
-                "of PEFT holds its update",
-                "merge it into the base, --into BASE, or leave the module out with --exclude",
-            )
-    problems.raise_any("some updates cannot be written as a LoRA")
-    if not names.known:
-        note(f"{', '.join(convolutions)}: written as convolutions without groups, since the base's model is unknown")
+    return [name for name in convolutions if not names.known or is_grouped(names, name)]
 
 
 def _open(base: Base, reason: str) -> Checkpoint:

@@ -129,7 +129,7 @@ def plan_merge_into(
         config = {**config, "architectures": (fields or {}).get("architectures") or [trained_in]}
     copies, config = separated(checkpoint, names, touched, config)
     if heads and not checkpoint.is_file:
-        new = _new_layouts(checkpoint, copies, heads, head)
+        new = new_layouts(checkpoint, copies, heads, head)
         config = fitted(checkpoint, names, config, {key: shape for key, (_, shape) in new.items()})
     written = config if config != checkpoint.config and not checkpoint.is_file else None
     size = vocabulary_of(config)
@@ -193,7 +193,7 @@ def merge_into(
             return flat_pieces(stored, plan.copies[key]) if own is None else iter([own.reshape(-1)])
         return None
 
-    new = _new_layouts(plan.checkpoint, plan.copies, plan.heads, heads)
+    new = new_layouts(plan.checkpoint, plan.copies, plan.heads, heads)
     size = write_like(plan.checkpoint, output, change, new=new, config=plan.config, dtype=dtype, track=track)
     matrices = {each.module for placed in plan.stacks.values() for each in placed}
     return MergedInto(len(plan.weights) + len(plan.changes) + len(matrices), plan.untied, size)
@@ -237,7 +237,7 @@ def _layout(checkpoint: Checkpoint, key: str, head: Tensor | None = None) -> tup
     return entry.dtype, entry.shape if head is None else tuple(head.shape)
 
 
-def _new_layouts(
+def new_layouts(
     checkpoint: Checkpoint, copies: Mapping[str, str], heads: Mapping[str, str], head: Mapping[str, Tensor]
 ) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Key → dtype and shape, for the tensors that are added or replaced."""

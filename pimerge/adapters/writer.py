@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 from pimerge.adapters.bare_parameter import ExpertOrder, Packing, bare_names, is_order_unknown, target_ranks, with_order
 from pimerge.adapters.expert import Expert
 from pimerge.adapters.expert_files import CONFIG, TASK, WEIGHTS
+from pimerge.adapters.hadamard import HadamardPacking, hadamard_fields
 from pimerge.adapters.head import Head
 from pimerge.adapters.keys import PREFIX
 from pimerge.adapters.lora_fields import rank_fields, ranks_to_write
@@ -90,12 +91,14 @@ class Layout:
         dtype: dtype of the factors.
         has_bias: whether every module has a bias update (``lora_bias``).
         open_with_peft: whether PEFT opens the result before it is put in place, even if PEFT has to be imported.
+        as_hadamard: whether the result is a LoHa; see :mod:`pimerge.adapters.hadamard`.
     """
 
     modules: Sequence[LoraModule]
     dtype: torch.dtype
     has_bias: bool
     open_with_peft: bool = False
+    as_hadamard: bool = False
 
 
 def write_expert(
@@ -124,7 +127,7 @@ def write_expert(
     def write(file: Path) -> list[Summary]:
         summaries = _write_tensors(file, layout, modules, head)
         ranks = _ranks(layout, summaries)
-        if ranks_to_write(ranks) != ranks:
+        if ranks_to_write(ranks) != ranks and not layout.as_hadamard:
             pad_factors(file, layout.modules, ranks_to_write(ranks))
         return summaries
 
@@ -220,7 +223,7 @@ def _write_folder(
 
 def _write_tensors(file: Path, layout: Layout, modules: Iterable[MergedModule], head: Head) -> list[Summary]:
     heads = {PREFIX + name: tensor for name, tensor in head.tensors.items()}
-    packing, summaries = Packing(layout.modules), []
+    packing, summaries = (HadamardPacking if layout.as_hadamard else Packing)(layout.modules), []
     with writing_tensors(file, [*packing.keys, *heads]) as writer:
         narrow = {key: tensor for key, tensor in heads.items() if tensor.itemsize < layout.dtype.itemsize}
         writer.add_all({key: tensor for key, tensor in heads.items() if key not in narrow})
@@ -235,12 +238,13 @@ def _write_tensors(file: Path, layout: Layout, modules: Iterable[MergedModule], 
 def _config(
     path: Path, layout: Layout, summaries: Sequence[Summary], head: Head, base: Base, like: Mapping[str, Any]
 ) -> dict[str, Any]:
+    ranks = _ranks(layout, summaries)
     fields = {
         "peft_type": "LORA",
         **task_fields(like, head.tensors),
         **_own_fields(path, head, base),
         **rank_fields(
-            ranks_to_write(_ranks(layout, summaries)),
+            ranks if layout.as_hadamard else ranks_to_write(ranks),
             base_modules(base),
             bare_names(layout.modules),
             {summary.name: summary.scaling for summary in summaries},
@@ -253,6 +257,8 @@ def _config(
         "fan_in_fan_out": bool(like.get("fan_in_fan_out")),
         "init_lora_weights": True,
     }
+    if layout.as_hadamard:
+        return hadamard_fields(fields)
     is_unclear = "target_parameters" in fields and is_order_unknown(fields)
     return with_order(fields, ExpertOrder.RANK) if is_unclear else fields
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pimerge.adapters.expert import Expert
 from pimerge.adapters.head import Head
 from pimerge.adapters.into_config import label_fields, model_class, vocabulary_of
-from pimerge.adapters.merge_into import MergedInto, MergeIntoPlan, merge_into
+from pimerge.adapters.merge_into import MergedInto, MergeIntoPlan, merge_into, new_layouts
 from pimerge.checkpoints.base import Base, find_base
 from pimerge.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from pimerge.checkpoints.tokenizer_files import copy_tokenizer
@@ -129,7 +129,8 @@ def write_merged(
     with new_folder(request.folder, force=request.force) as partial:
         output = partial / checkpoint.name if checkpoint.is_file else partial
         written = merge_into(plan, update, output, head=head.tensors, tensors=tensors, dtype=dtype, track=request.track)
-        check_checkpoint(output, checkpoint, _changed(plan, head))
+        new = new_layouts(checkpoint, plan.copies, plan.heads, head.tensors)
+        check_checkpoint(output, checkpoint, {key: shape for key, (_, shape) in new.items()})
         if plan.resized and (source := _source_of(head, chosen)):
             copy_tokenizer(source.path, partial)
         contents, manifest = documents(written)
@@ -137,12 +138,6 @@ def write_merged(
         manifest = manifest.model_copy(update={"outputs": hashes_of(partial)})
         write_into(partial, {MANIFEST_FILE: json_text(manifest.model_dump())})
     return written
-
-
-def _changed(plan: MergeIntoPlan, head: Head) -> dict[str, tuple[int, ...]]:
-    """Key → shape of each tensor that is added or replaced."""
-    heads = {key: tuple(head.tensors[name].shape) for key, name in plan.heads.items()}
-    return {key: plan.checkpoint.entry(source).shape for key, source in plan.copies.items()} | heads
 
 
 def _source_of(head: Head, chosen: ChosenExperts) -> Expert | None:

@@ -14,6 +14,7 @@ from pimerge.checkpoints.checkpoint import Checkpoint, is_checkpoint, is_state_d
 from pimerge.core.errors import PimergeError, Problems
 from pimerge.core.files import hashes_of, json_text, new_file, new_folder, sha256_file, write_into
 from pimerge.core.manifest import MANIFEST_FILE, Manifest
+from pimerge.merging.checkpoint_check import check_checkpoint
 from pimerge.merging.checkpoint_merge import MergedTensors, merge_checkpoints
 from pimerge.merging.checkpoint_plan import CheckpointPlan, plan_checkpoints
 from pimerge.merging.choice import require_one_each, weights_by_score
@@ -84,6 +85,7 @@ class MergedCheckpoint(Merged):
         self.written = merge_checkpoints(
             plan, self.weights, self.method, output, dtype=request.torch_dtype(), track=request.track
         )
+        check_checkpoint(output, plan.base, plan.head_shapes)
         return self._manifest(
             plan.experts,
             self.weights,

@@ -6,11 +6,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from pimerge.adapters.base_weights import require_ungrouped
+from pimerge.adapters.base_weights import maybe_grouped
+from pimerge.adapters.hadamard import fits_hadamard
 from pimerge.adapters.head import choose_head, refuse_updates_of_head
 from pimerge.adapters.merged_module import MergedModule, Summary, relative_error, rounding_error
 from pimerge.adapters.model_class import loading_code
 from pimerge.adapters.writer import Documents, Layout, base_reference, write_expert
+from pimerge.core.errors import PimergeError
 from pimerge.core.manifest import Manifest
 from pimerge.merging.choice import ChosenExperts
 from pimerge.merging.dry_run import UpdatePlan, plan_of
@@ -29,10 +31,12 @@ class MergedUpdates(MergedExperts):
     Attributes:
         merge: the merge of the modules.
         deviation: the largest deviation in the self-check; None if there was none.
+        as_hadamard: whether the result is a LoHa; see :mod:`pimerge.adapters.hadamard`.
         summaries: rank and truncation error of each module; empty before the merge is saved.
     """
 
     merge: UpdateMerge
+    as_hadamard: bool = field(default=False, kw_only=True)
     deviation: float | None = field(default=None, init=False)
     summaries: list[Summary] = field(default_factory=list, init=False)
 
@@ -107,7 +111,13 @@ class MergedUpdates(MergedExperts):
 
         written = write_expert(
             request.folder,
-            Layout([merge.layout(name) for name in merge.names], merge.dtype, merge.has_bias, request.verify),
+            Layout(
+                [merge.layout(name) for name in merge.names],
+                merge.dtype,
+                merge.has_bias,
+                request.verify,
+                self.as_hadamard,
+            ),
             self._modules(),
             self.head,
             base=merge.experts[0].base,
@@ -161,7 +171,7 @@ class MergedUpdates(MergedExperts):
             sources_of(self.merge.experts, self.merge.weights),
             self._truncation_text,
             loading_code(self._like, self.merge.experts[0].base, base, self.head),
-            "lora",
+            "loha" if self.as_hadamard else "lora",
             space=self.merge.space,
         )
 
@@ -178,6 +188,19 @@ def merged_updates(request: MergeRequest, method: OpenedMethod, chosen: ChosenEx
     merge = prepare(chosen.experts, chosen.weights, method, settings, request.selects)
     head = choose_head(request.head, chosen.experts, chosen.target)
     refuse_updates_of_head(merge.experts, merge.names, head)
-    if request.into is None:
-        require_ungrouped(merge.experts[0].base, {name: merge.layout(name) for name in merge.names}, request.note)
-    return MergedUpdates(request, method, chosen, head, merge)
+    as_hadamard = request.into is None and _needs_hadamard(merge)
+    return MergedUpdates(request, method, chosen, head, merge, as_hadamard=as_hadamard)
+
+
+def _needs_hadamard(merge: UpdateMerge) -> bool:
+    """Whether the result has to be a LoHa, since PEFT's LoRA cannot hold the update of a convolution in groups."""
+    layouts = {name: merge.layout(name) for name in merge.names}
+    grouped = maybe_grouped(merge.experts[0].base, layouts)
+    turned = any(bool(expert.config.get("fan_in_fan_out")) for expert in merge.experts)
+    if grouped and not fits_hadamard(list(layouts.values()), merge.has_bias, turned):
+        raise PimergeError(
+            f"the channels of '{grouped[0]}' are or may be divided into groups, which no LoRA of PEFT can update, and "
+            "the other modules do not fit a LoHa",
+            "merge it into the base, --into BASE, or leave the module out with --exclude",
+        )
+    return bool(grouped)

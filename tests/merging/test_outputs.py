@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import transformers
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, AutoPeftModel
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import pimerge
@@ -111,20 +114,47 @@ def test_an_update_of_a_module_that_the_head_replaces_is_refused(tmp_path: Path)
     pimerge.merge([tmp_path / "a", tmp_path / "b"], head="none", output=tmp_path / "m")
 
 
+class Grouped(nn.Module):
+    """A net that transformers does not know, with convolutions in groups and without."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.grouped = nn.Conv2d(8, 6, 3, groups=2)
+        self.plain = nn.Conv2d(6, 6, 1)
+        self.out = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.plain(self.grouped(x)).mean((2, 3)))  # type: ignore[no-any-return]
+
+
 @pytest.mark.parametrize("kind", ["loha", "lokr"])
-def test_a_convolution_in_groups_is_merged_into_the_base_but_into_no_lora(kind: str, tmp_path: Path) -> None:
-    config = transformers.ConvNextConfig(hidden_sizes=[4, 8], depths=[1, 1], num_stages=2, patch_size=2)
+@pytest.mark.parametrize("known", [True, False])
+def test_a_convolution_in_groups_is_merged_as_peft_computes_it(known: bool, kind: str, tmp_path: Path) -> None:
+    """Into an adapter and into the base, in a model that transformers knows and in one that it does not know."""
+    base = tmp_path / "base"
     torch.manual_seed(0)
-    transformers.ConvNextModel(config).save_pretrained(tmp_path / "base")
+    sizes = {"hidden_sizes": [4, 8], "depths": [1, 1], "num_stages": 2, "patch_size": 2}
+    net: Any = transformers.ConvNextModel(transformers.ConvNextConfig(**sizes)) if known else Grouped()
+    if known:
+        net.save_pretrained(base)
+    else:
+        base.mkdir()
+        save_file(net.state_dict(), base / "model.safetensors")
+        (base / "config.json").write_text("{}")
+    targets = ["dwconv", "pwconv1"] if known else ["grouped", "plain", "out"]
+    config = PEFT_TYPE_TO_CONFIG_MAPPING[kind.upper()]
+    for seed, name in enumerate("ab"):
+        adapter_of(copy.deepcopy(net), config(r=2, target_modules=targets), tmp_path / name, seed)
+    given: dict[str, Any] = {"method": "interpolated", "weights": [0.7, 0.4], "base": base}
+    pimerge.merge([tmp_path / "a", tmp_path / "b"], **given, output=tmp_path / "merged")
 
-    def model() -> nn.Module:
-        return transformers.ConvNextModel.from_pretrained(tmp_path / "base")  # type: ignore[no-any-return]
+    def weights(folder: Path) -> dict[str, Tensor]:
+        return open_strictly(copy.deepcopy(net), folder).merge_and_unload().state_dict()  # type: ignore[no-any-return]
 
-    peft_type = PEFT_TYPE_TO_CONFIG_MAPPING[kind.upper()]
-    adapter_of(model(), peft_type(r=2, target_modules=["dwconv"]), tmp_path / "expert")
-    with pytest.raises(PimergeError, match=r"dwconv' is a convolution whose channels are divided into groups"):
-        pimerge.merge(tmp_path / "expert", base=tmp_path / "base", output=tmp_path / "merged")
-    pimerge.merge(tmp_path / "expert", base=tmp_path / "base", into=tmp_path / "base", output=tmp_path / "full")
-    expected = open_strictly(model(), tmp_path / "expert").merge_and_unload().state_dict()
-    found = transformers.ConvNextModel.from_pretrained(tmp_path / "full").state_dict()
-    torch.testing.assert_close(found, expected)
+    own, merged, a, b = net.state_dict(), *(weights(tmp_path / name) for name in ("merged", "a", "b"))
+    for name, weight in own.items():
+        expected = weight + 0.7 * (a[name] - weight) + 0.4 * (b[name] - weight)
+        torch.testing.assert_close(merged[name], expected)
+    pimerge.merge([tmp_path / "a", tmp_path / "b"], **given, into=base, output=tmp_path / "full")
+    found = load_file(tmp_path / "full" / "model.safetensors")
+    torch.testing.assert_close(found, {name: merged[name] for name in found})
