@@ -136,7 +136,7 @@ def packed(slices: Mapping[int, Factors], count: int) -> tuple[Tensor, Tensor]:
     for index, factors in slices.items():
         own = len(factors.A)
         A[index, :own] = factors.A
-        B[:, :own, index] = factors.B
+        B[:, :own, index] = factors.B if factors.scaling == 1 else factors.B.double() * factors.scaling
     return A.view(count * rank, -1), B.view(len(first.B), rank * count)
 
 

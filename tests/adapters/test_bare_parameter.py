@@ -29,7 +29,7 @@ from tests.support.numerics import normal
 def test_packed_slices_are_what_peft_unpacks(ranks: list[int]) -> None:
     """Ranks differ, and rank 0 stands for a matrix that is left out."""
     slices = {
-        index: Factors(normal(rank, 5, seed=index), normal(4, rank, seed=9 + index), 1.0)
+        index: Factors(normal(rank, 5, seed=index), normal(4, rank, seed=9 + index), 1.0 + index)
         for index, rank in enumerate(ranks)
         if rank
     }
@@ -42,7 +42,7 @@ def test_packed_slices_are_what_peft_unpacks(ranks: list[int]) -> None:
     layer.lora_A["default"].weight.data, layer.lora_B["default"].weight.data = A, B
     delta = layer.get_delta_weight("default")
     for index, factors in slices.items():
-        torch.testing.assert_close(delta[index], factors.B @ factors.A)
+        torch.testing.assert_close(delta[index], factors.scaling * factors.B @ factors.A)
     assert all(not delta[index].any() for index, rank in enumerate(ranks) if not rank)
 
 
