@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pimerge.adapters.bare_parameter import with_order
 from pimerge.adapters.base_biases import require_untrained_biases
 from pimerge.adapters.expert_order import known_order
-from pimerge.adapters.expert_parts import base_of, foreign_base, kind_of, parsed, parsed_with_base, require_floats
+from pimerge.adapters.expert_parts import base_of, canonical, foreign_base, kind_of, parts_of, require_floats
 from pimerge.adapters.format import PEFT, Place
 from pimerge.adapters.fused_experts import fused
 from pimerge.adapters.kind import KINDS, Kind
@@ -41,8 +40,9 @@ class Expert:
     Attributes:
         path: its folder, or its file if it is a single file.
         kind: the name of its kind; PEFT's name for one that can only be inspected.
-        config: the content of ``adapter_config.json``, or the fields of it that another format states.
-        file: its tensors.
+        config: the content of ``adapter_config.json``, or the fields of it that another format states, with the names
+            that modules have here.
+        file: its tensors, under the keys that PEFT writes today.
         modules: name of each adapted module → its update ΔW; empty for a kind without ΔW.
         tensor_sets: name → tensors that are combined elementwise, for the other kinds.
         head: parameter name in the base model → key, for each tensor of ``modules_to_save``.
@@ -53,6 +53,7 @@ class Expert:
         config_file: the file that its config was read from; None if its format has none.
         format: the name of its file format.
         places: name of each module → its place in the file, for formats other than PEFT's.
+        renamed: name of a module in its file → its name here, for those that differ.
     """
 
     path: Path
@@ -69,6 +70,7 @@ class Expert:
     config_file: Path | None = None
     format: str = PEFT
     places: Mapping[str, Place] = field(default_factory=dict)
+    renamed: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def folder(self) -> Path:
@@ -258,23 +260,11 @@ def open_expert(
 
 def _checked(source: AdapterSource, base: str | None, convert: bool, only_look: bool) -> Expert:
     """Build the expert from its config and tensors, which must fit each other."""
-    path, config, file = source.path, source.config, source.file
-    kind, reason = kind_of(config)
-    shapes = tuple((key, entry.shape) for key, entry in file.entries.items())
+    kind, reason = kind_of(source.config)
     strategy = None if reason else KINDS.load(kind)
-    parts: Mapping[str, LoraModule | TensorSet] = {}
-    head: dict[str, str] = {}
-    if strategy is not None and strategy.reads_base and source.modules is None:
-        try:
-            parts, head = parsed_with_base(strategy, path, config, dict(shapes), base, convert or only_look)
-        except PimergeError as error:
-            if not only_look or base_of(path, config, base).folder is not None:
-                raise
-            reason = error.problems[0].message
-    if source.modules is not None:
-        parts = source.modules
-    elif not parts:
-        parts, head = parsed("" if reason else kind, json.dumps(config), shapes, convert)
+    source, renamed = canonical(source, strategy, base)
+    path, config, file = source.path, source.config, source.file
+    parts, head, reason = parts_of(source, strategy, reason, base, convert, only_look)
     modules = {name: part for name, part in parts.items() if isinstance(part, LoraModule)}
     modules = fused(modules, lambda: base_of(path, config, base)) if source.modules is None else modules
     tensor_sets = {name: part for name, part in parts.items() if isinstance(part, TensorSet)}
@@ -291,6 +281,7 @@ def _checked(source: AdapterSource, base: str | None, convert: bool, only_look: 
         expert,
         dtypes=tuple(sorted({dtypes[key] for key in expert.keys if key not in biases})),
         config_file=source.config_file,
+        renamed=renamed,
         format=source.format,
         places=source.places,
     )

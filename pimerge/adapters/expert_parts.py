@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from pimerge.adapters import unhandled
 from pimerge.adapters.kind import KINDS, AdapterHeader, Kind, Parts
+from pimerge.adapters.lora_module import LoraModule
+from pimerge.adapters.module_names import with_canonical_names
+from pimerge.adapters.source import AdapterSource
+from pimerge.adapters.tensor_sets import TensorSet
 from pimerge.checkpoints.base import Base, find_base, given_base
 from pimerge.checkpoints.dtypes import FLOATS
+from pimerge.checkpoints.known_modules import known_modules
 from pimerge.core.errors import PimergeError
 
 _FLOATS = frozenset(FLOATS)
@@ -43,6 +49,32 @@ def parsed_with_base(
     return kind.parse(AdapterHeader(config, shapes, convert, layers))
 
 
+def parts_of(
+    source: AdapterSource, kind: Kind | None, reason: str, base: str | None, convert: bool, only_look: bool
+) -> tuple[Mapping[str, LoraModule | TensorSet], dict[str, str], str]:
+    """Parse the parts and the head of an expert, and why it can only be inspected, if so.
+
+    Args:
+        kind: None for an adapter that can only be inspected.
+        reason: why it can only be inspected; empty if it is handled.
+        base: the base given in place of the one that the adapter names.
+    """
+    if source.modules is not None:
+        return source.modules, {}, reason
+    shapes = {key: entry.shape for key, entry in source.file.entries.items()}
+    if kind is not None and kind.reads_base:
+        try:
+            parts, head = parsed_with_base(kind, source.path, source.config, shapes, base, convert or only_look)
+            if parts:
+                return parts, head, reason
+        except PimergeError as error:
+            if not only_look or base_of(source.path, source.config, base).folder is not None:
+                raise
+            reason = error.problems[0].message
+    name = kind.name if kind is not None and not reason else ""
+    return *parsed(name, json.dumps(source.config), tuple(shapes.items()), convert), reason
+
+
 def base_of(path: Path, config: dict[str, Any], override: str | None) -> Base:
     """The base of an expert at a path, or the base given in its place."""
     if override:
@@ -60,6 +92,23 @@ def foreign_base(config: Mapping[str, Any], near: Path) -> Base:
         return find_base(name, None, near)
     except PimergeError:
         return Base(name, None, None)
+
+
+def canonical(source: AdapterSource, kind: Kind | None, override: str | None) -> tuple[AdapterSource, dict[str, str]]:
+    """Give a PEFT adapter canonical names, by those of its base's modules if the base is on this machine.
+
+    Args:
+        kind: None for an adapter that can only be inspected.
+        override: the base given in place of the one that the adapter names.
+    """
+    if kind is None or source.modules is not None:
+        return source, {}
+    known = None
+    if override or isinstance(source.config.get("base_model_name_or_path"), str):
+        with suppress(PimergeError):  # whoever needs the base is told
+            base = base_of(source.path, source.config, override)
+            known = None if base.folder is None else known_modules(base.folder)
+    return with_canonical_names(source, kind, known)
 
 
 def kind_of(config: dict[str, Any]) -> tuple[str, str]:

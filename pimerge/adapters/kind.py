@@ -67,6 +67,7 @@ class Kind(Strategy):
         paper: the paper that introduced it.
         peft_type: the ``peft_type`` in its ``adapter_config.json``.
         parse: reads an expert's parts and head from its header; raises every problem by name.
+        slots: how the part of a key after the module's name can start, such as ``lora_``; empty for a prompt or prefix.
         key_of_parameter: parameter name in PEFT's model with adapter ``default`` → key in the file.
         has_update: whether its parts are updates ΔW of the base's matrices.
         stores_factors: whether the file holds the factors of ΔW; otherwise ΔW is computed from its tensors.
@@ -89,6 +90,7 @@ class Kind(Strategy):
     paper: str
     peft_type: str
     parse: Callable[[AdapterHeader], Parts]
+    slots: tuple[str, ...] = ()
     key_of_parameter: Callable[[str], str] = key_of_parameter
     has_update: bool = False
     stores_factors: bool = False

@@ -40,6 +40,7 @@ def peft_kind(how: PeftDelta, **fields: Any) -> Kind:
     usual: dict[str, Any] = {
         "peft_type": how.peft_type,
         "parse": partial(_parse, how),
+        "slots": (how.slots,),
         "key_of_parameter": partial(_key_of_parameter, how.trained),
         "has_update": True,
         "reads_base": True,

@@ -14,7 +14,9 @@ from typing import Any
 
 import torch
 
+from pimerge.checkpoints.base_modules import BaseModules
 from pimerge.checkpoints.checkpoint import CONFIG, Checkpoint, open_checkpoint
+from pimerge.checkpoints.renaming import renaming_of, transforms_of, undoing_of
 from pimerge.core.errors import PimergeError, Problems, nearest
 
 # Prefixes that programs put before the names of a diffusion model.
@@ -64,7 +66,7 @@ def names_of(checkpoint: Checkpoint) -> Names:
     model = skeleton(checkpoint, checkpoint.config)
     if model is None:
         return Names({key: key for key in checkpoint.home}, shared={})
-    rename = _renaming(model)
+    rename = renaming_of(model, transforms_of(model))
     known = frozenset(model.state_dict())
     parameter, converted = {}, {}
     for key in checkpoint.home:
@@ -115,6 +117,10 @@ def _remembered(folder: Path) -> Names:
 
 def skeleton(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Any:
     """Build the model of a config without weights; None if transformers does not know it."""
+    return _model_of(checkpoint.path, config)
+
+
+def _model_of(folder: Path, config: Mapping[str, Any]) -> Any:
     import transformers
     from huggingface_hub.errors import StrictDataclassError
 
@@ -129,7 +135,7 @@ def skeleton(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Any:
     except (*_UNBUILDABLE, StrictDataclassError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise PimergeError(
-            f"'{checkpoint.path / CONFIG}' does not describe a {architecture}: {reason}",
+            f"'{folder / CONFIG}' does not describe a {architecture}: {reason}",
             "download or save the checkpoint again",
         ) from error
 
@@ -253,29 +259,27 @@ def _loose(name: str) -> str:
     return _DIFFUSION.sub("", name.replace(".", "_"))
 
 
-def _renaming(model: Any) -> Callable[[str], tuple[str, tuple[str, ...]]]:
-    """Key on disk → parameter name, and the operations by which transformers changes the values when it loads them."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+def modules_of_config(folder: Path, config: Mapping[str, Any]) -> BaseModules | None:
+    """The names of the modules of the model that a config describes; None if transformers does not know it.
 
-    transforms = get_model_conversion_mapping(model)
-    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
-    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
-    prefix, state = model.base_model_prefix, model.state_dict()
+    Args:
+        folder: the base's folder.
+    """
+    try:
+        model = _model_of(folder, config)
+    except PimergeError:  # whoever loads the base is told
+        return None
+    if model is None:
+        return None
+    transforms = transforms_of(model)
+    rename, undo = renaming_of(model, transforms), undoing_of(transforms)
+    modules = frozenset(name for name, _ in model.named_modules())
 
-    operations = {
-        pattern: tuple(type(operation).__name__ for operation in converter.operations) or ("none",)
-        for converter in converters
-        for pattern in converter.source_patterns
-    }
+    def today(name: str) -> str:
+        key, changed = rename(f"{name}.weight")
+        return name if changed else key.removesuffix(".weight")
 
-    def rename(key: str) -> tuple[str, tuple[str, ...]]:
-        name, pattern = rename_source_key(key, renamings, converters, prefix, state)
-        if name not in state and key in state:
-            name, pattern = rename_source_key(key, [], [], prefix, state)
-        return name, () if pattern is None else operations[pattern]
-
-    return rename
+    return BaseModules(modules, str(model.base_model_prefix), today, undo)
 
 
 def _groups(tied: Mapping[str, str]) -> tuple[frozenset[str], ...]:

@@ -51,6 +51,7 @@ KIND = Kind(
     formula="y = W x + b'",
     paper="BitFit (arXiv 2106.10199)",
     peft_type="BITFIT",
+    slots=("bitfit_",),
     needs_import=True,
     fresh_fields=fresh_fields,
     base_changes=base_changes,

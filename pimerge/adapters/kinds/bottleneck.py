@@ -92,6 +92,7 @@ KIND = Kind(
     formula="y + s · U f(D y)",
     paper="Adapters (arXiv 1902.00751)",
     peft_type="BOTTLENECK",
+    slots=("bottleneck_",),
     init_slots=("down.weight",),
     meaning_fields=("activation", "scale"),
     needs_import=True,

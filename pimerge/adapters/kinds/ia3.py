@@ -109,6 +109,7 @@ KIND = Kind(
     formula="y = l ⊙ W x, or W (l ⊙ x)",
     paper="(IA)³ (arXiv 2205.05638)",
     peft_type="IA3",
+    slots=("ia3_",),
     why_no_update=_WHY_NO_UPDATE,
     fresh_fields=fresh_fields,
     usual_places=usual_places,

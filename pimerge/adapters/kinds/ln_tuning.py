@@ -59,6 +59,7 @@ KIND = Kind(
     formula="y = γ' ⊙ norm(x) + β'",
     paper="LN tuning (arXiv 2312.11420)",
     peft_type="LN_TUNING",
+    slots=("ln_tuning_",),
     fresh_fields=fresh_fields,
     usual_places=usual_places,
     base_changes=base_changes,

@@ -184,6 +184,7 @@ KIND = Kind(
     formula="ΔW = s · B A",
     paper="LoRA (arXiv 2106.09685)",
     peft_type="LORA",
+    slots=("lora_", "base_layer"),
     has_update=True,
     stores_factors=True,
     init_slots=("A",),

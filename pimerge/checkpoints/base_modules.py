@@ -1,0 +1,100 @@
+"""The names of a base's modules, and the name today's transformers gives to a module of any earlier version."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+PRIVATE_WRAPPERS = frozenset(
+    """_orig_mod _fsdp_wrapped_module _checkpoint_wrapped_module _forward_module _fpw_module _dmp_wrapped_module
+    _original_module _module""".split()  # noqa: SIM905
+)
+"""Names under which wrappers hold a model: torch.compile, FSDP, activation checkpointing, Lightning and the like."""
+PUBLIC_WRAPPER = "module"
+"""The name under which DistributedDataParallel, DataParallel and DeepSpeed hold a model."""
+_TEXT = "language_model"
+_HEADED = frozenset(("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS"))
+_LAYER_OF_EXPERT = re.compile(r"(?P<owner>.+\.experts)(?P<rest>\.\d+\..+)")
+_NO_PREFIX = PRIVATE_WRAPPERS | {PUBLIC_WRAPPER, _TEXT, "base_model"}
+
+
+def _unchanged(name: str) -> str:
+    return name
+
+
+@dataclass(frozen=True)
+class BaseModules:
+    """The modules of a base; see :func:`pimerge.checkpoints.known_modules.known_modules`.
+
+    Attributes:
+        modules: their names, in the model that ``config.json`` describes or, if transformers does not know it, in the
+            file.
+        prefix: the backbone's name in a model with a head, such as ``bert``; empty if there is none.
+        rename: name of a module in any version of transformers → name today.
+        origin: name today → name in the first version.
+    """
+
+    modules: frozenset[str]
+    prefix: str = ""
+    rename: Callable[[str], str] = _unchanged
+    origin: Callable[[str], str] = _unchanged
+
+    def place(self, name: str, task_type: str | None = None) -> str | None:
+        """The name of a module today, in the model class that an adapter was trained on.
+
+        A model class with a head has the backbone's prefix (``model.layers.0``), the backbone alone has not
+        (``layers.0``). A name without it belongs to the backbone alone unless the task type says otherwise.
+
+        Args:
+            name: its name in the adapter.
+            task_type: the ``task_type`` of the adapter.
+
+        Returns:
+            None if the base has no such module.
+        """
+        for way in _ways(name):
+            if (found := self._found(way)) is not None:
+                return self._in_class(way, found, task_type in _HEADED)
+        if match := _LAYER_OF_EXPERT.fullmatch(name):  # which transformers now stacks into one parameter
+            owner = self.place(match["owner"], task_type)
+            return None if owner is None else owner + match["rest"]
+        return None
+
+    def identity(self, name: str) -> str | None:
+        """The module that a name refers to, whatever the model class; None if the base has no such module."""
+        return next((found for way in _ways(name) if (found := self._found(way)) is not None), None)
+
+    def _found(self, name: str) -> str | None:
+        for known in dict.fromkeys((name, self.rename(name))):
+            for way in (known, f"{self.prefix}.{known}", known.removeprefix(f"{self.prefix}.")):
+                if way in self.modules:
+                    return way
+        first, _, rest = name.partition(".")
+        return rest if rest in self.modules and first not in _NO_PREFIX else None
+
+    def _in_class(self, name: str, found: str, is_headed: bool) -> str:
+        if found == name:
+            return name
+        start = f"{self.prefix}."
+        first, _, rest = name.partition(".")
+        if found == rest:  # only the base's file lacks the prefix, unless it is there twice
+            return rest if rest.startswith(f"{first}.") else name
+        inner = found.removeprefix(start)
+        if name.startswith(start):
+            return start + inner
+        if inner == found or is_headed:
+            return found
+        is_inner = name == inner or self.origin(found).startswith(start)
+        return inner if is_inner else found
+
+
+def _ways(name: str) -> Iterator[str]:
+    """A name, without the part that holds the language model in a multimodal model, and with it."""
+    yield name
+    parts = name.split(".")
+    if _TEXT in parts:
+        yield ".".join(part for part in parts if part != _TEXT)
+    else:
+        yield f"{_TEXT}.{name}"
+        yield ".".join((parts[0], _TEXT, *parts[1:]))

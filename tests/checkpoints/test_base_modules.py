@@ -1,0 +1,19 @@
+"""Names of modules within a base."""
+
+from __future__ import annotations
+
+from pimerge.checkpoints.base_modules import BaseModules
+
+
+def test_names_within_a_model_are_found_from_either_side() -> None:
+    headed = BaseModules(frozenset({"model.layers.0.q", "lm_head"}), "model")
+    inner = BaseModules(frozenset({"layers.0.q"}))
+    assert [headed.place(name) for name in ("model.layers.0.q", "layers.0.q", "lm_head", "model.layers.1.q")] == [
+        "model.layers.0.q",
+        "layers.0.q",
+        "lm_head",
+        None,
+    ]
+    assert headed.place("layers.0.q", "CAUSAL_LM") == "model.layers.0.q"
+    assert inner.place("model.layers.0.q") == "model.layers.0.q"
+    assert headed.place("model.model.layers.0.q") == "model.layers.0.q"
