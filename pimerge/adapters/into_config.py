@@ -7,6 +7,7 @@ from typing import Any
 
 from pimerge.checkpoints.checkpoint import Checkpoint
 from pimerge.checkpoints.key_mapping import Names, skeleton
+from pimerge.checkpoints.vocabularies import token_parameters, vocabulary_of, with_vocabulary
 from pimerge.core.errors import PimergeError, Problems
 
 Shape = tuple[int, ...]
@@ -107,7 +108,7 @@ def fitted(checkpoint: Checkpoint, names: Names, config: Mapping[str, Any], new:
     wrong = _misfits(model, names, shapes)
     if not wrong:
         return found
-    rows = {shapes[name][0] for name in _vocabulary(model) & wrong.keys() & {*map(names.parameter.get, new), *new}}
+    rows = {shapes[name][0] for name in token_parameters(model) & wrong.keys() & {*map(names.parameter.get, new), *new}}
     if len(rows) == 1:
         found = with_vocabulary(model.config, found, rows.pop())
     labels = {shapes[name][0] for name in wrong if names.in_head(name) or name in new} - rows
@@ -126,37 +127,6 @@ def fitted(checkpoint: Checkpoint, names: Names, config: Mapping[str, Any], new:
             )
     problems.raise_any("transformers could not load the merged checkpoint")
     return found
-
-
-def with_vocabulary(settings: Any, config: Mapping[str, Any], size: int) -> dict[str, Any]:
-    """The config with another ``vocab_size``, where transformers looks it up: in a multimodal model in its text part.
-
-    Args:
-        settings: transformers' object of the config.
-    """
-    text = settings.get_text_config()
-    part = next((name for name in settings.sub_configs if getattr(settings, name, None) is text), None)
-    if part is None:
-        return {**config, "vocab_size": size}
-    outer = {"vocab_size": size} if "vocab_size" in config else {}
-    return {**config, **outer, part: {**config.get(part, {}), "vocab_size": size}}
-
-
-def vocabulary_of(config: Mapping[str, Any]) -> int | None:
-    """The ``vocab_size`` of a config or of its text part; None if neither states it.
-
-    >>> vocabulary_of({"text_config": {"vocab_size": 8}})
-    8
-    """
-    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
-    return next((part["vocab_size"] for part in parts if isinstance(part.get("vocab_size"), int)), None)
-
-
-def _vocabulary(model: Any) -> set[str]:
-    """The parameters with one row for each token."""
-    layers = (model.get_input_embeddings(), model.get_output_embeddings())
-    own = {id(parameter) for layer in layers if layer is not None for parameter in layer.parameters()}
-    return {name for name, parameter in model.named_parameters(remove_duplicate=False) if id(parameter) in own}
 
 
 def _written(checkpoint: Checkpoint, new: Mapping[str, Shape]) -> dict[str, Shape]:

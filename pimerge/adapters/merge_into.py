@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pimerge.adapters.base_changes import PlannedChange, changed_pieces, plan_changes
-from pimerge.adapters.into_config import fitted, separated, vocabulary_of
+from pimerge.adapters.into_config import fitted, separated
 from pimerge.adapters.into_stacks import Placed, is_stacked, place_matrices, stacked_pieces
 from pimerge.adapters.keys import is_saved, parameter_of
 from pimerge.adapters.lora_module import Factors, LoraModule, times_added
@@ -22,6 +22,7 @@ from pimerge.checkpoints.checkpoint import Checkpoint, require_weights
 from pimerge.checkpoints.dtypes import dtype_name
 from pimerge.checkpoints.key_mapping import Names, match, match_modules, names_of
 from pimerge.checkpoints.safetensors_file import PIECE
+from pimerge.checkpoints.vocabularies import vocabulary_of
 from pimerge.checkpoints.writer import flat_pieces, write_like
 from pimerge.core.errors import PimergeError, Problems
 from pimerge.core.progress import Track, silent

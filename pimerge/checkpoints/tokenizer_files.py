@@ -5,6 +5,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from pimerge.core.files import read_json
+
 _MAIN = frozenset(
     """tokenizer.json tokenizer.model tokenizer_config.json vocab.json vocab.txt merges.txt spiece.model source.spm
     target.spm sentencepiece.bpe.model sentencepiece.model spm.model tekken.json""".split()  # noqa: SIM905
@@ -28,3 +30,23 @@ def copy_tokenizer(source: Path, folder: Path) -> bool:
     for path in found:
         shutil.copyfile(path, folder / path.name)
     return True
+
+
+def tokens_of(folder: Path) -> dict[int, str] | None:
+    """The tokens by number of the tokenizer in a folder; None if its vocabulary is not in a file that is read here."""
+    found: dict[str, int] = {}
+    if (folder / "tokenizer.json").is_file():
+        document = read_json(folder / "tokenizer.json")
+        vocabulary = document.get("model", {}).get("vocab") or {}
+        pairs = vocabulary.items() if isinstance(vocabulary, dict) else ((p[0], n) for n, p in enumerate(vocabulary))
+        found = dict(pairs) | {token["content"]: token["id"] for token in document.get("added_tokens") or ()}
+    elif (folder / "vocab.json").is_file():
+        found = dict(read_json(folder / "vocab.json"))
+    elif (folder / "vocab.txt").is_file():
+        lines = (folder / "vocab.txt").read_text(encoding="utf-8").splitlines()
+        found = {token: number for number, token in enumerate(lines)}
+    if not found:
+        return None
+    if (folder / "added_tokens.json").is_file():
+        found |= read_json(folder / "added_tokens.json")
+    return {number: token for token, number in found.items()}

@@ -10,9 +10,9 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from pimerge.adapters.into_config import vocabulary_of
 from pimerge.adapters.output_check import BUG, OF_TOKENS
 from pimerge.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from pimerge.checkpoints.vocabularies import vocabulary_of
 from pimerge.core.errors import PimergeError, Problems
 
 Shapes = Mapping[str, tuple[int, ...]]

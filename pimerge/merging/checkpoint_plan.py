@@ -13,6 +13,7 @@ from pimerge.checkpoints.checkpoint import Checkpoint, require_weights
 from pimerge.checkpoints.dtypes import FLOATS
 from pimerge.checkpoints.key_mapping import Names, align, names_of
 from pimerge.checkpoints.safetensors_file import TensorFile, open_tensors
+from pimerge.checkpoints.vocabularies import one_vocabulary
 from pimerge.core.errors import PimergeError, Problems
 from pimerge.merging.method import METHODS, OpenedMethod
 from pimerge.merging.request import HeadPolicy
@@ -28,6 +29,8 @@ class CheckpointPlan:
         dropped: keys of the heads that are left out.
         fishers: file with the Fisher of each expert, if the method needs it.
         config: content of the written ``config.json``; None copies the base's.
+        vocabulary: how vocabularies of several sizes are merged; empty if all have one size.
+        tokenizer: the checkpoint whose tokenizer is written; None for the base.
     """
 
     base: Checkpoint
@@ -37,6 +40,8 @@ class CheckpointPlan:
     dropped: tuple[str, ...] = ()
     fishers: tuple[TensorFile, ...] = ()
     config: dict[str, Any] | None = None
+    vocabulary: str = ""
+    tokenizer: Checkpoint | None = None
 
     @property
     def head_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -79,22 +84,27 @@ def plan_checkpoints(
             require_weights(checkpoint)
     _check_models(base, experts, problems)
     problems.raise_any("the checkpoints cannot be merged")
+    chosen = selected or (lambda key: True)
+    grown = one_vocabulary([base, *experts], chosen, problems)
+    problems.raise_any("the vocabularies of the checkpoints do not fit each other")
+    base, *experts = grown.checkpoints
     own = names_of(base)
     relabelled = len({str(found.config.get("id2label")) for found in (base, *experts)}) > 1
-    found = [_sort(base, own, expert, relabelled, problems) for expert in experts]
+    found = [_sort(base, own, expert, relabelled, problems, chosen) for expert in experts]
     _heads_for_all(found)
-    chosen = selected or (lambda key: True)
     merged = {
         key: [part.same[key] for part in found]
         for key in base.home
-        if _is_merged(base, key, experts, found, own, problems) and chosen(key)
+        if chosen(key) and _is_merged(base, key, experts, found, own, problems)
     }
     heads = _choose_heads(head, target, experts, [part.head for part in found], problems)
     files = _fishers(method, fishers, experts, merged, problems)
     problems.raise_any("the checkpoints cannot be merged")
     dropped = sorted({key for part in found for key in part.head} - heads.keys())
     config = _config(base, experts[target or 0]) if heads else None
-    return CheckpointPlan(base, tuple(experts), merged, heads, tuple(dropped), files, config)
+    return CheckpointPlan(
+        base, tuple(experts), merged, heads, tuple(dropped), files, config, grown.sentence, grown.largest
+    )
 
 
 def _check_method(method: OpenedMethod) -> None:
@@ -119,7 +129,14 @@ def _check_models(base: Checkpoint, experts: Sequence[Checkpoint], problems: Pro
             )
 
 
-def _sort(base: Checkpoint, own: Names, expert: Checkpoint, relabelled: bool, problems: Problems) -> _Sorted:
+def _sort(
+    base: Checkpoint,
+    own: Names,
+    expert: Checkpoint,
+    relabelled: bool,
+    problems: Problems,
+    selected: Callable[[str], bool],
+) -> _Sorted:
     """Sort the tensors of an expert into those of the base and those of its head."""
     names = names_of(expert)
     keys = align(own, names)
@@ -128,6 +145,8 @@ def _sort(base: Checkpoint, own: Names, expert: Checkpoint, relabelled: bool, pr
         is_head, home = names.in_head(name), keys.get(key)
         if home is not None:
             same = expert.entry(key).shape == base.entry(home).shape
+            if not same and not selected(home):
+                continue
             if is_head and (relabelled or not same):
                 found.head[home] = key
             elif same:

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from pimerge.adapters.expert import Expert
 from pimerge.adapters.head import Head
-from pimerge.adapters.into_config import label_fields, model_class, vocabulary_of
+from pimerge.adapters.into_config import label_fields, model_class
 from pimerge.adapters.merge_into import MergedInto, MergeIntoPlan, merge_into, new_layouts
 from pimerge.checkpoints.base import Base, find_base
 from pimerge.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from pimerge.checkpoints.tokenizer_files import copy_tokenizer
+from pimerge.checkpoints.vocabularies import vocabulary_of
 from pimerge.core.errors import PimergeError
 from pimerge.core.files import hashes_of, json_text, new_folder, write_into
 from pimerge.core.manifest import MANIFEST_FILE, Manifest

@@ -11,6 +11,7 @@ from pimerge.adapters.model_card import Source, licence_of
 from pimerge.checkpoints.adapter_keys import is_adapter_file
 from pimerge.checkpoints.base import given_base
 from pimerge.checkpoints.checkpoint import Checkpoint, is_checkpoint, is_state_dict, open_checkpoint
+from pimerge.checkpoints.tokenizer_files import copy_tokenizer
 from pimerge.core.errors import PimergeError, Problems
 from pimerge.core.files import hashes_of, json_text, new_file, new_folder, sha256_file, write_into
 from pimerge.core.manifest import MANIFEST_FILE, Manifest
@@ -54,7 +55,13 @@ class MergedCheckpoint(Merged):
             "dropped": list(plan.dropped),
             "memory": (len(plan.experts) + 3) * 4 * max((entry.end - entry.start for entry in entries), default=0),
             "size": plan.base.size,
+            "handled": [plan.vocabulary] if plan.vocabulary else [],
         }
+
+    def check(self) -> None:
+        """Report special cases."""
+        if self.checkpoints.vocabulary:
+            self.request.note(self.checkpoints.vocabulary)
 
     def refuse_over_inputs(self) -> None:
         """Refuse an output that is one of the checkpoints or contains one."""
@@ -74,6 +81,8 @@ class MergedCheckpoint(Merged):
             return {**self._heading, **manifest.results}
         with new_folder(request.folder, force=request.force) as partial:
             manifest = self._merge(partial / plan.base.name if plan.base.is_file else partial)
+            if plan.tokenizer is not None:
+                copy_tokenizer(plan.tokenizer.path, partial)
             write_into(partial, {"README.md": self._checkpoint_card()})
             manifest = manifest.model_copy(update={"outputs": hashes_of(partial)})
             write_into(partial, {MANIFEST_FILE: json_text(manifest.model_dump())})

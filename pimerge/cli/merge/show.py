@@ -89,6 +89,7 @@ def _(merged: MergedCheckpoint, say: Say) -> None:
         ["merged", f"{plan['merged']} tensors by '{plan['method']}'"],
         ["kept", f"{len(kept)} tensors of the base" + (f", such as '{kept[0]}'" if kept else "")],
     ]
+    rows += [["handled", sentence] for sentence in plan["handled"]]
     rows += [["heads", ", ".join(heads)]] if heads else []
     rows += [["left out", f"the heads {', '.join(dropped)}: --head {merged.request.head}"]] if dropped else []
     rows += [["memory", f"about {size_text(plan['memory'])} for the largest tensor"]]
