@@ -12,7 +12,11 @@ from pimerge.checkpoints.base import is_hub_id
 from pimerge.checkpoints.checkpoint import INDEX
 from pimerge.core.errors import PimergeError
 
-_HUB_FILES = (CONFIG, WEIGHTS, "adapter_model-*-of-*.safetensors", WEIGHTS + INDEX, TASK, "pimerge.json")
+_OTHER_FORMATS = ("pytorch_lora_weights.safetensors", "adapters.safetensors")  # of diffusers and mlx-lm
+_HUB_FILES = (
+    *(CONFIG, WEIGHTS, "adapter_model-*-of-*.safetensors", WEIGHTS + INDEX, TASK, "pimerge.json"),
+    *_OTHER_FORMATS,
+)
 _CARD = "README.md"  # states the licence
 _ONLINE = "run the command once online and without HF_HUB_OFFLINE, to download it"
 _HUB_REFERENCE = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
@@ -54,6 +58,8 @@ def download(reference: str) -> Path:
     missing = " and no ".join(
         name for name, found in ((CONFIG, (path / CONFIG).is_file()), (WEIGHTS, has_weights)) if not found
     )
+    if any((path / name).is_file() for name in _OTHER_FORMATS):
+        missing = ""
     if missing and constants.HF_HUB_OFFLINE:
         raise PimergeError(f"the Hub's local cache has no {missing} of '{reference}'", _ONLINE)
     if missing:

@@ -18,6 +18,7 @@ from pimerge.adapters.keys import PREFIX, PROMPT_PREFIX
 from pimerge.adapters.lora_fields import rank_fields
 from pimerge.adapters.lora_module import Factors
 from pimerge.adapters.merged_module import MergedModule
+from pimerge.adapters.peft_folder import peft_folder
 from pimerge.core.errors import PimergeError
 from pimerge.models.loaded_base import LoadedBase
 
@@ -41,8 +42,8 @@ def injected(expert: Expert, loaded: LoadedBase) -> Iterator[nn.Module]:
             f"'{expert.name}' stores the updates of a mixture's experts {why}, which PEFT does not read in every model",
             f"write them as PEFT does first: pimerge merge {expert.path} --output FOLDER",
         )
-    with modules_restored(loaded.model):
-        yield PeftModel.from_pretrained(loaded.model, str(expert.path)).eval()
+    with modules_restored(loaded.model), peft_folder(expert) as folder:
+        yield PeftModel.from_pretrained(loaded.model, str(folder)).eval()
 
 
 def peft_prefix(model: nn.Module) -> str:
@@ -114,7 +115,8 @@ def _as_lora(expert: Expert) -> tuple[PeftConfig, dict[str, Tensor], float]:
     if all(module.is_plain for module in expert.modules.values()):
         keys = expert.file.entries.keys() - set(expert.head.values())
         tensors = {key: expert.tensor(key) for key in sorted(keys)}
-        return PeftConfig.from_pretrained(str(expert.path)), tensors, expert.strength
+        with peft_folder(expert) as folder:
+            return PeftConfig.from_pretrained(str(folder)), tensors, expert.strength
     ranks = {name: module.rank for name, module in expert.modules.items()}
     modules = list(expert.modules.values())
     fields = rank_fields(target_ranks(modules, ranks), parameters=bare_names(modules))
@@ -133,7 +135,8 @@ def fresh_adapter_like(expert: Expert, base_model: nn.Module) -> nn.Module:
 
     from pimerge import peft_methods  # noqa: F401  PEFT has to know every kind
 
-    config = PeftConfig.from_pretrained(str(expert.path))
+    with peft_folder(expert) as folder:
+        config = PeftConfig.from_pretrained(str(folder))
     config.inference_mode = True
     model: nn.Module
     if config.is_prompt_learning:  # the model class of its task type inserts the prompt

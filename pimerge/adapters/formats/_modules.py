@@ -139,7 +139,7 @@ def _module(
 
     def scaled(rank: int) -> float:
         _require(rank > 0)
-        return (reading.alpha(name, rank) if alpha is None else alpha) / rank
+        return (alpha or reading.alpha(name, rank)) / rank  # kohya takes an alpha of 0 for none
 
     try:
         if not tensors and len(biases) == 1:
