@@ -29,7 +29,7 @@ def require_untrained_biases(config: Mapping[str, Any], file: TensorFile, base: 
     )
     if (folder := base().folder) is None:
         raise PimergeError(
-            f"{what}: the base '{base().name}' is not on this machine, so nothing tells whether they were trained",
+            f"{what}: {base().label} is not on this machine, so nothing tells whether they were trained",
             f"download it first (hf download NAME), or pass --base with its folder; or {hint}",
         )
     checkpoint = open_checkpoint(folder)

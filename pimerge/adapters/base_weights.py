@@ -54,7 +54,7 @@ def maybe_grouped(base: Base, modules: Mapping[str, LoraModule]) -> list[str]:
 def _open(base: Base, reason: str) -> Checkpoint:
     if base.folder is None:
         raise PimergeError(
-            f"the base '{base.name}' is not on this machine, but {reason}",
+            f"{base.label} is not on this machine, but {reason}",
             "download it first (hf download NAME), or pass --base with its folder",
         )
     return open_checkpoint(base.folder)

@@ -46,6 +46,7 @@ def check_expert(expert: Expert, task: Task | None = None) -> Task:
     with problems.collected():
         task = task or open_task(expert.folder)
     with problems.collected():
+        expert.base.require_reachable()
         _ = expert.base.identity
         if task is not None and not expert.unhandled:
             check_fits_on_disk(expert, task)
@@ -66,10 +67,10 @@ def require_alike(experts: Sequence[Expert]) -> None:
     first = experts[0]
     shapes: dict[str, tuple[str, Expert, tuple[object, ...]]] = {}
     for expert in experts:
-        if expert.base.is_known and first.base.is_known and expert.base.identity != first.base.identity:
+        if _differ(expert, first):
             problems.add(
-                f"'{expert.name}' has the base '{expert.base.name}', '{first.name}' has '{first.base.name}', "
-                "which is another model",
+                f"'{expert.name}' has {expert.base.label}, '{first.name}' has {first.base.label}, which is another "
+                "model",
                 "leave one of them out; if both are the same model, pass it with --base",
             )
         if _naming(expert) != _naming(first):
@@ -108,6 +109,13 @@ def require_alike(experts: Sequence[Expert]) -> None:
             "merge adapters of one version of the model; DoRA's are converted only together",
         )
     problems.raise_any("these experts do not fit each other")
+
+
+def _differ(expert: Expert, other: Expert) -> bool:
+    """Whether two experts have different bases; files of other formats than PEFT's need not name one."""
+    if not (expert.base.is_known and other.base.is_known) and not expert.format == other.format == PEFT:
+        return False
+    return expert.base.identity != other.base.identity
 
 
 def require_finite(experts: Sequence[Expert]) -> None:

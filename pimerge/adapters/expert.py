@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pimerge.adapters.bare_parameter import with_order
 from pimerge.adapters.base_biases import require_untrained_biases
 from pimerge.adapters.expert_order import known_order
-from pimerge.adapters.expert_parts import base_of, canonical, foreign_base, kind_of, parts_of, require_floats
+from pimerge.adapters.expert_parts import base_of, canonical, kind_of, parts_of, require_floats
 from pimerge.adapters.format import PEFT, Place
 from pimerge.adapters.fused_experts import fused
 from pimerge.adapters.kind import KINDS, Kind
@@ -93,9 +93,7 @@ class Expert:
     @cached_property
     def base(self) -> Base:
         """The base model that it was trained on."""
-        if self.format != PEFT and self.base_override is None:
-            return foreign_base(self.config, self.folder)
-        return base_of(self.path, self.config, self.base_override)
+        return base_of(self.folder, self.config, self.base_override)
 
     @cached_property
     def sha256(self) -> str:

@@ -82,18 +82,6 @@ def base_of(path: Path, config: dict[str, Any], override: str | None) -> Base:
     return find_base(config.get("base_model_name_or_path"), config.get("revision"), path)
 
 
-def foreign_base(config: Mapping[str, Any], near: Path) -> Base:
-    """The base that a file of another format than PEFT's states; a Base without a name if it states none.
-
-    Such a name describes an architecture or a repository; the base itself is not needed to merge.
-    """
-    name = config.get("base_model_name_or_path") or ""
-    try:
-        return find_base(name, None, near)
-    except PimergeError:
-        return Base(name, None, None)
-
-
 def canonical(source: AdapterSource, kind: Kind | None, override: str | None) -> tuple[AdapterSource, dict[str, str]]:
     """Give a PEFT adapter canonical names, by those of its base's modules if the base is on this machine.
 

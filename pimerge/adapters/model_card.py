@@ -49,6 +49,27 @@ def licence_of(folder: Path) -> str:
     return str(licence) if licence else UNKNOWN
 
 
+def licences(sources: Sequence[Source]) -> str:
+    """Say which licences the sources have, and which of them differ.
+
+    >>> licences([Source("a", "", "mit", "0.5"), Source("b", "", "apache-2.0", "0.5"), Source("c", "", UNKNOWN, "1")])
+    'The licences of the sources differ: mit (a), apache-2.0 (b). No licence is stated by c.'
+    """
+    owners: dict[str, list[str]] = {}
+    for source in sources:
+        owners.setdefault(source.licence, []).append(source.name)
+    unknown = owners.pop(UNKNOWN, [])
+    sentences = []
+    if len(owners) == 1:
+        sentences.append(f"{'The other' if unknown else 'All'} sources are licensed as {next(iter(owners))}.")
+    elif owners:
+        listed = ", ".join(f"{licence} ({', '.join(names)})" for licence, names in owners.items())
+        sentences.append(f"The licences of the sources differ: {listed}.")
+    if unknown:
+        sentences.append(f"No licence is stated by {', '.join(unknown)}.")
+    return " ".join(sentences[::-1] if len(owners) == 1 else sentences)
+
+
 def card(
     base: str,
     sources: Sequence[Source],
@@ -100,7 +121,7 @@ def card(
 - **Truncation**: {truncation}
 
 The weights by module, if there are any, are in `coefficients.json`; every option, version and hash is in \
-`pimerge.json`. The licences of all sources and of the base limit how the result may be used.
+`pimerge.json`. {licences(sources)} The licences of all sources and of the base limit how the result may be used.
 
 ## Loading
 

@@ -71,7 +71,7 @@ def loading_code(like: Mapping[str, Any], base: Base, reference: str, head: Head
 from peft import PeftModel
 from {library} import {name}{note}
 
-base = {name}.from_pretrained({json.dumps(reference)}{classes})
+base = {name}.from_pretrained({json.dumps(reference or "path/to/the/base")}{classes})
 model = PeftModel.from_pretrained(base, "path/to/this/folder")
 """
 

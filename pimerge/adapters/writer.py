@@ -271,7 +271,7 @@ def _own_fields(path: Path, head: Head, base: Base) -> dict[str, Any]:
     """The fields of the config that name the base and the head."""
     name, revision = base_reference(base, path)
     return {
-        "base_model_name_or_path": name,
+        "base_model_name_or_path": name or None,
         "revision": revision,
         "inference_mode": True,
         "modules_to_save": sorted(head.modules) or None,

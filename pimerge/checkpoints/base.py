@@ -42,6 +42,28 @@ class Base:
         """Whether it has a name; the files of some formats name no base."""
         return bool(self.name)
 
+    def require_reachable(self) -> None:
+        """Refuse a base that is neither on this machine nor a Hub id."""
+        if not self.name:
+            raise PimergeError(
+                "adapter_config.json names no base model", "set base_model_name_or_path there, or pass --base"
+            )
+        if self.is_missing:
+            raise PimergeError(
+                f"the base model '{self.name}' does not exist: it is neither a folder with a config.json nor a Hub id",
+                "pass --base with its folder or Hub id",
+            )
+
+    @property
+    def is_missing(self) -> bool:
+        """Whether it is neither on this machine nor a Hub id."""
+        return self.folder is None and not (self.name and is_hub_id(self.name))
+
+    @property
+    def label(self) -> str:
+        """How a message names it."""
+        return f"the base '{self.name}'" if self.name else "a base that its adapter_config.json does not name"
+
     @property
     def source(self) -> str:
         """The folder if there is one, else the Hub id, as transformers loads it."""
@@ -56,34 +78,29 @@ class Base:
 
 
 def find_base(name: str | None, revision: str | None, near: Path) -> Base:
-    """Find the base that an expert names.
+    """Find the base that an expert names; :meth:`Base.require_reachable` refuses one that is nowhere.
 
     The search covers the expert's folder, the folders above it and the working folder, so that a pool and its base can
-    move together; then the Hub's local cache.
+    move together; then the Hub's local cache. An expert can also be merged without its base.
 
     Args:
         name: ``base_model_name_or_path`` in the adapter's config.
         near: the expert's folder.
     """
     if not name:
-        raise PimergeError(
-            "adapter_config.json names no base model", "set base_model_name_or_path there, or pass --base"
-        )
+        return Base("", None, None)
     folder = folder_from(near, name) or folder_from(Path.cwd(), name, above=False)
-    if folder is not None:
-        return Base(name, revision, folder)
-    if not is_hub_id(name):
-        raise PimergeError(
-            f"the base model '{name}' does not exist: it is neither a folder with a config.json nor a Hub id",
-            "pass --base with its folder or Hub id",
-        )
-    return Base(name, revision, _cached_snapshot(name, revision))
+    if folder is None and is_hub_id(name):
+        folder = _cached_snapshot(name, revision)
+    return Base(name, revision, folder)
 
 
 def given_base(reference: str) -> Base:
     """The base of a folder or a Hub id with an optional revision, as ``--base`` takes it."""
     name, _, revision = reference.partition("@")
-    return find_base(name, revision or None, Path.cwd())
+    base = find_base(name, revision or None, Path.cwd())
+    base.require_reachable()
+    return base
 
 
 def folder_from(near: Path, name: str, above: bool = True) -> Path | None:

@@ -55,7 +55,11 @@ def plan_of(merge: UpdateMerge, given: Sequence[Expert], head: Head) -> UpdatePl
 
 def _handled(merge: UpdateMerge) -> list[str]:
     experts = merge.experts
+    base = experts[0].base
     found = [f"'{name}' is given {count} times: its weights are added" for name, count in merge.joined.items()]
+    if base.is_missing:
+        what = f"name {base.label}, which is not on this machine" if base.name else "name no base"
+        found.append(f"the experts {what}: a merge does not need it, and --base checks it")
     reduced = [f"'{expert.name}' × {expert.strength:g}" for expert in experts if expert.strength != 1]
     if reduced:
         found.append(f"updates with a strength other than 1: {', '.join(reduced)}")

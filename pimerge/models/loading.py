@@ -58,6 +58,7 @@ def load_base(base: Base, task: Task, device: torch.device, dtype: torch.dtype, 
     """
     import transformers
 
+    base.require_reachable()
     quiet_libraries()
     trains_head = task.type.trains_head
     torch.manual_seed(seed)

@@ -55,7 +55,9 @@ def test_the_same_base_in_two_folders_is_one_base_and_another_is_named(tmp_path:
         folder = raw_expert(tmp_path / name / f"expert_{name}", updates_of(SHAPES))
         experts.append(open_expert(set_config(folder, base_model_name_or_path="base")))
     require_alike(experts[:2])
-    with pytest.raises(PimergeError, match="'expert_c' has the base 'base', 'expert_a' has 'base', which is another"):
+    with pytest.raises(
+        PimergeError, match="'expert_c' has the base 'base', 'expert_a' has the base 'base', which is another"
+    ):
         require_alike(experts)
 
 

@@ -96,13 +96,13 @@ def test_a_base_that_is_not_here_is_known_by_name_and_revision(hub: Path, tmp_pa
 @pytest.mark.parametrize("name", ["./gone", "/gone", "a/b/c", "a--b", "modèle", "gone\0", "n" * 300, "a b", ".."])
 def test_what_can_be_no_base_is_refused_by_name(name: str, tmp_path: Path) -> None:
     with pytest.raises(PimergeError, match=r"neither a folder with a config\.json nor a Hub id\n.*--base"):
-        find_base(name, None, tmp_path)
+        find_base(name, None, tmp_path).require_reachable()
 
 
 @pytest.mark.parametrize("name", [None, ""])
 def test_no_base_at_all_is_said(name: str | None, tmp_path: Path) -> None:
     with pytest.raises(PimergeError, match=r"names no base model\n.*--base"):
-        find_base(name, None, tmp_path)
+        find_base(name, None, tmp_path).require_reachable()
 
 
 def test_a_base_without_weights_has_no_identity(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from pimerge.core.errors import PimergeError
 from pimerge.merging.merged_updates import MergedUpdates
 from tests.support.bases import model_for
 from tests.support.cli import Cli
-from tests.support.experts import dense_deltas
+from tests.support.experts import dense_deltas, raw_expert, set_config, updates_of
 from tests.support.numerics import logits_of, normal
 
 BATCH = {"pixel_values": normal(2, 3, 16, 16)}
@@ -110,3 +110,21 @@ def test_all_wrong_choices_are_said_at_once() -> None:
     assert flags == ["--space", "--head", "--dtype"]
     with pytest.raises(PimergeError, match="--rank is 'three'"):
         pimerge.merge(["a"], rank="three")
+
+
+@pytest.mark.parametrize("name", [None, "", "/root/models/llama", "C:\\models\\llama", "../gone"])
+def test_a_merge_needs_no_base(name: str | None, tmp_path: Path) -> None:
+    a, b = (
+        raw_expert(tmp_path / str(seed), updates_of({"q": (4, 2, 5)}, seed), base_model_name_or_path=name)
+        for seed in range(2)
+    )
+    notes: list[str] = []
+    merged = pimerge.merge([a, b], output=tmp_path / "merged", note=notes.append)
+    config = json.loads((tmp_path / "merged/adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == (name or None)
+    assert any("a merge does not need it" in note for note in notes)
+    one, two, both = (dense_deltas(open_expert(folder))["q"] for folder in (a, b, merged.path))
+    torch.testing.assert_close(both, (one + two) / 2, rtol=0, atol=1e-6)
+    set_config(b, base_model_name_or_path="/elsewhere/other")
+    with pytest.raises(PimergeError, match=r"which is another model\n.*--base"):
+        pimerge.merge([a, b], output=None)
