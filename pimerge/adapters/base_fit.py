@@ -11,9 +11,12 @@ from torch import nn
 from pimerge.adapters.expert import Expert
 from pimerge.adapters.lora_module import LoraModule
 from pimerge.adapters.tensor_sets import TensorSet
+from pimerge.checkpoints.architecture import is_of_head
 from pimerge.core.errors import PimergeError, Problems
 from pimerge.tasks.task import Task
 from pimerge.tasks.task_type import TaskType
+
+_HEAD_HINT = "pass --base with a checkpoint that has this head, or leave it out: pimerge merge EXPERT --exclude MODULE"
 
 
 def check_fits(expert: Expert, base_model: nn.Module, *, head: bool = True) -> None:
@@ -34,7 +37,10 @@ def check_fits(expert: Expert, base_model: nn.Module, *, head: bool = True) -> N
         expected, found = _delta_shape(module, layers), (module.d_out, module.d_in)
         if expected is None:
             what = f"parameter '{module.parameter.full_name}'" if module.parameter else f"module '{module.name}'"
-            problems.add(f"the base has no {what}", hint)
+            is_head = is_of_head(module.name)
+            problems.add(
+                f"the base has no {what}{is_head * ', a head that the expert adapts'}", _HEAD_HINT if is_head else hint
+            )
             continue
         if expected != found:
             problems.add(f"module '{module.name}': ΔW is {found}, but the base's weight is {expected}", hint)

@@ -12,6 +12,19 @@ QUERIES_AND_VALUES = ("q_proj", "v_proj", "query", "value", "q_lin", "v_lin", "q
 """Name endings of query and value projections, for architectures for which PEFT has no default."""
 
 
+HEADS = frozenset("classifier score qa_outputs lm_head embed_out classification_head pre_classifier pooler cls".split())  # noqa: SIM905
+"""Names of modules on top of the backbone, in most architectures."""
+
+
+def is_of_head(module: str) -> bool:
+    """Whether a module is on top of the backbone by its name.
+
+    >>> is_of_head("classifier.dense"), is_of_head("bert.encoder.layer.0.output.dense")
+    (True, False)
+    """
+    return module.partition(".")[0] in HEADS
+
+
 def heads_of(model: nn.Module) -> list[str]:
     """The names of the modules on top of the backbone: a task's head or the language model's head.
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from pimerge.checkpoints.architecture import is_of_head
 from pimerge.checkpoints.base_modules import BaseModules
 from pimerge.checkpoints.checkpoint import CONFIG, Checkpoint, open_checkpoint
 from pimerge.checkpoints.renaming import renaming_of, transforms_of, undoing_of
@@ -178,6 +179,11 @@ def _weight_of(names: Names, module: str) -> str:
     except PimergeError:
         with suppress(PimergeError):
             return match(names, f"{module}.in_proj_weight", f"module '{module}'")
+        if is_of_head(module) and not any(f".{module}." in f".{name}" for name in (*names.known, *names.parameter)):
+            raise PimergeError(
+                f"the checkpoint has no '{module}': the adapter updates a head that the checkpoint does not have",
+                f"merge into the checkpoint that it was trained on, or leave the head out: --exclude '*{module}'",
+            ) from None
         raise
 
 

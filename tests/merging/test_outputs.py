@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 import pimerge
 from pimerge.core.errors import PimergeError
-from tests.support.bases import inputs
+from pimerge.merging.method import METHODS
+from tests.support.bases import inputs, model_for
 from tests.support.experts import KINDS, peft_config, raw_expert, updates_of
 from tests.support.peft_outputs import adapter_of, open_strictly
 
@@ -158,3 +159,24 @@ def test_a_convolution_in_groups_is_merged_as_peft_computes_it(known: bool, kind
     pimerge.merge([tmp_path / "a", tmp_path / "b"], **given, into=base, output=tmp_path / "full")
     found = load_file(tmp_path / "full" / "model.safetensors")
     torch.testing.assert_close(found, {name: merged[name] for name in found})
+
+
+def test_an_update_of_a_head_that_the_base_does_not_have_is_called_so(bert_base: Path, tmp_path: Path) -> None:
+    query = "bert.encoder.layer.0.attention.self.query"
+    updates = updates_of({query: (16, 2, 16), "classifier": (2, 2, 16)})
+    raw_expert(tmp_path / "e", updates, base_model_name_or_path=str(bert_base))
+    with pytest.raises(PimergeError, match="the checkpoint has no 'classifier': the adapter updates a head") as caught:
+        pimerge.merge(tmp_path / "e", into=bert_base, output=tmp_path / "full")
+    assert "--exclude '*classifier'" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "method", [each.name for each in METHODS if not {"fishers", "grams"} & set(each.needs) and not each.joins_target]
+)
+def test_peft_opens_the_result_of_every_method(method: str, bert_base: Path, tmp_path: Path) -> None:
+    names = [f"bert.encoder.layer.{i}.attention.self.{part}" for i in range(2) for part in ("query", "value")]
+    for seed, name in enumerate("ab"):
+        updates = updates_of(dict.fromkeys(names, (16, 2 + seed, 16)), seed)
+        raw_expert(tmp_path / name, updates, base_model_name_or_path=str(bert_base))
+    pimerge.merge([tmp_path / "a", tmp_path / "b"], method=method, rank="auto", output=tmp_path / "m")
+    open_strictly(model_for(bert_base), tmp_path / "m")
