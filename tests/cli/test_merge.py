@@ -261,7 +261,7 @@ def test_experts_that_do_not_fit_are_named(cli: Cli, pool: dict[str, Expert]) ->
     with pytest.raises(PimergeError, match="'other' has the base 'org/base'"):
         raise_from(cli("merge", "experts/x", other, "--head", "none"))
     set_config(Path("experts/x"), use_dora=True)
-    set_config(Path("experts/y"), bias="all")
+    set_config(Path("experts/y"), r=99)
     with pytest.raises(PimergeError, match=r"(?s)'experts/x'.*'experts/y'"):
         raise_from(cli("merge", *TWO))
 
