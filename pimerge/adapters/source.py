@@ -15,6 +15,7 @@ from pimerge.adapters.hub import download, is_hub_reference
 from pimerge.adapters.lora_module import LoraModule
 from pimerge.adapters.other_writers import refuse_other_writers
 from pimerge.checkpoints.adapter_keys import adapter_keys, is_adapter_file
+from pimerge.checkpoints.checkpoint import PICKLES, UNPICKLE
 from pimerge.checkpoints.safetensors_file import TensorFile, open_tensors
 from pimerge.core.errors import PimergeError, Problems
 from pimerge.core.files import read_json
@@ -91,6 +92,11 @@ def _as_folder(source: AdapterSource) -> AdapterSource:
 
 def _open_file(path: Path, given: Path | None) -> AdapterSource:
     """Open a single file; the usual file of a format beside its config stands for its folder."""
+    if path.suffix in PICKLES:
+        raise PimergeError(
+            f"'{path}' is a pickle, which can run code when it is read; only {SUFFIX} files are read",
+            UNPICKLE.format(path),
+        )
     if path.suffix != SUFFIX:
         refuse_other_writers(path)
         raise PimergeError(f"'{path}' is a file, expected the folder of an expert or a {SUFFIX} file")

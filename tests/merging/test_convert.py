@@ -39,6 +39,8 @@ def test_a_pickled_adapter_loads_as_before(tmp_path: Path, bert_base: Path, make
     (source / "README.md").write_text("a card")
     with pytest.raises(PimergeError, match=rf"pimerge convert {source} -o NEW"):
         pimerge.merge([source], output=tmp_path / "merged")
+    with pytest.raises(PimergeError, match=rf"is a pickle[\s\S]*pimerge convert {source}/adapter_model\.bin -o NEW"):
+        pimerge.merge([source / "adapter_model.bin"], output=tmp_path / "merged")
     converted = pimerge.convert(source, output=tmp_path / "b")
     assert {path.name for path in (tmp_path / "b").iterdir()} == {
         "adapter_config.json",
