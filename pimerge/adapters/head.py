@@ -63,17 +63,25 @@ def choose_head(policy: str, experts: Sequence[Expert], target: Expert | None) -
                 "pass --target NAME_OR_FOLDER, --head average (if all have the same labels) or --head none",
             )
         return Head(target.head_tensors(), _head_modules(target), task_of(target))
-    tasks = {expert.name: task_of(expert) for expert in experts}
+    tasks = {expert.name: task for expert in experts if (task := task_of(expert))}
+    unknown = [expert.name for expert in experts if expert.name not in tasks]
+    if unknown:
+        raise PimergeError(
+            f"--head average needs to know that all heads have the same labels in the same order, but "
+            f"{', '.join(map(repr, unknown))} {'has' if len(unknown) == 1 else 'have'} no task.json",
+            "write a task.json with the labels into each folder; or take one expert's head (--head target --target "
+            "EXPERT) or none (--head none)",
+        )
     problems = Problems()
     first = experts[0]
     labels = tasks[first.name]
     for expert in experts:
         own = tasks[expert.name]
-        if own is None or labels is None or own.labels != labels.labels:
+        if own.labels != labels.labels:
             problems.add(
-                f"the head of '{expert.name}' has the labels {_labels(own)}, the head of '{first.name}' has "
-                f"{_labels(labels)}",
-                "pass --head target or --head none",
+                f"the head of '{expert.name}' has the labels {own.labels}, the head of '{first.name}' has "
+                f"{labels.labels}",
+                "take one expert's head (--head target --target EXPERT) or none (--head none)",
             )
         elif _shapes(expert) != _shapes(first):
             problems.add(f"the head of '{expert.name}' has other tensors than the head of '{first.name}'")
@@ -90,10 +98,6 @@ def choose_head(policy: str, experts: Sequence[Expert], target: Expert | None) -
 def task_of(expert: Expert) -> Task | None:
     """The task in an expert's folder; None without a task.json."""
     return open_task(expert.folder) if (expert.folder / TASK).is_file() else None
-
-
-def _labels(task: Task | None) -> str:
-    return str(task.labels) if task else "unknown (no task.json)"
 
 
 def _head_modules(expert: Expert) -> list[str]:
