@@ -34,10 +34,12 @@ class PlannedChange:
     Attributes:
         key: key of the adapter's tensor.
         axis: the axis that is scaled; None if the tensor is replaced.
+        rows: the rows that are replaced, if only some are.
     """
 
     key: str
     axis: Axis | None
+    rows: tuple[int, ...] = ()
 
 
 def plan_changes(
@@ -60,13 +62,22 @@ def plan_changes(
             shape = checkpoint.entry((names.shared or {}).get(key, key)).shape
             module = change.parameter.removesuffix(".weight")
             turned = is_fan_in_first(names, module) if names.known else fan_in_fan_out
-            found[key] = PlannedChange(change.key, _axis(change, shape, turned))
+            found[key] = PlannedChange(change.key, _axis(change, shape, turned), change.rows)
             if checkpoint.entry((names.shared or {}).get(key, key)).dtype not in FLOATS:
                 raise PimergeError(f"'{key}' is not stored as floating-point numbers", "use the original checkpoint")
     return found
 
 
 def _axis(change: BaseChange, shape: tuple[int, ...], turned: bool) -> Axis | None:
+    if change.effect is Effect.ROWS_REPLACED:
+        if shape[1:] != change.shape[1:] or max(change.rows) >= shape[0]:
+            raise PimergeError(
+                f"'{change.parameter}' of the checkpoint is {shape}, but the adapter holds the rows of the tokens "
+                f"{', '.join(map(str, change.rows[:8]))}, of shape {change.shape}",
+                "tokens beyond its rows were added before the training, and the adapter does not hold them all: merge "
+                "into the checkpoint with the added tokens",
+            )
+        return None
     if change.effect is Effect.REPLACED:
         if shape != change.shape:
             raise PimergeError(f"'{change.parameter}' is {change.shape}, the checkpoint's is {shape}", _OTHER_BASE)
@@ -85,6 +96,9 @@ def changed_pieces(
 ) -> Iterator[Tensor]:
     """Yield the new values of a stored tensor, flattened, in the memory of a block of rows."""
     tensor = tensors[change.key]
+    if change.rows:
+        yield from _with_rows(checkpoint, source, change.rows, tensor)
+        return
     if change.axis is None:
         yield tensor.reshape(-1)
         return
@@ -98,6 +112,20 @@ def changed_pieces(
         stop = min(start + step, entry.shape[0])
         block = file.read_part(source, start * columns, stop * columns).to(kind).view(-1, columns)
         yield (block * factor(start, stop)).view(-1)
+
+
+def _with_rows(checkpoint: Checkpoint, source: str, rows: Sequence[int], tensor: Tensor) -> Iterator[Tensor]:
+    """Yield a stored tensor with other rows, in blocks of rows."""
+    file, shape = checkpoint.home[source], checkpoint.entry(source).shape
+    columns = math.prod(shape[1:])
+    step = max(1, PIECE // (16 * columns))
+    for start in range(0, shape[0], step):
+        stop = min(start + step, shape[0])
+        block = file.read_part(source, start * columns, stop * columns).view(-1, columns)
+        for row, values in zip(rows, tensor, strict=True):
+            if start <= row < stop:
+                block[row - start] = values.to(block.dtype)
+        yield block.view(-1)
 
 
 def _factors(vector: Tensor, shape: tuple[int, ...], axis: Axis) -> Callable[[int, int], Tensor]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pimerge.adapters.expert import Expert
 from pimerge.adapters.expert_files import TASK
-from pimerge.adapters.keys import is_saved
+from pimerge.adapters.keys import TOKEN_ROWS, is_saved
 from pimerge.core.errors import PimergeError, Problems
 from pimerge.tasks.task import Task, open_task
 
@@ -28,11 +28,26 @@ class Head:
         tensors: parameter name in the base model → tensor.
         modules: the ``modules_to_save`` that they belong to.
         task: the task whose labels the head predicts, or that the base answers in text; None if it is unknown.
+        token_indices: the ``trainable_token_indices`` of the rows of embeddings in it; None without such rows.
     """
 
     tensors: Mapping[str, Tensor]
     modules: Sequence[str]
     task: Task | None
+    token_indices: Any = None
+
+    @property
+    def token_rows(self) -> dict[str, tuple[int, ...]]:
+        """Parameter of the base → the tokens whose rows are in the head, under the name in :attr:`tensors`."""
+        found = {}
+        for name in self.tensors:
+            module = name.removesuffix(TOKEN_ROWS)
+            if module != name:
+                stated = self.token_indices
+                if isinstance(stated, dict):
+                    stated = next((rows for layer, rows in stated.items() if f".{module}".endswith(f".{layer}")), [])
+                found[name] = tuple(stated or ())
+        return found
 
 
 NO_HEAD = Head({}, (), None)
@@ -56,13 +71,13 @@ def choose_head(policy: str, experts: Sequence[Expert], target: Expert | None) -
         return NO_HEAD
     if policy == "target":
         if target is None and (owner := _owner_of_embeddings(experts)):
-            return Head(owner.head_tensors(), _head_modules(owner), None)
+            return _own_head(owner)
         if target is None:
             raise PimergeError(
                 "the experts have heads, but the target is unknown",
                 "pass --target NAME_OR_FOLDER, --head average (if all have the same labels) or --head none",
             )
-        return Head(target.head_tensors(), _head_modules(target), task_of(target))
+        return _own_head(target)
     tasks = {expert.name: task for expert in experts if (task := task_of(expert))}
     unknown = [expert.name for expert in experts if expert.name not in tasks]
     if unknown:
@@ -95,6 +110,12 @@ def choose_head(policy: str, experts: Sequence[Expert], target: Expert | None) -
     return Head(mean, _head_modules(first), labels)
 
 
+def _own_head(expert: Expert) -> Head:
+    has_rows = any(name.endswith(TOKEN_ROWS) for name in expert.head)
+    indices = expert.config.get("trainable_token_indices") if has_rows else None
+    return Head(expert.head_tensors(), _head_modules(expert), task_of(expert), indices)
+
+
 def task_of(expert: Expert) -> Task | None:
     """The task in an expert's folder; None without a task.json."""
     return open_task(expert.folder) if (expert.folder / TASK).is_file() else None
@@ -115,7 +136,8 @@ def _owner_of_embeddings(experts: Sequence[Expert]) -> Expert | None:
     first = owners[0]
     if any(is_saved(name, each.config.get("modules_to_save") or []) for each in owners for name in each.head):
         return None
-    if any(_shapes(expert) != _shapes(first) for expert in owners):
+    indices = [expert.config.get("trainable_token_indices") for expert in owners]
+    if any(_shapes(expert) != _shapes(first) for expert in owners) or any(each != indices[0] for each in indices):
         return None
     same = all(e.tensor(e.head[name]).equal(first.tensor(key)) for e in owners[1:] for name, key in first.head.items())
     return first if same else None

@@ -41,6 +41,10 @@ def is_saved(name: str, saved: Iterable[str]) -> bool:
     return any(f"{entry}." in name for entry in saved)
 
 
+TOKEN_ROWS = ".token_adapter.trainable_tokens_delta"
+"""End of the name of trained rows of an embedding (``trainable_token_indices``), which replace the base's."""
+
+
 def parameter_of(name: str) -> str:
     """The base's parameter of a head's tensor; PEFT moves an adapted layer's own weight into ``base_layer``.
 
@@ -62,6 +66,8 @@ def is_saved_embedding(name: str, adapted: Container[str]) -> bool:
     >>> is_saved_embedding("model.embed_tokens.weight", ()), is_saved_embedding("q.base_layer.weight", ["q"])
     (True, True)
     """
+    if name.endswith(TOKEN_ROWS):
+        return True
     module = parameter_of(name).rpartition(".")[0]
     if parameter_of(name) != name:
         return module in adapted

@@ -105,7 +105,7 @@ def plan_merge_into(
         return MergeIntoPlan(checkpoint, stored, {}, {}, {}, frozenset(), False, None)
     names, problems = names_of(checkpoint), Problems()
     head, shared = head or {}, names.shared or {}
-    weights: dict[str, str] = {}
+    weights = dict[str, str]()
     stacked = {name: layout for name, layout in layouts.items() if is_stacked(layout)}
     with problems.collected():
         plain = [name for name in layouts if name not in stacked]
@@ -113,6 +113,7 @@ def plan_merge_into(
     stacks, turned = place_matrices(checkpoint, names, stacked, problems)
     changed = plan_changes(checkpoint, names, changes, fan_in_fan_out=fan_in_fan_out, problems=problems)
     heads = _heads(names, head, {*weights, *changed, *stacks}, problems)
+    _refuse_both(weights.keys() & changed.keys(), problems)
     transposed, biases = set(turned), dict[str, str]()
     for key, module in weights.items():
         dtype, shape = _layout(checkpoint, shared.get(key, key), head.get(heads.get(key, "")))
@@ -121,20 +122,19 @@ def plan_merge_into(
                 transposed.add(key)
         with problems.collected():
             biases |= {bias_of(names, module): module} if layouts[module].bias is not None else {}
+    by_rows = {key for key, change in changed.items() if change.rows and key not in shared}  # of all that are tied
     problems.raise_any(f"the adapter cannot be merged into '{checkpoint.path}'")
-    touched = {*weights, *biases, *heads, *changed, *stacks}
+    touched = {*weights, *biases, *heads, *changed, *stacks} - by_rows
     touched -= _still_tied(touched, heads, head, shared, modules_to_save)
     heads = {key: name for key, name in heads.items() if key in touched or key in checkpoint.home}
     config = {**checkpoint.config, **(fields or {})}
     if trained_in and any(names.known and names.rename(key) not in names.known for key in heads):
-        config = {**config, "architectures": (fields or {}).get("architectures") or [trained_in]}
+        config["architectures"] = (fields or {}).get("architectures") or [trained_in]
     copies, config = separated(checkpoint, names, touched, config)
     if heads and not checkpoint.is_file:
         new = new_layouts(checkpoint, copies, heads, head)
         config = fitted(checkpoint, names, config, {key: shape for key, (_, shape) in new.items()})
-    written = config if config != checkpoint.config and not checkpoint.is_file else None
-    size = vocabulary_of(config)
-    resized = size if size != vocabulary_of(checkpoint.config) else None
+    size, is_new = vocabulary_of(config), config != checkpoint.config and not checkpoint.is_file
     return MergeIntoPlan(
         checkpoint,
         weights,
@@ -143,8 +143,8 @@ def plan_merge_into(
         copies,
         frozenset(transposed),
         bool(copies),
-        written,
-        resized,
+        config if is_new else None,
+        size if size != vocabulary_of(checkpoint.config) else None,
         changed,
         stacks,
     )
@@ -198,6 +198,11 @@ def merge_into(
     size = write_like(plan.checkpoint, output, change, new=new, config=plan.config, dtype=dtype, track=track)
     matrices = {each.module for placed in plan.stacks.values() for each in placed}
     return MergedInto(len(plan.weights) + len(plan.changes) + len(matrices), plan.untied, size)
+
+
+def _refuse_both(keys: set[str], problems: Problems) -> None:
+    for key in sorted(keys):
+        problems.add(f"'{key}' has trained rows and an update", "merge into an adapter instead (without --into)")
 
 
 def _as_added(module: str, update: Callable[[str], Factors]) -> Factors:

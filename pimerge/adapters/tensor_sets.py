@@ -69,6 +69,7 @@ class Effect(StrEnum):
     REPLACED = "replaced"
     SCALED_OUTPUTS = "scaled outputs"
     SCALED_INPUTS = "scaled inputs"
+    ROWS_REPLACED = "rows replaced"
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,7 @@ class BaseChange:
         key: key of the adapter's tensor.
         shape: shape of the adapter's tensor.
         is_optional: whether the layer may lack the parameter.
+        rows: the rows that are replaced, if only some are.
     """
 
     parameter: str
@@ -87,6 +89,7 @@ class BaseChange:
     shape: tuple[int, ...]
     effect: Effect = Effect.REPLACED
     is_optional: bool = False
+    rows: tuple[int, ...] = ()
 
 
 def replacements(tensor_set: TensorSet) -> list[BaseChange]:

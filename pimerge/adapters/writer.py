@@ -275,6 +275,7 @@ def _own_fields(path: Path, head: Head, base: Base) -> dict[str, Any]:
         "revision": revision,
         "inference_mode": True,
         "modules_to_save": sorted(head.modules) or None,
+        **({"trainable_token_indices": head.token_indices} if head.token_indices else {}),
     }
 
 

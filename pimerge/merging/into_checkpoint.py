@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 from pimerge.adapters.expert import Expert
 from pimerge.adapters.head import Head
 from pimerge.adapters.into_config import label_fields, model_class
+from pimerge.adapters.keys import TOKEN_ROWS
 from pimerge.adapters.merge_into import MergedInto, MergeIntoPlan, merge_into, new_layouts
+from pimerge.adapters.tensor_sets import BaseChange, Effect
 from pimerge.checkpoints.base import Base, find_base
 from pimerge.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from pimerge.checkpoints.tokenizer_files import copy_tokenizer
@@ -61,8 +63,19 @@ def refuse_checkpoint(output: Path | None, path: Path) -> None:
 def head_arguments(checkpoint: Checkpoint, head: Head, chosen: ChosenExperts) -> dict[str, Any]:
     """The arguments of :func:`~pimerge.adapters.merge_into.plan_merge_into` that describe the head."""
     config = (chosen.target or chosen.experts[0]).config
+    rows = head.token_rows
     return {
-        "head": head.tensors,
+        "head": {name: tensor for name, tensor in head.tensors.items() if name not in rows},
+        "changes": [
+            BaseChange(
+                f"{name.removesuffix(TOKEN_ROWS)}.weight",
+                name,
+                tuple(head.tensors[name].shape),
+                Effect.ROWS_REPLACED,
+                rows=tokens,
+            )
+            for name, tokens in rows.items()
+        ],
         "modules_to_save": head.modules,
         "fields": _fields(checkpoint, head),
         "trained_in": model_class(checkpoint, config) if head.tensors else None,
@@ -129,7 +142,15 @@ def write_merged(
     checkpoint, dtype = plan.checkpoint, request.torch_dtype()
     with new_folder(request.folder, force=request.force) as partial:
         output = partial / checkpoint.name if checkpoint.is_file else partial
-        written = merge_into(plan, update, output, head=head.tensors, tensors=tensors, dtype=dtype, track=request.track)
+        written = merge_into(
+            plan,
+            update,
+            output,
+            head=head.tensors,
+            tensors={**head.tensors, **(tensors or {})},
+            dtype=dtype,
+            track=request.track,
+        )
         new = new_layouts(checkpoint, plan.copies, plan.heads, head.tensors)
         check_checkpoint(output, checkpoint, {key: shape for key, (_, shape) in new.items()})
         if plan.resized and (source := _source_of(head, chosen)):

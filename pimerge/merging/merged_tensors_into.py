@@ -105,8 +105,10 @@ def merged_tensors_into(request: MergeRequest, method: OpenedMethod, chosen: Cho
         checkpoint,
         {},
         fan_in_fan_out=bool(first.config.get("fan_in_fan_out")),
-        changes=[change for group in first.tensor_sets.values() for change in changes_of(group, first.config)],
-        **head_arguments(checkpoint, merged.head, chosen),
+        **{
+            **head_arguments(checkpoint, merged.head, chosen),
+            "changes": [each for group in first.tensor_sets.values() for each in changes_of(group, first.config)],
+        },
     )
     merge = replace(merged.merge, dtype=wide(request.torch_dtype()))
     return MergedTensorsInto(request, method, chosen, merged.head, merge, plan)

@@ -38,6 +38,10 @@ CASES: dict[str, tuple[Callable[..., Any], dict[str, Any], LoraConfig, int | Non
     "kept tied, updates": (llama, TIED, updates("embed_tokens", ensure_weight_tying=True), None),
     "tied, one saved": (llama, TIED, updates(modules_to_save=["embed_tokens"]), None),
     "tied, output saved": (llama, TIED, updates(modules_to_save=["lm_head"]), None),
+    "tokens": (llama, {}, updates("lm_head", trainable_token_indices={"embed_tokens": [5, 9]}), None),
+    "tokens, tied": (llama, TIED, updates(trainable_token_indices=[5, 9]), None),
+    "tokens, both": (llama, {}, updates(trainable_token_indices={"embed_tokens": [5, 9], "lm_head": [7]}), None),
+    "T5 tokens": (t5, {}, LoraConfig(target_modules=["q"], trainable_token_indices=[5, 9]), None),
     "T5 output": (t5, {}, LoraConfig(r=4, target_modules=["q", "lm_head"]), None),
     "T5 output saved": (t5, {}, LoraConfig(target_modules=["q"], modules_to_save=["lm_head"]), None),
     "T5 with its own output": (
@@ -104,6 +108,16 @@ def test_copies_of_the_bases_embeddings_count_as_nothing(tmp_path: Path) -> None
     edit_tensors(two[0], lambda tensors: tensors["base_model.model.lm_head.weight"].add_(1))
     with pytest.raises(PimergeError, match="the target is unknown"):
         merge(two, output=tmp_path / "o", ranking=tmp_path / "none.json")
+
+
+def test_tokens_that_the_checkpoint_lacks(tmp_path: Path) -> None:
+    base = llama(tmp_path / "base", **TIED)
+    grown = copy.deepcopy(base)
+    grown.resize_token_embeddings(68, mean_resizing=False)
+    adapted(grown, updates(trainable_token_indices=[5, 66]), tmp_path / "a", tmp_path / "base")
+    with pytest.raises(PimergeError, match="the rows of the tokens 5, 66"):
+        merged_into(tmp_path / "a", tmp_path / "base", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_without_the_base_saved_embeddings_are_kept(tmp_path: Path) -> None:

@@ -21,7 +21,6 @@ _REFUSED = {
         "Arrow routes each token over several LoRAs by their similarity to the token",
         "merge the LoRAs that it routes over instead",
     ),
-    "trainable_token_indices": ("trained tokens are not a low-rank update", _TRAIN_PLAIN),
     "megatron_config": (
         "Megatron splits the factors over devices, and the file does not say whether it holds all of them",
         "gather them, save them with PEFT under the names of the base on the Hub, and set megatron_config to null",
@@ -57,7 +56,7 @@ _HARMLESS = frozenset(
     init_lora_weights layers_to_transform layers_pattern rank_pattern alpha_pattern megatron_core loftq_config
     eva_config corda_config lora_ga_config qalora_group_size runtime_config lora_bias velora_config monteclora_config
     use_qalora use_bdlora kasa_config layer_replication merge_weights lora_dtype lorap_lr_ratio lorap_emb_lr
-    ensure_weight_tying target_parameters lora_B_layout""".split()  # noqa: SIM905
+    ensure_weight_tying trainable_token_indices target_parameters lora_B_layout""".split()  # noqa: SIM905
 )
 
 

@@ -139,7 +139,6 @@ def plain(folder: Path, **config: Any) -> Path:
         ("megatron_config", {"hidden_size": 4}, "Megatron"),
         ("enable_lora", [True, False, True], "fused projection"),
         ("kasa_config", {"beta": 1e-4}, "KaSA"),
-        ("trainable_token_indices", [1], "trained tokens"),
         ("a_field_of_tomorrow", True, "a_field_of_tomorrow"),
         ("peft_type", None, "no peft_type"),
         ("r", 3, "the tensors have rank 2, adapter_config.json says 3"),
