@@ -76,6 +76,8 @@ class MergedUpdates(MergedExperts):
         plan, request = self.update_plan(), self.request
         for sentence in [*plan.handled, *(f"left out: {what}" for what in plan.left_out)]:
             request.note(sentence)
+        if self.as_hadamard:
+            request.note("the result is a LoHa: PEFT's LoRA cannot update convolutions that may be divided into groups")
         if request.verify:
             verified = verify(self.merge, track=request.track)
             self.deviation = verified.deviation
