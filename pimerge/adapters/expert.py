@@ -53,6 +53,7 @@ class Expert:
         config_file: the file that its config was read from; None if its format has none.
         format: the name of its file format.
         places: name of each module → its place in the file, for formats other than PEFT's.
+        label: its name among others with folders of the same name, such as ``run-1/checkpoint-500``.
         renamed: name of a module in its file → its name here, for those that differ.
     """
 
@@ -71,6 +72,7 @@ class Expert:
     format: str = PEFT
     places: Mapping[str, Place] = field(default_factory=dict)
     renamed: Mapping[str, str] = field(default_factory=dict)
+    label: str = ""
 
     @property
     def folder(self) -> Path:
@@ -80,6 +82,8 @@ class Expert:
     @property
     def name(self) -> str:
         """The name of its folder or file, or of its repository if it is a snapshot in the Hub's local cache."""
+        if self.label:
+            return self.label
         if self.folder != self.path and self.path.stem not in _USUAL_FILES:
             return self.path.stem
         folder = self.folder.resolve()

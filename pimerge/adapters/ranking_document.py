@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -182,4 +183,5 @@ def open_ranked(reference: Reference, ranking_path: Path, base: str | None = Non
             f"'{expert.path}' has changed since '{ranking_path}' was written",
             "run 'pimerge embed' and 'pimerge rank' again",
         )
+    expert = expert if expert.name == reference.name else replace(expert, label=reference.name)
     return expert.with_strength(reference.scale) if isinstance(reference, Candidate) else expert

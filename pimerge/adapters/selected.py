@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pimerge.adapters.expert import Expert, open_expert
@@ -13,6 +13,7 @@ from pimerge.adapters.pool import find_experts
 from pimerge.adapters.ranking_document import Ranking, open_ranked, read_ranking
 from pimerge.adapters.source import adapter_files
 from pimerge.checkpoints.base import Base, given_base
+from pimerge.checkpoints.unique_names import unique_names
 from pimerge.core.errors import PimergeError, Problems
 from pimerge.tasks.task import Task, open_task
 
@@ -86,7 +87,20 @@ def open_all(
         for problem in own.found:
             problems.extend([problem], "" if str(reference) in problem.message else f"'{reference}': ")
     problems.raise_any("some experts cannot be opened")
-    return experts
+    return distinguished(experts)
+
+
+def distinguished(experts: Sequence[Expert], taken: Mapping[str, Path] | None = None) -> list[Expert]:
+    """Give experts in folders of one name the names by which they are told apart; all others keep theirs.
+
+    Args:
+        taken: names that others have already → their folders.
+    """
+    names = unique_names(experts, taken)
+    return [
+        expert if expert.name == name else replace(expert, label=name)
+        for expert, name in zip(experts, names, strict=True)
+    ]
 
 
 def select(
@@ -117,6 +131,8 @@ def select(
     if references:
         experts = open_all(references, base, convert=convert)
         known = {c.sha256: c for c in ranking.candidates} if ranking else {}
+        if own is not None:
+            own, *experts = distinguished([own, *experts])
         found = [known.get(expert.sha256) for expert in experts]
         scores, gains = ([getattr(candidate, name, None) for candidate in found] for name in ("score", "gain"))
         return Selection(experts, own, folder, scores, gains, task)

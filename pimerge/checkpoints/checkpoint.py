@@ -35,6 +35,7 @@ class Checkpoint:
         files: the files that hold tensors, in order.
         config: the content of ``config.json``; empty for a single file.
         index: the content of the index of shards; empty without one.
+        label: its name among others with folders of the same name.
         is_view: whether its tensors and config differ from those in its files, so that a copy needs a new config.
     """
 
@@ -43,11 +44,14 @@ class Checkpoint:
     config: dict[str, Any] = field(default_factory=dict)
     index: dict[str, Any] = field(default_factory=dict)
     is_view: bool = False
+    label: str = ""
 
     @property
     def name(self) -> str:
         """The name of its folder or file; the repository's name for a snapshot in the Hub's local cache."""
         path = self.path.resolve() if self.path.is_dir() else self.path
+        if self.label:
+            return self.label
         return path.parents[1].name.rpartition("--")[2] if path.parent.name == "snapshots" else path.name
 
     @property

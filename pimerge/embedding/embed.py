@@ -9,7 +9,7 @@ from typing import Any
 
 from pimerge.adapters.compatibility import check_expert
 from pimerge.adapters.expert import Expert, open_expert
-from pimerge.adapters.selected import listed, pool_members
+from pimerge.adapters.selected import distinguished, listed, pool_members
 from pimerge.core.errors import PimergeError, Problems
 from pimerge.core.progress import Note, Track, silent, unheard
 from pimerge.embedding.embed_expert import EmbedOptions, EmbedOutcome, LabelMode, embed_expert
@@ -108,7 +108,7 @@ def embed(
     if labels not in list(LabelMode):
         raise PimergeError(f"--labels must be {' or '.join(LabelMode)}; got '{labels}'")
     target = Store(Path(store))
-    ready, problems = _checked(listed(experts) or [], base, None if task is None else open_task(task))
+    ready, problems = _checked(listed(experts) or [], base, None if task is None else open_task(task), target)
     if not skip_broken or not ready:
         problems.raise_any("some experts cannot be embedded (--skip-broken embeds the others)")
     for problem in problems.found:
@@ -142,7 +142,7 @@ def embed(
 
 
 def _checked(
-    members: Sequence[str | Path | Expert], base: str | None, task: Task | None
+    members: Sequence[str | Path | Expert], base: str | None, task: Task | None, store: Store
 ) -> tuple[list[tuple[Expert, Task]], Problems]:
     """Open the experts of some pools with their tasks, and collect the problems of those that cannot be embedded."""
     found: list[str | Path | Expert] = []
@@ -150,18 +150,15 @@ def _checked(
         found += [member] if isinstance(member, Expert) else pool_members([str(member)])
     problems = Problems()
     ready: list[tuple[Expert, Task]] = []
-    folders: dict[str, Path] = {}
     for reference in found:
         with problems.collected(f"{reference}: " if len(found) > 1 and not isinstance(reference, Expert) else ""):
             expert = reference if isinstance(reference, Expert) else open_expert(reference, base)
             own = check_expert(expert, task)
-            if expert.name in folders:
-                raise PimergeError(
-                    f"'{folders[expert.name]}' has the same name, '{expert.name}'", "rename one of the folders"
-                )
-            folders[expert.name] = expert.path
-            ready.append((expert, own))
-    return ready, problems
+            if all(expert.path.resolve() != other.path.resolve() for other, _ in ready):
+                ready.append((expert, own))
+    stored = {name: store.folder_of(name) for name in store.experts}
+    experts = distinguished([expert for expert, _ in ready], stored)
+    return [(expert, own) for expert, (_, own) in zip(experts, ready, strict=True)], problems
 
 
 def _remarks(outcome: EmbedOutcome) -> list[str]:

@@ -15,6 +15,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,7 +71,7 @@ class Store:
         expert, entry = open_expert(self.folder_of(name)), self.document.experts[name]
         if (expert.sha256, expert.config_sha256) != (entry.sha256, entry.config_sha256):
             raise PimergeError(f"'{expert.path}' has changed since it was embedded", "run 'pimerge embed' again")
-        return expert
+        return expert if expert.name == name else replace(expert, label=name)
 
     def base_name(self, name: str) -> str:
         """Return the name of an expert's base from its config; the base's identity if its folder no longer exists."""
@@ -264,6 +265,7 @@ class Store:
 
 
 def _file_of(name: str, part: str) -> str:
+    name = name.replace("/", "--")  # of experts in folders of one name
     return f"{name}{'' if part == DIAGONAL else '.' + part}.safetensors"
 
 

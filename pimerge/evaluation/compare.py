@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pimerge.adapters.expert import Expert
 from pimerge.adapters.ranking_document import Ranking, open_ranked, read_ranking
-from pimerge.adapters.selected import base_of, listed, open_all, pool_members
+from pimerge.adapters.selected import base_of, distinguished, listed, open_all, pool_members
 from pimerge.core.errors import PimergeError, Problems
 from pimerge.core.files import require_absent
 from pimerge.core.progress import Note, Track, silent, unheard
@@ -133,7 +133,7 @@ def _open_pool(
     if given:
         paths = pool_members([str(each) for each in given if not isinstance(each, Expert)])
         opened = [each for each in given if isinstance(each, Expert)] + open_all(list(map(str, paths)), base)
-        pool += [RankedExpert(expert) for expert in opened]
+        pool += [RankedExpert(expert) for expert in distinguished(opened)]
     else:
         problems = Problems()
         ranked = ranking if isinstance(ranking, Ranking) else read_ranking(Path(ranking))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from pimerge.adapters.expert import Expert
 from pimerge.adapters.ranking_document import Ranking
-from pimerge.adapters.selected import base_of, open_all
+from pimerge.adapters.selected import base_of, distinguished, open_all
 from pimerge.checkpoints.checkpoint import is_checkpoint
 from pimerge.core.errors import PimergeError
 from pimerge.core.progress import Note, Track, silent, unheard
@@ -148,6 +148,8 @@ def _opened(given: Sequence[str | Path | Expert | Ensemble], base: str | None) -
         else:
             references[place] = str(each)
     found |= zip(references, open_all(list(references.values()), base), strict=True)
+    experts = {place: each for place, each in found.items() if isinstance(each, Expert)}
+    found |= zip(experts, distinguished(list(experts.values())), strict=True)
     return [found[place] for place in range(len(given))]
 
 

@@ -12,6 +12,7 @@ from pimerge.checkpoints.adapter_keys import is_adapter_file
 from pimerge.checkpoints.base import given_base
 from pimerge.checkpoints.checkpoint import Checkpoint, is_checkpoint, is_state_dict, open_checkpoint
 from pimerge.checkpoints.tokenizer_files import copy_tokenizer
+from pimerge.checkpoints.unique_names import unique_names
 from pimerge.core.errors import PimergeError, Problems
 from pimerge.core.files import hashes_of, json_text, new_file, new_folder, sha256_file, write_into
 from pimerge.core.manifest import MANIFEST_FILE, Manifest
@@ -188,7 +189,8 @@ def _open(request: MergeRequest, paths: Sequence[Path]) -> tuple[Checkpoint, lis
         with problems.collected():
             refuse_checkpoint(request.output, path)
     problems.raise_any("some checkpoints cannot be opened")
-    return opened[0], opened[1:]
+    names = unique_names(opened[1:])
+    return opened[0], [replace(found, label=name) for found, name in zip(opened[1:], names, strict=True)]
 
 
 def _target(request: MergeRequest, paths: Sequence[Path]) -> int | None:

@@ -114,12 +114,9 @@ def by_module(
     problems = Problems()
     weights = {module: list(start) if start is not None else [math.nan] * len(experts) for module in modules}
     for rule in rules:
-        places = [
-            i for i, expert in enumerate(experts) if rule.expert in (references[i], str(expert.path), expert.name)
-        ]
-        if not places:
-            names = [expert.name for expert in experts]
-            problems.add(f"'{rule.said}' names an unknown expert '{rule.expert}'", nearest(rule.expert, names))
+        places: list[int] = []
+        with problems.collected():
+            places = _places(rule, experts, references)
         matched = [module for module in modules if fnmatchcase(module, rule.modules)]
         if not matched:
             problems.add(
@@ -137,6 +134,21 @@ def by_module(
             )
     problems.raise_any("the weights do not match the experts")
     return weights
+
+
+def _places(rule: Rule, experts: Sequence[Named], references: Sequence[str]) -> list[int]:
+    """The expert that a rule names, by its path or name or by the ending of its path; equal ones are all meant."""
+    ways = [(references[i], str(expert.path), expert.name) for i, expert in enumerate(experts)]
+    found = [i for i, names in enumerate(ways) if rule.expert in names]
+    ending = f"/{rule.expert}"
+    found = found or [i for i, expert in enumerate(experts) if str(expert.path.resolve()).endswith(ending)]
+    names = sorted({expert.name for expert in experts})
+    if not found:
+        raise PimergeError(f"'{rule.said}' names an unknown expert '{rule.expert}'", nearest(rule.expert, names))
+    meant = list(dict.fromkeys(experts[i].name for i in found))
+    if len(meant) > 1:
+        raise PimergeError(f"'{rule.expert}' in '{rule.said}' is {' and '.join(meant)}", "name one of them")
+    return found
 
 
 def starting_weights(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pimerge.adapters.compatibility import check_expert, differing_form, init_cosine, require_alike, require_finite
 from pimerge.adapters.expert import Expert, open_expert
+from pimerge.adapters.selected import distinguished
 from pimerge.core.errors import PimergeError, Problem
 from pimerge.embedding.store import Store
 from pimerge.embedding.store_schema import Embedding
@@ -109,8 +109,9 @@ def inspect(
         config: the ``adapter_config.json`` of those that are single files; None for the one beside each.
     """
     opened = [_open(reference, base, expert_order, config) for reference in references]
-    names = Counter(one.expert.name for one in opened if one.expert is not None)
-    return [_finding(one, [other for other in opened if other is not one], names, store) for one in opened]
+    names = iter(distinguished([one.expert for one in opened if one.expert is not None]))
+    opened = [one if one.expert is None else replace(one, expert=next(names)) for one in opened]
+    return [_finding(one, [other for other in opened if other is not one], store) for one in opened]
 
 
 @dataclass(frozen=True)
@@ -135,13 +136,13 @@ def _open(reference: str | Path, base: str | None, expert_order: str | None, con
         return _Opened(Path(reference), expert, None, error.problems, _why_unmergeable(expert))
 
 
-def _finding(one: _Opened, others: Sequence[_Opened], names: Mapping[str, int], store: Store | None) -> Finding:
+def _finding(one: _Opened, others: Sequence[_Opened], store: Store | None) -> Finding:
     not_merged: dict[str, str] = {}
     not_ranked: dict[str, str] = {}
     for other in others:
         if one.expert is None or other.expert is None or other.unmergeable:
             continue
-        name = other.expert.name if names[other.expert.name] == 1 else str(other.path)
+        name = other.expert.name
         not_merged[name] = one.unmergeable or _why_not_merged(one.expert, other.expert)
         if not other.problems:
             own = one.problems[0].message if one.problems else ""

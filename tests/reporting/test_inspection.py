@@ -84,7 +84,7 @@ def test_experts_of_one_name_in_two_pools_are_told_apart(
 ) -> None:
     twins = [str(make_expert(tmp_path / side / "twin", vit_base, parity_task)) for side in ("x", "y")]
     first, *_ = inspect([pool / "first", *twins])
-    assert first.merges_with == tuple(twins)
+    assert first.merges_with == ("x/twin", "y/twin")
 
 
 def embedded(expert: Expert, store: Store, diagonal: dict[str, Tensor]) -> None:
