@@ -99,6 +99,8 @@ def _open_file(path: Path, given: Path | None) -> AdapterSource:
         )
     if path.suffix != SUFFIX:
         refuse_other_writers(path)
+        if path.suffix in PICKLES:
+            raise PimergeError(f"'{path}' is a pickle, which can run code when it is read", UNPICKLE.format(path))
         raise PimergeError(f"'{path}' is a file, expected the folder of an expert or a {SUFFIX} file")
     beside = path.with_name(CONFIG)
     config_file = given or (beside if beside.is_file() else None)

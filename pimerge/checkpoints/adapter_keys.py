@@ -17,7 +17,7 @@ from pimerge.core.errors import PimergeError
 _ADAPTER_KEY = re.compile(
     r"(^|\.)lora_(embedding_)?[AaBb](\.|$)"  # PEFT, diffusers, MLX
     r"|\.lora_(down|up|mid)(\.|$)"  # kohya
-    r"|[._]lora\.(down|up)\.|\.lora_linear_layer\.(down|up)\."  # older diffusers
+    r"|[._]lora\d*\.(down|up)\.|\.lora_linear_layer\.(down|up)\."  # older diffusers
     r"|\.(hada_(w[12]_[ab]|t[12])|lokr_(w[12](_[ab])?|t[12])|oft_(blocks|diag)|dora_scale)(\.|$)"  # LyCORIS
     r"|\.lora_magnitude_vector(\.|$)"
     r"|^lora_[a-z0-9]+_|^lycoris_"  # the names of all modules in files of kohya and LyCORIS

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ PAIRS = (  # A, B
     (".lora.down.weight", ".lora.up.weight"),
     ("_lora.down.weight", "_lora.up.weight"),
     (".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight"),
+    (".down.weight", ".up.weight"),
+    (".lora_A.other.weight", ".lora_B.other.weight"),
 )
 MLX_SCALE = 20.0
 
@@ -111,7 +114,13 @@ def old_diffusers(seed: int, rank: int = 2, alpha: float = 3.0, dtype: Any = Non
         **low_rank(f"unet.{block}.to_out", rank, seed + 10, pair=5, dtype=dtype),
         **low_rank("unet.mid_block.attentions.0.proj_in", rank, seed + 20, pair=4, dtype=dtype),
         **low_rank(f"{layer}.q_proj", rank, seed + 30, pair=6, dtype=dtype),
+        **low_rank("unet.add_embedding.linear_1", rank, seed + 40, pair=8, dtype=dtype),
     }
+
+
+def xlabs(seed: int, rank: int = 2, alpha: float = 3.0, dtype: Any = None) -> Tensors:
+    """XLabs' Flux LoRA, whose attention processors number their updates."""
+    return low_rank("double_blocks.0.processor.qkv_lora1", rank, seed, pair=7, dtype=dtype)
 
 
 def ai_toolkit(seed: int, rank: int = 2, alpha: float = 3.0, dtype: Any = None) -> Tensors:
@@ -144,10 +153,11 @@ BUILDERS = {
     "lycoris": lycoris,
     "diffusers": diffusers,
     "old_diffusers": old_diffusers,
+    "xlabs": xlabs,
     "ai-toolkit": ai_toolkit,
     "mlx": mlx,
 }
-FORMAT_OF = {name: name.removeprefix("old_") for name in BUILDERS}
+FORMAT_OF = {name: name for name in BUILDERS} | {"old_diffusers": "diffusers", "xlabs": "diffusers"}
 
 
 def written(path: Path, builder: str, seed: int, *, metadata: Mapping[str, str] | None = None, **fields: Any) -> Path:
@@ -186,7 +196,13 @@ def deltas_in(path: Path) -> Tensors:
     found: Tensors = {}
     for key, tensor in tensors.items():
         for down, up in PAIRS:
-            if key.endswith(down) and (stem := key.removesuffix(down)) + up in tensors and stem not in found:
+            other = down == ".down.weight" and re.search(r"[._]lora(_linear_layer)?\.down\.weight$", key)
+            if (
+                key.endswith(down)
+                and not other
+                and (stem := key.removesuffix(down)) + up in tensors
+                and stem not in found
+            ):
                 found[stem] = _low_rank(tensors, stem, tensor, tensors[stem + up])
         stem, _, slot = key.rpartition(".")
         if slot == "hada_w1_a":

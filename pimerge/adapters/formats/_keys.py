@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 
 from pimerge.adapters.format import Ending, KeySummary
 
@@ -11,13 +13,27 @@ DOWN_UP = Ending(
     "down-up", {"A": ".lora_down.weight", "B": ".lora_up.weight", "mid": ".lora_mid.weight", "bias": ".lora_up.bias"}
 )
 A_B = Ending("A-B", {"A": ".lora_A.weight", "B": ".lora_B.weight", "bias": ".lora_B.bias"})
-A_B_DEFAULT = Ending("A-B default", {"A": ".lora_A.default.weight", "B": ".lora_B.default.weight"})
+_NAMED = re.compile(r"(?P<stem>.+)\.lora_(?P<slot>[AB])\.(?P<adapter>[^.]+)\.weight")
+
+
+@cache
+def of_adapter(adapter: str) -> Ending:
+    """The endings of PEFT's parameters in memory, which name the adapter.
+
+    >>> of_adapter("default").slots["A"]
+    '.lora_A.default.weight'
+    """
+    return Ending("A-B named", {slot: f".lora_{slot}.{adapter}.weight" for slot in "AB"})
+
+
+A_B_NAMED = of_adapter("default")
 BARE = Ending("A-B bare", {"A": ".lora_A", "B": ".lora_B"})
 LORA_LAYER = Ending("lora layer", {"A": ".lora.down.weight", "B": ".lora.up.weight"})
 ATTENTION_PROCESSOR = Ending("attention processor", {"A": "_lora.down.weight", "B": "_lora.up.weight"})
 LINEAR_LAYER = Ending("linear layer", {"A": ".lora_linear_layer.down.weight", "B": ".lora_linear_layer.up.weight"})
+NUMBERED = Ending("numbered", {"A": ".down.weight", "B": ".up.weight"})  # XLabs: processor.proj_lora1.down.weight
 TRANSPOSED = Ending("transposed", {"A": ".lora_a", "B": ".lora_b"}, transposed=True)
-ENDINGS = (DOWN_UP, A_B, A_B_DEFAULT, BARE, LORA_LAYER, ATTENTION_PROCESSOR, LINEAR_LAYER, TRANSPOSED)
+ENDINGS = (DOWN_UP, A_B, A_B_NAMED, BARE, LORA_LAYER, ATTENTION_PROCESSOR, LINEAR_LAYER, NUMBERED, TRANSPOSED)
 
 HADAMARD = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
 KRONECKER = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
@@ -77,11 +93,15 @@ def grouped(keys: Iterable[str]) -> tuple[dict[str, Group], list[str]]:
     groups: dict[str, Group] = {}
     unknown = []
     for key in keys:
-        if not key.endswith(_TEXTS):
+        ending: Ending | None
+        if match := _NAMED.fullmatch(key):
+            stem, slot, ending = match["stem"], match["slot"], of_adapter(match["adapter"])
+        elif key.endswith(_TEXTS):
+            text, slot, ending = next(place for place in _PLACES if key.endswith(place[0]))
+            stem = key[: -len(text)]
+        else:
             unknown.append(key)
             continue
-        text, slot, ending = next(place for place in _PLACES if key.endswith(place[0]))
-        stem = key[: -len(text)]
         group = groups.setdefault(stem, Group(stem))
         if slot in group.keys or (ending and group.ending not in (None, ending)):
             unknown.append(key)

@@ -24,6 +24,7 @@ from pimerge.adapters.formats._keys import (
     DOWN_UP,
     LINEAR_LAYER,
     LORA_LAYER,
+    NUMBERED,
     TRANSPOSED,
 )
 from pimerge.adapters.formats._metadata import base_of, carried
@@ -49,7 +50,7 @@ _OLD_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "ou
 def _recognises(keys: KeySummary) -> bool:
     if not keys.endings or any(key.startswith(_OTHERS) for key in keys.keys):
         return False
-    if keys.endings & {LORA_LAYER.name, ATTENTION_PROCESSOR.name, LINEAR_LAYER.name}:
+    if keys.endings & {LORA_LAYER.name, ATTENTION_PROCESSOR.name, LINEAR_LAYER.name, NUMBERED.name}:
         return True
     if keys.has_config or TRANSPOSED.name in keys.endings:
         return False

@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from pimerge.adapters.format import PEFT, Content, Format, KeySummary
-from pimerge.adapters.formats._keys import A_B, A_B_DEFAULT
+from pimerge.adapters.formats._keys import A_B, A_B_NAMED
 from pimerge.checkpoints.safetensors_file import TensorFile
 
 
 def _recognises(keys: KeySummary) -> bool:
     if any(key.startswith("base_model.") for key in keys.keys):
         return True
-    return keys.has_config or (bool(keys.endings) and keys.endings <= {A_B.name, A_B_DEFAULT.name})
+    return keys.has_config or (bool(keys.endings) and keys.endings <= {A_B.name, A_B_NAMED.name})
 
 
 def _read(file: TensorFile, config: Mapping[str, Any] | None) -> Content:
