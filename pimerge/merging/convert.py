@@ -176,7 +176,7 @@ def _to_peft(
         raise PimergeError(f"'{source}' is a model in safetensors: there is nothing to convert")
     found = open_source(source)
     if found.format == PEFT:
-        return _to_folder(found, output, force)
+        return _to_folder(found, base, output, force)
     expert = as_peft(open_expert(source, _text(base)))
     converted = _to_lora(expert, "max", None, base, output, force, track, note)
     return replace(
@@ -184,11 +184,15 @@ def _to_peft(
     )
 
 
-def _to_folder(source: AdapterSource, output: Path, force: bool) -> Converted:
-    """Write an adapter with PEFT's config as PEFT does: one file, under PEFT's keys, beside its config."""
+def _to_folder(found: AdapterSource, base: str | Path | None, output: Path, force: bool) -> Converted:
+    """Write an adapter with PEFT's config as PEFT does: one file, under today's keys, beside its config."""
     from pimerge.adapters.expert_files import CONFIG, WEIGHTS
+    from pimerge.adapters.expert_parts import canonical, kind_of
+    from pimerge.adapters.kind import KINDS
     from pimerge.checkpoints.safetensors_file import open_tensors, writing_tensors
 
+    kind, unhandled = kind_of(found.config)
+    source, _ = canonical(found, None if unhandled else KINDS.load(kind), _text(base))
     usual = source.path / WEIGHTS
     if usual.is_file() and list(open_tensors(usual).entries) == list(source.file.entries):
         raise PimergeError(

@@ -83,6 +83,19 @@ def test_a_name_that_is_ambiguous_is_refused() -> None:
         in_base(["lora_a_b_c"], ["a.b_c", "a_b.c"])
 
 
+def test_other_keys_become_those_of_today(tmp_path: Path, bert_base: Path, make_expert: MakeExpert) -> None:
+    source = make_expert(tmp_path / "a", bert_base)
+    before = load_file(source / "adapter_model.safetensors")
+    named = {
+        key.replace(".weight", ".default.weight") if ".lora_" in key else key: each for key, each in before.items()
+    }
+    save_file(named, source / "adapter_model.safetensors")
+    pimerge.convert(source, output=tmp_path / "b")
+    found = load_file(tmp_path / "b" / "adapter_model.safetensors")
+    assert found.keys() == before.keys()
+    assert all(torch.equal(found[key], before[key]) for key in before)
+
+
 def test_shards_and_files_elsewhere_become_a_folder_of_peft(
     tmp_path: Path, bert_base: Path, make_expert: MakeExpert
 ) -> None:

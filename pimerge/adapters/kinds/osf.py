@@ -13,6 +13,7 @@ KIND = peft_kind(
         on_weight=True,
     ),
     name="osf",
+    slots=("osf_svd_params.U_", "osf_svd_params.S_", "osf_svd_params.V_"),
     summary="The small singular directions of a matrix are trained.",
     formula="ΔW = U diag(s) V − W, the large singular values of W kept",
     paper="OSF (arXiv 2504.07097)",

@@ -13,6 +13,7 @@ KIND = peft_kind(
         on_weight=True,
     ),
     name="peanut",
+    slots=(*(f"peanut_{half}.{digit}" for half in ("encoders", "decoders") for digit in range(10)), "peanut_"),
     summary="An update that a small network computes from the matrix.",
     formula="ΔW = f(W)",
     paper="PEANuT (arXiv 2410.01870)",

@@ -13,6 +13,7 @@ KIND = peft_kind(
         on_weight=True,
     ),
     name="psoft",
+    slots=("psoft_R.vector_", "psoft_"),
     summary="A rotation within the principal subspace of a matrix.",
     formula="ΔW = A (R − I) B, A B the leading part of W",
     paper="PSOFT (arXiv 2505.11235)",
