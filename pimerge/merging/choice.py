@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pimerge.adapters.compatibility import refuse_over_inputs, require_alike
+from pimerge.adapters.format import PEFT
 from pimerge.adapters.selected import open_all, select
 from pimerge.core.errors import PimergeError, Problems
 from pimerge.merging.method import METHODS, OpenedMethod
@@ -71,7 +72,9 @@ def _opened(request: MergeRequest) -> list[Expert]:
 
 
 def _alike(request: MergeRequest, chosen: ChosenExperts) -> ChosenExperts:
-    """Check that the experts, and the target whose head is used, are compatible."""
+    """Check that the experts, and the target whose head is used, are compatible; only PEFT's format has heads."""
+    if any(expert.format != PEFT for expert in chosen.experts) and chosen.target not in chosen.experts:
+        chosen = replace(chosen, target=None)
     target = chosen.target if request.head is HeadPolicy.TARGET else None
     require_alike([*chosen.experts, *([target] if target else [])])
     return chosen

@@ -259,6 +259,7 @@ def _to_lora(
         [expert],
         method="interpolated",
         weights=[1.0],
+        target=expert,  # not that of a ranking in the working folder
         rank=rank,
         energy=energy,
         base=_text(base),
