@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import re
 import sys
@@ -87,6 +88,7 @@ def main() -> None:
     """Run the command line and turn a PimergeError into a message and an exit status."""
     gc.set_threshold(*SELDOM)
     warnings.simplefilter("ignore")  # those of libraries are not for the user of a command
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it, and it misses a kernel on CPUs
     try:
         app()
         sys.stdout.flush()
