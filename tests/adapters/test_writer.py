@@ -276,7 +276,7 @@ def test_heads_are_averaged_only_if_the_labels_agree(pair: list[Expert]) -> None
     ):
         choose_head("average", pair, None)
     path.unlink()
-    with pytest.raises(PimergeError, match=r"'e1' has the labels unknown"):
+    with pytest.raises(PimergeError, match=r"'e1' has no task\.json"):
         choose_head("average", pair, None)
     assert choose_head("target", pair, pair[1]).task is None
 

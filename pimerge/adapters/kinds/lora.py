@@ -184,7 +184,7 @@ KIND = Kind(
     formula="ΔW = s · B A",
     paper="LoRA (arXiv 2106.09685)",
     peft_type="LORA",
-    slots=("lora_", "base_layer"),
+    slots=("lora_monteclora_sampler.", "lora_", "base_layer"),  # the first that matches counts
     has_update=True,
     stores_factors=True,
     init_slots=("A",),
