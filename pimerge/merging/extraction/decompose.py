@@ -106,7 +106,7 @@ class _Goal:
         size = _MARGIN * self.noise
         above = max(1, int((singular > size * sum(map(math.sqrt, self.shape))).sum()))
         lost = self.energy - float(singular[:above].square().sum())
-        return above if lost <= size**2 * math.prod(self.shape) else 0
+        return above if lost <= (2 * self.noise) ** 2 * math.prod(self.shape) else 0
 
 
 def _leading(delta: Tensor, goal: _Goal, seed: int) -> tuple[Tensor, Tensor, Tensor]:

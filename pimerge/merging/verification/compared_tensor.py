@@ -42,13 +42,19 @@ class LowRank:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor of a full checkpoint; its update is the difference to the base's."""
+    """A tensor of a full checkpoint, or one matrix of a stacked tensor; its update is the difference to the base's.
+
+    Attributes:
+        first: the row at which the matrix starts.
+    """
 
     file: TensorFile
     key: str
+    first: int = 0
 
     def rows(self, start: int, stop: int, columns: int) -> Tensor:
         """Read some rows in the stored dtype, (stop − start, columns)."""
+        start, stop = self.first + start, self.first + stop
         return self.file.read_part(self.key, start * columns, stop * columns).view(-1, columns)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from pimerge.adapters.expert import Expert
-from pimerge.adapters.into_stacks import stacked_factors
+from pimerge.adapters.into_stacks import PlacedMatrix, placed_factors, stacked_factors
 from pimerge.adapters.lora_module import Factors, LoraModule, times_added
 from pimerge.adapters.merge_into import MergeIntoPlan, plan_merge_into
 from pimerge.checkpoints.checkpoint import Checkpoint
@@ -89,6 +89,9 @@ def pair_tensors(merged: Source, experts: Sequence[Source], base: Checkpoint, re
         if not is_touched or entry.dtype not in FLOATS:
             if isinstance(merged, Checkpoint):
                 pairing.untouched[key] = stored, StoredTensor(merged.home[keys[0][key]], keys[0][key])
+            continue
+        if key in plan.stacks:
+            _add_stack(pairing, sources, keys, key, plan, read)
             continue
         name = f"{modules[key]}.bias" if key in plan.biases else modules.get(key, key)
         rows = entry.shape[0] if entry.shape else 1
@@ -198,6 +201,40 @@ def _remark_shared(pairing: Pairing, merged: Checkpoint, keys: Mapping[str, str]
                 f"{' and '.join(names)} share '{key}' in '{merged.name}', which cannot hold an update for each: "
                 "tied weights were merged without untying them"
             )
+
+
+def _stack_name(key: str, placed: Sequence[PlacedMatrix]) -> str:
+    return placed[0].module if len(placed) == 1 and placed[0].half is None else key
+
+
+def _add_stack(
+    pairing: Pairing,
+    sources: Sequence[Source],
+    keys: Sequence[Mapping[str, str]],
+    key: str,
+    plan: MergeIntoPlan,
+    read: Read,
+) -> None:
+    """Add one comparison for each matrix of a stacked tensor, such as the weights of a mixture's experts."""
+    file, entry = plan.checkpoint.home[key], plan.checkpoint.entry(key)
+    rows, columns = entry.shape[-2:]
+    placed = {each.index: each for each in plan.stacks[key]}
+
+    def part(source: Source, own: Mapping[str, str], index: int) -> Part | None:
+        if isinstance(source, Checkpoint):
+            return StoredTensor(source.home[own[key]], own[key], index * rows) if key in own else None
+        place = placed.get(index)
+        if place is None or place.module not in source.modules:
+            return None
+        factors = placed_factors(place, lambda module: read(source, module))
+        return low_rank(factors, transposed=key in plan.transposed)
+
+    for index in range(math.prod(entry.shape[:-2])):
+        place = placed.get(index)
+        name = place.module if place and place.half is None else key if place else f"{key}[{index}]"
+        parts = [partial(part, source, own, index) for source, own in zip(sources, keys, strict=True)]
+        pairing.add(name, (rows, columns), StoredTensor(file, key, index * rows), parts)
+        pairing.scalings[name] = [_scaling(source, place.module if place else "") for source in sources[1:]]
 
 
 def _part(source: Source, own: Mapping[str, str], key: str, plan: MergeIntoPlan, read: Read) -> Part | None:

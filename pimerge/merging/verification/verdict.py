@@ -110,6 +110,8 @@ def judge(
     unit = claimed or 1.0
     error, rounding = evidence.difference / unit, evidence.tolerance / unit
     known = CheckedModule(name, Verdict.EQUAL, error, rounding)
+    if not claimed and not evidence.fits and not any(part is not None for part in comparison.parts):
+        return CheckedModule(name, Verdict.CHANGED)
     if evidence.unchanged and evidence.visible and claimed > 0:
         return _as(known, Verdict.BASE)
     if evidence.fits and not _other_weights(evidence, weights):

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+import transformers
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -419,3 +420,25 @@ def test_a_slightly_wrong_weight_is_found_below_the_rounding(tmp_path: Path) -> 
     found = pimerge.verify(tmp_path / "merged.safetensors", weights=[0.6, 0.4], **given)
     assert found.verdict == "weights"
     assert found.modules[0].weights == pytest.approx([0.63, 0.4], abs=5e-3)
+
+
+def test_the_experts_of_a_mixture_are_compared_one_by_one(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.MixtralConfig(vocab_size=32, num_key_value_heads=1, num_local_experts=3, **sizes)
+    torch.manual_seed(0)
+    transformers.MixtralForCausalLM(config).save_pretrained(tmp_path / "base")
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    targets = {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj"]}
+    model = get_peft_model(base, LoraConfig(r=2, lora_alpha=4, **targets))
+    with torch.no_grad():
+        for seed, parameter in enumerate(p for p in model.parameters() if p.requires_grad):
+            parameter.copy_(normal(*parameter.shape, seed=seed, scale=0.2))
+    model.save_pretrained(tmp_path / "expert")
+    merged = save_full(model.merge_and_unload(), tmp_path / "full")
+    found = pimerge.verify(merged, experts=tmp_path / "expert", base=tmp_path / "base")
+    assert found.equal, found.summary
+    assert len(found.modules) == 1 + 2 * 3  # each expert's two halves are stored as matrices of their own
+    key = "model.layers.0.block_sparse_moe.experts.1.w1.weight"
+    edit_file(merged, {key: lambda value: load_file(tmp_path / "base" / "model.safetensors")[key]})
+    found = pimerge.verify(merged, experts=tmp_path / "expert", base=tmp_path / "base")
+    assert [each.name for each in found.modules if each.verdict == "base"] == [key]
