@@ -21,7 +21,7 @@ from pimerge.checkpoints.renaming import renaming_of, transforms_of, undoing_of
 from pimerge.core.errors import PimergeError, Problems, nearest
 
 # Prefixes that programs put before the names of a diffusion model.
-_DIFFUSION = re.compile(r"^(?:model_diffusion_model|diffusion_model|unet|transformer)_")
+_DIFFUSION = re.compile(r"^(?:model_diffusion_model|diffusion_model|(?:lora_)?unet|(?:lora_)?transformer)_")
 
 
 _UNBUILDABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError)
@@ -259,8 +259,9 @@ def _only(keys: list[str], what: str) -> str:
 def _loose(name: str) -> str:
     """A name without the separators and prefixes that differ between programs.
 
-    >>> _loose("model.diffusion_model.down.0.to_q.weight") == _loose("unet_down_0_to_q.weight")
-    True
+    >>> names = ["model.diffusion_model.down.0.to_q.weight", "unet_down_0_to_q.weight", "lora_unet_down_0_to_q.weight"]
+    >>> {_loose(name) for name in names}
+    {'down_0_to_q_weight'}
     """
     return _DIFFUSION.sub("", name.replace(".", "_"))
 

@@ -14,7 +14,7 @@ from pimerge.adapters.merge_into import MergeIntoPlan, plan_merge_into
 from pimerge.checkpoints.checkpoint import Checkpoint
 from pimerge.checkpoints.dtypes import FLOATS
 from pimerge.checkpoints.key_mapping import align, names_of
-from pimerge.core.errors import Problems
+from pimerge.core.errors import PimergeError, Problems
 from pimerge.merging.verification.compared_tensor import ComparedTensor, Part, StoredTensor, low_rank
 from pimerge.merging.verification.verdict import CheckedModule, Scaling, Verdict
 
@@ -131,7 +131,11 @@ def _plan(base: Checkpoint, adapters: Sequence[Expert]) -> MergeIntoPlan:
     if not adapters:
         return MergeIntoPlan(base, {}, {}, {}, {}, frozenset(), False, None)
     fan_in_first = any(bool(expert.config.get("fan_in_fan_out")) for expert in adapters)
-    return plan_merge_into(base, layouts_of(adapters), fan_in_fan_out=fan_in_first)
+    layouts = layouts_of(adapters)
+    try:
+        return plan_merge_into(base, layouts, fan_in_fan_out=fan_in_first)
+    except PimergeError as error:
+        raise PimergeError(f"the adapters do not fit the base '{base.path}'", problems=error.problems) from error
 
 
 def _own_keys(base: Checkpoint, other: Checkpoint, wanted: Sequence[str]) -> dict[str, str]:
