@@ -52,6 +52,7 @@ class Changes:
     Attributes:
         modules: the weights that become a LoRA, by module.
         sizes, energies: ‖W − W0‖ / ‖W0‖ and ‖W − W0‖² of each of them.
+        cosines: cosine similarity of W and W0, which is about 0 if W was not trained from W0.
         left_out: what changed and is left out.
         head: parameter name → key of each tensor that is saved whole.
         saved: the modules that these belong to (``modules_to_save``).
@@ -62,6 +63,7 @@ class Changes:
     modules: dict[str, ChangedModule] = field(default_factory=dict)
     sizes: dict[str, float | None] = field(default_factory=dict)
     energies: dict[str, float] = field(default_factory=dict)
+    cosines: dict[str, float] = field(default_factory=dict)
     left_out: list[LeftOut] = field(default_factory=list)
     head: dict[str, str] = field(default_factory=dict)
     saved: list[str] = field(default_factory=list)
@@ -173,7 +175,7 @@ def _compare(
     if distance is None:
         found.unchanged += 1
         return
-    square, energy = distance
+    square, energy, cosine = distance
     size = math.sqrt(square / energy) if energy else None
     # tied weights share a stored tensor, but each of their layers needs its own factors
     for owner in (name, *(other for other, key in (names.shared or {}).items() if key == after)):
@@ -182,17 +184,20 @@ def _compare(
             if names.known and owner not in names.known:
                 raise NotAdapted("transformers makes the weight of its layer from several tensors, or does not load it")
             found.modules[module] = adapted(owner, new.shape, layers, before, after)
-            found.sizes[module], found.energies[module] = size, square
+            found.sizes[module], found.energies[module], found.cosines[module] = size, square, cosine
         except NotAdapted as reason:
             if owner == name:
                 found.left_out.append(LeftOut(name, str(reason), size, square))
 
 
-def _distance(base: Checkpoint, before: str, finetuned: Checkpoint, after: str) -> tuple[float, float] | None:
-    """‖W − W0‖² and ‖W0‖²; None if they are equal in the dtype of W. Other integers are infinitely far apart."""
+def _distance(base: Checkpoint, before: str, finetuned: Checkpoint, after: str) -> tuple[float, float, float] | None:
+    """‖W − W0‖², ‖W0‖² and the cosine similarity of W and W0; None if they are equal in the dtype of W.
+
+    Integers that differ count as infinitely far apart.
+    """
     entry = finetuned.entry(after)
     is_float = entry.dtype in FLOATS and base.entry(before).dtype in FLOATS
-    count, differs, square, energy = math.prod(entry.shape), False, 0.0, 0.0
+    count, differs, square, energy, own = math.prod(entry.shape), False, 0.0, 0.0, 0.0
     for start in range(0, count, _BLOCK):
         stop = min(start + _BLOCK, count)
         old = base.home[before].read_part(before, start, stop)
@@ -202,12 +207,13 @@ def _distance(base: Checkpoint, before: str, finetuned: Checkpoint, after: str) 
             old, new = old.double(), new.double()
             square += float((new - old).square().sum())
             energy += float(old.square().sum())
+            own += float(new.square().sum())
     if not differs:
         return None
     if not is_float:
-        return 0.0, 0.0
+        return 0.0, 0.0, 1.0
     if not math.isfinite(square):
         raise PimergeError(
             f"'{after}' of '{finetuned.name}' or of the base contains NaN or Inf", "its training diverged"
         )
-    return square, energy
+    return square, energy, (own + energy - square) / (2 * math.sqrt(own * energy) or 1.0)

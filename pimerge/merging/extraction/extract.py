@@ -26,7 +26,7 @@ from pimerge.merging.request import DTYPE, ResultDtype, ResultRequest
 from pimerge.merging.verification.rounding import precision_of, spacing
 
 DEFAULT_RANK = 32
-_UNRELATED = 1.0
+_UNRELATED = 0.1  # cosine similarity of a weight and the base's
 
 
 def extract(
@@ -148,10 +148,10 @@ def _select(request: ResultRequest, changes: Changes, finetuned: Checkpoint, bas
             f"no weight of '{finetuned.name}' that LoRA adapts differs from the base '{base.name}'",
             f"what changed: {', '.join(names)}" if names else "",
         )
-    large = [name for name in changes.modules if (changes.sizes[name] or 0.0) > _UNRELATED]
-    if 2 * len(large) > len(changes.modules):
+    unlike = [name for name in changes.modules if abs(changes.cosines[name]) < _UNRELATED]
+    if 2 * len(unlike) > len(changes.modules):
         request.note(
-            f"{len(large)} of {len(changes.modules)} weights differ from the base by more than their own size: "
+            f"{len(unlike)} of {len(changes.modules)} changed weights have nothing in common with those of the base: "
             f"'{base.name}' is probably not the base that '{finetuned.name}' was fine-tuned from"
         )
 

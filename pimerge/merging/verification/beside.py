@@ -37,11 +37,11 @@ def judge_beside(
         owner = _owner_of_head(key, StoredTensor(merged.home[key], key), experts, weights)
         if owner:
             remarks.append(f"'{key}' is {owner}")
-        elif owner is None and not reason:
-            remarks.append(f"'{key}' is not in the base and not part of the claim")
+        elif reason:
+            changed.append(CheckedModule(key, Verdict.CHANGED, reason=reason))
         else:
-            why = reason or "it differs from the head of every expert"
-            changed.append(CheckedModule(key, Verdict.CHANGED, reason=why))
+            what = "not in the base" if owner is None else "the head of none of the experts"
+            remarks.append(f"'{key}' is {what}, and not part of the claim")
     return changed, remarks
 
 

@@ -56,20 +56,6 @@ class Pairing:
         self.comparisons[name] = read
 
 
-def pair_adapters(merged: Expert, experts: Sequence[Expert], read: Read) -> Pairing:
-    """Pair the updates of adapters, for which no base is needed."""
-    pairing = Pairing()
-    sources = [merged, *experts]
-    for name, layout in layouts_of(sources).items():
-        scalings = [_scaling(expert, name) for expert in experts]
-        pairing.add(name, (layout.d_out, layout.d_in), None, [partial(_update, e, name, read, False) for e in sources])
-        pairing.scalings[name] = scalings
-        if any(name in expert.modules and expert.modules[name].bias for expert in sources):
-            pairing.add(f"{name}.bias", (layout.d_out, 1), None, [partial(_bias, e, name, read) for e in sources])
-            pairing.scalings[f"{name}.bias"] = scalings
-    return pairing
-
-
 def pair_tensors(merged: Source, experts: Sequence[Source], base: Checkpoint, read: Read) -> Pairing:
     """Pair the tensors of full checkpoints, or of adapters and full checkpoints, relative to a base."""
     pairing = Pairing()
@@ -101,7 +87,7 @@ def pair_tensors(merged: Source, experts: Sequence[Source], base: Checkpoint, re
         parts = [partial(_part, source, own, key, plan, read) for source, own in zip(sources, keys, strict=True)]
         pairing.add(name, shape, stored, parts)
         module = plan.stacks[key][0].module if key in plan.stacks else modules.get(key, "")
-        pairing.scalings[name] = [_scaling(expert, module) for expert in experts]
+        pairing.scalings[name] = [scaling_of(expert, module) for expert in experts]
     return pairing
 
 
@@ -238,7 +224,7 @@ def _add_stack(
         name = place.module if place and place.half is None else key if place else f"{key}[{index}]"
         parts = [partial(part, source, own, index) for source, own in zip(sources, keys, strict=True)]
         pairing.add(name, (rows, columns), StoredTensor(file, key, index * rows), parts)
-        pairing.scalings[name] = [_scaling(source, place.module if place else "") for source in sources[1:]]
+        pairing.scalings[name] = [scaling_of(source, place.module if place else "") for source in sources[1:]]
 
 
 def _part(source: Source, own: Mapping[str, str], key: str, plan: MergeIntoPlan, read: Read) -> Part | None:
@@ -246,10 +232,10 @@ def _part(source: Source, own: Mapping[str, str], key: str, plan: MergeIntoPlan,
     if isinstance(source, Checkpoint):
         return StoredTensor(source.home[own[key]], own[key]) if key in own else None
     if key in plan.biases:
-        return _bias(source, plan.biases[key], read)
+        return bias_update_of(source, plan.biases[key], read)
     if key in plan.stacks:
         return _stack(source, key, plan, read)
-    return _update(source, plan.weights[key], read, key in plan.transposed) if key in plan.weights else None
+    return update_of(source, plan.weights[key], read, key in plan.transposed) if key in plan.weights else None
 
 
 def _stack(expert: Expert, key: str, plan: MergeIntoPlan, read: Read) -> Part | None:
@@ -262,7 +248,8 @@ def _stack(expert: Expert, key: str, plan: MergeIntoPlan, read: Read) -> Part | 
     return low_rank(found, transposed=False)
 
 
-def _update(expert: Expert, module: str, read: Read, transposed: bool) -> Part | None:
+def update_of(expert: Expert, module: str, read: Read, transposed: bool) -> Part | None:
+    """The update of an adapter in a module; None if it does not adapt the module."""
     if module not in expert.modules:
         return None
     is_recomputed = bool(expert.modules[module].conversions)
@@ -271,7 +258,7 @@ def _update(expert: Expert, module: str, read: Read, transposed: bool) -> Part |
     return low_rank(factors, transposed=transposed, is_recomputed=is_recomputed)
 
 
-def _bias(expert: Expert, module: str, read: Read) -> Part | None:
+def bias_update_of(expert: Expert, module: str, read: Read) -> Part | None:
     """The bias update as a matrix of one column."""
     if module not in expert.modules or not expert.modules[module].bias:
         return None
@@ -281,7 +268,8 @@ def _bias(expert: Expert, module: str, read: Read) -> Part | None:
     return low_rank(Factors(one, factors.bias[:, None], factors.scaling), transposed=False)
 
 
-def _scaling(source: Source, module: str) -> Scaling:
+def scaling_of(source: Source, module: str) -> Scaling:
+    """The scaling of an expert in a module; 1 for a full checkpoint or a kind without factors."""
     if not isinstance(source, Expert) or module not in source.modules:
         return Scaling()
     layout = source.modules[module]

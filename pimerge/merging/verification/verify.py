@@ -14,9 +14,10 @@ from pimerge.core.errors import PimergeError, Problems
 from pimerge.core.progress import Track, silent
 from pimerge.merging.choice import require_one_each
 from pimerge.merging.preparation import reader_of
+from pimerge.merging.verification.adapter_pairs import pair_adapters
 from pimerge.merging.verification.beside import is_other_base, judge_beside
 from pimerge.merging.verification.evidence import measure
-from pimerge.merging.verification.sources import Pairing, Source, pair_adapters, pair_tensors, require_same_shapes
+from pimerge.merging.verification.sources import Pairing, Source, pair_tensors, require_same_shapes
 from pimerge.merging.verification.verdict import CheckedModule, Verdict, judge
 from pimerge.merging.verification.verification import Verification
 

@@ -20,7 +20,7 @@ from pimerge.adapters.expert import open_expert
 from pimerge.core.errors import PimergeError
 from tests.support.bases import model_for
 from tests.support.checkpoints import contents, set_checkpoint_config, shaken, tensors
-from tests.support.experts import dense_deltas
+from tests.support.experts import MakeExpert, dense_deltas
 from tests.support.numerics import logits_of, normal
 
 TEXT = {"input_ids": torch.arange(4, 14).view(2, 5)}
@@ -234,3 +234,16 @@ def test_single_files_and_convolutions(tmp_path: Path) -> None:
     assert (A.shape, B.shape) == ((6, 4, 3, 3), (6, 6, 1, 1))
     delta = tuned["down.0.conv.weight"] - base["down.0.conv.weight"]
     torch.testing.assert_close((B.flatten(1) @ A.flatten(1)).view_as(delta), delta, rtol=0, atol=1e-5)
+
+
+def test_an_extracted_lora_is_the_adapters_that_were_merged(
+    vit_base: Path, tmp_path: Path, make_expert: MakeExpert
+) -> None:
+    experts = [make_expert(tmp_path / name, vit_base, seed=seed, head=False) for seed, name in enumerate("ab")]
+    merged = pimerge.merge(experts, head="none", into=vit_base, output=tmp_path / "full")
+    notes: list[str] = []
+    found = pimerge.extract(merged.path, base=vit_base, rank="max", output=tmp_path / "lora", note=notes.append)
+    assert {s.rank for s in found.modules} == {8}
+    assert notes == []
+    checked = pimerge.verify(tmp_path / "lora", experts=experts)  # whose modules have the prefix of a model with a head
+    assert checked.equal, checked.summary

@@ -1,0 +1,46 @@
+"""Pair the updates of a merged adapter with those of the experts, for which no base is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from functools import partial
+
+from pimerge.adapters.expert import Expert
+from pimerge.adapters.lora_module import Factors
+from pimerge.merging.verification.sources import Pairing, Read, bias_update_of, layouts_of, scaling_of, update_of
+
+
+def pair_adapters(merged: Expert, experts: Sequence[Expert], read: Read) -> Pairing:
+    """Pair the updates module by module; names with and without the backbone's prefix are the same module."""
+    pairing = Pairing()
+    theirs = {name for expert in experts for name in expert.modules}
+    own = {_same_module(name, theirs): name for name in merged.modules}
+    renamed = replace(merged, modules={name: merged.modules[stored] for name, stored in own.items()})
+
+    def read_own(expert: Expert, name: str) -> Factors:
+        return read(merged, own[name]) if expert is renamed else read(expert, name)
+
+    sources = [renamed, *experts]
+    for name, layout in layouts_of(sources).items():
+        scalings = [scaling_of(expert, name) for expert in experts]
+        parts = [partial(update_of, expert, name, read_own, False) for expert in sources]
+        pairing.add(name, (layout.d_out, layout.d_in), None, parts)
+        pairing.scalings[name] = scalings
+        if any(name in expert.modules and expert.modules[name].bias for expert in sources):
+            biases = [partial(bias_update_of, expert, name, read_own) for expert in sources]
+            pairing.add(f"{name}.bias", (layout.d_out, 1), None, biases)
+            pairing.scalings[f"{name}.bias"] = scalings
+    return pairing
+
+
+def _same_module(name: str, others: Iterable[str]) -> str:
+    """The other name of a module, if exactly one differs only by a prefix; else its own name.
+
+    >>> _same_module("layers.0.q", {"vit.layers.0.q", "vit.layers.0.v"}), _same_module("q", {"a.q", "b.q"})
+    ('vit.layers.0.q', 'q')
+    """
+    if name in (others := set(others)):
+        return name
+    found = [other for other in others if other.endswith(f".{name}") or name.endswith(f".{other}")]
+    return found[0] if len(found) == 1 else name
