@@ -178,24 +178,3 @@ def placed_factors(place: PlacedMatrix, update: Callable[[str], Factors]) -> Fac
     if place.half is None:
         return factors
     return replace(factors, B=factors.B.chunk(2)[place.half])
-
-
-def stacked_factors(
-    placed: Sequence[PlacedMatrix], shape: Sequence[int], update: Callable[[str], Factors], *, transposed: bool
-) -> Factors:
-    """What is added to a stored tensor, as one update of the matrix (E·rows × columns) with scaling 1.
-
-    Args:
-        shape: the shape of the stored tensor.
-    """
-    rows, columns = shape[-2:]
-    parts = [(each.index, placed_factors(each, update)) for each in placed]
-    B = torch.zeros(math.prod(shape[:-1]), sum(len(part.A) for _, part in parts), dtype=torch.float64)
-    A, start = torch.empty(B.shape[1], columns, dtype=torch.float64), 0
-    for index, part in parts:
-        stop = start + len(part.A)
-        left, right = (part.A.T, part.B.T) if transposed else (part.B, part.A)
-        B[index * rows : (index + 1) * rows, start:stop] = part.scaling * left.double()
-        A[start:stop] = right
-        start = stop
-    return Factors(A, B, 1.0)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from pimerge.adapters.expert import Expert
-from pimerge.adapters.into_stacks import PlacedMatrix, placed_factors, stacked_factors
+from pimerge.adapters.into_stacks import placed_factors
 from pimerge.adapters.lora_module import Factors, LoraModule, times_added
 from pimerge.adapters.merge_into import MergeIntoPlan, plan_merge_into
 from pimerge.checkpoints.checkpoint import Checkpoint
@@ -81,13 +81,10 @@ def pair_tensors(merged: Source, experts: Sequence[Source], base: Checkpoint, re
             continue
         name = f"{modules[key]}.bias" if key in plan.biases else modules.get(key, key)
         rows = entry.shape[0] if entry.shape else 1
-        if key in plan.stacks:
-            rows = math.prod(entry.shape[:-1])
         shape = (rows, math.prod(entry.shape) // max(1, rows))
         parts = [partial(_part, source, own, key, plan, read) for source, own in zip(sources, keys, strict=True)]
         pairing.add(name, shape, stored, parts)
-        module = plan.stacks[key][0].module if key in plan.stacks else modules.get(key, "")
-        pairing.scalings[name] = [scaling_of(expert, module) for expert in experts]
+        pairing.scalings[name] = [scaling_of(expert, modules.get(key, "")) for expert in experts]
     return pairing
 
 
@@ -193,10 +190,6 @@ def _remark_shared(pairing: Pairing, merged: Checkpoint, keys: Mapping[str, str]
             )
 
 
-def _stack_name(key: str, placed: Sequence[PlacedMatrix]) -> str:
-    return placed[0].module if len(placed) == 1 and placed[0].half is None else key
-
-
 def _add_stack(
     pairing: Pairing,
     sources: Sequence[Source],
@@ -233,19 +226,7 @@ def _part(source: Source, own: Mapping[str, str], key: str, plan: MergeIntoPlan,
         return StoredTensor(source.home[own[key]], own[key]) if key in own else None
     if key in plan.biases:
         return bias_update_of(source, plan.biases[key], read)
-    if key in plan.stacks:
-        return _stack(source, key, plan, read)
     return update_of(source, plan.weights[key], read, key in plan.transposed) if key in plan.weights else None
-
-
-def _stack(expert: Expert, key: str, plan: MergeIntoPlan, read: Read) -> Part | None:
-    """The updates of the matrices of a bare parameter, as one."""
-    placed = [each for each in plan.stacks[key] if each.module in expert.modules]
-    if not placed:
-        return None
-    shape = plan.checkpoint.entry(key).shape
-    found = stacked_factors(placed, shape, partial(read, expert), transposed=key in plan.transposed)
-    return low_rank(found, transposed=False)
 
 
 def update_of(expert: Expert, module: str, read: Read, transposed: bool) -> Part | None:
