@@ -118,6 +118,30 @@ def _differ(expert: Expert, other: Expert) -> bool:
     return expert.base.identity != other.base.identity
 
 
+def require_shared_modules(experts: Sequence[Expert]) -> None:
+    """Refuse experts that do not share modules, directly or through others: they may be the same under other names.
+
+    Experts without ΔW always share the form of their tensors.
+    """
+    left = [expert for expert in experts if expert.modules]
+    if not left:
+        return
+    first = left[0]
+    known = set(first.modules)
+    while near := [expert for expert in left if known & expert.modules.keys()]:
+        known.update(*(expert.modules for expert in near))
+        left = [expert for expert in left if not known & expert.modules.keys()]
+    problems = Problems()
+    for expert in left:
+        problems.add(
+            f"'{expert.name}' and '{first.name}' share no module: the one adapts '{min(expert.modules)}', the other "
+            f"'{min(first.modules)}'",
+            "if these are the same modules under other names, pass --base with their base's folder; if they were "
+            "trained on different modules on purpose, pass --allow-disjoint",
+        )
+    problems.raise_any("these experts share no module")
+
+
 def require_finite(experts: Sequence[Expert]) -> None:
     """Check every tensor of several experts for NaN and Inf."""
     problems = Problems()

@@ -118,6 +118,10 @@ Config = Annotated[
         help="adapter_config.json of adapters that are single files of PEFT or mlx-lm. Default: the one beside each."
     ),
 ]
+AllowDisjoint = Annotated[
+    bool,
+    typer.Option("--allow-disjoint", help="Accept experts that adapt different modules, and so share none."),
+]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite existing output.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Do not print progress and hints.")]

@@ -69,6 +69,7 @@ def tune(
     granularity: Annotated[
         str, typer.Option(help=f"Modules that share one weight per expert: {', '.join(Granularity)}.")
     ] = "matrix",
+    allow_disjoint: options.AllowDisjoint = False,
     rank: Annotated[str, typer.Option(help="Rank of the result: a number, or max (lossless).")] = "max",
     kind: Annotated[
         str | None,
@@ -138,6 +139,7 @@ def tune(
         ),
         select=select,
         start=start,
+        allow_disjoint=allow_disjoint,
         device=device,
         dtype=dtype,
         output=output,

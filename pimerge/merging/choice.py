@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pimerge.adapters.compatibility import refuse_over_inputs, require_alike
+from pimerge.adapters.compatibility import refuse_over_inputs, require_alike, require_shared_modules
 from pimerge.adapters.format import PEFT
 from pimerge.adapters.selected import open_all, select
 from pimerge.core.errors import PimergeError, Problems
@@ -77,6 +77,8 @@ def _alike(request: MergeRequest, chosen: ChosenExperts) -> ChosenExperts:
         chosen = replace(chosen, target=None)
     target = chosen.target if request.head is HeadPolicy.TARGET else None
     require_alike([*chosen.experts, *([target] if target else [])])
+    if not request.allow_disjoint:
+        require_shared_modules(chosen.experts)
     return chosen
 
 

@@ -40,6 +40,7 @@ def merge(
     expert_order: str | None = None,
     into: str | Path | None = None,
     dequantize: bool = False,
+    allow_disjoint: bool = False,
     fisher: Sequence[str | Path] = (),
     store: str | Path = "embeddings.json",
     target: Expert | TaskSource | None = None,
@@ -88,6 +89,7 @@ def merge(
             replace its parameters, as PEFT's ``merge_and_unload`` does.
         dequantize: merge into the dequantised weights of a checkpoint that bitsandbytes quantised, and write them
             without quantisation.
+        allow_disjoint: accept experts that adapt different modules, and so share none.
         fisher: for full checkpoints, one file per checkpoint with its diagonal Fisher. LoRA experts use ``store``.
         store: embedding store, for methods that need Fisher information or input Grams.
         target: folder of an expert or a task, an open expert or task, or rows in memory. None stands for the target of
@@ -140,6 +142,7 @@ def merge(
         expert_order=expert_order,
         into=None if into is None else Path(into),
         dequantize=dequantize,
+        allow_disjoint=allow_disjoint,
         fisher=list(map(Path, fisher)),
         store=Path(store),
         verify=verify,

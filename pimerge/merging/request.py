@@ -128,6 +128,7 @@ class MergeRequest(ResultRequest):
     expert_order: str | None = None
     into: Path | None = None
     dequantize: bool = False
+    allow_disjoint: bool = False
     fisher: Sequence[Path] = ()
     store: Path = Path("embeddings.json")
     verify: bool = False

@@ -6,7 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pimerge.adapters.compatibility import check_expert, differing_form, init_cosine, require_alike, require_finite
+from pimerge.adapters.compatibility import (
+    check_expert,
+    differing_form,
+    init_cosine,
+    require_alike,
+    require_finite,
+    require_shared_modules,
+)
 from pimerge.adapters.expert import Expert, open_expert
 from pimerge.adapters.selected import distinguished
 from pimerge.core.errors import PimergeError, Problem
@@ -194,6 +201,7 @@ def _why_not_merged(expert: Expert, other: Expert) -> str:
         return f"its kind is {other.kind}, not {expert.kind} ('rank --measure marginals' compares them)"
     try:
         require_alike([expert, other])
+        require_shared_modules([expert, other])
     except PimergeError as error:
         return error.problems[0].message
     return ""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pimerge.adapters import selected
+from pimerge.adapters.compatibility import require_shared_modules
 from pimerge.adapters.expert import Expert
 from pimerge.adapters.ranking_document import Ranking
 from pimerge.checkpoints.base import Base
@@ -40,6 +41,7 @@ def tune(
     options: TrainingOptions | None = None,
     select: str = RateSelection.FIXED,
     start: str = WeightStart.RANKING,
+    allow_disjoint: bool = False,
     device: str = "auto",
     dtype: str = "auto",
     output: str | Path = "tuned",
@@ -65,6 +67,7 @@ def tune(
         options: training options.
         select: ``fixed`` uses the given learning rate and epochs; ``cv`` chooses both by cross-validation.
         start: initial weights of the experts: ``ranking`` uses its scores or gains, ``equal`` uses 1/N.
+        allow_disjoint: accept experts that adapt different modules, and so share none.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1`` …
         dtype: ``auto`` (bfloat16 on a GPU, else float32), ``float32``, ``bfloat16`` or ``float64``.
         output: the folder of the tuned expert.
@@ -98,6 +101,8 @@ def tune(
     source = target if target is None or isinstance(target, str | Path | Expert) else open_task(target)
     reference = base.reference if isinstance(base, Base) else None if base is None else str(base)
     chosen = selected.select(given, ranked, source, reference, needed=asked.plan.experts)
+    if not allow_disjoint:
+        require_shared_modules(chosen.experts)
     if chosen.task_source is None:
         raise PimergeError("there is no target", "pass --target with the folder of an expert or a task")
     task, used = open_task(chosen.task_source), asked

@@ -9,11 +9,28 @@ from pathlib import Path
 import pytest
 import torch
 
-from pimerge.adapters.compatibility import check_expert, differing_form, init_cosine, require_alike, require_finite
+import pimerge
+from pimerge.adapters.compatibility import (
+    check_expert,
+    differing_form,
+    init_cosine,
+    require_alike,
+    require_finite,
+    require_shared_modules,
+)
 from pimerge.adapters.expert import open_expert
 from pimerge.core.errors import PimergeError
 from tests.support.bases import save_base
-from tests.support.experts import PREFIX, MakeExpert, layers_expert, raw_expert, set_config, set_tensors, updates_of
+from tests.support.experts import (
+    PREFIX,
+    MakeExpert,
+    dense_deltas,
+    layers_expert,
+    raw_expert,
+    set_config,
+    set_tensors,
+    updates_of,
+)
 from tests.support.numerics import normal
 
 SHAPES = {"q": (3, 2, 4)}
@@ -127,3 +144,28 @@ def test_modules_and_ranks_decide_whether_factors_can_be_compared(tmp_path: Path
     assert differing_form(experts["first"], experts["first"]) == ""
     assert differing_form(experts["first"], experts["more"]) == "it adapts other modules than the target"
     assert differing_form(experts["first"], experts["higher"]) == "its rank is 3, but the target has rank 2"
+
+
+def test_experts_that_share_no_module_are_refused_unless_others_connect_them(tmp_path: Path) -> None:
+    parts = {"low": ["layers.0.q"], "high": ["layers.1.q"], "both": ["layers.0.q", "layers.1.q"]}
+    opened = {
+        name: open_expert(raw_expert(tmp_path / name, updates_of(dict.fromkeys(modules, (3, 2, 4)))))
+        for name, modules in parts.items()
+    }
+    require_shared_modules([opened["low"], opened["high"], opened["both"]])
+    require_shared_modules([opened["low"]])
+    with pytest.raises(PimergeError, match=r"'high' and 'low' share no module.*'layers\.1\.q'.*'layers\.0\.q'"):
+        require_shared_modules([opened["low"], opened["high"]])
+
+
+def test_disjoint_experts_merge_on_request(tmp_path: Path) -> None:
+    paths = [
+        raw_expert(tmp_path / name, updates_of({name: (3, 2, 4)}), base_model_name_or_path="org/base") for name in "ab"
+    ]
+    with pytest.raises(PimergeError, match="--allow-disjoint"):
+        pimerge.merge(paths, output=tmp_path / "out")
+    pimerge.merge(paths, allow_disjoint=True, output=tmp_path / "out")
+    found = dense_deltas(open_expert(tmp_path / "out"))
+    for path in paths:
+        for name, delta in dense_deltas(open_expert(path)).items():
+            torch.testing.assert_close(found[name], delta / 2, rtol=1e-5, atol=1e-6)

@@ -72,6 +72,7 @@ def merge(
             help="Merge into the dequantised weights of an --into that bitsandbytes quantised, and write those.",
         ),
     ] = False,
+    allow_disjoint: options.AllowDisjoint = False,
     fisher: Annotated[
         list[Path] | None,
         typer.Option(help="File with the diagonal Fisher of a full checkpoint; repeat it for each, in order."),
@@ -121,6 +122,7 @@ def merge(
         expert_order=expert_order,
         into=into,
         dequantize=dequantize,
+        allow_disjoint=allow_disjoint,
         fisher=fisher or [],
         store=store,
         target=target,
