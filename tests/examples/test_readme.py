@@ -26,6 +26,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 DOCUMENTS = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
 FAMILIES = (
+    "adapters/formats",
     "merging/methods",
     "ranking/measures",
     "reporting/figures",
