@@ -61,10 +61,6 @@ class BaseModules:
             return None if owner is None else owner + match["rest"]
         return None
 
-    def identity(self, name: str) -> str | None:
-        """The module that a name refers to, whatever the model class; None if the base has no such module."""
-        return next((found for way in _ways(name) if (found := self._found(way)) is not None), None)
-
     def _found(self, name: str) -> str | None:
         for known in dict.fromkeys((name, self.rename(name))):
             for way in (known, f"{self.prefix}.{known}", known.removeprefix(f"{self.prefix}.")):
@@ -90,11 +86,11 @@ class BaseModules:
 
 
 def _ways(name: str) -> Iterator[str]:
-    """A name, without the part that holds the language model in a multimodal model, and with it."""
+    """A name, and the name without the part that holds the language model in a multimodal model.
+
+    The reverse is not tried: on a multimodal base, a name without that part belongs to the text model's own class.
+    """
     yield name
     parts = name.split(".")
     if _TEXT in parts:
         yield ".".join(part for part in parts if part != _TEXT)
-    else:
-        yield f"{_TEXT}.{name}"
-        yield ".".join((parts[0], _TEXT, *parts[1:]))

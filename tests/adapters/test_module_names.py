@@ -15,6 +15,7 @@ from transformers import BertConfig, BertForSequenceClassification, BertModel, L
 
 import pimerge
 from pimerge.adapters.expert import open_expert
+from pimerge.adapters.peft_folder import peft_folder
 from pimerge.core.errors import PimergeError
 from pimerge.peft_methods import BitFitConfig
 from tests.support.names import DECODER, adapter, logits_of_sum, logits_with, rekeyed, saved_base
@@ -197,3 +198,12 @@ def test_the_backbone_s_prefix_is_kept_where_only_the_base_s_file_lacks_it(tmp_p
     model = BertForSequenceClassification.from_pretrained(tmp_path / "base")
     path = adapter(model, tmp_path / "a", LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS"))
     assert not open_expert(path).renamed
+
+
+@pytest.mark.parametrize("how", ["compiled", "ddp outside", "another adapter name", "backbone"])
+def test_peft_loads_a_wrapped_expert_as_the_plain_one(tmp_path: Path, llama: tuple[nn.Module, Path], how: str) -> None:
+    base, folder = llama
+    path = adapter(base, tmp_path / "a", LoraConfig(r=2, target_modules=QV, task_type="CAUSAL_LM"))
+    rekeyed(path, str, base_model_name_or_path=str(folder / "base"))
+    with peft_folder(open_expert(rekeyed(path, WRAPPED[how], tmp_path / "wrapped"))) as copy:
+        torch.testing.assert_close(logits_with(base, copy), logits_with(base, path), rtol=0, atol=0)

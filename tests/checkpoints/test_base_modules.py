@@ -17,3 +17,10 @@ def test_names_within_a_model_are_found_from_either_side() -> None:
     assert headed.place("layers.0.q", "CAUSAL_LM") == "model.layers.0.q"
     assert inner.place("model.layers.0.q") == "model.layers.0.q"
     assert headed.place("model.model.layers.0.q") == "model.layers.0.q"
+
+
+def test_the_text_model_of_a_multimodal_one_keeps_the_names_of_its_own_class() -> None:
+    both = BaseModules(frozenset({"model.language_model.layers.0.q"}), "model")
+    text = BaseModules(frozenset({"model.layers.0.q"}), "model")
+    assert both.place("model.layers.0.q", "CAUSAL_LM") is None
+    assert text.place("model.language_model.layers.0.q", "CAUSAL_LM") == "model.layers.0.q"
