@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from pimerge.adapters.expert import open_expert
-from pimerge.adapters.expert_files import find_experts
+from pimerge.adapters.pool import find_experts
 from pimerge.embedding.embed_expert import default_batch_tokens, factors_of
 from pimerge.embedding.fisher import diagonal_fisher, fisher_by_loop
 from pimerge.models.injection import injected

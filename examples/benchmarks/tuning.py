@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pimerge.adapters.expert import open_expert
-from pimerge.adapters.expert_files import find_experts
+from pimerge.adapters.pool import find_experts
 from pimerge.cli.console import print_line, print_table
 from pimerge.evaluation.design import ComparisonDesign, RankedExpert, all_controls, shots_text
 from pimerge.evaluation.runner import ComparisonRequest, run_comparison

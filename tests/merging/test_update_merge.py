@@ -269,7 +269,7 @@ def test_a_rank_below_one_is_refused(pool: list[Expert], rank: int) -> None:
 
 def test_another_base_is_refused_by_name(pool: list[Expert]) -> None:
     set_config(pool[1].path, base_model_name_or_path="org/other")
-    with pytest.raises(PimergeError, match="'e1' has the base 'org/other', 'e0' has 'org/base'"):
+    with pytest.raises(PimergeError, match="'e1' has the base 'org/other', 'e0' has the base 'org/base'"):
         pimerge.merging.merge.merge([pool[0], pool[1].path], output=None)
 
 

@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pimerge.core.errors import PimergeError, Problems
@@ -56,7 +57,7 @@ def open_tuned(inputs: FigureInputs) -> tuple[Study, Coefficients]:
     """Open the tuned expert as the target, the experts that it combines, and their weights."""
     from pimerge.adapters.expert import open_expert
     from pimerge.adapters.ranking_document import Reference, open_ranked
-    from pimerge.adapters.selected import base_of
+    from pimerge.adapters.selected import base_of, distinguished
     from pimerge.adapters.writer import COEFFICIENTS_FILE, Coefficients
     from pimerge.core.documents import parse_document
     from pimerge.tasks.task import open_task
@@ -73,10 +74,10 @@ def open_tuned(inputs: FigureInputs) -> tuple[Study, Coefficients]:
     problems, components = Problems(), []
     for path, sha256, strength in zip(content.experts, content.sha256, content.scales, strict=True):
         with problems.collected():
-            component = open_ranked(Reference(name=path, path=path, sha256=sha256), file, inputs.base)
+            component = open_ranked(Reference(name=Path(path).name, path=path, sha256=sha256), file, inputs.base)
             components.append(component.with_strength(strength))
     problems.raise_any(f"some experts of '{file}' cannot be opened")
-    return Study(tuned, open_task(tuned.folder), base_of([], tuned, inputs.base), components), content
+    return Study(tuned, open_task(tuned.folder), base_of([], tuned, inputs.base), distinguished(components)), content
 
 
 def collect(source: tuple[Study, Coefficients], inputs: FigureInputs, *, limit: int, seed: int) -> WeightsData:
