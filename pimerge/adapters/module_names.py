@@ -22,6 +22,8 @@ from pimerge.core.errors import PimergeError, Problems
 
 _WRAPPERS = PRIVATE_WRAPPERS | {PUBLIC_WRAPPER}
 _COPY = ".original_module."  # the base's own module, which PEFT keeps beside the trained one
+_TWICE = re.compile(rf"{re.escape(_COPY)}|\.modules_to_save\.(?=(?:weight|bias)$)")
+"""In keys that PEFT writes beside the one that it loads, such as those of a trained embedding that was resized."""
 _SAVED = re.compile(r"\.modules_to_save\.(?P<adapter>[^.]+)(?=\.)")
 
 
@@ -57,7 +59,8 @@ def with_canonical_names(
         base: the modules of its base; None if the base is unknown.
     """
     trained = {_SAVED.sub("", key) for key in source.file.entries if _SAVED.search(key)}
-    used = [key for key in source.file.entries if _COPY not in key or key.replace(_COPY, ".") not in trained]
+    trained |= {key for key in source.file.entries if _COPY not in key}
+    used = [key for key in source.file.entries if (plain := _TWICE.sub(".", key)) == key or plain not in trained]
     keys = {key: _parts(key, kind) for key in used}
     adapters = sorted({part.adapter for part in keys.values() if part.adapter})
     if len(adapters) > 1:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import IA3Config, LoraConfig
+from safetensors import safe_open
 from transformers import (
     DistilBertConfig,
     DistilBertForSequenceClassification,
@@ -52,3 +53,22 @@ def test_a_name_within_words_saves_every_norm(tmp_path: Path, kind: str) -> None
     out = pimerge.merge(expert, target=expert, output=tmp_path / "out").path
     assert out is not None
     torch.testing.assert_close(logits_with(base, out), logits_with(base, expert), rtol=1e-4, atol=1e-5)
+
+
+def test_a_trained_embedding_that_was_resized_is_read_once(tmp_path: Path) -> None:
+    """PEFT saves it under three names, and loads one."""
+    base = saved_base(LlamaForCausalLM(LlamaConfig(**DECODER)), tmp_path / "base")
+    base.name_or_path = str(tmp_path / "base")  # where PEFT finds the vocabulary's old size
+    base.resize_token_embeddings(70)
+    saved = ["embed_tokens", "lm_head"]
+    lora = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=saved, task_type="CAUSAL_LM")
+    experts = [adapter(base, tmp_path / name, lora, seed) for seed, name in enumerate("ab")]
+    with safe_open(experts[0] / "adapter_model.safetensors", "pt") as file:
+        assert "base_model.model.lm_head.modules_to_save.weight" in file.keys()  # noqa: SIM118
+    assert sorted(open_expert(experts[0]).head) == ["lm_head.weight", "model.embed_tokens.weight"]
+    merged = pimerge.merge(
+        experts, method="interpolated", weights=WEIGHTS, target=experts[1], verify=True, output=tmp_path / "out"
+    )
+    assert merged.path is not None
+    expected = logits_of_sum(base, experts, WEIGHTS, head=1)
+    torch.testing.assert_close(logits_with(base, merged.path), expected, rtol=1e-4, atol=1e-5)
