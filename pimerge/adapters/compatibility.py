@@ -136,8 +136,9 @@ def require_shared_modules(experts: Sequence[Expert]) -> None:
         problems.add(
             f"'{expert.name}' and '{first.name}' share no module: the one adapts '{min(expert.modules)}', the other "
             f"'{min(first.modules)}'",
-            "if these are the same modules under other names, pass --base with their base's folder; if they were "
-            "trained on different modules on purpose, pass --allow-disjoint",
+            "if these are the same modules under other names, pass --base with their base's folder, and state the same "
+            "task_type in each adapter_config.json; if they were trained on different modules on purpose, pass "
+            "--allow-disjoint",
         )
     problems.raise_any("these experts share no module")
 

@@ -66,8 +66,8 @@ def merge(
         experts: folders, Hub ids (``org/name@revision``), open experts, full checkpoints (folders with a
             ``config.json`` and weights), safetensors files, or a ranking, which stands for its selected experts. None
             reads the file ``ranking``. Methods that join the target add the target's own expert.
-        method: name of a merge method. None stands for ``interpolated`` if there are ``coefficients``, and for
-            ``uniform`` otherwise.
+        method: name of a merge method. None stands for ``interpolated`` if there are ``weights``, ``rules``
+            or ``coefficients``, and for ``uniform`` otherwise.
         weights: one weight per expert, in order; they need not sum to 1.
         rules: weights by module, such as ``"experts/a:*.layers.1?.*=0.7"``. The last matching rule applies.
         alpha: weight of the target's expert, for methods that join it. The other experts share the rest, evenly or by
@@ -155,7 +155,8 @@ def merge(
         track=track,
         note=note,
     )
-    opened = open_method(method or (METHOD_OF_WEIGHTS if coefficients else DEFAULT_METHOD), options, seed)
+    has_weights = weights is not None or bool(rules) or coefficients is not None
+    opened = open_method(method or (METHOD_OF_WEIGHTS if has_weights else DEFAULT_METHOD), options, seed)
     written = None if dry_run else request.output
     if written is not None:
         require_absent(written, force)

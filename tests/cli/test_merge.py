@@ -84,8 +84,9 @@ def test_uniform_is_the_mean_of_the_experts_given(cli: Cli, pool: dict[str, Expe
     assert "next: pimerge eval merged" in result.stderr
 
 
-def test_interpolated_takes_the_weights_in_order(cli: Cli, pool: dict[str, Expert]) -> None:
-    arguments = ["--method", "interpolated", "--weights", "0.7,-0.2", "--head", "none", "-o", "out"]
+@pytest.mark.parametrize("method", [[], ["--method", "interpolated"]])
+def test_interpolated_takes_the_weights_in_order(cli: Cli, pool: dict[str, Expert], method: list[str]) -> None:
+    arguments = [*method, "--weights", "0.7,-0.2", "--head", "none", "-o", "out"]
     assert cli("merge", "experts/z", "experts/x", *arguments).exit_code == 0
     assert_weights("out", pool, {"z": 0.7, "x": -0.2})
 
@@ -220,7 +221,7 @@ TWO = ("experts/x", "experts/y")
         ((), "there is no ranking 'ranking.json'"),
         ((*TWO, "--method", "unifrom"), "'unifrom'\n.*'uniform'"),
         ((*TWO, "--method", "interpolated"), "'interpolated' needs weights"),
-        ((*TWO, "--weights", "0.5,0.5"), "'uniform'"),
+        ((*TWO, "--method", "uniform", "--weights", "0.5,0.5"), "'uniform'"),
         ((*TWO, "--method", "interpolated", "--weights", "1"), r"--weights has 1 numbers for 2 experts \(x, y\)"),
         ((*TWO, "--method", "interpolated", "--weights", "1,nan"), "--weights contains 'nan'"),
         ((*TWO, "--method", "interpolated", "--weights", "1,,2"), "--weights contains ''"),

@@ -114,7 +114,7 @@ def test_ranks_and_errors_are_those_of_a_dense_svd(
         (["--exclude", "*"], "such as .vit.layers.0.attention.q_proj"),
         (["--weight", "c=1", "--method", "ties"], "'c=1' names an unknown expert 'c'"),
         (["--method", "interpolated", "--weight", "a=1"], "'b' has no weight in 4 of 4 modules"),
-        (["--weight", "a=1"], "'uniform'"),
+        (["--method", "uniform", "--weight", "a=1"], "'uniform'"),
         (["-o", "experts/a", "--force"], "'experts/a'"),
     ],
 )

@@ -22,7 +22,10 @@ def merge(
     experts: options.Experts = None,
     method: Annotated[
         str | None,
-        typer.Option(help=f"Merge method; --methods describes them: {', '.join(METHODS.names())}. Default: uniform."),
+        typer.Option(
+            help=f"Merge method; --methods describes them: {', '.join(METHODS.names())}. Default: "
+            "uniform, or interpolated with weights."
+        ),
     ] = None,
     methods: Annotated[
         bool, typer.Option("--methods", help="List the methods with their formulas and sources.")
