@@ -150,7 +150,7 @@ def _tensors(layout: FileLayout, place: Place, module: MergedModule) -> dict[str
 def _as_product(layout: FileLayout, place: Place, module: MergedModule) -> dict[str, Tensor]:
     """The update as LoHa or LoKr, exactly: B A ∘ 1, or 1 ⊗ B A.
 
-    The sum of two LoHas is no LoHa of the same rank, but every matrix is one whose second factor is all ones. LyCORIS
+    The sum of two LoHas is not a LoHa of their rank, but any matrix is a LoHa whose second product is all ones. LyCORIS
     reads LoKr with a whole second matrix if its rank is at least half its larger side (``LokrModule.__init__``).
     """
     factors, own, stem = module.factors, module.module, place.stem

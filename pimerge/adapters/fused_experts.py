@@ -149,7 +149,7 @@ def layers_beside_stacks(experts: Iterable[Mapping[str, LoraModule]]) -> set[str
 
 
 def _beside(layer: LoraModule, containers: set[str], rename: Rename) -> LoraModule:
-    """A layer of a mixture that is no expert's: as a bare parameter, where PEFT would not load it as a layer.
+    """A layer beside the experts of a mixture, as a bare parameter where PEFT would not load it as a layer.
 
     These are the router, and other layers whose names end like an expert's.
     """

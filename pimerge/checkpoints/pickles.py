@@ -85,7 +85,7 @@ def _loaded(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
-        what = f"holds {found[1]}" if found else "is no file of tensors"
+        what = f"holds {found[1]}" if found else "is not a file of tensors"
         raise PimergeError(
             f"'{path}' {what}, and reading anything but tensors could run code (torch.load refuses it with "
             "weights_only=True)",

@@ -103,7 +103,7 @@ def convert(
 
 
 def _pickled(path: Path, output: Path) -> Path | None:
-    """The folder or file that holds pickled weights; the folder for its file unless the output is a file, too."""
+    """The folder or file that holds pickled weights; for its only file, the folder, unless the output is a file."""
     from pimerge.checkpoints.checkpoint import PICKLES
     from pimerge.checkpoints.pickled_folder import has_pickled_weights
     from pimerge.checkpoints.pickles import weight_pickles
@@ -153,10 +153,10 @@ def _move_paths(source: Path, partial: Path, output: Path) -> None:
     from pimerge.tasks.task import open_task
 
     if (source / TASK).is_file():
-        with suppress(PimergeError):  # a task that cannot be read is no reason to refuse the weights
+        with suppress(PimergeError):  # the weights are of use without a readable task
             (partial / TASK).write_text(json_text(open_task(source).document_for(output)), encoding="utf-8")
     if (partial / CONFIG).is_file():
-        with suppress(PimergeError):  # nor is a base that is not here
+        with suppress(PimergeError):  # and without a base on this machine
             config = read_json(partial / CONFIG)
             config["base_model_name_or_path"], _ = base_reference(base_of(source, config, None), output)
             (partial / CONFIG).write_text(json_text(config), encoding="utf-8")
@@ -219,7 +219,7 @@ def _unpickled(pickled: Path, base: str | Path | None, track: Track) -> Iterator
     from pimerge.checkpoints.pickled_folder import Unpickled, unpickle_folder
 
     if not (pickled / CONFIG).is_file():
-        raise PimergeError(f"'{pickled}' is no adapter, which --rank and --energy need", "leave them out")
+        raise PimergeError(f"'{pickled}' is not an adapter, which --rank and --energy need", "leave them out")
     named = None
     with suppress(PimergeError):  # most kinds do not need the base
         named = base_of(pickled, read_json(pickled / CONFIG), _text(base)).reference

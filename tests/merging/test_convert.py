@@ -141,6 +141,6 @@ def test_what_needs_no_conversion_is_said(tmp_path: Path, bert_base: Path, make_
     with pytest.raises(PimergeError, match=r"of kind ia3, which has no LoRA: .*depends on the base's weights"):
         pimerge.convert(ia3, rank=2, output=tmp_path / "b")
     torch.save(load_file(bert_base / "model.safetensors"), tmp_path / "x.bin")
-    with pytest.raises(PimergeError, match="is no adapter"):
+    with pytest.raises(PimergeError, match="is not an adapter"):
         pimerge.convert(tmp_path / "x.bin", rank=2, output=tmp_path / "b")
     assert not (tmp_path / "b").exists()

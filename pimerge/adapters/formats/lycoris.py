@@ -2,8 +2,8 @@
 
 LoHa is scaled by alpha / dim. LoKr is scaled by alpha / dim as well, unless both of its matrices are whole: then by 1
 (``LokrModule.__init__`` in ``lycoris/modules/lokr.py``). A full update (``diff``), a norm (``w_norm``) and a bias
-(``diff_b``, ``b_norm``) are not scaled. The sum of two LoHas is no LoHa, so a merge writes their update as LoRA factors
-(LoCon), which every reader of LyCORIS files loads.
+(``diff_b``, ``b_norm``) are not scaled. A merge writes a LoHa as a LoHa whose second product is all ones, and a LoKr as
+a LoKr whose first matrix is 1, which is exact for any update.
 """
 
 from __future__ import annotations
