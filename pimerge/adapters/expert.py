@@ -252,7 +252,7 @@ def open_expert(
     source = replace(source, config=with_order(source.config, order))
     problems = Problems()
     with problems.collected():
-        expert = _checked(source, base, convert, only_look)
+        expert = checked(source, base, convert=convert, only_look=only_look)
         if not only_look:
             expert.require_handled()
         return expert
@@ -260,7 +260,7 @@ def open_expert(
     raise AssertionError("unreachable: a problem was raised")
 
 
-def _checked(source: AdapterSource, base: str | None, convert: bool, only_look: bool) -> Expert:
+def checked(source: AdapterSource, base: str | None, *, convert: bool, only_look: bool) -> Expert:
     """Build the expert from its config and tensors, which must fit each other."""
     kind, reason = kind_of(source.config)
     strategy = None if reason else KINDS.load(kind)

@@ -11,13 +11,13 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
+from typing import Any, Protocol
 
 from pimerge.adapters.keys import PREFIX, PROMPT_PREFIX, is_saved
 from pimerge.adapters.kind import Kind
 from pimerge.adapters.lora_module import pattern_value
 from pimerge.adapters.source import AdapterSource
-from pimerge.checkpoints.base_modules import PRIVATE_WRAPPERS, PUBLIC_WRAPPER, BaseModules
+from pimerge.checkpoints.base_modules import PRIVATE_WRAPPERS, PUBLIC_WRAPPER
 from pimerge.core.errors import PimergeError, Problems
 
 _WRAPPERS = PRIVATE_WRAPPERS | {PUBLIC_WRAPPER}
@@ -50,8 +50,15 @@ _Place = tuple[tuple[str, ...], str]
 """``lead`` and ``owner`` of a key."""
 
 
+class ModulePlaces(Protocol):
+    """The modules of a base."""
+
+    def place(self, name: str, task_type: str | None = None) -> str | None:
+        """The name today of a module in an adapter of this task type; None if the base has no such module."""
+
+
 def with_canonical_names(
-    source: AdapterSource, kind: Kind, base: BaseModules | None
+    source: AdapterSource, kind: Kind, base: ModulePlaces | None
 ) -> tuple[AdapterSource, dict[str, str]]:
     """Return an adapter under canonical keys, and the modules whose names changed; its tensors stay where they are.
 
@@ -132,7 +139,7 @@ def _without_prefix(key: str, prefix: str) -> _Place:
     return tuple(part for part in lead if part and part not in _WRAPPERS), name
 
 
-def _canonical(keys: Iterable[_Key], base: BaseModules | None, task_type: Any) -> dict[_Place, str]:
+def _canonical(keys: Iterable[_Key], base: ModulePlaces | None, task_type: Any) -> dict[_Place, str]:
     """(lead, owner) → canonical name."""
     parts = {(key.lead, key.owner): key.is_head for key in keys}
     task = task_type if isinstance(task_type, str) else None
@@ -163,7 +170,7 @@ def _forms(places: Sequence[_Place]) -> list[Callable[[_Place], str]]:
     return [*first, lambda place: place[1], without(_WRAPPERS, lead=True)]
 
 
-def _placed(name: str, base: BaseModules | None, task: str | None) -> str | None:
+def _placed(name: str, base: ModulePlaces | None, task: str | None) -> str | None:
     if base is None or not name:
         return None
     plain = name

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from pimerge.adapters.backbone_names import with_one_prefix
 from pimerge.adapters.expert import Expert, open_expert
 from pimerge.adapters.expert_files import CONFIG, TASK
 from pimerge.adapters.hub import is_hub_reference
@@ -87,7 +88,7 @@ def open_all(
         for problem in own.found:
             problems.extend([problem], "" if str(reference) in problem.message else f"'{reference}': ")
     problems.raise_any("some experts cannot be opened")
-    return distinguished(experts)
+    return distinguished(with_one_prefix(experts))
 
 
 def distinguished(experts: Sequence[Expert], taken: Mapping[str, Path] | None = None) -> list[Expert]:
@@ -132,7 +133,7 @@ def select(
         experts = open_all(references, base, convert=convert)
         known = {c.sha256: c for c in ranking.candidates} if ranking else {}
         if own is not None:
-            own, *experts = distinguished([own, *experts])
+            own, *experts = distinguished(with_one_prefix([own, *experts]))
         found = [known.get(expert.sha256) for expert in experts]
         scores, gains = ([getattr(candidate, name, None) for candidate in found] for name in ("score", "gain"))
         return Selection(experts, own, folder, scores, gains, task)
@@ -150,6 +151,10 @@ def select(
         with problems.collected():
             experts.append(open_ranked(candidate, ranking_path, base))
     problems.raise_any("some experts of the ranking cannot be opened")
+    if own is not None:
+        own, *experts = with_one_prefix([own, *experts])
+    else:
+        experts = with_one_prefix(experts)
     return Selection(experts, own, folder, [c.score for c in candidates], [c.gain for c in candidates], task)
 
 

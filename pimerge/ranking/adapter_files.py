@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from pimerge.adapters.backbone_names import with_one_prefix
 from pimerge.adapters.compatibility import require_alike, require_finite
 from pimerge.adapters.expert import Expert, open_expert
 from pimerge.adapters.ranking_document import Candidate, Ranking, Target
@@ -34,7 +35,7 @@ def rank_adapter_files(path: Path, pool: Path, request: RankRequest) -> Ranking:
     known, excluded = [], {}
     for each in others:
         try:
-            expert = open_expert(each)
+            expert = with_one_prefix([open_expert(each), target])[0]
             require_alike([target, expert])
             require_finite([expert])
             known.append(expert)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from pimerge.adapters.backbone_names import with_one_prefix
 from pimerge.adapters.compatibility import (
     check_expert,
     differing_form,
@@ -200,8 +201,9 @@ def _why_not_merged(expert: Expert, other: Expert) -> str:
     if expert.kind != other.kind and (expert.tensor_sets or other.tensor_sets):
         return f"its kind is {other.kind}, not {expert.kind} ('rank --measure marginals' compares them)"
     try:
-        require_alike([expert, other])
-        require_shared_modules([expert, other])
+        both = with_one_prefix([expert, other])
+        require_alike(both)
+        require_shared_modules(both)
     except PimergeError as error:
         return error.problems[0].message
     return ""

@@ -1,0 +1,92 @@
+"""Name the modules of experts alike that were trained on one base with and without its head.
+
+The backbone alone (``layers.0…`` in transformers' ``AutoModel``) is a part of the model with a head, where its modules
+have the backbone's prefix (``model.layers.0…``). Experts of both are written for the model with the head.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from pimerge.adapters.expert import Expert, checked
+from pimerge.adapters.format import PEFT
+from pimerge.adapters.module_names import with_canonical_names
+from pimerge.adapters.source import AdapterSource
+from pimerge.checkpoints.known_modules import known_modules
+
+_ONE_OF_SEVERAL = re.compile(r"audio|decoder|encoder|image|language|speech|text|tower|video|vision|visual")
+"""In names of parts of a model beside which others with the same modules may stand."""
+
+
+def with_one_prefix(experts: Sequence[Expert]) -> list[Expert]:
+    """Add the backbone's prefix to the names of experts without it, if others adapt the same modules with it.
+
+    The prefix is the base's own. If the base is not on this machine, it is the first part of the others' names, where
+    that makes the modules of both those of the same layers. An expert for which two prefixes are possible is left.
+    """
+    names = [_names(expert) for expert in experts]
+    others = {each: expert for each, expert in zip(names[::-1], experts[::-1], strict=True) if each}
+    found = []
+    for expert, own in zip(experts, names, strict=True):
+        fitting = {prefix: other for each, other in others.items() if (prefix := _prefix(own, each, expert))}
+        found.append(_prefixed(expert, *fitting.popitem()) if len(fitting) == 1 else expert)
+    return found
+
+
+def _names(expert: Expert) -> frozenset[str]:
+    """The full names of the modules that an expert adapts or replaces; empty for one whose names are not PEFT's."""
+    if expert.format != PEFT or expert.unhandled:
+        return frozenset()
+    return frozenset(expert.parts) | {name.rpartition(".")[0] for name in expert.head}
+
+
+def _prefix(own: frozenset[str], other: frozenset[str], expert: Expert) -> str:
+    """The prefix of all names of the other's backbone that an expert's names lack; empty if there is none."""
+    from pimerge.checkpoints.architecture import is_of_head  # imports torch
+
+    if own == other or not own:
+        return ""
+    firsts = {name.partition(".")[0] for name in other if not is_of_head(name)}
+    if len(firsts) != 1 or any(name.partition(".")[0] in firsts for name in own):
+        return ""
+    (prefix,) = firsts
+    base = known_modules(expert.base.folder) if expert.base.folder is not None else None
+    if base is not None and prefix == base.prefix:
+        is_whole = not any(name.startswith(f"{prefix}.") for name in base.modules)  # a backbone was saved alone
+        places = {name: base.place(name, "CAUSAL_LM") for name in own}
+        if all(place in (f"{prefix}.{name}", name if is_whole else None) for name, place in places.items()):
+            return prefix
+    if base is not None or _ONE_OF_SEVERAL.search(prefix):
+        return ""
+    layers = _layers(name.partition(".")[2] for name in other if name.startswith(f"{prefix}."))
+    return prefix if _layers(own) & layers else ""
+
+
+def _layers(names: Iterable[str]) -> set[str]:
+    """The modules that hold others, without their numbers."""
+    return {re.sub(r"\d+", "0", name.rpartition(".")[0]) for name in names} - {""}
+
+
+@dataclass(frozen=True)
+class _Prefixed:
+    """A base of which the modules of an adapter are the backbone's."""
+
+    prefix: str
+
+    def place(self, name: str, task_type: str | None = None) -> str:
+        return f"{self.prefix}.{name}"
+
+
+def _prefixed(expert: Expert, prefix: str, like: Expert) -> Expert:
+    """Read an expert again with a prefix before its names, as an adapter of another's class of model."""
+    source = AdapterSource(expert.path, expert.config, expert.file, expert.format, expert.config_file)
+    source, names = with_canonical_names(source, expert.strategy, _Prefixed(prefix))
+    fields: dict[str, Any] = {name: like.config.get(name) for name in ("task_type", "auto_mapping")}
+    source = replace(source, config={**source.config, **fields})
+    opened = checked(source, expert.base_override, convert=True, only_look=False)
+    renamed = {old: names.get(new, new) for old, new in expert.renamed.items()}
+    renamed |= {old: new for old, new in names.items() if old not in expert.renamed.values()}
+    return replace(opened, label=expert.label, renamed=renamed).with_strength(expert.strength)
