@@ -15,17 +15,16 @@ from pimerge.adapters.expert import Expert, checked
 from pimerge.adapters.format import PEFT
 from pimerge.adapters.module_names import with_canonical_names
 from pimerge.adapters.source import AdapterSource
+from pimerge.checkpoints.backbone_prefixes import BACKBONES
 from pimerge.checkpoints.known_modules import known_modules
-
-_ONE_OF_SEVERAL = re.compile(r"audio|decoder|encoder|image|language|speech|text|tower|video|vision|visual")
-"""In names of parts of a model beside which others with the same modules may stand."""
 
 
 def with_one_prefix(experts: Sequence[Expert]) -> list[Expert]:
     """Add the backbone's prefix to the names of experts without it, if others adapt the same modules with it.
 
     The prefix is the base's own. If the base is not on this machine, it is the first part of the others' names, where
-    that makes the modules of both those of the same layers. An expert for which two prefixes are possible is left.
+    that is a backbone's in transformers and makes the modules of both those of the same layers. An expert for which two
+    prefixes are possible is left.
     """
     names = [_names(expert) for expert in experts]
     others = {each: expert for each, expert in zip(names[::-1], experts[::-1], strict=True) if each}
@@ -59,7 +58,7 @@ def _prefix(own: frozenset[str], other: frozenset[str], expert: Expert) -> str:
         places = {name: base.place(name, "CAUSAL_LM") for name in own}
         if all(place in (f"{prefix}.{name}", name if is_whole else None) for name, place in places.items()):
             return prefix
-    if base is not None or _ONE_OF_SEVERAL.search(prefix):
+    if base is not None or prefix not in BACKBONES or any(name.partition(".")[0] in BACKBONES for name in own):
         return ""
     layers = _layers(name.partition(".")[2] for name in other if name.startswith(f"{prefix}."))
     return prefix if _layers(own) & layers else ""

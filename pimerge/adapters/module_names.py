@@ -11,16 +11,16 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import takewhile
 from typing import Any, Protocol
 
 from pimerge.adapters.keys import PREFIX, PROMPT_PREFIX, is_saved
 from pimerge.adapters.kind import Kind
 from pimerge.adapters.lora_module import pattern_value
 from pimerge.adapters.source import AdapterSource
-from pimerge.checkpoints.base_modules import PRIVATE_WRAPPERS, PUBLIC_WRAPPER
+from pimerge.checkpoints.base_modules import is_private_wrapper, is_wrapper
 from pimerge.core.errors import PimergeError, Problems
 
-_WRAPPERS = PRIVATE_WRAPPERS | {PUBLIC_WRAPPER}
 _COPY = ".original_module."  # the base's own module, which PEFT keeps beside the trained one
 _TWICE = re.compile(rf"{re.escape(_COPY)}|\.modules_to_save\.(?=(?:weight|bias)$)")
 """In keys that PEFT writes beside the one that it loads, such as those of a trained embedding that was resized."""
@@ -108,12 +108,16 @@ def _pattern(slots: tuple[str, ...]) -> re.Pattern[str]:
 
 
 def _parts(key: str, kind: Kind) -> _Key:
+    outer = "".join(f"{part}." for part in takewhile(is_wrapper, key.split(".")))
+    if kind.before_text and key.removeprefix(outer) == "prompt_embeddings":
+        return _Key((), "", "prompt_embeddings")
     if kind.before_text and (match := re.fullmatch(r"(?:.+\.)?prompt_encoder\.([^.]+)\.embedding\.weight", key)):
         return _Key((), "", "prompt_embeddings", match[1])
     lead, name = _without_prefix(key, kind.prefix)
     pattern = _pattern(kind.slots) if kind.slots else None
-    if pattern and key.startswith(PROMPT_PREFIX) and not key.startswith(PREFIX):
-        match = pattern.fullmatch(key.removeprefix(PROMPT_PREFIX))  # a tensor that all layers share
+    shared = key.removeprefix(outer)
+    if pattern and shared.startswith(PROMPT_PREFIX) and not shared.startswith(PREFIX):
+        match = pattern.fullmatch(shared.removeprefix(PROMPT_PREFIX))  # a tensor that all layers share
         if match and not match["module"]:
             return _Key((), "", f"{PROMPT_PREFIX}{match['slot']}{match['end'] or ''}", match["adapter"] or "")
     match = pattern.fullmatch(name) if pattern else None
@@ -136,7 +140,7 @@ def _without_prefix(key: str, prefix: str) -> _Place:
     if not found:
         return (), key
     lead = f"{before}.".replace(f".{prefix}", ".").strip(".").split(".")
-    return tuple(part for part in lead if part and part not in _WRAPPERS), name
+    return tuple(part for part in lead if part and not is_wrapper(part)), name
 
 
 def _canonical(keys: Iterable[_Key], base: ModulePlaces | None, task_type: Any) -> dict[_Place, str]:
@@ -157,17 +161,17 @@ def _canonical(keys: Iterable[_Key], base: ModulePlaces | None, task_type: Any) 
 def _forms(places: Sequence[_Place]) -> list[Callable[[_Place], str]]:
     """The possible names of a module: the likeliest for a base that is unknown comes first."""
 
-    def without(wrappers: frozenset[str], *, lead: bool = False) -> Callable[[_Place], str]:
+    def without(dropped: Callable[[str], bool], *, lead: bool = False) -> Callable[[_Place], str]:
         def form(place: _Place) -> str:
             parts = [*(place[0] if lead else ()), *place[1].split(".")]
-            return ".".join(part for part in parts if part not in wrappers)
+            return ".".join(part for part in parts if not dropped(part))
 
         return form
 
-    private, every = without(PRIVATE_WRAPPERS), without(_WRAPPERS)
-    is_wrapped = all(private(place).startswith(f"{PUBLIC_WRAPPER}.") for place in places if place[1])
+    private, every = without(is_private_wrapper), without(is_wrapper)
+    is_wrapped = all(is_wrapper(private(place).partition(".")[0]) for place in places if place[1])
     first = [every, private] if is_wrapped else [private, every]
-    return [*first, lambda place: place[1], without(_WRAPPERS, lead=True)]
+    return [*first, lambda place: place[1], without(is_wrapper, lead=True)]
 
 
 def _placed(name: str, base: ModulePlaces | None, task: str | None) -> str | None:

@@ -6,17 +6,26 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-PRIVATE_WRAPPERS = frozenset(
-    """_orig_mod _fsdp_wrapped_module _checkpoint_wrapped_module _forward_module _fpw_module _dmp_wrapped_module
-    _original_module _module""".split()  # noqa: SIM905
-)
-"""Names under which wrappers hold a model: torch.compile, FSDP, activation checkpointing, Lightning and the like."""
-PUBLIC_WRAPPER = "module"
-"""The name under which DistributedDataParallel, DataParallel and DeepSpeed hold a model."""
+_PRIVATE_WRAPPER = re.compile(r"_\w*(?:mod|module|model)")
+_PUBLIC_WRAPPERS = frozenset(("module", "engine", "wrapped_module", "wrapped_model"))
 _TEXT = "language_model"
 _HEADED = frozenset(("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS"))
 _LAYER_OF_EXPERT = re.compile(r"(?P<owner>.+\.experts)(?P<rest>\.\d+\..+)")
-_NO_PREFIX = PRIVATE_WRAPPERS | {PUBLIC_WRAPPER, _TEXT, "base_model"}
+_NO_PREFIX = frozenset((_TEXT, "base_model"))
+
+
+def is_private_wrapper(part: str) -> bool:
+    """Whether a part of a name is that of a wrapper: torch.compile, FSDP, activation checkpointing, Lightning and such.
+
+    >>> [is_private_wrapper(part) for part in ("_orig_mod", "_fsdp_wrapped_module", "_ddp_module", "module", "model")]
+    [True, True, True, False, False]
+    """
+    return _PRIVATE_WRAPPER.fullmatch(part) is not None
+
+
+def is_wrapper(part: str) -> bool:
+    """Whether a part of a name is that of any wrapper, also the ``module`` of DDP and DeepSpeed."""
+    return part in _PUBLIC_WRAPPERS or is_private_wrapper(part)
 
 
 def _unchanged(name: str) -> str:
@@ -67,7 +76,7 @@ class BaseModules:
                 if way in self.modules:
                     return way
         first, _, rest = name.partition(".")
-        return rest if rest in self.modules and first not in _NO_PREFIX else None
+        return rest if rest in self.modules and first not in _NO_PREFIX and not is_wrapper(first) else None
 
     def _in_class(self, name: str, found: str, is_headed: bool) -> str:
         if found == name:

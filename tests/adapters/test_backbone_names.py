@@ -140,6 +140,8 @@ def test_kinds_without_an_update_are_matched(tmp_path: Path) -> None:
     ("first", "second"),
     [
         ("vision_model.layers.0.q", "layers.0.q"),  # there may be a text_model with the same layers
+        ("actor.model.layers.0.q", "model.layers.0.q"),  # a wrapper's name, not a backbone's
+        ("net.layers.0.q", "layers.0.q"),
         ("model.layers.0.self_attn.q", "blocks.0.attn.q"),
         ("model.language_model.layers.0.q", "layers.0.q"),
     ],

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import IA3Config, LNTuningConfig, LoHaConfig, LoraConfig, PeftConfig
+from peft import IA3Config, LNTuningConfig, LoHaConfig, LoraConfig, PeftConfig, PromptTuningConfig
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, BertModel, LlamaConfig, LlamaForCausalLM
 
@@ -48,6 +48,10 @@ WRAPPED: dict[str, Rename] = {
     "deepspeed": after("base_model.model.model", "module"),
     "lightning": lambda key: f"model.{key}",
     "fabric": after("base_model.model", "_forward_module.module"),
+    "unknown parallelism": after(r"layers\.\d+", "_tp_wrapped_module"),
+    "strategy": after("base_model.model", "_ddp_module"),
+    "engine": after("base_model.model", "engine.module"),
+    "engine outside": lambda key: f"engine.module.{key}",
     "peft in peft": after("base_model.model", "base_model.model"),
     "no prefix": lambda key: key.removeprefix("base_model.model."),
     "part of the prefix": lambda key: key.removeprefix("base_model."),
@@ -86,7 +90,17 @@ def test_names_are_read_without_the_base_where_one_reading_is_possible(tmp_path:
     plain = adapter(base, tmp_path / "a", LoraConfig(r=2, target_modules=QV))
     rekeyed(plain, str, base_model_name_or_path="org/not-here")
     expected = open_expert(plain).modules
-    for how in ("compiled", "fsdp and checkpointed", "ddp", "lightning", "peft in peft", "no prefix", "adapter name"):
+    for how in (
+        "compiled",
+        "fsdp and checkpointed",
+        "ddp",
+        "lightning",
+        "engine",
+        "strategy",
+        "peft in peft",
+        "no prefix",
+        "adapter name",
+    ):
         wrapped = rekeyed(plain, WRAPPED[how], tmp_path / how.replace(" ", "-"))
         assert open_expert(wrapped).modules == expected
 
@@ -139,13 +153,15 @@ CONFIGS: dict[str, PeftConfig] = {
     "ia3": IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"], task_type="CAUSAL_LM"),
     "loha": LoHaConfig(target_modules=QV, r=2, alpha=3, task_type="CAUSAL_LM"),
     "ln_tuning": LNTuningConfig(target_modules=["input_layernorm", "norm"], task_type="CAUSAL_LM"),
+    "dora": LoraConfig(target_modules=QV, r=2, use_dora=True, task_type="CAUSAL_LM"),
+    "prompt": PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"),
     "embedding": LoraConfig(target_modules=["embed_tokens", "q_proj"], r=2, task_type="CAUSAL_LM"),
     "head": LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"], r=2, task_type="CAUSAL_LM"),
 }
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-@pytest.mark.parametrize("how", ["checkpointed", "ddp outside", "no prefix", "compiled"])
+@pytest.mark.parametrize("how", ["checkpointed", "ddp outside", "no prefix", "engine outside", "unknown parallelism"])
 def test_every_kind_is_read_without_its_wrappers(tmp_path: Path, llama: Any, kind: str, how: str) -> None:
     base, folder = llama
     first, second = (adapter(base, tmp_path / name, CONFIGS[kind], seed) for seed, name in enumerate("ab"))
@@ -154,7 +170,7 @@ def test_every_kind_is_read_without_its_wrappers(tmp_path: Path, llama: Any, kin
     wrapped = rekeyed(second, WRAPPED[how], tmp_path / "wrapped")
     results = []
     for name, other in (("plain", second), ("unwrapped", wrapped)):
-        out = pimerge.merge([first, other], target=other, output=tmp_path / name).path
+        out = pimerge.merge([first, other], target=other, base=folder / "base", output=tmp_path / name).path
         assert out is not None
         results.append(logits_with(base, out))
     torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-6)
