@@ -42,7 +42,7 @@ def check_expert(expert: Expert, task: Task | None = None) -> Task:
     problems = Problems()
     with problems.collected():
         expert.require_handled()
-        refuse_bare_parameters([expert], "embedded")
+        refuse_only_merged([expert], "embedded")
     with problems.collected():
         task = task or open_task(expert.folder)
     with problems.collected():
@@ -248,8 +248,8 @@ def _has_bias(expert: Expert) -> bool:
     return any(module.bias is not None for module in expert.modules.values())
 
 
-def refuse_bare_parameters(experts: Sequence[Expert], what: str) -> None:
-    """Refuse experts that adapt bare parameters (``target_parameters``), which can be merged and ranked only.
+def refuse_only_merged(experts: Sequence[Expert], what: str) -> None:
+    """Refuse experts that adapt bare parameters (``target_parameters``) or biases of the base (``bias="all"``).
 
     Args:
         what: what would be done with them, in the past participle.
@@ -262,6 +262,12 @@ def refuse_bare_parameters(experts: Sequence[Expert], what: str) -> None:
                 f"'{expert.name}' adapts the parameter '{found.full_name}' (target_parameters), and only updates of "
                 f"layers can be {what}",
                 "merge it instead (pimerge merge), or train one on target_modules such as the attention's projections",
+            )
+        if expert.biases:
+            problems.add(
+                f"'{expert.name}' holds {len(expert.biases)} trained biases of the base, such as {min(expert.biases)} "
+                f"(bias is '{expert.config.get('bias')}'), and only updates of layers can be {what}",
+                "merge it instead (pimerge merge), or train one with bias='none' (lora_bias=True is accepted)",
             )
     problems.raise_any(f"some experts cannot be {what}")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pimerge.adapters.bare_parameter import with_order
-from pimerge.adapters.base_biases import require_untrained_biases
+from pimerge.adapters.base_biases import trained_biases
 from pimerge.adapters.expert_order import known_order
 from pimerge.adapters.expert_parts import base_of, canonical, kind_of, parts_of, require_floats
 from pimerge.adapters.format import PEFT, Place
@@ -46,6 +46,7 @@ class Expert:
         modules: name of each adapted module → its update ΔW; empty for a kind without ΔW.
         tensor_sets: name → tensors that are combined elementwise, for the other kinds.
         head: parameter name in the base model → key, for each tensor of ``modules_to_save``.
+        biases: parameter name in the base model → key, for each trained bias of the base (``bias="all"``).
         dtypes: safetensors' names of its tensors' dtypes, without the head's.
         base_override: the base given by option in place of the one that the config names.
         strength: factor of its update, which the scalings of its modules include.
@@ -72,6 +73,7 @@ class Expert:
     format: str = PEFT
     places: Mapping[str, Place] = field(default_factory=dict)
     renamed: Mapping[str, str] = field(default_factory=dict)
+    biases: Mapping[str, str] = field(default_factory=dict)
     label: str = ""
 
     @property
@@ -273,12 +275,13 @@ def checked(source: AdapterSource, base: str | None, *, convert: bool, only_look
     expert = Expert(path, kind, config, file, modules, head, (), base, tensor_sets=tensor_sets, unhandled=reason)
     if not only_look:
         head = without_copies(head, config.get("modules_to_save") or [], lambda: expert.base, expert.tensor)
-        expert = replace(expert, head=head)
-        require_untrained_biases(config, file, lambda: expert.base)
+        expert = replace(expert, head=head, biases=trained_biases(config, file, lambda: expert.base))
     dtypes = {key: entry.dtype for key, entry in file.entries.items()}
     biases = {module.bias for module in modules.values() if module.bias}
     if not reason:
-        require_floats([dtypes[key] for key in expert.keys], [dtypes[key] for key in head.values()])
+        require_floats(
+            [dtypes[key] for key in (*expert.keys, *expert.biases.values())], [dtypes[key] for key in head.values()]
+        )
     return replace(
         expert,
         dtypes=tuple(sorted({dtypes[key] for key in expert.keys if key not in biases})),

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pimerge.adapters.expert import Expert
 from pimerge.adapters.expert_files import TASK
-from pimerge.adapters.keys import TOKEN_ROWS, is_saved
+from pimerge.adapters.keys import TOKEN_ROWS, is_of_model, is_saved
 from pimerge.core.errors import PimergeError, Problems
 from pimerge.tasks.task import Task, open_task
 
@@ -29,32 +29,48 @@ class Head:
         modules: the ``modules_to_save`` that they belong to.
         task: the task whose labels the head predicts, or that the base answers in text; None if it is unknown.
         token_indices: the ``trainable_token_indices`` of the rows of embeddings in it; None without such rows.
+        biases: the names in it of trained biases of the base (``bias="all"``).
+        remarks: sentences on how its embeddings and biases were merged.
     """
 
     tensors: Mapping[str, Tensor]
     modules: Sequence[str]
     task: Task | None
     token_indices: Any = None
+    biases: frozenset[str] = frozenset()
+    remarks: tuple[str, ...] = ()
 
     @property
     def token_rows(self) -> dict[str, tuple[int, ...]]:
-        """Parameter of the base → the tokens whose rows are in the head, under the name in :attr:`tensors`."""
-        found = {}
-        for name in self.tensors:
-            module = name.removesuffix(TOKEN_ROWS)
-            if module != name:
-                stated = self.token_indices
-                if isinstance(stated, dict):
-                    stated = next((rows for layer, rows in stated.items() if f".{module}".endswith(f".{layer}")), [])
-                found[name] = tuple(stated or ())
-        return found
+        """Name in :attr:`tensors` → the tokens whose rows the tensor holds."""
+        return rows_of(self.tensors, self.token_indices)
+
+
+def rows_of(names: Iterable[str], token_indices: Any) -> dict[str, tuple[int, ...]]:
+    """Name → tokens, for the names of trained rows of embeddings among those of a head.
+
+    Args:
+        token_indices: the field ``trainable_token_indices`` of the config.
+
+    >>> rows_of(["wte.token_adapter.trainable_tokens_delta", "score.weight"], {"wte": [5, 9]})
+    {'wte.token_adapter.trainable_tokens_delta': (5, 9)}
+    """
+    found = {}
+    for name in names:
+        module = name.removesuffix(TOKEN_ROWS)
+        if module != name:
+            stated = token_indices
+            if isinstance(stated, dict):
+                stated = next((rows for layer, rows in stated.items() if f".{module}".endswith(f".{layer}")), [])
+            found[name] = tuple(stated or ())
+    return found
 
 
 NO_HEAD = Head({}, (), None)
 
 
 def choose_head(policy: str, experts: Sequence[Expert], target: Expert | None) -> Head:
-    """Choose the head of a merged expert.
+    """Choose the task head of a merged expert; with the target's comes all that the target holds of the base.
 
     Args:
         policy: ``target`` (the target's own), ``average`` (the mean, if all have the same labels) or ``none``.
@@ -69,15 +85,15 @@ def choose_head(policy: str, experts: Sequence[Expert], target: Expert | None) -
         return Head({}, (), task)
     if policy == "none" or not any(expert.head for expert in experts):
         return NO_HEAD
-    if policy == "target":
-        if target is None and (owner := _owner_of_embeddings(experts)):
-            return _own_head(owner)
-        if target is None:
-            raise PimergeError(
-                "the experts have heads, but the target is unknown",
-                "pass --target NAME_OR_FOLDER, --head average (if all have the same labels) or --head none",
-            )
+    if policy == "target" and target is not None:
         return _own_head(target)
+    if not any(_task_head(expert) for expert in experts):
+        return NO_HEAD
+    if policy == "target":
+        raise PimergeError(
+            "the experts have heads, but the target is unknown",
+            "pass --target NAME_OR_FOLDER, --head average (if all have the same labels) or --head none",
+        )
     tasks = {expert.name: task for expert in experts if (task := task_of(expert))}
     unknown = [expert.name for expert in experts if expert.name not in tasks]
     if unknown:
@@ -105,15 +121,15 @@ def choose_head(policy: str, experts: Sequence[Expert], target: Expert | None) -
         name: torch.stack([expert.tensor(expert.head[name]).double() for expert in experts])
         .mean(0)
         .to(first.tensor(key).dtype)
-        for name, key in first.head.items()
+        for name, key in _task_head(first).items()
     }
-    return Head(mean, _head_modules(first), labels)
+    return Head(mean, [name for name in head_modules(first) if any(is_saved(each, [name]) for each in mean)], labels)
 
 
 def _own_head(expert: Expert) -> Head:
     has_rows = any(name.endswith(TOKEN_ROWS) for name in expert.head)
     indices = expert.config.get("trainable_token_indices") if has_rows else None
-    return Head(expert.head_tensors(), _head_modules(expert), task_of(expert), indices)
+    return Head(expert.head_tensors(), head_modules(expert), task_of(expert), indices)
 
 
 def task_of(expert: Expert) -> Task | None:
@@ -121,7 +137,8 @@ def task_of(expert: Expert) -> Task | None:
     return open_task(expert.folder) if (expert.folder / TASK).is_file() else None
 
 
-def _head_modules(expert: Expert) -> list[str]:
+def head_modules(expert: Expert) -> list[str]:
+    """The ``modules_to_save`` of an expert that its head has."""
     saved: list[str] = expert.config.get("modules_to_save") or []
     found = [name for name in saved if any(is_saved(parameter, [name]) for parameter in expert.head)]
     if expert.config.get("ensure_weight_tying"):  # PEFT saves the layers that share a saved module's weight as well
@@ -130,21 +147,14 @@ def _head_modules(expert: Expert) -> list[str]:
     return found
 
 
-def _owner_of_embeddings(experts: Sequence[Expert]) -> Expert | None:
-    """An expert with a head, if the heads of all are the same embeddings, saved because the base has others."""
-    owners = [expert for expert in experts if expert.head]
-    first = owners[0]
-    if any(is_saved(name, each.config.get("modules_to_save") or []) for each in owners for name in each.head):
-        return None
-    indices = [expert.config.get("trainable_token_indices") for expert in owners]
-    if any(_shapes(expert) != _shapes(first) for expert in owners) or any(each != indices[0] for each in indices):
-        return None
-    same = all(e.tensor(e.head[name]).equal(first.tensor(key)) for e in owners[1:] for name, key in first.head.items())
-    return first if same else None
+def _task_head(expert: Expert) -> dict[str, str]:
+    """The part of an expert's head that belongs to its task."""
+    saved = expert.config.get("modules_to_save") or []
+    return {name: key for name, key in expert.head.items() if not is_of_model(name, saved)}
 
 
 def _shapes(expert: Expert) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(expert.tensor(key).shape) for name, key in expert.head.items()}
+    return {name: expert.file.entries[key].shape for name, key in _task_head(expert).items()}
 
 
 def refuse_updates_of_head(experts: Sequence[Expert], modules: Sequence[str], head: Head) -> None:

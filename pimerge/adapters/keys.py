@@ -18,6 +18,9 @@ _EMBEDDINGS = frozenset(
     output output_layer""".split()  # noqa: SIM905
 )
 
+OF_TOKENS = frozenset("embed_tokens word_embeddings wte shared lm_head embed_out tok_embeddings".split())  # noqa: SIM905
+"""Names of embeddings and output layers, whose vocabulary may have been resized."""
+
 
 def key_of_parameter(name: str) -> str:
     """The adapter file's key of a parameter of PEFT's model with adapter ``default``.
@@ -72,6 +75,19 @@ def is_saved_embedding(name: str, adapted: Container[str]) -> bool:
     if parameter_of(name) != name:
         return module in adapted
     return name.endswith((".weight", ".bias")) and module.rpartition(".")[2] in _EMBEDDINGS
+
+
+def is_of_model(name: str, saved: Iterable[str]) -> bool:
+    """Whether a tensor of a head belongs to the model rather than to the task: embeddings and rows of them.
+
+    Args:
+        saved: the adapter's ``modules_to_save``.
+
+    >>> is_of_model("lm_head.weight", ["lm_head"]), is_of_model("score.weight", ["score"])
+    (True, False)
+    """
+    module = parameter_of(name).rpartition(".")[0]
+    return name.endswith(TOKEN_ROWS) or module.rpartition(".")[2] in OF_TOKENS or not is_saved(name, saved)
 
 
 def base_biases(config: Mapping[str, Any], keys: Iterable[str]) -> dict[str, str]:

@@ -176,7 +176,7 @@ def merge_into(
     update_of_matrix = lru_cache(maxsize=4)(update)  # several stored layers can be parts of one matrix
 
     def change(key: str) -> Iterator[Tensor] | None:
-        if key in plan.heads and key not in plan.weights:
+        if key in plan.heads and key not in plan.weights and key not in plan.biases:
             return iter([heads[plan.heads[key]].reshape(-1)])
         if key in plan.changes:
             return changed_pieces(plan.checkpoint, plan.source(key), plan.changes[key], tensors or {})
@@ -186,8 +186,8 @@ def merge_into(
             stack, is_turned = plan.stacks[key], key in plan.transposed
             return stacked_pieces(plan.checkpoint, plan.source(key), stack, update_of_matrix, transposed=is_turned)
         if key in plan.biases:
-            factors = update(plan.biases[key])
-            return iter([_plus_bias(plan.checkpoint.read(plan.source(key)), factors)])
+            start = heads[plan.heads[key]] if key in plan.heads else plan.checkpoint.read(plan.source(key))
+            return iter([_plus_bias(start, update(plan.biases[key]))])
         if key in plan.copies:
             own = heads.get(_own_layer(plan.heads, plan.copies[key]))
             stored = plan.checkpoint.home[plan.copies[key]]

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pimerge.adapters.expert import Expert, open_expert
-from pimerge.adapters.keys import is_saved
+from pimerge.adapters.keys import OF_TOKENS, is_saved
 from pimerge.adapters.lora_fields import is_fused
 from pimerge.adapters.lora_module import LoraModule
 from pimerge.adapters.model_class import lacks_head
@@ -121,10 +121,6 @@ def _check_shapes(expert: Expert, base: Base, problems: Problems) -> None:
             )
     if found and shapes and not any(_on_disk(name, shapes) for name in found):
         _check_names(list(found), base, problems)
-
-
-OF_TOKENS = frozenset("embed_tokens word_embeddings wte shared lm_head embed_out tok_embeddings".split())  # noqa: SIM905
-"""Names of embeddings and output layers, whose vocabulary may have been resized."""
 
 
 def _on_disk(name: str, known: Mapping[str, Any]) -> str:

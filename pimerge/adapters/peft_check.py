@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from pimerge.adapters.expert import Expert, open_expert
+from pimerge.adapters.keys import OF_TOKENS
 from pimerge.adapters.model_class import loading_classes
-from pimerge.adapters.output_check import BUG, OF_TOKENS
+from pimerge.adapters.output_check import BUG
 from pimerge.checkpoints.base import Base
 from pimerge.core.errors import PimergeError
 

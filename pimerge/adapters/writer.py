@@ -253,7 +253,7 @@ def _config(
         "use_rslora": False,
         "lora_dropout": 0.0,
         "lora_bias": layout.has_bias,
-        "bias": "none",
+        "bias": "all" if head.biases else "none",
         "fan_in_fan_out": bool(like.get("fan_in_fan_out")),
         "init_lora_weights": True,
     }

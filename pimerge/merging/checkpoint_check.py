@@ -10,7 +10,8 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from pimerge.adapters.output_check import BUG, OF_TOKENS
+from pimerge.adapters.keys import OF_TOKENS
+from pimerge.adapters.output_check import BUG
 from pimerge.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from pimerge.checkpoints.vocabularies import vocabulary_of
 from pimerge.core.errors import PimergeError, Problems

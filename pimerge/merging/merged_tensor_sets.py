@@ -8,6 +8,7 @@ from typing import Any
 from pimerge.adapters.head import choose_head
 from pimerge.adapters.model_class import loading_code
 from pimerge.adapters.writer import Documents, base_reference, write_tensor_sets
+from pimerge.merging.base_parameters import with_base_parameters
 from pimerge.merging.choice import ChosenExperts
 from pimerge.merging.merged import MergedExperts, Weights, flat, range_text, sources_of
 from pimerge.merging.method import OpenedMethod
@@ -96,7 +97,8 @@ class MergedTensorSets(MergedExperts):
 
 def merged_tensor_sets(request: MergeRequest, method: OpenedMethod, chosen: ChosenExperts) -> MergedTensorSets:
     """Check a merge of experts without ΔW."""
-    kind = chosen.experts[0].kind
+    first = chosen.experts[0]
+    kind = first.kind
     problems = request.problems_for_updates_only(f"applies to updates ΔW, which experts of kind {kind} do not have")
     problems.raise_any(f"these experts of kind {kind} cannot be merged with these options")
     merge = prepare_tensors(
@@ -108,4 +110,5 @@ def merged_tensor_sets(request: MergeRequest, method: OpenedMethod, chosen: Chos
         **statistics_of(request.store, chosen.experts, method),
     )
     head = choose_head(request.head, chosen.experts, chosen.target)
+    head = with_base_parameters(head, request.head, chosen, method, first.tensor_sets)
     return MergedTensorSets(request, method, chosen, head, merge)

@@ -14,6 +14,7 @@ from pimerge.adapters.model_class import loading_code
 from pimerge.adapters.writer import Documents, Layout, base_reference, write_expert
 from pimerge.core.errors import PimergeError
 from pimerge.core.manifest import Manifest
+from pimerge.merging.base_parameters import with_base_parameters
 from pimerge.merging.choice import ChosenExperts
 from pimerge.merging.dry_run import UpdatePlan, plan_of
 from pimerge.merging.merged import MergedExperts, flat, range_text, sources_of
@@ -189,6 +190,7 @@ def merged_updates(request: MergeRequest, method: OpenedMethod, chosen: ChosenEx
     )
     merge = prepare(chosen.experts, chosen.weights, method, settings, request.selects)
     head = choose_head(request.head, chosen.experts, chosen.target)
+    head = with_base_parameters(head, request.head, chosen, method, merge.names)
     refuse_updates_of_head(merge.experts, merge.names, head)
     as_hadamard = request.into is None and _needs_hadamard(merge)
     return MergedUpdates(request, method, chosen, head, merge, as_hadamard=as_hadamard)

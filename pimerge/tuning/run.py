@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 
-from pimerge.adapters.compatibility import refuse_bare_parameters, refuse_over_inputs
+from pimerge.adapters.compatibility import refuse_only_merged, refuse_over_inputs
 from pimerge.adapters.expert import Expert
 from pimerge.adapters.kind import KINDS
 from pimerge.checkpoints.base import Base
@@ -84,7 +84,7 @@ def run_tuning(
     method, plan, options = inputs.method, inputs.method.plan, inputs.options
     require_absent(output, force)
     refuse_over_inputs(output, [*inputs.experts, *([inputs.target] if inputs.target else [])])
-    refuse_bare_parameters([*inputs.experts, *([inputs.form] if inputs.form else [])], "tuned")
+    refuse_only_merged([*inputs.experts, *([inputs.form] if inputs.form else [])], "tuned")
     check_options(options)
     if inputs.select not in list(RateSelection):
         raise PimergeError(f"--select must be {' or '.join(RateSelection)}; got '{inputs.select}'")

@@ -15,7 +15,7 @@ from torch import nn
 
 from pimerge.adapters.bare_parameter import packed
 from pimerge.adapters.base_fit import check_fits
-from pimerge.adapters.compatibility import check_expert, refuse_bare_parameters
+from pimerge.adapters.compatibility import check_expert, refuse_only_merged
 from pimerge.adapters.expert import open_expert
 from pimerge.adapters.lora_module import Factors
 from pimerge.core.errors import PimergeError
@@ -66,7 +66,7 @@ def test_what_needs_layers_refuses_bare_parameters(tmp_path: Path) -> None:
     expert = open_expert(tmp_path / "a")
     for what in ("embedded", "tuned"):
         with pytest.raises(PimergeError, match=rf"(?s)adapts the parameter '.*' \(target_parameters\).*can be {what}"):
-            refuse_bare_parameters([expert], what)
+            refuse_only_merged([expert], what)
     with pytest.raises(PimergeError, match="only updates of layers can be embedded"):
         check_expert(expert)
 
