@@ -1,25 +1,26 @@
 """Read, hash and write files; files and folders appear complete or not at all.
 
 Everything is written beside its destination and then renamed, so a killed process or a full disk leaves the destination
-unchanged. The next write to the same destination removes the leftovers of a killed process.
+unchanged. The next start with the same destination clears up what a killed process left: see
+:mod:`pimerge.core.placement`.
 """
 
 from __future__ import annotations
 
 import errno
-import glob
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from pimerge.core.errors import PimergeError
 from pimerge.core.hash_cache import sha256_of
+from pimerge.core.placement import key_of, locked, partial_of, place, place_together, remove, write_synced
+from pimerge.core.progress import Note, unheard
 
 _DISK_ERRORS = {
     errno.ENOSPC: "the disk is full: free some space or choose another --output",
@@ -32,20 +33,25 @@ _DISK_ERRORS = {
     errno.ENAMETOOLONG: "the name is too long: choose another --output",
     errno.ENOTDIR: "a part of the path is a file, not a folder: choose another --output",
     errno.EFBIG: "the file is larger than is allowed there: choose another --output",
+    errno.ENOENT: "no file can be created there: choose another --output",
+    errno.EMFILE: "too many files are open: raise the limit (ulimit -n)",
+    errno.ENFILE: "too many files are open on this machine: close some programs",
+    errno.ENOMEM: "the memory is full: close some programs",
+    errno.ESTALE: "the network disk has lost the file: mount it again, or choose another --output",
 }
 
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn a disk error while writing ``path`` into a PimergeError; other errors are bugs."""
+    """Turn an error of the operating system while writing ``path`` into a PimergeError."""
     try:
         yield
     except OSError as error:
-        if error.errno not in _DISK_ERRORS:
+        if error.errno in (None, errno.EBADF):  # no error of the disk: a bug
             raise
-        raise PimergeError(
-            f"cannot write '{path}': {os.strerror(error.errno or 0)}", _DISK_ERRORS[error.errno]
-        ) from error
+        code = error.errno or 0
+        hint = _DISK_ERRORS.get(code, "check the disk, or choose another --output")
+        raise PimergeError(f"cannot write '{path}': {os.strerror(code)}", hint) from error
 
 
 def require_absent(path: Path, force: bool) -> None:
@@ -132,23 +138,26 @@ def write_file(path: Path, content: bytes | str) -> None:
 
 
 def write_files(contents: Mapping[Path, bytes | str]) -> None:
-    """Write several files: all of them or none."""
-    partials: dict[Path, Path] = {}
-    try:
-        for path, data in contents.items():
-            with disk_errors(path):
-                path.parent.mkdir(parents=True, exist_ok=True)
-                _sweep(path)
-                if path.is_dir():
-                    raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-                partials[path] = _beside(path, "partial")
-                _write_synced(partials[path], data)
-        for path, partial in partials.items():
-            with disk_errors(path):
-                partial.replace(path)
-    finally:
-        for partial in partials.values():
-            partial.unlink(missing_ok=True)
+    """Write several files of one folder: all of them or none.
+
+    If the process is stopped while it moves them to their places, the next one that writes there moves the rest.
+    """
+    key = next(iter(contents)) if len(contents) == 1 else key_of(contents)
+    with output_lock(key):
+        try:
+            for path, data in contents.items():
+                with disk_errors(path):
+                    _refuse_folder(path)
+                    write_synced(partial_of(path), data)
+            with disk_errors(key):
+                if len(contents) == 1:
+                    partial_of(key).replace(key)
+                else:
+                    place_together(list(contents), key)
+        finally:
+            for path in contents:
+                with suppress(OSError):
+                    partial_of(path).unlink(missing_ok=True)
 
 
 def write_folder(path: Path, contents: Mapping[str, bytes | str], *, force: bool) -> None:
@@ -165,89 +174,48 @@ def write_folder(path: Path, contents: Mapping[str, bytes | str], *, force: bool
 def write_into(folder: Path, contents: Mapping[str, bytes | str]) -> None:
     """Write files into a folder that :func:`new_folder` yielded."""
     for name, content in contents.items():
-        _write_synced(folder / name, content)
+        write_synced(folder / name, content)
 
 
 @contextmanager
 def new_folder(path: Path, *, force: bool) -> Iterator[Path]:
     """Yield a folder to write into; it moves to ``path`` when the block ends and is removed if the block fails."""
-    require_absent(path, force)
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(path)
-        partial, old = _beside(path, "partial"), None
-        try:
+    with _new(path, force) as partial:
+        with disk_errors(path):
             partial.mkdir()
-            yield partial
-            if path.exists() or path.is_symlink():
-                old = path.replace(_beside(path, "old"))
-            partial.replace(path)
-        except BaseException:
-            if old is not None:
-                old.replace(path)
-            raise
-        finally:
-            _remove(partial)
-        if old is not None:
-            _remove(old)
+        yield partial
 
 
 @contextmanager
 def new_file(path: Path, *, force: bool) -> Iterator[Path]:
     """Yield a path to write a file to; it moves to ``path`` when the block ends and is removed if the block fails."""
-    require_absent(path, force)
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(path)
-        if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        partial = _beside(path, "partial")
+    with _new(path, force) as partial:
+        with disk_errors(path):
+            _refuse_folder(path)
+        yield partial
+
+
+@contextmanager
+def output_lock(path: Path, note: Note = unheard) -> Iterator[None]:
+    """Hold the name of an output while a command works on it: see :func:`pimerge.core.placement.locked`."""
+    with ExitStack() as stack:
+        with disk_errors(path):
+            stack.enter_context(locked(path, note))
+        yield
+
+
+@contextmanager
+def _new(path: Path, force: bool) -> Iterator[Path]:
+    with output_lock(path), disk_errors(path):
+        require_absent(path, force)
+        partial = partial_of(path)
         try:
             yield partial
-            partial.replace(path)
+            place(partial, path)
         finally:
-            _remove(partial)
+            remove(partial)
 
 
-def _write_synced(path: Path, content: bytes | str) -> None:
-    with path.open("wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _beside(path: Path, word: str) -> Path:
-    """A name beside ``path`` that only this process uses."""
-    return path.with_name(f".{path.name}.{word}-{os.getpid()}")
-
-
-def _sweep(path: Path) -> None:
-    """Remove the leftovers of dead processes beside ``path``.
-
-    Leftovers under this process's own id are removed as well: containers reuse ids.
-    """
-    name = glob.escape(path.name)
-    leftovers = list(path.parent.glob(f".{name}.partial-*"))
-    if path.exists():  # without it, the old content of a replaced folder is the only copy: never remove it
-        leftovers += path.parent.glob(f".{name}.old-*")
-    for leftover in leftovers:
-        pid = leftover.name.rpartition("-")[2]
-        if pid.isdecimal() and (int(pid) == os.getpid() or not _alive(int(pid))):
-            _remove(leftover)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):
-        pass
-    return True
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
+def _refuse_folder(path: Path) -> None:
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))

@@ -1,11 +1,12 @@
 """The store of embeddings: ``embeddings.json`` and files of tensors beside it, the sidecars.
 
-``embeddings/NAME.safetensors`` holds the full diagonal of the Fisher information, one tensor per parameter, under the
-keys of the adapter's own file. ``NAME.marginals.safetensors`` holds the second moments of each adapted layer
+``embeddings/NAME.HASH.safetensors`` holds the full diagonal of the Fisher information, one tensor per parameter, under
+the keys of the adapter's own file. ``NAME.marginals.HASH.safetensors`` holds the second moments of each adapted layer
 (:mod:`pimerge.embedding.layer_moments`) and its update in random directions
-(:mod:`pimerge.embedding.random_projection`). The optional ``NAME.grams.safetensors`` holds the input Gram of each
-adapted layer under the module's name. A sidecar is written before the document that names it, so the store is complete
-at any moment, and several processes can extend it at once.
+(:mod:`pimerge.embedding.random_projection`). The optional ``NAME.grams.HASH.safetensors`` holds the input Gram of each
+adapted layer under the module's name. HASH is the start of the file's own SHA-256: so a new sidecar never replaces an
+old one. It is written before the document that names it, and the old one is removed after. The store is complete at any
+moment, and several processes can extend it at once.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +24,16 @@ from pimerge.adapters.expert import Expert, open_expert
 from pimerge.adapters.expert_files import CONFIG
 from pimerge.checkpoints.safetensors_file import TensorFile, open_tensors
 from pimerge.core.errors import PimergeError, nearest
-from pimerge.core.files import disk_errors, json_text, read_json, relative_to, sha256_bytes, sha256_file, write_file
+from pimerge.core.files import (
+    disk_errors,
+    json_text,
+    output_lock,
+    read_json,
+    relative_to,
+    sha256_bytes,
+    sha256_file,
+    write_file,
+)
 from pimerge.embedding.store_schema import Embedding, MeasuredGains, Sidecar, StoreDocument, read_document
 from pimerge.embedding.store_view import StoreView
 
@@ -36,6 +46,8 @@ DIAGONAL, SECOND_MOMENTS, GRAMS = "diagonal", "marginals", "grams"
 _TENSOR = re.compile(
     r"\.(?:\w*(?:lora|vera)|ia3|ln_tuning|bitfit|bottleneck|hada|hira|lokr|fourierft|c3a|miss|shira|waveft)_.*"
 )
+_HASHED = re.compile(r"\.[0-9a-f]{12}\.safetensors$")
+_LONGEST = 150  # letters of an expert's name in a file's
 TRACES = "traces"  # of the modules, in the metadata of the diagonal, to keep the document small
 
 
@@ -158,10 +170,7 @@ class Store:
             traces[module] = traces.get(module, 0.0) + float(value.double().sum())
         metadata = {DIAGONAL: {TRACES: json.dumps(dict(sorted(traces.items())))}}
         contents = {part: _safetensors(values, metadata.get(part)) for part, values in tensors.items()}
-        sidecars = {
-            part: Sidecar(file=f"{self.sidecars.name}/{_file_of(name, part)}", sha256=sha256_bytes(content))
-            for part, content in contents.items()
-        }
+        sidecars = {part: self._sidecar(name, part, sha256_bytes(content)) for part, content in contents.items()}
         squares = sum(float(value.double().square().sum()) for value in diagonal.values())
         entry = Embedding(
             **fields,
@@ -170,15 +179,10 @@ class Store:
             largest=max(float(value.max()) for value in diagonal.values()),
             sidecars=sidecars,
         )
-        own = {sidecar.file for sidecar in sidecars.values()}
         with self._changing() as document:
-            experts = document.experts
-            for other in experts.keys() - {name}:
-                if own & _sidecars([experts[other]]):  # an expert 'a.grams' and the input Grams of 'a'
-                    raise PimergeError(f"sidecars of '{name}' and '{other}' have the same name", "rename one expert")
             for part, content in contents.items():
                 write_file(self.path.parent / sidecars[part].file, content)
-            experts[name] = entry
+            document.experts[name] = entry
 
     def drop(self, name: str) -> None:
         """Remove an entry, its sidecars and its measured gains."""
@@ -241,37 +245,32 @@ class Store:
             raise PimergeError(f"the sidecar '{path}' {state}", hint)
         return open_tensors(path)
 
+    def _sidecar(self, name: str, part: str, sha256: str) -> Sidecar:
+        """Name a sidecar by its expert, its part and its hash."""
+        start = name.replace("/", "--")[:_LONGEST]  # of experts in folders of one name
+        middle = "" if part == DIAGONAL else f".{part}"
+        return Sidecar(file=f"{self.sidecars.name}/{start}{middle}.{sha256[:12]}.safetensors", sha256=sha256)
+
     @contextmanager
     def _changing(self) -> Iterator[StoreDocument]:
         """Change the latest document on disk under a lock, and remove sidecars that it no longer names."""
-        from filelock import FileLock
-
-        with disk_errors(self.sidecars):
-            self.sidecars.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(self.sidecars / ".lock")
-            lock.acquire()
-        try:
+        with output_lock(self.path):
+            with disk_errors(self.sidecars):
+                self.sidecars.mkdir(parents=True, exist_ok=True)
             document = read_document(self.path)
-            before = _sidecars(document.experts.values())
+            before = self._own_sidecars(document)
             yield document
             document.experts = dict(sorted(document.experts.items()))
             write_file(self.path, json_text(document.model_dump()))
             self.document = document
-            for sidecar in before - _sidecars(document.experts.values()):
-                if not os.path.isabs(sidecar):  # an absolute path belongs to the store under an overlay
-                    (self.path.parent / sidecar).unlink(missing_ok=True)
-        finally:
-            lock.release()
+            left = {file.name for file in self.sidecars.iterdir() if _HASHED.search(file.name)}  # by a stopped process
+            for name in (before | left) - self._own_sidecars(document):
+                (self.sidecars / name).unlink(missing_ok=True)
 
-
-def _file_of(name: str, part: str) -> str:
-    name = name.replace("/", "--")  # of experts in folders of one name
-    return f"{name}{'' if part == DIAGONAL else '.' + part}.safetensors"
-
-
-def _sidecars(entries: Iterable[Embedding]) -> set[str]:
-    """Return the sidecar files of some entries."""
-    return {sidecar.file for entry in entries for sidecar in entry.sidecars.values()}
+    def _own_sidecars(self, document: StoreDocument) -> set[str]:
+        """The names of the files in the folder of the sidecars that the document names; an overlay names others."""
+        files = [Path(each.file) for entry in document.experts.values() for each in entry.sidecars.values()]
+        return {file.name for file in files if file.parent == Path(self.sidecars.name)}
 
 
 def _safetensors(tensors: Mapping[str, Tensor], metadata: dict[str, str] | None) -> bytes:

@@ -19,12 +19,16 @@ from pimerge.core.errors import PimergeError
 from tests.support.kills import killed_before
 from tests.support.numerics import small
 
-DEAD_PID = 2**22 + 1  # above what Linux gives out
-
 
 def contents_of(folder: Path) -> dict[str, bytes]:
     """File name → content, hidden ones too."""
     return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def emptied(folder: Path) -> None:
+    """Remove all that is in a folder."""
+    for child in folder.iterdir():
+        shutil.rmtree(child) if child.is_dir() else child.unlink()
 
 
 @pytest.fixture
@@ -101,7 +105,7 @@ def test_a_failing_last_rename_brings_the_old_folder_back(old: Path, monkeypatch
     replace = Path.replace
 
     def failing(self: Path, target: Path) -> Path:
-        if ".partial-" in self.name:
+        if ".pimerge-partial" in self.name:
             raise OSError(errno.ENOSPC, "full")
         return replace(self, target)
 
@@ -123,20 +127,42 @@ def test_an_interrupt_leaves_everything_as_it_was(old: Path, monkeypatch: pytest
     assert [child.name for child in old.parent.iterdir()] == ["out"]
 
 
-# a container gives the same id to every run
-@pytest.mark.parametrize("pid", [DEAD_PID, os.getpid()], ids=["of the dead", "its own"])
-def test_leftovers_of_the_dead_are_swept_and_those_of_the_living_kept(pid: int, tmp_path: Path) -> None:
-    out = tmp_path / "out[1]"
-    living = tmp_path / f".out[1].partial-{os.getppid()}"
-    for leftover in (tmp_path / f".out[1].partial-{pid}", tmp_path / f".out[1].old-{pid}", living):
+def test_leftovers_of_a_stopped_process_are_cleared_up(tmp_path: Path) -> None:
+    out, notes = tmp_path / "out[1]", []
+    old, partial = (tmp_path / f".out[1].pimerge-{word}" for word in ("old", "partial"))
+    other = tmp_path / ".out[1].x.pimerge-partial"  # of another output
+    for leftover in (old, partial, other):
         leftover.mkdir()
         (leftover / "a").write_text("left")
-    files.write_folder(out, {"a": "new"}, force=False)
-    kept = {child.name for child in tmp_path.iterdir()}
-    assert kept == {"out[1]", f".out[1].old-{pid}", living.name}  # the old one may be all that was there
+    with files.output_lock(out, notes.append):
+        assert contents_of(out) == {"a": b"left"}  # the folder that was set aside is back
+    assert len(notes) == 1
+    assert "the previous one is back" in notes[0]
+    shutil.copytree(out, old)
     files.write_folder(out, {"a": "newer"}, force=True)
-    assert {child.name for child in tmp_path.iterdir()} == {"out[1]", living.name}
+    assert {child.name for child in tmp_path.iterdir()} == {"out[1]", other.name}
     assert contents_of(out) == {"a": b"newer"}
+
+
+def test_a_second_process_waits_for_the_first(tmp_path: Path) -> None:
+    out, notes = tmp_path / "new" / "out", []
+    reader, writer = os.pipe()
+    with files.output_lock(out), files.output_lock(out):  # the same process can hold it twice
+        pid = os.fork()
+        if pid == 0:
+            with files.output_lock(out, lambda text: notes.append(text) or os.write(writer, b"waiting")):
+                code = 0 if len(notes) == 1 and contents_of(out) == {"a": b"first"} else 1
+            os._exit(code)
+        assert os.read(reader, 10) == b"waiting"
+        files.write_folder(out, {"a": "first"}, force=False)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert [child.name for child in out.parent.iterdir()] == ["out"]
+
+
+def test_a_lock_leaves_no_folder_behind(tmp_path: Path) -> None:
+    with pytest.raises(PimergeError, match="wrong"), files.output_lock(tmp_path / "a" / "b" / "out"):
+        raise PimergeError("wrong")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", ["a**b", "[x", "q?", ".hidden", "a b", "ü"])
@@ -178,27 +204,48 @@ def test_a_kill_at_any_moment_leaves_a_whole_folder_or_none(force: bool, tmp_pat
     old, new = dict.fromkeys("ab", b"old"), dict.fromkeys("abc", b"new")
     out = tmp_path / "out"
     states = []
+    before = old if force else None
     for change in count():
-        for child in tmp_path.iterdir():
-            shutil.rmtree(child)
+        emptied(tmp_path)
         if force:
             files.write_folder(out, old, force=False)
         killed = killed_before(change, lambda: files.write_folder(out, new, force=force))
-        found = contents_of(out) if out.exists() else None
+        with files.output_lock(out):  # the next start
+            found = contents_of(out) if out.exists() else None
+        assert [child.name for child in tmp_path.iterdir()] == (["out"] if found else [])
         states.append(found)
-        if found is None and force:  # between the two renames: the old folder waits beside
-            assert [contents_of(path) for path in tmp_path.glob(".out.old-*")] == [old]
         if not killed:
             break
         files.write_folder(out, {"a": "newer"}, force=out.exists())
         assert contents_of(out) == {"a": b"newer"}
-        if found is not None or not force:
-            assert [child.name for child in tmp_path.iterdir()] == ["out"]
-    before = old if force else None
     assert states[0] == before
     assert states[-1] == new
-    assert all(state in (before, None, new) for state in states)
+    assert all(state in (before, new) for state in states)
     assert len(states) > 5
+
+
+@pytest.mark.parametrize("has_old", [False, True])
+def test_a_kill_at_any_moment_leaves_a_set_of_files_whole_at_the_next_start(has_old: bool, tmp_path: Path) -> None:
+    names = [tmp_path / f"plot{suffix}" for suffix in (".png", ".svg", ".json")]
+    old, new = (dict.fromkeys(names, word) for word in ("old", "new"))
+    before = {path.name: b"old" for path in names} if has_old else {}
+    states = []
+    for change in count():
+        emptied(tmp_path)
+        if has_old:
+            files.write_files(old)
+        killed = killed_before(change, lambda: files.write_files(new))
+        with files.output_lock(tmp_path / "plot"):
+            states.append({path.name: path.read_bytes() for path in names if path.exists()})
+        files.write_files(new)
+        assert sorted(tmp_path.iterdir()) == sorted(names)
+        if not killed:
+            break
+    after = {path.name: b"new" for path in names}
+    assert states[0] == before
+    assert states[-1] == after
+    assert all(state in (before, after) for state in states)
+    assert len(states) > 8
 
 
 @small

@@ -20,7 +20,7 @@ from pimerge.core.errors import PimergeError
 from pimerge.embedding import embed_expert as embedding
 from pimerge.embedding.embed_expert import EmbedOptions, EmbedOutcome, embed_expert
 from pimerge.embedding.random_projection import from_texts
-from pimerge.embedding.store import Store
+from pimerge.embedding.store import DIAGONAL, GRAMS, SECOND_MOMENTS, Store
 from pimerge.embedding.store_schema import EmbedSettings
 from pimerge.models.loading import Bases
 from pimerge.tasks.task import open_task
@@ -209,11 +209,11 @@ def test_other_settings_are_computed_again(expert: Path, tmp_path: Path, setting
     assert not embed_into(store, expert, **setting).computed
 
 
-@pytest.mark.parametrize("name", ["x.safetensors", "x.marginals.safetensors"])
-def test_a_sidecar_that_is_gone_or_altered_is_computed_again(expert: Path, tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("part", [DIAGONAL, SECOND_MOMENTS])
+def test_a_sidecar_that_is_gone_or_altered_is_computed_again(expert: Path, tmp_path: Path, part: str) -> None:
     store = Store(tmp_path / "embeddings.json")
     embed_into(store, expert)
-    sidecar = tmp_path / "embeddings" / name
+    sidecar = tmp_path / store.experts["x"].sidecars[part].file
     content = sidecar.read_bytes()
     for damage in (sidecar.unlink, lambda: sidecar.write_bytes(content[:-1] + b"!")):
         damage()
@@ -276,10 +276,10 @@ def test_grams_are_added_to_what_has_none_and_then_stay(
 ) -> None:
     store = Store(tmp_path / "embeddings.json")
     embed_into(store, expert)
-    diagonal = (tmp_path / "embeddings" / "x.safetensors").read_bytes()
+    diagonal = store.experts["x"].sidecars[DIAGONAL]
     assert embed_into(store, expert, grams=True).computed
-    assert (tmp_path / "embeddings" / "x.safetensors").read_bytes() == diagonal
-    sidecar = tmp_path / "embeddings" / "x.grams.safetensors"
+    assert store.experts["x"].sidecars[DIAGONAL] == diagonal
+    sidecar = tmp_path / store.experts["x"].sidecars[GRAMS].file
     content = sidecar.read_bytes()
     assert not embed_into(store, expert, grams=True).computed
     assert not embed_into(store, expert).computed
@@ -287,7 +287,7 @@ def test_grams_are_added_to_what_has_none_and_then_stay(
     assert sidecar.read_bytes() == content
     make_expert(expert, vit_base, seed=7)  # no Gram matrices of another expert are left
     assert embed_into(store, expert).computed
-    assert sidecar.read_bytes() != content
+    assert not sidecar.exists()
     assert len(store.grams("x").entries) == 4
 
 
@@ -295,7 +295,7 @@ def test_grams_are_added_to_what_has_none_and_then_stay(
 def test_grams_that_are_gone_or_altered_are_computed_again(expert: Path, tmp_path: Path, again: bool) -> None:
     store = Store(tmp_path / "embeddings.json")
     embed_into(store, expert, grams=True)
-    sidecar = tmp_path / "embeddings" / "x.grams.safetensors"
+    sidecar = tmp_path / store.experts["x"].sidecars[GRAMS].file
     content = sidecar.read_bytes()
     for damage in (sidecar.unlink, lambda: sidecar.write_bytes(content[:-1] + b"!")):
         damage()

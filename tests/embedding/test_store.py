@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import re
+import shutil
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -284,7 +286,12 @@ def with_grams(tmp_path: Path) -> Store:
 
 
 def sidecars(store: Store) -> list[str]:
-    return sorted(file.name for file in (store.path.parent / "embeddings").glob("*.safetensors"))
+    """The names of the sidecars on disk, without the hashes."""
+    return sorted(re.sub(r"\.[0-9a-f]{12}\.", ".", file.name) for file in store.sidecars.glob("*.safetensors"))
+
+
+def sidecar_of(store: Store, name: str, part: str) -> Path:
+    return store.path.parent / store.experts[name].sidecars[part].file
 
 
 def test_grams_and_diagonals_are_read_one_tensor_at_a_time(with_grams: Store) -> None:
@@ -293,7 +300,7 @@ def test_grams_and_diagonals_are_read_one_tensor_at_a_time(with_grams: Store) ->
     assert torch.equal(grams.read("v"), grams_of(0)["v"])
     assert torch.equal(diagonal.read(KEY.format("q")), diagonal_of(1)[KEY.format("q")])
     assert [with_grams.has_grams(name) for name in ("n0", "n1", "n2")] == [True, False, False]
-    assert with_grams.grams_size("n0") == (with_grams.path.parent / "embeddings/n0.grams.safetensors").stat().st_size
+    assert with_grams.grams_size("n0") == sidecar_of(with_grams, "n0", GRAMS).stat().st_size
     assert with_grams.grams_size("n1") == 0
 
 
@@ -314,7 +321,7 @@ def test_missing_grams_say_what_to_run(with_grams: Store) -> None:
 
 
 def test_grams_that_are_gone_or_altered_are_not_read(with_grams: Store) -> None:
-    sidecar = with_grams.path.parent / "embeddings" / "n0.grams.safetensors"
+    sidecar = sidecar_of(with_grams, "n0", GRAMS)
     assert with_grams.is_current("n0", {}, grams=True)
     assert not with_grams.is_current("n1", {}, grams=True)
     sidecar.write_bytes(sidecar.read_bytes()[:-4] + b"\0\0\0\0")
@@ -336,10 +343,46 @@ def test_no_sidecar_stays_that_the_document_does_not_name(with_grams: Store) -> 
     assert sidecars(with_grams) == n0
 
 
-def test_an_expert_whose_sidecar_would_be_anothers_grams_is_refused(with_grams: Store) -> None:
-    with pytest.raises(PimergeError, match=r"sidecars of 'n0.grams' and 'n0' have the same name"):
-        with_grams.add("n0.grams", fields_of("n0.grams"), tensors_of(0))
+def test_an_expert_that_is_named_like_anothers_grams_keeps_apart(with_grams: Store) -> None:
+    with_grams.add("n0.grams", fields_of("n0.grams"), tensors_of(0))
     assert torch.equal(with_grams.grams("n0").read("q"), grams_of(0)["q"])
+    assert torch.equal(with_grams.diagonal_file("n0.grams").read(KEY.format("q")), diagonal_of(0)[KEY.format("q")])
+
+
+def assert_sidecars_are_those_that_the_document_names(path: Path) -> None:
+    store = Store(path)
+    for name in store.experts:
+        store.diagonal_file(name)
+        store.second_moments_file(name)
+
+
+@pytest.mark.parametrize("work", ["add", "drop"])
+def test_a_kill_at_any_moment_leaves_a_whole_store_and_no_litter(tmp_path: Path, work: str) -> None:
+    path = tmp_path / "embeddings.json"
+
+    def change() -> None:
+        store = Store(path)
+        store.add("n0", fields_of("n0"), tensors_of(5)) if work == "add" else store.drop("n0")
+
+    states = []
+    for number in count():
+        shutil.rmtree(tmp_path)
+        tmp_path.mkdir()
+        fill(path, "n", 2)
+        old = path.read_bytes()
+        killed = killed_before(number, change)
+        assert_sidecars_are_those_that_the_document_names(path)
+        states.append(path.read_bytes() == old)
+        change()
+        assert_sidecars_are_those_that_the_document_names(path)
+        named = {each.file for entry in Store(path).experts.values() for each in entry.sidecars.values()}
+        assert {str(file.relative_to(tmp_path)) for file in tmp_path.glob("embeddings/*")} == named
+        assert {file.name for file in tmp_path.iterdir()} == {"embeddings", "embeddings.json"}
+        if not killed:
+            break
+    assert states[0]
+    assert not states[-1]
+    assert len(states) > 5
 
 
 def test_an_expert_is_found_by_its_tensors(tmp_path: Path) -> None:

@@ -263,7 +263,7 @@ def test_a_large_store_notices_what_was_altered(
     adapter = tmp_path / "pool" / near / "adapter_model.safetensors"
     path = adapter if part == "adapter" else tmp_path / store.experts[near].sidecars[SECOND_MOMENTS].file
     path.write_bytes(path.read_bytes()[:-1] + b"!")
-    reason = "has changed since it was embedded" if part == "adapter" else f"{near}.marginals.safetensors' has changed"
+    reason = "has changed since it was embedded" if part == "adapter" else f"{path.name}' has changed"
     assert reason in compare(store, TARGET, fisher.MEASURE).excluded[near]
 
 
