@@ -8,10 +8,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from pimerge.core.errors import AlreadyDone
 from pimerge.core.plugins import Family
 from pimerge.core.progress import Advance, Track, silent
 
@@ -32,6 +34,18 @@ def note(message: str, quiet: bool) -> None:
     """Print a hint on standard error, unless quiet."""
     if not quiet:
         stderr().print(escape(message), style="dim")
+
+
+@contextmanager
+def done_before(as_json: bool, quiet: bool) -> Iterator[None]:
+    """End the command with status 0 if its output is there already, from an earlier run of the same command."""
+    try:
+        yield
+    except AlreadyDone as done:
+        if as_json:
+            print_json(done.document)
+        note(str(done), quiet)
+        raise typer.Exit from None
 
 
 def warn(message: str) -> None:

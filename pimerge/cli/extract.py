@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pimerge.cli import options
-from pimerge.cli.console import note, print_json, print_table, tracker
+from pimerge.cli.console import done_before, note, print_json, print_table, tracker
 from pimerge.merging.request import DTYPE
 
 if TYPE_CHECKING:
@@ -51,20 +51,21 @@ def extract(
     """
     from pimerge.merging.extraction.extract import extract as extract_lora
 
-    found = extract_lora(
-        finetuned,
-        base=base,
-        rank=rank,
-        energy=energy,
-        include=include or [],
-        exclude=exclude or [],
-        dtype=dtype,
-        seed=seed,
-        output=output,
-        force=force,
-        track=tracker(quiet),
-        note=partial(note, quiet=quiet),
-    )
+    with done_before(json, quiet):
+        found = extract_lora(
+            finetuned,
+            base=base,
+            rank=rank,
+            energy=energy,
+            include=include or [],
+            exclude=exclude or [],
+            dtype=dtype,
+            seed=seed,
+            output=output,
+            force=force,
+            track=tracker(quiet),
+            note=partial(note, quiet=quiet),
+        )
     if json:
         print_json(found.to_dict())
         return

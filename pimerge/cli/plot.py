@@ -60,7 +60,7 @@ def plot(
         raise PimergeError(
             "no plot was named", f"name one of {', '.join(FIGURES.names())}; 'pimerge plot --figures' describes them"
         )
-    from pimerge.core.files import json_text, require_absent, write_files
+    from pimerge.core.files import json_text, output_lock, require_same_or_absent, write_files
     from pimerge.reporting.figures._canvas import pictures, require_libraries
 
     figure = FIGURES.load(name)
@@ -82,13 +82,16 @@ def plot(
     given = FIGURES.given_options(figure if data is None else replace(figure, options={}), settings)
     require_libraries()
     files = {suffix: _beside(output or Path(figure.name), suffix) for suffix in SUFFIXES}
-    for file in files.values():
-        if file != data:  # the input may be the file that is written
-            require_absent(file, force)
-    found = figure.read(data) if data is not None else figure.compute(figure.open(inputs), inputs, **given)
-    document = figure.document(found)
-    drawn = {**pictures(lambda: figure.draw(found)), ".json": json_text(document).encode()}
-    write_files({files[suffix]: content for suffix, content in drawn.items()})
+    first = next(iter(files.values()))
+    with output_lock(first.with_suffix(""), inputs.note):
+        found = figure.read(data) if data is not None else figure.compute(figure.open(inputs), inputs, **given)
+        document = figure.document(found)
+        drawn = {**pictures(lambda: figure.draw(found)), ".json": json_text(document).encode()}
+        contents = {files[suffix]: content for suffix, content in drawn.items()}
+        for file, content in contents.items():
+            if file != data:  # the input may be the file that is written
+                require_same_or_absent(file, content, force)
+        write_files(contents)
     if json:
         print_json(document)
     note("→ " + ", ".join(str(file) for file in files.values()), quiet)

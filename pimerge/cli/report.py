@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -25,14 +26,16 @@ def report(
     The page shows the pool, rankings, outputs, scores, comparisons and plots, and names the command for each missing
     part. It needs no other file and no network. Click a column heading to sort a table.
     """
-    from pimerge.core.files import require_absent, write_file
+    from pimerge.core.files import output_lock, require_same_or_absent, write_file
     from pimerge.reporting.report.gathering import gather
     from pimerge.reporting.report.page import page
 
     path = output or folder / "report.html"
-    require_absent(path, force)
-    found = gather(folder)
-    write_file(path, page(found, folder))
+    with output_lock(path, partial(note, quiet=quiet)):
+        found = gather(folder)
+        content = page(found, folder)
+        require_same_or_absent(path, content, force)
+        write_file(path, content)
     if json:
         print_json(found.model_dump())
     for section in found.sections:

@@ -10,7 +10,7 @@ import typer
 
 from pimerge.adapters.kind import KINDS
 from pimerge.cli import options
-from pimerge.cli.console import note, print_family, print_json, print_table, tracker, warn
+from pimerge.cli.console import done_before, note, print_family, print_json, print_table, tracker, warn
 from pimerge.tuning.method import METHODS, Granularity, MixturePlan
 
 if TYPE_CHECKING:
@@ -108,47 +108,48 @@ def tune(
     from pimerge.tuning.options import TrainingOptions
     from pimerge.tuning.tune import tune as run
 
-    result = run(
-        experts,
-        method=method,
-        target=target,
-        ranking=ranking,
-        base=base,
-        options=TrainingOptions(
-            epochs=epochs,
-            lr=lr,
-            weights_lr=weights_lr,
-            batch_size=batch_size,
-            seed=seed,
-            holdout=holdout,
-            patience=patience,
-            shots=shots,
-            label_smoothing=label_smoothing,
-            weight_decay=weight_decay,
-            decay_towards=decay_towards,
-            ema=ema,
-            sam=sam,
-            granularity=granularity,
-            class_names=class_names,
-            rank=options.count(rank, "--rank", "max"),
-            fresh_kind=kind,
-            fresh_rank=fresh_rank,
-            fresh_alpha=fresh_alpha,
-            fresh_modules=tuple(name.strip() for name in modules.split(",")) if modules else None,
-            init_seed=init_seed,
-        ),
-        select=select,
-        start=start,
-        allow_disjoint=allow_disjoint,
-        device=device,
-        dtype=dtype,
-        output=output,
-        force=force,
-        track=tracker(quiet),
-        note=partial(note, quiet=quiet),
-        warn=warn,
-        **(settings or {}),
-    )
+    with done_before(json, quiet):
+        result = run(
+            experts,
+            method=method,
+            target=target,
+            ranking=ranking,
+            base=base,
+            options=TrainingOptions(
+                epochs=epochs,
+                lr=lr,
+                weights_lr=weights_lr,
+                batch_size=batch_size,
+                seed=seed,
+                holdout=holdout,
+                patience=patience,
+                shots=shots,
+                label_smoothing=label_smoothing,
+                weight_decay=weight_decay,
+                decay_towards=decay_towards,
+                ema=ema,
+                sam=sam,
+                granularity=granularity,
+                class_names=class_names,
+                rank=options.count(rank, "--rank", "max"),
+                fresh_kind=kind,
+                fresh_rank=fresh_rank,
+                fresh_alpha=fresh_alpha,
+                fresh_modules=tuple(name.strip() for name in modules.split(",")) if modules else None,
+                init_seed=init_seed,
+            ),
+            select=select,
+            start=start,
+            allow_disjoint=allow_disjoint,
+            device=device,
+            dtype=dtype,
+            output=output,
+            force=force,
+            track=tracker(quiet),
+            note=partial(note, quiet=quiet),
+            warn=warn,
+            **(settings or {}),
+        )
     if not result.outcome.writes:
         return  # another process writes and prints the result
     if json:

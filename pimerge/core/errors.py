@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,19 @@ class PimergeError(Exception):
             if problem.hint:
                 lines.append(f"  → {problem.hint}")
         super().__init__("\n".join(lines))
+
+
+class AlreadyDone(PimergeError):
+    """The output is there, complete, from an earlier run of the same request.
+
+    For the command line this is no error: a script can run a command again after a stop.
+    """
+
+    def __init__(self, output: Path, results: dict[str, Any]) -> None:
+        super().__init__(
+            f"'{output}' is there already: the same command wrote it, from the same inputs", "pass --force to redo it"
+        )
+        self.document = {"output": str(output), **results}
 
 
 class Problems:

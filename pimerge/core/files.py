@@ -64,9 +64,9 @@ def require_absent(path: Path, force: bool) -> None:
         raise PimergeError(f"'{path}' already exists", "pass --force to replace it, or choose another --output")
 
 
-def require_same_or_absent(path: Path, text: str, force: bool) -> None:
-    """Refuse to overwrite ``path`` without ``force``, unless it already holds exactly this text."""
-    if not (path.is_file() and path.read_bytes() == text.encode()):
+def require_same_or_absent(path: Path, content: bytes | str, force: bool) -> None:
+    """Refuse to overwrite ``path`` without ``force``, unless it already holds exactly this content."""
+    if not (path.is_file() and path.read_bytes() == (content.encode() if isinstance(content, str) else content)):
         require_absent(path, force)
 
 

@@ -9,7 +9,7 @@ from pimerge.adapters.expert import Expert
 from pimerge.adapters.ranking_document import Ranking, open_ranked, read_ranking
 from pimerge.adapters.selected import base_of, distinguished, listed, open_all, pool_members
 from pimerge.core.errors import PimergeError, Problems
-from pimerge.core.files import require_absent
+from pimerge.core.files import output_lock, require_absent
 from pimerge.core.progress import Note, Track, silent, unheard
 from pimerge.evaluation.comparison import Comparison
 from pimerge.evaluation.design import ComparisonDesign, RankedExpert, check_names, usual_controls
@@ -117,11 +117,12 @@ def compare(
         device=device,
         dtype=dtype,
     )
-    document = run_comparison(request, before=lambda: require_absent(output, force), track=track, note=note)
-    if document is None:
-        return None
-    found = Comparison(document)
-    found.save(output, force=force)
+    with output_lock(output.with_suffix(""), note):
+        document = run_comparison(request, before=lambda: require_absent(output, force), track=track, note=note)
+        if document is None:
+            return None
+        found = Comparison(document)
+        found.save(output, force=force)
     return found
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pimerge.core.files import json_text, require_same_or_absent, write_file
+from pimerge.core.files import json_text, require_same_or_absent, write_files
 from pimerge.evaluation.design import shots_text
 from pimerge.evaluation.schema import ComparisonDocument, ComparisonLine, ComparisonRun
 from pimerge.tasks.metric import METRICS
@@ -91,15 +91,14 @@ class Comparison:
             force: whether to replace other content.
         """
         path = Path(path)
-        texts: Mapping[Path, str] = {
+        texts: Mapping[Path, bytes | str] = {
             path: json_text(self.to_dict()),
             path.with_suffix(".md"): self.markdown(),
             path.with_suffix(".csv"): self.csv(),
         }
         for file, text in texts.items():
             require_same_or_absent(file, text, force)
-        for file, text in texts.items():
-            write_file(file, text)
+        write_files(texts)
 
 
 def _row(line: ComparisonLine, style: str) -> list[str]:

@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from pimerge.core.errors import PimergeError
-from pimerge.core.files import json_text, new_file, new_folder, read_json, require_absent
+from pimerge.core.files import json_text, new_file, new_folder, output_lock, read_json, require_absent
 from pimerge.core.progress import Note, Track, silent, unheard
 
 if TYPE_CHECKING:
@@ -86,20 +86,21 @@ def convert(
         pimerge.convert("models/bert", output="models/bert-safetensors")  # its weights are in pytorch_model.bin
     """
     given, output = Path(source), Path(output)
-    require_absent(output, force)
-    if given.exists() and given.resolve().is_relative_to(output.resolve()):
-        raise PimergeError(f"the output '{output}' is the input or contains it", "choose another --output")
-    if energy is not None and rank is None:
-        rank = "auto"
-    pickled = _pickled(given, output)
-    if rank is not None:
+    with output_lock(output, note):
+        require_absent(output, force)
+        if given.exists() and given.resolve().is_relative_to(output.resolve()):
+            raise PimergeError(f"the output '{output}' is the input or contains it", "choose another --output")
+        if energy is not None and rank is None:
+            rank = "auto"
+        pickled = _pickled(given, output)
+        if rank is not None:
+            if pickled is None:
+                return _to_lora(source, rank, energy, base, output, force, track, note)
+            with _unpickled(pickled, base, track) as expert:
+                return _to_lora(expert, rank, energy, base, output, force, track, note)
         if pickled is None:
-            return _to_lora(source, rank, energy, base, output, force, track, note)
-        with _unpickled(pickled, base, track) as expert:
-            return _to_lora(expert, rank, energy, base, output, force, track, note)
-    if pickled is None:
-        return _to_peft(source, base, output, force, track, note)
-    return _unpickle(pickled, output, force, track, note)
+            return _to_peft(source, base, output, force, track, note)
+        return _unpickle(pickled, output, force, track, note)
 
 
 def _pickled(path: Path, output: Path) -> Path | None:

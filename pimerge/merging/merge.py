@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pimerge.core.errors import Problems
-from pimerge.core.files import require_absent
+from pimerge.core.files import output_lock
+from pimerge.core.manifest import require_absent_or_own
 from pimerge.core.progress import Note, Track, silent, unheard
 from pimerge.merging.method import OpenedMethod, open_method
 from pimerge.merging.request import DTYPE, HEAD, SPACE, EntrySpace, HeadPolicy, MergeRequest, ResultDtype
@@ -157,16 +158,18 @@ def merge(
     )
     has_weights = weights is not None or bool(rules) or coefficients is not None
     opened = open_method(method or (METHOD_OF_WEIGHTS if has_weights else DEFAULT_METHOD), options, seed)
-    written = None if dry_run else request.output
-    if written is not None:
-        require_absent(written, force)
-    merged = _checked(request, opened)
-    if written is not None:
-        merged.require_output_fits()
-    if not dry_run:
+    if dry_run:
+        return _checked(request, opened)
+    if request.output is None:
+        merged = _checked(request, opened)
         merged.check()
-    if written is not None:
-        merged.save(written, force=force)
+        return merged
+    with output_lock(request.output, note):
+        require_absent_or_own(request.output, force)
+        merged = _checked(request, opened)
+        merged.require_output_fits()
+        merged.check()
+        merged.save(request.output, force=force)
     return merged
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -13,8 +14,16 @@ from pimerge.adapters.head import Head
 from pimerge.adapters.model_card import Source, card, licence_of
 from pimerge.adapters.writer import Coefficients
 from pimerge.core.errors import PimergeError
-from pimerge.core.files import relative_to
-from pimerge.core.manifest import Hashed, Manifest, inputs_of, library_versions
+from pimerge.core.files import relative_to, sha256_files
+from pimerge.core.manifest import (
+    Hashed,
+    Manifest,
+    inputs_of,
+    library_versions,
+    raise_if_done,
+    refuse_foreign,
+    request_hash,
+)
 from pimerge.merging.choice import ChosenExperts
 from pimerge.merging.method import OpenedMethod
 from pimerge.merging.request import MergeRequest
@@ -87,6 +96,24 @@ class Merged(ABC):
     def _write(self) -> dict[str, Any]:
         """Write the result to ``request.output``, completely or not at all, and return the results."""
 
+    @property
+    @abstractmethod
+    def _decisive(self) -> dict[str, Any]:
+        """The inputs and settings that decide the result, beside the method's."""
+
+    @cached_property
+    def request_hash(self) -> str:
+        """The hash of all that decides the result."""
+        request = self.request
+        return request_hash(
+            command="merge",
+            method=[self.method.name, self.method.options, self.method.seed],
+            selection=[request.include, request.exclude, request.head, request.dtype],
+            truncation=[request.rank, request.energy, request.space],
+            fisher=sha256_files(list(request.fisher)),
+            **self._decisive,
+        )
+
     @abstractmethod
     def refuse_over_inputs(self) -> None:
         """Refuse an output that is an input of the merge or contains one."""
@@ -103,6 +130,9 @@ class Merged(ABC):
         self.request = replace(self.request, output=Path(output), force=force)
         self.require_output_fits()
         self.refuse_over_inputs()
+        if not force:
+            raise_if_done(Path(output), self.request_hash)
+        refuse_foreign(Path(output))
         self.results = self._write()
         self.path = Path(output)
         return self.path
@@ -161,6 +191,7 @@ class Merged(ABC):
             inputs=inputs_of(inputs),
             outputs={},
             results=dict(results),
+            request=self.request_hash,
         )
 
     def _card(
@@ -201,6 +232,18 @@ class MergedExperts(Merged):
     def refuse_over_inputs(self) -> None:
         """Refuse an output that is an expert of the merge or contains one."""
         self.chosen.refuse_over(self.request.output)
+
+    @property
+    def _decisive(self) -> dict[str, Any]:
+        task = self.head.task
+        return {
+            "experts": [(each.sha256, each.config_sha256, each.strength) for each in self.chosen.experts],
+            "names": [each.name for each in self.chosen.experts],
+            "weights": self.chosen.weights,
+            "target": self.chosen.target and self.chosen.target.sha256,
+            "task": task and task.file.model_dump(mode="json"),
+            "bases": [each.base.identity if each.is_computed else each.base.reference for each in self.chosen.experts],
+        }
 
     def _coefficients(self, experts: Sequence[Expert], weights: Weights) -> Coefficients:
         """Return the content of ``coefficients.json``."""

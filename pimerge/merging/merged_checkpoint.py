@@ -70,6 +70,16 @@ class MergedCheckpoint(Merged):
             refuse_checkpoint(self.request.output, checkpoint.path)
 
     @property
+    def _decisive(self) -> dict[str, Any]:
+        plan = self.checkpoints
+        return {
+            "experts": [(each.name, each.sha256) for each in plan.experts],
+            "base": plan.base.sha256,
+            "weights": self.weights,
+            "heads": sorted(plan.heads),
+        }
+
+    @property
     def writes_file(self) -> bool:
         """Whether the result can be a single file, as its base is."""
         return self.checkpoints.base.is_file

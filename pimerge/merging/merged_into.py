@@ -55,6 +55,10 @@ class MergedIntoCheckpoint(MergedUpdates):
         super().refuse_over_inputs()
         refuse_checkpoint(self.request.output, self.into.checkpoint.path)
 
+    @property
+    def _decisive(self) -> dict[str, Any]:
+        return {**super()._decisive, "into": sha256_of(self.into.checkpoint, self.merge.experts[0].base)}
+
     def _write(self) -> dict[str, Any]:
         summaries: dict[str, Summary] = {}
 

@@ -58,6 +58,10 @@ class MergedTensorsInto(MergedTensorSets):
         super().refuse_over_inputs()
         refuse_checkpoint(self.request.output, self.into.checkpoint.path)
 
+    @property
+    def _decisive(self) -> dict[str, Any]:
+        return {**super()._decisive, "into": sha256_of(self.into.checkpoint, self.merge.experts[0].base)}
+
     def _write(self) -> dict[str, Any]:
         checkpoint, merge, first = self.into.checkpoint, self.merge, self.merge.experts[0]
         tensors = merge.tensors()

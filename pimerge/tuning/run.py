@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -13,9 +12,17 @@ from pimerge.adapters.compatibility import refuse_only_merged, refuse_over_input
 from pimerge.adapters.expert import Expert
 from pimerge.adapters.kind import KINDS
 from pimerge.checkpoints.base import Base
-from pimerge.core.errors import PimergeError
-from pimerge.core.files import require_absent, sha256_bytes
-from pimerge.core.manifest import Manifest, inputs_of, library_versions
+from pimerge.core.errors import AlreadyDone, PimergeError
+from pimerge.core.files import output_lock
+from pimerge.core.manifest import (
+    Manifest,
+    inputs_of,
+    library_versions,
+    raise_if_done,
+    refuse_foreign,
+    request_hash,
+    require_absent_or_own,
+)
 from pimerge.core.progress import Note, Track, silent, unheard
 from pimerge.tasks.task import Task
 from pimerge.tuning.adapted_head import without_adapted
@@ -81,8 +88,13 @@ def run_tuning(
     Args:
         force: replace an existing output.
     """
+    with output_lock(output, note):
+        return _run(inputs, output, force, track, note)
+
+
+def _run(inputs: TuneInputs, output: Path, force: bool, track: Track, note: Note) -> TuneResult:
     method, plan, options = inputs.method, inputs.method.plan, inputs.options
-    require_absent(output, force)
+    require_absent_or_own(output, force)
     refuse_over_inputs(output, [*inputs.experts, *([inputs.target] if inputs.target else [])])
     refuse_only_merged([*inputs.experts, *([inputs.form] if inputs.form else [])], "tuned")
     check_options(options)
@@ -91,7 +103,11 @@ def run_tuning(
     _check_kind(method, options)
     options = replace(options, holdout=plan.holdout if options.holdout is None else options.holdout)
     chosen = chosen_experts(method, inputs.experts, inputs.target)
-    run = _run_folder(replace(inputs, options=options), chosen, output)
+    decided = _request_hash(replace(inputs, options=options), chosen)
+    run = output.resolve().with_name(f".{output.name}.training-{decided[:12]}")
+    if not force:
+        _raise_if_done(output, decided, run)
+    refuse_foreign(output)
     session = open_session(inputs.task, inputs.base, inputs.device, inputs.dtype, options.seed)
     session = replace(session, loaded=without_adapted(session.loaded, chosen))
     options = replace(options, lr=plan.usual_lr(session.loaded.width) if options.lr is None else options.lr)
@@ -113,7 +129,8 @@ def run_tuning(
         request = replace(request, undo=undo)
         result = replace(fit(method, request), method=method.name, output=output)
         if result.outcome.writes:
-            result.write(output, manifest_of(method, request, result, chosen, inputs.instead_of), force)
+            manifest = manifest_of(method, request, result, chosen, inputs.instead_of)
+            result.write(output, manifest.model_copy(update={"request": decided}), force)
             shutil.rmtree(run, ignore_errors=True)
     return result
 
@@ -171,13 +188,20 @@ def _check_kind(method: TuneMethod, options: TrainingOptions) -> None:
             raise PimergeError(f"{option} is for LoRA, and --kind is '{options.fresh_kind}'", "leave it out")
 
 
-def _run_folder(inputs: TuneInputs, chosen: Sequence[Expert], output: Path) -> Path:
-    """The folder of the checkpoints, beside the output; its name is a hash of inputs and options."""
-    choice = [
-        [inputs.method.name, inputs.method.defaults, asdict(inputs.options), inputs.select],
-        [inputs.task.sha256(), inputs.base.identity, inputs.device, inputs.dtype],
-        [(expert.sha256, expert.strength) for expert in chosen],
-        [inputs.form and inputs.form.sha256, inputs.scores, inputs.gains],
-    ]
-    digest = sha256_bytes(json.dumps(choice, sort_keys=True, default=str).encode())[:12]
-    return output.resolve().with_name(f".{output.name}.training-{digest}")
+def _request_hash(inputs: TuneInputs, chosen: Sequence[Expert]) -> str:
+    """The hash of inputs and options, which also names the folder of the checkpoints."""
+    return request_hash(
+        command="tune",
+        method=[inputs.method.name, inputs.method.defaults, asdict(inputs.options), inputs.select],
+        place=[inputs.task.sha256(), inputs.base.identity, inputs.device, inputs.dtype],
+        experts=[(expert.sha256, expert.strength) for expert in chosen],
+        start=[inputs.form and inputs.form.sha256, inputs.scores, inputs.gains],
+    )
+
+
+def _raise_if_done(output: Path, request: str, run: Path) -> None:
+    try:
+        raise_if_done(output, request)
+    except AlreadyDone:
+        shutil.rmtree(run, ignore_errors=True)  # a stop between the last two steps left it
+        raise

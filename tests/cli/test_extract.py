@@ -25,7 +25,10 @@ def test_the_table_the_document_and_the_exit_status(shell: Shell, bert_base: Pat
     assert (Path("again/adapter_model.safetensors")).read_bytes() == Path(
         "experts/x/adapter_model.safetensors"
     ).read_bytes()
-    assert shell(*given, "-o", "again").code == 3
+    repeated = shell(*given, "-o", "again", "--json")
+    assert (repeated.code, repeated.document["truncation"]) == (0, document["error"])
+    assert "'again' is there already" in repeated.err
+    assert shell(*given[:-1], "1", "-o", "again").code == 3
     assert shell("inspect", "experts", "--base", bert_base).code == 0
     verified = shell("verify", "experts/x", "tuned", "--base", bert_base, "--json")
     assert (verified.code, verified.document["equal"]) == (4, False)

@@ -274,6 +274,41 @@ def test_force_replaces_the_output(cli: Cli, pool: dict[str, Expert]) -> None:
     assert sorted(child.name for child in Path().iterdir()) == ["experts", "merged"]
 
 
+def test_a_second_run_of_the_same_command_finds_its_output(cli: Cli, pool: dict[str, Expert]) -> None:
+    command = ("merge", *TWO, "--head", "none")
+    first = json.loads(cli(*command, "--json").stdout)
+    before = contents()
+    again = cli(*command, "--json")
+    assert again.exit_code == 0
+    assert {**first, **json.loads(again.stdout)} == first
+    assert "'merged' is there already: the same command wrote it" in again.stderr
+    assert contents() == before
+    for other in ((*TWO[::-1], "--head", "none"), (*TWO, "--head", "none", "--exclude", "*.q_proj")):
+        with pytest.raises(PimergeError, match="already exists"):
+            raise_from(cli("merge", *other))
+    for damaged in ("README.md", "adapter_model.safetensors"):
+        file = Path("merged") / damaged
+        file.write_bytes(file.read_bytes() + b"!")
+        with pytest.raises(PimergeError, match="already exists"):
+            raise_from(cli(*command))
+        assert cli(*command, "--force").exit_code == 0
+    set_config(Path("experts/y"), lora_alpha=99)
+    with pytest.raises(PimergeError, match="already exists"):
+        raise_from(cli(*command))
+
+
+def test_force_does_not_replace_a_folder_of_somebody_else(cli: Cli, pool: dict[str, Expert], vit_base: Path) -> None:
+    shutil.copytree(vit_base, "base")
+    before = contents()
+    for folder in ("base", "experts/z"):
+        with pytest.raises(PimergeError, match="was not written by pimerge"):
+            raise_from(cli("merge", *TWO, "--head", "none", "-o", folder, "--force"))
+    Path("empty").mkdir()
+    assert cli("merge", *TWO, "--head", "none", "-o", "empty", "--force").exit_code == 0
+    shutil.rmtree("empty")
+    assert contents() == before
+
+
 def test_the_program_ends_with_3_and_a_message_on_standard_error_only(cli: Cli, pool: dict[str, Expert]) -> None:
     command = [sys.executable, "-m", "pimerge", "merge", *TWO, "--method", "tis"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "COLUMNS": "20"})

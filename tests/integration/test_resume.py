@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from pimerge.adapters.expert import open_expert
+from pimerge.core.errors import AlreadyDone
 from pimerge.core.progress import Advance, Track, silent
 from pimerge.tasks.task import open_task
 from pimerge.tuning.options import TrainingOptions
@@ -126,6 +127,17 @@ def test_a_run_whose_last_checkpoint_is_not_whole_goes_on_to_the_same_bytes(unin
     file.write_bytes(file.read_bytes()[:-1])
     resumable(uninterrupted, "not-whole", silent)
     assert contents(uninterrupted / "not-whole") == contents(uninterrupted / "tuned")
+
+
+def test_a_run_killed_just_behind_its_last_step_is_found_done(uninterrupted: Path) -> None:
+    before = contents(uninterrupted / "tuned")
+    request = json.loads(before["pimerge.json"])["request"]
+    left = uninterrupted / f".tuned.training-{request[:12]}" / "checkpoint-1"
+    left.mkdir(parents=True)
+    with pytest.raises(AlreadyDone, match="tuned' is there already"):
+        resumable(uninterrupted, "tuned", silent)
+    assert contents(uninterrupted / "tuned") == before
+    assert not left.parent.exists()
 
 
 def test_other_options_do_not_resume(uninterrupted: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 import pimerge
 from pimerge.adapters.expert import Expert, open_expert
 from pimerge.adapters.ranking_document import Candidate, Ranking, Target, read_ranking
-from pimerge.core.errors import PimergeError
+from pimerge.core.errors import AlreadyDone, PimergeError
 from pimerge.merging.merged_updates import MergedUpdates
 from tests.support.bases import model_for
 from tests.support.cli import Cli
@@ -78,8 +78,10 @@ def test_without_an_output_nothing_is_written_until_it_is_saved(
     assert merged.save("out") == Path("out")
     assert merged.to_dict()["output"] == "out"
     torch.testing.assert_close(logits_of(merged.load(model_for(vit_base)).eval(), BATCH), loaded)
-    with pytest.raises(PimergeError, match="'out' already exists"):
+    with pytest.raises(AlreadyDone, match="'out' is there already"):
         merged.save("out")
+    with pytest.raises(PimergeError, match="'out' already exists"):
+        pimerge.merge(list(pair.values()), target="experts/b", output="out")
     merged.save("out", force=True)
     with pytest.raises(PimergeError, match="'experts' is the expert 'a' or contains it"):
         merged.save("experts", force=True)

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from pimerge.cli import options
-from pimerge.cli.console import note, print_family, tracker
+from pimerge.cli.console import done_before, note, print_family, tracker
 from pimerge.merging.method import METHODS
 from pimerge.merging.request import DTYPE, HEAD, SPACE
 
@@ -107,39 +107,40 @@ def merge(
         return
     from pimerge.merging.merge import merge as merge_experts
 
-    merged = merge_experts(
-        experts,
-        method=method,
-        weights=None if weights is None else options.numbers(weights, "--weights"),
-        rules=weight or [],
-        alpha=alpha,
-        coefficients=coefficients,
-        space=space,
-        seed=seed,
-        rank=rank,
-        energy=energy,
-        include=include or [],
-        exclude=exclude or [],
-        head=head,
-        dtype=dtype,
-        expert_order=expert_order,
-        into=into,
-        dequantize=dequantize,
-        allow_disjoint=allow_disjoint,
-        fisher=fisher or [],
-        store=store,
-        target=target,
-        ranking=ranking,
-        base=base,
-        config=config,
-        verify=verify,
-        output=output,
-        force=force,
-        dry_run=dry_run,
-        track=tracker(quiet),
-        note=partial(note, quiet=quiet),
-        **(settings or {}),
-    )
+    with done_before(json, quiet):
+        merged = merge_experts(
+            experts,
+            method=method,
+            weights=None if weights is None else options.numbers(weights, "--weights"),
+            rules=weight or [],
+            alpha=alpha,
+            coefficients=coefficients,
+            space=space,
+            seed=seed,
+            rank=rank,
+            energy=energy,
+            include=include or [],
+            exclude=exclude or [],
+            head=head,
+            dtype=dtype,
+            expert_order=expert_order,
+            into=into,
+            dequantize=dequantize,
+            allow_disjoint=allow_disjoint,
+            fisher=fisher or [],
+            store=store,
+            target=target,
+            ranking=ranking,
+            base=base,
+            config=config,
+            verify=verify,
+            output=output,
+            force=force,
+            dry_run=dry_run,
+            track=tracker(quiet),
+            note=partial(note, quiet=quiet),
+            **(settings or {}),
+        )
     from pimerge.cli.merge.show import show
 
     show(merged, as_json=json, say=partial(note, quiet=quiet))

@@ -16,11 +16,12 @@ from pimerge.adapters.writer import Documents, Layout, write_expert
 from pimerge.checkpoints.base import Base, given_base
 from pimerge.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from pimerge.core.errors import PimergeError
-from pimerge.core.files import require_absent
+from pimerge.core.files import output_lock
+from pimerge.core.manifest import raise_if_done, refuse_foreign, require_absent_or_own
 from pimerge.core.progress import Note, Track, silent, unheard
 from pimerge.merging.extraction.changes import Changes, LeftOut, find_changes
 from pimerge.merging.extraction.decompose import decompose, seed_of
-from pimerge.merging.extraction.extraction import Extraction, card_of, manifest_of
+from pimerge.merging.extraction.extraction import Extraction, card_of, extraction_hash, manifest_of
 from pimerge.merging.extraction.layers import ChangedModule
 from pimerge.merging.request import DTYPE, ResultDtype, ResultRequest
 from pimerge.merging.verification.rounding import precision_of, spacing
@@ -88,14 +89,22 @@ def extract(
         note=note,
     )
     request.truncation()  # a wrong rank is reported before a checkpoint is opened
-    require_absent(request.folder, force)
+    with output_lock(request.folder, note):
+        return _extract(request, finetuned, base, seed)
+
+
+def _extract(request: ResultRequest, finetuned: str | Path, base: str | Path, seed: int) -> Extraction:
+    require_absent_or_own(request.folder, request.force)
     tuned, (origin, before) = open_checkpoint(_local(finetuned)), _opened_base(base)
     for checkpoint in (tuned, before):
         if checkpoint.path.resolve().is_relative_to(request.folder.resolve()):
             raise PimergeError(
-                f"the output '{output}' is '{checkpoint.path}' or contains it", "choose another --output"
+                f"the output '{request.folder}' is '{checkpoint.path}' or contains it", "choose another --output"
             )
-    changes = find_changes(before, tuned, track)
+    if not request.force:
+        raise_if_done(request.folder, extraction_hash(request, tuned, before, seed))
+    refuse_foreign(request.folder)
+    changes = find_changes(before, tuned, request.track)
     _select(request, changes, tuned, before)
     return _written(request, _Pair(before, tuned, seed), origin, changes)
 

@@ -14,7 +14,7 @@ from pimerge.adapters.model_class import loading_code
 from pimerge.adapters.writer import base_reference
 from pimerge.checkpoints.base import Base
 from pimerge.checkpoints.checkpoint import Checkpoint
-from pimerge.core.manifest import Manifest, inputs_of, library_versions
+from pimerge.core.manifest import Manifest, inputs_of, library_versions, request_hash
 from pimerge.merging.extraction.changes import Changes, LeftOut
 from pimerge.merging.request import ResultRequest
 
@@ -69,6 +69,15 @@ class Extraction:
         }
 
 
+def extraction_hash(request: ResultRequest, finetuned: Checkpoint, base: Checkpoint, seed: int) -> str:
+    """The hash of all that decides the result."""
+    return request_hash(
+        command="extract",
+        checkpoints=[finetuned.name, finetuned.sha256, base.name, base.sha256],
+        options=[str(request.rank), request.energy, request.include, request.exclude, request.dtype, seed],
+    )
+
+
 def manifest_of(
     request: ResultRequest, finetuned: Checkpoint, base: Checkpoint, seed: int, result: Extraction
 ) -> Manifest:
@@ -95,6 +104,7 @@ def manifest_of(
             "modules": {s.name: {"rank": s.rank, "truncation": s.error} for s in result.modules},
             "left_out": {each.name: {"why": each.why, "size": each.size} for each in result.left_out},
         },
+        request=extraction_hash(request, finetuned, base, seed),
     )
 
 

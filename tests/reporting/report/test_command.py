@@ -25,11 +25,15 @@ def test_one_file_of_the_folder(folder: Path, shell: Shell) -> None:
     assert "→ report.html" in result.err
     assert "half.json" in result.err
     assert (folder / "report.html").read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
+    page = (folder / "report.html").read_bytes()
+    assert shell("report", "--quiet").code == 0  # the same page again
+    (folder / "report.html").write_bytes(b"mine")
     refused = shell("report")
     assert (refused.code, refused.out) == (3, "")
     assert "--force" in refused.err
     again = shell("report", ".", "--force", "--quiet")
     assert (again.code, again.out, again.err) == (0, "", "")
+    assert (folder / "report.html").read_bytes() == page
     assert shell("report", "--output", "pages/one.html").code == 0
     assert (folder / "pages" / "one.html").read_bytes() == (folder / "report.html").read_bytes()
 
