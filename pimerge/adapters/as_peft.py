@@ -8,8 +8,7 @@ from dataclasses import replace
 
 from pimerge.adapters.expert import Expert
 from pimerge.adapters.format import FORMATS, PEFT
-from pimerge.adapters.keys import PREFIX
-from pimerge.adapters.lora_module import FLATTENED, LoraModule, bias_key
+from pimerge.adapters.lora_module import FLATTENED, LoraModule, bias_key, in_layer
 from pimerge.checkpoints.base import Base
 from pimerge.core.errors import PimergeError, Problems
 
@@ -106,11 +105,14 @@ def in_base(names: Iterable[str], modules: Iterable[str]) -> dict[str, str]:
 
 
 def _renamed(module: LoraModule, name: str, shape: tuple[int, ...]) -> LoraModule:
-    """A module under another name, with the kernel of the base's weight if the file does not tell it."""
-    prefix = f"{PREFIX}{name}.lora_"
-    renamed = replace(
-        module, name=name, A=f"{prefix}A.weight", B=f"{prefix}B.weight", bias=bias_key(name) if module.bias else None
-    )
+    """A module under another name, with the kernel of the base's weight if the file does not tell it.
+
+    The base's weight also tells an embedding, whose ΔW is that of a linear layer transposed.
+    """
+    own = (module.d_out, module.d_in)
+    turned = module.layer in ("linear", "embedding") and own in (shape, shape[::-1]) and shape[0] != shape[1]
+    layer = ("linear" if own == shape else "embedding") if turned else module.layer
+    renamed = in_layer(replace(module, name=name, bias=bias_key(name) if module.bias else None), layer)
     if module.layer != FLATTENED:
         return renamed
     kernel = shape[2:]

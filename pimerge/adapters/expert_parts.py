@@ -16,11 +16,11 @@ from pimerge.adapters.module_names import with_canonical_names
 from pimerge.adapters.source import AdapterSource
 from pimerge.adapters.tensor_sets import TensorSet
 from pimerge.checkpoints.base import Base, find_base, given_base
-from pimerge.checkpoints.dtypes import FLOATS
+from pimerge.checkpoints.dtypes import EIGHT_BITS, FLOATS
 from pimerge.checkpoints.known_modules import known_modules
 from pimerge.core.errors import PimergeError
 
-_FLOATS = frozenset(FLOATS)
+_FLOATS = frozenset((*FLOATS, *EIGHT_BITS))
 # buffers of a head, such as BatchNorm's num_batches_tracked
 _INTEGERS = frozenset(("I64", "I32", "I16", "I8", "U8", "BOOL"))
 

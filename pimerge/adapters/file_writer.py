@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -54,6 +55,10 @@ def file_layout(format_: Format, experts: Sequence[Expert], names: Sequence[str]
         known = [expert.places[name] for expert in experts if name in expert.places]
         bias = next((place.bias for place in known if place.bias), "")
         places[name] = replace(known[0], bias=bias)
+    ending = format_.ending
+    eras = {frozenset(place.ending.name for place in expert.places.values()) for expert in experts}
+    if ending and format_.one_era and len(eras) > 1:
+        places = {name: replace(place, stem=name, ending=ending) for name, place in places.items()}
     return FileLayout(format_, places, experts, dtype)
 
 
@@ -65,7 +70,7 @@ def write_file(path: Path, layout: FileLayout, modules: Iterable[MergedModule], 
     Args:
         provenance: how the result was made, as a JSON document.
     """
-    found = _of_one_rank(layout, list(modules))
+    found = _of_one_alpha(layout, _of_one_rank(layout, list(modules)))
     writing = _for_writing(layout, found)
     tensors: dict[str, Tensor] = {}
     for module in found:
@@ -110,12 +115,57 @@ def _of_one_rank(layout: FileLayout, modules: list[MergedModule]) -> list[Merged
     return [_padded(module, most[layout.format.group(module.module.name)]) for module in modules]
 
 
+def _of_one_alpha(layout: FileLayout, modules: list[MergedModule]) -> list[MergedModule]:
+    """Write one alpha for all modules of a part, since diffusers reads the most common one for those of an attention.
+
+    Factors are padded with zeros to powers of two, so that the change of their scaling is one as well, and is exact.
+    """
+    found = []
+    groups: dict[str, list[MergedModule]] = {}
+    for module in modules:
+        groups.setdefault(layout.format.group(module.module.name), []).append(module)
+    most = {}
+    for name, group in groups.items():
+        factored = [m.factors for m in group if not _is_special(layout.places[m.module.name])]
+        alphas = {factors.scaling * len(factors.A) for factors in factored}
+        if len(alphas) > 1 and all(math.frexp(factors.scaling)[0] == 0.5 for factors in factored):
+            most[name] = _power(max(len(factors.A) for factors in factored))
+    for module in modules:
+        alpha = most.get(layout.format.group(module.module.name))
+        if not layout.format.writes_alpha or alpha is None or _is_special(layout.places[module.module.name]):
+            found.append(module)
+            continue
+        padded = _padded(module, _power(len(module.factors.A)))
+        scaling = alpha / len(padded.factors.A)
+        B = padded.factors.B * (padded.factors.scaling / scaling)
+        found.append(replace(padded, factors=replace(padded.factors, B=B, scaling=scaling)))
+    return found
+
+
+def _power(rank: int) -> int:
+    """The least power of two that is not below a rank.
+
+    >>> [_power(rank) for rank in (1, 4, 5)]
+    [1, 4, 8]
+    """
+    return 1 << (rank - 1).bit_length()
+
+
+def _is_special(place: Place) -> bool:
+    """Whether a module is written otherwise than as one pair of factors."""
+    return bool(place.whole or place.product or place.rows)
+
+
 def _padded(module: MergedModule, rank: int) -> MergedModule:
     factors = module.factors
-    missing = rank - len(factors.A)
-    A = torch.cat([factors.A, factors.A.new_zeros(missing, factors.A.shape[1])])
-    B = torch.cat([factors.B, factors.B.new_zeros(len(factors.B), missing)], 1)
-    return replace(module, factors=replace(factors, A=A, B=B))
+    return replace(module, factors=replace(factors, A=_enlarged(factors.A, rank, 0), B=_enlarged(factors.B, rank, 1)))
+
+
+def _enlarged(tensor: Tensor, size: int, dim: int) -> Tensor:
+    """A matrix with zeros appended along a dimension."""
+    shape = list(tensor.shape)
+    shape[dim] = size - shape[dim]
+    return torch.cat([tensor, tensor.new_zeros(shape)], dim)
 
 
 def _tensors(layout: FileLayout, place: Place, module: MergedModule) -> dict[str, Tensor]:
@@ -126,6 +176,8 @@ def _tensors(layout: FileLayout, place: Place, module: MergedModule) -> dict[str
     found: dict[str, Tensor] = {}
     if place.product:
         found |= _as_product(layout, place, module)
+    elif place.rows:
+        found |= _as_parts(layout, place, module)
     elif place.whole:
         assert isinstance(own, ComputedModule)
         whole = factors.scaling * (factors.B.to(wide) @ factors.A.to(wide))
@@ -144,6 +196,27 @@ def _tensors(layout: FileLayout, place: Place, module: MergedModule) -> dict[str
         bias = factors.bias if is_scaled else (factors.bias.to(wide) * factors.scaling).to(layout.dtype)
         key = place.ending.slots.get(place.bias, f".{place.bias}")
         found[place.stem + key] = bias.contiguous()
+    return found
+
+
+def _as_parts(layout: FileLayout, place: Place, module: MergedModule) -> dict[str, Tensor]:
+    """The update split by rows, with one rank in all parts, as sd-scripts reads it (``split_qkv``)."""
+    factors = module.factors
+    ends = place.ending.slots
+    basis, rest = torch.linalg.qr(factors.A.double().T)
+    A, B_of_all = basis.T, factors.B.double() @ rest.T  # so that the singular values below are those of ΔW
+    rounding = 8 * torch.finfo(layout.dtype).eps
+    pairs = []
+    for B in torch.split(B_of_all, list(place.rows)):
+        left, sizes, right = torch.linalg.svd(B, full_matrices=False)
+        rank = max(1, int((sizes > rounding * sizes[:1]).sum()))
+        pairs.append((right[:rank] @ A, left[:, :rank] * sizes[:rank]))
+    rank = max(len(A) for A, _ in pairs)
+    found = {f"{place.stem}.alpha": torch.tensor(factors.scaling * rank, dtype=torch.float32)}
+    for part, (A, B) in enumerate(pairs):
+        for slot, tensor in (("A", _enlarged(A, rank, 0)), ("B", _enlarged(B, rank, 1))):
+            key = place.stem + ends[slot].removesuffix("weight") + f"{part}.weight"
+            found[key] = tensor.to(layout.dtype).contiguous()
     return found
 
 

@@ -40,6 +40,7 @@ class Place:
         product: ``hada`` or ``lokr`` for a module of LoHa or LoKr, else empty.
         bias: the slot that holds the update of its bias, ``diff_b``, ``b_norm`` or ``bias``; empty without one.
         has_alpha: whether the file states its alpha.
+        rows: the rows of each part of a module whose rows are split between several pairs of factors; else empty.
     """
 
     stem: str
@@ -48,6 +49,7 @@ class Place:
     product: str = ""
     bias: str = ""
     has_alpha: bool = False
+    rows: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,8 @@ class Format(Strategy):
         ending: the endings of a merged module whose update was computed.
         writes_alpha: whether a merged file states the alpha of every module; otherwise alpha is the rank.
         one_rank: whether a merged file pads factors to one rank, since its readers assume one.
-        group: name of a module → the part of the model whose ranks must agree.
+        one_era: whether its readers expect the keys of one era in a file; then a mixture gets those of today.
+        group: name of a module → the part of the model whose ranks or alphas must agree.
         metadata: the ``__metadata__`` of a merged file.
         documents: name → content of JSON files beside a merged file.
         file_name: name of the file in a folder; empty for the name of the first source.
@@ -155,6 +158,7 @@ class Format(Strategy):
     ending: Ending | None = None
     writes_alpha: bool = False
     one_rank: bool = False
+    one_era: bool = False
     group: Callable[[str], str] = lambda name: ""
     metadata: Callable[[ForWriting], dict[str, str]] = _no_metadata
     documents: Callable[[ForWriting], dict[str, Any]] = _no_documents

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pimerge.adapters.keys import ATTENTION_OUTPUT, PREFIX
@@ -198,6 +198,23 @@ def bias_key(module: str) -> str:
     'base_model.model.q.lora_B.bias'
     """
     return f"{PREFIX}{module}.lora_B.bias"
+
+
+def in_layer(module: LoraModule, layer: str) -> LoraModule:
+    """The same factors under the keys that PEFT gives them in a layer of this type.
+
+    >>> in_layer(LoraModule("q", "", "", None, 1, 1.0, 1.0, "linear", (1, 2), (2, 1)), "embedding").A
+    'base_model.model.q.lora_embedding_A'
+    """
+    start, end = (
+        (f"{PREFIX}{module.name}.lora_embedding_", "")
+        if layer == "embedding"
+        else (
+            f"{PREFIX}{module.name}.lora_",
+            ".weight",
+        )
+    )
+    return replace(module, layer=layer, A=f"{start}A{end}", B=f"{start}B{end}")
 
 
 def pattern_value(pattern: Mapping[str, Any], module: str, default: Any) -> Any:

@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
-from pimerge.checkpoints.dtypes import dtype_name, numpy_name, size_of, torch_dtype
+from pimerge.checkpoints.dtypes import as_read, dtype_name, numbers_of, size_of, torch_dtype
 from pimerge.core.errors import PimergeError
 from pimerge.core.files import sha256_bytes, sha256_file, sha256_files
 
@@ -82,7 +82,7 @@ class TensorFile:
         return sha256_bytes(b"".join(starts))
 
     def read(self, key: str) -> Tensor:
-        """Read one tensor."""
+        """Read one tensor; numbers of 8 bits are converted to bfloat16 without loss."""
         entry = self.entries[key]
         if entry.transposed:
             return self._read_stored(entry, 0, math.prod(entry.shape)).view(entry.shape[::-1]).T.contiguous()
@@ -100,10 +100,10 @@ class TensorFile:
         data = torch.empty((stop - start) * size, dtype=torch.uint8)
         with self._opened() as fill:
             fill(entry, start * size, bytes_of(data))
-        return data.view(torch_dtype(entry.dtype))
+        return data.view(torch_dtype(entry.dtype)).to(as_read(entry.dtype))
 
     def arrays(self, keys: Iterable[str]) -> dict[str, NDArray[Any]]:
-        """Read several tensors; F16 and BF16 are converted to float32 without loss."""
+        """Read several tensors; floats of 16 and 8 bits are converted to float32 without loss."""
         import numpy as np
 
         found = {}
@@ -112,7 +112,7 @@ class TensorFile:
                 entry = self.entries[key]
                 data = np.empty(entry.end - entry.start, np.uint8)
                 fill(entry, 0, data.data)
-                numbers = _numbers(data, entry.dtype)
+                numbers = numbers_of(data, entry.dtype)
                 found[key] = numbers.reshape(entry.shape[::-1]).T if entry.transposed else numbers.reshape(entry.shape)
         return found
 
@@ -286,13 +286,3 @@ def bytes_of(tensor: Tensor) -> memoryview:
     flat = tensor.detach().cpu().contiguous().view(-1)
     data = flat.view(torch.uint8) if flat.numel() else torch.empty(0, dtype=torch.uint8)
     return memoryview(data.numpy())  # type: ignore[arg-type]  # numpy arrays are buffers
-
-
-def _numbers(data: NDArray[Any], dtype: str) -> NDArray[Any]:
-    """Interpret bytes as numbers of a dtype, given by safetensors' name of it."""
-    import numpy as np
-
-    if dtype == "BF16":  # the upper half of a float32
-        return (data.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
-    numbers = data.view(numpy_name(dtype))
-    return numbers.astype(np.float32) if dtype == "F16" else numbers

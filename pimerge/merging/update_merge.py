@@ -28,7 +28,7 @@ from pimerge.adapters.low_rank import (
 )
 from pimerge.adapters.merged_module import MergedModule
 from pimerge.adapters.rounding import rounded, shared_scaling
-from pimerge.checkpoints.dtypes import torch_dtype
+from pimerge.checkpoints.dtypes import as_read
 from pimerge.checkpoints.safetensors_file import is_finite
 from pimerge.core.errors import PimergeError
 from pimerge.merging.method import OpenedMethod, Space
@@ -235,7 +235,7 @@ def widest(dtypes: Iterable[Iterable[str]]) -> torch.dtype:
     >>> widest([("F16",), ("BF16", "F16")])
     torch.float32
     """
-    return reduce(torch.promote_types, (torch_dtype(dtype) for each in dtypes for dtype in each))
+    return reduce(torch.promote_types, (as_read(dtype) for each in dtypes for dtype in each))
 
 
 @contextmanager

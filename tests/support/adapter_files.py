@@ -148,8 +148,19 @@ def mlx(seed: int, rank: int = 2, alpha: float = 3.0, dtype: Any = None) -> Tens
     return found
 
 
+def split(seed: int, rank: int = 2, alpha: float = 3.0, dtype: Any = None) -> Tensors:
+    """sd-scripts with split_qkv: the rows of a layer in three parts of different heights, beside a plain LoRA."""
+    stem = "lora_unet_double_blocks_0_img_attn_qkv"
+    found = {f"{stem}.alpha": torch.tensor(alpha)}
+    for part, rows in enumerate((4, 4, 7)):
+        found[f"{stem}.lora_down.{part}.weight"] = normal(rank, 5, seed=seed + part).to(dtype or torch.float32)
+        found[f"{stem}.lora_up.{part}.weight"] = normal(rows, rank, seed=seed + 10 + part).to(dtype or torch.float32)
+    return found | low_rank("lora_unet_double_blocks_0_img_attn_proj", rank, seed + 20, alpha=alpha, dtype=dtype)
+
+
 BUILDERS = {
     "kohya": kohya,
+    "split": split,
     "lycoris": lycoris,
     "diffusers": diffusers,
     "old_diffusers": old_diffusers,
@@ -157,7 +168,7 @@ BUILDERS = {
     "ai-toolkit": ai_toolkit,
     "mlx": mlx,
 }
-FORMAT_OF = {name: name for name in BUILDERS} | {"old_diffusers": "diffusers", "xlabs": "diffusers"}
+FORMAT_OF = {name: name for name in BUILDERS} | {"old_diffusers": "diffusers", "xlabs": "diffusers", "split": "kohya"}
 
 
 def written(path: Path, builder: str, seed: int, *, metadata: Mapping[str, str] | None = None, **fields: Any) -> Path:
@@ -204,6 +215,10 @@ def deltas_in(path: Path) -> Tensors:
                 and stem not in found
             ):
                 found[stem] = _low_rank(tensors, stem, tensor, tensors[stem + up])
+        if key.endswith(".lora_down.0.weight"):
+            stem = key.removesuffix(".lora_down.0.weight")
+            parts = [(f"{stem}.lora_up.{n}.weight", f"{stem}.lora_down.{n}.weight") for n in range(3)]
+            found[stem] = _scale(tensors, stem, tensor) * torch.cat([tensors[up] @ tensors[down] for up, down in parts])
         stem, _, slot = key.rpartition(".")
         if slot == "hada_w1_a":
             found[stem] = _scale(tensors, stem, tensors[f"{stem}.hada_w1_b"]) * _hadamard(tensors, stem)

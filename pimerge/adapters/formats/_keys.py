@@ -14,6 +14,8 @@ DOWN_UP = Ending(
 )
 A_B = Ending("A-B", {"A": ".lora_A.weight", "B": ".lora_B.weight", "bias": ".lora_B.bias"})
 _NAMED = re.compile(r"(?P<stem>.+)\.lora_(?P<slot>[AB])\.(?P<adapter>[^.]+)\.weight")
+_SPLIT = re.compile(r"(?P<stem>.+)\.lora_(?P<half>down|up)\.(?P<part>\d+)\.weight")
+_SCALE = re.compile(r"(?P<weight>.+)\.(?:scale_weight|weight_scale)")  # of a tensor of 8 bits
 
 
 @cache
@@ -38,6 +40,8 @@ ENDINGS = (DOWN_UP, A_B, A_B_NAMED, BARE, LORA_LAYER, ATTENTION_PROCESSOR, LINEA
 HADAMARD = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
 KRONECKER = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
 PRODUCTS = {"hada": HADAMARD, "lokr": KRONECKER}
+NUMBERS = ("alpha", "scalar", "scale_A", "scale_B")
+"""Slots of numbers: alpha, and factors of ΔW: LyCORIS' trained scalar, and the scales of factors stored in 8 bits."""
 WHOLE = ("diff", "w_norm")  # ΔW itself, of a layer or of a norm
 BIASES = ("diff_b", "b_norm")  # the update of a bias, which no alpha scales
 _DORA = "DoRA rescales the base's weights, which this file does not hold"
@@ -63,7 +67,7 @@ REFUSED = {
     "lora_b_scales": "its factors are quantised",
 }
 """Slots whose update the file alone does not determine, and why."""
-_PLAIN = ("alpha", *HADAMARD, *KRONECKER, *WHOLE, *BIASES, *REFUSED)
+_PLAIN = ("alpha", "scalar", *HADAMARD, *KRONECKER, *WHOLE, *BIASES, *REFUSED)
 _PLACES = sorted(
     [
         *((text, slot, ending) for ending in ENDINGS for slot, text in ending.slots.items()),
@@ -93,15 +97,11 @@ def grouped(keys: Iterable[str]) -> tuple[dict[str, Group], list[str]]:
     groups: dict[str, Group] = {}
     unknown = []
     for key in keys:
-        ending: Ending | None
-        if match := _NAMED.fullmatch(key):
-            stem, slot, ending = match["stem"], match["slot"], of_adapter(match["adapter"])
-        elif key.endswith(_TEXTS):
-            text, slot, ending = next(place for place in _PLACES if key.endswith(place[0]))
-            stem = key[: -len(text)]
-        else:
+        found = _parsed(key)
+        if found is None:
             unknown.append(key)
             continue
+        stem, slot, ending = found
         group = groups.setdefault(stem, Group(stem))
         if slot in group.keys or (ending and group.ending not in (None, ending)):
             unknown.append(key)
@@ -109,6 +109,21 @@ def grouped(keys: Iterable[str]) -> tuple[dict[str, Group], list[str]]:
         group.keys[slot] = key
         group.ending = ending or group.ending
     return groups, unknown
+
+
+def _parsed(key: str) -> tuple[str, str, Ending | None] | None:
+    """Stem, slot and ending of a key; None for a key without a known ending."""
+    if match := _NAMED.fullmatch(key):
+        return match["stem"], match["slot"], of_adapter(match["adapter"])
+    if match := _SPLIT.fullmatch(key):
+        return match["stem"], f"{'A' if match['half'] == 'down' else 'B'}.{match['part']}", DOWN_UP
+    if match := _SCALE.fullmatch(key):
+        weight = _parsed(f"{match['weight']}.weight")
+        return (weight[0], f"scale_{weight[1]}", weight[2]) if weight and weight[1] in ("A", "B") else None
+    if not key.endswith(_TEXTS):
+        return None
+    text, slot, ending = next(place for place in _PLACES if key.endswith(place[0]))
+    return key[: -len(text)], slot, ending
 
 
 def summarised(keys: Iterable[str], *, has_config: bool) -> KeySummary:
@@ -119,7 +134,7 @@ def summarised(keys: Iterable[str], *, has_config: bool) -> KeySummary:
         given,
         frozenset(groups),
         frozenset(group.ending.name for group in groups.values() if group.ending),
-        frozenset(slot for group in groups.values() for slot in group.keys) - {"A", "B", "mid", "bias"},
+        frozenset(slot for group in groups.values() for slot in group.keys) - {"A", "B", "mid", "bias", *NUMBERS[1:]},
         has_config,
     )
 

@@ -31,6 +31,15 @@ def base_of(metadata: Mapping[str, str]) -> str:
     return metadata.get(BASE_VERSION, "")
 
 
+def part_of_model(name: str) -> str:
+    """The part of a pipeline in the name of a module of kohya's.
+
+    >>> part_of_model("lora_te1_text_model_encoder_layers_0_mlp_fc1")
+    'lora_te1'
+    """
+    return "_".join(name.split("_", 2)[:2])
+
+
 def kohya_metadata(writing: ForWriting, module: str, arguments: Mapping[str, str]) -> dict[str, str]:
     """The entries by which kohya's scripts and user interfaces know a network.
 

@@ -36,6 +36,14 @@ def with_core(read: Read, keys: Keys) -> Tensor:
     return tucker(mid, up.flatten(1).T, down.flatten(1)).flatten(1)
 
 
+def split(read: Read, keys: Keys) -> Tensor:
+    """Rows in several parts, each with factors of its own, as sd-scripts trains fused q, k and v (``split_qkv``)."""
+    import torch
+
+    parts = range(len(keys) // 2)
+    return torch.cat([read(keys[f"B.{part}"]).double() @ read(keys[f"A.{part}"]).double() for part in parts])
+
+
 def hadamard(read: Read, keys: Keys) -> Tensor:
     """LoHa: (w1_a w1_b) ∘ (w2_a w2_b), each with a core ``hada_tN`` for some convolutions."""
     parts = []

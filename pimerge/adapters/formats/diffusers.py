@@ -127,6 +127,7 @@ FORMAT = Format(
     read=_read,
     ending=A_B,
     one_rank=True,
+    one_era=True,
     group=_part,
     metadata=_metadata,
     loading=_LOADING,

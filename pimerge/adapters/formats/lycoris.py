@@ -13,7 +13,7 @@ from typing import Any
 
 from pimerge.adapters.format import Content, Format, ForWriting, KeySummary
 from pimerge.adapters.formats._keys import DOWN_UP, HADAMARD, KRONECKER, WHOLE
-from pimerge.adapters.formats._metadata import base_of, kohya_metadata
+from pimerge.adapters.formats._metadata import base_of, kohya_metadata, part_of_model
 from pimerge.adapters.formats._modules import ModuleReading, read_modules
 from pimerge.checkpoints.safetensors_file import TensorFile
 
@@ -48,6 +48,7 @@ FORMAT = Format(
     read=_read,
     ending=DOWN_UP,
     writes_alpha=True,
+    group=part_of_model,
     metadata=_metadata,
     base=base_of,
 )

@@ -23,6 +23,8 @@ from mlx_lm import load
 model, tokenizer = load("{base}", adapter_path="path/to/this/folder")
 """
 _PLAIN = (None, "lora")
+_EMBEDDINGS = ("embed_tokens", "embedding", "embeddings", "word_embeddings", "tok_embeddings", "embed_in", "wte", "wpe")
+"""How mlx-lm's models name their embeddings, whose updates have the same keys as those of linear layers."""
 _LAYER = re.compile(r".*\.(?:layers|h|blocks)\.\d+\.(?P<inside>.+)")
 
 
@@ -50,7 +52,8 @@ def _read(file: TensorFile, config: Mapping[str, Any] | None) -> Content:
     def alpha(name: str, rank: int) -> float:
         return scale * (rank if stated is None else stated)
 
-    return read_modules(file, ModuleReading(TRANSPOSED, alpha), {"base_model_name_or_path": config.get("model")})
+    reading = ModuleReading(TRANSPOSED, alpha, is_embedding=lambda name: name.rpartition(".")[2] in _EMBEDDINGS)
+    return read_modules(file, reading, {"base_model_name_or_path": config.get("model")})
 
 
 def _documents(writing: ForWriting) -> dict[str, Any]:
