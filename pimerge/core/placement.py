@@ -1,15 +1,18 @@
 """Put finished outputs in place: one process at a time, and a kill at any moment loses nothing.
 
-An output is written beside its destination, under a hidden name, and then renamed. A folder that it replaces is set
-aside before and removed after. While a process writes, it holds a lock on the destination's name; so everything that is
-found under the hidden names once the lock is held was left by a process that was stopped.
+An output is written beside its destination, under a hidden name, and then renamed. A folder that it replaces changes
+places with it where the system can do that in one step; elsewhere it is set aside before and removed after. While a
+process writes, it holds a lock on the destination's name; so everything that is found under the hidden names once the
+lock is held was left by a process that was stopped.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -75,6 +78,9 @@ def place(partial: Path, path: Path) -> None:
     old = None
     is_there = path.exists() or path.is_symlink()
     if is_there and (_is_folder(path) or _is_folder(partial)):  # a file replaces a file in one step
+        if _exchange(partial, path):
+            remove(partial)
+            return
         old = path.replace(_beside(path, _OLD))
     try:
         partial.replace(path)
@@ -111,6 +117,13 @@ def key_of(paths: Mapping[Path, object]) -> Path:
     """The name that stands for several files in one folder: that of the first without its suffix."""
     first = next(iter(paths))
     return first.with_name(first.stem)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two paths in one step; False where the system or the file system cannot, so only on Linux True."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
+    here, exchange = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of <fcntl.h> and <stdio.h>
+    return rename is not None and rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
 
 
 def _is_folder(path: Path) -> bool:
