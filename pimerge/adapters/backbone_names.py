@@ -15,6 +15,7 @@ from pimerge.adapters.expert import Expert, checked
 from pimerge.adapters.format import PEFT
 from pimerge.adapters.module_names import with_canonical_names
 from pimerge.adapters.source import AdapterSource
+from pimerge.adapters.tool_names import with_one_naming
 from pimerge.checkpoints.backbone_prefixes import BACKBONES
 from pimerge.checkpoints.known_modules import known_modules
 
@@ -22,10 +23,13 @@ from pimerge.checkpoints.known_modules import known_modules
 def with_one_prefix(experts: Sequence[Expert]) -> list[Expert]:
     """Add the backbone's prefix to the names of experts without it, if others adapt the same modules with it.
 
+    Files of other formats than PEFT's get the names of the first; see :mod:`pimerge.adapters.tool_names`.
+
     The prefix is the base's own. If the base is not on this machine, it is the first part of the others' names, where
     that is a backbone's in transformers and makes the modules of both those of the same layers. An expert for which two
     prefixes are possible is left.
     """
+    experts = with_one_naming(experts)
     names = [_names(expert) for expert in experts]
     others = {each: expert for each, expert in zip(names[::-1], experts[::-1], strict=True) if each}
     found = []

@@ -6,7 +6,7 @@ in the file (:class:`Place`), so that a merge of files of one format writes that
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -133,6 +133,11 @@ class Format(Strategy):
         keys: an example of its keys.
         rule: how a module is scaled, with the function that defines it.
         naming: formats that name modules alike can be merged with each other.
+        flat: name of a module → its flattened name, by which it is matched in files of other formats; None for formats
+            whose names are never flattened.
+        named: flattened name, names in a file, flattened names of all modules → its name in such a file; empty if no
+            rule tells it.
+        holds_products: whether files hold LoHa, LoKr and full updates beside LoRA.
         recognises: whether a file has this format, by its keys.
         read: file, config beside it → content; raises every problem by name.
         needs_config: whether the scalings are in a config beside the file, so that a result is a folder.
@@ -159,6 +164,9 @@ class Format(Strategy):
     writes_alpha: bool = False
     one_rank: bool = False
     one_era: bool = False
+    flat: Callable[[str], str] | None = None
+    named: Callable[[str, Collection[str], Collection[str]], str] = lambda name, like, others: ""
+    holds_products: bool = False
     group: Callable[[str], str] = lambda name: ""
     metadata: Callable[[ForWriting], dict[str, str]] = _no_metadata
     documents: Callable[[ForWriting], dict[str, Any]] = _no_documents

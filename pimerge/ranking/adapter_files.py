@@ -35,7 +35,7 @@ def rank_adapter_files(path: Path, pool: Path, request: RankRequest) -> Ranking:
     known, excluded = [], {}
     for each in others:
         try:
-            expert = with_one_prefix([open_expert(each), target])[0]
+            expert = with_one_prefix([target, open_expert(each)])[1]
             require_alike([target, expert])
             require_finite([expert])
             known.append(expert)

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pimerge.adapters.format import Content, Format, ForWriting, KeySummary
+from pimerge.adapters.formats._flat_names import dotted_name, flat
 from pimerge.adapters.formats._keys import A_B
 from pimerge.adapters.formats._metadata import base_of, carried
 from pimerge.adapters.formats._modules import ModuleReading, read_modules
@@ -38,6 +39,9 @@ FORMAT = Format(
     keys="diffusion_model.….lora_A.weight, .lora_B.weight, .alpha, .lokr_w1",
     rule="1; with alpha in the file, alpha / rank",
     naming="ai-toolkit",
+    flat=flat,
+    named=dotted_name,
+    holds_products=True,
     recognises=_recognises,
     read=_read,
     ending=A_B,

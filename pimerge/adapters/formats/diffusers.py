@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pimerge.adapters.format import Content, Format, ForWriting, KeySummary
+from pimerge.adapters.formats._flat_names import dotted_name, flat
 from pimerge.adapters.formats._keys import (
     A_B,
     ATTENTION_PROCESSOR,
@@ -123,6 +124,8 @@ FORMAT = Format(
     keys="unet.….lora_A.weight, transformer.…, text_encoder.…; older: .lora.down.weight, .to_q_lora.down.weight",
     rule="alpha / r by lora_adapter_metadata or alpha in the file, otherwise 1",
     naming="diffusers",
+    flat=flat,
+    named=dotted_name,
     recognises=_recognises,
     read=_read,
     ending=A_B,

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pimerge.adapters.format import Content, Format, ForWriting, KeySummary
+from pimerge.adapters.formats._flat_names import flat, kohya_name
 from pimerge.adapters.formats._keys import DOWN_UP, HADAMARD, KRONECKER, WHOLE
 from pimerge.adapters.formats._metadata import base_of, kohya_metadata, part_of_model
 from pimerge.adapters.formats._modules import ModuleReading, read_modules
@@ -40,6 +41,9 @@ FORMAT = Format(
     keys="lora_unet_….lora_down.weight, .lora_up.weight, .alpha",
     rule="alpha / dim; without alpha 1",
     naming="kohya",
+    flat=flat,
+    named=kohya_name,
+    holds_products=True,
     recognises=_recognises,
     read=_read,
     ending=DOWN_UP,

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pimerge.adapters.format import Content, Format, ForWriting, KeySummary
+from pimerge.adapters.formats._flat_names import flat, kohya_name
 from pimerge.adapters.formats._keys import DOWN_UP, HADAMARD, KRONECKER, WHOLE
 from pimerge.adapters.formats._metadata import base_of, kohya_metadata, part_of_model
 from pimerge.adapters.formats._modules import ModuleReading, read_modules
@@ -44,6 +45,9 @@ FORMAT = Format(
     keys="lora_unet_….hada_w1_a, .lokr_w1, .lora_mid.weight, .diff, .w_norm",
     rule="alpha / dim; LoKr of two whole matrices and full updates 1",
     naming="kohya",
+    flat=flat,
+    named=kohya_name,
+    holds_products=True,
     recognises=_recognises,
     read=_read,
     ending=DOWN_UP,

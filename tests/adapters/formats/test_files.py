@@ -174,8 +174,8 @@ def test_factors_of_one_part_have_one_rank_in_diffusers(tmp_path: Path) -> None:
 
 
 def test_files_whose_names_differ_are_not_merged(tmp_path: Path) -> None:
-    paths = [written(tmp_path / f"{form}.safetensors", form, 1) for form in ("kohya", "diffusers")]
-    with pytest.raises(PimergeError, match=r"format of diffusers, .* that of kohya"):
+    paths = [written(tmp_path / f"{form}.safetensors", form, 1) for form in ("ai-toolkit", "mlx")]
+    with pytest.raises(PimergeError, match=r"format of mlx, .* that of ai-toolkit"):
         pimerge.merge(paths, output=tmp_path / "out")
 
 
