@@ -168,6 +168,5 @@ def _remarks(outcome: EmbedOutcome) -> list[str]:
     found = []
     if outcome.fisher and outcome.fisher.why_loop:
         found.append(f"one example at a time, since {outcome.fisher.why_loop}")
-    if outcome.truncated:
-        found.append(f"{outcome.truncated} examples exceed the model's maximum length and were cut")
+    found += outcome.remarks
     return found

@@ -48,13 +48,13 @@ class EmbedOutcome:
     Attributes:
         computed: False if the store already held an up-to-date embedding.
         fisher: the Fisher information; None if it was not computed.
-        truncated: number of examples that were longer than the model's maximum length.
+        remarks: what is to be said about the expert and its examples.
     """
 
     name: str
     computed: bool
     fisher: Fisher | None = None
-    truncated: int = 0
+    remarks: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def embed_expert(
         "sketches": projections_of(tensors[SECOND_MOMENTS]),
     }
     store.add(expert.name, fields, tensors)
-    return EmbedOutcome(expert.name, True, fisher, examples.truncated)
+    return EmbedOutcome(expert.name, True, fisher, examples.remarks())
 
 
 @dataclass(frozen=True)

@@ -141,8 +141,7 @@ class FeatureReader:
         counts = self.labels.bincount(minlength=len(self.task.labels)).tolist()
         missing = [name for name, count in zip(self.task.labels, counts, strict=True) if not count]
         found = list(self._cache.notes)
-        if self.examples.truncated:
-            found.append(f"{self.examples.truncated} examples exceed the model's maximum length and were cut")
+        found += self.examples.remarks()
         if missing:
             found.append(f"no example of {', '.join(missing)}: the ranking is about the other classes")
         if not self.holds_out:

@@ -113,8 +113,8 @@ def read_test_split(
         note: receives a remark if examples were cut.
     """
     examples, labels = task.examples("test", loaded.processor, loaded.config_for(experts), seed=seed, limit=limit)
-    if examples.truncated:
-        note(f"{examples.truncated} test examples exceed the model's maximum length and were cut")
+    for remark in examples.remarks():
+        note(f"test split: {remark}")
     padded = padded and not most_virtual_tokens(experts)
     return TestSplit(
         task, examples, examples.classes or labels, bucket_by_length(examples.lengths, BATCH_TOKENS, padded=padded)

@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from pimerge.core.errors import PimergeError, Problems, nearest
 from pimerge.core.files import relative_to, sha256_bytes, sha256_file
+from pimerge.tasks.data_folders import DataFolder
+from pimerge.tasks.table_files import DataFiles
+from pimerge.tasks.text_format import OPTIONS
 
 if TYPE_CHECKING:
     import datasets
 
     from pimerge.tasks.schema import TaskFile
 
-_BUILDERS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json"}
 NOT_EMPTY = "give it at least one example"
 
 
@@ -35,28 +37,37 @@ class NamedData:
     file: TaskFile
 
     def load(self, split: str) -> datasets.Dataset:
-        """Read one split, named in the slicing syntax of ``datasets`` (``train[:80%]``)."""
+        """Read one split, named in the slicing syntax of ``datasets`` (``train[:80%]``).
+
+        Local files are read into memory, and no copy of them stays in a cache.
+        """
         import datasets
 
-        source, options = self._source()
-        files = options.get("data_files", {})
-        named = {name: paths for name, paths in files.items() if name in re.findall(r"\w+", split)}
-        if named:  # other splits may have other columns
-            options["data_files"] = named
         datasets.disable_progress_bars()
         datasets.logging.set_verbosity_error()
-        try:
-            return datasets.load_dataset(source, split=split, **options)
-        except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
-            reason = str(error.__cause__ or error).strip().partition("\n")[0]
-            if "corresponds to no data" in reason:  # datasets' message for a split without rows
-                raise PimergeError(f"the split '{split}' of '{self.path}' is empty", NOT_EMPTY) from error
-            splits = [str(name) for name in files] or ["train", "test"]
-            hint = nearest(split, splits) if "split" in reason.lower() else "check 'data' and 'splits' in task.json"
-            raise PimergeError(f"the split '{split}' of '{self.path}' cannot be read: {reason}", hint) from error
+        where = f"the split '{split}' of '{self.path}'"
+        problems, source = Problems(), self._source()
+        with problems.collected(f"{where} cannot be read: "):
+            try:
+                if source is None:
+                    return self._from_hub(split)
+                found = source.load(split, re.findall(r"\w+", split))
+                return part_of(found, split) if isinstance(found, Mapping) else found
+            except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
+                reason = str(error.__cause__ or error).strip().partition("\n")[0]
+                if "corresponds to no data" in reason:  # datasets' message for a split without rows
+                    raise PimergeError(f"the split '{split}' is empty", NOT_EMPTY) from error
+                raise PimergeError(reason, "check 'data' and 'splits' in task.json") from error
+        problems.raise_any(f"{where} cannot be read")
+        raise AssertionError
 
-    def _source(self) -> tuple[str, dict[str, Any]]:
-        """The arguments of ``datasets.load_dataset``."""
+    def _from_hub(self, split: str) -> datasets.Dataset:
+        import datasets
+
+        return datasets.load_dataset(self.file.data, split=split, name=self.file.subset, revision=self.file.revision)
+
+    def _source(self) -> DataFiles | DataFolder | None:
+        """The local files or folder; None for a data set of the Hub."""
         data, folder = self.file.data, self.path.parent
         if data is None:
             raise PimergeError(
@@ -64,36 +75,26 @@ class NamedData:
                 "its rows were in memory: pass them again with Task.from_rows, or name a file as 'data'",
             )
         if isinstance(data, str) and not (folder / data).is_file():
-            if (folder / data).is_dir():
-                return str(folder / data), {"name": self.file.subset}
-            return data, {"name": self.file.subset, "revision": self.file.revision}
-        names = {"train": [data]} if isinstance(data, str) else self._files(data)
-        problems = Problems()
-        endings = set()
-        for name in (name for group in names.values() for name in group):
-            ending = Path(name).suffix.lower()
-            endings.add(ending)
-            if not (folder / name).is_file():
-                problems.add(f"'{self.path}': there is no data file '{folder / name}'")
-            elif ending not in _BUILDERS:
-                problems.add(f"'{self.path}': '{name}' ends in '{ending}'", "expected " + ", ".join(_BUILDERS))
-        problems.raise_any(f"the data of '{self.path}' does not fit")
-        formats = {(_BUILDERS[ending], ending == ".tsv") for ending in endings}
-        if len(formats) != 1:
-            raise PimergeError(
-                f"'{self.path}': data mixes {', '.join(sorted(endings))}", "use one format for all splits"
-            )
-        files = {split: [str((folder / name).resolve()) for name in group] for split, group in names.items()}
-        builder, by_tabs = formats.pop()
-        return builder, {"data_files": files, **({"sep": "\t"} if by_tabs else {})}
+            return DataFolder(folder / data, self.file.subset) if (folder / data).is_dir() else None
+        files = {split: [folder / name for name in names] for split, names in self._files().items()}
+        return DataFiles(files, self._options(), str(self.path))
 
-    @staticmethod
-    def _files(data: Mapping[str, str | list[str]]) -> dict[str, list[str]]:
-        return {split: [files] if isinstance(files, str) else files for split, files in data.items()}
+    def _files(self) -> dict[str, list[str]]:
+        """The names of each split's files; a single file is the split ``train``."""
+        data = self.file.data
+        if not isinstance(data, dict):
+            return {} if data is None else {"train": [data]}
+        named = {split: names for split, names in data.items() if split not in OPTIONS}
+        return {split: [names] if isinstance(names, str) else names for split, names in named.items()}
+
+    def _options(self) -> dict[str, Any]:
+        """The format of text files."""
+        data = self.file.data
+        return {name: value for name, value in data.items() if name in OPTIONS} if isinstance(data, dict) else {}
 
     def has(self, split: str) -> bool:
         """Whether ``data`` is a mapping that contains the split."""
-        return isinstance(self.file.data, dict) and split in self.file.data
+        return isinstance(self.file.data, dict) and split in self._files()
 
     def folders(self, split: str) -> list[Path]:
         """The folders of the split's files; empty for a data set of the Hub."""
@@ -103,7 +104,7 @@ class NamedData:
         if isinstance(data, str):
             path = here / data
             return [path] if path.is_dir() else [path.parent] if path.is_file() else []
-        files = self._files(data)
+        files = self._files()
         names = files.get(split.partition("[")[0]) or [name for group in files.values() for name in group]
         return sorted({(here / name).parent for name in names})
 
@@ -121,10 +122,11 @@ class NamedData:
                 files = (file for file in path.rglob("*") if file.is_file())
                 return {file.relative_to(path).as_posix(): sha256_file(file) for file in files}
             return sha256_file(path) if path.is_file() else data
-        return {
+        hashes = {
             split: [sha256_file(folder / name) if (folder / name).is_file() else name for name in names]
-            for split, names in self._files(data).items()
+            for split, names in self._files().items()
         }
+        return hashes | self._options()
 
     def fields_for(self, folder: Path) -> dict[str, Any]:
         """The field ``data``, with paths relative to another folder."""
@@ -136,12 +138,9 @@ class NamedData:
 
         if not isinstance(data, dict):
             return {} if data is None else {"data": moved(data)}
-        return {
-            "data": {
-                split: moved(value) if isinstance(value, str) else [moved(name) for name in value]
-                for split, value in data.items()
-            }
-        }
+        files = {split: [moved(name) for name in names] for split, names in self._files().items()}
+        as_named = {split: names[0] if isinstance(data[split], str) else names for split, names in files.items()}
+        return {"data": as_named | self._options()}
 
 
 @dataclass(frozen=True)
@@ -158,20 +157,11 @@ class RowsInMemory:
 
     def load(self, split: str) -> datasets.Dataset:
         """Read a split, or parts of splits in slicing syntax."""
-        import datasets
-
-        if split in self.splits:
-            return self.splits[split]
-        lengths = {name: len(rows) for name, rows in self.splits.items()}
-        try:
-            parts = datasets.ReadInstruction.from_spec(split).to_absolute(lengths)
-        except (ValueError, AssertionError) as error:
-            raise PimergeError(
-                f"the rows of '{self.name}' have no split '{split}'", nearest(split, list(self.splits))
-            ) from error
-        return datasets.concatenate_datasets(
-            [self.splits[part.splitname].select(range(part.from_, part.to)) for part in parts]
-        )
+        problems = Problems()
+        with problems.collected(f"the rows of '{self.name}': "):
+            return part_of(self.splits, split)
+        problems.raise_any(f"the rows of '{self.name}' do not fit")
+        raise AssertionError
 
     def has(self, split: str) -> bool:
         """Whether a split has rows."""
@@ -188,6 +178,22 @@ class RowsInMemory:
     def fields_for(self, folder: Path) -> dict[str, Any]:
         """The field ``rows``: hashes that identify the task."""
         return {"rows": self.content()}
+
+
+def part_of(splits: Mapping[str, datasets.Dataset], split: str) -> datasets.Dataset:
+    """Take a split, or parts of splits in the slicing syntax of ``datasets``."""
+    import datasets
+
+    if split in splits:
+        return splits[split]
+    lengths = {name: len(rows) for name, rows in splits.items()}
+    try:
+        parts = datasets.ReadInstruction.from_spec(split).to_absolute(lengths)
+    except (ValueError, AssertionError) as error:
+        reason = f"there is no split '{split}'" if "Unknown split" in str(error) else f"'{split}': {error}"
+        raise PimergeError(reason, nearest(split, list(splits))) from error
+    places = [(splits[part.splitname], range(part.from_, part.to)) for part in parts]
+    return datasets.concatenate_datasets([rows.select(within if within else []) for rows, within in places])
 
 
 TaskData: TypeAlias = NamedData | RowsInMemory

@@ -27,6 +27,7 @@ class Rows:
         numbers: position of each row in its split, for messages.
         where: description of the split, for messages.
         words: class indices of each row's words, if words have classes.
+        skipped: number of rows of the split that were left out, because they have no label.
     """
 
     table: Any
@@ -35,6 +36,7 @@ class Rows:
     numbers: Sequence[int]
     where: str
     words: Sequence[Sequence[int]] = ()
+    skipped: int = 0
 
     def select(self, positions: Sequence[int]) -> Rows:
         """Select rows by position."""
@@ -48,6 +50,7 @@ class Rows:
             [self.numbers[position] for position in positions],
             self.where,
             words,
+            self.skipped,
         )
 
 
@@ -83,6 +86,7 @@ class Examples:
         alike: whether examples differ only in their number of tokens; false for images of several sizes that the model
             does not resize.
         classes: classes of each example's words, if words have classes; without words that were cut.
+        skipped: number of rows of the split that were left out, because they have no label.
     """
 
     lengths: Sequence[int]
@@ -92,12 +96,22 @@ class Examples:
     references: Sequence[Sequence[str]] = ()
     alike: bool = True
     classes: Sequence[Sequence[int]] = ()
+    skipped: int = 0
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def __getitem__(self, index: int) -> Batch:
         return self.get(index)
+
+    def remarks(self) -> list[str]:
+        """What is to be said about the examples: those that were cut, and rows that were left out."""
+        found = []
+        if self.truncated:
+            found.append(f"{self.truncated} examples exceed the model's maximum length and were cut")
+        if self.skipped:
+            found.append(f"{self.skipped} rows have no label and were left out")
+        return found
 
     def batch(self, indices: Sequence[int]) -> Batch:
         """Collate the examples at some indices into a padded batch."""

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
 from pimerge.core.errors import PimergeError, Problems, nearest
+from pimerge.tasks.class_lookup import cell_texts, find_classes
 from pimerge.tasks.data import NOT_EMPTY, TaskData
+from pimerge.tasks.delimited import delimiter_hint
 from pimerge.tasks.examples import Rows
 from pimerge.tasks.image_paths import holds_paths, with_images
 from pimerge.tasks.row_errors import RowProblems
 from pimerge.tasks.sampling import permutation, sample_sentences, sample_shots
+from pimerge.tasks.text_columns import shown_as_json, with_numbers, with_texts, words_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +29,9 @@ class SplitReader:
         labels: names of the classes.
         of_words: whether each word has a class, instead of each example.
         labelled: whether the split has labels; otherwise every row or word has the class 0.
+        texts: roles whose columns are texts.
+        numbers: columns whose texts are numbers.
+        skip_unlabelled: whether to leave out rows without a label, instead of refusing them.
     """
 
     data: TaskData
@@ -35,34 +41,56 @@ class SplitReader:
     labels: Sequence[str]
     of_words: bool
     labelled: bool
+    texts: Sequence[str] = ()
+    numbers: Sequence[str] = ()
+    skip_unlabelled: bool = False
 
     def rows(self, left_out: Set[int] = frozenset()) -> Rows:
         """Read the split except for some rows; all problems of its rows are raised at once."""
-        whole = self.data.load(self.split)
-        problems = Problems()
+        whole, problems = self.data.load(self.split), Problems()
+        with problems.collected():
+            whole = with_numbers(whole, self.numbers, self.where)
         if len(whole) == 0:
             problems.add(f"{self.where} is empty", NOT_EMPTY)
         numbers = [number for number in range(len(whole)) if number not in left_out]
-        table = whole.select(numbers) if left_out else whole
+        unlabelled = self._unlabelled(whole, numbers) if self.skip_unlabelled else set()
+        numbers = [number for number in numbers if number not in unlabelled]
+        table = whole.select(numbers) if len(numbers) < len(whole) else whole
         broken = RowProblems(self.where, numbers)
         for role, column in self._needed().items():
             if column not in table.column_names:
-                hint = nearest(column, table.column_names)
+                hint = delimiter_hint(table.column_names) or nearest(column, table.column_names)
                 problems.add(f"{self.where} has no column '{column}' for the {role}", hint)
             elif role != "label":
                 _note_empty(table, role, column, broken)
+                if role in self.texts:
+                    with problems.collected():
+                        table = with_texts(table, role, column, broken)
         classes, words = [0] * len(table), self._words_without_classes(table)
-        with problems.collected(), broken.collected():
+        with problems.collected():
             if self._has(table, "label") and self.labels and not self.of_words:
-                classes = class_indices(table, self.columns["label"], self.labels, self.where, numbers)
+                classes = class_indices(table, self.columns["label"], self.labels, broken)
             if self._has(table, "labels") and self.of_words:
-                words = word_classes(table, self.columns["labels"], self.labels, self.where, numbers)
+                words = word_classes(table, self.columns["labels"], self.labels, broken)
         column, folders = self.columns.get("image", ""), self.data.folders(self.split)
         if folders and holds_paths(table, column):
             with problems.collected():
                 table = with_images(table, column, folders, self.where)
         broken.raise_any(problems.found)
-        return Rows(table, self.columns, classes, numbers, self.where, words)
+        return Rows(table, self.columns, classes, numbers, self.where, words, len(unlabelled))
+
+    def _unlabelled(self, table: Any, numbers: Sequence[int]) -> set[int]:
+        """The numbers of the rows in which a label is missing."""
+        role = "labels" if self.of_words else "label"
+        if not self.labels or not self._has(table, role):
+            return set()
+        column = self.columns[role]
+        feature, rows = table.features[column], table[column]
+        values = [rows[number] if self.of_words else [rows[number]] for number in numbers]
+        texts = cell_texts(
+            [[None] if row is None else row for row in values], getattr(feature, "feature", feature), self.labels
+        )
+        return {number for number, row in zip(numbers, texts, strict=True) if None in row}
 
     def _needed(self) -> dict[str, str]:
         return {role: column for role, column in self.columns.items() if self.labelled or not role.startswith("label")}
@@ -102,55 +130,40 @@ def sample_rows(
     return chosen
 
 
-def class_indices(rows: Any, column: str, names: Sequence[str], where: str, numbers: Sequence[int]) -> list[int]:
-    """Look up each row's class, by name if the data has names, otherwise by number.
-
-    Args:
-        where: description of the split, for messages.
-        numbers: positions of the rows in that split.
-    """
-    values = [[value] for value in rows[column]]
-    return [index for [index] in _lookup(values, rows.features[column], names, RowProblems(where, numbers), "rows")]
+def class_indices(rows: Any, column: str, names: Sequence[str], broken: RowProblems) -> list[int]:
+    """Look up each row's class; what is no class is recorded in ``broken``, as the class 0."""
+    _require_one_class(rows, column, broken.where)
+    texts = cell_texts([[value] for value in rows[column]], rows.features[column], names)
+    found = find_classes(texts, names, broken, "rows", _swapped(rows, column, names))
+    return [classes[0] if classes else 0 for classes in found]
 
 
-def word_classes(rows: Any, column: str, names: Sequence[str], where: str, numbers: Sequence[int]) -> list[list[int]]:
-    """Look up the classes of each row's words."""
+def word_classes(rows: Any, column: str, names: Sequence[str], broken: RowProblems) -> list[list[int]]:
+    """Look up the classes of each row's words; what is no class is recorded in ``broken``."""
     feature = rows.features[column]
     if not hasattr(feature, "feature"):
-        raise PimergeError(f"the column '{column}' of {where} holds no lists", "give each row a list of labels")
-    return _lookup(rows[column], feature.feature, names, RowProblems(where, numbers), "words in rows")
+        raise PimergeError(f"the column '{column}' of {broken.where} holds no lists", "give each row a list of labels")
+    texts = cell_texts([row or [] for row in rows[column]], feature.feature, names)
+    return find_classes(texts, names, broken, "words in rows")
 
 
-def _lookup(
-    values: Sequence[Sequence[Any]], feature: Any, names: Sequence[str], problems: RowProblems, unit: str
-) -> list[list[int]]:
-    """Look up the class of each value of each row."""
-    index_of = {name: index for index, name in enumerate(names)}
-    classes: dict[Hashable, int | None] = {index: index for index in range(len(names))}
-    own_names: list[str] = getattr(feature, "names", None) or []
-    if set(own_names) & set(names):  # a ClassLabel, whose numbers refer to its own names
-        classes = {index: index_of.get(name) for index, name in enumerate(own_names)}
-    classes.update(index_of.items())
-    unknown: dict[str, list[int]] = {}
-    indices: list[list[int]] = []
-    for place, row in enumerate(values):
-        indices.append([])
-        for value in row:
-            known = classes.get(value) if isinstance(value, Hashable) else None
-            if known is None:
-                shown = repr(own_names[value] if own_names and value is not None and value >= 0 else value)
-                unknown.setdefault(shown, []).append(place)
-            else:
-                indices[-1].append(known)
-    if unknown:
-        listed = ", ".join(
-            f"{value} ({len(places)} {unit}: {problems.listed(list(dict.fromkeys(places)))}, from 0)"
-            for value, places in list(unknown.items())[:5]
-        )
-        problems.add(
-            sorted({place for places in unknown.values() for place in places}),
-            f"{problems.where} has unknown labels: {listed}",
-            f"task.json knows {', '.join(names)} (or 0 to {len(names) - 1})",
-        )
-    problems.raise_any()
-    return indices
+def _require_one_class(rows: Any, column: str, where: str) -> None:
+    """Refuse a column whose cells cannot be single classes."""
+    words = words_of(rows.data.schema.field(column).type)
+    hints = {
+        "lists": "give each row one class: several labels per row are not supported",
+        "objects": "give each row the name of its class",
+    }
+    if words in hints:
+        shown = shown_as_json(next((value for value in rows[column] if value is not None), None))
+        raise PimergeError(f"the column '{column}' of {where} holds {words}, such as {shown}", hints[words])
+
+
+def _swapped(rows: Any, column: str, names: Sequence[str]) -> str:
+    """What to do if another column holds the classes; empty if none does."""
+    for other in rows.column_names:
+        if other != column and getattr(rows.features[other], "dtype", "") in ("string", "large_string"):
+            values = set(rows[other])
+            if values and values <= set(names):
+                return f"the column '{other}' holds names of classes: name it as the label in columns"
+    return ""

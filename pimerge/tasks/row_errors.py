@@ -19,6 +19,22 @@ def some(places: Sequence[int], most: int = _SHOWN) -> str:
     return ", ".join(map(str, places[:most])) + (" …" if len(places) > most else "")
 
 
+def ranges(numbers: Sequence[int], most: int = _SHOWN) -> str:
+    """List rising numbers, those in a row as a range; only the first few ranges.
+
+    >>> ranges([1, 4, 5, 6, 8, 9])
+    '1, 4-6, 8-9'
+    """
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    shown = [str(first) if first == last else f"{first}-{last}" for first, last in runs[:most]]
+    return ", ".join(shown) + (" …" if len(runs) > most else "")
+
+
 class RowsError(PimergeError):
     """An error about some rows; the other rows can still be checked.
 
@@ -82,8 +98,8 @@ class RowProblems:
         self.rows.update(numbers)
 
     def listed(self, positions: Sequence[int]) -> str:
-        """List the numbers of the first few rows."""
-        return some([self._numbers[position] for position in positions])
+        """List the numbers of the first few rows, whose positions rise."""
+        return ranges([self._numbers[position] for position in positions])
 
     @contextmanager
     def row(self, position: int) -> Iterator[None]:

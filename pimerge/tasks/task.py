@@ -13,14 +13,16 @@ from pimerge.core.errors import PimergeError, Problem, nearest
 from pimerge.core.files import sha256_bytes
 from pimerge.tasks.checks import check_fields, require_type
 from pimerge.tasks.data import NamedData, RowsInMemory, TaskData
+from pimerge.tasks.delimited import delimiter_hint
 from pimerge.tasks.examples import Examples, Rows
 from pimerge.tasks.image_paths import hashes_of_named, holds_paths, with_images
 from pimerge.tasks.inference import SplitRows, class_names_of, infer_columns, infer_labels, infer_type, rows_by_split
 from pimerge.tasks.metric import default_metric
 from pimerge.tasks.reading import SplitReader, sample_rows
 from pimerge.tasks.row_errors import RowProblems, RowsError
-from pimerge.tasks.schema import COMMON, UNLABELLED, TaskFile
+from pimerge.tasks.schema import COMMON, LATER, UNLABELLED, TaskFile
 from pimerge.tasks.task_type import TASK_TYPES, TaskType
+from pimerge.tasks.text_columns import words_of
 
 if TYPE_CHECKING:
     import datasets
@@ -147,7 +149,7 @@ class Task:
 
     def sha256(self) -> str:
         """SHA-256 of the settings in ``task.json`` and of the data, or its Hub id; independent of paths."""
-        unset = set(TaskFile.model_fields) - COMMON - self.file.given()
+        unset = set(TaskFile.model_fields) - (COMMON - LATER) - self.file.given()
         meaning = self.file.model_dump_json(exclude={"data", "rows", "description"} | unset)
         parts = [meaning, json.dumps(self.data.content(), sort_keys=True)]
         if "image" in self.columns:
@@ -187,6 +189,9 @@ class Task:
             labels=self.labels,
             of_words=self.of_words,
             labelled=role != UNLABELLED,
+            texts=self.type.texts,
+            numbers=self.file.numbers or (),
+            skip_unlabelled=bool(self.file.skip_unlabelled),
         )
         return reader.rows(left_out)
 
@@ -218,7 +223,8 @@ class Task:
         try:
             rows = self._rows(role)
             sampled = rows.select(sample_rows(rows, self.labels, self.of_words, shots, limit, seed))
-            return self.type.encode(sampled, self.file, processor, config), list(sampled.labels)
+            examples = self.type.encode(sampled, self.file, processor, config)
+            return replace(examples, skipped=sampled.skipped), list(sampled.labels)
         except RowsError as error:
             self._raise_all(error, role, processor, config)
             raise
@@ -275,12 +281,14 @@ def open_task(source: TaskSource) -> Task:
 def _class_names(task: Task) -> list[str]:
     """Read the class names of the label's column."""
     column, where = task.label_column, task._where("train")
-    features = task.data.load(task._split("train")).features
-    if column not in features:
-        raise PimergeError(f"{where} has no column '{column}' for the label", nearest(column, list(features)))
-    if not (names := class_names_of(features[column])):
+    rows = task.data.load(task._split("train"))
+    if column not in rows.column_names:
+        hint = delimiter_hint(rows.column_names) or nearest(column, rows.column_names)
+        raise PimergeError(f"{where} has no column '{column}' for the label", hint)
+    if not (names := class_names_of(rows.features[column])):
         raise PimergeError(
-            f"'{task.path}' has no labels, and the column '{column}' of its train split names no classes",
+            f"'{task.path}' has no labels, and the column '{column}' of its train split names no classes: it holds "
+            f"{words_of(rows.data.schema.field(column).type)}",
             "list the names of the classes as labels",
         )
     return names

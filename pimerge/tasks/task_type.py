@@ -48,6 +48,7 @@ class TaskType(Strategy):
         trains_head: whether the task trains its own head beside the expert; otherwise the base's head is used.
         columns: role → whether the data must have a column for it. ``label`` is the class of a row, required if the
             task has labels; ``labels`` are the classes of its words.
+        texts: roles whose columns hold texts, which are read as they are.
         usual_columns: role → column names from which the type of rows in memory is inferred.
         fields: fields of ``task.json`` besides those of every type.
         class_name_role: role of the column that a class name can fill as one more example of its class.
@@ -66,6 +67,7 @@ class TaskType(Strategy):
     peft_task: str | tuple[str, str] | None
     trains_head: bool
     columns: Mapping[str, bool]
+    texts: tuple[str, ...] = ()
     usual_columns: Mapping[str, Sequence[str]] = field(default_factory=dict)
     fields: frozenset[str]
     class_name_role: str = ""

@@ -126,8 +126,8 @@ class TuneRequest:
         examples, labels = self.session.task.examples(
             "train", loaded.processor, config, shots=options.shots, seed=options.seed
         )
-        if examples.truncated:
-            self.note(f"{examples.truncated} training examples are longer than the model accepts and were truncated")
+        for remark in examples.remarks():
+            self.note(f"train split: {remark}")
         if self.fold is not None:
             kept, held_out = split_fold(labels, *self.fold, options.seed)
         else:

@@ -14,7 +14,7 @@ from datasets import Dataset
 from pimerge.core.errors import PimergeError
 from tests.support.tasks import write_json
 
-TEXTS = ["a cat", "the dog runs", "a bird", "cat on mat", "dog, \tquoted"]
+TEXTS = ["a cat", "the dog runs", "a bird", "cat on mat", 'dog, "quoted']
 LABELS = [1, 0, 1, 1, 0]
 NAMES = ["dog", "cat"]
 Rows = Sequence[dict[str, Any]]
@@ -27,7 +27,8 @@ def write_parquet(path: Path, rows: Rows) -> None:
 def write_table(separator: str) -> Callable[[Path, Rows], None]:
     def write(path: Path, rows: Rows) -> None:
         with path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(rows[0]), delimiter=separator)
+            quoting: Any = {"quoting": csv.QUOTE_NONE, "quotechar": None} if separator == "\t" else {}
+            writer = csv.DictWriter(file, list(rows[0]), delimiter=separator, **quoting)
             writer.writeheader()
             writer.writerows(rows)
 

@@ -156,7 +156,7 @@ def test_splits_are_had_if_there_are_rows() -> None:
     task = Task.from_rows({"train": ROWS, "unlabelled": [{"text": "what?"}]})
     assert (task.has_split("unlabelled"), task.has_split("test")) == (True, False)
     assert task.rows("unlabelled")[1] == [0]
-    with pytest.raises(PimergeError, match="the rows of 'target' have no split 'test'"):
+    with pytest.raises(PimergeError, match="the rows of 'target': there is no split 'test'"):
         task.rows("test")
 
 

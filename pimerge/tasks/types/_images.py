@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pimerge.core.errors import PimergeError
 from pimerge.tasks.row_errors import RowProblems
+from pimerge.tasks.types._grey_levels import eight_bits
 
 if TYPE_CHECKING:
     from pimerge.tasks.examples import Batch, Rows
@@ -34,7 +35,9 @@ def decoder(rows: Rows, mode: str) -> Callable[[int], Any]:
         try:
             image = images[place]
             if hasattr(image, "convert"):
-                return image.convert(mode)
+                return eight_bits(image).convert(mode)
+        except PimergeError:
+            raise
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
             raise PimergeError(
                 f"there is no image '{error.filename}'",

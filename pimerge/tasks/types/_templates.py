@@ -7,13 +7,15 @@ A template can use every column by its name (an image as its width and height), 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from pimerge.core.errors import PimergeError, Problems, nearest
 from pimerge.tasks.row_errors import RowProblems
+from pimerge.tasks.text_columns import shown_as_json
 
 if TYPE_CHECKING:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -106,8 +108,15 @@ def _environment() -> ImmutableSandboxedEnvironment:
 
 
 def _present(value: Any) -> Any:
+    """Refuse what has no text of its own: Python's spelling of a list or an object is none."""
     if value is None:
         raise ValueError("a value in it is null")
+    if isinstance(value, Mapping):
+        raise ValueError(f"a value in it is an object, {shown_as_json(value)}: name one of its fields, as in x.field")
+    if isinstance(value, list | tuple | set | frozenset | Iterator):
+        raise ValueError("a value in it is a list: name one of its items, as in x[0], or join them: x | join(', ')")
+    if isinstance(value, bytes):
+        raise ValueError("a value in it is bytes that are not UTF-8")
     return value
 
 
@@ -228,11 +237,14 @@ def reader(rows: Rows, columns: Iterable[str]) -> Callable[[int], Mapping[str, A
 
 
 def _plain(value: Any) -> Any:
-    """Strip images of their methods, which could write files from inside the sandbox."""
+    """Decode bytes, and strip images of their methods, which could write files from inside the sandbox."""
     if isinstance(value, Mapping):
         return {name: _plain(item) for name, item in value.items()}
     if isinstance(value, list):
         return [_plain(item) for item in value]
+    if isinstance(value, bytes):
+        with suppress(UnicodeDecodeError):
+            return value.decode()
     if hasattr(value, "width") and hasattr(value, "height"):
         return {"width": value.width, "height": value.height}
     return value

@@ -90,6 +90,8 @@ def _choices(value: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
         raise PimergeError(
             f"the choices are {texts!r}", "give a list of two or more, or text and label, two such lists"
         )
+    if wrong := [text for text in texts if not isinstance(text, str | int | float | None)]:
+        raise PimergeError(f"a choice is {wrong[0]!r}", "write each choice as a text")
     choices = tuple("" if text is None else str(text).strip() for text in texts)
     if "" in choices:
         raise PimergeError("a choice is empty", "fill the row or leave it out")

@@ -23,9 +23,8 @@ def encode(rows: Rows, file: TaskFile, processor: Any, config: PreTrainedConfig)
     import torch
 
     longest = longest_input(processor, config)
-    pairs = rows.table[rows.columns["text_pair"]] if "text_pair" in rows.columns else None
-    texts = [str(text) for text in rows.table[rows.columns["text"]]]
-    pairs = [str(text) for text in pairs] if pairs is not None else None
+    texts = list(rows.table[rows.columns["text"]])
+    pairs = list(rows.table[rows.columns["text_pair"]]) if "text_pair" in rows.columns else None
     whole = processor(texts, pairs, truncation=False, verbose=False)["input_ids"]
     cut = sum(len(ids) > longest for ids in whole)
     encoded = processor(texts, pairs, truncation=True, max_length=longest)
@@ -68,6 +67,7 @@ TASK_TYPE = TaskType(
     peft_task="SEQ_CLS",
     trains_head=True,
     columns={"text": True, "text_pair": False, "label": True},
+    texts=("text", "text_pair"),
     usual_columns={"text": ("text", "sentence"), "label": ("label",)},
     fields=FIELDS,
     class_name_role="text",
