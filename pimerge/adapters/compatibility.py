@@ -12,6 +12,7 @@ from pimerge.adapters.expert import Expert
 from pimerge.adapters.format import FORMATS, PEFT
 from pimerge.adapters.fused_experts import layers_beside_stacks
 from pimerge.adapters.lora_module import FLATTENED
+from pimerge.adapters.token_modules import form_of
 from pimerge.core.errors import PimergeError, Problems
 from pimerge.tasks.task import Task, open_task
 
@@ -57,11 +58,14 @@ def check_expert(expert: Expert, task: Task | None = None) -> Task:
     return task
 
 
-def require_alike(experts: Sequence[Expert]) -> None:
+def require_alike(experts: Sequence[Expert], *, any_vocabulary: bool = False) -> None:
     """Check that experts can be summed.
 
     They must share a base and, in each module, the shape and layer type of ΔW, whatever their kinds; experts without ΔW
     must share their kind and the form of their tensors.
+
+    Args:
+        any_vocabulary: whether their vocabularies may have several sizes.
     """
     problems = Problems()
     first = experts[0]
@@ -97,7 +101,9 @@ def require_alike(experts: Sequence[Expert]) -> None:
         for name, module in expert.modules.items():
             form = (module.layer, module.d_out, module.d_in, module.shape_A[2:])
             _, owner, known = shapes.setdefault(name, (name, expert, form))
-            if known != form and not (FLATTENED in (form[0], known[0]) and known[1:3] == form[1:3]):
+            is_flat = FLATTENED in (form[0], known[0]) and known[1:3] == form[1:3]
+            is_same = any_vocabulary and form_of(module) == form_of(owner.modules[name])
+            if known != form and not (is_flat or is_same):
                 problems.add(
                     f"module '{name}': ΔW is {module.d_out} × {module.d_in} ({module.layer}) in '{expert.name}', "
                     f"{known[1]} × {known[2]} ({known[0]}) in '{owner.name}'",

@@ -20,6 +20,7 @@ from pimerge.adapters.additive_tensors import F64, BaseTensor, weighted
 from pimerge.adapters.expert import Expert
 from pimerge.adapters.head import Head, head_modules, rows_of
 from pimerge.adapters.keys import TOKEN_ROWS, is_of_model, is_saved, parameter_of
+from pimerge.adapters.token_modules import require_same_tokens, token_count
 from pimerge.checkpoints.safetensors_file import is_finite
 from pimerge.core.errors import PimergeError
 from pimerge.merging.choice import ChosenExperts
@@ -63,6 +64,7 @@ def with_base_parameters(
     parameters = sorted({name for each in held for name in each})
     if not parameters:
         return head
+    vocabulary = _same_tokens(experts, held)
     merge = _ParameterMerge(experts, method, chosen.weights, base_reader(experts[0].base))
     tensors = {name: tensor for name, tensor in head.tensors.items() if keeps or not is_of_model(name, head.modules)}
     biases, indices, modules = set(), dict[str, tuple[int, ...]](), set(head.modules)
@@ -86,7 +88,7 @@ def with_base_parameters(
         modules=sorted(modules),
         token_indices=_token_indices(indices, experts) if indices else head.token_indices if keeps else None,
         biases=frozenset(biases),
-        remarks=tuple(_remarks(biases, tensors, held, keeps)),
+        remarks=(vocabulary, *_remarks(biases, held, keeps)),
     )
 
 
@@ -236,6 +238,23 @@ def _refuse_two_ways(parameter: str, held: Sequence[HeldParameter | None], exper
         )
 
 
+def _same_tokens(experts: Sequence[Expert], held: Sequence[Mapping[str, HeldParameter]]) -> str:
+    """Check that the rows that experts hold are of the same tokens; how they are merged if vocabularies differ."""
+    embeddings = [
+        {name: own for name, own in parameters.items() if name not in expert.biases}
+        for expert, parameters in zip(experts, held, strict=True)
+    ]
+    holders: list[tuple[Expert, Collection[int]]] = []
+    for expert, parameters in zip(experts, embeddings, strict=True):
+        whole = [expert.file.entries[own.key].shape[0] for own in parameters.values() if own.tokens is None]
+        tokens = {token for own in parameters.values() for token in own.tokens or ()}
+        if whole or tokens:
+            holders.append((expert, range(max(whole)) if whole else tokens))
+        elif any(embeddings) and (count := token_count(expert)) is not None:
+            holders.append((expert, range(count)))
+    return require_same_tokens(holders)
+
+
 def _token_indices(
     indices: Mapping[str, tuple[int, ...]], experts: Sequence[Expert]
 ) -> list[int] | dict[str, list[int]]:
@@ -250,9 +269,7 @@ def _token_indices(
     }
 
 
-def _remarks(
-    biases: Collection[str], tensors: Mapping[str, Tensor], held: Sequence[Mapping[str, HeldParameter]], keeps: bool
-) -> Iterator[str]:
+def _remarks(biases: Collection[str], held: Sequence[Mapping[str, HeldParameter]], keeps: bool) -> Iterator[str]:
     """Sentences for the plan."""
     if biases:
         yield f"{len(biases)} trained biases of the base, such as '{min(biases)}', are summed with the weights"

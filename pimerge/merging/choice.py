@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from pimerge.adapters.compatibility import refuse_over_inputs, require_alike, require_shared_modules
 from pimerge.adapters.format import PEFT
 from pimerge.adapters.selected import open_all, select
+from pimerge.adapters.token_modules import require_same_tokens, rows_have, token_axis
 from pimerge.core.errors import PimergeError, Problems
 from pimerge.merging.method import METHODS, OpenedMethod
 from pimerge.merging.request import HeadPolicy, MergeRequest
@@ -21,11 +22,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ChosenExperts:
-    """Compatible experts, their weights by module, and the target's own expert if it is known."""
+    """Compatible experts, their weights by module, and the target's own expert if it is known.
+
+    Attributes:
+        vocabulary: how vocabularies of several sizes are merged; empty if none of their modules is updated.
+    """
 
     experts: list[Expert]
     weights: dict[str, list[float]]
     target: Expert | None
+    vocabulary: str = ""
 
     def refuse_over(self, output: Path | None) -> None:
         """Refuse an output that would overwrite an expert, or a folder that contains one."""
@@ -76,10 +82,27 @@ def _alike(request: MergeRequest, chosen: ChosenExperts) -> ChosenExperts:
     if any(expert.format != PEFT for expert in chosen.experts) and chosen.target not in chosen.experts:
         chosen = replace(chosen, target=None)
     target = chosen.target if request.head is HeadPolicy.TARGET else None
-    require_alike([*chosen.experts, *([target] if target else [])])
+    require_alike([*chosen.experts, *([target] if target else [])], any_vocabulary=True)
     if not request.allow_disjoint:
         require_shared_modules(chosen.experts)
-    return chosen
+    return replace(chosen, vocabulary=_same_tokens(request, chosen.experts))
+
+
+def _same_tokens(request: MergeRequest, experts: Sequence[Expert]) -> str:
+    """Check that the updates of embeddings and output layers are of the same tokens; how, if vocabularies differ."""
+    updated = {
+        name: module
+        for expert in experts
+        for name, module in expert.modules.items()
+        if request.selects(name) and token_axis(module) is not None
+    }
+    holders = {
+        expert.name: (expert, range(rows))
+        for module in updated.values()
+        for expert in experts
+        if (rows := rows_have(expert, module)) is not None
+    }
+    return require_same_tokens([*holders.values()])
 
 
 def _from_coefficients(request: MergeRequest, path: Path) -> ChosenExperts:

@@ -46,7 +46,7 @@ def plan_of(merge: UpdateMerge, given: Sequence[Expert], head: Head) -> UpdatePl
     heads = sum(tensor.numel() * tensor.itemsize for tensor in head.tensors.values())
     return UpdatePlan(
         len(merge.names),
-        [*_handled(merge), *head.remarks],
+        _handled(merge),
         _left_out(merge, given, head),
         max(_memory(merge, name) for name in merge.names),
         heads + sum(_numbers(merge, name) for name in merge.names) * merge.dtype.itemsize,

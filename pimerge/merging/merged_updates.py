@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from pimerge.adapters.base_weights import maybe_grouped
@@ -43,7 +43,9 @@ class MergedUpdates(MergedExperts):
 
     def update_plan(self) -> UpdatePlan:
         """Describe the merge."""
-        return plan_of(self.merge, self.chosen.experts, self.head)
+        plan = plan_of(self.merge, self.chosen.experts, self.head)
+        remarks = dict.fromkeys((self.chosen.vocabulary, *self.head.remarks))  # a vocabulary is described once
+        return replace(plan, handled=[*plan.handled, *filter(None, remarks)])
 
     @property
     def plan(self) -> dict[str, Any]:

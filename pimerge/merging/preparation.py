@@ -12,6 +12,7 @@ from torch import Tensor
 from pimerge.adapters.compatibility import refuse_copied_layers, require_shared_form
 from pimerge.adapters.expert import Expert
 from pimerge.adapters.lora_module import Factors
+from pimerge.adapters.token_modules import require_one_shape
 from pimerge.core.errors import PimergeError, Problems
 from pimerge.merging.method import OpenedMethod, Space
 from pimerge.merging.request import EntrySpace
@@ -50,6 +51,7 @@ def prepare(
     chosen = {**vars(settings), "dtype": settings.dtype or widest(expert.dtypes for expert in experts)}
     merge = UpdateMerge(experts=kept, weights=totals, method=method, joined=joined, **chosen)
     if merge.by_factor:
+        require_one_shape(kept)
         require_shared_form(kept)
     return merge
 

@@ -28,11 +28,13 @@ from pimerge.adapters.low_rank import (
 )
 from pimerge.adapters.merged_module import MergedModule
 from pimerge.adapters.rounding import rounded, shared_scaling
+from pimerge.adapters.token_modules import rows_have, token_axis
 from pimerge.checkpoints.dtypes import as_read
 from pimerge.checkpoints.safetensors_file import is_finite
 from pimerge.core.errors import PimergeError
 from pimerge.merging.method import OpenedMethod, Space
 from pimerge.merging.request import EntrySpace
+from pimerge.merging.token_rows import TokenRows
 
 F64 = torch.float64
 
@@ -102,9 +104,10 @@ class UpdateMerge(UpdateSettings):
         return list(self.weights)
 
     def layout(self, name: str) -> LoraModule:
-        """The layout of a module, from the first expert that has it; as a bare parameter if any expert has it so."""
+        """The layout of a module, from the first expert that has it whole; as a bare parameter if any has it so."""
         found = [expert.modules[name] for expert in self.experts if name in expert.modules]
-        return next((module for module in found if module.parameter), found[0])
+        largest = max(found, key=lambda module: module.d_out * module.d_in)  # some vocabularies may have more tokens
+        return next((module for module in found if module.parameter), largest)
 
     def module(self, name: str) -> MergedModule:
         """Merge one module; refuse NaN and Inf in an expert, and a result that is too large for its dtype."""
@@ -115,11 +118,22 @@ class UpdateMerge(UpdateSettings):
     def _module(self, name: str) -> MergedModule:
         layout, weights = self.layout(name), torch.tensor(self.weights[name], dtype=F64)
         parts = [self._part(expert, name, layout) for expert in self.experts]
+        rows = self._by_tokens(layout, parts)
+        whole = parts if rows is None else rows.common
         coefficients = None
         if self.method.space is Space.LINEAR:
-            coefficients = self.method.coefficients(weights, lambda: inner_products(parts))
-        found = self._merged(name, layout, parts, weights, coefficients)
+            coefficients = self.method.coefficients(weights, lambda: inner_products(whole))
         summed = (weights if coefficients is None else coefficients).tolist()
+        if rows is None:
+            found = self._merged(name, layout, parts, weights, coefficients)
+        else:
+            inner = replace(self, truncation=EVERYTHING, dtype=F64)
+            common = inner._merged(name, layout, whole, weights, coefficients).factors
+            common = replace(common, bias=weighted_bias(whole, summed, F64, common.scaling) if self.has_bias else None)
+            parts = [rows.placed(common, 0), *rows.rest(summed)]
+            summed = [1.0] * len(parts)
+            limit = Truncation(min(layout.d_out, layout.d_in)) if self.truncation == EVERYTHING else self.truncation
+            found = weighted_sum(parts, summed, limit, self._stored(name))
         narrow = rounded(found.factors, self.dtype)
         bias = weighted_bias(parts, summed, self.dtype, narrow.factors.scaling) if self.has_bias else None
         factors = replace(narrow.factors, bias=bias)
@@ -128,6 +142,15 @@ class UpdateMerge(UpdateSettings):
         given = None if coefficients is None else tuple(coefficients.tolist())
         energy, rounding = found.energy or narrow.energy, found.rounding + narrow.error
         return MergedModule(layout, factors, energy, found.lost, given, rounding)
+
+    def _by_tokens(self, layout: LoraModule, parts: Sequence[Factors]) -> TokenRows | None:
+        """The updates of a module by tokens, if the experts have vocabularies of several sizes."""
+        axis = token_axis(layout)
+        if axis is None:
+            return None
+        most = layout.d_in if axis == 1 else layout.d_out
+        sizes = [min(rows_have(expert, layout) or most, most) for expert in self.experts]
+        return TokenRows(parts, sizes, axis) if len(set(sizes)) > 1 else None
 
     def _part(self, expert: Expert, name: str, layout: LoraModule) -> Factors:
         """Read the update of an expert, which is zero and of rank 0 if it does not adapt the module."""

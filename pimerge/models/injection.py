@@ -14,7 +14,7 @@ from pimerge.adapters.bare_parameter import Packing, bare_names, is_by_expert, t
 from pimerge.adapters.base_fit import check_fits
 from pimerge.adapters.compatibility import require_alike
 from pimerge.adapters.expert import Expert
-from pimerge.adapters.keys import PREFIX, PROMPT_PREFIX
+from pimerge.adapters.keys import PREFIX, PROMPT_PREFIX, is_saved, parameter_of
 from pimerge.adapters.lora_fields import rank_fields
 from pimerge.adapters.lora_module import Factors
 from pimerge.adapters.merged_module import MergedModule
@@ -42,7 +42,10 @@ def injected(expert: Expert, loaded: LoadedBase) -> Iterator[nn.Module]:
             f"'{expert.name}' stores the updates of a mixture's experts {why}, which PEFT does not read in every model",
             f"write them as PEFT does first: pimerge merge {expert.path} --output FOLDER",
         )
-    with modules_restored(loaded.model), peft_folder(expert) as folder:
+    saved = expert.config.get("modules_to_save") or []
+    replaced = {parameter_of(name) for name in expert.head if not is_saved(name, saved)} | expert.biases.keys()
+    own = [tensor for name, tensor in loaded.model.named_parameters() if name in replaced]
+    with modules_restored(loaded.model), tensors_restored(own), peft_folder(expert) as folder:
         yield PeftModel.from_pretrained(loaded.model, str(folder)).eval()
 
 
@@ -70,6 +73,12 @@ def injected_sum(experts: Sequence[Expert], weights: Sequence[float], loaded: Lo
 
     for expert in experts:
         check_fits(expert, loaded.model, head=False)
+        if expert.biases:
+            raise PimergeError(
+                f"'{expert.name}' holds trained biases of the base (bias is '{expert.config.get('bias')}'), and only "
+                "updates of layers can be summed here",
+                "merge it instead (pimerge merge), or train one with bias='none' (lora_bias=True is accepted)",
+            )
     require_alike(experts)
     if len({bare_names(expert.modules.values()) for expert in experts} - {frozenset()}) > 1:
         raise PimergeError(
