@@ -79,8 +79,8 @@ class _Prefixed:
 
     prefix: str
 
-    def place(self, name: str, task_type: str | None = None) -> str:
-        return f"{self.prefix}.{name}"
+    def place_all(self, names: Iterable[str], task_type: str | None = None) -> dict[str, str | None]:
+        return {name: f"{self.prefix}.{name}" for name in names}
 
 
 def _prefixed(expert: Expert, prefix: str, like: Expert) -> Expert:

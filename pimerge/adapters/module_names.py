@@ -53,8 +53,8 @@ _Place = tuple[tuple[str, ...], str]
 class ModulePlaces(Protocol):
     """The modules of a base."""
 
-    def place(self, name: str, task_type: str | None = None) -> str | None:
-        """The name today of a module in an adapter of this task type; None if the base has no such module."""
+    def place_all(self, names: Iterable[str], task_type: str | None = None) -> dict[str, str | None]:
+        """Name in an adapter of this task type → name today; None if the base has no such module."""
 
 
 def with_canonical_names(
@@ -150,7 +150,9 @@ def _canonical(keys: Iterable[_Key], base: ModulePlaces | None, task_type: Any) 
     best: dict[_Place, str] = {}
     most = -1
     for form in _forms(list(parts)):
-        found = {place: _placed(form(place), base, task) for place in parts}
+        plain = {place: _without_layers(form(place)) for place in parts}
+        today = {} if base is None else base.place_all((name for name, _ in plain.values() if name), task)
+        found = {place: now + end if (now := today.get(name)) else None for place, (name, end) in plain.items()}
         known = sum(name is not None for place, name in found.items() if not parts[place])
         if known > most:
             most = known
@@ -174,14 +176,16 @@ def _forms(places: Sequence[_Place]) -> list[Callable[[_Place], str]]:
     return [*first, lambda place: place[1], without(is_wrapper, lead=True)]
 
 
-def _placed(name: str, base: ModulePlaces | None, task: str | None) -> str | None:
-    if base is None or not name:
-        return None
+def _without_layers(name: str) -> tuple[str, str]:
+    """The name of a module, and the part that PEFT's wrappers of several of its parameters add.
+
+    >>> _without_layers("experts.base_layer.base_layer")
+    ('experts', '.base_layer.base_layer')
+    """
     plain = name
-    while plain.endswith(".base_layer"):  # PEFT's wrappers of several parameters of one module
+    while plain.endswith(".base_layer"):
         plain = plain.removesuffix(".base_layer")
-    found = base.place(plain, task)
-    return None if found is None else found + name.removeprefix(plain)
+    return plain, name.removeprefix(plain)
 
 
 def _renamed_config(config: Mapping[str, Any], keys: Iterable[_Key], names: Mapping[_Place, str]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 _PRIVATE_WRAPPER = re.compile(r"_\w*(?:mod|module|model)")
@@ -33,6 +33,19 @@ def _unchanged(name: str) -> str:
 
 
 @dataclass(frozen=True)
+class ClassNames:
+    """The names of a base's modules in the model classes that load it or a part of it.
+
+    Attributes:
+        headed: in classes that hold the backbone under its prefix.
+        plain: in the backbone's own class and in those without a prefix.
+    """
+
+    headed: frozenset[str] = frozenset()
+    plain: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
 class BaseModules:
     """The modules of a base; see :func:`pimerge.checkpoints.known_modules.known_modules`.
 
@@ -42,12 +55,14 @@ class BaseModules:
         prefix: the backbone's name in a model with a head, such as ``bert``; empty if there is none.
         rename: name of a module in any version of transformers → name today.
         origin: name today → name in the first version.
+        other_classes: the names in other classes; asked only for names that this class does not have.
     """
 
     modules: frozenset[str]
     prefix: str = ""
     rename: Callable[[str], str] = _unchanged
     origin: Callable[[str], str] = _unchanged
+    other_classes: Callable[[], ClassNames] = ClassNames
 
     def place(self, name: str, task_type: str | None = None) -> str | None:
         """The name of a module today, in the model class that an adapter was trained on.
@@ -62,6 +77,8 @@ class BaseModules:
         Returns:
             None if the base has no such module.
         """
+        if self._is_today_s(name, task_type in _HEADED):
+            return name
         for way in _ways(name):
             if (found := self._found(way)) is not None:
                 return self._in_class(way, found, task_type in _HEADED)
@@ -69,6 +86,25 @@ class BaseModules:
             owner = self.place(match["owner"], task_type)
             return None if owner is None else owner + match["rest"]
         return None
+
+    def place_all(self, names: Iterable[str], task_type: str | None = None) -> dict[str, str | None]:
+        """Name → its name today, or None, for the modules of one adapter, which are all of one class.
+
+        Without a task type, an adapter of any module that only the class with the head names so is of that class.
+        """
+        found = {name: self.place(name, task_type) for name in names}
+        if task_type not in _HEADED and not self.modules.isdisjoint(found.values()):
+            return {name: self.place(name, "CAUSAL_LM") for name in found}
+        return found
+
+    def _is_today_s(self, name: str, is_headed: bool) -> bool:
+        """Whether a module has this name in a class that the adapter can be trained on."""
+        if name in self.modules:
+            return True
+        classes = self.other_classes()
+        return name in classes.headed or (
+            name in classes.plain and not (is_headed and f"{self.prefix}.{name}" in self.modules)
+        )
 
     def _found(self, name: str) -> str | None:
         for known in dict.fromkeys((name, self.rename(name))):
@@ -83,7 +119,8 @@ class BaseModules:
             return name
         start = f"{self.prefix}."
         first, _, rest = name.partition(".")
-        if found == rest:  # only the base's file lacks the prefix, unless it is there twice
+        if found == rest and first not in _NO_PREFIX and self.rename(name) != found:
+            # only the base's file lacks the prefix, unless it is there twice
             return rest if rest.startswith(f"{first}.") else name
         inner = found.removeprefix(start)
         if name.startswith(start):

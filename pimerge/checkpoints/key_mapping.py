@@ -15,16 +15,15 @@ from typing import Any
 import torch
 
 from pimerge.checkpoints.architecture import is_of_head
-from pimerge.checkpoints.base_modules import BaseModules
 from pimerge.checkpoints.checkpoint import CONFIG, Checkpoint, open_checkpoint
-from pimerge.checkpoints.renaming import renaming_of, transforms_of, undoing_of
+from pimerge.checkpoints.renaming import renaming_of, transforms_of
 from pimerge.core.errors import PimergeError, Problems, nearest
 
 # Prefixes that programs put before the names of a diffusion model.
 _DIFFUSION = re.compile(r"^(?:model_diffusion_model|diffusion_model|(?:lora_)?unet|(?:lora_)?transformer)_")
 
-
-_UNBUILDABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError)
+UNBUILDABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError)
+"""What building a model raises for a config that does not fit its class."""
 
 
 @dataclass(frozen=True)
@@ -118,10 +117,11 @@ def _remembered(folder: Path) -> Names:
 
 def skeleton(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Any:
     """Build the model of a config without weights; None if transformers does not know it."""
-    return _model_of(checkpoint.path, config)
+    return model_of(checkpoint.path, config)
 
 
-def _model_of(folder: Path, config: Mapping[str, Any]) -> Any:
+def model_of(folder: Path, config: Mapping[str, Any]) -> Any:
+    """Build the model of the config in a folder without weights; None if transformers does not know it."""
     import transformers
     from huggingface_hub.errors import StrictDataclassError
 
@@ -133,7 +133,7 @@ def _model_of(folder: Path, config: Mapping[str, Any]) -> Any:
         settings = transformers.CONFIG_MAPPING[config["model_type"]].from_dict(_with_floats(config))
         with torch.device("meta"):
             return kind(settings)
-    except (*_UNBUILDABLE, StrictDataclassError) as error:
+    except (*UNBUILDABLE, StrictDataclassError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise PimergeError(
             f"'{folder / CONFIG}' does not describe a {architecture}: {reason}",
@@ -264,29 +264,6 @@ def _loose(name: str) -> str:
     {'down_0_to_q_weight'}
     """
     return _DIFFUSION.sub("", name.replace(".", "_"))
-
-
-def modules_of_config(folder: Path, config: Mapping[str, Any]) -> BaseModules | None:
-    """The names of the modules of the model that a config describes; None if transformers does not know it.
-
-    Args:
-        folder: the base's folder.
-    """
-    try:
-        model = _model_of(folder, config)
-    except PimergeError:  # whoever loads the base is told
-        return None
-    if model is None:
-        return None
-    transforms = transforms_of(model)
-    rename, undo = renaming_of(model, transforms), undoing_of(transforms)
-    modules = frozenset(name for name, _ in model.named_modules())
-
-    def today(name: str) -> str:
-        key, changed = rename(f"{name}.weight")
-        return name if changed else key.removesuffix(".weight")
-
-    return BaseModules(modules, str(model.base_model_prefix), today, undo)
 
 
 def _groups(tied: Mapping[str, str]) -> tuple[frozenset[str], ...]:

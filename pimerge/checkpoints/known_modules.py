@@ -35,7 +35,7 @@ def known_modules(folder: Path) -> BaseModules | None:
         return None
     if config.get("model_type") not in PLAIN_TYPES:
         with _ONE_AT_A_TIME:
-            from pimerge.checkpoints.key_mapping import modules_of_config  # imports torch
+            from pimerge.checkpoints.base_classes import modules_of_config  # imports torch
 
             known = modules_of_config(folder, config)
         if known is not None:
