@@ -15,6 +15,7 @@ API = {
     "embedding/embed.py: embed",
     "ranking/rank.py: rank",
     "merging/merge.py: merge",
+    "merging/convert.py: convert",
     "tuning/tune.py: tune",
     "evaluation/evaluate.py: evaluate",
     "evaluation/compare.py: compare",

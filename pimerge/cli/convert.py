@@ -30,6 +30,7 @@ def convert(
         float | None, typer.Option(help="Share of ‖ΔW‖² to keep in every module; stands for --rank auto.")
     ] = None,
     base: options.BaseReference = None,
+    config: options.Config = None,
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder to write, or a .safetensors file for a single file.")
     ] = Path("converted"),
@@ -49,6 +50,7 @@ def convert(
         rank=rank,
         energy=energy,
         base=base,
+        config=config,
         output=output,
         force=force,
         track=tracker(quiet),

@@ -49,6 +49,7 @@ def convert(
     rank: int | str | None = None,
     energy: float | None = None,
     base: str | Path | None = None,
+    config: str | Path | None = None,
     output: str | Path = "converted",
     force: bool = False,
     track: Track = silent,
@@ -71,6 +72,7 @@ def convert(
         energy: share of ‖ΔW‖² to keep in every module; it implies ``rank="auto"``.
         base: base model of the adapter, a folder or Hub id, for updates that depend on the base's weights. None stands
             for the base that the adapter names.
+        config: the ``adapter_config.json`` of a single file of PEFT or mlx-lm. None stands for the one beside it.
         output: folder to write; for a single file also a name that ends in ``.safetensors``.
         force: overwrite ``output`` if it exists; the input is never overwritten.
         track: reports progress.
@@ -93,13 +95,15 @@ def convert(
         if energy is not None and rank is None:
             rank = "auto"
         pickled = _pickled(given, output)
+        if pickled is not None and config is not None:
+            raise PimergeError("--config does not apply to pickled weights", "put the config into their folder")
         if rank is not None:
             if pickled is None:
-                return _to_lora(source, rank, energy, base, output, force, track, note)
+                return _to_lora(_opened(source, base, config), rank, energy, base, output, force, track, note)
             with _unpickled(pickled, base, track) as expert:
                 return _to_lora(expert, rank, energy, base, output, force, track, note)
         if pickled is None:
-            return _to_peft(source, base, output, force, track, note)
+            return _to_peft(source, base, config, output, force, track, note)
         return _unpickle(pickled, output, force, track, note)
 
 
@@ -164,7 +168,13 @@ def _move_paths(source: Path, partial: Path, output: Path) -> None:
 
 
 def _to_peft(
-    source: str | Path, base: str | Path | None, output: Path, force: bool, track: Track, note: Note
+    source: str | Path,
+    base: str | Path | None,
+    config: str | Path | None,
+    output: Path,
+    force: bool,
+    track: Track,
+    note: Note,
 ) -> Converted:
     """Write an adapter in any file format as a folder of PEFT."""
     from pimerge.adapters.as_peft import as_peft
@@ -175,10 +185,10 @@ def _to_peft(
 
     if is_checkpoint(source):
         raise PimergeError(f"'{source}' is a model in safetensors: there is nothing to convert")
-    found = open_source(source)
+    found = open_source(source, _path(config))
     if found.format == PEFT:
         return _to_folder(found, base, output, force)
-    expert = as_peft(open_expert(source, _text(base)))
+    expert = as_peft(open_expert(source, _text(base), config=_path(config)))
     converted = _to_lora(expert, "max", None, base, output, force, track, note)
     return replace(
         converted, summary=f"the updates of '{expert.name}', in the format of {found.format}, as LoRA of PEFT"
@@ -205,7 +215,7 @@ def _to_folder(found: AdapterSource, base: str | Path | None, output: Path, forc
         with writing_tensors(partial / WEIGHTS, tensors) as writer:
             writer.add_all(tensors)
         (partial / CONFIG).write_text(json_text(source.config), encoding="utf-8")
-        _move_paths(source.path, partial, output)
+        _move_paths(source.path.parent if source.path.is_file() else source.path, partial, output)
     return Converted(
         output, f"{len(tensors)} tensors, now a folder of PEFT", {"tensors": len(tensors), "size": writer.written}
     )
@@ -231,7 +241,7 @@ def _unpickled(pickled: Path, base: str | Path | None, track: Track) -> Iterator
 
 
 def _to_lora(
-    source: str | Path | Expert,
+    expert: Expert,
     rank: int | str,
     energy: float | None,
     base: str | Path | None,
@@ -245,9 +255,7 @@ def _to_lora(
     It becomes an adapter of PEFT, except for one of a diffusion model, which keeps its file format.
     """
     from pimerge.adapters.as_peft import as_peft, is_named_by_base
-    from pimerge.adapters.expert import Expert, open_expert
 
-    expert = source if isinstance(source, Expert) else open_expert(source, _text(base), convert=base is not None)
     expert = as_peft(expert) if is_named_by_base(expert) else expert
     if expert.tensor_sets:
         raise PimergeError(
@@ -272,6 +280,16 @@ def _to_lora(
     return Converted(
         output, f"the updates of '{expert.name}', of kind {expert.kind}, as LoRA", merged.to_dict(), merged
     )
+
+
+def _opened(source: str | Path, base: str | Path | None, config: str | Path | None) -> Expert:
+    from pimerge.adapters.expert import open_expert
+
+    return open_expert(source, _text(base), convert=base is not None, config=_path(config))
+
+
+def _path(config: str | Path | None) -> Path | None:
+    return None if config is None else Path(config)
 
 
 def _text(base: str | Path | None) -> str | None:

@@ -110,3 +110,18 @@ def test_an_embedding_of_mlx_is_one_of_peft(tmp_path: Path) -> None:
     assert relative_difference((B @ A).T, 20 * tensors[f"{stem}.lora_a"] @ tensors[f"{stem}.lora_b"]) < 1e-6
     pimerge.merge([tmp_path / "x", tmp_path / "y"], output=tmp_path / "m")
     assert open_expert(tmp_path / "m").modules[stem].layer == "embedding"
+
+
+def test_a_file_is_converted_with_a_config_that_lies_elsewhere(tmp_path: Path) -> None:
+    tensors = low_rank("base_model.model.h.0.q", 2, 1, pair=1)
+    path = saved(tmp_path / "a.safetensors", tensors)
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 6, "target_modules": ["q"], "base_model_name_or_path": "x/y"}
+    (tmp_path / "elsewhere.json").write_text(json.dumps(config))
+    with pytest.raises(PimergeError, match="--config"):
+        pimerge.convert(path, output=tmp_path / "no")
+    right = 3 * deltas_in(path)["base_model.model.h.0.q"]
+    for rank in (None, 2):
+        output = tmp_path / f"rank-{rank}"
+        pimerge.convert(path, rank=rank, config=tmp_path / "elsewhere.json", output=output)
+        module = open_expert(output).factors("h.0.q")
+        assert relative_difference(module.scaling * module.B.double() @ module.A.double(), right) < 1e-6
