@@ -13,6 +13,7 @@ from pimerge.adapters.lora_module import LoraModule
 from pimerge.adapters.tensor_sets import TensorSet
 from pimerge.checkpoints.architecture import is_of_head
 from pimerge.core.errors import PimergeError, Problems
+from pimerge.core.hf_loading import load_config, model_of_config
 from pimerge.tasks.task import Task
 from pimerge.tasks.task_type import TaskType
 
@@ -90,10 +91,9 @@ def skeleton(source: str, revision: str | None, task_type: TaskType, labels: int
     import transformers
 
     names = {"id2label": {index: str(index) for index in range(labels)}} if labels else {}
-    config = transformers.AutoConfig.from_pretrained(source, revision=revision, **names)
+    config = load_config(source, revision, **names)
     with torch.device("meta"):
-        kind = getattr(transformers, task_type.auto_model_for(config))
-        model: nn.Module = kind.from_config(config, trust_remote_code=False)
+        model: nn.Module = model_of_config(getattr(transformers, task_type.auto_model_for(config)), config)
     return model
 
 

@@ -11,6 +11,7 @@ from pimerge.adapters.expert_files import CONFIG, TASK, WEIGHTS
 from pimerge.checkpoints.base import is_hub_id
 from pimerge.checkpoints.checkpoint import INDEX
 from pimerge.core.errors import PimergeError
+from pimerge.core.hf_loading import download_snapshot
 
 _OTHER_FORMATS = ("pytorch_lora_weights.safetensors", "adapters.safetensors")  # of diffusers and mlx-lm
 _HUB_FILES = (
@@ -34,15 +35,15 @@ def is_hub_reference(reference: str) -> bool:
 
 def download(reference: str) -> Path:
     """The snapshot of a Hub id in the local cache, downloaded if needed."""
-    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub import constants
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
     from huggingface_hub.errors import HTTPError as NetworkError  # type: ignore[attr-defined]  # httpx's, or httpx2's
 
     match = _HUB_REFERENCE.fullmatch(reference)
     assert match
-    download = partial(snapshot_download, match["id"], revision=match["revision"])
+    download = partial(download_snapshot, match["id"], match["revision"])
     try:
-        path = Path(download(allow_patterns=[*_HUB_FILES, _CARD]))
+        path = download(allow_patterns=[*_HUB_FILES, _CARD])
     except (NetworkError, HFValidationError, OSError) as error:
         found = None
         if isinstance(error, LocalEntryNotFoundError):
@@ -53,7 +54,7 @@ def download(reference: str) -> Path:
             raise PimergeError(
                 f"'{reference}' is not a folder, and it cannot be downloaded from the Hub: {reason}", hint
             ) from error
-        path = Path(found)
+        path = found
     has_weights = any((path / name).is_file() for name in (WEIGHTS, WEIGHTS + INDEX))
     missing = " and no ".join(
         name for name, found in ((CONFIG, (path / CONFIG).is_file()), (WEIGHTS, has_weights)) if not found

@@ -17,6 +17,7 @@ from pimerge.adapters.model_class import loading_classes
 from pimerge.adapters.output_check import BUG
 from pimerge.checkpoints.base import Base
 from pimerge.core.errors import PimergeError
+from pimerge.core.hf_loading import load_adapter, load_config, model_of_config
 
 _LOADS_APART = ("prompt_embeddings", "prompt_encoder", "vblora_vector_bank", "unilora_theta_d")
 """Tensors that PEFT does not load by the model's own names."""
@@ -48,8 +49,8 @@ def _skeletons(expert: Expert, base: Base) -> Iterator[Any]:
     if base.folder is None:
         return
     try:
-        config = transformers.AutoConfig.from_pretrained(base.folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError):
+        config = load_config(base.folder)
+    except (PimergeError, OSError, ValueError, KeyError):
         return
     if tokens := _tokens(expert):
         config.get_text_config().vocab_size = tokens
@@ -61,7 +62,7 @@ def _skeletons(expert: Expert, base: Base) -> Iterator[Any]:
         try:
             with torch.device("meta"):
                 own = copy.deepcopy(config)
-                model = kind.from_config(own) if name.startswith("Auto") else kind(own)  # type: ignore[union-attr,misc]
+                model = model_of_config(kind, own) if name.startswith("Auto") else kind(own)  # type: ignore[misc]
         except (AttributeError, TypeError, ValueError, KeyError, ImportError, OSError, RuntimeError):
             continue  # another class than this architecture's, or one that needs weights
         yield model
@@ -94,14 +95,13 @@ def _holds(model: Any, expert: Expert) -> bool:
 def _fault(model: Any, folder: Path) -> str:
     """Why PEFT does not load an adapter; empty if it does."""
     import torch
-    from peft import PeftModel
 
     from pimerge import peft_methods  # noqa: F401  PEFT has to know every kind
 
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")
         try:
-            adapted = PeftModel.from_pretrained(model, str(folder), torch_device="cpu", low_cpu_mem_usage=True)
+            adapted = load_adapter(model, folder, torch_device="cpu", low_cpu_mem_usage=True)
             found = adapted.load_adapter(str(folder), "default", torch_device="cpu", low_cpu_mem_usage=True)
         except NotImplementedError:  # a layer that cannot be made without the base's weights
             return ""

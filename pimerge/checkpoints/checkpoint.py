@@ -14,6 +14,7 @@ from pimerge.checkpoints.quantised import refuse_quantised
 from pimerge.checkpoints.safetensors_file import Entry, TensorFile, open_tensors
 from pimerge.core.errors import PimergeError, Problems
 from pimerge.core.files import read_json, sha256_bytes, sha256_files
+from pimerge.core.plain_names import is_plain_name
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -191,7 +192,7 @@ def open_shards(folder: Path, name: str, index: Mapping[str, Any]) -> tuple[Tens
     problems = Problems()
     files: dict[str, TensorFile] = {}
     for shard in sorted(set(places.values())):
-        if Path(shard).name != shard or not (folder / shard).is_file():
+        if not is_plain_name(shard) or not (folder / shard).is_file():
             problems.add(f"{name} names the shard '{shard}', which does not exist", "download the checkpoint again")
             continue
         with problems.collected():

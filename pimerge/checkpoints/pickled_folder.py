@@ -14,6 +14,7 @@ from pimerge.checkpoints.safetensors_file import writing_tensors
 from pimerge.core.errors import PimergeError, Problems
 from pimerge.core.files import disk_errors, json_text, read_json
 from pimerge.core.manifest import MANIFEST_FILE
+from pimerge.core.plain_names import is_plain_name
 from pimerge.core.progress import Track
 
 _OTHER_WEIGHTS = (".h5", ".msgpack", ".onnx", ".ot", ".gguf", ".tflite")
@@ -93,7 +94,7 @@ def _unpickle_shards(path: Path, output: Path, found: Unpickled, track: Track, i
     shards = sorted(set(places.values()))
     problems = Problems()
     for shard in shards:
-        if Path(shard).name != shard or not (folder / shard).is_file():
+        if not is_plain_name(shard) or not (folder / shard).is_file():
             problems.add(
                 f"{path.name} names the shard '{shard}', which does not exist", "download the checkpoint again"
             )

@@ -18,6 +18,7 @@ from pimerge.checkpoints.tokenizer_files import copy_tokenizer
 from pimerge.checkpoints.vocabularies import vocabulary_of
 from pimerge.core.errors import PimergeError
 from pimerge.core.files import hashes_of, json_text, new_folder, write_into
+from pimerge.core.hf_loading import load_config
 from pimerge.core.manifest import MANIFEST_FILE, Manifest
 from pimerge.merging.checkpoint_check import check_checkpoint
 from pimerge.merging.choice import ChosenExperts
@@ -88,7 +89,7 @@ def _fields(checkpoint: Checkpoint, head: Head) -> dict[str, Any]:
         return {}
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(checkpoint.path)
+    config = load_config(checkpoint.path)
     model = getattr(transformers, head.task.type.auto_model_for(config))._model_mapping[type(config)]
     return {**label_fields(head.task.labels), "architectures": [model.__name__]}
 

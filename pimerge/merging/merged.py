@@ -15,6 +15,7 @@ from pimerge.adapters.model_card import Source, card, licence_of
 from pimerge.adapters.writer import Coefficients
 from pimerge.core.errors import PimergeError
 from pimerge.core.files import relative_to, sha256_files
+from pimerge.core.hf_loading import load_adapter
 from pimerge.core.manifest import (
     Hashed,
     Manifest,
@@ -139,21 +140,19 @@ class Merged(ABC):
 
     def load(self, base_model: nn.Module) -> PeftModel:
         """Load the merged adapter into a base model that was loaded with transformers."""
-        from peft import PeftModel
-
         if not self.is_adapter:
             raise PimergeError(
                 "a full checkpoint is not an adapter",
                 "save it, then load it with transformers: AutoModel.from_pretrained(FOLDER)",
             )
         if self.path is not None:
-            return PeftModel.from_pretrained(base_model, str(self.path))
+            return load_adapter(base_model, self.path)
         before = self.request
         with TemporaryDirectory() as folder:
             self.request = replace(before, output=Path(folder) / "merged")
             try:
                 self._write()
-                return PeftModel.from_pretrained(base_model, str(self.request.output))
+                return load_adapter(base_model, self.request.folder)
             finally:
                 self.request = before
 

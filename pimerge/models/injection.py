@@ -20,6 +20,7 @@ from pimerge.adapters.lora_module import Factors
 from pimerge.adapters.merged_module import MergedModule
 from pimerge.adapters.peft_folder import peft_folder
 from pimerge.core.errors import PimergeError
+from pimerge.core.hf_loading import load_adapter, load_adapter_config
 from pimerge.models.loaded_base import LoadedBase
 
 if TYPE_CHECKING:
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
 @contextmanager
 def injected(expert: Expert, loaded: LoadedBase) -> Iterator[nn.Module]:
     """Put an expert and its head into a base: yield PEFT's model in eval mode, then restore the base."""
-    from peft import PeftModel
-
     from pimerge import peft_methods  # noqa: F401  PEFT has to know every kind
 
     check_fits(expert, loaded.model)
@@ -46,7 +45,7 @@ def injected(expert: Expert, loaded: LoadedBase) -> Iterator[nn.Module]:
     replaced = {parameter_of(name) for name in expert.head if not is_saved(name, saved)} | expert.biases.keys()
     own = [tensor for name, tensor in loaded.model.named_parameters() if name in replaced]
     with modules_restored(loaded.model), tensors_restored(own), peft_folder(expert) as folder:
-        yield PeftModel.from_pretrained(loaded.model, str(folder)).eval()
+        yield load_adapter(loaded.model, folder).eval()
 
 
 def peft_prefix(model: nn.Module) -> str:
@@ -119,13 +118,13 @@ def injected_sum(experts: Sequence[Expert], weights: Sequence[float], loaded: Lo
 
 def _as_lora(expert: Expert) -> tuple[PeftConfig, dict[str, Tensor], float]:
     """Convert an expert to a LoRA: PEFT's config, its tensors, and the strength that they do not include."""
-    from peft import LoraConfig, PeftConfig
+    from peft import LoraConfig
 
     if all(module.is_plain for module in expert.modules.values()):
         keys = expert.file.entries.keys() - set(expert.head.values())
         tensors = {key: expert.tensor(key) for key in sorted(keys)}
         with peft_folder(expert) as folder:
-            return PeftConfig.from_pretrained(str(folder)), tensors, expert.strength
+            return load_adapter_config(folder), tensors, expert.strength
     ranks = {name: module.rank for name, module in expert.modules.items()}
     modules = list(expert.modules.values())
     fields = rank_fields(target_ranks(modules, ranks), parameters=bare_names(modules))
@@ -140,12 +139,12 @@ def _as_lora(expert: Expert) -> tuple[PeftConfig, dict[str, Tensor], float]:
 
 def fresh_adapter_like(expert: Expert, base_model: nn.Module) -> nn.Module:
     """Put a fresh adapter shaped like an expert under the base's own head: PEFT's model in eval mode."""
-    from peft import PeftConfig, PeftModel, get_peft_model
+    from peft import PeftModel, get_peft_model
 
     from pimerge import peft_methods  # noqa: F401  PEFT has to know every kind
 
     with peft_folder(expert) as folder:
-        config = PeftConfig.from_pretrained(str(folder))
+        config = load_adapter_config(folder)
     config.inference_mode = True
     model: nn.Module
     if config.is_prompt_learning:  # the model class of its task type inserts the prompt

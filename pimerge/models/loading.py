@@ -15,6 +15,7 @@ from torch import nn
 from pimerge.checkpoints.architecture import heads_of
 from pimerge.checkpoints.base import Base
 from pimerge.core.errors import PimergeError
+from pimerge.core.hf_loading import load_config, load_model, require_safetensors
 from pimerge.models.loaded_base import LoadedBase, in_head
 from pimerge.tasks.task import Task
 
@@ -60,18 +61,20 @@ def load_base(base: Base, task: Task, device: torch.device, dtype: torch.dtype, 
     import transformers
 
     base.require_reachable()
+    if base.folder is not None:
+        require_safetensors(base.folder)
     quiet_libraries()
     trains_head = task.type.trains_head
     torch.manual_seed(seed)
     try:
-        config = transformers.AutoConfig.from_pretrained(base.source, revision=base.revision, trust_remote_code=False)
-        model, info = getattr(transformers, task.type.auto_model_for(config)).from_pretrained(
+        config = load_config(base.source, base.revision)
+        model, info = load_model(
+            getattr(transformers, task.type.auto_model_for(config)),
             base.source,
-            revision=base.revision,
+            base.revision,
             dtype=dtype,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
-            trust_remote_code=False,
             **(_classes(task.labels) if trains_head else {}),
         )
         processor = task.type.load_processor(base.source, base.revision)
@@ -124,8 +127,10 @@ def _not_loaded(base: Base, task: Task, message: str) -> PimergeError:
     where = "a folder" if base.folder else f"the Hub id, revision {base.revision or 'main'}"
     reason = message.strip().partition("\n")[0]
     hint = "check the base's folder or Hub id, or pass --base"
-    if "trust_remote_code" in message:
+    if "trust_remote_code" in message:  # of a tokenizer or an image processor
         hint = "it needs code of its own, which pimerge never runs: choose a base that transformers knows"
+    if "model.safetensors" in message:
+        hint = f"it may hold pickles only: hf download {base.name} --local-dir FOLDER, pimerge convert FOLDER -o NEW"
     if needed := re.search(r"requires the (\S+) library", message):  # such as Qwen2-VL's processor of videos
         reason, hint = f"it {needed[0]}", f"install {needed[1].lower()} (pip install {needed[1].lower()})"
     return PimergeError(f"the base model '{base.name}' ({where}) cannot be loaded for {task.file.type}: {reason}", hint)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from pimerge.core.errors import PimergeError, Problems, nearest
 from pimerge.core.files import relative_to, sha256_bytes, sha256_file
+from pimerge.core.hf_loading import hub_rows
 from pimerge.tasks.data_folders import DataFolder
 from pimerge.tasks.table_files import DataFiles
 from pimerge.tasks.text_format import OPTIONS
@@ -62,9 +63,7 @@ class NamedData:
         raise AssertionError
 
     def _from_hub(self, split: str) -> datasets.Dataset:
-        import datasets
-
-        return datasets.load_dataset(self.file.data, split=split, name=self.file.subset, revision=self.file.revision)
+        return hub_rows(str(self.file.data), split, name=self.file.subset, revision=self.file.revision)
 
     def _source(self) -> DataFiles | DataFolder | None:
         """The local files or folder; None for a data set of the Hub."""

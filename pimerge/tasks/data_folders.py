@@ -14,6 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from pimerge.core.hf_loading import rows_builder
 from pimerge.tasks.table_files import ENDINGS, ending_of, read_files
 from pimerge.tasks.text_format import TextFormat
 
@@ -42,10 +43,8 @@ class DataFolder:
 
         Formats that only ``datasets`` reads give the rows of ``split`` alone.
         """
-        import datasets
-
         with _plainly_named(self.path) as (folder, work):
-            builder = datasets.load_dataset_builder(str(folder), name=self.subset, cache_dir=str(work))
+            builder = rows_builder(folder, name=self.subset, cache_dir=str(work))
             here = {
                 str(name): [self.path / Path(file).relative_to(folder.resolve()) for file in files]
                 for name, files in (builder.config.data_files or {}).items()

@@ -21,6 +21,7 @@ from pimerge.adapters.expert_files import CONFIG, TASK
 from pimerge.checkpoints.base import Base
 from pimerge.core.errors import PimergeError
 from pimerge.core.files import hashes_of, json_text, write_into
+from pimerge.core.hf_loading import load_adapter
 from pimerge.core.manifest import MANIFEST_FILE, Manifest
 from pimerge.core.progress import Note, Track, silent, unheard
 from pimerge.models.heads import initialise_head
@@ -217,8 +218,6 @@ class TuneResult:
 
     def load(self, base_model: PreTrainedModel) -> PeftModel:
         """Put the tuned expert into a base model with PEFT."""
-        from peft import PeftModel
-
         from pimerge import peft_methods  # noqa: F401  PEFT has to know every kind
 
         if not (self.output / CONFIG).is_file():
@@ -226,7 +225,7 @@ class TuneResult:
                 f"'{self.output}' of the method '{self.method}' is not one adapter",
                 "score it with 'pimerge eval', or use another method",
             )
-        return PeftModel.from_pretrained(base_model, str(self.output))
+        return load_adapter(base_model, self.output)
 
 
 def write_with_manifest(

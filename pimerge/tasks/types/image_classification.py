@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from pimerge.core import hf_loading
 from pimerge.core.errors import PimergeError
 from pimerge.tasks.examples import Batch, Examples, Rows
 from pimerge.tasks.task_type import TaskType
@@ -22,7 +23,7 @@ def load_processor(source: str, revision: str | None) -> Any:
     """Load the base's image processor."""
     from transformers import AutoImageProcessor
 
-    return AutoImageProcessor.from_pretrained(source, revision=revision, trust_remote_code=False)
+    return hf_loading.load_processor(AutoImageProcessor, source, revision)
 
 
 def encode(rows: Rows, file: TaskFile, processor: Any, config: PreTrainedConfig) -> Examples:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from pimerge.core import hf_loading
 from pimerge.core.errors import PimergeError
 from pimerge.tasks.examples import Batch, Examples, Rows
 from pimerge.tasks.row_errors import RowProblems
@@ -47,7 +48,7 @@ def load_processor(source: str, revision: str | None) -> Any:
     """Load the base's processor of images and texts; a missing one is a ValueError, as in transformers."""
     from transformers import AutoProcessor
 
-    processor = AutoProcessor.from_pretrained(source, revision=revision, trust_remote_code=False)
+    processor = hf_loading.load_processor(AutoProcessor, source, revision)
     if not (hasattr(processor, "tokenizer") and hasattr(processor, "image_processor")):
         raise ValueError("it has no processor for images and texts together (processor_config.json)")
     if processor.tokenizer.pad_token is None:
