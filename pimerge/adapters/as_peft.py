@@ -33,6 +33,11 @@ def as_peft(expert: Expert) -> Expert:
     modules: dict[str, LoraModule] = {}
     entries = dict(expert.file.entries)
     problems = Problems()
+    if stacks := sorted({place.stack for place in expert.places.values()} - {""}):
+        problems.add(
+            f"it has updates of a mixture's experts in '{stacks[0]}', which PEFT names otherwise",
+            "fuse it into its base with the tool that wrote it",
+        )
     for old, module in sorted(expert.modules.items()):
         shape = shapes.get(names[old], ())
         if (shapes and len(shape) < 2) or (expert.places[old].whole and module.d_in == 1):

@@ -15,6 +15,7 @@ from torch import Tensor
 from pimerge.adapters.computed_module import ComputedModule
 from pimerge.adapters.expert import Expert
 from pimerge.adapters.format import FORMATS, PEFT, Format, ForWriting, Place
+from pimerge.adapters.formats._keys import A_B
 from pimerge.adapters.lora_module import LoraModule
 from pimerge.adapters.merged_module import MergedModule, Summary
 from pimerge.checkpoints.safetensors_file import open_tensors, writing_tensors
@@ -28,6 +29,13 @@ PROVENANCE = "pimerge"
 def result_format(experts: Sequence[Expert]) -> Format:
     """The format of a merge of compatible experts: the one that they share, or one of those that name modules alike."""
     formats = {expert.format for expert in experts}
+    stacks = {expert.name: place.stack for expert in experts for place in expert.places.values() if place.stack}
+    if PEFT in formats and stacks:
+        name, stack = next(iter(stacks.items()))
+        raise PimergeError(
+            f"'{name}' has updates of a mixture's experts in '{stack}', which PEFT names otherwise",
+            f"merge only files of its format, {next(e.format for e in experts if e.name == name)}",
+        )
     return FORMATS.load(PEFT if PEFT in formats else experts[0].format)
 
 
@@ -55,6 +63,18 @@ def file_layout(format_: Format, experts: Sequence[Expert], names: Sequence[str]
         known = [expert.places[name] for expert in experts if name in expert.places]
         bias = next((place.bias for place in known if place.bias), "")
         places[name] = replace(known[0], bias=bias)
+    stacks = {place.stack for place in places.values()} - {""}
+    left_out = sorted(
+        place.stem
+        for expert in experts
+        for name, place in expert.places.items()
+        if name not in places and place.stack in stacks
+    )
+    if left_out:
+        raise PimergeError(
+            f"'{left_out[0]}' is left out, but its file stacks it with the other experts of its mixture",
+            "merge all experts of a mixture, or none of them",
+        )
     ending = format_.ending
     eras = {frozenset(place.ending.name for place in expert.places.values()) for expert in experts}
     if ending and format_.one_era and len(eras) > 1:
@@ -75,6 +95,7 @@ def write_file(path: Path, layout: FileLayout, modules: Iterable[MergedModule], 
     tensors: dict[str, Tensor] = {}
     for module in found:
         tensors |= _tensors(layout, layout.places[module.module.name], module)
+    tensors = _stacked(layout, tensors)
     metadata = {**layout.format.metadata(writing), PROVENANCE: json.dumps(provenance, ensure_ascii=False)}
     with writing_tensors(path, tensors, metadata) as writer:
         writer.add_all(tensors)
@@ -113,6 +134,22 @@ def _of_one_rank(layout: FileLayout, modules: list[MergedModule]) -> list[Merged
         group = layout.format.group(module.module.name)
         most[group] = max(most.get(group, 0), len(module.factors.A))
     return [_padded(module, most[layout.format.group(module.module.name)]) for module in modules]
+
+
+def _stacked(layout: FileLayout, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Stack the factors of a mixture's experts, where the file has them so; all have one rank."""
+    stacks: dict[str, list[str]] = {}
+    for place in layout.places.values():
+        if place.stack:
+            stacks.setdefault(place.stack, []).append(place.stem)
+    own = A_B.slots
+    for stack, stems in stacks.items():
+        assert layout.format.ending is not None
+        stems.sort(key=lambda stem: int(stem.rpartition(".")[2]))
+        for slot in "AB":
+            parts = [tensors.pop(stem + own[slot]) for stem in stems]
+            tensors[stack + layout.format.ending.slots[slot]] = torch.stack(parts)
+    return tensors
 
 
 def _of_one_alpha(layout: FileLayout, modules: list[MergedModule]) -> list[MergedModule]:

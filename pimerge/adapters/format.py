@@ -41,6 +41,7 @@ class Place:
         bias: the slot that holds the update of its bias, ``diff_b``, ``b_norm`` or ``bias``; empty without one.
         has_alpha: whether the file states its alpha.
         rows: the rows of each part of a module whose rows are split between several pairs of factors; else empty.
+        stack: the stem under which the file stacks its factors with those of a mixture's other experts; else empty.
     """
 
     stem: str
@@ -50,6 +51,7 @@ class Place:
     bias: str = ""
     has_alpha: bool = False
     rows: tuple[int, ...] = ()
+    stack: str = ""
 
 
 @dataclass(frozen=True)

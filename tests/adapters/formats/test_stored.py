@@ -125,3 +125,37 @@ def test_a_file_is_converted_with_a_config_that_lies_elsewhere(tmp_path: Path) -
         pimerge.convert(path, rank=rank, config=tmp_path / "elsewhere.json", output=output)
         module = open_expert(output).factors("h.0.q")
         assert relative_difference(module.scaling * module.B.double() @ module.A.double(), right) < 1e-6
+
+
+def mixture(folder: Path, seed: int, rank: int, *, early: bool = False) -> Path:
+    """mlx-lm's LoRA of three experts of a mixture and of an attention's projection."""
+    folder.mkdir()
+    A, B = normal(3, rank, 5, seed=seed), normal(3, 6, rank, seed=seed + 1)
+    stem, other = "model.layers.0.mlp.switch_mlp.up_proj", "model.layers.0.self_attn.q_proj"
+    tensors = {f"{stem}.lora_a": A.reshape(-1, 5) if early else A, f"{stem}.lora_b": B}
+    tensors |= {f"{other}.lora_a": normal(5, rank, seed=seed + 2), f"{other}.lora_b": normal(rank, 6, seed=seed + 3)}
+    saved(folder / "adapters.safetensors", tensors)
+    config = {"fine_tune_type": "lora", "num_layers": 4, "lora_parameters": {"rank": rank, "scale": 20.0}}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_the_experts_of_a_mixture_in_mlx_stay_stacked(tmp_path: Path) -> None:
+    paths = [mixture(tmp_path / "a", 1, 2), mixture(tmp_path / "b", 100, 1, early=True)]
+    pimerge.merge(paths, output=tmp_path / "m")
+    stem = "model.layers.0.mlp.switch_mlp.up_proj"
+
+    def update(folder: Path) -> torch.Tensor:
+        tensors = tensors_in(folder)
+        scale = json.loads((folder / "adapter_config.json").read_text())["lora_parameters"]["scale"]
+        A, B = (tensors[f"{stem}.lora_{factor}"].double() for factor in "ab")
+        return scale * B @ A.reshape(3, -1, 5)
+
+    assert {key: tensor.ndim for key, tensor in tensors_in(tmp_path / "m").items()}[f"{stem}.lora_a"] == 3
+    assert relative_difference(update(tmp_path / "m"), (update(paths[0]) + update(paths[1])) / 2) < 1e-6
+    keys = json.loads((tmp_path / "m" / "adapter_config.json").read_text())["lora_parameters"]["keys"]
+    assert keys == ["mlp.switch_mlp.up_proj", "self_attn.q_proj"]
+    with pytest.raises(PimergeError, match="stacks it with the other experts"):
+        pimerge.merge(paths, exclude=["*up_proj.2"], output=tmp_path / "no")
+    with pytest.raises(PimergeError, match="which PEFT names otherwise"):
+        pimerge.convert(paths[0], output=tmp_path / "no")
