@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 _METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 _NAME = "file_name"
-_IMAGES = "ImagefolderFolder"
 
 
 @dataclass(frozen=True)
@@ -43,6 +42,8 @@ class DataFolder:
 
         Formats that only ``datasets`` reads give the rows of ``split`` alone.
         """
+        from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+
         with _plainly_named(self.path) as (folder, work):
             builder = rows_builder(folder, name=self.subset, cache_dir=str(work))
             here = {
@@ -54,7 +55,7 @@ class DataFolder:
             if every and all(ending_of(path.name) in ENDINGS for path in every):
                 form = TextFormat(delimiter=_delimiter(builder.config))
                 return {name: read_files(found, form) for name, found in files.items()}
-            if type(builder).__name__ == _IMAGES and not any(path.suffix.lower() in _archives() for path in every):
+            if isinstance(builder, ImageFolder) and not any(path.suffix.lower() in _archives() for path in every):
                 return _images(here, files)
             builder.download_and_prepare()
             return builder.as_dataset(split=split, in_memory=True)

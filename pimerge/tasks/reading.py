@@ -55,13 +55,13 @@ class SplitReader:
         numbers = [number for number in range(len(whole)) if number not in left_out]
         unlabelled = self._unlabelled(whole, numbers) if self.skip_unlabelled else set()
         numbers = [number for number in numbers if number not in unlabelled]
+        if unlabelled and not numbers:
+            problems.add(f"no row of {self.where} has a label", "'skip_unlabelled' leaves out all of them")
+        self._note_missing(whole.column_names, problems)
         table = whole.select(numbers) if len(numbers) < len(whole) else whole
         broken = RowProblems(self.where, numbers)
         for role, column in self._needed().items():
-            if column not in table.column_names:
-                hint = delimiter_hint(table.column_names) or nearest(column, table.column_names)
-                problems.add(f"{self.where} has no column '{column}' for the {role}", hint)
-            elif role != "label":
+            if column in table.column_names and role != "label":
                 _note_empty(table, role, column, broken)
                 if role in self.texts:
                     with problems.collected():
@@ -79,13 +79,22 @@ class SplitReader:
         broken.raise_any(problems.found)
         return Rows(table, self.columns, classes, numbers, self.where, words, len(unlabelled))
 
+    def _note_missing(self, columns: Sequence[str], problems: Problems) -> None:
+        """Record columns that are not there; a file with another delimiter is one problem."""
+        missing = {role: column for role, column in self._needed().items() if column not in columns}
+        if missing and (hint := delimiter_hint(columns)):
+            problems.add(f"{self.where} has only one column, '{columns[0]}'", hint)
+            return
+        for role, column in missing.items():
+            problems.add(f"{self.where} has no column '{column}' for the {role}", nearest(column, columns))
+
     def _unlabelled(self, table: Any, numbers: Sequence[int]) -> set[int]:
         """The numbers of the rows in which a label is missing."""
         role = "labels" if self.of_words else "label"
         if not self.labels or not self._has(table, role):
             return set()
         column = self.columns[role]
-        feature, rows = table.features[column], table[column]
+        feature, rows = table.features[column], list(table[column])
         values = [rows[number] if self.of_words else [rows[number]] for number in numbers]
         texts = cell_texts(
             [[None] if row is None else row for row in values], getattr(feature, "feature", feature), self.labels
