@@ -29,7 +29,13 @@ def neutral(slot: TensorSlot, base: BaseTensor) -> Tensor:
     """The slot's values in an expert that changes nothing, in float64; zeros if there is no such expert."""
     if slot.base is None:
         return torch.full(slot.shape, slot.neutral or 0.0, dtype=F64)
-    found = base(slot.base).to(F64).cpu()
+    whole = base(slot.base)
+    if slot.rows and max(slot.rows) >= len(whole):
+        raise PimergeError(
+            f"the base's '{slot.base}' has {len(whole)} rows, but an expert trains the row of token {max(slot.rows)}",
+            "the expert was trained on a base with added tokens: pass it with --base",
+        )
+    found = (whole[list(slot.rows)] if slot.rows else whole).to(F64).cpu()
     if tuple(found.shape) != slot.shape:
         raise PimergeError(
             f"the base's '{slot.base}' is {tuple(found.shape)}, but the expert's is {slot.shape}",
@@ -41,6 +47,9 @@ def neutral(slot: TensorSlot, base: BaseTensor) -> Tensor:
 def at_strength(expert: Expert, slot: TensorSlot, base: BaseTensor) -> Tensor:
     """A slot's tensor at the expert's strength, in float64."""
     values = read_slot(slot, expert.tensor).to(F64)
+    if slot.stored_rows:
+        stored, values = values, neutral(slot, base)
+        values[[slot.rows.index(row) for row in slot.stored_rows]] = stored
     if expert.strength == 1 or not slot.has_neutral:
         return values
     zero = neutral(slot, base)

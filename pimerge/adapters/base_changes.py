@@ -65,7 +65,8 @@ def plan_changes(
             found[key] = PlannedChange(change.key, _axis(change, shape, turned), change.rows)
             if checkpoint.entry((names.shared or {}).get(key, key)).dtype not in FLOATS:
                 raise PimergeError(f"'{key}' is not stored as floating-point numbers", "use the original checkpoint")
-    return found
+    shared = names.shared or {}  # tied layers have the same rows, which stay tied
+    return {key: each for key, each in found.items() if not (each.rows and shared.get(key) in found)}
 
 
 def _axis(change: BaseChange, shape: tuple[int, ...], turned: bool) -> Axis | None:

@@ -17,6 +17,7 @@ from pimerge.adapters.source import AdapterSource
 from pimerge.adapters.tensor_sets import TensorSet
 from pimerge.checkpoints.base import Base, find_base, given_base
 from pimerge.checkpoints.dtypes import EIGHT_BITS, FLOATS
+from pimerge.checkpoints.empty_tensors import refuse_empty
 from pimerge.checkpoints.known_modules import known_modules
 from pimerge.core.errors import PimergeError
 
@@ -62,6 +63,7 @@ def parts_of(
     if source.modules is not None:
         return source.modules, {}, reason
     shapes = {key: entry.shape for key, entry in source.file.entries.items()}
+    refuse_empty(shapes, "the adapter")
     if kind is not None and kind.reads_base:
         try:
             parts, head = parsed_with_base(kind, source.path, source.config, shapes, base, convert or only_look)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 Shapes = Mapping[str, tuple[int, ...]]
+TensorSets = Mapping[str, TensorSet]
 Layers = Callable[[Sequence[str]], Shapes]
 """Names of modules → shapes of the base's weights, (d_out, d_in, *kernel)."""
 
@@ -81,6 +82,8 @@ class Kind(Strategy):
         base_changes: a tensor set and the config → the changes of the base's parameters with the same outputs; None
             for a kind with ΔW and for a kind that no change of parameters can stand for.
         why_not_into: why no change of the base's parameters can stand for it.
+        in_one_form: the tensor sets of several experts, whose forms may differ → their tensor sets in one form, and the
+            fields of the config that state it.
         fresh_fields: size and modules → fields of PEFT's config for a fresh expert; None if pimerge cannot create one.
         usual_places: further fields of that config in an architecture that PEFT does not know.
         misfit: why a tensor set does not fit a base, empty if it fits; a missing module raises AttributeError.
@@ -103,6 +106,7 @@ class Kind(Strategy):
     why_no_update: str = ""
     base_changes: Callable[[TensorSet, Mapping[str, Any]], Sequence[BaseChange]] | None = None
     why_not_into: str = ""
+    in_one_form: Callable[[Sequence[TensorSets]], tuple[list[TensorSets], dict[str, Any]]] | None = None
     fresh_fields: Callable[[int | None, Sequence[str] | None], dict[str, Any]] | None = None
     usual_places: Callable[[nn.Module], dict[str, Any]] = _no_places
     misfit: Callable[[TensorSet, nn.Module, Mapping[str, Any]], str] = _anywhere

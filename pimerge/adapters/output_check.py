@@ -78,8 +78,10 @@ def _check_selection(expert: Expert, known: set[str], problems: Problems) -> Non
     own = {name for name, module in expert.modules.items() if module.parameter is None}
     places = set() if kind.before_text else own | expert.tensor_sets.keys()
     config = {**config, "target_modules": targets if isinstance(targets, str) else frozenset(targets or ()) or None}
-    for name in sorted(places):
-        if not selects(config, name):
+    selected = {name for name in places if selects(config, name)}
+    tied = {name for name in expert.tensor_sets if expert.tensor_sets[name].has_rows} if selected else set()
+    for name in sorted(places - tied):  # with an embedding, PEFT trains the rows of the layers that are tied to it
+        if name not in selected:
             problems.add(f"the config does not select '{name}', which the file holds", BUG)
     if kind.stores_factors and own & known and targets:
         for name in sorted(known - own):

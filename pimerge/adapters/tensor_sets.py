@@ -26,6 +26,8 @@ class TensorSlot:
         neutral: the value at which it changes nothing; None if ``base`` gives it or there is none.
         base: the base's parameter that it replaces, whose values are its neutral point.
         columns: the part of the stored tensor that belongs to the set; None for the whole tensor.
+        rows: the rows of ``base`` that it replaces; empty for all.
+        stored_rows: those of them that the file holds, if it does not hold all; the others are the base's.
     """
 
     key: str
@@ -33,6 +35,8 @@ class TensorSlot:
     neutral: float | None = None
     base: str | None = None
     columns: tuple[int, int] | None = None
+    rows: tuple[int, ...] = ()
+    stored_rows: tuple[int, ...] = ()
 
     @property
     def has_neutral(self) -> bool:
@@ -58,9 +62,14 @@ class TensorSet:
         return sum(math.prod(slot.shape) for slot in self.slots.values())
 
     @property
+    def has_rows(self) -> bool:
+        """Whether it replaces some rows only."""
+        return any(slot.rows for slot in self.slots.values())
+
+    @property
     def form(self) -> tuple[object, ...]:
-        """Names and shapes, which two sets must share to be combined."""
-        return tuple((name, slot.shape) for name, slot in self.slots.items())
+        """Names, shapes and rows, which two sets must share to be combined."""
+        return tuple((name, slot.shape, slot.rows) for name, slot in self.slots.items())
 
 
 class Effect(StrEnum):

@@ -13,7 +13,6 @@ _WHY = {
     "MIXED": "it is several adapters in one",
     "MULTITASK_PROMPT_TUNING": "its prompt is the product of a shared part and a part of each task",
     "ADAPTION_PROMPT": "LLaMA-Adapter adds gated attention over its prompts, which is not an update of a weight",
-    "TRAINABLE_TOKENS": "it trains single rows of the embedding, not an update of the whole matrix",
     "ADAMSS": _OF_THE_BASE,
     "FROD": _OF_THE_BASE,
     "GLORA": _OF_THE_BASE,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pimerge.checkpoints.adapter_keys import adapter_keys, is_adapter_file
+from pimerge.checkpoints.empty_tensors import refuse_empty
 from pimerge.checkpoints.quantised import refuse_quantised
 from pimerge.checkpoints.safetensors_file import Entry, TensorFile, open_tensors
 from pimerge.core.errors import PimergeError, Problems
@@ -141,13 +142,14 @@ def _open_folder(path: Path) -> Checkpoint:
 
 
 def require_weights(checkpoint: Checkpoint) -> None:
-    """Refuse a checkpoint with quantised weights, or with factors of an adapter beside its weights."""
+    """Refuse a checkpoint with quantised or empty weights, or with factors of an adapter beside its weights."""
     if factors := adapter_keys(checkpoint.home):
         raise PimergeError(
             f"the checkpoint '{checkpoint.path}' holds factors of an adapter, such as '{factors[0]}'",
             "merge them into its weights first, with PEFT's merge_and_unload, and save it again",
         )
     refuse_quantised(checkpoint.path, checkpoint.config, {key: checkpoint.entry(key).dtype for key in checkpoint.home})
+    refuse_empty({key: checkpoint.entry(key).shape for key in checkpoint.home}, f"the checkpoint '{checkpoint.path}'")
 
 
 def weights_file(folder: Path) -> Path:

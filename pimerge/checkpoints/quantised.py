@@ -22,7 +22,12 @@ _COMPANIONS = (
     "weight_packed",
     "scale_weight",
     "weight_scale_2",
+    "weight_scales",
+    "W_q",
+    "_data",
+    "codebooks",
 )
+_PACKED = ("_blocks", "_scales")  # of fused experts in MXFP4
 _BASE_MODEL = re.compile(r"^base_model:\s*(?:\n\s*-\s*)?[\"']?([\w.\-]+/[\w.\-]+)", re.MULTILINE)
 
 
@@ -32,7 +37,7 @@ def refuse_quantised(path: Path, config: Mapping[str, Any], dtypes: Mapping[str,
     Args:
         dtypes: key → safetensors' name of the dtype of each tensor.
     """
-    shown = [f"{name} in config.json" for name in _CONFIGS if config.get(name)]
+    shown = [f"{name} in config.json" for name, _ in _stated(config)]
     shown += [f"{key} ({dtype})" for key, dtype in dtypes.items() if _is_quantised(key, dtype)]
     if not shown:
         return
@@ -50,15 +55,28 @@ def method_of(config: Mapping[str, Any], dtypes: Mapping[str, str]) -> str:
     >>> method_of({"quantization_config": {"quant_method": "gptq"}}, {}), method_of({}, {"q.SCB": "F32"})
     ('gptq', 'bitsandbytes')
     """
-    stated: Mapping[str, Any] = next((config[name] for name in _CONFIGS if isinstance(config.get(name), dict)), {})
+    stated: Mapping[str, Any] = next((value for _, value in _stated(config) if isinstance(value, dict)), {})
     if stated.get("quant_method"):
         return str(stated["quant_method"])
     return BITSANDBYTES if any(".quant_state." in key or key.endswith(".SCB") for key in dtypes) else ""
 
 
+def _stated(config: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """What a config says of quantisation, for the model or for a part of it such as ``text_config``: name → value."""
+    found = [(name, config[name]) for name in _CONFIGS if config.get(name)]
+    parts = {part: value for part, value in config.items() if isinstance(value, dict)}
+    return found + [(f"{part}.{name}", value) for part, own in parts.items() for name, value in _stated(own)]
+
+
 def _is_quantised(key: str, dtype: str) -> bool:
     is_companion = key.rpartition(".")[2] in _COMPANIONS or ".quant_state." in key
-    return is_companion or dtype.startswith(("F8_", "F6_", "F4")) or (key.endswith(".weight") and dtype not in FLOATS)
+    is_packed = dtype == "U8" and key.endswith(_PACKED)
+    return (
+        is_companion
+        or is_packed
+        or dtype.startswith(("F8_", "F6_", "F4"))
+        or (key.endswith(".weight") and dtype not in FLOATS)
+    )
 
 
 def _original(path: Path, config: Mapping[str, Any]) -> str:

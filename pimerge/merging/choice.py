@@ -81,6 +81,7 @@ def _alike(request: MergeRequest, chosen: ChosenExperts) -> ChosenExperts:
     """Check that the experts, and the target whose head is used, are compatible; only PEFT's format has heads."""
     if any(expert.format != PEFT for expert in chosen.experts) and chosen.target not in chosen.experts:
         chosen = replace(chosen, target=None)
+    chosen = _in_one_form(chosen)
     target = chosen.target if request.head is HeadPolicy.TARGET else None
     require_alike([*chosen.experts, *([target] if target else [])], any_vocabulary=True)
     if not request.allow_disjoint:
@@ -103,6 +104,21 @@ def _same_tokens(request: MergeRequest, experts: Sequence[Expert]) -> str:
         if (rows := rows_have(expert, module)) is not None
     }
     return require_same_tokens([*holders.values()])
+
+
+def _in_one_form(chosen: ChosenExperts) -> ChosenExperts:
+    """Give experts of one kind tensors of one form, where the kind says how."""
+    first, *others = chosen.experts
+    form = None if first.unhandled else first.strategy.in_one_form
+    if form is None or any(other.kind != first.kind for other in others):
+        return chosen
+    sets, fields = form([expert.tensor_sets for expert in chosen.experts])
+    experts = [
+        replace(expert, tensor_sets=dict(own), config={**expert.config, **fields})
+        for expert, own in zip(chosen.experts, sets, strict=True)
+    ]
+    target = next((each for each in experts if chosen.target and each.path == chosen.target.path), chosen.target)
+    return replace(chosen, experts=experts, target=target)
 
 
 def _from_coefficients(request: MergeRequest, path: Path) -> ChosenExperts:

@@ -13,7 +13,7 @@ from pimerge.adapters.keys import TOKEN_ROWS
 from pimerge.adapters.merge_into import MergedInto, MergeIntoPlan, merge_into, new_layouts
 from pimerge.adapters.tensor_sets import BaseChange, Effect
 from pimerge.checkpoints.base import Base, find_base
-from pimerge.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from pimerge.checkpoints.checkpoint import Checkpoint, open_checkpoint, require_weights
 from pimerge.checkpoints.tokenizer_files import copy_tokenizer
 from pimerge.checkpoints.vocabularies import vocabulary_of
 from pimerge.core.errors import PimergeError
@@ -44,6 +44,7 @@ def open_into(request: MergeRequest, own: Base) -> Checkpoint:
         from pimerge.checkpoints.dequantised import dequantised
 
         checkpoint = dequantised(checkpoint)
+    require_weights(checkpoint)
     if path.is_dir() and own.folder is not None and Base(str(path), None, path).identity != own.identity:
         raise PimergeError(
             f"'{path}' differs from the base of the experts, '{own.name}'",

@@ -133,7 +133,7 @@ def merged_checkpoint(request: MergeRequest, method: OpenedMethod) -> MergedChec
     paths = [Path(str(reference)) for reference in request.experts or ()]
     _refuse_other_options(request, method, paths)
     base, experts = _open(request, paths)
-    target = _target(request, paths)
+    target = _target(request, paths, [expert.name for expert in experts])
     plan = plan_checkpoints(
         base,
         experts,
@@ -203,15 +203,29 @@ def _open(request: MergeRequest, paths: Sequence[Path]) -> tuple[Checkpoint, lis
     return opened[0], [replace(found, label=name) for found, name in zip(opened[1:], names, strict=True)]
 
 
-def _target(request: MergeRequest, paths: Sequence[Path]) -> int | None:
-    """Return the index of the target's checkpoint among the experts; a single expert is its own target."""
+def _target(request: MergeRequest, paths: Sequence[Path], names: Sequence[str]) -> int | None:
+    """Return the index of the target's checkpoint among the experts; a single expert is its own target.
+
+    Args:
+        names: the experts' names, which differ for folders of one name.
+    """
     if request.target is None:
         return 0 if len(paths) == 1 else None
     target = request.target if isinstance(request.target, str | Path) else request.target.path
-    for number, path in enumerate(paths):
-        if path.resolve() == Path(target).resolve() or path.name == target:
-            return number
-    raise PimergeError(f"the target '{target}' is not one of the given checkpoints", "name one of them")
+    found = [number for number, path in enumerate(paths) if path.resolve() == Path(target).resolve()]
+    found = found or [number for number, name in enumerate(names) if name == str(target)]
+    named = {path.resolve() for path in paths if path.name == str(target)}
+    if not found and len(named) > 1:
+        raise PimergeError(
+            f"{len(named)} of the given checkpoints have the name '{target}' of the target",
+            f"pass --target with one of {', '.join(names)}",
+        )
+    found = found or [number for number, path in enumerate(paths) if path.name == str(target)]
+    if not found:
+        raise PimergeError(
+            f"the target '{target}' is not one of the given checkpoints", f"name one of them: {', '.join(names)}"
+        )
+    return found[0]
 
 
 def _head_of(base: Checkpoint, experts: Sequence[Checkpoint]) -> HeadPolicy:

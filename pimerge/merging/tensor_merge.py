@@ -168,6 +168,7 @@ def base_reader(base: Base) -> BaseTensor:
 
     def read(name: str) -> Tensor:
         checkpoint, names = opened()
-        return checkpoint.read(match(names, name, f"'{name}'"))
+        key = match(names, name, f"'{name}'")
+        return checkpoint.read((names.shared or {}).get(key, key))
 
     return read

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +190,19 @@ def test_what_is_wrong_is_said_and_nothing_is_written(
     result = shell("merge", *TWO, *base, *arguments)
     assert (result.code, Path("merged").exists()) == (3, False)
     assert message in result.err
+
+
+def test_a_target_is_one_checkpoint_though_two_have_its_name(
+    shell: Shell, two: list[dict[str, Tensor]], bert_base: Path
+) -> None:
+    for run, name in zip("xy", TWO, strict=True):
+        shutil.copytree(name, Path(run) / "checkpoint-5")
+    command = ["merge", "x/checkpoint-5", "y/checkpoint-5", "--base", bert_base, "--target"]
+    refused = shell(*command, "checkpoint-5")
+    assert (refused.code, Path("merged").exists()) == (3, False)
+    assert "2 of the given checkpoints have the name 'checkpoint-5' of the target" in refused.err
+    assert "x/checkpoint-5, y/checkpoint-5" in refused.err
+    assert shell(*command, "y/checkpoint-5").code == 0
 
 
 def test_another_model_is_refused(shell: Shell, two: list[dict[str, Tensor]], bert_base: Path) -> None:

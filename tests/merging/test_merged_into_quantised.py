@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 import transformers
 from peft import IA3Config, LoraConfig, PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from pimerge.checkpoints.checkpoint import open_checkpoint
 from pimerge.checkpoints.dequantised import dequantised
@@ -91,6 +92,42 @@ def test_transposed_weights_and_parts(name: str, tmp_path: Path) -> None:
     for start, stop in ((0, 7), (63, 129), (64, 128), (16000, 16384)):
         part = view.home[key].read_part(key, start, stop)
         assert torch.equal(part, view.read(key).flatten()[start:stop])
+
+
+@pytest.mark.parametrize(
+    ("names", "dtype"),
+    [
+        (["q_proj.qweight", "q_proj.qzeros"], torch.int32),
+        (["q_proj.W_q"], torch.uint8),
+        (["experts_blocks", "experts_scales"], torch.uint8),
+        (["q_proj.weight._data"], torch.int8),
+        (["q_proj.weight"], torch.float8_e4m3fn),
+    ],
+)
+@pytest.mark.parametrize("is_experts_base", [True, False])
+def test_packed_weights_are_known_by_their_names(
+    names: list[str], dtype: torch.dtype, is_experts_base: bool, tmp_path: Path
+) -> None:
+    """Also of a checkpoint that the experts do not name: that it is quantised is what has to be known first."""
+    base = llama(tmp_path / "base", **SIZES)
+    adapted(base, LoraConfig(target_modules=["q_proj"]), tmp_path / "a", tmp_path / "base")
+    packed = tmp_path / "base" if is_experts_base else tmp_path / "packed"
+    if not is_experts_base:
+        shutil.copytree(tmp_path / "base", packed)
+    stored = load_file(packed / "model.safetensors")
+    del stored["model.layers.0.self_attn.q_proj.weight"]
+    stored |= {f"model.layers.0.self_attn.{name}": torch.zeros(4, 4).to(dtype) for name in names}
+    save_file(stored, packed / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(PimergeError, match=r"is quantised: .*\n.*the unquantised original"):
+        merged_into(tmp_path / "a", packed, tmp_path / "out")
+
+
+def test_the_config_of_a_part_says_that_it_is_quantised(tmp_path: Path) -> None:
+    base = llama(tmp_path / "base", **SIZES)
+    adapted(base, LoraConfig(target_modules=["q_proj"]), tmp_path / "a", tmp_path / "base")
+    set_checkpoint_config(tmp_path / "base", text_config={"quantization_config": {"quant_method": "awq"}})
+    with pytest.raises(PimergeError, match=r"is quantised: text_config\.quantization_config in config\.json"):
+        merged_into(tmp_path / "a", tmp_path / "base", tmp_path / "out")
 
 
 @pytest.mark.parametrize(

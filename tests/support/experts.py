@@ -19,6 +19,7 @@ from peft import (
     PeftModel,
     PrefixTuningConfig,
     PromptTuningConfig,
+    TrainableTokensConfig,
     get_peft_model,
 )
 from safetensors.torch import load_file, save_file
@@ -126,6 +127,10 @@ def peft_config(kind: str, base: str, **config: Any) -> PeftConfig:
         case "ia3":
             layers = [*TARGETS[base], *FEEDFORWARD[base]]
             return IA3Config(**{"target_modules": layers, "feedforward_modules": FEEDFORWARD[base]} | config)
+        case "trainable_tokens":
+            fields = {"token_indices": [5, 9], "target_modules": ["word_embeddings"]} | config
+            fields.pop("modules_to_save", None)  # which this kind does not have
+            return TrainableTokensConfig(**fields)
         case "ln_tuning":
             return LNTuningConfig(**{"target_modules": NORMS.get(base)} | config)
         case "bitfit":

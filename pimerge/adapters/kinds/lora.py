@@ -36,7 +36,6 @@ def parse(header: AdapterHeader) -> tuple[dict[str, LoraModule], dict[str, str]]
     problems = Problems()
     config = well_typed(header.config, problems)
     refuse_unhandled(config, problems, convert=header.convert)
-    _refuse_empty(header.shapes, problems)
     own = {key: shape for key, shape in header.shapes.items() if key not in base_biases(config, header.shapes)}
     keys, head = sort_keys(config, own, _slot_of, "LoRA factors", problems)
     modules = bare_parameters(config, keys, header.shapes, problems)
@@ -45,19 +44,6 @@ def parse(header: AdapterHeader) -> tuple[dict[str, LoraModule], dict[str, str]]
             modules[name] = module
     problems.raise_any("this LoRA cannot be used")
     return dict(sorted(modules.items())), head
-
-
-def _refuse_empty(shapes: Mapping[str, tuple[int, ...]], problems: Problems) -> None:
-    """Add a problem if tensors hold no numbers."""
-    empty = [key for key, shape in shapes.items() if 0 in shape]
-    if empty:
-        problems.add(
-            f"{len(empty)} of {len(shapes)} tensors are empty, such as {empty[0]} {shapes[empty[0]]}: it was saved "
-            "under DeepSpeed ZeRO-3 or FSDP without gathering the parameters, so its weights are not in this file",
-            "save it with trainer.save_model() and stage3_gather_16bit_weights_on_model_save, or gather the parameters "
-            "first (deepspeed.zero.GatheredParameters); a checkpoint folder of ZeRO-3 has zero_to_fp32.py for this",
-        )
-        problems.raise_any("this LoRA cannot be used")  # what else is wrong follows from it
 
 
 def is_B_factor(key: str) -> bool:

@@ -204,7 +204,10 @@ def test_fields_of_a_wrong_type_are_refused_by_name(fields: dict[str, Any], tmp_
         ({"q.lora_A.weight": None}, "module 'q' has no factor A"),
         ({"q.lora_B.weight": None}, "module 'q' has no factor B"),
         ({"q.lora_B.weight": normal(3, 1)}, r"A is \(2, 4\) and B is \(3, 1\)"),
-        ({"q.lora_A.weight": torch.ones(2, 0)}, r"1 of 2 tensors are empty, such as \S+ \(2, 0\): .*ZeRO-3"),
+        (
+            {"q.lora_A.weight": torch.ones(2, 0)},
+            r"1 of 2 tensors of the adapter are empty, such as \S+ \(2, 0\): .*ZeRO-3",
+        ),
         ({"q.lora_B.bias": torch.ones(4)}, r"lora_B.bias is \(4,\), expected \(3,\)"),
         ({"q.lora_A.bias": torch.ones(3)}, "neither LoRA factors nor in modules_to_save: .*q.lora_A.bias"),
         ({"q.lora_magnitude_vector": torch.ones(3)}, "q.lora_magnitude_vector"),

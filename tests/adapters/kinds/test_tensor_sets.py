@@ -255,3 +255,15 @@ def test_feedforward_layers_that_are_no_targets_are_refused_as_peft_does(
 def test_every_kind_of_pefts_is_handled_or_has_a_reason_of_its_own(kind: str) -> None:
     handled = {each.peft_type for each in ALL_KINDS} | {"P_TUNING"}  # as prompt tuning
     assert (kind in handled) != (why_unhandled(kind) not in ("", NO_RULE))
+
+
+@pytest.mark.parametrize("kind", ["ia3", "prompt", "loha"])
+def test_empty_tensors_are_said_to_be_of_a_sharded_training(
+    kind: str, make_expert: MakeExpert, bert_base: Path, tmp_path: Path
+) -> None:
+    def emptied(tensors: dict[str, Tensor]) -> None:
+        tensors.update({key: torch.zeros(0) for key in tensors})
+
+    folder = edit_tensors(make_expert(tmp_path / "x", bert_base, kind=kind), emptied)
+    with pytest.raises(PimergeError, match=r"tensors of the adapter are empty, such as .*ZeRO-3"):
+        open_expert(folder)
