@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pimerge.adapters.compatibility import refuse_over_inputs, require_alike, require_shared_modules
+from pimerge.adapters.expert_parts import base_of
 from pimerge.adapters.format import PEFT
 from pimerge.adapters.selected import open_all, select
+from pimerge.adapters.source import open_source
 from pimerge.adapters.token_modules import require_same_tokens, rows_have, token_axis
+from pimerge.checkpoints.base import find_base
 from pimerge.core.errors import PimergeError, Problems
 from pimerge.merging.method import METHODS, OpenedMethod
 from pimerge.merging.request import HeadPolicy, MergeRequest
@@ -47,6 +50,7 @@ class ChosenExperts:
 def choose(request: MergeRequest, method: OpenedMethod) -> ChosenExperts:
     """Choose experts and weights by the request, the ranking, or a file of coefficients."""
     rules = parse_rules(request.rules)
+    request = _with_base(request)
     if request.expert_order is not None or request.config is not None:
         request = replace(request, experts=_opened(request))
     if request.coefficients is not None:
@@ -63,6 +67,28 @@ def choose(request: MergeRequest, method: OpenedMethod) -> ChosenExperts:
     return _alike(request, _from_request(request, method, rules))
 
 
+def _with_base(request: MergeRequest) -> MergeRequest:
+    """Take the folder of ``--into`` as the base of experts that name one base, if that is not on this machine."""
+    if request.base is not None or request.into is None or not request.experts:
+        return request
+    given = find_base(str(request.into), None, Path.cwd())
+    if given.folder is None:
+        return request
+    own = set()
+    try:
+        for reference in request.experts:
+            if not isinstance(reference, str | Path):
+                return request
+            source = open_source(reference, request.config)
+            own.add(base_of(source.path, source.config, None))
+    except PimergeError:  # is reported with all others when the experts are opened
+        return request
+    if len({base.name for base in own}) > 1 or any(base.folder is not None for base in own):
+        return request
+    request.note(f"{own.pop().label} is not on this machine: '{request.into}' is taken as the base")
+    return replace(request, base=str(request.into))
+
+
 def _opened(request: MergeRequest) -> list[Expert]:
     """Open the given experts with the options that say how their files are read."""
     if request.experts is None:
@@ -71,7 +97,7 @@ def _opened(request: MergeRequest) -> list[Expert]:
     return open_all(
         request.experts,
         request.base,
-        convert=request.base is not None,
+        convert=request.converts,
         expert_order=request.expert_order,
         config=request.config,
     )
@@ -129,7 +155,7 @@ def _from_coefficients(request: MergeRequest, path: Path) -> ChosenExperts:
     experts = open_all(
         request.experts or [str(path.parent / expert) for expert in document.experts],
         request.base,
-        convert=request.base is not None,
+        convert=request.converts,
     )
     if [expert.sha256 for expert in experts] != document.sha256:
         raise PimergeError(
@@ -156,7 +182,7 @@ def _at_strengths(experts: list[Expert], strengths: list[float]) -> list[Expert]
 
 
 def _from_request(request: MergeRequest, method: OpenedMethod, rules: Sequence[Rule]) -> ChosenExperts:
-    convert = request.base is not None
+    convert = request.converts
     chosen = select(request.experts, request.ranking, request.target, request.base, convert=convert)
     experts, own, scores = chosen.experts, chosen.target, chosen.scores
     if not experts:

@@ -138,6 +138,11 @@ class MergeRequest(ResultRequest):
     config: Path | None = None
 
     @property
+    def converts(self) -> bool:
+        """Whether experts that need the base's weights, such as DoRA, are converted: a checkpoint is the base itself."""
+        return self.base is not None or self.into is not None
+
+    @property
     def ranking_path(self) -> Path:
         """The file of the ranking."""
         return self.ranking if isinstance(self.ranking, Path) else self.ranking.path

@@ -96,3 +96,17 @@ def test_one_expert_at_half_its_weight_has_half_of_its_embeddings(tmp_path: Path
     merged = merged_into(tmp_path / "a", tmp_path / "base", tmp_path / "out", weights=[0.5])
     assert merged.plan["handled"]
     torch.testing.assert_close(load_file(tmp_path / "out" / "model.safetensors")["model.embed_tokens.weight"], wanted)
+
+
+@pytest.mark.parametrize("name", ["base", "org/elsewhere"])
+def test_a_checkpoint_is_the_base_of_the_experts_that_are_merged_into_it(name: str, tmp_path: Path) -> None:
+    base = llama(tmp_path / "base", **BIASED)
+    experts = [tmp_path / "a", tmp_path / "b"]
+    for seed, (folder, config) in enumerate(zip(experts, [updates(use_dora=True), updates(bias="all")], strict=True)):
+        adapted(base, config, folder, tmp_path / "base", seed=seed)
+    wanted = copy.deepcopy(base)
+    wanted.load_state_dict(summed(base, experts, [0.5, 1.0]))
+    for folder in experts:
+        set_config(folder, base_model_name_or_path=name)
+    merged_into(experts, tmp_path / "base", tmp_path / "out", weights=[0.5, 1.0])
+    torch.testing.assert_close(outputs(opened(tmp_path / "out", base)), outputs(wanted), rtol=1e-5, atol=1e-5)
