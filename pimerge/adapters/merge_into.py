@@ -113,6 +113,8 @@ def plan_merge_into(
     stacks, turned = place_matrices(checkpoint, names, stacked, problems)
     changed = plan_changes(checkpoint, names, changes, fan_in_fan_out=fan_in_fan_out, problems=problems)
     heads = _heads(names, head, {*weights, *changed, *stacks}, problems)
+    own = {shared[key]: name for key, name in heads.items() if key in shared and parameter_of(name) != name}
+    heads = own | heads  # an adapted layer's own weight is also that of what is tied to it
     _refuse_both(weights.keys() & changed.keys(), problems)
     transposed, biases = set(turned), dict[str, str]()
     for key, module in weights.items():
@@ -213,8 +215,7 @@ def _as_added(module: str, update: Callable[[str], Factors]) -> Factors:
 
 def _weight(plan: MergeIntoPlan, key: str, factors: Factors, start: Tensor | None) -> Iterator[Tensor]:
     """W + s·B·A in blocks of rows of the stored weight, flattened; ``start`` replaces the stored W."""
-    source = plan.source(key)
-    file = plan.checkpoint.home[source]
+    file = plan.checkpoint.home[source := plan.source(key)]
     kind = torch.float64 if file.entries[source].dtype == "F64" else torch.float32
     A, B = factors.A.cpu().to(kind), factors.B.cpu().to(kind)
     left, right = (A.T, B.T) if key in plan.transposed else (B, A)
@@ -288,10 +289,10 @@ def _still_tied(
     found = set()
     for stored in set(shared.values()) & heads.keys():
         name = heads[stored]
-        is_loaded = parameter_of(name) == name and not is_saved(name, modules_to_save)
         sharing = {key for key, source in shared.items() if source == stored}
-        if (is_loaded and not sharing & touched) or all(
-            key in heads and head[heads[key]].equal(head[name]) for key in sharing
-        ):
+        equal = {key for key in sharing if key in heads and head[heads[key]].equal(head[name])}
+        own = {heads[key] for key in (stored, *(sharing & touched & equal))}
+        is_loaded = all(parameter_of(each) == each and not is_saved(each, modules_to_save) for each in own)
+        if equal == sharing or (is_loaded and sharing & touched <= equal):
             found |= {stored, *sharing}
     return found

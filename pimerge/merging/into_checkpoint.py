@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pimerge.adapters.expert import Expert
 from pimerge.adapters.head import Head
 from pimerge.adapters.into_config import label_fields, model_class
-from pimerge.adapters.keys import TOKEN_ROWS
+from pimerge.adapters.keys import OF_TOKENS, TOKEN_ROWS, parameter_of
 from pimerge.adapters.merge_into import MergedInto, MergeIntoPlan, merge_into, new_layouts
 from pimerge.adapters.tensor_sets import BaseChange, Effect
+from pimerge.adapters.token_modules import token_count
 from pimerge.checkpoints.base import Base, find_base
 from pimerge.checkpoints.checkpoint import Checkpoint, open_checkpoint, require_weights
 from pimerge.checkpoints.tokenizer_files import copy_tokenizer
@@ -24,6 +26,8 @@ from pimerge.merging.checkpoint_check import check_checkpoint
 from pimerge.merging.choice import ChosenExperts
 from pimerge.merging.merged import FILE_LOADING, FOLDER_LOADING
 from pimerge.merging.request import MergeRequest
+
+_LOGITS_BIAS = "final_logits_bias"
 
 if TYPE_CHECKING:
     import torch
@@ -60,6 +64,25 @@ def refuse_checkpoint(output: Path | None, path: Path) -> None:
         raise PimergeError(
             f"the output '{output}' is the checkpoint '{path}' or contains it", "choose another --output"
         )
+
+
+def with_logits_bias(checkpoint: Checkpoint, head: Head) -> Head:
+    """Add the bias of the logits that BART's relatives store, if the head has another vocabulary.
+
+    As transformers resizes it: new tokens have 0.
+    """
+    rows = {
+        len(tensor)
+        for name, tensor in head.tensors.items()
+        if name.endswith(".weight") and parameter_of(name).split(".")[-2] in OF_TOKENS
+    }
+    key = next((key for key in checkpoint.home if key.rpartition(".")[2] == _LOGITS_BIAS), None)
+    if key is None or len(rows) != 1 or (bias := checkpoint.read(key)).shape[-1] == (count := rows.pop()):
+        return head
+    grown = bias.new_zeros(*bias.shape[:-1], count)
+    common = min(count, bias.shape[-1])
+    grown[..., :common] = bias[..., :common]
+    return replace(head, tensors={**head.tensors, key: grown})
 
 
 def head_arguments(checkpoint: Checkpoint, head: Head, chosen: ChosenExperts) -> dict[str, Any]:
@@ -155,7 +178,7 @@ def write_merged(
         )
         new = new_layouts(checkpoint, plan.copies, plan.heads, head.tensors)
         check_checkpoint(output, checkpoint, {key: shape for key, (_, shape) in new.items()})
-        if plan.resized and (source := _source_of(head, chosen)):
+        if plan.resized and (source := _source_of(plan.resized, chosen)):
             copy_tokenizer(source.path, partial)
         contents, manifest = documents(written)
         write_into(partial, dict(contents))
@@ -164,13 +187,10 @@ def write_merged(
     return written
 
 
-def _source_of(head: Head, chosen: ChosenExperts) -> Expert | None:
-    """Return the expert whose head is written: the target, or the first one with these shapes."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in head.tensors.items()}
-    for expert in [*([chosen.target] if chosen.target else []), *chosen.experts]:
-        if shapes == {name: expert.file.entries[key].shape for name, key in expert.head.items()}:
-            return expert
-    return None
+def _source_of(tokens: int, chosen: ChosenExperts) -> Expert | None:
+    """Return the expert whose tokenizer fits a vocabulary: the target, or the first one with this number of tokens."""
+    experts = [*([chosen.target] if chosen.target else []), *chosen.experts]
+    return next((expert for expert in experts if token_count(expert) == tokens), None)
 
 
 def sha256_of(checkpoint: Checkpoint, own: Base) -> str:

@@ -24,6 +24,7 @@ from pimerge.merging.into_checkpoint import (
     refuse_checkpoint,
     sha256_of,
     wide,
+    with_logits_bias,
     write_merged,
 )
 from pimerge.merging.merged import sources_of
@@ -95,8 +96,9 @@ def merged_into(request: MergeRequest, method: OpenedMethod, chosen: ChosenExper
     """Check a merge of updates into the checkpoint ``request.into``."""
     refuse_copied_layers(chosen.experts)
     merged = merged_updates(request, method, chosen)
-    merge, head = merged.merge, merged.head
+    merge = merged.merge
     checkpoint = open_into(request, merge.experts[0].base)
+    head = with_logits_bias(checkpoint, merged.head)
     plan = plan_merge_into(
         checkpoint,
         {name: merge.layout(name) for name in merge.names},

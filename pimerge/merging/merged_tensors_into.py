@@ -22,6 +22,7 @@ from pimerge.merging.into_checkpoint import (
     refuse_checkpoint,
     sha256_of,
     wide,
+    with_logits_bias,
     write_merged,
 )
 from pimerge.merging.merged import sources_of
@@ -105,14 +106,15 @@ def merged_tensors_into(request: MergeRequest, method: OpenedMethod, chosen: Cho
         )
     merged = merged_tensor_sets(request, method, chosen)
     checkpoint = open_into(request, first.base)
+    head = with_logits_bias(checkpoint, merged.head)
     plan = plan_merge_into(
         checkpoint,
         {},
         fan_in_fan_out=bool(first.config.get("fan_in_fan_out")),
         **{
-            **head_arguments(checkpoint, merged.head, chosen),
+            **head_arguments(checkpoint, head, chosen),
             "changes": [each for group in first.tensor_sets.values() for each in changes_of(group, first.config)],
         },
     )
     merge = replace(merged.merge, dtype=wide(request.torch_dtype()))
-    return MergedTensorsInto(request, method, chosen, merged.head, merge, plan)
+    return MergedTensorsInto(request, method, chosen, head, merge, plan)

@@ -139,7 +139,7 @@ class MergeRequest(ResultRequest):
 
     @property
     def converts(self) -> bool:
-        """Whether experts that need the base's weights, such as DoRA, are converted: a checkpoint is the base itself."""
+        """Whether experts that need the base's weights, such as DoRA, are converted; ``into`` is the base as well."""
         return self.base is not None or self.into is not None
 
     @property

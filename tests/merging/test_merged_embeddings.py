@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 
 from pimerge.core.errors import PimergeError
 from pimerge.merging.merge import merge
 from tests.support.experts import edit_tensors, set_config
-from tests.support.into_cases import adapted, llama, merged_into, opened, outputs, t5
+from tests.support.into_cases import adapted, filled, llama, merged_into, opened, outputs, t5
 
 TIED = {"tie_word_embeddings": True}
 BOTH = ["embed_tokens", "lm_head"]
@@ -128,3 +129,33 @@ def test_without_the_base_saved_embeddings_are_kept(tmp_path: Path) -> None:
     merge(tmp_path / "a", output=tmp_path / "m", ranking=tmp_path / "none.json")
     kept = load_file(tmp_path / "m" / "adapter_model.safetensors")
     assert torch.equal(kept["base_model.model.model.embed_tokens.base_layer.weight"], base.model.embed_tokens.weight)
+
+
+def bart(folder: Path, **fields: Any) -> Any:
+    """Save a tiny BART, which stores a bias of its logits, and return it."""
+    sizes = {f"{part}_{what}": 2 for part in ("encoder", "decoder") for what in ("layers", "attention_heads")}
+    config = transformers.BartConfig(
+        **sizes, vocab_size=64, d_model=16, encoder_ffn_dim=24, decoder_ffn_dim=24, max_position_embeddings=32, **fields
+    )
+    model = filled(transformers.BartForConditionalGeneration(config))
+    model.final_logits_bias.copy_(torch.arange(64.0)[None] / 64)
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("make", [t5, bart])
+@pytest.mark.parametrize("modules", [[], ["shared"], ["lm_head"]])
+@pytest.mark.parametrize("rows", [60, 68])
+def test_a_resized_vocabulary_of_an_encoder_and_decoder(
+    make: Callable[..., Any], modules: list[str], rows: int, tmp_path: Path
+) -> None:
+    base = make(tmp_path / "base")
+    base.name_or_path = base.config._name_or_path = str(tmp_path / "base")
+    grown = copy.deepcopy(base)
+    grown.resize_token_embeddings(rows, mean_resizing=False)
+    config = LoraConfig(r=2, target_modules=["q" if make is t5 else "q_proj", *modules])
+    wanted = outputs(adapted(grown, config, tmp_path / "a", tmp_path / "base", save_embedding_layers=True))
+    merged_into(tmp_path / "a", tmp_path / "base", tmp_path / "out")
+    merged = opened(tmp_path / "out", base)
+    assert merged.config.vocab_size == rows
+    torch.testing.assert_close(outputs(merged), wanted, rtol=1e-5, atol=1e-5)
