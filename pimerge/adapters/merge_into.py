@@ -113,8 +113,6 @@ def plan_merge_into(
     stacks, turned = place_matrices(checkpoint, names, stacked, problems)
     changed = plan_changes(checkpoint, names, changes, fan_in_fan_out=fan_in_fan_out, problems=problems)
     heads = _heads(names, head, {*weights, *changed, *stacks}, problems)
-    own = {shared[key]: name for key, name in heads.items() if key in shared and parameter_of(name) != name}
-    heads = own | heads  # an adapted layer's own weight is also that of what is tied to it
     _refuse_both(weights.keys() & changed.keys(), problems)
     transposed, biases = set(turned), dict[str, str]()
     for key, module in weights.items():
@@ -269,7 +267,9 @@ def _heads(names: Names, head: Mapping[str, Tensor], updated: set[str], problems
             if key in found or (key in updated and parameter_of(name) == name):
                 problems.add(f"'{key}' would be replaced by the head and also changed by another part of the adapter")
             found[key] = name
-    return found
+    tied = names.shared or {}
+    own = {tied[key]: name for key, name in found.items() if key in tied and parameter_of(name) != name}
+    return own | found  # an adapted layer's own weight is also that of what is tied to it
 
 
 def _own_layer(heads: Mapping[str, str], key: str) -> str:
