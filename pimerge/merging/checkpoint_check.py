@@ -12,7 +12,8 @@ from pathlib import Path
 
 from pimerge.adapters.keys import OF_TOKENS
 from pimerge.adapters.output_check import BUG
-from pimerge.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from pimerge.checkpoints.checkpoint import Checkpoint, open_checkpoint, require_weights
+from pimerge.checkpoints.safetensors_file import is_finite
 from pimerge.checkpoints.vocabularies import vocabulary_of
 from pimerge.core.errors import PimergeError, Problems
 
@@ -41,6 +42,23 @@ def check_checkpoint(path: Path, source: Checkpoint, changed: Shapes) -> None:
                 _check_model(found, problems)
     if problems.found:
         raise PimergeError("the checkpoint was not written, since it would not load", problems=problems.found)
+
+
+def check_trained(path: Path) -> None:
+    """Check the folder of a model that was trained and saved: its numbers, and its shapes against its own config."""
+    problems = Problems()
+    with problems.collected():
+        found = open_checkpoint(path)
+        require_weights(found)
+        broken = [key for key in found.home if not is_finite(found.read(key))]
+        if broken:
+            problems.add(
+                f"{len(broken)} of {len(found.home)} trained tensors hold NaN or Inf, such as '{broken[0]}'",
+                "the training diverged: train with a lower learning rate",
+            )
+        _check_model(found, problems)
+    if problems.found:
+        raise PimergeError("the trained model was not written", problems=problems.found)
 
 
 def _check_config(found: Checkpoint, source: Checkpoint, changed: Shapes, problems: Problems) -> None:

@@ -16,7 +16,8 @@ import pimerge
 from pimerge.checkpoints.checkpoint import open_checkpoint
 from pimerge.core.errors import PimergeError
 from pimerge.merging import checkpoint_check, into_checkpoint
-from pimerge.merging.checkpoint_check import check_checkpoint
+from pimerge.merging.checkpoint_check import check_checkpoint, check_trained
+from tests.support.checkpoints import set_checkpoint_config, shaken
 from tests.support.experts import MakeExpert
 
 Edit = Callable[[dict[str, Tensor]], object]
@@ -69,3 +70,15 @@ def test_a_wrong_checkpoint_is_not_put_in_place(
         pimerge.merge(tmp_path / "expert", into=base, output=tmp_path / "other")
     assert "please report it" in str(caught.value)
     assert not (tmp_path / "other").exists()
+
+
+def test_a_trained_model_is_read_again(language_base: Callable[[str], Path], tmp_path: Path) -> None:
+    base = language_base("llama-lm")
+    check_trained(base)
+    diverged = shaken(base, tmp_path / "nan", 0, lambda found: found.update({EMBEDDING: found[EMBEDDING] * torch.nan}))
+    with pytest.raises(PimergeError, match=r"1 of \d+ trained tensors hold NaN or Inf[\s\S]*lower learning rate"):
+        check_trained(diverged)
+    resized = shaken(base, tmp_path / "resized", 0)
+    set_checkpoint_config(resized, vocab_size=7)
+    with pytest.raises(PimergeError, match=r"but the model of config\.json has \(7, "):
+        check_trained(resized)

@@ -36,12 +36,14 @@ def fit(request: TuneRequest) -> TuneResult:
 
     def write(output: Path, manifest: Manifest, force: bool) -> None:
         from pimerge.core.files import new_folder
+        from pimerge.merging.checkpoint_check import check_trained
 
         with new_folder(output, force=force) as partial:
             for name, parameter in loaded.model.named_parameters():
                 parameter.data = parameter.data.to(dtypes[name])
             loaded.model.save_pretrained(partial)  # type: ignore[operator]
             loaded.processor.save_pretrained(partial)
+            check_trained(partial)
             write_with_manifest(partial, {}, session.task.document_for(output), manifest)
 
     return TuneResult(
