@@ -261,7 +261,8 @@ def _as_product(layout: FileLayout, place: Place, module: MergedModule) -> dict[
     """The update as LoHa or LoKr, exactly: B A ∘ 1, or 1 ⊗ B A.
 
     The sum of two LoHas is not a LoHa of their rank, but any matrix is a LoHa whose second product is all ones. LyCORIS
-    reads LoKr with a whole second matrix if its rank is at least half its larger side (``LokrModule.__init__``).
+    reads LoKr with a whole second matrix if its rank is at least half its larger side (``LokrModule.__init__``), which a
+    convolution's kernel does not count towards.
     """
     factors, own, stem = module.factors, module.module, place.stem
     A, B, rank = factors.A, factors.B, len(factors.A)
@@ -272,7 +273,7 @@ def _as_product(layout: FileLayout, place: Place, module: MergedModule) -> dict[
         named = {"w1_a": B.contiguous(), "w1_b": A.contiguous(), "w2_a": ones_a, "w2_b": ones_b}
         return {f"{stem}.hada_{slot}": tensor for slot, tensor in named.items()} | {f"{stem}.alpha": alpha}
     one = A.new_ones(1, 1)
-    if 2 * rank < max(len(B), A.shape[1]):
+    if 2 * rank < max(len(B), own.shape_A[1]):
         named = {"w1": one, "w2_a": B.contiguous(), "w2_b": A.contiguous()}
         return {f"{stem}.lokr_{slot}": tensor for slot, tensor in named.items()} | {f"{stem}.alpha": alpha}
     wide = torch.promote_types(layout.dtype, torch.float32)

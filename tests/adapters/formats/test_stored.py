@@ -159,3 +159,11 @@ def test_the_experts_of_a_mixture_in_mlx_stay_stacked(tmp_path: Path) -> None:
         pimerge.merge(paths, exclude=["*up_proj.2"], output=tmp_path / "no")
     with pytest.raises(PimergeError, match="which PEFT names otherwise"):
         pimerge.convert(paths[0], output=tmp_path / "no")
+
+
+def test_a_convolutions_kernel_does_not_decide_how_lokr_is_written(tmp_path: Path) -> None:
+    tensors = {"lora_unet_q.lokr_w1": normal(2, 1), "lora_unet_q.lokr_w2": normal(3, 5, 3, 3, seed=2)}
+    path = saved(tmp_path / "a.safetensors", tensors)
+    pimerge.merge([path, path], rank=4, output=tmp_path / "m.safetensors")
+    found = tensors_in(tmp_path / "m.safetensors")
+    assert found["lora_unet_q.lokr_w2"].shape == (6, 5, 3, 3)  # LyCORIS has it whole at rank 4: 4 ≥ max(6, 5) / 2
