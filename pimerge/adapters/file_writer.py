@@ -261,8 +261,8 @@ def _as_product(layout: FileLayout, place: Place, module: MergedModule) -> dict[
     """The update as LoHa or LoKr, exactly: B A ∘ 1, or 1 ⊗ B A.
 
     The sum of two LoHas is not a LoHa of their rank, but any matrix is a LoHa whose second product is all ones. LyCORIS
-    reads LoKr with a whole second matrix if its rank is at least half its larger side (``LokrModule.__init__``), which a
-    convolution's kernel does not count towards.
+    reads LoKr with a whole second matrix if its rank is at least half its larger side without a kernel
+    (``LokrModule.__init__``).
     """
     factors, own, stem = module.factors, module.module, place.stem
     A, B, rank = factors.A, factors.B, len(factors.A)
