@@ -209,12 +209,12 @@ def differing_form(first: Expert, second: Expert, name_of_first: str = "the targ
         return f"its kind is {second.kind}, but {name_of_first} is of kind {first.kind}"
     if first.parts != second.parts:
         return f"it adapts other modules than {name_of_first}"
-    for name, part in (first.tensor_sets | first.modules).items():
-        if part.form != (second.tensor_sets | second.modules)[name].form:
-            return f"its tensors of '{name}' have other shapes than in {name_of_first}"
     for field in first.strategy.meaning_fields:
         if first.config.get(field) != second.config.get(field):
             return f"its {field} is {second.config.get(field)}, but {first.config.get(field)} in {name_of_first}"
+    for name, part in (first.tensor_sets | first.modules).items():
+        if part.form != (second.tensor_sets | second.modules)[name].form:
+            return f"its tensors of '{name}' have other shapes than in {name_of_first}"
     if first.ranks != second.ranks or any(
         first.modules[name].rank != second.modules[name].rank for name in first.modules
     ):

@@ -12,6 +12,7 @@ from peft import PeftModel, TrainableTokensConfig
 from safetensors.torch import load_file
 
 from pimerge import merge
+from pimerge.adapters.compatibility import differing_form
 from pimerge.adapters.expert import open_expert
 from pimerge.core.errors import PimergeError
 from tests.support.experts import set_config
@@ -68,3 +69,8 @@ def test_a_token_that_the_base_lacks_is_named(tmp_path: Path) -> None:
     with pytest.raises(PimergeError, match="but an expert trains the row of token 5000"):
         merge(experts, output=tmp_path / "out", ranking=tmp_path / "none.json")
     assert not (tmp_path / "out").exists()
+
+
+def test_experts_of_other_tokens_are_not_compared_entry_by_entry(tmp_path: Path) -> None:
+    first, second = (open_expert(each) for each in experts_of(llama(tmp_path / "base"), tmp_path))
+    assert differing_form(first, second) == "its token_indices is [9, 3], but [3, 7] in the target"
