@@ -8,6 +8,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from pimerge.adapters.head import rows_of
+from pimerge.adapters.keys import TOKEN_ROWS, parameter_of
 from pimerge.checkpoints.checkpoint import Checkpoint
 from pimerge.checkpoints.dtypes import FLOATS
 from pimerge.merging.verification.compared_tensor import F64, StoredTensor
@@ -30,6 +32,8 @@ def judge_beside(
         owner = _owner_of_head(key, found, experts, weights)
         if owner:
             remarks.append(f"'{key}' is {owner}")
+        elif _is_sum(key, base, found, experts, weights):
+            remarks.append(f"'{key}' is the weighted sum of the values that the experts hold")
         else:
             reason = "" if math.isinf(size) else f"it differs from the base by {size:.2%}, though no expert changes it"
             changed.append(CheckedModule(key, Verdict.CHANGED if size == size else Verdict.NOT_FINITE, reason=reason))
@@ -108,6 +112,29 @@ def _owner_of_head(key: str, found: StoredTensor, experts: Sequence[Source], wei
             if bool(((mean - value.double()).abs() <= spacing(value, precision_of(value))).all()):
                 return what
     return ""
+
+
+def _is_sum(
+    key: str, base: StoredTensor, found: StoredTensor, experts: Sequence[Source], weights: Sequence[float]
+) -> bool:
+    """Whether a tensor is φ0 + Σ w_n (φ_n − φ0) of the embeddings, rows of tokens or biases that adapters hold."""
+    value, start = found.file.read(found.key), base.file.read(base.key).double()
+    total, is_held = start.clone(), False
+    for expert, weight in zip(experts, weights, strict=True):
+        if isinstance(expert, Checkpoint):
+            return False
+        rows = rows_of(expert.head, expert.config.get("trainable_token_indices"))
+        for name, own in {**expert.head, **expert.biases}.items():
+            parameter = f"{name.removesuffix(TOKEN_ROWS)}.weight" if name in rows else parameter_of(name)
+            if not _same_name(parameter, key):
+                continue
+            places = list(rows[name]) if name in rows else slice(None)
+            held = expert.file.read(own).double()
+            if start[places].shape != held.shape:
+                return False
+            total[places] += weight * (held - start[places])
+            is_held = True
+    return is_held and bool(((total - value.double()).abs() <= spacing(value, precision_of(value))).all())
 
 
 def _same_name(one: str, other: str) -> bool:
