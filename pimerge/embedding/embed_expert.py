@@ -26,6 +26,7 @@ from pimerge.models.injection import injected, peft_prefix
 from pimerge.models.loaded_base import LoadedBase
 from pimerge.models.loading import Bases
 from pimerge.tasks.examples import Batch, Examples, bucket_by_length, on_device
+from pimerge.tasks.label_order import label_order_remark
 from pimerge.tasks.task import Task
 
 if TYPE_CHECKING:
@@ -39,6 +40,10 @@ class LabelMode(StrEnum):
     """The labels of the data: the empirical Fisher."""
     SAMPLED = "sampled"
     """Labels sampled from the model's predictions."""
+
+
+_JUDGED = 256
+"""About how many examples judge the order of labels."""
 
 
 @dataclass(frozen=True)
@@ -106,11 +111,15 @@ def embed_expert(
         return EmbedOutcome(expert.name, computed=False)
     loaded = bases.load(expert.base, task)
     if not expert.head and not loaded.has_own_head:
+        if order := loaded.other_order(task.labels):
+            raise PimergeError(
+                f"the expert '{expert.name}' has no head of its own, and {order}", "correct 'labels' in task.json"
+            )
         raise PimergeError(
             f"the expert '{expert.name}' has no head for its task, and its base has none for these labels",
             "train it with modules_to_save, or pass the --base that it was trained on",
         )
-    examples, _ = task.examples(
+    examples, classes = task.examples(
         "train",
         loaded.processor,
         loaded.config_for([expert]),
@@ -120,7 +129,7 @@ def embed_expert(
     )
     tokens = options.batch_tokens or default_batch_tokens(bases.device, loaded.config)
     batches = bucket_by_length(examples.lengths, tokens if examples.alike else 1, padded=not expert.virtual_tokens)
-    data = EncodedBatches(task, examples, batches, bases.device)
+    data = EncodedBatches(task, examples, classes, batches, bases.device)
     fisher, tensors = _measure(expert, loaded, data, bases, settings, grams, track)
     fields |= {
         "task": {"type": task.file.type, "labels": task.labels},
@@ -131,7 +140,24 @@ def embed_expert(
         "sketches": projections_of(tensors[SECOND_MOMENTS]),
     }
     store.add(expert.name, fields, tensors)
-    return EmbedOutcome(expert.name, True, fisher, examples.remarks())
+    order = _label_order(expert, loaded, data)
+    return EmbedOutcome(expert.name, True, fisher, [*examples.remarks(), *([order] if order else [])])
+
+
+def _label_order(expert: Expert, loaded: LoadedBase, data: EncodedBatches) -> str:
+    """A remark if the expert's head seems to have another order of labels, judged by some of its examples."""
+    task, examples = data.task, data.examples
+    if not task.type.trains_head:
+        return ""
+    step = -(-len(examples) // _JUDGED)
+    right: list[int | Sequence[int]] = []
+    chosen: list[int | Sequence[int] | None] = []
+    with injected(expert, loaded) as model:
+        for batch in data.batches:
+            if judged := [index for index in batch if index % step == 0]:
+                chosen += task.type.score(model.eval(), examples, judged).chosen
+                right += [examples.classes[index] if examples.classes else data.labels[index] for index in judged]
+    return label_order_remark(chosen, right, task.labels, "its training examples")
 
 
 @dataclass(frozen=True)
@@ -139,12 +165,14 @@ class EncodedBatches:
     """The encoded examples of a task in batches.
 
     Attributes:
+        labels: class of each example.
         batches: indices of the examples of each batch.
         device: device of the batches' tensors.
     """
 
     task: Task
     examples: Examples
+    labels: Sequence[int]
     batches: Sequence[Sequence[int]]
     device: torch.device
 

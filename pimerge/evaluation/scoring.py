@@ -22,6 +22,7 @@ from pimerge.models.loaded_base import LoadedBase, in_head, most_virtual_tokens
 from pimerge.models.loading import load_base, resolve_device, resolve_dtype
 from pimerge.tasks.examples import Examples, Scored, bucket_by_length
 from pimerge.tasks.intervals import Interval, bootstrap_interval
+from pimerge.tasks.label_order import label_order_remark
 from pimerge.tasks.metric import METRICS, Answers
 from pimerge.tasks.row_errors import some
 from pimerge.tasks.task import Task
@@ -160,6 +161,8 @@ def score_experts(
     scores = []
     loaded = load_base(base, task, resolved, precision)
     if not loaded.has_own_head:
+        if headless.found and (order := loaded.other_order(task.labels)):
+            headless.add(order, "correct 'labels' in task.json")
         headless.raise_any("these experts cannot be scored on this task")
     split = read_test_split(task, loaded, single, note=note)
     head, whose = _base_head(loaded, target, task)
@@ -198,6 +201,9 @@ def score_model(
             f"{name}: {len(endless)} answers were cut at max_new_tokens, in rows {some(endless)} (from 0); "
             "increase it in task.json if they should be longer"
         )
+    own_head = split.task.type.trains_head and name != BASE
+    if own_head and (order := label_order_remark(found.chosen, split.labels, split.task.labels, "the test split")):
+        note(f"{name}: {order}")
     return _score(name, found, split, whose)
 
 

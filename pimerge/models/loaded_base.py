@@ -27,6 +27,7 @@ class LoadedBase:
             modules without weights in the checkpoint; empty if the base answers in text.
         has_own_head: whether the checkpoint has a head for exactly these labels, or the base answers in text.
         randomly_initialised: names of the head's parameters that the checkpoint lacks.
+        own_labels: classes of the checkpoint's own head, in its order; empty if it has no head of this size.
     """
 
     model: nn.Module
@@ -34,6 +35,7 @@ class LoadedBase:
     head: tuple[str, ...]
     has_own_head: bool
     randomly_initialised: frozenset[str] = frozenset()
+    own_labels: tuple[str, ...] = ()
 
     @property
     def config(self) -> Any:
@@ -44,6 +46,14 @@ class LoadedBase:
     def width(self) -> int | None:
         """The hidden size; None if the config has none."""
         return hidden_size(self.model)
+
+    def other_order(self, labels: Sequence[str]) -> str:
+        """What to say if the checkpoint's head has these labels in another order; empty otherwise."""
+        if self.has_own_head or {name.lower() for name in self.own_labels} != {name.lower() for name in labels}:
+            return ""
+        return (
+            f"the base's head answers {', '.join(self.own_labels)}, in this order; the task lists {', '.join(labels)}"
+        )
 
     def config_for(self, experts: Sequence[Expert]) -> Any:
         """The config, with fewer positions if experts put vectors before the text."""

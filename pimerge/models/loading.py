@@ -98,16 +98,15 @@ def load_base(base: Base, task: Task, device: torch.device, dtype: torch.dtype, 
             "download or save the base again",
         )
     replaced = missing | {key for key, *_ in info["mismatched_keys"]}
-    own_labels = getattr(config, "id2label", {})
-    has_own_head = not trains_head or (
-        not any(in_head(key, head) for key in replaced) and list(own_labels.values()) == task.labels
-    )
+    own = sorted((getattr(config, "id2label", None) or {}).items()) if trains_head else []
+    own_labels = () if any(in_head(key, head) for key in replaced) else tuple(str(name) for _, name in own)
+    has_own_head = not trains_head or list(own_labels) == task.labels
     if not trains_head:
         for part in (model.config, model.config.get_text_config()):
             part.use_cache = False  # only generation needs a cache, and enables it
     model.requires_grad_(False)
     fresh = frozenset(key for key in replaced if in_head(key, head))
-    return LoadedBase(model.to(device).eval(), processor, head, has_own_head, fresh)
+    return LoadedBase(model.to(device).eval(), processor, head, has_own_head, fresh, own_labels)
 
 
 def quiet_libraries() -> None:
@@ -156,15 +155,18 @@ class Bases:
         self.device, self.dtype = device, dtype
         self.checked: set[tuple[object, ...]] = set()
         self._key: tuple[str, str, int] | None = None
+        self._labels: tuple[str, ...] = ()
         self._loaded: LoadedBase | None = None
 
     def load(self, base: Base, task: Task) -> LoadedBase:
         """The base, with a head for the task's labels; see :func:`load_base`."""
-        key = (base.identity, task.file.type, len(task.labels) if task.type.trains_head else 0)
-        if self._loaded is None or self._key != key:
+        labels = tuple(task.labels) if task.type.trains_head else ()
+        key = (base.identity, task.file.type, len(labels))
+        renamed = self._loaded is not None and self._loaded.own_labels and self._labels != labels
+        if self._loaded is None or self._key != key or renamed:
             self._loaded = None  # never keep two bases in memory
             self._loaded = load_base(base, task, self.device, self.dtype)
-            self._key = key
+            self._key, self._labels = key, labels
         return self._loaded
 
 
