@@ -12,6 +12,7 @@ from pimerge.adapters.expert import Expert
 from pimerge.adapters.format import FORMATS, PEFT
 from pimerge.adapters.fused_experts import layers_beside_stacks
 from pimerge.adapters.lora_module import FLATTENED
+from pimerge.adapters.shared_modules import refuse_names
 from pimerge.adapters.token_modules import form_of
 from pimerge.core.errors import PimergeError, Problems
 from pimerge.tasks.task import Task, open_task
@@ -96,6 +97,8 @@ def require_alike(experts: Sequence[Expert], *, any_vocabulary: bool = False) ->
                 f"'{expert.name}' is of kind {expert.kind}, '{first.name}' of kind {first.kind}: {reason}",
                 "only experts with a ΔW can be summed across kinds: combine experts of one kind",
             )
+        elif expert.tensor_sets and expert.parts != first.parts and refuse_names([expert, first], problems):
+            continue
         elif expert.tensor_sets and (why := differing_form(first, expert, f"'{first.name}'")):
             problems.add(f"'{expert.name}': {why}", "leave it out")
         for name, module in expert.modules.items():
@@ -122,31 +125,6 @@ def _differ(expert: Expert, other: Expert) -> bool:
     if not (expert.base.is_known and other.base.is_known) and not expert.format == other.format == PEFT:
         return False
     return expert.base.identity != other.base.identity
-
-
-def require_shared_modules(experts: Sequence[Expert]) -> None:
-    """Refuse experts that do not share modules, directly or through others: they may be the same under other names.
-
-    Experts without ΔW always share the form of their tensors.
-    """
-    left = [expert for expert in experts if expert.modules]
-    if not left:
-        return
-    first = left[0]
-    known = set(first.modules)
-    while near := [expert for expert in left if known & expert.modules.keys()]:
-        known.update(*(expert.modules for expert in near))
-        left = [expert for expert in left if not known & expert.modules.keys()]
-    problems = Problems()
-    for expert in left:
-        problems.add(
-            f"'{expert.name}' and '{first.name}' share no module: the one adapts '{min(expert.modules)}', the other "
-            f"'{min(first.modules)}'",
-            "if these are the same modules under other names, pass --base with their base's folder, and state the same "
-            "task_type in each adapter_config.json; if they were trained on different modules on purpose, pass "
-            "--allow-disjoint",
-        )
-    problems.raise_any("these experts share no module")
 
 
 def require_finite(experts: Sequence[Expert]) -> None:

@@ -6,12 +6,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pimerge.adapters.backbone_names import with_one_prefix
 from pimerge.adapters.expert import Expert, open_expert
 from pimerge.adapters.expert_files import CONFIG, TASK
 from pimerge.adapters.hub import is_hub_reference
 from pimerge.adapters.pool import find_experts
 from pimerge.adapters.ranking_document import Ranking, open_ranked, read_ranking
+from pimerge.adapters.shared_modules import with_one_prefix
 from pimerge.adapters.source import adapter_files
 from pimerge.checkpoints.base import Base, given_base
 from pimerge.checkpoints.unique_names import unique_names

@@ -77,7 +77,7 @@ class BaseModules:
         Returns:
             None if the base has no such module.
         """
-        if self._is_today_s(name, task_type in _HEADED):
+        if self._is_today_s(name, is_headed=task_type in _HEADED):
             return name
         for way in _ways(name):
             if (found := self._found(way)) is not None:
@@ -86,6 +86,11 @@ class BaseModules:
             owner = self.place(match["owner"], task_type)
             return None if owner is None else owner + match["rest"]
         return None
+
+    def has(self, name: str) -> bool:
+        """Whether any class that loads the base, or its file, has a module of this name today."""
+        ways = (f"{self.prefix}.{name}", name.removeprefix(f"{self.prefix}."))
+        return self._is_today_s(name, is_headed=False) or not self.modules.isdisjoint(ways)
 
     def place_all(self, names: Iterable[str], task_type: str | None = None) -> dict[str, str | None]:
         """Name → its name today, or None, for the modules of one adapter, which are all of one class.
@@ -97,7 +102,7 @@ class BaseModules:
             return {name: self.place(name, "CAUSAL_LM") for name in found}
         return found
 
-    def _is_today_s(self, name: str, is_headed: bool) -> bool:
+    def _is_today_s(self, name: str, *, is_headed: bool) -> bool:
         """Whether a module has this name in a class that the adapter can be trained on."""
         if name in self.modules:
             return True

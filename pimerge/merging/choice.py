@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pimerge.adapters.compatibility import refuse_over_inputs, require_alike, require_shared_modules
+from pimerge.adapters.compatibility import refuse_over_inputs, require_alike
 from pimerge.adapters.expert_parts import base_of
 from pimerge.adapters.format import PEFT
 from pimerge.adapters.selected import open_all, select
+from pimerge.adapters.shared_modules import require_shared_modules
 from pimerge.adapters.source import open_source
 from pimerge.adapters.token_modules import require_same_tokens, rows_have, token_axis
 from pimerge.checkpoints.base import find_base

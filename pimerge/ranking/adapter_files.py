@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pimerge.adapters.backbone_names import with_one_prefix
 from pimerge.adapters.compatibility import require_alike, require_finite
 from pimerge.adapters.expert import Expert, open_expert
 from pimerge.adapters.ranking_document import Candidate, Ranking, Target
+from pimerge.adapters.shared_modules import with_one_prefix
 from pimerge.adapters.source import adapter_files
 from pimerge.core.errors import PimergeError, Problems
 from pimerge.core.files import relative_to

@@ -6,17 +6,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pimerge.adapters.backbone_names import with_one_prefix
 from pimerge.adapters.compatibility import (
     check_expert,
     differing_form,
     init_cosine,
     require_alike,
     require_finite,
-    require_shared_modules,
 )
 from pimerge.adapters.expert import Expert, open_expert
 from pimerge.adapters.selected import distinguished
+from pimerge.adapters.shared_modules import require_shared_modules, with_one_prefix
 from pimerge.core.errors import PimergeError, Problem
 from pimerge.embedding.store import Store
 from pimerge.embedding.store_schema import Embedding

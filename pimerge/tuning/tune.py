@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from pimerge.adapters import selected
-from pimerge.adapters.compatibility import require_shared_modules
 from pimerge.adapters.expert import Expert
 from pimerge.adapters.ranking_document import Ranking
+from pimerge.adapters.shared_modules import require_shared_modules
 from pimerge.checkpoints.base import Base
 from pimerge.core.errors import PimergeError
 from pimerge.core.progress import Note, Track, silent, unheard

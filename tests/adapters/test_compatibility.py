@@ -16,9 +16,9 @@ from pimerge.adapters.compatibility import (
     init_cosine,
     require_alike,
     require_finite,
-    require_shared_modules,
 )
 from pimerge.adapters.expert import open_expert
+from pimerge.adapters.shared_modules import require_shared_modules
 from pimerge.core.errors import PimergeError
 from tests.support.bases import save_base
 from tests.support.experts import (

@@ -126,6 +126,21 @@ def test_a_name_that_the_base_has_is_kept(tmp_path: Path) -> None:
     assert not expert.renamed
 
 
+@pytest.mark.parametrize("kind", ["lora", "ia3", "ln_tuning"])
+@pytest.mark.parametrize("how", [after("base_model.model", "actor"), after(r"layers\.\d+", "_inner")])
+def test_an_unknown_wrapper_is_refused_by_the_modules_that_the_base_lacks(
+    tmp_path: Path, llama: Any, kind: str, how: Rename
+) -> None:
+    base, folder = llama
+    config = LoraConfig(r=2, target_modules=QV, task_type="CAUSAL_LM") if kind == "lora" else CONFIGS[kind]
+    first, second = (adapter(base, tmp_path / name, config, seed) for seed, name in enumerate("ab"))
+    for path in (first, second):
+        rekeyed(path, str, base_model_name_or_path=str(folder / "base"))
+    wrapped = rekeyed(second, how, tmp_path / "wrapped")
+    with pytest.raises(PimergeError, match=r"'wrapped' adapts '.*(actor|_inner).*, which .* does not have"):
+        pimerge.merge([first, wrapped], target=first, output=tmp_path / "out")
+
+
 def test_two_keys_of_one_tensor_are_refused_by_name(tmp_path: Path, llama: Any) -> None:
     base, _ = llama
     from tests.support.experts import edit_tensors

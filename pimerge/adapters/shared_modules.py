@@ -1,4 +1,4 @@
-"""Name the modules of experts alike that were trained on one base with and without its head.
+"""Which modules experts share: those of one name, whether an expert was trained on a base with or without its head.
 
 The backbone alone (``layers.0…`` in transformers' ``AutoModel``) is a part of the model with a head, where its modules
 have the backbone's prefix (``model.layers.0…``). Experts of both are written for the model with the head.
@@ -18,6 +18,7 @@ from pimerge.adapters.source import AdapterSource
 from pimerge.adapters.tool_names import with_one_naming
 from pimerge.checkpoints.backbone_prefixes import BACKBONES
 from pimerge.checkpoints.known_modules import known_modules
+from pimerge.core.errors import Problems
 
 
 def with_one_prefix(experts: Sequence[Expert]) -> list[Expert]:
@@ -93,3 +94,47 @@ def _prefixed(expert: Expert, prefix: str, like: Expert) -> Expert:
     renamed = {old: names.get(new, new) for old, new in expert.renamed.items()}
     renamed |= {old: new for old, new in names.items() if old not in expert.renamed.values()}
     return replace(opened, label=expert.label, renamed=renamed).with_strength(expert.strength)
+
+
+def require_shared_modules(experts: Sequence[Expert]) -> None:
+    """Refuse experts that do not share modules, directly or through others: they may be the same under other names.
+
+    Experts without ΔW always share the form of their tensors.
+    """
+    left = [expert for expert in experts if expert.modules]
+    if not left:
+        return
+    first = left[0]
+    known = set(first.modules)
+    while near := [expert for expert in left if known & expert.modules.keys()]:
+        known.update(*(expert.modules for expert in near))
+        left = [expert for expert in left if not known & expert.modules.keys()]
+    problems = Problems()
+    for expert in left:
+        if refuse_names([expert, first], problems):
+            continue
+        problems.add(
+            f"'{expert.name}' and '{first.name}' share no module: the one adapts '{min(expert.modules)}', the other "
+            f"'{min(first.modules)}'",
+            "if these are the same modules under other names, pass --base with their base's folder, and state the same "
+            "task_type in each adapter_config.json; if they were trained on different modules on purpose, pass "
+            "--allow-disjoint",
+        )
+    problems.raise_any("these experts share no module")
+
+
+def refuse_names(experts: Sequence[Expert], problems: Problems) -> bool:
+    """Add a problem for each expert that adapts modules which its base does not have; True if there is one."""
+    found = False
+    for expert in experts:
+        base = None if expert.base.folder is None else known_modules(expert.base.folder)
+        lacking = [] if base is None else [name for name in expert.parts if not base.has(name)]
+        if lacking:
+            found = True
+            more = f" and {len(lacking) - 1} others" if len(lacking) > 1 else ""
+            problems.add(
+                f"'{expert.name}' adapts '{lacking[0]}'{more}, which {expert.base.label} does not have",
+                "if a program put the name of its wrapper into the keys, rename them or save the adapter from the "
+                "plain model; if it was trained on another base, pass that with --base",
+            )
+    return found
