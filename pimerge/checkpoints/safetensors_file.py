@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from pimerge.checkpoints.dtypes import as_read, dtype_name, numbers_of, size_of, torch_dtype
 from pimerge.core.errors import PimergeError
-from pimerge.core.files import sha256_bytes, sha256_file, sha256_files
+from pimerge.core.files import require_no_device, sha256_bytes, sha256_file, sha256_files
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -155,6 +155,7 @@ def open_tensors(path: Path) -> TensorFile:
     """Open a safetensors file and check its header; no tensor is read."""
     from safetensors import SafetensorError, safe_open
 
+    require_no_device(path)
     try:
         with safe_open(str(path), framework="np"):  # the library checks sizes, offsets and the file's length
             pass

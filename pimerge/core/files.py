@@ -11,6 +11,7 @@ import errno
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
@@ -75,8 +76,17 @@ def sha256_bytes(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+def require_no_device(path: Path) -> None:
+    """Refuse a pipe, a socket or a device, which could be read without an end."""
+    with suppress(OSError, ValueError):  # what opens it tells why it cannot be read
+        mode = path.stat().st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            raise PimergeError(f"'{path}' is a pipe, a socket or a device", "expected a file: copy it to one")
+
+
 def sha256_file(path: Path) -> str:
     """SHA-256 of a file's content, in hexadecimal; :mod:`pimerge.core.hash_cache` caches it for large files."""
+    require_no_device(path)
     try:
         with path.open("rb") as file:
             return sha256_of(file)
@@ -116,6 +126,7 @@ def read_json(path: Path, hint: str = "") -> Any:
     Args:
         hint: what the user can do if the file is not JSON.
     """
+    require_no_device(path)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -56,11 +56,12 @@ class Store:
 
     Args:
         path: the JSON document; it need not exist yet.
+        is_overlay: whether it names sidecars of another store; see :meth:`overlay`.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.document = read_document(path)
+    def __init__(self, path: Path, *, is_overlay: bool = False) -> None:
+        self.path, self._is_overlay = path, is_overlay
+        self.document = read_document(path, is_overlay=is_overlay)
 
     @property
     def experts(self) -> dict[str, Embedding]:
@@ -78,9 +79,9 @@ class Store:
 
     def open(self, name: str) -> Expert:
         """Open an expert of the store and check that it has not changed since it was embedded."""
-        if not self.folder_of(name).is_dir():
-            raise PimergeError(f"the folder '{self.folder_of(name)}' is gone", "run 'pimerge embed' again")
-        expert, entry = open_expert(self.folder_of(name)), self.document.experts[name]
+        if not (folder := self.folder_of(name)).is_dir():
+            raise PimergeError(f"the folder '{folder}' is gone", "run 'pimerge embed' again")
+        expert, entry = open_expert(folder), self.document.experts[name]
         if (expert.sha256, expert.config_sha256) != (entry.sha256, entry.config_sha256):
             raise PimergeError(f"'{expert.path}' has changed since it was embedded", "run 'pimerge embed' again")
         return expert if expert.name == name else replace(expert, label=name)
@@ -136,8 +137,7 @@ class Store:
 
     def has_grams(self, name: str) -> bool:
         """Whether the store holds input Grams of the expert."""
-        entry = self.document.experts.get(name)
-        return entry is not None and GRAMS in entry.sidecars
+        return name in self.experts and GRAMS in self.experts[name].sidecars
 
     def grams_size(self, name: str) -> int:
         """Return the size of the expert's input Grams on disk in bytes; 0 without any."""
@@ -227,7 +227,7 @@ class Store:
         }
         document = self.document.model_copy(update={"experts": experts})
         write_file(folder / self.path.name, json_text(document.model_dump()))
-        return Store(folder / self.path.name)
+        return Store(folder / self.path.name, is_overlay=True)
 
     def path_of(self, expert: Expert) -> str:
         """Return an expert's folder relative to the document."""
@@ -257,12 +257,14 @@ class Store:
         with output_lock(self.path):
             with disk_errors(self.sidecars):
                 self.sidecars.mkdir(parents=True, exist_ok=True)
-            document = read_document(self.path)
+            document = read_document(self.path, is_overlay=self._is_overlay)
             before = self._own_sidecars(document)
             yield document
             document.experts = dict(sorted(document.experts.items()))
             write_file(self.path, json_text(document.model_dump()))
             self.document = document
+            if self.sidecars.is_symlink():  # its files may be those of another store
+                return
             left = {file.name for file in self.sidecars.iterdir() if _HASHED.search(file.name)}  # by a stopped process
             for name in (before | left) - self._own_sidecars(document):
                 (self.sidecars / name).unlink(missing_ok=True)

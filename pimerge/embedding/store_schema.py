@@ -10,7 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pimerge.core.documents import parse_document
 from pimerge.core.errors import PimergeError
-from pimerge.core.files import read_json
+from pimerge.core.files import read_json, require_no_device
+from pimerge.core.plain_names import is_inside
 
 SCHEMA = 4
 
@@ -99,10 +100,15 @@ class StoreDocument(BaseModel):
     gains: dict[str, MeasuredGains] = Field(default_factory=dict)
 
 
-def read_document(path: Path) -> StoreDocument:
-    """Read the document with its experts in alphabetical order; return an empty one if the file does not exist."""
+def read_document(path: Path, *, is_overlay: bool = False) -> StoreDocument:
+    """Read the document with its experts in alphabetical order; return an empty one if the file does not exist.
+
+    Args:
+        is_overlay: whether it may name sidecars outside its folder; a document of somebody else must not.
+    """
     if not path.exists():
         return StoreDocument()
+    require_no_device(path)
     document = None
     with suppress(OSError, ValidationError):  # the fast way; on a failure the slow way below says what is wrong
         document = StoreDocument.model_validate_json(path.read_bytes())
@@ -115,5 +121,12 @@ def read_document(path: Path) -> StoreDocument:
                 "it is not a store or is of another version: remove it, or pass another --store",
             )
         document = parse_document(StoreDocument, path, "remove the file and run 'pimerge embed' again")
+    sidecars = [each.file for entry in document.experts.values() for each in entry.sidecars.values()]
+    outside = next((file for file in sidecars if not (is_overlay or is_inside(file))), None)
+    if outside is not None:
+        raise PimergeError(
+            f"'{path}' names the sidecar '{outside}', which is outside its folder",
+            "pimerge has not written it: remove it, or pass another --store",
+        )
     document.experts = dict(sorted(document.experts.items()))
     return document

@@ -401,7 +401,7 @@ def test_an_overlay_grows_and_leaves_the_store_as_it_was(filed: tuple[Store, Pat
     assert overlay.find(str(folder)) == "x"
     assert torch.equal(overlay.second_moments_file("x").read("input.q"), moments_of(0)["input.q"])
     overlay.add("y", fields_of("y"), tensors_of(1))
-    assert list(Store(overlay.path).experts) == ["x", "y"]
+    assert list(Store(overlay.path, is_overlay=True).experts) == ["x", "y"]
     assert list(Store(store.path).experts) == list(store.experts) == ["x"]
     assert [file.read_bytes() for file in files] == before
     assert sidecars(store) == ["x.marginals.safetensors", "x.safetensors"]
@@ -447,3 +447,27 @@ def test_dropping_an_expert_drops_its_gains(with_gains: Store) -> None:
     assert "n0" not in json.dumps(json.loads(with_gains.path.read_text())["gains"])
     with_gains.add("n0", fields_of("n0", "0"), tensors_of(0))  # the same again: nobody measured this one
     assert known(with_gains) == {"n1": ["n2"]}
+
+
+@pytest.mark.parametrize("file", ["../victim.txt", "/victim.txt", "embeddings/../../victim.txt", ".."])
+def test_a_sidecar_outside_the_folder_is_refused_and_kept(tmp_path: Path, file: str) -> None:
+    store, victim = Store(tmp_path / "store/embeddings.json"), tmp_path / "victim.txt"
+    store.add("a", fields_of("a"), tensors_of(0))
+    document = json.loads(store.path.read_text())
+    document["experts"]["a"]["sidecars"]["diagonal"]["file"] = str(tmp_path) * file.startswith("/") + file
+    store.path.write_text(json.dumps(document))
+    victim.write_text("kept")
+    with pytest.raises(PimergeError, match="outside its folder"):
+        store.drop("a")
+    with pytest.raises(PimergeError, match="outside its folder"):
+        open_store(store.path)
+    assert victim.read_text() == "kept"
+
+
+def test_the_files_of_a_linked_folder_of_sidecars_are_kept(tmp_path: Path) -> None:
+    other = Store(tmp_path / "other/embeddings.json")
+    other.add("a", fields_of("a"), tensors_of(0))
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store/embeddings").symlink_to(other.sidecars)
+    Store(tmp_path / "store/embeddings.json").add("b", fields_of("b"), tensors_of(1))
+    assert other.diagonal("a").keys() == diagonal_of(0).keys()
