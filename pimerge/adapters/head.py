@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ from pimerge.adapters.expert import Expert
 from pimerge.adapters.expert_files import TASK
 from pimerge.adapters.keys import TOKEN_ROWS, is_of_model, is_saved
 from pimerge.core.errors import PimergeError, Problems
+from pimerge.core.patterns import is_within
 from pimerge.tasks.task import Task, open_task
 
 if TYPE_CHECKING:
@@ -165,8 +165,7 @@ def refuse_updates_of_head(experts: Sequence[Expert], modules: Sequence[str], he
     """
     problems = Problems()
     for saved in head.modules:
-        inside = re.compile(rf"(^|.*\.){saved}($|\..*)")  # as PEFT matches it
-        updated = [name for name in modules if inside.match(name)]
+        updated = [name for name in modules if is_within(saved, name)]
         owner = next((expert.name for expert in experts if set(updated) & expert.modules.keys()), "")
         if updated:
             problems.add(

@@ -8,13 +8,13 @@ weight, not the factors.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pimerge.adapters.keys import ATTENTION_OUTPUT, PREFIX
 from pimerge.core.errors import PimergeError
+from pimerge.core.patterns import matches
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -224,6 +224,6 @@ def pattern_value(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
     (4, 8)
     """
     for key, value in pattern.items():
-        if re.match(rf"(.*\.)?({key})$", module):
+        if matches(key, module, ending=True):
             return value
     return default

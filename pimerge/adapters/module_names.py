@@ -20,6 +20,7 @@ from pimerge.adapters.lora_module import pattern_value
 from pimerge.adapters.source import AdapterSource
 from pimerge.checkpoints.base_modules import is_private_wrapper, is_wrapper
 from pimerge.core.errors import PimergeError, Problems
+from pimerge.core.patterns import matches
 
 _COPY = ".original_module."  # the base's own module, which PEFT keeps beside the trained one
 _TWICE = re.compile(rf"{re.escape(_COPY)}|\.modules_to_save\.(?=(?:weight|bias)$)")
@@ -222,7 +223,7 @@ def _renamed_config(config: Mapping[str, Any], keys: Iterable[_Key], names: Mapp
 def _is_target(name: str, targets: Any) -> bool:
     """Whether PEFT counts a module among ``target_modules``: a regular expression, or endings."""
     if isinstance(targets, str):
-        return re.fullmatch(targets, name) is not None
+        return matches(targets, name)
     return any(f".{name}".endswith(f".{target}") for target in targets or ())
 
 

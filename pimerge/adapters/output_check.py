@@ -9,7 +9,6 @@ transformers is imported for it, unless the base's files name none of the module
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from pimerge.adapters.model_class import lacks_head
 from pimerge.checkpoints.base import Base
 from pimerge.checkpoints.base_shapes import base_modules, base_shapes
 from pimerge.core.errors import PimergeError, Problems
+from pimerge.core.patterns import is_within, matches
 
 BUG = "this is a bug of pimerge: please report it with the command and the experts' configs"
 
@@ -53,7 +53,7 @@ def selects(config: Mapping[str, Any], name: str) -> bool:
     """
     if _matches(config.get("exclude_modules"), name):
         return False
-    if any(re.match(rf"(^|.*\.){saved}($|\..*)", name) for saved in config.get("modules_to_save") or ()):
+    if any(is_within(saved, name) for saved in config.get("modules_to_save") or ()):
         return False
     targets = config.get("target_modules")
     return targets is None or targets == "all-linear" or _matches(targets, name)
@@ -62,7 +62,7 @@ def selects(config: Mapping[str, Any], name: str) -> bool:
 def _matches(targets: Any, name: str) -> bool:
     """Whether a name or its ending is in a list, or the whole name matches a regular expression."""
     if isinstance(targets, str):
-        return re.fullmatch(targets, name) is not None
+        return matches(targets, name)
     found = frozenset(targets or ())
     return any(ending in found for ending in _endings(name))
 

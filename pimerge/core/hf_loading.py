@@ -6,12 +6,13 @@ A test reads the syntax tree of every module and fails if another one calls the 
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pimerge.core.errors import PimergeError
+from pimerge.core.files import read_json
+from pimerge.core.patterns import require_bounded
 from pimerge.core.plain_names import is_plain_name
 
 if TYPE_CHECKING:
@@ -74,21 +75,21 @@ def load_adapter(base_model: nn.Module, folder: Path, **options: Any) -> PeftMod
     """Put the adapter in a local folder into a base model, with PEFT."""
     from peft import PeftModel
 
-    return PeftModel.from_pretrained(base_model, str(_local(folder)), use_safetensors=True, **options)
+    _require_bounded(folder, base_model)
+    return PeftModel.from_pretrained(base_model, str(folder), use_safetensors=True, **options)
 
 
-def load_adapter_config(folder: Path) -> PeftConfig:
-    """PEFT's config of the adapter in a local folder."""
+def load_adapter_config(folder: Path, base_model: nn.Module) -> PeftConfig:
+    """PEFT's config of the adapter in a local folder, which is to be put into a base model."""
     from peft import PeftConfig
 
-    return PeftConfig.from_pretrained(str(_local(folder)))
+    _require_bounded(folder, base_model)
+    return PeftConfig.from_pretrained(str(folder))
 
 
-def _local(folder: Path) -> Path:
-    """An adapter's folder: PEFT would look for a missing one on the Hub, and read a pickle there."""
-    if not (folder / "adapter_config.json").is_file():
-        raise PimergeError(f"'{folder}' holds no adapter_config.json", "name the folder of an adapter")
-    return folder
+def _require_bounded(folder: Path, base_model: nn.Module) -> None:
+    """Refuse patterns that PEFT would match for ever, and a missing config, which PEFT would look for on the Hub."""
+    require_bounded(read_json(folder / "adapter_config.json"), (name for name, _ in base_model.named_modules()))
 
 
 def hub_rows(source: str, split: str, **options: Any) -> datasets.Dataset:
@@ -144,8 +145,8 @@ def require_safetensors(folder: Path) -> None:
         )
     for index in sorted(folder.glob("*.safetensors.index.json")):
         try:
-            places = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+            places = read_json(index)["weight_map"].values()
+        except (KeyError, AttributeError, TypeError) as error:
             raise PimergeError(f"'{index}' has no weight_map", "download the index again") from error
         outside = next((place for place in places if not is_plain_name(place)), None)
         if outside is not None:

@@ -100,7 +100,7 @@ def injected_sum(experts: Sequence[Expert], weights: Sequence[float], loaded: Lo
         names = [f"expert{index}" for index in range(len(experts))]
         strength = {}
         for name, expert, weight in zip(names, experts, weights, strict=True):
-            config, tensors, scale = _as_lora(expert)
+            config, tensors, scale = _as_lora(expert, loaded.model)
             strength[name] = weight * scale
             config.modules_to_save = config.task_type = None  # a task type adds modules to save
             config.inference_mode = True
@@ -116,7 +116,7 @@ def injected_sum(experts: Sequence[Expert], weights: Sequence[float], loaded: Lo
         yield model.eval()
 
 
-def _as_lora(expert: Expert) -> tuple[PeftConfig, dict[str, Tensor], float]:
+def _as_lora(expert: Expert, base_model: nn.Module) -> tuple[PeftConfig, dict[str, Tensor], float]:
     """Convert an expert to a LoRA: PEFT's config, its tensors, and the strength that they do not include."""
     from peft import LoraConfig
 
@@ -124,7 +124,7 @@ def _as_lora(expert: Expert) -> tuple[PeftConfig, dict[str, Tensor], float]:
         keys = expert.file.entries.keys() - set(expert.head.values())
         tensors = {key: expert.tensor(key) for key in sorted(keys)}
         with peft_folder(expert) as folder:
-            return load_adapter_config(folder), tensors, expert.strength
+            return load_adapter_config(folder, base_model), tensors, expert.strength
     ranks = {name: module.rank for name, module in expert.modules.items()}
     modules = list(expert.modules.values())
     fields = rank_fields(target_ranks(modules, ranks), parameters=bare_names(modules))
@@ -144,7 +144,7 @@ def fresh_adapter_like(expert: Expert, base_model: nn.Module) -> nn.Module:
     from pimerge import peft_methods  # noqa: F401  PEFT has to know every kind
 
     with peft_folder(expert) as folder:
-        config = load_adapter_config(folder)
+        config = load_adapter_config(folder, base_model)
     config.inference_mode = True
     model: nn.Module
     if config.is_prompt_learning:  # the model class of its task type inserts the prompt

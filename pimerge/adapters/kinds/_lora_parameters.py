@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +13,7 @@ from pimerge.adapters.bare_parameter import ORDER_FIELD, ORDERS, ExpertOrder, Sl
 from pimerge.adapters.kind import Shapes
 from pimerge.adapters.lora_module import BareParameter, LoraModule, pattern_value
 from pimerge.core.errors import Problems
+from pimerge.core.patterns import matches
 
 _NESTED = ".base_layer"
 Keys = dict[str, dict[str, str]]
@@ -47,7 +47,7 @@ def _is_layer(owner: str, config: Mapping[str, Any], targets: list[str]) -> bool
     """Whether PEFT adapted the module as a layer, not one of its parameters."""
     modules = config.get("target_modules") or []
     if isinstance(modules, str):
-        is_target = bool(re.fullmatch(modules, owner))
+        is_target = matches(modules, owner)
     else:
         is_target = any(f".{owner}".endswith(f".{name}") for name in modules)
     return is_target or not _candidates(owner, targets)

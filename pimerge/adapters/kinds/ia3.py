@@ -15,6 +15,7 @@ from pimerge.adapters.kinds._tensor_sets import fresh_fields as placed
 from pimerge.adapters.kinds._tensor_sets import parse_tensor_sets
 from pimerge.adapters.tensor_sets import BaseChange, Effect, TensorSet, TensorSlot
 from pimerge.core.errors import PimergeError
+from pimerge.core.patterns import matches
 
 if TYPE_CHECKING:
     from torch import nn
@@ -83,7 +84,7 @@ def base_changes(group: TensorSet, config: Mapping[str, Any]) -> list[BaseChange
     ['k.weight', 'k.bias']
     """
     slot, named = group.slots["ia3_l"], config.get("feedforward_modules") or []
-    in_config = bool(re.fullmatch(named, group.name)) if isinstance(named, str) else group.name.endswith((*named,))
+    in_config = matches(named, group.name) if isinstance(named, str) else group.name.endswith((*named,))
     is_clear = len(slot.shape) == 2 and slot.shape[0] != slot.shape[1]
     if slot.shape[0] == 1 if is_clear else in_config:
         return [BaseChange(f"{group.name}.weight", slot.key, slot.shape, Effect.SCALED_INPUTS)]
