@@ -20,6 +20,7 @@ def compare(
     ] = None,
     target: options.TargetReference = None,
     shots: Annotated[str, typer.Option(help="Training examples per class, such as 1,5,20,all.")] = "5",
+    up_to_shots: options.UpToShots = False,
     seeds: Annotated[int, typer.Option(help="Number of random samplings of the examples, with seeds 0, 1, ….")] = 3,
     methods: Annotated[
         str, typer.Option(help="Tune methods, separated by commas. 'pimerge tune --methods' lists them.")
@@ -92,6 +93,7 @@ def compare(
         target,
         experts=experts,
         shots=numbers,
+        up_to_shots=up_to_shots,
         seeds=seeds,
         methods=_listed(methods),
         controls=asked,

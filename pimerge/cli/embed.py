@@ -18,6 +18,7 @@ def embed(
     examples: Annotated[int, typer.Option(min=1, help="Maximum training examples per expert.")] = 1000,
     labels: Annotated[str, typer.Option(help="Labels: true (from the data) or sampled (from the model).")] = "true",
     shots: options.Shots = None,
+    up_to_shots: options.UpToShots = False,
     seed: options.Seed = 0,
     grams: Annotated[
         bool, typer.Option("--grams", help="Also store input Grams, which 'merge --method regmean' needs.")
@@ -44,6 +45,7 @@ def embed(
         examples=examples,
         labels=labels,
         shots=shots,
+        up_to_shots=up_to_shots,
         seed=seed,
         grams=grams,
         batch_tokens=batch_tokens,

@@ -131,6 +131,10 @@ Dtype = Annotated[
 ]
 Seed = Annotated[int, typer.Option(help="Random seed.")]
 Shots = Annotated[int | None, typer.Option(help="Training examples per class, sampled at random. Default: all.")]
+UpToShots = Annotated[
+    bool,
+    typer.Option("--up-to-shots", help="Take all examples of a class with fewer than --shots."),
+]
 ClassNames = Annotated[
     bool | None,
     typer.Option(

@@ -37,6 +37,7 @@ def rank(
         typer.Option(help="Measure to rank by. auto: combined if examples of the target can be read, else fisher."),
     ] = AUTO,
     shots: options.Shots = None,
+    up_to_shots: options.UpToShots = False,
     examples: Annotated[int, typer.Option(min=2, help="Maximum examples of the target.")] = 500,
     seed: options.Seed = 0,
     gate: Annotated[
@@ -93,6 +94,7 @@ def rank(
         track=tracker(quiet),
         note=partial(note, quiet=quiet),
         warn=warn,
+        up_to_shots=up_to_shots,
     )
     plain = target is not None and are_state_dicts(target, store)
     if plain and (explain is not None or calibrate):

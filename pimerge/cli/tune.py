@@ -35,6 +35,7 @@ def tune(
     ranking: options.RankingPath = Path("ranking.json"),
     base: options.BaseReference = None,
     shots: options.Shots = None,
+    up_to_shots: options.UpToShots = False,
     epochs: Annotated[float, typer.Option(help="Maximum passes over the training examples.")] = 30,
     lr: Annotated[
         float | None,
@@ -139,6 +140,7 @@ def tune(
                 init_seed=init_seed,
             ),
             select=select,
+            up_to_shots=up_to_shots,
             start=start,
             allow_disjoint=allow_disjoint,
             device=device,

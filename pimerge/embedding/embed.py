@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,7 @@ def embed(
     examples: int = 1000,
     labels: str = LabelMode.TRUE,
     shots: int | None = None,
+    up_to_shots: bool = False,
     seed: int = 0,
     grams: bool = False,
     batch_tokens: int | None = None,
@@ -84,6 +85,7 @@ def embed(
         examples: maximum number of examples from each expert's training split.
         labels: ``true`` (the labels of the data) or ``sampled`` (labels sampled from the model's predictions).
         shots: training examples per class; None uses all.
+        up_to_shots: take all examples of a class that has fewer than ``shots``, instead of refusing.
         seed: seed of the sampling.
         grams: also collect the input Grams, which ``merge(method="regmean")`` needs.
         batch_tokens: maximum number of tokens per batch; the default depends on the device.
@@ -116,6 +118,7 @@ def embed(
     for name in [name for name in target.experts if not target.folder_of(name).is_dir()]:
         target.drop(name)
         note(f"{name}: its folder is gone; removed from the store")
+    ready = [(expert, replace(own, up_to_shots=up_to_shots)) for expert, own in ready]
     resolved = resolve_device(device)
     bases = Bases(resolved, resolve_dtype(dtype, resolved))
     # experts with the same base and number of labels follow each other, so that the base is loaded once

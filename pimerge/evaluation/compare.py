@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from pimerge.adapters.expert import Expert
@@ -24,6 +25,7 @@ def compare(
     *,
     experts: str | Path | Expert | Sequence[str | Path | Expert] | None = None,
     shots: Sequence[int | None] = (5,),
+    up_to_shots: bool = False,
     seeds: int = 3,
     methods: Sequence[str] = ("guided", "learned", "interpolated"),
     controls: Sequence[str] | None = None,
@@ -56,6 +58,7 @@ def compare(
             the ranking's target. The target's own expert is left out, since it may have seen more examples.
         experts: experts, or folders of them; by default the candidates of the ranking.
         shots: numbers of training examples per class; None for all.
+        up_to_shots: take all examples of a class that has fewer than ``shots``, instead of refusing.
         seeds: number of samplings, with the seeds 0, 1, ….
         methods: tune methods.
         controls: controls, from head, scratch, named, full, single, uniform and random; by default all except random,
@@ -98,7 +101,7 @@ def compare(
     pool = _open_pool(listed(experts), own, ranking, base)
     asked = usual_controls(task, tried) if controls is None else controls
     request = ComparisonRequest(
-        task=task,
+        task=replace(task, up_to_shots=up_to_shots),
         base=base_of([each.expert for each in pool], own, base),
         pool=pool,
         design=ComparisonDesign(

@@ -180,11 +180,11 @@ def _check_data(
     """Check that each class has enough examples for the numbers of shots."""
     for shots in design.shots:
         short = [task.labels[label] for label, count in sorted(counts.items()) if shots and count < shots]
-        if task.labels and short and not task.of_words:
+        if task.labels and short and not task.of_words and not task.up_to_shots:
             least = min(counts.values())
             problems.add(
                 f"{shots} shots are asked for, but {', '.join(short)} has fewer examples: {least}",
-                f"pass --shots {least} or all, or --draw-from with a larger split",
+                f"pass --shots {least} or all, --up-to-shots, or --draw-from with a larger split",
             )
     if design.seeds > 1 and any(shots is None or set(counts.values()) == {shots} for shots in design.shots):
         note("with all examples, the seeds differ only in init and order")

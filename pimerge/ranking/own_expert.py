@@ -114,7 +114,7 @@ def _embed(target: RankTarget, store: Store, request: RankRequest) -> None:
     device = resolve_device(request.device)
     embed_expert(
         expert,
-        check_expert(expert, target.given),
+        check_expert(expert, target.task() if target.given else None),
         store,
         settings,
         Bases(device, resolve_dtype(like.dtype, device)),

@@ -30,6 +30,7 @@ def rank(
     k: int | None = 2,
     measure: str = AUTO,
     shots: int | None = None,
+    up_to_shots: bool = False,
     examples: int = 500,
     seed: int = 0,
     gate: bool = True,
@@ -57,6 +58,7 @@ def rank(
         measure: ``auto`` is ``combined`` if the target's examples can be read, otherwise ``fisher``; ``pimerge rank
             --measures`` lists all measures.
         shots: training examples per class of the target; None uses all.
+        up_to_shots: take all examples of a class that has fewer than ``shots``, instead of refusing.
         examples: maximum number of the target's examples.
         seed: seed of the sampling.
         gate: select only experts that are expected to help.
@@ -81,7 +83,22 @@ def rank(
             ranking.save("ranking.json")
     """
     request = RankRequest(
-        store, k, measure, shots, examples, seed, gate, train_target, base, device, dtype, force, track, note, warn
+        store,
+        k,
+        measure,
+        shots,
+        examples,
+        seed,
+        gate,
+        train_target,
+        base,
+        device,
+        dtype,
+        force,
+        track,
+        note,
+        warn,
+        up_to_shots,
     )
     states = ranked_state_dicts(str(target), request) if isinstance(target, str | Path) else None
     if states is not None:
@@ -163,7 +180,7 @@ def _ranked(source: Expert | TaskSource, request: RankRequest) -> Iterator[_Rank
     if request.measure != AUTO:
         MEASURES.load(request.measure)
     store = open_store(Path(request.store))
-    target = find_target(source, store, request.base)
+    target = replace(find_target(source, store, request.base), up_to_shots=request.up_to_shots)
     if target.expert is None and request.train_target:
         target = trained(target, store, request)
     if request.train_target and request.measure == AUTO and target.folder == folder_for(store, target.name):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pimerge.adapters.expert import Expert, open_expert
@@ -40,6 +40,7 @@ class RankRequest:
     track: Track = silent
     note: Note = unheard
     warn: Note = unheard
+    up_to_shots: bool = False
 
     @property
     def rule(self) -> SelectionRule:
@@ -57,6 +58,7 @@ class RankTarget:
         folder: folder of the expert or of the task; for rows in memory the name of the task.
         stored: whether the store holds the expert.
         given: the target's task, if it was given as an object.
+        up_to_shots: whether a class with fewer examples than shots gives all of them.
     """
 
     name: str
@@ -64,10 +66,11 @@ class RankTarget:
     folder: Path
     stored: bool
     given: Task | None = None
+    up_to_shots: bool = False
 
     def task(self) -> Task:
         """Open the target's task."""
-        return self.given or open_task(self.folder)
+        return replace(self.given or open_task(self.folder), up_to_shots=self.up_to_shots)
 
     def reference(self) -> Target:
         """Return the reference by which the ranking names the target."""

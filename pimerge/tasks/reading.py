@@ -126,14 +126,18 @@ def _note_empty(table: Any, use: str, column: str, broken: RowProblems) -> None:
 
 
 def sample_rows(
-    rows: Rows, names: Sequence[str], of_words: bool, shots: int | None, limit: int | None, seed: int
+    rows: Rows, names: Sequence[str], of_words: bool, shots: int | None, limit: int | None, seed: int, up_to: bool
 ) -> list[int]:
-    """Sample positions of ``shots`` rows per class, at most ``limit`` in total; None means no limit."""
+    """Sample positions of ``shots`` rows per class, at most ``limit`` in total; None means no limit.
+
+    Args:
+        up_to: take all rows of a class with fewer than ``shots``, instead of refusing.
+    """
     chosen = list(range(len(rows.labels)))
     if shots is not None and of_words:
-        chosen = sample_sentences([set(classes) for classes in rows.words], shots, seed, names)
+        chosen = sample_sentences([set(classes) for classes in rows.words], shots, seed, names, up_to=up_to)
     elif shots is not None:
-        chosen = sample_shots(rows.labels, shots, seed, names)
+        chosen = sample_shots(rows.labels, shots, seed, names, up_to=up_to)
     if limit is not None and limit < len(chosen):
         chosen = sorted(chosen[place] for place in permutation(len(chosen), seed)[:limit])
     return chosen

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from pimerge.core.errors import PimergeError, Problems
+from pimerge.core.errors import PimergeError
 
 if TYPE_CHECKING:
     import torch
 
+_FEWER = "ask for fewer --shots, or pass --up-to-shots to take all there are"
+_SHOWN = 10
 
-def sample_shots(labels: Sequence[int], shots: int, seed: int, names: Sequence[str]) -> list[int]:
-    """Sample ``shots`` examples per class; every class with fewer examples is an error.
+
+def sample_shots(
+    labels: Sequence[int], shots: int, seed: int, names: Sequence[str], *, up_to: bool = False
+) -> list[int]:
+    """Sample ``shots`` examples per class; a class with fewer examples is an error, or gives all of them if ``up_to``.
 
     Args:
         labels: the class of each example.
@@ -25,24 +30,35 @@ def sample_shots(labels: Sequence[int], shots: int, seed: int, names: Sequence[s
     [1, 4]
     """
     _require_shots(shots)
-    problems = Problems()
-    chosen: list[int] = []
     order = permutation(len(labels), seed)
-    groups = [f"the class '{name}' has" for name in names] or ["there are"]
-    for index, group in enumerate(groups):
-        in_class = [i for i in order if labels[i] == index]
-        if len(in_class) < shots:
-            problems.add(f"{group} {len(in_class)} examples, {shots} were asked for", "ask for fewer --shots")
-        chosen += in_class[:shots]
-    problems.raise_any(f"{shots} shots cannot be sampled of each class")
-    return sorted(chosen)
+    groups: list[list[int]] = [[] for _ in names or [""]]
+    for place in order:
+        groups[labels[place]].append(place)
+    if not names and len(order) < shots and not up_to:
+        raise PimergeError(f"there are {len(order)} examples, {shots} were asked for", _FEWER)
+    if names and not up_to:
+        _require_each({name: len(group) for name, group in zip(names, groups, strict=True)}, shots, "examples")
+    return sorted(place for group in groups for place in group[:shots])
 
 
-def sample_sentences(held: Sequence[set[int]], shots: int, seed: int, names: Sequence[str]) -> list[int]:
+def _require_each(counts: Mapping[str, int], shots: int, what: str) -> None:
+    """Refuse to sample more than there is of a class; all such classes are one problem."""
+    few = [f"'{name}' ({count})" for name, count in counts.items() if count < shots]
+    if few:
+        shown = ", ".join(few[:_SHOWN]) + (f" and {len(few) - _SHOWN} more" if len(few) > _SHOWN else "")
+        raise PimergeError(
+            f"{len(few)} of {len(counts)} classes have too few {what}, {shots} were asked for: {shown}",
+            _FEWER,
+        )
+
+
+def sample_sentences(
+    held: Sequence[set[int]], shots: int, seed: int, names: Sequence[str], *, up_to: bool = False
+) -> list[int]:
     """Sample sentences until at least ``shots`` of them contain each class that occurs.
 
-    In a random order, every sentence is taken that contains a class without enough sentences so far. Every class that
-    occurs in fewer sentences is an error.
+    In a random order, every sentence is taken that contains a class without enough sentences so far. A class that
+    occurs in fewer sentences is an error, or all of them are taken if ``up_to``.
 
     Args:
         held: the classes in each sentence.
@@ -54,11 +70,9 @@ def sample_sentences(held: Sequence[set[int]], shots: int, seed: int, names: Seq
     [0, 1]
     """
     _require_shots(shots)
-    problems = Problems()
-    for index, name in enumerate(names):
-        if 0 < (there := sum(index in classes for classes in held)) < shots:
-            problems.add(f"{there} sentences hold the class '{name}', {shots} were asked for", "ask for fewer --shots")
-    problems.raise_any(f"{shots} sentences cannot be sampled of each class")
+    occurring = {name: sum(index in classes for classes in held) for index, name in enumerate(names)}
+    if not up_to:
+        _require_each({name: count for name, count in occurring.items() if count}, shots, "sentences")
     counts: Counter[int] = Counter()
     chosen = []
     for index in permutation(len(held), seed):

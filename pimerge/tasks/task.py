@@ -39,11 +39,13 @@ class Task:
         path: path of ``task.json``; the task's name for rows in memory.
         file: content of ``task.json``.
         splits: split → rows, if they are in memory.
+        up_to_shots: whether a class with fewer examples than ``shots`` gives all of them, instead of an error.
     """
 
     path: Path
     file: TaskFile
     splits: Mapping[str, datasets.Dataset] | None = None
+    up_to_shots: bool = False
 
     @classmethod
     def from_rows(
@@ -222,7 +224,8 @@ class Task:
         """
         try:
             rows = self._rows(role)
-            sampled = rows.select(sample_rows(rows, self.labels, self.of_words, shots, limit, seed))
+            places = sample_rows(rows, self.labels, self.of_words, shots, limit, seed, self.up_to_shots)
+            sampled = rows.select(places)
             examples = self.type.encode(sampled, self.file, processor, config)
             return replace(examples, skipped=sampled.skipped), list(sampled.labels)
         except RowsError as error:

@@ -40,6 +40,7 @@ def tune(
     base: str | Path | Base | None = None,
     options: TrainingOptions | None = None,
     select: str = RateSelection.FIXED,
+    up_to_shots: bool = False,
     start: str = WeightStart.RANKING,
     allow_disjoint: bool = False,
     device: str = "auto",
@@ -66,6 +67,7 @@ def tune(
         base: the base model, a folder or Hub id; it replaces the base that the experts name.
         options: training options.
         select: ``fixed`` uses the given learning rate and epochs; ``cv`` chooses both by cross-validation.
+        up_to_shots: take all examples of a class that has fewer than ``options.shots``, instead of refusing.
         start: initial weights of the experts: ``ranking`` uses its scores or gains, ``equal`` uses 1/N.
         allow_disjoint: accept experts that adapt different modules, and so share none.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1`` …
@@ -105,7 +107,7 @@ def tune(
         require_shared_modules(chosen.experts)
     if chosen.task_source is None:
         raise PimergeError("there is no target", "pass --target with the folder of an expert or a task")
-    task, used = open_task(chosen.task_source), asked
+    task, used = replace(open_task(chosen.task_source), up_to_shots=up_to_shots), asked
     if asked.plan.experts and not chosen.experts:
         where = ranked.path if isinstance(ranked, Ranking) else ranked
         warn(f"no expert is expected to help ({where}): training a fresh expert instead")

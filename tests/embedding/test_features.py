@@ -348,7 +348,7 @@ def test_a_target_of_one_class_is_an_error_that_says_so(bert_base: Path, text_ta
 
 
 def test_more_shots_than_there_are_is_an_error(bert_base: Path, text_task: Path) -> None:
-    with pytest.raises(PimergeError, match="has 20 examples, 21 were asked for"):
+    with pytest.raises(PimergeError, match="2 of 2 classes have too few examples, 21 were asked for"):
         reader_of(bert_base, text_task, Sampling(shots=21))
 
 

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pimerge.core.errors import PimergeError
-from pimerge.tasks.sampling import sample_shots, split_fold, split_holdout, stratified_folds
+from pimerge.tasks.sampling import sample_sentences, sample_shots, split_fold, split_holdout, stratified_folds
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.25, 0.5, 0.9])
@@ -70,9 +70,20 @@ def test_more_shots_contain_the_fewer_of_the_same_seed() -> None:
 def test_every_class_with_too_few_examples_is_named() -> None:
     with pytest.raises(PimergeError) as caught:
         sample_shots([0, 0, 0, 1, 2], 2, 0, ["a", "b", "c"])
-    assert [problem.message for problem in caught.value.problems] == [
-        f"the class '{name}' has 1 examples, 2 were asked for" for name in "bc"
-    ]
+    [problem] = caught.value.problems
+    assert problem.message == "2 of 3 classes have too few examples, 2 were asked for: 'b' (1), 'c' (1)"
+    assert "--up-to-shots" in problem.hint
+
+
+def test_up_to_shots_takes_what_there_is() -> None:
+    labels = [0, 0, 0, 1, 2, 0]
+    chosen = sample_shots(labels, 2, 0, ["a", "b", "c", "d"], up_to=True)
+    assert [labels[index] for index in chosen].count(0) == 2
+    assert {3, 4} <= set(chosen)
+    assert len(chosen) == 4
+    assert sample_shots([0, 0], 5, 0, [], up_to=True) == [0, 1]
+    held: list[set[int]] = [{0}, {0, 1}, {0}]
+    assert sample_sentences(held, 2, 0, ["O", "X"], up_to=True).count(1) == 1
 
 
 def test_less_than_one_shot_is_refused() -> None:
