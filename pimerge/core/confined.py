@@ -12,6 +12,7 @@ import importlib
 import json
 import os
 import pickle
+import select
 import struct
 import subprocess
 import sys
@@ -48,14 +49,12 @@ class _Worker:
     def ask(self, request: Any) -> Any:
         assert self.process.stdin
         assert self.process.stdout
-        timer = threading.Timer(_WALL, self.process.kill)
-        timer.daemon = True
-        timer.start()
-        try:
-            _send(self.process.stdin, pickle.dumps(request))
-            return json.loads(_received(self.process.stdout))
-        finally:
-            timer.cancel()
+        _send(self.process.stdin, pickle.dumps(request))
+        if os.name == "posix":  # elsewhere there is no select for pipes
+            ready, _, _ = select.select([self.process.stdout], [], [], _WALL)
+            if not ready:
+                raise EOFError
+        return json.loads(_received(self.process.stdout))
 
     def close(self) -> None:
         if self.owner == os.getpid():

@@ -1,4 +1,4 @@
-"""Prompts and answers from Jinja2 templates over a row's columns, in a sandbox.
+"""Prompts and answers from Jinja2 templates over a row's columns, in bounded time and memory.
 
 A template can use every column by its name (an image as its width and height), and the name of the row's class as
 ``label``. A missing column and a null value are errors, and there are no random filters.
@@ -6,25 +6,21 @@ A template can use every column by its name (an image as its width and height), 
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from pimerge.core.confined import confined
 from pimerge.core.errors import PimergeError, Problems, nearest
 from pimerge.tasks.row_errors import RowProblems
-from pimerge.tasks.text_columns import shown_as_json
 
 if TYPE_CHECKING:
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
     from pimerge.tasks.examples import Rows
     from pimerge.tasks.schema import TaskFile
 
 LABEL = "label"
-_ONE_EXPRESSION = re.compile(r"\s*\{\{-?((?:(?!\}\}|\{\{).)+?)-?\}\}\s*", re.DOTALL)
+_RENDERING = "pimerge.tasks.rendering"
 
 
 @dataclass(frozen=True)
@@ -58,66 +54,29 @@ class Template:
     """
 
     def __init__(self, field: str, source: str) -> None:
-        from jinja2 import TemplateSyntaxError, meta
-
-        self.field = field
-        environment = _environment()
+        self.field, self.source = field, source
         try:
-            self._template = environment.from_string(source)
-            self.names = meta.find_undeclared_variables(environment.parse(source)) - set(environment.globals)
-            one = _ONE_EXPRESSION.fullmatch(source)
-            self._value = environment.compile_expression(one[1], undefined_to_none=False) if one else None
-        except TemplateSyntaxError as error:
+            self.names: set[str] = set(confined(f"{_RENDERING}:names_in", source))
+        except PimergeError as error:
             raise PimergeError(
-                f"{field}: line {error.lineno} of the template: {error.message}",
-                "it is a Jinja2 template, such as 'Review: {{ text }}'",
+                f"{field}: {error.problems[0].message}", "it is a Jinja2 template, such as 'Review: {{ text }}'"
             ) from error
 
     def text(self, values: Mapping[str, Any]) -> str:
         """Fill in the template."""
-        return str(self._filled(self._template.render, values))
+        return str(self._filled("text", values))
 
     def values(self, values: Mapping[str, Any]) -> list[str]:
         """Like :meth:`text`, but one text per item if the template is a single expression that gives a list."""
-        if self._value is not None:
-            found = self._filled(self._value, values)
-            if isinstance(found, Sequence) and not isinstance(found, str):
-                return [str(self._filled(_present, item)) for item in found]
-        return [self.text(values)]
+        return list(self._filled("texts", values))
 
-    def _filled(self, fill: Any, values: Any) -> Any:
+    def _filled(self, how: str, values: Mapping[str, Any]) -> Any:
         try:
-            return fill(values)
-        except Exception as error:  # a user's template can raise any error
+            return confined(f"{_RENDERING}:{how}", self.source, dict(values))
+        except PimergeError as error:
             raise PimergeError(
-                f"the {self.field} cannot be filled in: {error}", "fix the template or the row"
+                f"the {self.field} cannot be filled in: {error.problems[0].message}", "fix the template or the row"
             ) from error
-
-
-@cache
-def _environment() -> ImmutableSandboxedEnvironment:
-    from jinja2 import StrictUndefined
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    found = ImmutableSandboxedEnvironment(
-        undefined=StrictUndefined, autoescape=False, finalize=_present, keep_trailing_newline=True
-    )
-    # randomness would change the task at each call
-    del found.globals["lipsum"], found.filters["random"]
-    return found
-
-
-def _present(value: Any) -> Any:
-    """Refuse what has no text of its own: Python's spelling of a list or an object is none."""
-    if value is None:
-        raise ValueError("a value in it is null")
-    if isinstance(value, Mapping):
-        raise ValueError(f"a value in it is an object, {shown_as_json(value)}: name one of its fields, as in x.field")
-    if isinstance(value, list | tuple | set | frozenset | Iterator):
-        raise ValueError("a value in it is a list: name one of its items, as in x[0], or join them: x | join(', ')")
-    if isinstance(value, bytes):
-        raise ValueError("a value in it is bytes that are not UTF-8")
-    return value
 
 
 def check_texts(file: TaskFile) -> None:
