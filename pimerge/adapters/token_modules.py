@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from pimerge.adapters.expert import Expert
 from pimerge.adapters.keys import OF_TOKENS, is_saved_embedding, parameter_of
 from pimerge.adapters.lora_module import LoraModule
-from pimerge.checkpoints.tokenizer_files import tokens_of
+from pimerge.checkpoints.tokenizer_files import first_other_token, tokens_of
 from pimerge.checkpoints.vocabularies import vocabulary_of
 from pimerge.core.errors import PimergeError, Problems
 from pimerge.core.files import read_json
@@ -66,11 +66,9 @@ def require_same_tokens(holders: Sequence[tuple[Expert, Collection[int]]]) -> st
     for expert, rows, tokens in known:
         if first is None or tokens is None or expert is first[0]:
             continue
-        common = tokens.keys() & (first[2] or {}).keys()
         other = first[2] or {}
-        differing = [n for n in common if tokens[n] != other[n] and n in rows and n in first[1]]
-        if differing:
-            number = min(differing)
+        number = first_other_token(tokens, other, {row for row in rows if row in first[1]})
+        if number is not None:
             problems.add(
                 f"token {number} is {other[number]!r} in '{first[0].name}' and {tokens[number]!r} in '{expert.name}', "
                 "by their tokenizers, so their rows do not stand for the same tokens",

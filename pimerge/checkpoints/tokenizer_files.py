@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import shutil
+from collections.abc import Container, Mapping
 from pathlib import Path
 
 from pimerge.core.files import read_json
@@ -11,6 +13,7 @@ _MAIN = frozenset(
     """tokenizer.json tokenizer.model tokenizer_config.json vocab.json vocab.txt merges.txt spiece.model source.spm
     target.spm sentencepiece.bpe.model sentencepiece.model spm.model tekken.json""".split()  # noqa: SIM905
 )
+_RESERVED = re.compile(r"unused|reserved|placeholder|(control|special|extra)_?(id|token)?_?\d", re.IGNORECASE)
 _BESIDE = frozenset({"special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json"})
 
 
@@ -43,10 +46,26 @@ def tokens_of(folder: Path) -> dict[int, str] | None:
     elif (folder / "vocab.json").is_file():
         found = dict(read_json(folder / "vocab.json"))
     elif (folder / "vocab.txt").is_file():
-        lines = (folder / "vocab.txt").read_text(encoding="utf-8").splitlines()
+        lines = (folder / "vocab.txt").read_text(encoding="utf-8").removesuffix("\n").split("\n")
         found = {token: number for number, token in enumerate(lines)}
     if not found:
         return None
     if (folder / "added_tokens.json").is_file():
         found |= read_json(folder / "added_tokens.json")
     return {number: token for token, number in found.items()}
+
+
+def first_other_token(
+    first: Mapping[int, str] | None, second: Mapping[int, str] | None, rows: Container[int]
+) -> int | None:
+    """The first row that stands for other tokens in two vocabularies; None if there is none or one is not known.
+
+    A token that one of them only keeps free, such as ``<|reserved_special_token_0|>``, can have a name in the other.
+
+    >>> first_other_token({0: "a", 1: "[unused1]"}, {0: "b", 1: "<image>"}, range(2))
+    0
+    """
+    if first is None or second is None:
+        return None
+    differing = (n for n in first.keys() & second.keys() if n in rows and first[n] != second[n])
+    return min((n for n in differing if not (_RESERVED.search(first[n]) or _RESERVED.search(second[n]))), default=None)

@@ -15,7 +15,7 @@ from pimerge.checkpoints.checkpoint import Checkpoint
 from pimerge.checkpoints.dtypes import size_of, torch_dtype
 from pimerge.checkpoints.key_mapping import align, names_of, skeleton
 from pimerge.checkpoints.safetensors_file import PIECE, TensorFile, bytes_of
-from pimerge.checkpoints.tokenizer_files import tokens_of
+from pimerge.checkpoints.tokenizer_files import first_other_token, tokens_of
 from pimerge.core.errors import Problems
 
 if TYPE_CHECKING:
@@ -122,16 +122,17 @@ def one_vocabulary(
 ) -> OneVocabulary:
     """Views of the checkpoints, the first of which is the base, with the rows of all tokens.
 
-    A checkpoint whose tokens are not known to be the base's is a problem.
+    A checkpoint whose tokens are not known to be the base's is a problem; of vocabularies of one size, only tokenizers
+    that disagree are.
 
     Args:
         selected: tells by key of the base which tensors matter.
     """
-    sizes = [vocabulary_of(checkpoint.config) for checkpoint in checkpoints]
-    if len(set(sizes)) == 1 or None in sizes:
+    sizes, base = [vocabulary_of(checkpoint.config) for checkpoint in checkpoints], checkpoints[0]
+    if None in sizes:
         return OneVocabulary(checkpoints)
-    base = checkpoints[0]
-    model = skeleton(base, base.config)
+    reasons = _other_tokens(checkpoints)
+    model = skeleton(base, base.config) if reasons or len(set(sizes)) > 1 else None
     if model is None:
         return OneVocabulary(checkpoints)
     own = names_of(base)
@@ -140,14 +141,14 @@ def one_vocabulary(
     keys = [key for key in keys if all(key in each for each in aligned)]
     if not keys:
         return OneVocabulary(checkpoints)
-    for checkpoint in checkpoints[1:]:
-        if reason := _other_tokens(base, checkpoint):
-            problems.add(
-                f"'{checkpoint.name}' has a vocabulary of {vocabulary_of(checkpoint.config)} tokens, the base "
-                f"'{base.name}' of {vocabulary_of(base.config)}: {reason}",
-                f"save the tokenizer of each beside it, or keep the base's embeddings: --exclude {keys[0]}",
-            )
-    if problems.found:
+    for number, reason in reasons.items():
+        problems.add(
+            f"'{checkpoints[number].name}' has a vocabulary of {sizes[number]} tokens, the base '{base.name}' of "
+            f"{sizes[0]}: {reason}",
+            f"leave it out, or keep the base's embeddings: --exclude {' --exclude '.join(keys)}"
+            + ("; or save the tokenizer of each beside it" if sizes[number] != sizes[0] else ""),
+        )
+    if problems.found or len(set(sizes)) == 1:
         return OneVocabulary(checkpoints)
     largest = max(checkpoints, key=lambda each: vocabulary_of(each.config) or 0)
     rows = vocabulary_of(largest.config) or 0
@@ -163,22 +164,34 @@ def one_vocabulary(
     )
 
 
-def _other_tokens(base: Checkpoint, checkpoint: Checkpoint) -> str:
-    """Why it is not known that the common rows of two vocabularies stand for the same tokens; empty if it is."""
-    sizes = [vocabulary_of(each.config) or 0 for each in (base, checkpoint)]
-    if sizes[0] == sizes[1]:
+def _other_tokens(checkpoints: Sequence[Checkpoint]) -> dict[int, str]:
+    """Index of a checkpoint → why its rows are not known to stand for the same tokens as those of the ones before."""
+    found: dict[int, str] = {}
+    tokens = [None if each.is_file else tokens_of(each.path) for each in checkpoints]
+    sizes = [vocabulary_of(each.config) or 0 for each in checkpoints]
+    for number in range(1, len(checkpoints)):
+        for other in range(number):
+            rows = range(min(sizes[number], sizes[other]))
+            first, second = tokens[other], tokens[number]
+            token = first_other_token(first, second, rows)
+            if token is not None and first and second:
+                where = f"in '{checkpoints[other].name}'" if other else "in the base"
+                found.setdefault(number, f"token {token} is {first[token]!r} {where} and {second[token]!r} here")
+        reason = _unknown_rows(tokens[0], tokens[number], sizes[0], sizes[number])
+        if reason and number not in found:
+            found[number] = reason
+    return found
+
+
+def _unknown_rows(first: Mapping[int, str] | None, second: Mapping[int, str] | None, old: int, new: int) -> str:
+    """Why it is not known which tokens the further rows of the larger of two vocabularies are for; empty if it is."""
+    if old == new:
         return ""
-    tokens = [None if each.is_file else tokens_of(each.path) for each in (base, checkpoint)]
-    first, second = tokens
     if first is None or second is None:
         return "without both tokenizers, it is not known that their common rows stand for the same tokens"
-    differing = [number for number in first.keys() & second.keys() if first[number] != second[number]]
-    if differing and min(differing) < min(sizes):
-        number = min(differing)
-        return f"token {number} is {first[number]!r} in the base and {second[number]!r} here"
-    larger = first if sizes[0] > sizes[1] else second
-    if not any(min(sizes) <= number < max(sizes) for number in larger):
-        return f"its tokenizer names none of the {max(sizes) - min(sizes)} further tokens"
+    larger = first if old > new else second
+    if not any(min(old, new) <= number < max(old, new) for number in larger):
+        return f"its tokenizer names none of the {abs(old - new)} further tokens"
     return ""
 
 

@@ -86,6 +86,21 @@ def test_what_is_not_known_to_be_the_same_tokens_is_refused_in_one_line(tmp_path
     assert all(torch.equal(kept[key], base[key]) is (key in ROWS) for key in base)
 
 
+def test_one_size_with_other_tokens_is_refused_unless_the_rows_are_not_merged(tmp_path: Path, shell: Shell) -> None:
+    three(tmp_path, (64, 64, 64))
+    given = ("merge", tmp_path / "a", tmp_path / "b", "--base", tmp_path / "base", "--method", "ties", "-o", "out")
+    tokenizer(tmp_path / "b", 64, first="other")
+    result = shell(*given)
+    assert (result.code, Path("out").exists()) == (3, False)
+    assert "token 0 is 'a' in the base and 'other' here" in result.err
+    for name in ("base", "a", "b"):  # a token that the base keeps free can have one name among the experts
+        tokenizer(tmp_path / name, 64, first={"base": "<|reserved_0|>", "a": "<image>", "b": "<video>"}[name])
+    assert "token 0 is '<image>' in 'a' and '<video>' here" in shell(*given).err
+    assert shell(*given, "--exclude", "*embed_tokens*", "--exclude", "lm_head*").code == 0
+    tokenizer(tmp_path / "b", 64, first="<image>")
+    assert shell(*given, "--force").code == 0
+
+
 def test_a_dry_run_says_it(tmp_path: Path, shell: Shell) -> None:
     three(tmp_path)
     given = ("merge", tmp_path / "a", tmp_path / "b", "--base", tmp_path / "base", "--method", "ties", "-o", "out")
