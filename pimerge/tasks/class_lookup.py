@@ -91,20 +91,31 @@ def _are_indices(seen: set[str], names: Sequence[str]) -> bool:
 
 def _tell(places: Sequence[int], problems: RowProblems, unit: str, message: Callable[[str], str], hint: str) -> None:
     rows = sorted(set(places))
-    count = f"1 {unit.replace('rows', 'row')}" if len(places) == 1 else f"{len(places)} {unit}"
-    problems.add(rows, f"{message(f'{count}: {problems.listed(rows)}')} (from 0)", hint)
+    problems.add(rows, f"{message(f'{_count(places, unit)}: {problems.listed(rows)}')} (from 0)", hint)
+
+
+def _count(places: Sequence[int], unit: str) -> str:
+    """How many cells there are, in words.
+
+    >>> _count([3], "words in rows")
+    '1 word in rows'
+    """
+    counted, space, where = unit.partition(" ")
+    return f"{len(places)} {counted[:-1] if len(places) == 1 else counted}{space}{where}"
 
 
 def _tell_unknown(
     unknown: Mapping[str, list[int]], names: Sequence[str], problems: RowProblems, unit: str, hint: str
 ) -> None:
     listed = ", ".join(
-        f"{value!r} ({len(places)} {unit}: {problems.listed(sorted(set(places)))}, from 0)"
+        f"{value!r} ({_count(places, unit)}: {problems.listed(sorted(set(places)))}, from 0)"
         for value, places in list(unknown.items())[:_SHOWN]
     )
     more = f" and {len(unknown) - _SHOWN} other values" if len(unknown) > _SHOWN else ""
     if all(_FRACTION.fullmatch(text) for text in unknown):
         hint = "a regression is not supported: give each row a class, such as one for each range of scores"
+        if all(text.endswith(".0") for text in unknown):
+            hint = f"write indices of classes as whole numbers, not '1.0'; {hint}"
         problem = f"{problems.where} has numbers with fractions, which are scores, instead of classes: {listed}{more}"
     else:
         problem = f"{problems.where} has unknown labels: {listed}{more}"

@@ -125,12 +125,19 @@ def _column(values: list[Any], column: str, name: str) -> pyarrow.Array:
     except (pyarrow.ArrowException, OverflowError, TypeError, ValueError) as error:
         kinds = {type(value) for value in values if value is not None}
         if kinds <= {str, int}:
-            return _column([None if value is None else str(value) for value in values], column, name)
+            return _column([_text(value) for value in values], column, name)
+        inner = {type(item) for value in values if isinstance(value, list) for item in value if item is not None}
+        if kinds == {list} and int in inner and inner <= {str, int}:
+            return _column([value and [_text(item) for item in value] for value in values], column, name)
         words = " and ".join(sorted({_WORDS[kind] for kind in kinds}))
         raise PimergeError(
             f"the column '{column}' of '{name}' mixes {words if len(kinds) > 1 else f'{words} of several forms'}",
             "give all rows values of one form in it",
         ) from error
+
+
+def _text(value: str | int | None) -> str | None:
+    return None if value is None else str(value)
 
 
 def _shown(value: Any) -> str:

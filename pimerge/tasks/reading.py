@@ -48,10 +48,10 @@ class SplitReader:
     def rows(self, left_out: Set[int] = frozenset()) -> Rows:
         """Read the split except for some rows; all problems of its rows are raised at once."""
         whole, problems = self.data.load(self.split), Problems()
+        if len(whole) == 0:
+            raise PimergeError(f"{self.where} is empty", NOT_EMPTY)
         with problems.collected():
             whole = with_numbers(whole, self.numbers, self.where)
-        if len(whole) == 0:
-            problems.add(f"{self.where} is empty", NOT_EMPTY)
         numbers = [number for number in range(len(whole)) if number not in left_out]
         unlabelled = self._unlabelled(whole, numbers) if self.skip_unlabelled else set()
         numbers = [number for number in numbers if number not in unlabelled]
@@ -84,6 +84,12 @@ class SplitReader:
         missing = {role: column for role, column in self._needed().items() if column not in columns}
         if missing and (hint := delimiter_hint(columns)):
             problems.add(f"{self.where} has only one column, '{columns[0]}'", hint)
+            return
+        if missing.keys() == self._needed().keys() and set(columns) & set(self.labels):
+            problems.add(
+                f"{self.where} has no columns {', '.join(missing.values())}, but {', '.join(columns)}",
+                "its first line seems to be a row: add a line that names the columns, or name them in columns",
+            )
             return
         for role, column in missing.items():
             problems.add(f"{self.where} has no column '{column}' for the {role}", nearest(column, columns))

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 ENDINGS = (".parquet", ".csv", ".tsv", ".json", ".jsonl", ".ndjson")
 """Endings of data files; all but parquet may be followed by ``.gz``."""
-_DELIMITED = (".csv", ".tsv")
+_JSON = (".json", ".jsonl", ".ndjson")
+_TEXT = ".txt"
 _COMPRESSED = ".gz"
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 
@@ -42,8 +43,8 @@ def ending_of(name: str) -> str:
 
 
 def is_delimited(name: str) -> bool:
-    """Whether a file is CSV or TSV."""
-    return ending_of(name) in _DELIMITED
+    """Whether a file is CSV or TSV, or another text file whose delimiter the task names."""
+    return ending_of(name) in (".csv", ".tsv", _TEXT)
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,11 @@ class DataFiles:
         for path in paths:
             if not path.is_file():
                 problems.add(f"there is no data file '{path}'")
-            elif ending_of(path.name) not in ENDINGS:
-                problems.add(f"'{path.name}' ends in '{ending_of(path.name)}'", "expected " + ", ".join(ENDINGS))
+            elif ending_of(path.name) not in (ENDINGS if "delimiter" not in self.options else (*ENDINGS, _TEXT)):
+                problems.add(
+                    f"'{path.name}' ends in '{ending_of(path.name)}'",
+                    "expected " + ", ".join(ENDINGS) + ", or .txt with a delimiter in data",
+                )
         if self.options and not any(is_delimited(path.name) or self.options.keys() == {"encoding"} for path in paths):
             problems.add(f"data names {' and '.join(self.options)}, and no file is CSV or TSV", "leave it out")
         if empty := [split for split, group in self.files.items() if not group]:
@@ -95,7 +99,24 @@ def read_files(paths: Sequence[Path], text: TextFormat) -> datasets.Dataset:
                 f"'{path}' has the columns {', '.join(table.column_names)}, and '{paths[0]}' has {', '.join(first)}",
                 "give all files of a split the same columns",
             )
-    return tables[0] if len(tables) == 1 else datasets.concatenate_datasets(tables)
+    return tables[0] if len(tables) == 1 else datasets.concatenate_datasets(_aligned(tables))
+
+
+def _aligned(tables: Sequence[datasets.Dataset]) -> list[datasets.Dataset]:
+    """Make a column texts if it has whole numbers in some files and texts in others."""
+    import datasets
+
+    found = list(tables)
+    for column in tables[0].column_names:
+        features = [table.features[column] for table in tables]
+        dtypes = {str(feature.dtype).rstrip("0123456789") for feature in features if type(feature) is datasets.Value}
+        if all(type(feature) is datasets.Value for feature in features) and "string" in dtypes <= {
+            "int",
+            "uint",
+            "string",
+        }:
+            found = [table.cast_column(column, datasets.Value("string")) for table in found]
+    return found
 
 
 @lru_cache(maxsize=2)  # a task's train and test splits are read several times
@@ -111,7 +132,7 @@ def _table(path: Path, text: TextFormat) -> pyarrow.Table:
     if ending == ".parquet":
         return _parquet(path)
     with _opened(path, text) as file:
-        if ending in (".json", ".jsonl", ".ndjson"):
+        if ending in _JSON:
             return read_json(file, str(path))
         return read_delimited(file, str(path), text.delimiter_of(ending), text.quoting_of(ending))
 

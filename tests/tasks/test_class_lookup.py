@@ -64,14 +64,14 @@ def test_true_and_false_are_the_classes_of_these_names(labels: list[str], right:
 @pytest.mark.parametrize(
     ("labels", "values", "seen"),
     [
-        (["01", "02", "03"], [1, 2], "'1' (1 rows: 0, from 0), '2'"),
-        (STARS, [0, 1, 2], "'0' (1 rows: 0"),
+        (["01", "02", "03"], [1, 2], "'1' (1 row: 0, from 0), '2'"),
+        (STARS, [0, 1, 2], "'0' (1 row: 0"),
         (["yes", "no"], [True, False], "'true'"),
         (["neg", "pos"], [0, 2, 2], "'2' (2 rows: 1-2"),
-        (["neg", "pos"], ["pos", "0"], "'0' (1 rows: 1"),
-        (["neg", "pos"], ["pos", " pos"], "' pos' (1 rows: 1"),
+        (["neg", "pos"], ["pos", "0"], "'0' (1 row: 1"),
+        (["neg", "pos"], ["pos", " pos"], "' pos' (1 row: 1"),
         (["neg", "pos"], ["Pos", "neg"], "'Pos'"),
-        (["neg", "pos"], [4.6, 1.0], "scores, instead of classes: '4.6' (1 rows: 0, from 0), '1.0'"),
+        (["neg", "pos"], [4.6, 1.0], "scores, instead of classes: '4.6' (1 row: 0, from 0), '1.0'"),
         (["neg", "pos"], [1, 0, -1, None, -1], "no label in 3 rows: 2-4 (from 0)"),
     ],
 )
@@ -124,6 +124,6 @@ def test_sentences_with_unlabelled_words_can_be_left_out(tmp_path: Path) -> None
         {"tokens": ["d"], "labels": [1]},
     ]
     fields = {"type": "token-classification", "labels": ["O", "X"]}
-    assert "no label in 1 words in row: 1" in problem_of(lambda: Task.from_rows(rows, **fields).rows("train"))
+    assert "no label in 1 word in rows: 1" in problem_of(lambda: Task.from_rows(rows, **fields).rows("train"))
     task = Task.from_rows(rows, **fields, skip_unlabelled=True)
     assert list(task.rows("train")[0]["tokens"]) == [["a", "b"], ["d"]]

@@ -74,6 +74,7 @@ def test_quotes_in_tsv_enclose_cells_if_the_task_says_so(tmp_path: Path) -> None
         ({"delimiter": ";"}, "text;label\ncafé, good;pos\n".encode()),
         ({"delimiter": "|", "encoding": "latin-1"}, "text|label\ncafé, good|pos\n".encode("latin-1")),
         ({"quoting": "none", "delimiter": ";"}, "text;label\ncafé, good;pos\n".encode()),
+        ({"delimiter": "\t", "file": "d.txt"}, "text\tlabel\ncafé, good\tpos\n".encode()),
         ({}, b"\xef\xbb\xbf" + 'label,text\r\npos,"café, good"\r\n'.encode()),
         ({}, 'label,text\rpos,"café, good"\r'.encode()),
         ({}, 'text,label\n"café, good",pos\n'.encode("utf-16")),
@@ -81,6 +82,11 @@ def test_quotes_in_tsv_enclose_cells_if_the_task_says_so(tmp_path: Path) -> None
 )
 def test_formats_of_spreadsheets(tmp_path: Path, fields: dict[str, str], content: bytes) -> None:
     assert read(task_of(tmp_path, content, **fields)) == (["café, good"], [1])
+
+
+def test_a_text_file_needs_a_delimiter(tmp_path: Path) -> None:
+    message = refused(task_of(tmp_path, b"text\tlabel\na\tpos\n", "d.txt"))
+    assert "'d.txt' ends in '.txt'" in message
 
 
 @pytest.mark.parametrize(
@@ -97,6 +103,8 @@ def test_formats_of_spreadsheets(tmp_path: Path, fields: dict[str, str], content
         (b'text,label\n"good" film,pos\n', "the quotes in"),
         (b"text,label\na,pos\nb\nc,d,neg\n\ne\n", "3 of 4 rows of"),
         (b"text,text,label\na,b,pos\n", "names the column 'text' 2 times"),
+        (b" \n", "is empty"),
+        (b"good film,pos\nbad film,neg\n", "its first line seems to be a row"),
         (b"text,label\n,pos\n", "no text in 1 row: 0"),
         (b"text,label\npos,good film\nneg,bad film\n", "the column 'text' holds names of classes"),
     ],

@@ -192,7 +192,7 @@ def test_what_is_missing_is_said(rows: Any, options: dict[str, Any], message: st
 
 def test_a_row_is_named_by_its_number(bert_base: Path) -> None:
     task = Task.from_rows(ROWS, test=[*ROWS, {"text": "a wolf", "label": "wolf"}], labels=["cat", "dog"])
-    with pytest.raises(PimergeError, match=r"the test split 'test' of 'target' has unknown labels: 'wolf' \(1 rows: 4"):
+    with pytest.raises(PimergeError, match=r"the test split 'test' of 'target' has unknown labels: 'wolf' \(1 row: 4"):
         encoded(task, "test", bert_base)
 
 

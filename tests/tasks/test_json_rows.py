@@ -69,6 +69,19 @@ def test_what_is_no_list_of_rows_is_named(tmp_path: Path, content: str, words: s
     assert words in refused(task_of(tmp_path, content))
 
 
+def test_files_of_one_split_may_have_numbers_and_texts(tmp_path: Path) -> None:
+    (tmp_path / "more.jsonl").write_text('{"text": "b", "label": "1"}\n')
+    folder = task_of(tmp_path, '{"text": 7, "label": 0}', data={"train": ["d.json", "more.jsonl"]})
+    rows, labels = open_task(folder).rows("train")
+    assert (list(rows["text"]), labels) == (["7", "b"], [0, 1])
+
+
+def test_whole_numbers_among_words_are_words(tmp_path: Path) -> None:
+    rows = [{"tokens": ["in", 1984], "labels": ["neg", "pos"]}, {"tokens": [7], "labels": ["neg"]}]
+    task = open_task(task_of(tmp_path, json.dumps(rows), type="token-classification"))
+    assert list(task.rows("train")[0]["tokens"]) == [["in", "1984"], ["7"]]
+
+
 def test_whole_numbers_among_texts_are_texts(tmp_path: Path) -> None:
     rows = [{"text": 7, "label": "1", "id": 2**70}, {"text": "a", "label": 2, "id": 1}]
     found, labels = open_task(task_of(tmp_path, json.dumps(rows), labels=["2", "1"])).rows("train")

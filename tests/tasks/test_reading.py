@@ -20,7 +20,7 @@ def test_every_unknown_label_is_counted(tmp_path: Path) -> None:
     task = open_task(make_task(tmp_path, text_rows(["cat", "wolf", "wolf", "emu", "dog"])))
     message = problem_of(lambda: task.rows("train"))
     assert "'wolf' (2 rows: 1-2, from 0)" in message
-    assert "'emu' (1 rows: 3, from 0)" in message
+    assert "'emu' (1 row: 3, from 0)" in message
     assert "dog, cat" in message
 
 

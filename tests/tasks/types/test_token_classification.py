@@ -161,7 +161,7 @@ def test_labels_may_be_numbers_of_names_in_another_order(bert_base: Path, tmp_pa
     ("row", "message"),
     [
         ({"tokens": ["the", "cat"], "labels": ["O"]}, r"row 1 \(from 0\) of .*there are 2 words and 1 labels"),
-        ({"tokens": ["cat"], "labels": ["BIRD"]}, r"unknown labels: 'BIRD' \(1 words in rows: 1, from 0\)"),
+        ({"tokens": ["cat"], "labels": ["BIRD"]}, r"unknown labels: 'BIRD' \(1 word in rows: 1, from 0\)"),
         ({"tokens": [], "labels": []}, r"row 1 .*there are no words"),
         ({"tokens": ["the", " "], "labels": ["O", "O"]}, r"row 1 .*the word 1 \(from 0\), ' ', has no token"),
     ],
