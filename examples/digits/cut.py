@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from datasets import Features, Image, Value
+from datasets import ClassLabel, Features, Image, Value
 from PIL import Image as PILImage
 from PIL import ImageChops, ImageFilter, ImageOps
 
@@ -116,9 +116,15 @@ def write_rows(
     labels: Sequence[int],
     numbers: Sequence[int],
     parts: Sequence[str] | None = None,
+    names: Sequence[str] | None = None,
 ) -> None:
-    """A parquet file with an Image feature; ``number`` is its index in load_digits, ``part`` its part."""
-    features = Features({"image": Image(), "label": Value("int64"), "number": Value("int64")})
+    """A parquet file with an Image feature; ``number`` is its index in load_digits, ``part`` its part.
+
+    Args:
+        names: names of the classes that the labels are indices of; by default the labels are digits.
+    """
+    label = ClassLabel(names=list(names)) if names else Value("int64")
+    features = Features({"image": Image(), "label": label, "number": Value("int64")})
     rows = {
         "image": [{"bytes": png(image), "path": None} for image in images],
         "label": list(labels),
@@ -155,7 +161,8 @@ def write_task(
         chosen = [i for i, digit in enumerate(digits) if parts[i] in used and int(digit) in answer]
         changed = [transform(images[i], i) for transform in transforms for i in chosen]
         answers = [answer[int(digits[i])] for i in chosen]
-        write_rows(folder / f"{split}.parquet", changed, answers * len(transforms), chosen * len(transforms))
+        rows = (changed, answers * len(transforms), chosen * len(transforms))
+        write_rows(folder / f"{split}.parquet", *rows, names=labels)
     document = {
         "type": "image-classification",
         "data": {split: f"{split}.parquet" for split in [*splits, "test"]},
