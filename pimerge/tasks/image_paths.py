@@ -34,6 +34,19 @@ def with_images(rows: Any, column: str, folders: Sequence[Path], where: str) -> 
     return rows.remove_columns(column).add_column(column, held).cast_column(column, datasets.Image())
 
 
+def with_encoded_images(rows: Any, column: str) -> Any:
+    """Decode images that a column holds as the bytes of their files, alone or in the form of ``datasets``."""
+    import datasets
+    import pyarrow
+
+    kind = rows.data.schema.field(column).type
+    fields = {field.name for field in kind} if pyarrow.types.is_struct(kind) else set()
+    encoded = pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind) or fields == {"bytes", "path"}
+    if not encoded or isinstance(rows.features[column], datasets.Image):
+        return rows
+    return rows.cast_column(column, datasets.Image())
+
+
 def resolved(names: Sequence[str | None], folders: Sequence[Path], where: str) -> list[Path | None]:
     """Make the paths of a column absolute; relative paths are an error if data files are in several folders."""
     relative = [place for place, name in enumerate(names) if name is not None and not Path(name).is_absolute()]

@@ -11,7 +11,7 @@ from pimerge.tasks.class_lookup import cell_texts, find_classes
 from pimerge.tasks.data import NOT_EMPTY, TaskData
 from pimerge.tasks.delimited import delimiter_hint
 from pimerge.tasks.examples import Rows
-from pimerge.tasks.image_paths import holds_paths, with_images
+from pimerge.tasks.image_paths import holds_paths, with_encoded_images, with_images
 from pimerge.tasks.row_errors import RowProblems
 from pimerge.tasks.sampling import permutation, sample_sentences, sample_shots
 from pimerge.tasks.text_columns import shown_as_json, with_numbers, with_texts, words_of
@@ -76,6 +76,8 @@ class SplitReader:
         if folders and holds_paths(table, column):
             with problems.collected():
                 table = with_images(table, column, folders, self.where)
+        elif column in table.column_names:
+            table = with_encoded_images(table, column)
         broken.raise_any(problems.found)
         return Rows(table, self.columns, classes, numbers, self.where, words, len(unlabelled))
 
@@ -101,6 +103,8 @@ class SplitReader:
             return set()
         column = self.columns[role]
         feature, rows = table.features[column], list(table[column])
+        if self.of_words and not hasattr(feature, "feature"):
+            return set()
         values = [rows[number] if self.of_words else [rows[number]] for number in numbers]
         texts = cell_texts(
             [[None] if row is None else row for row in values], getattr(feature, "feature", feature), self.labels

@@ -5,14 +5,14 @@ from __future__ import annotations
 import gzip
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TextIO
 
 from pimerge.core.errors import PimergeError, Problems
-from pimerge.core.files import sha256_file
+from pimerge.core.files import sha256_bytes, sha256_file
 from pimerge.tasks.delimited import read_delimited
 from pimerge.tasks.json_rows import read_json
 from pimerge.tasks.text_format import TextFormat
@@ -123,7 +123,7 @@ def _aligned(tables: Sequence[datasets.Dataset]) -> list[datasets.Dataset]:
 def _read(path: Path, sha256: str, text: TextFormat) -> datasets.Dataset:
     import datasets
 
-    fingerprint = f"{sha256[:32]}{hash((path, text)) & 0xFFFFFFFF:08x}"  # otherwise datasets hashes all values
+    fingerprint = sha256_bytes(f"{sha256} {path} {text}".encode())[:32]  # otherwise datasets hashes all values
     return datasets.Dataset(datasets.table.InMemoryTable(_table(path, text)), fingerprint=fingerprint)
 
 
@@ -186,7 +186,7 @@ def _binary(path: Path) -> IO[bytes]:
 
 def _undecodable(path: Path, text: TextFormat) -> str:
     """Where the first byte is that cannot be decoded."""
-    with _binary(path) as file:
+    with suppress(OSError, EOFError, zlib.error), _binary(path) as file:
         for number, line in enumerate(file, 1):
             try:
                 line.decode(text.encoding or "utf-8")

@@ -127,3 +127,9 @@ def test_sentences_with_unlabelled_words_can_be_left_out(tmp_path: Path) -> None
     assert "no label in 1 word in rows: 1" in problem_of(lambda: Task.from_rows(rows, **fields).rows("train"))
     task = Task.from_rows(rows, **fields, skip_unlabelled=True)
     assert list(task.rows("train")[0]["tokens"]) == [["a", "b"], ["d"]]
+
+
+def test_labels_of_words_that_are_no_lists_are_refused(tmp_path: Path) -> None:
+    rows = [{"tokens": ["a"], "labels": 1}]
+    task = Task.from_rows(rows, type="token-classification", labels=["O", "X"], skip_unlabelled=True)
+    assert "holds no lists" in problem_of(lambda: task.rows("train"))

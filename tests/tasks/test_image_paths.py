@@ -131,3 +131,22 @@ def test_another_image_is_another_task(named: Callable[..., Path], scans: Scans)
     assert open_task(folder).sha256() == before
     scans[0][50].save(folder / "data" / "pictures" / "2.png")
     assert open_task(folder).sha256() != before
+
+
+@pytest.mark.parametrize("form", ["bytes", "struct"])
+def test_images_in_parquet_without_the_marks_of_datasets(tmp_path: Path, scans: Scans, form: str) -> None:
+    import io
+
+    import pandas
+
+    held = []
+    for image in scans[0][:3]:
+        file = io.BytesIO()
+        image.save(file, "png")
+        held.append(file.getvalue() if form == "bytes" else {"bytes": file.getvalue(), "path": None})
+    pandas.DataFrame({"image": held, "label": [0, 1, 0]}).to_parquet(tmp_path / "d.parquet")
+    fields = {"type": "image-classification", "data": {"train": "d.parquet"}, "labels": ["a", "b"]}
+    write_json(tmp_path / "task.json", fields)
+    rows, labels = open_task(tmp_path).rows("train")
+    assert labels == [0, 1, 0]
+    assert [image.tobytes() for image in rows["image"]] == [image.tobytes() for image in scans[0][:3]]

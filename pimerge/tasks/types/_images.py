@@ -47,7 +47,7 @@ def decoder(rows: Rows, mode: str) -> Callable[[int], Any]:
             reason = str(error).partition(" <_io")[0]  # without the address of Pillow's buffer
             raise PimergeError(f"the image cannot be decoded: {reason}", "fix the file or leave the row out") from error
         raise PimergeError(
-            f"the column '{rows.columns['image']}' holds no image, but {image!r}",
+            f"the column '{rows.columns['image']}' holds no image, but {repr(image)[:60]}",
             "use a column of paths, parquet with a column of images, or a folder of images with a metadata.jsonl",
         )
 
