@@ -117,14 +117,19 @@ def fitted(checkpoint: Checkpoint, names: Names, config: Mapping[str, Any], new:
     changed = skeleton(checkpoint, found)
     before = {names.parameter[key]: checkpoint.entry(key).shape for key in checkpoint.home}
     known = _misfits(model, names, before)
-    problems = Problems()
+    shared = {name: checkpoint.entry(key).shape for name, key in (names.shared or {}).items() if key in checkpoint.home}
+    groups: dict[tuple[Shape, Shape, bool], list[str]] = {}
     for name, (shape, expected) in _misfits(changed, names, shapes).items():
         if name not in known or shape != before.get(name):
-            how = "the adapter's" if before.get(name) != shape else "the base's, which the adapter does not hold,"
-            problems.add(
-                f"'{name}' is {shape} ({how} shape), but the model that results needs {expected}",
-                f"train and save the adapter with modules_to_save for every part that was resized, or {_ADAPTER}",
-            )
+            groups.setdefault((shape, expected, shape == (shared | before).get(name)), []).append(name)
+    problems = Problems()
+    for (shape, expected, is_of_base), found_in in groups.items():
+        verb, pronoun = ("is", "it") if len(found_in) == 1 else ("are", "them")
+        where = f"in the base, and the adapter does not hold {pronoun}" if is_of_base else "in the adapter"
+        problems.add(
+            f"{', '.join(map(repr, found_in))} {verb} {shape} {where}, but the model that results needs {expected}",
+            f"train and save the adapter with modules_to_save for every part that was resized, or {_ADAPTER}",
+        )
     problems.raise_any("transformers could not load the merged checkpoint")
     return found
 

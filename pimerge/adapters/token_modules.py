@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from pathlib import Path
 
 from pimerge.adapters.expert import Expert
+from pimerge.adapters.head import Head
 from pimerge.adapters.keys import OF_TOKENS, is_saved_embedding, parameter_of
 from pimerge.adapters.lora_module import LoraModule
-from pimerge.checkpoints.tokenizer_files import first_other_token, tokens_of
+from pimerge.checkpoints.tokenizer_files import first_other_token, tokenizer_files, tokens_of
 from pimerge.checkpoints.vocabularies import vocabulary_of
 from pimerge.core.errors import PimergeError, Problems
 from pimerge.core.files import read_json
@@ -84,6 +86,26 @@ def require_same_tokens(holders: Sequence[tuple[Expert, Collection[int]]]) -> st
         f"vocabularies of {', '.join(map(str, sizes))} tokens: their common rows are merged{how}, and the others are "
         "copied from the expert that has them, or averaged over several"
     )
+
+
+def tokenizer_folder(experts: Sequence[Expert], modules: Iterable[LoraModule], head: Head) -> Path | None:
+    """The folder with the tokenizer of a merge of experts: of those with the largest vocabulary, that with most tokens.
+
+    Args:
+        modules: the modules that the merge updates.
+        head: what the merge holds of the base.
+
+    Returns:
+        None if the merge holds nothing of a vocabulary, so that the base's tokenizer fits, or no expert has one.
+    """
+    saved = {parameter_of(name).removesuffix(".weight").rpartition(".")[2] for name in head.tensors}
+    has_rows = head.token_indices or any(part.has_rows for expert in experts for part in expert.tensor_sets.values())
+    if not (has_rows or saved & OF_TOKENS or any(token_axis(module) is not None for module in modules)):
+        return None
+    counts = [token_count(expert) or 0 for expert in experts]
+    largest = [expert.folder for expert, count in zip(experts, counts, strict=True) if count == max(counts)]
+    found = [folder for folder in largest if tokenizer_files(folder)]
+    return max(found, key=lambda folder: len(tokens_of(folder) or ()), default=None)
 
 
 def require_one_shape(experts: Sequence[Expert]) -> None:

@@ -27,6 +27,7 @@ from pimerge.adapters.peft_check import check_with_peft
 from pimerge.checkpoints.base import Base, folder_from
 from pimerge.checkpoints.base_shapes import base_modules
 from pimerge.checkpoints.safetensors_file import writing_tensors
+from pimerge.checkpoints.tokenizer_files import tokenizer_files
 from pimerge.core.files import json_text, new_folder, relative_to, sha256_bytes, sha256_file, write_into
 from pimerge.core.manifest import MANIFEST_FILE, Manifest
 
@@ -75,11 +76,13 @@ class Documents:
         manifest: the manifest; :func:`write_expert` fills in its ``outputs``.
         coefficients: the weights; None if the result is not a weighted sum.
         card: content of the README.md; None to write none.
+        tokenizer: the folder whose tokenizer is copied; None to copy none.
     """
 
     manifest: Manifest
     coefficients: Coefficients | None = None
     card: str | None = None
+    tokenizer: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -203,14 +206,19 @@ def _write_folder(
     with new_folder(path, force=force) as partial:
         summaries = write_tensors(partial / WEIGHTS)
         written = documents(summaries)
-        contents = {CONFIG: json_text(config(summaries))}
+        contents: dict[str, str | bytes] = {CONFIG: json_text(config(summaries))}
         if head.task is not None:
             contents[TASK] = json_text(head.task.document_for(path))
         if written.coefficients is not None:
             contents[COEFFICIENTS_FILE] = json_text(written.coefficients.model_dump())
         if written.card is not None:
             contents[CARD_FILE] = written.card
-        outputs = {name: sha256_bytes(content.encode()) for name, content in contents.items()}
+        if written.tokenizer is not None:
+            contents |= {file.name: file.read_bytes() for file in tokenizer_files(written.tokenizer)}
+        outputs = {
+            name: sha256_bytes(content.encode() if isinstance(content, str) else content)
+            for name, content in contents.items()
+        }
         outputs[WEIGHTS] = sha256_file(partial / WEIGHTS)
         manifest = written.manifest.model_copy(update={"outputs": dict(sorted(outputs.items()))})
         contents[MANIFEST_FILE] = json_text(manifest.model_dump())

@@ -7,6 +7,7 @@ from typing import Any
 
 from pimerge.adapters.head import choose_head
 from pimerge.adapters.model_class import loading_code
+from pimerge.adapters.token_modules import tokenizer_folder
 from pimerge.adapters.writer import Documents, base_reference, write_tensor_sets
 from pimerge.merging.base_parameters import with_base_parameters
 from pimerge.merging.choice import ChosenExperts
@@ -92,7 +93,8 @@ class MergedTensorSets(MergedExperts):
             _IMPORT * first.strategy.needs_import + loading_code(like.config, first.base, base, self.head),
             first.kind,
         )
-        return Documents(manifest, self._coefficients(merge.experts, self.weights), card)
+        tokenizer = tokenizer_folder(self.chosen.experts, (), self.head)
+        return Documents(manifest, self._coefficients(merge.experts, self.weights), card, tokenizer)
 
 
 def merged_tensor_sets(request: MergeRequest, method: OpenedMethod, chosen: ChosenExperts) -> MergedTensorSets:

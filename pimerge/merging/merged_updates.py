@@ -11,6 +11,7 @@ from pimerge.adapters.hadamard import fits_hadamard
 from pimerge.adapters.head import choose_head, refuse_updates_of_head
 from pimerge.adapters.merged_module import MergedModule, Summary, relative_error, rounding_error
 from pimerge.adapters.model_class import loading_code
+from pimerge.adapters.token_modules import tokenizer_folder
 from pimerge.adapters.writer import Documents, Layout, base_reference, write_expert
 from pimerge.core.errors import PimergeError
 from pimerge.core.manifest import Manifest
@@ -110,9 +111,9 @@ class MergedUpdates(MergedExperts):
 
         def documents(summaries: Sequence[Summary]) -> Documents:
             self.summaries = list(summaries)
-            return Documents(
-                self._manifest_of_updates(), self._coefficients(merge.experts, self.weights), self._adapter_card()
-            )
+            coefficients = self._coefficients(merge.experts, self.weights)
+            tokenizer = tokenizer_folder(experts, map(merge.layout, merge.names), self.head)
+            return Documents(self._manifest_of_updates(), coefficients, self._adapter_card(), tokenizer)
 
         written = write_expert(
             request.folder,

@@ -159,3 +159,13 @@ def test_a_resized_vocabulary_of_an_encoder_and_decoder(
     merged = opened(tmp_path / "out", base)
     assert merged.config.vocab_size == rows
     torch.testing.assert_close(outputs(merged), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_a_resized_embedding_that_other_layers_share_is_named_with_the_layers_that_stay(tmp_path: Path) -> None:
+    grown = copy.deepcopy(t5(tmp_path / "base"))
+    grown.resize_token_embeddings(68)
+    config = LoraConfig(r=2, target_modules=["q"], modules_to_save=["shared"])
+    adapted(grown, config, tmp_path / "a", tmp_path / "base")
+    with pytest.raises(PimergeError, match=r"'lm_head.weight' are \(64, 16\) in the base, and the adapter does not"):
+        merge(tmp_path / "a", into=tmp_path / "base", output=tmp_path / "out", ranking=tmp_path / "none.json")
+    assert not (tmp_path / "out").exists()

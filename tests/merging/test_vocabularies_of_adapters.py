@@ -120,6 +120,9 @@ def test_tokenizers_that_disagree_are_refused(name: str, tmp_path: Path) -> None
     tokenizer(tmp_path / "c", tokens[:66])
     two, none = [tmp_path / "b", tmp_path / "c"], tmp_path / "none.json"
     merge(two, output=tmp_path / "out", ranking=none)
+    written = json.loads((tmp_path / "out" / "tokenizer.json").read_text())
+    assert len(written["model"]["vocab"]) == 68
+    assert "tokenizer.json" in json.loads((tmp_path / "out" / "pimerge.json").read_text())["outputs"]
     tokenizer(tmp_path / "c", [*tokens[:65], "<image>"])
     with pytest.raises(PimergeError, match="token 65 is 't65' in 'b' and '<image>' in 'c'"):
         merge(two, output=tmp_path / "other", ranking=none)
