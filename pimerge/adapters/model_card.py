@@ -7,8 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pimerge.core.shown import code, markdown
+
 CARD_FILE = "README.md"
 UNKNOWN = "not stated"
+_LONGEST = 2**16  # letters of a card that are read
+_ALIASES = 10  # in its YAML; each can double what it stands for
 _LIBRARIES = ("peft", "diffusers", "mlx")  # that load adapters, as the Hub names them
 
 
@@ -36,17 +40,44 @@ def licence_of(folder: Path) -> str:
     >>> licence_of(Path("/no/such/folder"))
     'not stated'
     """
-    from huggingface_hub import metadata_load
-    from yaml import YAMLError
-
-    try:
-        metadata: Any = metadata_load(folder / CARD_FILE)
-    except (OSError, ValueError, YAMLError):  # no card, not UTF-8, or invalid YAML
-        return UNKNOWN
-    licence = metadata.get("license") if isinstance(metadata, dict) else None
+    metadata = _front_matter(folder / CARD_FILE)
+    licence = metadata.get("license")
     if licence == "other" and metadata.get("license_name"):
         licence = metadata["license_name"]
-    return str(licence) if licence else UNKNOWN
+    found = licence if isinstance(licence, list) else [licence]
+    return ", ".join(str(each) for each in found[:9] if isinstance(each, str | int | float))[:200] or UNKNOWN
+
+
+def _front_matter(path: Path) -> dict[str, Any]:
+    """The YAML that a card begins with; empty if it cannot be read, or if its aliases could fill the memory."""
+    from yaml import AliasEvent, SafeLoader, YAMLError, load, parse
+
+    try:
+        if not path.is_file():
+            return {}
+        with path.open(encoding="utf-8-sig") as file:
+            text = file.read(_LONGEST)
+        if not (front := _between_dashes(text)):
+            return {}
+        if sum(isinstance(event, AliasEvent) for event in parse(front, SafeLoader)) > _ALIASES:
+            return {}
+        found = load(front, SafeLoader)
+    except (OSError, ValueError, YAMLError, RecursionError):  # no card, not UTF-8, or invalid YAML
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _between_dashes(text: str) -> str:
+    """The lines of a card's front matter; of one that is longer than what was read, those of its whole fields."""
+    first, *lines = text.lstrip().split("\n")
+    if first.rstrip() != "---":
+        return ""
+    end = next((place for place, line in enumerate(lines) if line.rstrip() == "---"), None)
+    if end is None and len(text) < _LONGEST:
+        return ""
+    if end is None:
+        end = max((place for place, line in enumerate(lines) if line[:1].isalpha()), default=0)
+    return "\n".join(lines[:end])
 
 
 def licences(sources: Sequence[Source]) -> str:
@@ -57,7 +88,7 @@ def licences(sources: Sequence[Source]) -> str:
     """
     owners: dict[str, list[str]] = {}
     for source in sources:
-        owners.setdefault(source.licence, []).append(source.name)
+        owners.setdefault(markdown(source.licence), []).append(markdown(source.name))
     unknown = owners.pop(UNKNOWN, [])
     sentences = []
     if len(owners) == 1:
@@ -99,24 +130,25 @@ def card(
         tags=["merge", "pimerge", *([kind] if kind else [])],
     )
     rows = "\n".join(
-        f"| {s.name} | {s.weight}{'' if s.scale == 1 else f' at scale {s.scale:g}'} | {s.licence} | `{s.sha256}` |"
+        f"| {markdown(s.name)} | {markdown(s.weight)}{'' if s.scale == 1 else f' at scale {s.scale:g}'} "
+        f"| {markdown(s.licence)} | `{s.sha256}` |"
         for s in sources
     )
-    chosen = ", ".join(f"{name} {value}" for name, value in options.items()) or "none"
+    chosen = ", ".join(markdown(f"{name} {value}") for name, value in options.items()) or "none"
     return f"""---
 {front.to_yaml()}
 ---
 
-# {base.rpartition("/")[2] or "Adapter"}, merged by {method}
+# {markdown(base.rpartition("/")[2]) or "Adapter"}, merged by {method}
 
 {"An adapter" if kind else "A model"} merged from {len(sources)} {"expert" if len(sources) == 1 else "experts"} \
-{f"for the base `{base}` " if base else ""}by pimerge.
+{f"for the base {code(base)} " if base else ""}by pimerge.
 
 | source | weight | licence | SHA-256 of its tensors |
 | --- | --- | --- | --- |
 {rows}
 
-- **Method**: `{method}`. {summary}
+- **Method**: {code(method)}. {summary}
 - **Options**: {chosen}
 - **Truncation**: {truncation}
 

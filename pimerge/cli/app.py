@@ -93,11 +93,9 @@ def main() -> None:
         app()
         sys.stdout.flush()
     except PimergeError as error:
-        from pimerge.cli.console import stderr
+        from pimerge.cli.console import show_error
 
-        console = stderr()
-        console.print("[bold red]error:[/] ", end="")
-        console.print(str(error), markup=False)
+        show_error(error)
         sys.exit(EXIT_PROBLEM)
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)

@@ -13,9 +13,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from pimerge.core.errors import AlreadyDone
+from pimerge.core.errors import AlreadyDone, PimergeError
 from pimerge.core.plugins import Family
 from pimerge.core.progress import Advance, Track, silent
+from pimerge.core.shown import cleaned, json_cleaned, one_line
 
 _WIDE = 10_000  # off a terminal, no line is cut
 
@@ -33,7 +34,7 @@ def stderr() -> Console:
 def note(message: str, quiet: bool) -> None:
     """Print a hint on standard error, unless quiet."""
     if not quiet:
-        stderr().print(escape(message), style="dim")
+        stderr().print(escape(cleaned(message)), style="dim")
 
 
 @contextmanager
@@ -52,17 +53,30 @@ def warn(message: str) -> None:
     """Print a warning on standard error, even if quiet."""
     console = stderr()
     console.print("[bold yellow]warning:[/] ", end="")
-    console.print(message, markup=False)
+    console.print(cleaned(message), markup=False)
+
+
+def show_error(error: PimergeError) -> None:
+    """Print an error on standard error."""
+    console = stderr()
+    console.print("[bold red]error:[/] ", end="")
+    lines = [cleaned(error.heading)] if error.heading else []
+    for problem in error.problems:
+        message = cleaned(problem.message).replace("\n", "\n    ")  # no part of a name looks like a hint
+        lines.append(f"- {message}" if error.heading else message)
+        if problem.hint:
+            lines.append(f"  → {cleaned(problem.hint)}")
+    console.print("\n".join(lines), markup=False)
 
 
 def print_json(document: Any) -> None:
     """Print the result of a command as one JSON document."""
-    sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    sys.stdout.write(json_cleaned(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)) + "\n")
 
 
 def print_line(text: str) -> None:
     """Print one line of the result."""
-    stdout().print(escape(text))
+    stdout().print(escape(cleaned(text)))
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str] = ()) -> None:
@@ -75,7 +89,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], right: Se
     for column in columns:
         table.add_column(column, justify="right" if column in right else "left", overflow="fold")
     for row in rows:
-        table.add_row(*map(escape, row))
+        table.add_row(*(escape(cleaned(cell)) for cell in row))
     stdout().print(table)
 
 
@@ -117,10 +131,10 @@ def _bar(description: str, total: int, unit: str) -> Iterator[Advance]:
     speed = TextColumn("{task.fields[speed]}")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit), speed)
     with Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=stderr()) as progress:
-        task = progress.add_task(description, total=total, note="", speed="")
+        task = progress.add_task(escape(one_line(description)), total=total, note="", speed="")
 
         def advance(steps: int = 1, note: str = "") -> None:
-            progress.update(task, advance=steps, note=note)
+            progress.update(task, advance=steps, note=escape(one_line(note)))
             speed = progress.tasks[task].speed
             if speed:
                 progress.update(task, speed=f"{speed:.1f} {unit}/s")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -202,7 +203,7 @@ def sha256_of(checkpoint: Checkpoint, own: Base) -> str:
 
 def loading(checkpoint: Checkpoint) -> str:
     """Python code for the card that loads the result."""
-    return FILE_LOADING.format(checkpoint.name) if checkpoint.is_file else FOLDER_LOADING
+    return FILE_LOADING.format(json.dumps(checkpoint.name)) if checkpoint.is_file else FOLDER_LOADING
 
 
 def wide(dtype: torch.dtype | None) -> torch.dtype:

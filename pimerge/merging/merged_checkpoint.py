@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -124,7 +125,7 @@ class MergedCheckpoint(Merged):
                 for expert, weight in zip(plan.experts, weights, strict=True)
             ],
             "nothing is truncated.",
-            FILE_LOADING.format(plan.base.name) if plan.base.is_file else FOLDER_LOADING,
+            FILE_LOADING.format(json.dumps(plan.base.name)) if plan.base.is_file else FOLDER_LOADING,
         )
 
 

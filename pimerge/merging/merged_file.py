@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -117,7 +118,7 @@ class MergedFile(MergedUpdates):
             base,
             sources_of(self.merge.experts, self.merge.weights),
             self._truncation_text,
-            self.format.loading.format(file=name, base=base or "BASE"),
+            self.format.loading.format(file=json.dumps(name), base=json.dumps(base or "BASE")),
             "lora",
             space=self.merge.space,
         )

@@ -99,3 +99,34 @@ def test_the_licence_of_a_folder_is_what_its_card_says(content: str | bytes, lic
 
 def test_a_folder_without_a_card_states_no_licence(tmp_path: Path) -> None:
     assert licence_of(tmp_path) == licence_of(tmp_path / "gone") == UNKNOWN
+
+
+def test_names_of_sources_are_no_markup(tmp_path: Path) -> None:
+    name = "a|b\n# <img src=x onerror=alert(1)> [c](http://d) \x1b[31m"
+    text = card(
+        base=f"org/{name}",
+        sources=[Source(name, "0", name, "1.0")],
+        method="ties",
+        summary="Trim.",
+        options={"density": name},
+        truncation="nothing is lost.",
+        loading="import peft",
+    )
+    body = text.split("\n---\n", 1)[1]
+    assert "<img" not in body.replace("`org/a", "").partition("| source")[2]
+    assert "\x1b" not in body
+    assert "\n# <" not in body
+    (row,) = (line for line in body.splitlines() if line.startswith("| a"))
+    assert row.replace(r"\|", "").count("|") == 5
+
+
+def test_a_card_of_aliases_or_of_any_size_is_read_in_no_time(tmp_path: Path) -> None:
+    lists = "\n".join(f"a{index}: &a{index} [{', '.join([f'*a{index - 1}'] * 9)}]" for index in range(1, 12))
+    (tmp_path / CARD_FILE).write_text(f"---\na0: &a0 [x]\n{lists}\nlicense: *a11\n---\n")
+    assert licence_of(tmp_path) == UNKNOWN
+    (tmp_path / CARD_FILE).write_text("---\nlicense: " + "[" * 3000 + "]" * 3000 + "\n---\n")
+    assert licence_of(tmp_path) == UNKNOWN
+    (tmp_path / CARD_FILE).write_text("---\nlicense: mit\nmodel-index:\n" + "- name: x\n" * 20000 + "---\ntext")
+    assert licence_of(tmp_path) == "mit"
+    (tmp_path / CARD_FILE).write_text("---\nlicense: [mit, apache-2.0]\n---\n")
+    assert licence_of(tmp_path) == "mit, apache-2.0"

@@ -42,8 +42,8 @@ _TRANSFORMER = re.compile(r"(single_)?transformer_blocks\.")
 _LOADING = """
 from diffusers import DiffusionPipeline
 
-pipeline = DiffusionPipeline.from_pretrained("{base}")
-pipeline.load_lora_weights("path/to/this/folder", weight_name="{file}")
+pipeline = DiffusionPipeline.from_pretrained({base})
+pipeline.load_lora_weights("path/to/this/folder", weight_name={file})
 """
 _OLD_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 

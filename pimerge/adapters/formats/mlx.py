@@ -22,7 +22,7 @@ from pimerge.core.errors import PimergeError
 _LOADING = """
 from mlx_lm import load
 
-model, tokenizer = load("{base}", adapter_path="path/to/this/folder")
+model, tokenizer = load({base}, adapter_path="path/to/this/folder")
 """
 _PLAIN = (None, "lora")
 _EMBEDDINGS = ("embed_tokens", "embedding", "embeddings", "word_embeddings", "tok_embeddings", "embed_in", "wte", "wpe")

@@ -15,6 +15,7 @@ from pimerge.adapters.writer import base_reference
 from pimerge.checkpoints.base import Base
 from pimerge.checkpoints.checkpoint import Checkpoint
 from pimerge.core.manifest import Manifest, inputs_of, library_versions, request_hash
+from pimerge.core.shown import code, markdown
 from pimerge.merging.extraction.changes import Changes, LeftOut
 from pimerge.merging.request import ResultRequest
 
@@ -124,18 +125,21 @@ def card_of(result: Extraction, finetuned: Checkpoint, base: Base, changes: Chan
     parts = [f"- **Error**: {result.error:.2%} of ‖ΔW‖ in {len(result.modules)} modules, at rank {ranks}."]
     if result.left_out:
         names = listed_names([each.name for each in result.left_out])
-        parts.append(f"- **Left out**, although it changed: {names}. With it, the error is {result.error_of_all:.2%}.")
+        parts.append(
+            f"- **Left out**, although it changed: {markdown(names)}. With it, the error is {result.error_of_all:.2%}."
+        )
     if result.head:
-        parts.append(f"- **Saved whole**: {', '.join(result.head)}.")
+        parts.append(f"- **Saved whole**: {markdown(', '.join(result.head))}.")
     details = "\n".join(parts)
     return f"""---
 {front.to_yaml()}
 ---
 
-# {finetuned.name}, as a LoRA
+# {markdown(finetuned.name)}, as a LoRA
 
-An adapter extracted from the full checkpoint `{finetuned.name}` (licence: {licence}; SHA-256 `{finetuned.sha256}`)
-relative to the base `{reference}` by pimerge: the best approximation of W − W0 by B A in every module.
+An adapter extracted from the full checkpoint {code(finetuned.name)} \
+(licence: {markdown(licence)}; SHA-256 `{finetuned.sha256}`)
+relative to the base {code(reference)} by pimerge: the best approximation of W − W0 by B A in every module.
 
 {details}
 
