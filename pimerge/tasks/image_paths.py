@@ -41,7 +41,7 @@ def with_encoded_images(rows: Any, column: str) -> Any:
 
     kind = rows.data.schema.field(column).type
     fields = {field.name for field in kind} if pyarrow.types.is_struct(kind) else set()
-    encoded = pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind) or fields == {"bytes", "path"}
+    encoded = pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind) or "bytes" in fields
     if not encoded or isinstance(rows.features[column], datasets.Image):
         return rows
     return rows.cast_column(column, datasets.Image())
