@@ -114,7 +114,7 @@ class ForWriting:
 LOAD_FILE = """
 from safetensors.torch import load_file
 
-tensors = load_file("path/to/this/folder/" + {file})
+tensors = load_file({path})
 """
 
 

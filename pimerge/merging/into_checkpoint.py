@@ -203,7 +203,8 @@ def sha256_of(checkpoint: Checkpoint, own: Base) -> str:
 
 def loading(checkpoint: Checkpoint) -> str:
     """Python code for the card that loads the result."""
-    return FILE_LOADING.format(json.dumps(checkpoint.name)) if checkpoint.is_file else FOLDER_LOADING
+    path = json.dumps(f"path/to/this/folder/{checkpoint.name}")
+    return FILE_LOADING.format(path) if checkpoint.is_file else FOLDER_LOADING
 
 
 def wide(dtype: torch.dtype | None) -> torch.dtype:

@@ -46,7 +46,7 @@ model = AutoModel.from_pretrained("path/to/this/folder")
 FILE_LOADING = """
 from safetensors.torch import load_file
 
-tensors = load_file("path/to/this/folder/" + {})
+tensors = load_file({})
 """
 
 

@@ -125,7 +125,9 @@ class MergedCheckpoint(Merged):
                 for expert, weight in zip(plan.experts, weights, strict=True)
             ],
             "nothing is truncated.",
-            FILE_LOADING.format(json.dumps(plan.base.name)) if plan.base.is_file else FOLDER_LOADING,
+            FILE_LOADING.format(json.dumps(f"path/to/this/folder/{plan.base.name}"))
+            if plan.base.is_file
+            else FOLDER_LOADING,
         )
 
 
@@ -264,3 +266,6 @@ def with_ranked_state_dicts(request: MergeRequest, method: OpenedMethod) -> Merg
         hashes, scores = [each.sha256 for each in taken], [None, *(candidate.score for candidate in chosen)]
         weights = weights_by_score(request, method, hashes, target.sha256, scores)
     return replace(request, experts=[folder / reference.path for reference in taken], weights=weights)
+
+
+_FOLDER = "path/to/this/folder/"

@@ -118,7 +118,9 @@ class MergedFile(MergedUpdates):
             base,
             sources_of(self.merge.experts, self.merge.weights),
             self._truncation_text,
-            self.format.loading.format(file=json.dumps(name), base=json.dumps(base or "BASE")),
+            self.format.loading.format(
+                file=json.dumps(name), path=json.dumps(f"path/to/this/folder/{name}"), base=json.dumps(base or "BASE")
+            ),
             "lora",
             space=self.merge.space,
         )
