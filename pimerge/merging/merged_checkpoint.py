@@ -27,6 +27,8 @@ from pimerge.merging.method import METHODS, OpenedMethod, Space
 from pimerge.merging.request import HeadPolicy, MergeRequest
 from pimerge.merging.weights import by_module, parse_rules, starting_weights
 
+_FOLDER = "path/to/this/folder/"
+
 
 @dataclass
 class MergedCheckpoint(Merged):
@@ -266,6 +268,3 @@ def with_ranked_state_dicts(request: MergeRequest, method: OpenedMethod) -> Merg
         hashes, scores = [each.sha256 for each in taken], [None, *(candidate.score for candidate in chosen)]
         weights = weights_by_score(request, method, hashes, target.sha256, scores)
     return replace(request, experts=[folder / reference.path for reference in taken], weights=weights)
-
-
-_FOLDER = "path/to/this/folder/"
