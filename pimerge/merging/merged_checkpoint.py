@@ -27,8 +27,6 @@ from pimerge.merging.method import METHODS, OpenedMethod, Space
 from pimerge.merging.request import HeadPolicy, MergeRequest
 from pimerge.merging.weights import by_module, parse_rules, starting_weights
 
-_FOLDER = "path/to/this/folder/"
-
 
 @dataclass
 class MergedCheckpoint(Merged):
