@@ -102,7 +102,7 @@ class SplitReader:
         if not self.labels or not self._has(table, role):
             return set()
         column = self.columns[role]
-        feature, rows = table.features[column], list(table[column])
+        feature, rows = table.features[column], table[column][:]
         if self.of_words and not hasattr(feature, "feature"):
             return set()
         values = [rows[number] if self.of_words else [rows[number]] for number in numbers]
@@ -156,7 +156,7 @@ def sample_rows(
 def class_indices(rows: Any, column: str, names: Sequence[str], broken: RowProblems) -> list[int]:
     """Look up each row's class; what is no class is recorded in ``broken``, as the class 0."""
     _require_one_class(rows, column, broken.where)
-    texts = cell_texts([[value] for value in rows[column]], rows.features[column], names)
+    texts = cell_texts([[value] for value in rows[column][:]], rows.features[column], names)
     found = find_classes(texts, names, broken, "rows", _swapped(rows, column, names))
     return [classes[0] if classes else 0 for classes in found]
 
@@ -166,7 +166,7 @@ def word_classes(rows: Any, column: str, names: Sequence[str], broken: RowProble
     feature = rows.features[column]
     if not hasattr(feature, "feature"):
         raise PimergeError(f"the column '{column}' of {broken.where} holds no lists", "give each row a list of labels")
-    texts = cell_texts([row or [] for row in rows[column]], feature.feature, names)
+    texts = cell_texts([row or [] for row in rows[column][:]], feature.feature, names)
     return find_classes(texts, names, broken, "words in rows")
 
 

@@ -23,7 +23,7 @@ def with_texts(table: Any, role: str, column: str, problems: RowProblems) -> Any
     kind = table.data.schema.field(column).type
     if pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind) or pyarrow.types.is_null(kind):
         return table
-    values = list(table[column])
+    values = table[column][:]
     if pyarrow.types.is_integer(kind) and not getattr(table.features[column], "names", None):
         texts = [None if value is None else str(value) for value in values]
     elif pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind):
@@ -46,7 +46,7 @@ def with_numbers(table: Any, columns: Sequence[str], where: str) -> Any:
             problems.add(f"{where} has no column '{column}', which numbers names", nearest(column, table.column_names))
         elif getattr(table.features[column], "dtype", "") in ("string", "large_string"):
             with problems.collected():
-                values = _numbers(list(table[column]), column, where)
+                values = _numbers(table[column][:], column, where)
                 table = table.remove_columns(column).add_column(column, values)
     problems.raise_any(f"the columns of numbers of {where} do not fit")
     return table
