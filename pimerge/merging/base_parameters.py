@@ -59,8 +59,8 @@ def with_base_parameters(
     """
     experts, target = chosen.experts, chosen.target
     is_targets = policy is HeadPolicy.TARGET and target is not None and len(experts) > 1
-    keeps = policy is HeadPolicy.NONE or (is_targets and any(True for _ in _embeddings(target)))  # type: ignore[arg-type]
-    held = [dict(_biases(expert)) | ({} if keeps else dict(_embeddings(expert))) for expert in experts]
+    keeps = policy is HeadPolicy.NONE or (is_targets and any(True for _ in held_embeddings(target)))  # type: ignore[arg-type]
+    held = [dict(_biases(expert)) | ({} if keeps else dict(held_embeddings(expert))) for expert in experts]
     parameters = sorted({name for each in held for name in each})
     if not parameters:
         return head
@@ -92,7 +92,7 @@ def with_base_parameters(
     )
 
 
-def _embeddings(expert: Expert) -> Iterator[tuple[str, HeldParameter]]:
+def held_embeddings(expert: Expert) -> Iterator[tuple[str, HeldParameter]]:
     """The embeddings that an expert holds: parameter of the base → its values."""
     saved = expert.config.get("modules_to_save") or []
     rows = rows_of(expert.head, expert.config.get("trainable_token_indices"))

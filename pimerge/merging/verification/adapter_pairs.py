@@ -8,11 +8,20 @@ from functools import partial
 
 from pimerge.adapters.expert import Expert
 from pimerge.adapters.lora_module import Factors
-from pimerge.merging.verification.sources import Pairing, Read, bias_update_of, layouts_of, scaling_of, update_of
+from pimerge.merging.tensor_merge import base_reader
+from pimerge.merging.verification.base_values import Read
+from pimerge.merging.verification.held import pair_biases, pair_embeddings, pair_tensor_sets
+from pimerge.merging.verification.sources import Pairing, bias_update_of, layouts_of, scaling_of, update_of
 
 
-def pair_adapters(merged: Expert, experts: Sequence[Expert], read: Read) -> Pairing:
-    """Pair the updates module by module; names with and without the backbone's prefix are the same module."""
+def pair_adapters(merged: Expert, experts: Sequence[Expert], read: Read, weights: Sequence[float]) -> Pairing:
+    """Pair the updates module by module; names with and without the backbone's prefix are the same module.
+
+    Biases, embeddings and kinds without ΔW are paired tensor by tensor.
+    """
+    base = base_reader(experts[0].base)
+    if merged.tensor_sets and all(expert.tensor_sets for expert in experts):
+        return pair_tensor_sets(merged, experts, weights, base)
     pairing = Pairing()
     theirs = {name for expert in experts for name in expert.modules}
     own = {_same_module(name, theirs): name for name in merged.modules}
@@ -27,10 +36,13 @@ def pair_adapters(merged: Expert, experts: Sequence[Expert], read: Read) -> Pair
         parts = [partial(update_of, expert, name, read_own, False) for expert in sources]
         pairing.add(name, (layout.d_out, layout.d_in), None, parts)
         pairing.scalings[name] = scalings
-        if any(name in expert.modules and expert.modules[name].bias for expert in sources):
+        is_trained = any(f"{name}.bias" in expert.biases for expert in sources)
+        if not is_trained and any(name in expert.modules and expert.modules[name].bias for expert in sources):
             biases = [partial(bias_update_of, expert, name, read_own) for expert in sources]
             pairing.add(f"{name}.bias", (layout.d_out, 1), None, biases)
             pairing.scalings[f"{name}.bias"] = scalings
+    pair_biases(pairing, sources, read_own, weights, base)
+    pair_embeddings(pairing, sources, weights, base)
     return pairing
 
 

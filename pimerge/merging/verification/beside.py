@@ -117,14 +117,14 @@ def _owner_of_head(key: str, found: StoredTensor, experts: Sequence[Source], wei
 def _is_sum(
     key: str, base: StoredTensor, found: StoredTensor, experts: Sequence[Source], weights: Sequence[float]
 ) -> bool:
-    """Whether a tensor is φ0 + Σ w_n (φ_n − φ0) of the embeddings, rows of tokens or biases that adapters hold."""
+    """Whether a tensor is φ0 + Σ w_n (φ_n − φ0) of the embeddings or rows of tokens that adapters hold."""
     value, start = found.file.read(found.key), base.file.read(base.key).double()
     total, is_held = start.clone(), False
     for expert, weight in zip(experts, weights, strict=True):
         if isinstance(expert, Checkpoint):
             return False
         rows = rows_of(expert.head, expert.config.get("trainable_token_indices"))
-        for name, own in {**expert.head, **expert.biases}.items():
+        for name, own in expert.head.items():
             parameter = f"{name.removesuffix(TOKEN_ROWS)}.weight" if name in rows else parameter_of(name)
             if not _same_name(parameter, key):
                 continue

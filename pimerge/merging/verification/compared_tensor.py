@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pimerge.adapters.lora_module import Factors
+from pimerge.checkpoints.dtypes import torch_dtype
 from pimerge.checkpoints.safetensors_file import PIECE, TensorFile
 from pimerge.merging.verification.rounding import precision_of
 
@@ -52,13 +53,35 @@ class StoredTensor:
     key: str
     first: int = 0
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The stored dtype."""
+        return torch_dtype(self.file.entries[self.key].dtype)
+
     def rows(self, start: int, stop: int, columns: int) -> Tensor:
         """Read some rows in the stored dtype, (stop − start, columns)."""
         start, stop = self.first + start, self.first + stop
         return self.file.read_part(self.key, start * columns, stop * columns).view(-1, columns)
 
 
-Part = LowRank | StoredTensor
+@dataclass(frozen=True)
+class HeldTensor:
+    """Values of a tensor that are in memory; the update is the difference to the base's."""
+
+    values: Tensor
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the values."""
+        return self.values.dtype
+
+    def rows(self, start: int, stop: int, columns: int) -> Tensor:
+        """Some rows, (stop − start, columns)."""
+        return self.values.reshape(-1, columns)[start:stop]
+
+
+Dense = StoredTensor | HeldTensor
+Part = LowRank | Dense
 
 
 @dataclass(frozen=True)
@@ -76,13 +99,13 @@ class ComparedTensor:
     name: str
     found: Part | None
     parts: Sequence[Part | None]
-    base: StoredTensor | None
+    base: Dense | None
     shape: tuple[int, int]
 
     @property
     def is_low_rank(self) -> bool:
         """Whether every update is low-rank, so that no dense array is needed."""
-        return not any(isinstance(part, StoredTensor) for part in (self.found, *self.parts))
+        return not any(isinstance(part, Dense) for part in (self.found, *self.parts))
 
     def blocks(self) -> Iterator[tuple[int, int]]:
         """First row and end of each block; about PIECE bytes in float64."""

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from pimerge.adapters.low_rank import inner_products, orthonormal_basis
-from pimerge.checkpoints.dtypes import torch_dtype
-from pimerge.merging.verification.compared_tensor import F64, ComparedTensor, LowRank, Part, StoredTensor
+from pimerge.merging.verification.compared_tensor import F64, ComparedTensor, Dense, LowRank, Part
 from pimerge.merging.verification.rounding import ARITHMETIC, arithmetic_error, precision_of, spacing
 
 _VISIBLE = 1.01  # a change of half a unit in the last place is lost or not, depending on the direction of rounding
@@ -193,10 +192,10 @@ def _steps(
     """Units in the last place, the number of roundings, the dtype of the merge, and whether it equals the base."""
     found, base, columns = comparison.found, comparison.base, comparison.shape[1]
     assert base is not None
-    if not isinstance(found, StoredTensor):  # an adapter beside full checkpoints, whose own numbers were rounded
+    if not isinstance(found, Dense):  # an adapter beside full checkpoints, whose own numbers were rounded
         step = torch.zeros(stop - start, columns, dtype=F64)
         for part, w in zip(comparison.parts, weights, strict=True):
-            if isinstance(part, StoredTensor):
+            if isinstance(part, Dense):
                 values = part.rows(start, stop, columns)
                 step += abs(w) * spacing(values, precision_of(values))
         dtype = found.dtype if found is not None else torch.float64
@@ -205,7 +204,7 @@ def _steps(
     dtype = precision_of(values)
     same = torch.equal(values, before.to(dtype).to(values.dtype))
     touching = sum(_roundings(part) for part in comparison.parts if part is not None)
-    is_narrower = torch.finfo(dtype).eps > torch.finfo(torch_dtype(base.file.entries[base.key].dtype)).eps
+    is_narrower = torch.finfo(dtype).eps > torch.finfo(base.dtype).eps
     step = spacing(torch.maximum(values.double().abs(), before.double().abs()), dtype)
     return step, max(1, touching) + is_narrower, dtype, same
 

@@ -15,11 +15,11 @@ from pimerge.checkpoints.checkpoint import Checkpoint
 from pimerge.checkpoints.dtypes import FLOATS
 from pimerge.checkpoints.key_mapping import align, names_of
 from pimerge.core.errors import PimergeError, Problems
-from pimerge.merging.verification.compared_tensor import ComparedTensor, Part, StoredTensor, low_rank
+from pimerge.merging.verification.base_values import Read, values_in_base
+from pimerge.merging.verification.compared_tensor import ComparedTensor, Dense, Part, StoredTensor, low_rank
 from pimerge.merging.verification.verdict import CheckedModule, Scaling, Verdict
 
 Source = Expert | Checkpoint
-Read = Callable[[Expert, str], Factors]
 
 
 @dataclass
@@ -45,13 +45,17 @@ class Pairing:
     remarks: list[str] = field(default_factory=list)
 
     def add(
-        self, name: str, shape: tuple[int, int], base: StoredTensor | None, parts: Sequence[Callable[[], Part | None]]
+        self,
+        name: str,
+        shape: tuple[int, int],
+        base: Dense | Callable[[], Dense] | None,
+        parts: Sequence[Callable[[], Part | None]],
     ) -> None:
         """Add a comparison; the first part is the merge's."""
 
         def read() -> ComparedTensor:
             found, *updates = (part() for part in parts)
-            return ComparedTensor(name, found, updates, base, shape)
+            return ComparedTensor(name, found, updates, base() if callable(base) else base, shape)
 
         self.comparisons[name] = read
 
@@ -60,8 +64,11 @@ def pair_tensors(merged: Source, experts: Sequence[Source], base: Checkpoint, re
     """Pair the tensors of full checkpoints, or of adapters and full checkpoints, relative to a base."""
     pairing = Pairing()
     sources = [merged, *experts]
-    plan = _plan(base, [source for source in sources if isinstance(source, Expert)])
-    modules = {**plan.weights, **plan.biases, **{key: key for key in plan.stacks}}
+    plan = _plan(base, [source for source in sources if isinstance(source, Expert) and not source.tensor_sets])
+    held = [values_in_base(base, source, read) if isinstance(source, Expert) else {} for source in sources]
+    held_keys = {key: key for each in held for key in each}
+    biases = {key: module for key, module in plan.biases.items() if key not in held_keys}
+    modules = {**held_keys, **plan.weights, **biases, **{key: key for key in plan.stacks}}
     wanted = list(dict.fromkeys([*base.home, *modules]))
     keys = [_own_keys(base, source, wanted) if isinstance(source, Checkpoint) else {} for source in sources]
     if isinstance(merged, Checkpoint):
@@ -79,10 +86,13 @@ def pair_tensors(merged: Source, experts: Sequence[Source], base: Checkpoint, re
         if key in plan.stacks:
             _add_stack(pairing, sources, keys, key, plan, read)
             continue
-        name = f"{modules[key]}.bias" if key in plan.biases else modules.get(key, key)
+        name = f"{modules[key]}.bias" if key in biases else modules.get(key, key)
         rows = entry.shape[0] if entry.shape else 1
         shape = (rows, math.prod(entry.shape) // max(1, rows))
-        parts = [partial(_part, source, own, key, plan, read) for source, own in zip(sources, keys, strict=True)]
+        parts = [
+            values[key] if key in values else partial(_part, source, own, key, plan, read)
+            for source, own, values in zip(sources, keys, held, strict=True)
+        ]
         pairing.add(name, shape, stored, parts)
         pairing.scalings[name] = [scaling_of(expert, modules.get(key, "")) for expert in experts]
     return pairing
@@ -95,8 +105,8 @@ def layouts_of(experts: Sequence[Expert]) -> dict[str, LoraModule]:
     for expert in experts:
         if expert.tensor_sets:
             problems.add(
-                f"'{expert.name}' is of kind {expert.kind}, which has no ΔW",
-                "verify compares updates ΔW of matrices: leave it out",
+                f"'{expert.name}' is of kind {expert.kind}, which has no ΔW, and another one has",
+                "an adapter without ΔW is compared with adapters of its kind, or with a full checkpoint",
             )
         for name, module in expert.modules.items():
             known = found.setdefault(name, module)

@@ -35,6 +35,7 @@ def verify(
     The claim is W = W0 + Σ w_n ΔW_n. Each module is compared with it, up to the rounding of the dtype in which the
     merge is stored. A module that differs gets the simplest explanation that holds: it equals the base, it is a
     multiple of the claim, it is a sum with other weights, A and B were averaged apart, ΔW was transposed or truncated.
+    Kinds without ΔW, biases and embeddings are compared tensor by tensor, by the same claim.
     Tensors that no expert changes must equal the base's. Tensors are read in blocks, so memory does not grow with
     them; no dense matrix is formed if all are adapters.
 
@@ -61,7 +62,7 @@ def verify(
     require_one_each(shares, [source.name for source in given])
     if not all(map(math.isfinite, shares)):
         raise PimergeError(f"the weights are {', '.join(map(str, shares))}", "expected finite numbers")
-    pairing, origin = _paired(claimed, given, reference)
+    pairing, origin = _paired(claimed, given, reference, shares)
     modules, error = _judged(pairing, shares, track)
     found = Verification(
         merged=claimed.name,
@@ -102,12 +103,14 @@ def _opened(references: Sequence[str | Path | Expert], base: str | None) -> list
     return found
 
 
-def _paired(claimed: Source, given: Sequence[Source], reference: str | None) -> tuple[Pairing, Checkpoint | None]:
+def _paired(
+    claimed: Source, given: Sequence[Source], reference: str | None, weights: Sequence[float]
+) -> tuple[Pairing, Checkpoint | None]:
     """Pair the tensors to compare; the base is opened only if there is a full checkpoint."""
     adapters = [source for source in (*given, claimed) if isinstance(source, Expert)]
     read = reader_of(adapters) if adapters else Expert.factors
     if isinstance(claimed, Expert) and len(adapters) == 1 + len(given):
-        return pair_adapters(claimed, adapters[:-1], read), None
+        return pair_adapters(claimed, adapters[:-1], read, weights), None
     base = _base(reference, adapters)
     for source in (base, claimed, *given):
         if isinstance(source, Checkpoint):
