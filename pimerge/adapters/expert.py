@@ -20,6 +20,7 @@ from pimerge.adapters.lora_module import Factors, LoraModule
 from pimerge.adapters.saved_embeddings import without_copies
 from pimerge.adapters.source import AdapterSource, open_source
 from pimerge.adapters.tensor_sets import TensorSet
+from pimerge.adapters.unhandled import what_to_do
 from pimerge.checkpoints.base import Base
 from pimerge.checkpoints.safetensors_file import TensorFile, is_finite
 from pimerge.core.errors import PimergeError, Problems
@@ -221,11 +222,10 @@ class Expert:
     def require_handled(self) -> None:
         """Refuse an expert that can only be inspected."""
         if self.unhandled:
-            kinds = KINDS.names()
             known = "download it first (hf download NAME), or pass --base with its folder"
             raise PimergeError(
                 f"'{self.name}' is of PEFT's kind {self.kind}, which can only be inspected: {self.unhandled}",
-                known if self.kind in kinds else f"pimerge combines the kinds: {', '.join(kinds)}",
+                known if self.kind in KINDS.names() else what_to_do(str(self.config.get("peft_type"))),
             )
 
 

@@ -168,10 +168,12 @@ def _read(path: Path, config_file: Path | None, tensors: Callable[[], TensorFile
 
 
 def _not_an_expert(path: Path) -> PimergeError:
-    inside = [str(each) for each in sorted(path.iterdir()) if looks_like_expert(each)]
+    levels = ([each for each in sorted(path.glob(level)) if looks_like_expert(each)] for level in ("*", "*/*", "*/*/*"))
+    inside = next(([str(each) for each in found] for found in levels if found), [])
+    more = f" and {len(inside) - 5} more" if len(inside) > 5 else ""
     return PimergeError(
         f"'{path}' is not an expert: it has neither {CONFIG} nor {WEIGHTS}",
-        f"name an expert in it: {', '.join(inside[:5])}" if inside else "",
+        f"name the experts in it: {', '.join(inside[:5])}{more}" if inside else "",
     )
 
 

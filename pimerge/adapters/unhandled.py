@@ -19,11 +19,12 @@ _WHY = {
     "TINYLORA": _OF_THE_BASE,
     "LILY": "Lily shares factors between layers and routes each token over several",
     "ROAD": "RoAd rotates and scales pairs of a layer's outputs, and the sum of two rotations is not a rotation",
-    "BEFT": "BEFT adds trained vectors to the outputs of some layers, which PEFT does not merge into weights",
+    "BEFT": "BEFT adds trained vectors to the outputs of some layers, which PEFT merges only into layers with a bias",
     "CPT": "CPT trains its prompt around the tokens of its own examples, so two prompts have no common form",
     "CARTRIDGE": "a cartridge is a cache of the keys and values of a text, and two texts cannot be summed",
     "SHADOW": "it is a separate network beside the base",
 }
+_MERGED_BY_PEFT = frozenset({"ADAMSS", "BEFT", "FROD", "GLORA", "ROAD", "TINYLORA"})
 NO_RULE = "this version of pimerge does not know its tensors"
 """The reason for a kind that is newer than this version of pimerge."""
 _PREFIXES = ("base_model.model.", "base_model.")
@@ -40,6 +41,23 @@ def why_unhandled(peft_type: str) -> str:
     from peft import PeftType
 
     return NO_RULE if peft_type in PeftType.__members__ else ""
+
+
+def what_to_do(peft_type: str) -> str:
+    """What can be done with an expert of a type that is not combined.
+
+    >>> what_to_do("POLY")
+    'leave it out: PEFT cannot merge it into its base either'
+    """
+    if peft_type in _MERGED_BY_PEFT:
+        return (
+            "merge each into its base with PEFT (merge_and_unload, then save_pretrained(FOLDER)), and then the "
+            "checkpoints: pimerge merge FOLDER FOLDER --base BASE; or make a LoRA of each: pimerge extract FOLDER "
+            "--base BASE"
+        )
+    if peft_type not in _WHY:
+        return "install a newer pimerge, or merge it into its base with PEFT (merge_and_unload) if PEFT can"
+    return "leave it out: PEFT cannot merge it into its base either"
 
 
 def parse(header: AdapterHeader) -> Parts:

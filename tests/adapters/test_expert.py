@@ -270,7 +270,7 @@ def test_shards_with_an_index_are_one_expert(folder: Path) -> None:
 def test_a_folder_of_experts_names_those_in_it(folder: Path) -> None:
     with pytest.raises(PimergeError) as caught:
         open_expert(folder.parent)
-    assert f"name an expert in it: {folder}" in str(caught.value)
+    assert f"name the experts in it: {folder}" in str(caught.value)
 
 
 def test_a_pool_is_read_in_order_and_one_expert_is_a_pool_of_one(folder: Path) -> None:

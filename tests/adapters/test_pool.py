@@ -24,7 +24,7 @@ def test_a_run_stands_for_its_own_adapter_or_its_checkpoints(tmp_path: Path) -> 
     (tmp_path / "run" / "logs").mkdir()
     assert find_experts(tmp_path) == [own, *steps]
     assert find_experts(tmp_path / "run") == sorted(steps)
-    with pytest.raises(PimergeError, match="name an expert in it"):
+    with pytest.raises(PimergeError, match="name the experts in it"):
         open_expert(tmp_path / "run")
 
 
@@ -32,6 +32,8 @@ def test_experts_are_found_two_and_three_levels_down(tmp_path: Path) -> None:
     deep = [raw_expert(tmp_path / "org" / name / "checkpoint-100", updates_of(SHAPES)) for name in ("a", "b")]
     assert find_experts(tmp_path) == deep
     assert find_experts(tmp_path / "org") == deep
+    with pytest.raises(PimergeError, match=f"name the experts in it: {deep[0]}, {deep[1]}"):
+        open_expert(tmp_path)
 
 
 def test_files_and_folders_of_one_file_are_experts(tmp_path: Path) -> None:
