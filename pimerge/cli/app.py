@@ -18,12 +18,13 @@ from typer.core import TyperGroup
 from pimerge.cli import compare, convert, embed, extract, inspect, plot, rank, report, tune, verify
 from pimerge.cli import eval as evaluate
 from pimerge.cli.merge import command as merge
+from pimerge.cli.streams import prepare_streams
 from pimerge.core.errors import PimergeError
+from pimerge.core.files import disk_hint
 from pimerge.core.version import __version__
 
 EXIT_PROBLEM = 3
 EXIT_INTERRUPTED = 130
-EXIT_BROKEN_PIPE = 141
 SELDOM = (100_000, 20, 20)
 """Thresholds of the garbage collector. With the defaults it would scan the objects of a large store again and again."""
 
@@ -89,16 +90,27 @@ def main() -> None:
     gc.set_threshold(*SELDOM)
     warnings.simplefilter("ignore")  # those of libraries are not for the user of a command
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it, and it misses a kernel on CPUs
+    prepare_streams()
     try:
-        app()
-        sys.stdout.flush()
+        try:
+            app()
+        finally:  # Typer ends with SystemExit
+            sys.stdout.flush()
     except PimergeError as error:
-        from pimerge.cli.console import show_error
-
-        show_error(error)
-        sys.exit(EXIT_PROBLEM)
+        _fail(error)
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)
-    except BrokenPipeError:  # the reader of standard output has closed it, as in `pimerge … | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(EXIT_BROKEN_PIPE)
+    except MemoryError as error:
+        _fail(PimergeError("the memory is full", f"close some programs, or use smaller inputs ({error})"))
+    except OSError as error:  # where no step knows better what it was reading or writing
+        if not error.errno:
+            raise
+        file = f"'{os.fsdecode(error.filename)}'" if isinstance(error.filename, str | bytes) else "a file"
+        _fail(PimergeError(f"cannot read or write {file}: {os.strerror(error.errno)}", disk_hint(error.errno)))
+
+
+def _fail(error: PimergeError) -> None:
+    from pimerge.cli.console import show_error
+
+    show_error(error)
+    sys.exit(EXIT_PROBLEM)

@@ -71,7 +71,8 @@ def show_error(error: PimergeError) -> None:
 
 def print_json(document: Any) -> None:
     """Print the result of a command as one JSON document."""
-    sys.stdout.write(json_cleaned(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)) + "\n")
+    plain = "utf" not in (sys.stdout.encoding or "utf-8").lower()  # every encoding of output has ASCII
+    sys.stdout.write(json_cleaned(json.dumps(document, indent=2, ensure_ascii=plain, allow_nan=False)) + "\n")
 
 
 def print_line(text: str) -> None:

@@ -71,6 +71,7 @@ def evaluate(
     note(f"on the test split of {found.target}", quiet)
 
 
-def _cells(found: dict[str, float], style: str) -> list[str]:
-    """Format a value and its interval."""
-    return [format(found["value"], style), f"{found['low']:{style}} – {found['high']:{style}}"]
+def _cells(found: dict[str, float | None], style: str) -> list[str]:
+    """Format a value and its interval, if it has one."""
+    value, low, high = ("" if found[key] is None else format(found[key], style) for key in ("value", "low", "high"))
+    return [value, f"{low} – {high}" if low else "–"]

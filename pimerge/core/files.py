@@ -20,7 +20,7 @@ from typing import Any
 
 from pimerge.core.errors import PimergeError
 from pimerge.core.hash_cache import sha256_of
-from pimerge.core.placement import key_of, locked, partial_of, place, place_together, remove, write_synced
+from pimerge.core.placement import encoded, key_of, locked, partial_of, place, place_together, remove, write_synced
 from pimerge.core.progress import Note, unheard
 
 _DISK_ERRORS = {
@@ -42,6 +42,11 @@ _DISK_ERRORS = {
 }
 
 
+def disk_hint(code: int) -> str:
+    """What the user can do about an error number of the operating system."""
+    return _DISK_ERRORS.get(code, "check the disk, or choose another --output")
+
+
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
     """Turn an error of the operating system while writing ``path`` into a PimergeError."""
@@ -51,8 +56,7 @@ def disk_errors(path: Path) -> Iterator[None]:
         if error.errno in (None, errno.EBADF):  # no error of the disk: a bug
             raise
         code = error.errno or 0
-        hint = _DISK_ERRORS.get(code, "check the disk, or choose another --output")
-        raise PimergeError(f"cannot write '{path}': {os.strerror(code)}", hint) from error
+        raise PimergeError(f"cannot write '{path}': {os.strerror(code)}", disk_hint(code)) from error
 
 
 def require_absent(path: Path, force: bool) -> None:
@@ -67,7 +71,7 @@ def require_absent(path: Path, force: bool) -> None:
 
 def require_same_or_absent(path: Path, content: bytes | str, force: bool) -> None:
     """Refuse to overwrite ``path`` without ``force``, unless it already holds exactly this content."""
-    if not (path.is_file() and path.read_bytes() == (content.encode() if isinstance(content, str) else content)):
+    if not (path.is_file() and path.read_bytes() == encoded(content)):
         require_absent(path, force)
 
 

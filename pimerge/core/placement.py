@@ -105,10 +105,15 @@ def place_together(paths: Sequence[Path], key: Path) -> None:
     plan.unlink()
 
 
+def encoded(content: bytes | str) -> bytes:
+    """The bytes of a text; what UTF-8 cannot express, from names of files, is escaped as JSON escapes it."""
+    return content.encode(errors="backslashreplace") if isinstance(content, str) else content
+
+
 def write_synced(path: Path, content: bytes | str) -> None:
     """Write a file and wait until the disk has it."""
     with path.open("wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
+        file.write(encoded(content))
         file.flush()
         os.fsync(file.fileno())
 

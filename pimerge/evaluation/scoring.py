@@ -46,7 +46,7 @@ class Score:
         accuracy, accuracy_low, accuracy_high: fraction of correct answers and its 95 % interval (Wilson). Without
             classes, an answer is correct if it equals one of the references. For classes of words, the interval is from
             a bootstrap over sentences.
-        loss, loss_low, loss_high: mean of −log p(y|x) in nats and its 95 % interval (normal).
+        loss, loss_low, loss_high: mean of −log p(y|x) in nats and its 95 % interval (normal, so not of one row).
         examples: number of examples in the test split.
         note: whose head answers, if it is not the expert's own.
         metrics: the task's metrics with 95 % intervals, of accuracy as above, of the others by a bootstrap.
@@ -57,8 +57,8 @@ class Score:
     accuracy_low: float
     accuracy_high: float
     loss: float
-    loss_low: float
-    loss_high: float
+    loss_low: float | None
+    loss_high: float | None
     examples: int
     note: str = ""
     metrics: dict[str, Interval] = field(default_factory=dict)
@@ -279,7 +279,6 @@ def _score(name: str, found: Scored, split: TestSplit, note: str) -> Score:
     total = len(found.losses)
     right = sum(found.right)
     mean = float(found.losses.mean())
-    half = Z95 * float(found.losses.std()) / math.sqrt(total) if total > 1 else math.inf
     if not math.isfinite(mean):
         raise PimergeError(f"the loss of '{name}' is not finite", "its weights diverged: tune it with a lower --lr")
     answers = Answers(found.chosen, split.labels, len(task.labels), found.texts, examples.references)
@@ -293,5 +292,8 @@ def _score(name: str, found: Scored, split: TestSplit, note: str) -> Score:
         metric: accuracy if METRICS.load(metric).counts_right else bootstrap_interval(metric, answers)
         for metric in task.metrics
     }
-    share, low, high = accuracy.value, accuracy.low, accuracy.high
-    return Score(name, share, low, high, mean, mean - half, mean + half, total, note, metrics)
+    loss_low = loss_high = None
+    if total > 1:
+        half = Z95 * float(found.losses.std()) / math.sqrt(total)
+        loss_low, loss_high = mean - half, mean + half
+    return Score(name, accuracy.value, accuracy.low, accuracy.high, mean, loss_low, loss_high, total, note, metrics)

@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,6 +15,7 @@ from pimerge.evaluation.scoring import score_experts
 from pimerge.tasks.task import open_task
 from tests.support.cli import Shell
 from tests.support.experts import MakeExpert
+from tests.support.tasks import write_image_task
 
 
 @pytest.fixture(scope="module")
@@ -95,3 +97,18 @@ def test_nothing_to_score_says_what_to_do(shell: Shell) -> None:
     assert result.code == 3
     assert "there is nothing to score" in result.err
     assert "pimerge tune" in result.err
+
+
+def test_one_test_example_has_no_interval_of_the_loss(
+    folder: Path, scans: tuple[list[Any], list[int]], shell: Shell
+) -> None:
+    images, digits = scans
+    parity = [digit % 2 for digit in digits]
+    task = write_image_task(folder / "one", images[:4], parity[:4], ["even", "odd"])
+    assert shell("eval", "x", "--target", task, "--quiet").out.count("–") >= 1
+    ended = shell("eval", "x", "--target", task, "--json", "--output", "scores.json")
+    score = ended.document["scores"][-1]
+    assert (score["loss_low"], score["loss_high"], score["examples"]) == (None, None, 1)
+    assert 0 <= score["accuracy_low"] <= score["accuracy"] <= score["accuracy_high"] <= 1
+    assert json.loads((folder / "scores.json").read_text(), parse_constant=pytest.fail) == ended.document
+    assert shell("report").code == 0

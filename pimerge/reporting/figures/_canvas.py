@@ -14,6 +14,7 @@ from pimerge.core.errors import PimergeError
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure as Drawing
+    from matplotlib.transforms import Bbox, BboxBase
 
 # the palette of Okabe and Ito (2008) without yellow, which is too faint on white
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
@@ -65,13 +66,32 @@ def pictures(draw: Callable[[], Drawing]) -> dict[str, bytes]:
         figure = draw()
         figure.draw_without_rendering()
         figure.set_layout_engine("none")  # the layout is computed once for both files
+        _round_places(figure)
         # include everything beside the axes, since names have any length
-        frame = figure.get_tightbbox().padded(0.15)
+        frame = _rounded(figure.get_tightbbox().padded(0.15))
         for suffix, metadata in ((".png", {"Software": None}), (".svg", {"Date": None, "Creator": None})):
             buffer = io.BytesIO()
             figure.savefig(buffer, format=suffix[1:], metadata=metadata, bbox_inches=frame)
             found[suffix] = buffer.getvalue()
     return found
+
+
+def _round_places(figure: Drawing) -> None:
+    """Round the places of the axes.
+
+    The solver of the layout gives other last digits in every process, and an SVG names its parts by hashes of places.
+    """
+    for axes in figure.axes:
+        for which in ("original", "active"):
+            inside = axes.get_in_layout()
+            axes.set_position(_rounded(axes.get_position(original=which == "original")), which)
+            axes.set_in_layout(inside)  # which set_position changes
+
+
+def _rounded(box: BboxBase) -> Bbox:
+    from matplotlib.transforms import Bbox
+
+    return Bbox(box.get_points().round(6))
 
 
 def new_figure(width: float, height: float) -> Drawing:

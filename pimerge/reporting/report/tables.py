@@ -136,7 +136,8 @@ def scores_table(path: Path, content: Mapping[str, Any]) -> Table:
             row.append(_number(known["value"], format(known["value"], style)))
             row.append(_number(known["low"], f"{known['low']:{style}} – {known['high']:{style}}"))
         row.append(_number(score["loss"], f"{score['loss']:.3f}"))
-        row.append(_number(score["loss_low"], f"{score['loss_low']:.3f} – {score['loss_high']:.3f}"))
+        low, high = score["loss_low"], score["loss_high"]
+        row.append(NONE if low is None else _number(low, f"{low:.3f} – {high:.3f}"))
         rows.append([*row, _number(score["examples"]), Cell(text=str(score["note"]))])
     columns = ["expert", *(title for name in metrics for title in (name, "95 %")), "loss", "95 %", "n", "head"]
     return table(f"{path.name}: on the {content['split']} split of {content['target']}", columns, rows)
