@@ -7,7 +7,7 @@ fails to load an adapter without one.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -37,18 +37,24 @@ def lacks_head(task_type: str | None, head: Mapping[str, Any]) -> bool:
     return bool(expected) and not any(f".{name}." in f".{parameter}" for parameter in head for name in expected)
 
 
-def task_fields(like: Mapping[str, Any], head: Mapping[str, Any], *, before_text: bool = False) -> dict[str, Any]:
+def task_fields(
+    like: Mapping[str, Any], head: Mapping[str, Any], *, before_text: bool = False, adapted: Iterable[str] = ()
+) -> dict[str, Any]:
     """The fields ``task_type`` and ``auto_mapping`` of an adapter with this head, taken from another's config.
 
     Args:
         head: parameter names of the head that is written.
         before_text: whether it is a prompt or a prefix, which PEFT puts before a text only with a task type.
+        adapted: the modules that the adapter updates. If one is in the head, the type is left out, since PEFT would
+            replace the whole head.
 
     >>> task_fields({"task_type": "SEQ_CLS"}, {})["auto_mapping"]
     {'base_model_class': 'AutoModelForSequenceClassification', 'parent_library': 'transformers'}
     """
     task_type = like.get("task_type")
-    if not lacks_head(task_type, head):
+    whole = _HEADS.get(task_type or "", ())
+    is_split = any(f".{name}." in f".{module}." for module in adapted for name in whole)
+    if not lacks_head(task_type, head) and not is_split:
         return {"task_type": task_type, "auto_mapping": like.get("auto_mapping")}
     if before_text:
         return {"task_type": _WITHOUT_HEAD, "auto_mapping": None}

@@ -249,7 +249,7 @@ def _config(
     ranks = _ranks(layout, summaries)
     fields = {
         "peft_type": "LORA",
-        **task_fields(like, head.tensors),
+        **task_fields(like, head.tensors, adapted=[module.name for module in layout.modules]),
         **_own_fields(path, head, base),
         **rank_fields(
             ranks if layout.as_hadamard else ranks_to_write(ranks),

@@ -79,6 +79,25 @@ def test_a_head_that_the_experts_adapt_is_the_bases_own(pooled_base: Path, text_
     assert score_experts([tuned], open_task(text_task), tuned.base, None)[1].note == "the base's own head"
 
 
+def test_a_layer_inside_a_classifier_is_mixed_and_the_rest_trained(text_task: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    labels = open_task(text_task).labels
+    names = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+    config = transformers.RobertaConfig(**sizes, vocab_size=len(WORDS) + 4, max_position_embeddings=40, **names)
+    transformers.RobertaForSequenceClassification(config).save_pretrained(tmp_path / "base")
+    save_tokenizer(tmp_path / "base")
+    lora = LoraConfig(r=2, target_modules=["query", "classifier.dense"], modules_to_save=["out_proj"])
+    for seed, name in enumerate("ab"):
+        adapter_of(model_of(tmp_path / "base"), lora, tmp_path / name, seed)
+    result = brief([tmp_path / "a", tmp_path / "b"], text_task, tmp_path)
+    tuned = open_expert(result.output)
+    assert "classifier.dense" in tuned.modules
+    assert tuned.head.keys() == {"classifier.out_proj.weight", "classifier.out_proj.bias"}
+    open_strictly(model_of(tmp_path / "base"), result.output)  # PEFT would replace the whole head of SEQ_CLS
+    assert score_experts([tuned], open_task(text_task), tuned.base, None)[1].accuracy is not None
+
+
 def test_a_head_that_the_base_does_not_have_cannot_be_adapted(
     pooled_base: Path, text_task: Path, tmp_path: Path
 ) -> None:

@@ -57,6 +57,7 @@ class Changes:
         head: parameter name → key of each tensor that is saved whole.
         saved: the modules that these belong to (``modules_to_save``).
         unchanged: number of tensors that equal the base's.
+        tied: modules that share one changed weight, each with its own factors.
         fields: PEFT's ``task_type`` and ``auto_mapping``.
     """
 
@@ -68,6 +69,7 @@ class Changes:
     head: dict[str, str] = field(default_factory=dict)
     saved: list[str] = field(default_factory=list)
     unchanged: int = 0
+    tied: list[list[str]] = field(default_factory=list)
     fields: dict[str, Any] = field(default_factory=dict)
 
     def read_head(self, finetuned: Checkpoint) -> Head:
@@ -178,7 +180,8 @@ def _compare(
     square, energy, cosine = distance
     size = math.sqrt(square / energy) if energy else None
     # tied weights share a stored tensor, but each of their layers needs its own factors
-    for owner in (name, *(other for other, key in (names.shared or {}).items() if key == after)):
+    owners = [name, *(other for other, key in (names.shared or {}).items() if key == after)]
+    for owner in owners:
         module = owner.removesuffix(".weight")
         try:
             if names.known and owner not in names.known:
@@ -188,6 +191,8 @@ def _compare(
         except NotAdapted as reason:
             if owner == name:
                 found.left_out.append(LeftOut(name, str(reason), size, square))
+    if len(owners) > 1:
+        found.tied.append([owner.removesuffix(".weight") for owner in owners])
 
 
 def _distance(base: Checkpoint, before: str, finetuned: Checkpoint, after: str) -> tuple[float, float, float] | None:

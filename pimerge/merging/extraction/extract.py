@@ -157,6 +157,13 @@ def _select(request: ResultRequest, changes: Changes, finetuned: Checkpoint, bas
             f"no weight of '{finetuned.name}' that LoRA adapts differs from the base '{base.name}'",
             f"what changed: {', '.join(names)}" if names else "",
         )
+    for names in changes.tied:
+        if len(kept := [name for name in names if name in changes.modules]) > 1:
+            request.note(
+                f"{' and '.join(kept)} share one weight, and each has its own factors of the update, as PEFT needs for "
+                "the adapter beside the base; merge it with 'pimerge merge --into', since PEFT's merge_and_unload adds "
+                "both to the shared weight"
+            )
     unlike = [name for name in changes.modules if abs(changes.cosines[name]) < _UNRELATED]
     if 2 * len(unlike) > len(changes.modules):
         request.note(

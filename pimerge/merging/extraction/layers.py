@@ -47,6 +47,8 @@ def adapted(
         layers: module → layer; None for a model that transformers does not know, whose layers are told by shape.
     """
     module, _, what = name.rpartition(".")
+    if what not in ("weight", "bias") and len(shape) > 2:
+        raise NotAdapted("the stacked weights of a mixture's experts; LoRA adapts single layers here")
     if what != "weight":
         raise NotAdapted("a bias" if what == "bias" else "not the weight of a layer")
     if len(shape) < 2:
