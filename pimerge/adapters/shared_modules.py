@@ -124,11 +124,16 @@ def require_shared_modules(experts: Sequence[Expert]) -> None:
 
 
 def refuse_names(experts: Sequence[Expert], problems: Problems) -> bool:
-    """Add a problem for each expert that adapts modules which its base does not have; True if there is one."""
+    """Add a problem for each expert that adapts modules which its base does not have; True if there is one.
+
+    Heads do not count: a tied one is not in the base's file, and a task's own is only in the model that was trained.
+    """
+    from pimerge.checkpoints.architecture import is_of_head  # imports torch
+
     found = False
     for expert in experts:
         base = None if expert.base.folder is None else known_modules(expert.base.folder)
-        lacking = [] if base is None else [name for name in expert.parts if not base.has(name)]
+        lacking = [] if base is None else [name for name in expert.parts if not is_of_head(name) and not base.has(name)]
         if lacking:
             found = True
             more = f" and {len(lacking) - 1} others" if len(lacking) > 1 else ""

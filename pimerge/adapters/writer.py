@@ -183,7 +183,7 @@ def write_tensor_sets(
             **like.config,
             **sets,
             **task_fields(like.config, head.tensors, before_text=like.strategy.before_text),
-            **_own_fields(path, head, base),
+            **_own_fields(path, head, base, saves=bool(head.modules) or "modules_to_save" in like.config),
         },
         head,
         base,
@@ -275,14 +275,14 @@ def _ranks(layout: Layout, summaries: Sequence[Summary]) -> dict[str, int]:
     return target_ranks(layout.modules, {summary.name: summary.rank for summary in summaries})
 
 
-def _own_fields(path: Path, head: Head, base: Base) -> dict[str, Any]:
-    """The fields of the config that name the base and the head."""
+def _own_fields(path: Path, head: Head, base: Base, *, saves: bool = True) -> dict[str, Any]:
+    """The fields of the config that name the base and the head; not all kinds have ``modules_to_save``."""
     name, revision = base_reference(base, path)
     return {
         "base_model_name_or_path": name or None,
         "revision": revision,
         "inference_mode": True,
-        "modules_to_save": sorted(head.modules) or None,
+        **({"modules_to_save": sorted(head.modules) or None} if saves else {}),
         **({"trainable_token_indices": head.token_indices} if head.token_indices else {}),
     }
 

@@ -89,6 +89,8 @@ class BaseModules:
 
     def has(self, name: str) -> bool:
         """Whether any class that loads the base, or its file, has a module of this name today."""
+        if match := _LAYER_OF_EXPERT.fullmatch(name):
+            return self.has(match["owner"])
         ways = (f"{self.prefix}.{name}", name.removeprefix(f"{self.prefix}."))
         return self._is_today_s(name, is_headed=False) or not self.modules.isdisjoint(ways)
 

@@ -52,15 +52,22 @@ def with_base_parameters(
 ) -> Head:
     """Add the merged embeddings and biases to the head of a result.
 
-    Embeddings are the base's with the policy ``none``, and the target's own if the target is known and holds any.
+    With the policy ``none``, whole embeddings are the base's; trained rows of tokens are merged, since they are no head.
+    If the target is known and holds embeddings or rows, these are the result's.
 
     Args:
         adapted: the modules that the result updates, whose own parameters have ``base_layer`` in their names.
     """
     experts, target = chosen.experts, chosen.target
     is_targets = policy is HeadPolicy.TARGET and target is not None and len(experts) > 1
-    keeps = policy is HeadPolicy.NONE or (is_targets and any(True for _ in held_embeddings(target)))  # type: ignore[arg-type]
-    held = [dict(_biases(expert)) | ({} if keeps else dict(held_embeddings(expert))) for expert in experts]
+    is_none = policy is HeadPolicy.NONE
+    keeps = is_none or (is_targets and any(True for _ in held_embeddings(target)))  # type: ignore[arg-type]
+    found_in = [dict(held_embeddings(expert)) for expert in experts]
+    taken = [{name: own for name, own in each.items() if not keeps or (is_none and own.tokens)} for each in found_in]
+    held = [dict(_biases(expert)) | each for expert, each in zip(experts, taken, strict=True)]
+    left = sorted({name for each, own in zip(found_in, taken, strict=True) for name in each if name not in own})
+    remarks = (f"trained embeddings ({', '.join(left)}) are left out: --head none",) if is_none and left else ()
+    head = replace(head, remarks=(*head.remarks, *remarks))
     parameters = sorted({name for each in held for name in each})
     if not parameters:
         return head
@@ -88,7 +95,7 @@ def with_base_parameters(
         modules=sorted(modules),
         token_indices=_token_indices(indices, experts) if indices else head.token_indices if keeps else None,
         biases=frozenset(biases),
-        remarks=(vocabulary, *_remarks(biases, held, keeps)),
+        remarks=(*remarks, vocabulary, *_remarks(biases, held)),
     )
 
 
@@ -269,10 +276,10 @@ def _token_indices(
     }
 
 
-def _remarks(biases: Collection[str], held: Sequence[Mapping[str, HeldParameter]], keeps: bool) -> Iterator[str]:
+def _remarks(biases: Collection[str], held: Sequence[Mapping[str, HeldParameter]]) -> Iterator[str]:
     """Sentences for the plan."""
     if biases:
         yield f"{len(biases)} trained biases of the base, such as '{min(biases)}', are summed with the weights"
     embeddings = sorted({name for each in held for name, own in each.items()} - {parameter_of(name) for name in biases})
-    if embeddings and not keeps:
+    if embeddings:
         yield f"trained embeddings ({', '.join(embeddings)}) are summed with the weights, as updates of the base's"

@@ -113,3 +113,21 @@ def test_a_checkpoint_is_the_base_of_the_experts_that_are_merged_into_it(name: s
         set_config(folder, base_model_name_or_path=name)
     merged_into(experts, tmp_path / "base", tmp_path / "out", weights=[0.5, 1.0])
     torch.testing.assert_close(outputs(opened(tmp_path / "out", base)), outputs(wanted), rtol=1e-5, atol=1e-5)
+
+
+def test_without_heads_rows_of_tokens_are_merged_and_saved_embeddings_are_left_out(tmp_path: Path) -> None:
+    base = llama(tmp_path / "base")
+    experts = [tmp_path / "a", tmp_path / "b"]
+    rows = [updates(trainable_token_indices=[5, 9]), updates(trainable_token_indices=[9, 7])]
+    for seed, (folder, config) in enumerate(zip(experts, rows, strict=True)):
+        adapted(base, config, folder, tmp_path / "base", seed=seed)
+    wanted = copy.deepcopy(base)
+    wanted.load_state_dict(summed(base, experts, [0.6, 0.4]))
+    options = {"weights": [0.6, 0.4], "head": "none", "ranking": tmp_path / "none.json"}
+    merge(experts, output=tmp_path / "adapter", **options)
+    found = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "adapter")
+    torch.testing.assert_close(outputs(found), outputs(wanted), rtol=1e-5, atol=1e-5)
+    adapted(base, updates(modules_to_save=["embed_tokens"]), tmp_path / "c", tmp_path / "base")
+    merged = merge([tmp_path / "c"], output=tmp_path / "plain", head="none", ranking=tmp_path / "none.json")
+    assert not any("embed" in key for key in load_file(tmp_path / "plain" / "adapter_model.safetensors"))
+    assert any("embed_tokens.weight) are left out" in line for line in merged.plan["handled"])
