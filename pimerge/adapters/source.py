@@ -14,7 +14,7 @@ from pimerge.adapters.formats._keys import summarised
 from pimerge.adapters.hub import download, is_hub_reference
 from pimerge.adapters.lora_module import LoraModule
 from pimerge.adapters.other_writers import refuse_other_writers
-from pimerge.checkpoints.adapter_keys import adapter_keys, is_adapter_file
+from pimerge.checkpoints.adapter_keys import adapter_keys, factor_keys, is_adapter_file
 from pimerge.checkpoints.checkpoint import PICKLES, UNPICKLE
 from pimerge.checkpoints.safetensors_file import TensorFile, open_tensors
 from pimerge.core.errors import PimergeError, Problems
@@ -135,7 +135,7 @@ def _open_file(path: Path, given: Path | None) -> AdapterSource:
 
 def _format_of(path: Path, file: TensorFile, *, has_config: bool) -> Format:
     """The format of a file by its keys."""
-    own = adapter_keys(file.entries)
+    own = adapter_keys(file.entries) or factor_keys({key: entry.shape for key, entry in file.entries.items()})
     if not own and not has_config:
         raise PimergeError(
             f"'{path}' is a plain state dict, not an adapter: it has keys such as '{next(iter(file.entries), '')}'",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from pimerge.checkpoints.safetensors_file import open_tensors
@@ -21,7 +21,15 @@ _ADAPTER_KEY = re.compile(
     r"|\.(hada_(w[12]_[ab]|t[12])|lokr_(w[12](_[ab])?|t[12])|oft_(blocks|diag)|dora_scale)(\.|$)"  # LyCORIS
     r"|\.lora_magnitude_vector(\.|$)"
     r"|^lora_[a-z0-9]+_|^lycoris_"  # the names of all modules in files of kohya and LyCORIS
+    r"|^base_model\.(.+\.)?(adamss|beft|boft|c3a|deft|delora|fourierft|frod|glora|gralora|hira|hra|ia3|lily|miss|oft|osf"
+    r"|peanut|poly|psoft|p?vera|randlora|road|shira|supertuning|tinylora|unilora|vblora|waveft|xlora)_"  # PEFT's kinds
+    r"|^(unet|text_encoder\w*|vae):\d+:(up|down)$"  # cloneofsimo
+    r"|\.adapter(_layer(\.\w+)?)?\.linear_(in|out)\."  # NeMo, Megatron Bridge
+    r"|(^|\.)(lora_?module|lora_?layer|lora\d*|lora_linear)([._]\w+)?[._](A|B|a|b|up|down)(\.weight)?$"
+    r"|^lora_controlnet$"  # Control-LoRA
 )
+_PAIRS = {"a": "b", "A": "B", "down": "up"}  # parts of the names of two factors
+_PART = re.compile(rf"(?<![A-Za-z0-9])({'|'.join(_PAIRS)})(?![A-Za-z0-9])")
 
 
 def adapter_keys(keys: Iterable[str]) -> list[str]:
@@ -33,6 +41,29 @@ def adapter_keys(keys: Iterable[str]) -> list[str]:
     return [key for key in keys if _ADAPTER_KEY.search(key)]
 
 
+def factor_keys(shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """The keys of a file's matrices if they are nothing but pairs of factors, by their names and shapes.
+
+    A factor A is (r, d_in) and B is (d_out, r), with r below both; their names differ in one part, such as ``a`` and
+    ``b``. The weights of a whole model are never only such pairs.
+
+    >>> factor_keys({"w_a_000": (2, 16), "w_b_000": (16, 2), "q.A": (2, 8), "q.B": (6, 2), "q.alpha": ()})
+    ['q.A', 'q.B', 'w_a_000', 'w_b_000']
+    >>> factor_keys({"embed": (9, 8), "q.A": (2, 8), "q.B": (6, 2)})
+    []
+    """
+    matrices = {key for key, shape in shapes.items() if len(shape) > 1}
+    paired: set[str] = set()
+    for key in matrices:
+        for match in _PART.finditer(key):
+            other = f"{key[: match.start()]}{_PAIRS[match[1]]}{key[match.end() :]}"
+            a, b = shapes[key], shapes.get(other, ())
+            if len(b) > 1 and a[0] == b[1] and a[0] < min(a[1], b[0]):
+                paired |= {key, other}
+    is_biased = any(len(shape) == 1 and shape[0] > 1 for shape in shapes.values())  # of layers of their own
+    return sorted(paired) if paired and paired == matrices and not is_biased else []
+
+
 def is_adapter_file(path: str | Path) -> bool:
     """Whether a path is a safetensors file with the tensors of an adapter.
 
@@ -42,6 +73,7 @@ def is_adapter_file(path: str | Path) -> bool:
     if not (str(path).endswith(".safetensors") and os.path.isfile(path)):
         return False
     try:
-        return bool(adapter_keys(open_tensors(Path(path)).entries))
+        entries = open_tensors(Path(path)).entries
+        return bool(adapter_keys(entries) or factor_keys({key: entry.shape for key, entry in entries.items()}))
     except PimergeError:  # a damaged file is reported when it is opened
         return False

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from peft import IA3Config, LoraConfig, PeftConfig
+from safetensors.torch import save_file
 from torch import nn
 from transformers import (
     AutoModel,
@@ -21,7 +22,8 @@ from transformers import (
 
 import pimerge
 from pimerge.adapters.expert import open_expert
-from pimerge.core.errors import PimergeError
+from pimerge.adapters.shared_modules import refuse_names
+from pimerge.core.errors import PimergeError, Problems
 from tests.support.experts import raw_expert, set_config, updates_of
 from tests.support.names import DECODER, IDS, adapter, logits_with, saved_base
 
@@ -150,3 +152,17 @@ def test_names_that_may_be_of_other_modules_are_refused(tmp_path: Path, first: s
     paths = [raw_expert(tmp_path / str(n), updates_of({name: (4, 2, 4)})) for n, name in enumerate((first, second))]
     with pytest.raises(PimergeError, match="share no module"):
         pimerge.merge(paths, output=tmp_path / "out")
+
+
+def test_tied_heads_and_stacked_experts_are_not_named_as_missing(tmp_path: Path) -> None:
+    tensors = {"encoder.q.weight": torch.zeros(4, 4), "encoder.mlp.experts.up": torch.zeros(2, 4, 4)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"model_type": "t5"}')
+    experts = [
+        open_expert(raw_expert(tmp_path / str(i), updates_of({n: (4, 2, 4)}), base_model_name_or_path=str(tmp_path)))
+        for i, n in enumerate(["lm_head", "encoder.mlp.experts.0.up", "encoder.actor.q"])
+    ]
+    problems = Problems()
+    assert not refuse_names(experts[:2], problems)
+    assert refuse_names(experts, problems)
+    assert "'encoder.actor.q', which the base" in problems.found[0].message
