@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from pimerge.cli import options
-from pimerge.cli.console import note, print_json, print_line, tracker
+from pimerge.cli.console import done_before, note, print_json, print_line, tracker
 
 
 def convert(
@@ -45,17 +45,18 @@ def convert(
     """
     from pimerge.merging.convert import convert as convert_source
 
-    converted = convert_source(
-        source,
-        rank=rank,
-        energy=energy,
-        base=base,
-        config=config,
-        output=output,
-        force=force,
-        track=tracker(quiet),
-        note=partial(note, quiet=quiet),
-    )
+    with done_before(json, quiet):
+        converted = convert_source(
+            source,
+            rank=rank,
+            energy=energy,
+            base=base,
+            config=config,
+            output=output,
+            force=force,
+            track=tracker(quiet),
+            note=partial(note, quiet=quiet),
+        )
     if converted.merged is not None:
         from pimerge.cli.merge.show import show
 

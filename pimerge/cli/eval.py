@@ -5,12 +5,15 @@ from __future__ import annotations
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pimerge.cli import options
 from pimerge.cli.console import note, print_json, print_table, tracker
+
+if TYPE_CHECKING:
+    from pimerge.evaluation.evaluate import Evaluation
 
 
 def evaluate(
@@ -32,12 +35,9 @@ def evaluate(
     Every score has a 95 % confidence interval. Ensembles and full checkpoints written by 'pimerge tune' can be scored
     like experts.
     """
-    from pimerge.core.files import json_text, require_absent, write_file
+    from pimerge.core.files import json_text, output_lock, require_same_or_absent, write_file
     from pimerge.evaluation.evaluate import evaluate as score
-    from pimerge.tasks.metric import METRICS
 
-    if output is not None:
-        require_absent(output, force)
     found = score(
         experts,
         target=target,
@@ -48,11 +48,22 @@ def evaluate(
         track=tracker(quiet),
         note=partial(note, quiet=quiet),
     )
-    if output is not None:
-        write_file(output, json_text(found.to_dict()))
     if json:
         print_json(found.to_dict())
-        return
+    else:
+        _print(found)
+    note(f"on the test split of {found.target}", quiet or json)
+    if output is not None:
+        content = json_text(found.to_dict())
+        with output_lock(output):
+            require_same_or_absent(output, content, force)  # a rerun after a stop finds its own scores
+            write_file(output, content)
+
+
+def _print(found: Evaluation) -> None:
+    """Print the table of scores."""
+    from pimerge.tasks.metric import METRICS
+
     formats = {name: METRICS.load(name).format for name in found.task.metrics}
     print_table(
         ["expert", *(title for name in formats for title in (name, "95 %")), "loss", "95 %", "n", ""],
@@ -68,7 +79,6 @@ def evaluate(
         ],
         right=[*formats, "loss", "n"],
     )
-    note(f"on the test split of {found.target}", quiet)
 
 
 def _cells(found: dict[str, float | None], style: str) -> list[str]:

@@ -51,11 +51,11 @@ class AlreadyDone(PimergeError):
     For the command line this is no error: a script can run a command again after a stop.
     """
 
-    def __init__(self, output: Path, results: dict[str, Any]) -> None:
+    def __init__(self, output: Path, results: dict[str, Any] | None = None) -> None:
         super().__init__(
             f"'{output}' is there already: the same command wrote it, from the same inputs", "pass --force to redo it"
         )
-        self.document = {"output": str(output), **results}
+        self.document = {"output": str(output), **(results or {})}
 
 
 class Problems:

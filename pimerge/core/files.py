@@ -15,12 +15,23 @@ import stat
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
+from filecmp import cmp
 from pathlib import Path
 from typing import Any
 
-from pimerge.core.errors import PimergeError
+from pimerge.core.errors import AlreadyDone, PimergeError
 from pimerge.core.hash_cache import sha256_of
-from pimerge.core.placement import encoded, key_of, locked, partial_of, place, place_together, remove, write_synced
+from pimerge.core.placement import (
+    encoded,
+    has_leftovers,
+    key_of,
+    locked,
+    partial_of,
+    place,
+    place_together,
+    remove,
+    write_synced,
+)
 from pimerge.core.progress import Note, unheard
 
 _DISK_ERRORS = {
@@ -194,7 +205,10 @@ def write_into(folder: Path, contents: Mapping[str, bytes | str]) -> None:
 
 @contextmanager
 def new_folder(path: Path, *, force: bool) -> Iterator[Path]:
-    """Yield a folder to write into; it moves to ``path`` when the block ends and is removed if the block fails."""
+    """Yield a folder to write into; it moves to ``path`` when the block ends and is removed if the block fails.
+
+    Without ``force``, an existing folder is refused at the end, as :class:`AlreadyDone` if its content is the same.
+    """
     with _new(path, force) as partial:
         with disk_errors(path):
             partial.mkdir()
@@ -203,7 +217,7 @@ def new_folder(path: Path, *, force: bool) -> Iterator[Path]:
 
 @contextmanager
 def new_file(path: Path, *, force: bool) -> Iterator[Path]:
-    """Yield a path to write a file to; it moves to ``path`` when the block ends and is removed if the block fails."""
+    """Yield a path to write a file to; like :func:`new_folder`."""
     with _new(path, force) as partial:
         with disk_errors(path):
             _refuse_folder(path)
@@ -219,16 +233,36 @@ def output_lock(path: Path, note: Note = unheard) -> Iterator[None]:
         yield
 
 
+def put_in_order(path: Path) -> None:
+    """Clear up what a stopped process left beside an output that is not written again."""
+    if has_leftovers(path):
+        with output_lock(path):
+            pass
+
+
 @contextmanager
 def _new(path: Path, force: bool) -> Iterator[Path]:
     with output_lock(path), disk_errors(path):
-        require_absent(path, force)
+        require_absent(path, True)
         partial = partial_of(path)
         try:
             yield partial
+            if not force and _is_same(partial, path):
+                raise AlreadyDone(path)
+            require_absent(path, force)
             place(partial, path)
         finally:
             remove(partial)
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    """Whether two paths are files of the same content, or folders of such files."""
+    if one.is_dir():
+        names = sorted(os.listdir(one))
+        return (
+            other.is_dir() and names == sorted(os.listdir(other)) and all(_is_same(one / x, other / x) for x in names)
+        )
+    return one.is_file() and other.is_file() and cmp(one, other, shallow=False)
 
 
 def _refuse_folder(path: Path) -> None:

@@ -93,7 +93,8 @@ def raise_if_done(output: Path, request: str) -> None:
 
 def require_absent_or_own(output: Path, force: bool) -> None:
     """Refuse an existing output without ``force``, unless it may be an earlier output of the same request."""
-    require_absent(output, force or (output / MANIFEST_FILE).is_file())
+    is_single = output.suffix == ".safetensors" and output.is_file()  # it is compared with the result
+    require_absent(output, force or is_single or (output / MANIFEST_FILE).is_file())
 
 
 def refuse_foreign(output: Path) -> None:

@@ -27,6 +27,11 @@ def partial_of(path: Path) -> Path:
     return _beside(path, _PARTIAL)
 
 
+def has_leftovers(path: Path) -> bool:
+    """Whether another process is writing an output, or was stopped while it did."""
+    return any(os.path.lexists(_beside(path, word)) for word in (_PARTIAL, _OLD, _LOCK, _SET))
+
+
 def remove(path: Path) -> None:
     """Remove a file, a link or a folder, if it is there."""
     if _is_folder(path):

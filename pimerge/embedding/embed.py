@@ -110,6 +110,7 @@ def embed(
     if labels not in list(LabelMode):
         raise PimergeError(f"--labels must be {' or '.join(LabelMode)}; got '{labels}'")
     target = Store(Path(store))
+    target.tidy()
     ready, problems = _checked(listed(experts) or [], base, None if task is None else open_task(task), target)
     if not skip_broken or not ready:
         problems.raise_any("some experts cannot be embedded (--skip-broken embeds the others)")

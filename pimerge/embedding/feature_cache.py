@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pimerge.checkpoints.safetensors_file import open_tensors
 from pimerge.core.errors import PimergeError
-from pimerge.core.files import sha256_bytes, write_file
+from pimerge.core.files import put_in_order, sha256_bytes, write_file
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,6 +40,7 @@ class FeatureCache:
         file = self._folder / f"{sha256_bytes(json.dumps([key, *self._data]).encode())[:32]}.safetensors"
         with suppress(PimergeError):  # a damaged file is computed again
             if file.is_file():
+                put_in_order(file)
                 tensors = open_tensors(file)
                 return {name: tensors.read(name) for name in tensors.entries}
         from safetensors.torch import save

@@ -28,12 +28,13 @@ from pimerge.core.files import (
     disk_errors,
     json_text,
     output_lock,
+    put_in_order,
     read_json,
     relative_to,
-    sha256_bytes,
     sha256_file,
     write_file,
 )
+from pimerge.embedding.sidecars import hashed_files, sidecar_content, sidecar_of
 from pimerge.embedding.store_schema import Embedding, MeasuredGains, Sidecar, StoreDocument, read_document
 from pimerge.embedding.store_view import StoreView
 
@@ -46,8 +47,6 @@ DIAGONAL, SECOND_MOMENTS, GRAMS = "diagonal", "marginals", "grams"
 _TENSOR = re.compile(
     r"\.(?:\w*(?:lora|vera)|ia3|ln_tuning|bitfit|bottleneck|hada|hira|lokr|fourierft|c3a|miss|shira|waveft)_.*"
 )
-_HASHED = re.compile(r"\.[0-9a-f]{12}\.safetensors$")
-_LONGEST = 150  # letters of an expert's name in a file's
 TRACES = "traces"  # of the modules, in the metadata of the diagonal, to keep the document small
 
 
@@ -169,8 +168,11 @@ class Store:
             module = _TENSOR.sub("", key.removeprefix("base_model.model."))
             traces[module] = traces.get(module, 0.0) + float(value.double().sum())
         metadata = {DIAGONAL: {TRACES: json.dumps(dict(sorted(traces.items())))}}
-        contents = {part: _safetensors(values, metadata.get(part)) for part, values in tensors.items()}
-        sidecars = {part: self._sidecar(name, part, sha256_bytes(content)) for part, content in contents.items()}
+        contents = {part: sidecar_content(values, metadata.get(part)) for part, values in tensors.items()}
+        sidecars = {
+            part: sidecar_of(self.sidecars.name, name, "" if part == DIAGONAL else f".{part}", content)
+            for part, content in contents.items()
+        }
         squares = sum(float(value.double().square().sum()) for value in diagonal.values())
         entry = Embedding(
             **fields,
@@ -183,6 +185,13 @@ class Store:
             for part, content in contents.items():
                 write_file(self.path.parent / sidecars[part].file, content)
             document.experts[name] = entry
+
+    def tidy(self) -> None:
+        """Remove what a stopped process left."""
+        put_in_order(self.path)
+        if hashed_files(self.sidecars) - self._own_sidecars(self.document) and not self.sidecars.is_symlink():
+            with self._changing():
+                pass
 
     def drop(self, name: str) -> None:
         """Remove an entry, its sidecars and its measured gains."""
@@ -245,12 +254,6 @@ class Store:
             raise PimergeError(f"the sidecar '{path}' {state}", hint)
         return open_tensors(path)
 
-    def _sidecar(self, name: str, part: str, sha256: str) -> Sidecar:
-        """Name a sidecar by its expert, its part and its hash."""
-        start = name.replace("/", "--")[:_LONGEST]  # of experts in folders of one name
-        middle = "" if part == DIAGONAL else f".{part}"
-        return Sidecar(file=f"{self.sidecars.name}/{start}{middle}.{sha256[:12]}.safetensors", sha256=sha256)
-
     @contextmanager
     def _changing(self) -> Iterator[StoreDocument]:
         """Change the latest document on disk under a lock, and remove sidecars that it no longer names."""
@@ -265,21 +268,13 @@ class Store:
             self.document = document
             if self.sidecars.is_symlink():  # its files may be those of another store
                 return
-            left = {file.name for file in self.sidecars.iterdir() if _HASHED.search(file.name)}  # by a stopped process
-            for name in (before | left) - self._own_sidecars(document):
+            for name in (before | hashed_files(self.sidecars)) - self._own_sidecars(document):
                 (self.sidecars / name).unlink(missing_ok=True)
 
     def _own_sidecars(self, document: StoreDocument) -> set[str]:
         """The names of the files in the folder of the sidecars that the document names; an overlay names others."""
         files = [Path(each.file) for entry in document.experts.values() for each in entry.sidecars.values()]
         return {file.name for file in files if file.parent == Path(self.sidecars.name)}
-
-
-def _safetensors(tensors: Mapping[str, Tensor], metadata: dict[str, str] | None) -> bytes:
-    """Return the bytes of a file; with at most one item of metadata, since the order of several is not fixed."""
-    from safetensors.torch import save
-
-    return save({key: value.cpu().contiguous() for key, value in tensors.items()}, metadata or {"format": "pt"})
 
 
 def open_store(path: Path) -> Store:

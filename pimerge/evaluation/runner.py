@@ -19,7 +19,7 @@ from pimerge.adapters.ranking_document import Ranking, Target
 from pimerge.checkpoints.base import Base
 from pimerge.core.documents import parse_document
 from pimerge.core.errors import Problems
-from pimerge.core.files import json_text, relative_to, sha256_bytes, write_file
+from pimerge.core.files import json_text, put_in_order, relative_to, sha256_bytes, write_file
 from pimerge.core.progress import Note, Track, silent, unheard
 from pimerge.core.version import __version__
 from pimerge.embedding.features import FeatureReader, Sampling
@@ -50,6 +50,7 @@ LIMIT = 500
 FEATURES, RANKINGS = "features", "rankings"
 ANEW = "delete the file; it is created again"
 _WAIT = 0.5
+_TRAINING = ".training"
 _DISTRIBUTED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -170,6 +171,8 @@ class _ComparisonRunner:
     def done(self, case: PlannedRun) -> ComparisonRun | None:
         """Return the result of a run; None if it has not been made."""
         if case not in self.runs and (file := self._file(case)).is_file():
+            put_in_order(file)
+            shutil.rmtree(file.with_suffix(_TRAINING), ignore_errors=True)  # a stop between the last two steps left it
             self.runs[case] = parse_document(ComparisonRun, file, ANEW)
         return self.runs.get(case)
 
@@ -188,7 +191,7 @@ class _ComparisonRunner:
         )
         ranked = self.ranked(case.shots, case.seed)[: case.k] if case.k else []
         experts, scores, gains = ([getattr(each, name) for each in ranked] for name in ("expert", "score", "gain"))
-        work = self._file(case).with_suffix(".training")
+        work = self._file(case).with_suffix(_TRAINING)
         like = self.pool[0].expert if self.pool else None
         request = TuneRequest(self.session, experts, None, like, scores, options, work, gains)
         started = time.monotonic()

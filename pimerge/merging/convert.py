@@ -89,7 +89,7 @@ def convert(
     """
     given, output = Path(source), Path(output)
     with output_lock(output, note):
-        require_absent(output, force)
+        require_absent(output, True)  # without --force, what is there is compared with the result
         if given.exists() and given.resolve().is_relative_to(output.resolve()):
             raise PimergeError(f"the output '{output}' is the input or contains it", "choose another --output")
         if energy is not None and rank is None:

@@ -65,10 +65,13 @@ def test_without_a_target_the_first_experts_task_is_taken(folder: Path, shell: S
 def test_the_result_can_be_written(folder: Path, shell: Shell) -> None:
     result = shell("eval", "tuned", "--target", "x", "-o", "scores.json", "--json")
     assert json.loads((folder / "scores.json").read_text()) == result.document
-    refused = shell("eval", "tuned", "--target", "x", "-o", "scores.json")
+    assert shell("eval", "tuned", "--target", "x", "-o", "scores.json").code == 0  # the same scores
+    refused = shell("eval", "merged", "--target", "x", "-o", "scores.json")
     assert refused.code == 3
     assert "--force" in refused.err
-    assert shell("eval", "tuned", "--target", "x", "-o", "scores.json", "--force").code == 0
+    assert "merged" in refused.out  # what was computed is not lost
+    assert json.loads((folder / "scores.json").read_text()) == result.document
+    assert shell("eval", "merged", "--target", "x", "-o", "scores.json", "--force").code == 0
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import pimerge
 from pimerge.adapters.expert import open_expert
-from pimerge.core.errors import PimergeError
+from pimerge.core.errors import AlreadyDone, PimergeError
 from tests.support.bases import inputs, model_for
 from tests.support.experts import MakeExpert, dense_deltas, layers_expert, raw_expert, updates_of
 from tests.support.numerics import relative_difference
@@ -65,8 +65,12 @@ def test_a_single_file_becomes_a_single_file(tmp_path: Path) -> None:
         pimerge.convert(tmp_path / "x.pt", output=output)
         path = output if output.suffix else output / "x.safetensors"
         assert torch.equal(load_file(path)["x"], tensors["x"])
-    with pytest.raises(PimergeError, match="already exists"):
+    with pytest.raises(AlreadyDone, match="is there already"):
         pimerge.convert(tmp_path / "x.pt", output=tmp_path / "new" / "y.safetensors")
+    torch.save({"x": torch.ones(1)}, tmp_path / "other.pt")
+    with pytest.raises(PimergeError, match="already exists"):
+        pimerge.convert(tmp_path / "other.pt", output=tmp_path / "new" / "y.safetensors")
+    assert torch.equal(load_file(tmp_path / "new" / "y.safetensors")["x"], tensors["x"])
 
 
 @pytest.mark.parametrize("kind", ["loha", "lokr", "fourierft", "delora"])

@@ -1,36 +1,52 @@
-"""Kill a process before each change that it makes to the disk, one run after the other."""
+"""Stop a process, or let the system refuse it something, at each change that it makes to the disk."""
 
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 from collections.abc import Callable
 from itertools import count
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-CHANGES = ((os, "fsync"), (Path, "mkdir"), (Path, "replace"), (Path, "unlink"), (shutil, "rmtree"))
+from pimerge.core import placement
+
+CHANGES = (
+    *((os, name) for name in ("fsync", "mkdir", "replace", "rename", "unlink", "remove", "rmdir")),
+    (placement, "_exchange"),
+)
+"""What changes the disk; pathlib and shutil call the functions of ``os``."""
+
+
+def kill() -> None:
+    """End this process as a power cut would."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def at_change(number: int | None, act: Callable[[], None] = kill) -> count[int]:
+    """From here on, act before the change of this number; the counter's next value is the number of changes."""
+    numbers = count()
+
+    def counted(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **keywords: Any) -> Any:
+            if next(numbers) == number:
+                act()
+            return function(*arguments, **keywords)
+
+        return call
+
+    for owner, name in CHANGES:
+        patch.object(owner, name, counted(getattr(owner, name))).start()
+    return numbers
 
 
 def killed_before(change: int, work: Callable[[], object]) -> bool:
     """Run ``work`` in a forked process that is killed before its change of this number; False if it ends before."""
     pid = os.fork()
     if pid == 0:
-        numbers, code = count(), 1
-
-        def counted(function: Callable[..., Any]) -> Callable[..., Any]:
-            def call(*arguments: Any, **keywords: Any) -> Any:
-                if next(numbers) == change:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return function(*arguments, **keywords)
-
-            return call
-
+        code = 1
         try:
-            for owner, name in CHANGES:
-                patch.object(owner, name, counted(getattr(owner, name))).start()
+            at_change(change)
             work()
             code = 0
         finally:

@@ -1,0 +1,1 @@
+"""What happens when a command is stopped, refused something, or given a broken file."""
