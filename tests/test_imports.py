@@ -125,7 +125,7 @@ def test_only_the_command_line_knows_the_terminal() -> None:
 
 def test_the_tests_mirror_the_package() -> None:
     tests = Path(__file__).parent
-    beside = {"contracts", "examples", "integration", "support", "__pycache__"}
+    beside = {"contracts", "faults", "examples", "integration", "support", "__pycache__"}
     for folder in tests.rglob("*"):
         if folder.is_dir() and not set(folder.relative_to(tests).parts) & beside:
             assert (PACKAGE / folder.relative_to(tests)).is_dir(), folder
