@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -10,6 +10,7 @@ from pimerge.adapters.expert import Expert
 from pimerge.adapters.lora_module import Factors
 from pimerge.merging.tensor_merge import base_reader
 from pimerge.merging.verification.base_values import Read
+from pimerge.merging.verification.compared_tensor import LowRank, Part
 from pimerge.merging.verification.held import pair_biases, pair_embeddings, pair_tensor_sets
 from pimerge.merging.verification.sources import Pairing, bias_update_of, layouts_of, scaling_of, update_of
 
@@ -31,19 +32,31 @@ def pair_adapters(merged: Expert, experts: Sequence[Expert], read: Read, weights
         return read(merged, own[name]) if expert is renamed else read(expert, name)
 
     sources = [renamed, *experts]
-    for name, layout in layouts_of(sources).items():
+    for name in layouts_of(sources, any_vocabulary=True):
         scalings = [scaling_of(expert, name) for expert in experts]
-        parts = [partial(update_of, expert, name, read_own, False) for expert in sources]
-        pairing.add(name, (layout.d_out, layout.d_in), None, parts)
+        own_layouts = [expert.modules[name] for expert in sources if name in expert.modules]
+        d_out, d_in = (min(sizes) for sizes in zip(*((each.d_out, each.d_in) for each in own_layouts), strict=True))
+        if any((each.d_out, each.d_in) != (d_out, d_in) for each in own_layouts):
+            pairing.remarks.append(f"the further tokens of '{name}' that not all have are not part of the claim")
+        parts = [partial(_common, partial(update_of, expert, name, read_own, False), d_out, d_in) for expert in sources]
+        pairing.add(name, (d_out, d_in), None, parts)
         pairing.scalings[name] = scalings
         is_trained = any(f"{name}.bias" in expert.biases for expert in sources)
         if not is_trained and any(name in expert.modules and expert.modules[name].bias for expert in sources):
             biases = [partial(bias_update_of, expert, name, read_own) for expert in sources]
-            pairing.add(f"{name}.bias", (layout.d_out, 1), None, biases)
+            pairing.add(f"{name}.bias", (d_out, 1), None, biases)
             pairing.scalings[f"{name}.bias"] = scalings
     pair_biases(pairing, sources, read_own, weights, base)
     pair_embeddings(pairing, sources, weights, base)
     return pairing
+
+
+def _common(read: Callable[[], Part | None], rows: int, columns: int) -> Part | None:
+    """The update of the tokens that all adapters have."""
+    part = read()
+    if not isinstance(part, LowRank):
+        return part
+    return replace(part, left=part.left[:rows], right=part.right[:, :columns])
 
 
 def _same_module(name: str, others: Iterable[str]) -> str:

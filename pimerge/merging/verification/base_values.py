@@ -51,8 +51,8 @@ def values_in_base(base: Checkpoint, expert: Expert, read: Read) -> dict[str, Ca
             return HeldTensor(torch.cat([piece.double() for piece in changed_pieces(base, key, change, tensors)]))
 
         for key, change in plan_changes(base, names, changes, fan_in_fan_out=turned, problems=problems).items():
-            stored = shared.get(key, key)
-            found[stored] = partial(changed, stored, change)
+            # a scaled layer that shares its weight is stored apart; replaced rows stay shared
+            found[key if change.axis else shared.get(key, key)] = partial(changed, shared.get(key, key), change)
     problems.raise_any(f"the adapters do not fit the base '{base.path}'")
     return found
 

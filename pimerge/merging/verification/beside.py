@@ -41,6 +41,10 @@ def judge_beside(
         owner = _owner_of_head(key, StoredTensor(merged.home[key], key), experts, weights)
         if owner:
             remarks.append(f"'{key}' is {owner}")
+        elif key in pairing.resized and _is_sum(
+            key, pairing.resized[key], StoredTensor(merged.home[key], key), experts, weights
+        ):
+            remarks.append(f"'{key}' is the weighted sum of the values that the experts hold, in the rows of the base")
         elif reason:
             changed.append(CheckedModule(key, Verdict.CHANGED, reason=reason))
         else:
@@ -117,8 +121,12 @@ def _owner_of_head(key: str, found: StoredTensor, experts: Sequence[Source], wei
 def _is_sum(
     key: str, base: StoredTensor, found: StoredTensor, experts: Sequence[Source], weights: Sequence[float]
 ) -> bool:
-    """Whether a tensor is φ0 + Σ w_n (φ_n − φ0) of the embeddings or rows of tokens that adapters hold."""
+    """Whether a tensor is φ0 + Σ w_n (φ_n − φ0) of the embeddings or rows of tokens that adapters hold.
+
+    Only the tokens that all have are compared.
+    """
     value, start = found.file.read(found.key), base.file.read(base.key).double()
+    value, start = value[: len(start)], start[: len(value)]
     total, is_held = start.clone(), False
     for expert, weight in zip(experts, weights, strict=True):
         if isinstance(expert, Checkpoint):
@@ -130,7 +138,10 @@ def _is_sum(
                 continue
             places = list(rows[name]) if name in rows else slice(None)
             held = expert.file.read(own).double()
-            if start[places].shape != held.shape:
+            if name not in rows and held.shape[1:] == start.shape[1:]:
+                value, start, total = value[: len(held)], start[: len(held)], total[: len(held)]
+                held = held[: len(start)]
+            if max(rows.get(name, ()), default=0) >= len(start) or start[places].shape != held.shape:
                 return False
             total[places] += weight * (held - start[places])
             is_held = True

@@ -11,6 +11,7 @@ from pimerge.adapters.expert import Expert
 from pimerge.adapters.into_stacks import placed_factors
 from pimerge.adapters.lora_module import Factors, LoraModule, times_added
 from pimerge.adapters.merge_into import MergeIntoPlan, plan_merge_into
+from pimerge.adapters.token_modules import form_of
 from pimerge.checkpoints.checkpoint import Checkpoint
 from pimerge.checkpoints.dtypes import FLOATS
 from pimerge.checkpoints.key_mapping import align, names_of
@@ -32,6 +33,7 @@ class Pairing:
         untouched: key of the base → the base's tensor and the merge's, for tensors that no expert changes.
         modules: verdicts on modules that need no comparison, since they are missing or have another shape.
         beside: such verdicts on tensors that no expert changes.
+        resized: key of the merge → the base's tensor, of another number of rows.
         extra: key of the merge → why it is not compared with the base: empty if the base has no such tensor.
         remarks: what is not part of the claim.
     """
@@ -41,6 +43,7 @@ class Pairing:
     untouched: dict[str, tuple[StoredTensor, StoredTensor]] = field(default_factory=dict)
     modules: list[CheckedModule] = field(default_factory=list)
     beside: list[CheckedModule] = field(default_factory=list)
+    resized: dict[str, StoredTensor] = field(default_factory=dict)
     extra: dict[str, str] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
 
@@ -67,6 +70,9 @@ def pair_tensors(merged: Source, experts: Sequence[Source], base: Checkpoint, re
     plan = _plan(base, [source for source in sources if isinstance(source, Expert) and not source.tensor_sets])
     held = [values_in_base(base, source, read) if isinstance(source, Expert) else {} for source in sources]
     held_keys = {key: key for each in held for key in each}
+    if apart := held_keys.keys() - base.home.keys():
+        shared = names_of(base).shared or {}
+        plan = replace(plan, copies={**plan.copies, **{key: shared[key] for key in apart}})
     biases = {key: module for key, module in plan.biases.items() if key not in held_keys}
     modules = {**held_keys, **plan.weights, **biases, **{key: key for key in plan.stacks}}
     wanted = list(dict.fromkeys([*base.home, *modules]))
@@ -98,8 +104,12 @@ def pair_tensors(merged: Source, experts: Sequence[Source], base: Checkpoint, re
     return pairing
 
 
-def layouts_of(experts: Sequence[Expert]) -> dict[str, LoraModule]:
-    """The layout of each module of several adapters, which must agree on its shape."""
+def layouts_of(experts: Sequence[Expert], *, any_vocabulary: bool = False) -> dict[str, LoraModule]:
+    """The layout of each module of several adapters, which must agree on its shape.
+
+    Args:
+        any_vocabulary: whether they may have updates of several numbers of tokens.
+    """
     found: dict[str, LoraModule] = {}
     problems = Problems()
     for expert in experts:
@@ -110,7 +120,8 @@ def layouts_of(experts: Sequence[Expert]) -> dict[str, LoraModule]:
             )
         for name, module in expert.modules.items():
             known = found.setdefault(name, module)
-            if (known.d_out, known.d_in) != (module.d_out, module.d_in):
+            is_same = any_vocabulary and form_of(known) == form_of(module)
+            if (known.d_out, known.d_in) != (module.d_out, module.d_in) and not is_same:
                 problems.add(
                     f"module '{name}': ΔW is {module.d_out} × {module.d_in} in '{expert.name}', but "
                     f"{known.d_out} × {known.d_in} in another adapter",
@@ -174,6 +185,8 @@ def _present(
             pairing.modules.append(CheckedModule(modules[key], Verdict.OTHER, reason=reason))
         else:
             pairing.extra[keys[key]] = reason
+            if after.shape[1:] == before.shape[1:]:
+                pairing.resized[keys[key]] = StoredTensor(base.home[plan.source(key)], plan.source(key))
     if absent:
         own, names = names_of(base), names_of(merged)
         for key in absent:

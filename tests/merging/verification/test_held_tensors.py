@@ -162,3 +162,40 @@ def test_without_the_base_values_are_compared_if_the_weights_sum_to_one(tmp_path
     assert pimerge.verify(tmp_path / "out", experts=experts, weights=[0.4, 0.6]).equal
     with pytest.raises(PimergeError, match="not on this machine"):
         pimerge.verify(tmp_path / "out", experts=experts, weights=[0.4, 0.5])
+
+
+SAVED: dict[str, Any] = {"modules_to_save": ["embed_tokens", "lm_head"]}
+
+
+@pytest.mark.parametrize(("lora", "into"), [(SAVED, False), (SAVED, True), ({}, False)])
+def test_vocabularies_of_two_sizes(lora: dict[str, Any], into: bool, tmp_path: Path) -> None:
+    base, experts = llama(tmp_path / "base"), []
+    config = LoraConfig(r=2, target_modules=["q_proj", *([] if lora else ["embed_tokens", "lm_head"])], **lora)
+    for seed, (name, size) in enumerate((("a", 68), ("b", 66))):
+        grown = copy.deepcopy(base)
+        grown.resize_token_embeddings(size)
+        adapted(grown, copy.deepcopy(config), tmp_path / name, tmp_path / "base", seed=seed)
+        experts.append(tmp_path / name)
+    options: dict[str, Any] = {"into": tmp_path / "base"} if into else {}
+    pimerge.merge(experts, method="interpolated", weights=WEIGHTS, output=tmp_path / "out", **options)
+    found = pimerge.verify(tmp_path / "out", experts=experts, weights=WEIGHTS)
+    assert found.equal, found.summary
+    assert any("embed_tokens" in remark for remark in found.remarks)
+
+    def wrong(tensors: dict[str, Tensor]) -> None:
+        for name in tensors:
+            if "embed_tokens" in name:
+                tensors[name] *= 1.1
+
+    if not into:
+        edit_tensors(tmp_path / "out", wrong)
+        assert not pimerge.verify(tmp_path / "out", experts=experts, weights=WEIGHTS).equal
+
+
+def test_a_scaled_output_layer_of_a_tied_base(tmp_path: Path) -> None:
+    config = IA3Config(target_modules=["k_proj", "lm_head"], feedforward_modules=[])
+    experts, _, _ = two(tmp_path, config, tie_word_embeddings=True)
+    merged_into(experts, tmp_path / "base", tmp_path / "full", method="interpolated", weights=WEIGHTS)
+    found = pimerge.verify(tmp_path / "full", experts=experts, weights=WEIGHTS, base=tmp_path / "base")
+    assert found.equal, found.summary
+    assert "lm_head.weight" in [each.name for each in found.modules]
