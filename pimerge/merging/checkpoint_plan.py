@@ -193,13 +193,22 @@ def _is_merged(
                 problems.add(f"'{key}' of '{experts[number].name}' has different integers than in the base")
         return False
     unused = bool(own.known) and own.parameter[key] not in own.known
-    if having and len(having) < len(found) and not unused:
+    if having and len(having) < len(found) and not unused and not _unchanged(base, key, experts, found, having):
         lacking = [expert.name for number, expert in enumerate(experts) if number not in having]
         problems.add(
             f"'{key}' of the base is missing in {', '.join(lacking)}, but not in the other experts",
             "leave these experts out, or exclude the tensor",
         )
     return len(having) == len(found)
+
+
+def _unchanged(
+    base: Checkpoint, key: str, experts: Sequence[Checkpoint], found: Sequence[_Sorted], having: Sequence[int]
+) -> bool:
+    """Whether the experts that have a tensor have the base's values, which the result then keeps."""
+    value = base.read(key)
+    own = (experts[number].read(found[number].same[key]) for number in having)
+    return all(torch.equal(each, value.to(each.dtype)) for each in own)
 
 
 def _choose_heads(

@@ -260,6 +260,19 @@ def test_every_problem_is_reported_at_once(bert_base: Path, tmp_path: Path) -> N
         merge(bert_base, [set_checkpoint_config(paths[1], model_type="gpt2")], [1.0], "uniform", tmp_path / "out")
 
 
+def test_a_tensor_that_one_expert_lacks_and_no_other_changed_stays(bert_base: Path, tmp_path: Path) -> None:
+    def drop(found: Tensors) -> None:
+        del found["pooler.dense.bias"]
+
+    def keep(found: Tensors) -> None:
+        found["pooler.dense.bias"] = base["pooler.dense.bias"]
+
+    base = tensors(bert_base)
+    a, b = shaken(bert_base, tmp_path / "a", 0, drop), shaken(bert_base, tmp_path / "b", 1, keep)
+    merge(bert_base, [a, b], [0.5, 0.5], "task-arithmetic", tmp_path / "out")
+    assert torch.equal(tensors(tmp_path / "out")["pooler.dense.bias"], base["pooler.dense.bias"])
+
+
 def test_tensors_that_no_expert_has_stay(bert_base: Path, tmp_path: Path) -> None:
     def without(found: Tensors) -> None:
         del found["pooler.dense.bias"], found["pooler.dense.weight"]
