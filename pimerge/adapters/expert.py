@@ -23,6 +23,7 @@ from pimerge.adapters.tensor_sets import TensorSet
 from pimerge.adapters.unhandled import what_to_do
 from pimerge.checkpoints.base import Base
 from pimerge.checkpoints.safetensors_file import TensorFile, is_finite
+from pimerge.core.arguments import checked_arguments
 from pimerge.core.errors import PimergeError, Problems
 from pimerge.core.files import json_text, sha256_bytes, sha256_file
 
@@ -229,6 +230,7 @@ class Expert:
             )
 
 
+@checked_arguments()
 def open_expert(
     reference: str | Path,
     base: str | None = None,

@@ -54,6 +54,8 @@ def listed(experts: str | Path | Expert | Iterable[str | Path | Expert] | None) 
     """
     if experts is None:
         return None
+    if not isinstance(experts, str | Path | Expert | Iterable):
+        raise PimergeError(f"experts is {experts!r}", "expected folders, Hub ids or open experts")
     found = [experts] if isinstance(experts, str | Path | Expert) else list(experts)
     if not found:
         raise PimergeError("the list of experts is empty", "name at least one expert, or leave the argument out")

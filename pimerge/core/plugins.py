@@ -7,7 +7,7 @@ Importing a strategy's file does not import torch, so listings and ``--help`` st
 
 from __future__ import annotations
 
-import math
+import numbers
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -17,6 +17,7 @@ from pathlib import Path
 from pkgutil import iter_modules
 from typing import Any, Generic, TypeVar
 
+from pimerge.core.arguments import check_number
 from pimerge.core.errors import PimergeError, Problems, nearest
 
 
@@ -63,8 +64,14 @@ class Option:
         if issubclass(self.type, StrEnum):
             choices = self.choices
             return "" if value in choices else f"{self.flag} must be one of {', '.join(choices)}; got '{value}'"
-        if isinstance(value, float) and not math.isfinite(value):
-            return f"{self.flag} must be a finite number; got {value}"
+        if self.type in (int, float):
+            kind = numbers.Integral if self.type is int else numbers.Real
+            if isinstance(value, bool) or not isinstance(value, kind):
+                return f"{self.flag} must be {'an integer' if self.type is int else 'a number'}; got {value!r}"
+            if expected := check_number(value):
+                return f"{self.flag} must be {expected}; got {value}"
+        elif self.type is not Path and not self.repeated and not isinstance(value, self.type):
+            return f"{self.flag} must be of type {self.type.__name__}; got {value!r}"
         return "" if self.accepts(value) else f"{self.flag} must be {self.expected}; got {value}"
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from pimerge.adapters.compatibility import check_expert
 from pimerge.adapters.expert import Expert, open_expert
 from pimerge.adapters.selected import distinguished, listed, pool_members
+from pimerge.core.arguments import checked_arguments
 from pimerge.core.errors import PimergeError, Problems
 from pimerge.core.progress import Note, Track, silent, unheard
 from pimerge.embedding.embed_expert import EmbedOptions, EmbedOutcome, LabelMode, embed_expert
@@ -47,6 +48,7 @@ class EmbedResult:
         }
 
 
+@checked_arguments(examples=1, shots=1, batch_tokens=1)
 def embed(
     experts: str | Path | Expert | Sequence[str | Path | Expert] = "experts",
     *,

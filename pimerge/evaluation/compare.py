@@ -9,6 +9,7 @@ from pathlib import Path
 from pimerge.adapters.expert import Expert
 from pimerge.adapters.ranking_document import Ranking, open_ranked, read_ranking
 from pimerge.adapters.selected import base_of, distinguished, listed, open_all, pool_members
+from pimerge.core.arguments import checked_arguments
 from pimerge.core.errors import PimergeError, Problems
 from pimerge.core.files import output_lock, require_absent
 from pimerge.core.progress import Note, Track, silent, unheard
@@ -20,6 +21,7 @@ from pimerge.tasks.task import TaskSource, open_task
 from pimerge.tuning.options import TrainingOptions
 
 
+@checked_arguments(seeds=1, batch_size=1)
 def compare(
     target: TargetSource | None = None,
     *,

@@ -11,6 +11,7 @@ from pimerge.adapters.expert import Expert
 from pimerge.adapters.ranking_document import Ranking
 from pimerge.adapters.selected import base_of, distinguished, open_all
 from pimerge.checkpoints.checkpoint import is_checkpoint
+from pimerge.core.arguments import checked_arguments
 from pimerge.core.errors import PimergeError
 from pimerge.core.progress import Note, Track, silent, unheard
 from pimerge.evaluation.scoring import Score, score_checkpoint, score_experts
@@ -48,13 +49,17 @@ class Evaluation:
 
     def __getitem__(self, name: str) -> Score:
         """Return the score of an expert; ``(base)`` is the bare base."""
-        return next(score for score in self.scores if score.name == name)
+        found = {score.name: score for score in self.scores}
+        if name not in found:
+            raise KeyError(f"no score of '{name}'; there are scores of {', '.join(found)}")
+        return found[name]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the document that ``pimerge eval --json`` prints."""
         return {"target": self.target, "split": "test", "scores": [asdict(score) for score in self.scores]}
 
 
+@checked_arguments()
 def evaluate(
     experts: Scorable | Sequence[Scorable] | None = None,
     *,
@@ -124,6 +129,8 @@ def _written(given: Scorable) -> str | Path | Expert | Ensemble:
     """Return the folder of a result of tune or merge; return everything else unchanged."""
     if isinstance(given, TuneResult):
         return given.output
+    if not isinstance(given, str | Path | Expert | Ensemble | Merged):
+        raise PimergeError(f"cannot score {given!r}", "expected experts, ensembles, full checkpoints, or their folders")
     if not isinstance(given, Merged):
         return given
     if given.path is None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from pimerge.core.arguments import checked_arguments
 from pimerge.core.errors import PimergeError
 from pimerge.core.files import json_text, new_file, new_folder, output_lock, read_json, require_absent
 from pimerge.core.progress import Note, Track, silent, unheard
@@ -43,6 +44,7 @@ class Converted:
         return {"output": str(self.path), "summary": self.summary, **self.results}
 
 
+@checked_arguments()
 def convert(
     source: str | Path,
     *,

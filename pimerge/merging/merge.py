@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pimerge.core.arguments import checked_arguments
 from pimerge.core.errors import Problems
 from pimerge.core.files import output_lock
 from pimerge.core.manifest import require_absent_or_own
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 DEFAULT_METHOD, METHOD_OF_WEIGHTS = "uniform", "interpolated"
 
 
+@checked_arguments()
 def merge(
     experts: str | Path | Expert | Sequence[str | Path | Expert] | Ranking | None = None,
     *,

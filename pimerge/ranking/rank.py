@@ -10,6 +10,7 @@ from typing import Any
 
 from pimerge.adapters.expert import Expert
 from pimerge.adapters.ranking_document import Candidate, Ranking
+from pimerge.core.arguments import checked_arguments
 from pimerge.core.errors import PimergeError, nearest
 from pimerge.core.progress import Note, Track, silent, unheard
 from pimerge.embedding.store import Store, open_store
@@ -23,6 +24,7 @@ from pimerge.ranking.target_examples import by_default, by_examples, gains_of
 from pimerge.tasks.task import TaskSource
 
 
+@checked_arguments(examples=2, shots=1, k=1)
 def rank(
     target: Expert | TaskSource,
     *,

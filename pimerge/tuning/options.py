@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
+from pimerge.core.arguments import check_arguments
 from pimerge.core.errors import Problems
 from pimerge.tuning.method import Granularity
 
@@ -97,9 +98,10 @@ _RANGES: Sequence[tuple[Sequence[str], Callable[[Any], bool], str]] = [
 def check_options(options: TrainingOptions) -> None:
     """Refuse options that are out of range; all problems are raised at once."""
     problems = Problems()
+    wrong = check_arguments(vars(options), TrainingOptions.__annotations__, globals(), problems)
     for names, accepts, expected in _RANGES:
         for name in names:
             value = getattr(options, name)
-            if value is not None and not accepts(value):
+            if value is not None and name not in wrong and not accepts(value):
                 problems.add(f"--{name.replace('_', '-')} must be {expected}; got {value}")
     problems.raise_any("the training options are out of range")

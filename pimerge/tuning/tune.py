@@ -13,6 +13,7 @@ from pimerge.adapters.expert import Expert
 from pimerge.adapters.ranking_document import Ranking
 from pimerge.adapters.shared_modules import require_shared_modules
 from pimerge.checkpoints.base import Base
+from pimerge.core.arguments import checked_arguments
 from pimerge.core.errors import PimergeError
 from pimerge.core.progress import Note, Track, silent, unheard
 from pimerge.tasks.task import Task, TaskSource, open_task
@@ -31,6 +32,7 @@ class WeightStart(StrEnum):
     EQUAL = "equal"
 
 
+@checked_arguments()
 def tune(
     experts: str | Path | Expert | Sequence[str | Path | Expert] | Ranking | None = None,
     *,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -143,7 +144,7 @@ def test_a_number_is_accepted_exactly_in_its_range(value: float) -> None:
     assert (SHARE.problem(value) == "") == (0 < value <= 1)
 
 
-@given(st.integers())
+@given(st.integers(-(2**63) + 1, 2**63 - 1))
 def test_an_integer_is_accepted_exactly_in_its_range(value: int) -> None:
     problem = TOP_K.problem(value)
     assert problem == ("" if value > 0 else f"--top-k must be a positive integer; got {value}")
@@ -152,8 +153,15 @@ def test_an_integer_is_accepted_exactly_in_its_range(value: int) -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_an_option_without_a_range_takes_finite_numbers_alone(value: float) -> None:
     anything = Option("anything", float, "Any number.")
-    assert anything.problem(1e300) == ""
+    assert anything.problem(1e30) == ""
+    assert anything.problem(1e300) == "--anything must be a number of float32; got 1e+300"
     assert anything.problem(value) == f"--anything must be a finite number; got {value}"
+
+
+@pytest.mark.parametrize("value", ["2", None, True, [2], 2**63])
+def test_a_value_of_another_type_is_refused_in_words(value: Any) -> None:
+    assert TOP_K.problem(value).startswith("--top-k must be an integer")
+    assert isinstance(value, int) or SHARE.problem(value).startswith("--share must be a number; got")
 
 
 @given(st.one_of(st.sampled_from(list(Side)), st.text()))

@@ -15,6 +15,7 @@ from pimerge.adapters.merged_module import MergedModule, Summary
 from pimerge.adapters.writer import Documents, Layout, write_expert
 from pimerge.checkpoints.base import Base, given_base
 from pimerge.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from pimerge.core.arguments import checked_arguments
 from pimerge.core.errors import PimergeError
 from pimerge.core.files import output_lock
 from pimerge.core.manifest import raise_if_done, refuse_foreign, require_absent_or_own
@@ -30,6 +31,7 @@ DEFAULT_RANK = 32
 _UNRELATED = 0.1  # cosine similarity of a weight and the base's
 
 
+@checked_arguments()
 def extract(
     finetuned: str | Path,
     *,

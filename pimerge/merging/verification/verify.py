@@ -10,6 +10,7 @@ from pimerge.adapters.expert import Expert, open_expert
 from pimerge.adapters.selected import listed
 from pimerge.checkpoints.base import Base, given_base
 from pimerge.checkpoints.checkpoint import Checkpoint, is_checkpoint, open_checkpoint, require_weights
+from pimerge.core.arguments import checked_arguments
 from pimerge.core.errors import PimergeError, Problems
 from pimerge.core.progress import Track, silent
 from pimerge.merging.choice import require_one_each
@@ -22,6 +23,7 @@ from pimerge.merging.verification.verdict import CheckedModule, Verdict, judge
 from pimerge.merging.verification.verification import Verification
 
 
+@checked_arguments()
 def verify(
     merged: str | Path | Expert,
     *,
