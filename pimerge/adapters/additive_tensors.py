@@ -46,6 +46,8 @@ def neutral(slot: TensorSlot, base: BaseTensor) -> Tensor:
 
 def at_strength(expert: Expert, slot: TensorSlot, base: BaseTensor) -> Tensor:
     """A slot's tensor at the expert's strength, in float64."""
+    if not slot.is_stored:
+        return neutral(slot, base)
     values = read_slot(slot, expert.tensor).to(F64)
     if slot.stored_rows:
         stored, values = values, neutral(slot, base)

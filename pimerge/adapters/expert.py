@@ -139,7 +139,8 @@ class Expert:
     def keys(self) -> list[str]:
         """The keys of its tensors without the head, in alphabetical order."""
         factors = {key for module in self.modules.values() for key in module.keys}
-        return sorted(factors | {slot.key for group in self.tensor_sets.values() for slot in group.slots.values()})
+        slots = (slot for group in self.tensor_sets.values() for slot in group.slots.values())
+        return sorted(factors | {slot.key for slot in slots if slot.is_stored})
 
     @property
     def has_strength(self) -> bool:

@@ -28,6 +28,7 @@ class TensorSlot:
         columns: the part of the stored tensor that belongs to the set; None for the whole tensor.
         rows: the rows of ``base`` that it replaces; empty for all.
         stored_rows: those of them that the file holds, if it does not hold all; the others are the base's.
+        is_stored: whether the file holds it; otherwise the expert leaves the module as it is.
     """
 
     key: str
@@ -37,6 +38,7 @@ class TensorSlot:
     columns: tuple[int, int] | None = None
     rows: tuple[int, ...] = ()
     stored_rows: tuple[int, ...] = ()
+    is_stored: bool = True
 
     @property
     def has_neutral(self) -> bool:

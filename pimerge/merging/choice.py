@@ -11,7 +11,7 @@ from pimerge.adapters.compatibility import refuse_over_inputs, require_alike
 from pimerge.adapters.expert_parts import base_of
 from pimerge.adapters.format import PEFT
 from pimerge.adapters.selected import open_all, select
-from pimerge.adapters.shared_modules import require_shared_modules
+from pimerge.adapters.shared_modules import refuse_names, require_shared_modules
 from pimerge.adapters.source import open_source
 from pimerge.adapters.token_modules import require_same_tokens, rows_have, token_axis
 from pimerge.checkpoints.base import find_base
@@ -139,6 +139,12 @@ def _in_one_form(chosen: ChosenExperts) -> ChosenExperts:
     form = None if first.unhandled else first.strategy.in_one_form
     if form is None or any(other.kind != first.kind for other in others):
         return chosen
+    if any(other.parts != first.parts for other in others):
+        problems = Problems()
+        refuse_names(chosen.experts, problems)
+        problems.raise_any("these experts do not fit each other")
+        if not set(first.parts).intersection(*(other.parts for other in others)):
+            return chosen
     sets, fields = form([expert.tensor_sets for expert in chosen.experts])
     experts = [
         replace(expert, tensor_sets=dict(own), config={**expert.config, **fields})

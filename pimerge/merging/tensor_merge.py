@@ -66,7 +66,9 @@ class TensorMerge:
                 found[name, slot] = self._merged(name, slot, each, coefficients)
         merged = joined(self.tensor_sets, found)
         rounded = {
-            key: tensor.to(self.dtype or widest([expert.file.entries[key].dtype] for expert in self.experts))
+            key: tensor.to(
+                self.dtype or widest([e.file.entries[key].dtype] for e in self.experts if key in e.file.entries)
+            )
             for key, tensor in merged.items()
         }
         for key, tensor in rounded.items():
@@ -111,6 +113,11 @@ class TensorMerge:
     def _fishers(self, name: str, slot: str) -> Tensor:
         assert self.fisher is not None
         own = self.tensor_sets[name].slots[slot]
+        if lacking := [e.name for e in self.experts if not e.tensor_sets[name].slots[slot].is_stored]:
+            raise PimergeError(
+                f"'{lacking[0]}' does not adapt '{name}', so it has no Fisher information of it",
+                f"use a linear method, or leave the module out: --exclude '{name}'",
+            )
         return torch.stack([read_slot(own, partial(self.fisher, expert)).to(F64) for expert in self.experts])
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from pimerge.adapters.keys import PREFIX, sort_keys
-from pimerge.adapters.kind import AdapterHeader
+from pimerge.adapters.kind import AdapterHeader, TensorSets
 from pimerge.adapters.kinds._config_fields import CommonFields, faulty_fields
 from pimerge.adapters.tensor_sets import TensorSet, TensorSlot
 from pimerge.core.errors import PimergeError, Problems
@@ -25,6 +26,25 @@ def fresh_fields(size: int | None, modules: Sequence[str] | None) -> dict[str, A
             "leave it out: it is the rank of a LoRA, or the size of a bottleneck, a prefix or a prompt",
         )
     return {"target_modules": list(modules)} if modules else {}
+
+
+def of_all_modules(experts: Sequence[TensorSets]) -> tuple[list[TensorSets], dict[str, Any]]:
+    """Give every expert the modules of all; one that it does not adapt is as in an expert that changes nothing.
+
+    Returns:
+        The tensor sets of each expert, and the field that names their modules; experts of the same modules as they are.
+    """
+    every: TensorSets = {name: group for sets in experts for name, group in sets.items()}
+    if all(sets.keys() == every.keys() for sets in experts):
+        return list(experts), {}
+    return [{name: sets.get(name) or _neutral(every[name]) for name in sorted(every)} for sets in experts], {
+        "target_modules": sorted(every),
+        "exclude_modules": None,
+    }
+
+
+def _neutral(group: TensorSet) -> TensorSet:
+    return TensorSet(group.name, {name: replace(slot, is_stored=False) for name, slot in group.slots.items()})
 
 
 def parse_tensor_sets(

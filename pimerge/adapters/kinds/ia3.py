@@ -10,9 +10,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from pimerge.adapters.kind import AdapterHeader, Kind, Parts
+from pimerge.adapters.kind import AdapterHeader, Kind, Parts, TensorSets
 from pimerge.adapters.kinds._tensor_sets import fresh_fields as placed
-from pimerge.adapters.kinds._tensor_sets import parse_tensor_sets
+from pimerge.adapters.kinds._tensor_sets import of_all_modules, parse_tensor_sets
 from pimerge.adapters.tensor_sets import BaseChange, Effect, TensorSet, TensorSlot
 from pimerge.core.errors import PimergeError
 from pimerge.core.patterns import matches
@@ -48,6 +48,16 @@ def parse(header: AdapterHeader) -> Parts:
             "in adapter_config.json, keep in feedforward_modules only modules that target_modules has",
         )
     return parse_tensor_sets(header, _KEY, "(IA)³ vectors", slot, frozenset({"ia3_l"}))
+
+
+def in_one_form(experts: Sequence[TensorSets]) -> tuple[list[TensorSets], dict[str, Any]]:
+    """Give every expert the modules of all, with vectors of ones; not if the shapes hide which side they scale."""
+    found, fields = of_all_modules(experts)
+    shapes = {name: group.slots["ia3_l"].shape for name, group in found[0].items()} if fields else {}
+    if any(len(shape) != 2 or shape == (1, 1) for shape in shapes.values()):
+        return list(experts), {}
+    inputs = [name for name, shape in shapes.items() if shape[0] == 1]
+    return found, fields | ({"feedforward_modules": inputs} if fields else {})
 
 
 def fresh_fields(size: int | None, modules: Sequence[str] | None) -> dict[str, Any]:
@@ -116,5 +126,6 @@ KIND = Kind(
     usual_places=usual_places,
     base_changes=base_changes,
     misfit=misfit,
+    in_one_form=in_one_form,
     parse=parse,
 )

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from pimerge.adapters.kind import AdapterHeader, Kind, Parts
-from pimerge.adapters.kinds._tensor_sets import fresh_fields, parse_tensor_sets
+from pimerge.adapters.kinds._tensor_sets import fresh_fields, of_all_modules, parse_tensor_sets
 from pimerge.adapters.tensor_sets import BaseChange, TensorSet, TensorSlot, replacements
 
 if TYPE_CHECKING:
@@ -64,5 +64,6 @@ KIND = Kind(
     usual_places=usual_places,
     base_changes=base_changes,
     misfit=misfit,
+    in_one_form=of_all_modules,
     parse=parse,
 )

@@ -22,6 +22,7 @@ _VISIBLE = 1.01  # a change of half a unit in the last place is lost or not, dep
 _DITHERED = 0.6  # from this ratio of update to unit in the last place on, rounding is as good as independent of it
 _DEVIATIONS = 5.0
 _RECOMPUTED = 8  # roundings of a weight that is computed anew: the sum, its norm, a division, a product, the difference
+_NEGLIGIBLE = 1e-10  # of the largest ‖Δ‖²: such a weight cannot be found
 _NORM_ERROR = 2e-6  # relative, of a weight that was divided by its norm in float32
 
 
@@ -64,10 +65,16 @@ class Evidence:
         w = torch.tensor(list(weights), dtype=F64)
         return math.sqrt(max(0.0, float(w @ self.gram[1:, 1:] @ w)))
 
+    @property
+    def used(self) -> Tensor:
+        """Which experts have an update that is not negligible beside the largest, so that its weight can be found."""
+        energies = self.gram.diagonal()[1:]
+        return energies > _NEGLIGIBLE * energies.max()
+
     def fitted(self) -> tuple[Tensor, Tensor]:
         """The weights that fit F best, min ‖F − Σ v_n Δ_n‖, and how far rounding may move each."""
         G = self.gram[1:, 1:]
-        inverse = torch.linalg.pinv(G, hermitian=True, rtol=1e-10)
+        inverse = torch.linalg.pinv(G, hermitian=True, rtol=_NEGLIGIBLE)
         weights = inverse @ self.gram[1:, 0]
         error = (
             self.slack / 2 * weights.abs().max().clamp_min(1e-3)

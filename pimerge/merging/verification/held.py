@@ -18,6 +18,7 @@ from torch import Tensor
 from pimerge.adapters.additive_tensors import BaseTensor, at_strength, neutral
 from pimerge.adapters.compatibility import differing_form
 from pimerge.adapters.expert import Expert
+from pimerge.adapters.tensor_sets import read_slot
 from pimerge.core.errors import PimergeError, Problems
 from pimerge.merging.base_parameters import HeldParameter, held_embeddings
 from pimerge.merging.verification.base_values import Read, Values, bias_values
@@ -42,7 +43,11 @@ def pair_tensor_sets(merged: Expert, experts: Sequence[Expert], weights: Sequenc
 
         def values(source: Expert, name: str = name, slot_name: str = slot_name) -> Tensor | None:
             own = source.tensor_sets.get(name)
-            return None if own is None else at_strength(source, own.slots[slot_name], base)
+            if own is None:
+                return None
+            held = at_strength(source, own.slots[slot_name], base)
+            is_exact = source.strength == 1 and own.slots[slot_name].is_stored  # so that its own rounding is allowed
+            return held.to(read_slot(own.slots[slot_name], source.tensor).dtype) if is_exact else held
 
         is_alone = not any(other != slot_name for known, other in slots if known == name)
         title = name if is_alone else f"{name}.{slot_name}"

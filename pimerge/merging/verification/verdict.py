@@ -139,14 +139,14 @@ def _other_weights(evidence: Evidence, weights: Sequence[float]) -> bool:
     if evidence.noise is None or not evidence.claimed(weights):
         return False
     found, error = evidence.fitted()
-    used = evidence.gram.diagonal()[1:] > 0
+    used = evidence.used
     return bool(((found - torch.tensor(list(weights), dtype=F64)).abs() > error)[used].any()) and _is_unique(evidence)
 
 
 def _is_unique(evidence: Evidence) -> bool:
     """Whether the updates are linearly independent, so that only one set of weights gives the same sum."""
     norms = evidence.gram.diagonal()[1:].clamp_min(0).sqrt()
-    used = norms > 0
+    used = evidence.used
     if not used.any():
         return False
     G = (evidence.gram[1:, 1:] / norms.outer(norms))[used][:, used]
