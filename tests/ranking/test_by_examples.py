@@ -13,6 +13,7 @@ from pimerge.adapters.ranking_document import Ranking, Seen, Target
 from pimerge.embedding.features import TargetFeatures
 from pimerge.ranking import by_examples
 from pimerge.ranking.measure import BY_EXAMPLES, MEASURES
+from pimerge.ranking.measures import combined
 from pimerge.ranking.selection import GainEstimate, SelectionRule
 from tests.support.samples import BASE, plain, sample_of
 
@@ -138,3 +139,18 @@ def test_auto_takes_the_first_so_many_whose_mean_gains_most() -> None:
     assert ranking.k == 2
     assert sum("expected gain of the mean of the first" in note for note in ranking.notes) == 3
     assert ranked(SelectionRule(None), d=0.0).selected == []
+
+
+def test_auto_adds_what_the_store_foretells_at_the_scale_of_each() -> None:
+    reader: Any = Viewed({"a": 2.0, "b": 1.5}, means=[1.0, 1.0])
+    experts: Any = {name: Named(name) for name in reader.signals}
+    prior = {"a": 0.02, "b": 0.1}
+    ranking = by_examples.rank_by_examples(
+        reader, experts, {}, TARGET, None, MEASURES.load(BY_EXAMPLES), SelectionRule(None), prior
+    )
+    assert [(candidate.name, candidate.scale) for candidate in ranking.candidates] == [("b", 0.5), ("a", 0.5)]
+    seen = plain(combined, sample_of(1.0)) - plain(combined, BASE)
+    foretold = [0.5 * 0.1, (0.5 * 0.1 + 0.5 * 0.02) / 2]
+    said = [note.rsplit(" ", 2)[1] for note in ranking.notes if "expected gain of the mean" in note]
+    assert said == [f"{100 * (seen + each):+.1f}" for each in foretold]
+    assert ranking.selected == ["b"]

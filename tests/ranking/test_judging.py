@@ -197,6 +197,15 @@ def test_the_parts_of_a_gain_are_shown_by_scale() -> None:
         assert parts["expected gain"] == pytest.approx(0.6 * parts["likelihood"], abs=1e-12)
 
 
+def test_what_the_store_foretells_is_shown_in_proportion_to_the_scale() -> None:
+    reader: Any = Seen(BASE, {"good": GOOD})
+    expert: Any = "good"
+    for scale, parts in gains_by_strength(reader, expert, prior=0.04).items():
+        by_examples = gains_by_hand(GOOD[scale], BASE, torch.ones(1, 30))[0]
+        assert parts["store"] == pytest.approx(scale * 0.04, abs=1e-12)
+        assert parts["expected gain"] == pytest.approx(by_examples + scale * 0.04, abs=1e-9)
+
+
 def test_gains_of_means_are_those_of_the_dense_means(
     bert_base: Path, text_task: Path, make_expert: MakeExpert, tmp_path: Path
 ) -> None:
