@@ -115,8 +115,8 @@ class LoraModule:
 
     @property
     def numbers(self) -> int:
-        """The number of entries of its factors."""
-        return self.rank * (self.d_in + self.d_out)
+        """The number of entries of its factors, and of its bias."""
+        return self.rank * (self.d_in + self.d_out) + (0 if self.bias is None else self.d_out)
 
     @property
     def d_in(self) -> int:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -281,3 +281,12 @@ def test_merging_plain_loras_imports_neither_peft_nor_transformers(tmp_path: Pat
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_its_parameters_are_counted_as_by_peft(bias: bool, tmp_path: Path) -> None:
+    model = nn.ModuleDict({"linear": nn.Linear(5, 3), "conv": nn.Conv2d(2, 4, (3, 2)), "table": nn.Embedding(11, 7)})
+    targets = ["linear", "conv"] if bias else [*model]  # PEFT refuses biases of embeddings
+    trained = get_peft_model(model, LoraConfig(r=2, target_modules=targets, lora_bias=bias))
+    trained.save_pretrained(tmp_path)
+    assert open_expert(tmp_path).parameters == trained.get_nb_trainable_parameters()[0]
