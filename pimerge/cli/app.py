@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from pimerge.cli import compare, convert, embed, extract, inspect, plot, rank, report, tune, verify
+from pimerge.cli import compare, convert, embed, env, extract, inspect, plot, rank, report, tune, verify
 from pimerge.cli import eval as evaluate
 from pimerge.cli.merge import command as merge
 from pimerge.cli.streams import prepare_streams
@@ -64,6 +64,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "verify": verify.verify,
     "convert": convert.convert,
     "extract": extract.extract,
+    "env": env.env,
 }
 for name, command in COMMANDS.items():
     # Typer would print the line breaks within a paragraph

@@ -81,9 +81,29 @@ def require_absent(path: Path, force: bool) -> None:
 
 
 def require_same_or_absent(path: Path, content: bytes | str, force: bool) -> None:
-    """Refuse to overwrite ``path`` without ``force``, unless it already holds exactly this content."""
-    if not (path.is_file() and path.read_bytes() == encoded(content)):
+    """Refuse to overwrite ``path`` without ``force``, unless it already holds exactly this content.
+
+    With ``force``, a file of another kind is refused: it may be an input, or something else that was not meant.
+    """
+    found = path.read_bytes() if path.is_file() else b""
+    if found != encoded(content):
         require_absent(path, force)
+    if found and not _is_of_one_kind(found, encoded(content)):
+        raise PimergeError(
+            f"'{path}' is a file of another kind than the output, so --force does not replace it",
+            "remove it yourself, or choose another --output",
+        )
+
+
+def _is_of_one_kind(one: bytes, other: bytes) -> bool:
+    """Whether two files are JSON documents that share a field, or files of another format that start alike."""
+    try:
+        first, second = json.loads(one), json.loads(other)
+    except (ValueError, RecursionError):
+        return one[:2] == other[:2]
+    if isinstance(first, dict) and isinstance(second, dict):
+        return bool(first.keys() & second.keys() - {"schema_version"})
+    return type(first) is type(second)
 
 
 def sha256_bytes(data: bytes) -> str:

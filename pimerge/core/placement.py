@@ -41,7 +41,7 @@ def remove(path: Path) -> None:
 
 
 @contextmanager
-def locked(path: Path, note: Note = unheard) -> Iterator[None]:
+def locked(path: Path, note: Note = unheard, *, wait: bool = True) -> Iterator[None]:
     """Hold the name of an output, and first put in order what a stopped process left there.
 
     Another process that holds it is waited for. The lock can be taken again within the block. It is a file lock of the
@@ -49,6 +49,9 @@ def locked(path: Path, note: Note = unheard) -> Iterator[None]:
     them empty.
 
     Under ``accelerate launch``, the first process holds the name for all of them.
+
+    Args:
+        wait: whether to wait for another process; otherwise a BlockingIOError is raised.
     """
     if os.environ.get("RANK", "0") != "0":
         yield
@@ -62,6 +65,8 @@ def locked(path: Path, note: Note = unheard) -> Iterator[None]:
         try:
             lock.acquire(timeout=0)
         except Timeout:
+            if not wait:
+                raise BlockingIOError(f"'{path}' is being written") from None
             note(f"another process of pimerge is writing '{path.name}': waiting until it is done")
             lock.acquire()
         try:

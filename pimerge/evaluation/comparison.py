@@ -91,14 +91,26 @@ class Comparison:
             force: whether to replace other content.
         """
         path = Path(path)
+        kept = Comparison(_with_kept_seconds(self.document, path))
         texts: Mapping[Path, bytes | str] = {
-            path: json_text(self.to_dict()),
-            path.with_suffix(".md"): self.markdown(),
-            path.with_suffix(".csv"): self.csv(),
+            path: json_text(kept.to_dict()),
+            path.with_suffix(".md"): kept.markdown(),
+            path.with_suffix(".csv"): kept.csv(),
         }
         for file, text in texts.items():
             require_same_or_absent(file, text, force)
         write_files(texts)
+
+
+def _with_kept_seconds(document: ComparisonDocument, path: Path) -> ComparisonDocument:
+    """The document in a file, if it differs from this one in nothing but the seconds; otherwise this one."""
+    try:
+        found = ComparisonDocument.model_validate_json(path.read_bytes())
+    except (OSError, ValueError):
+        return document
+    timeless = {"runs": {"__all__": {"seconds"}}, "lines": {"__all__": {"seconds"}}}
+    same = found.model_dump(exclude=timeless) == document.model_dump(exclude=timeless)
+    return found if same else document
 
 
 def _row(line: ComparisonLine, style: str) -> list[str]:

@@ -241,7 +241,7 @@ class MergedExperts(Merged):
             "weights": self.chosen.weights,
             "target": self.chosen.target and self.chosen.target.sha256,
             "task": task and task.file.model_dump(mode="json"),
-            "bases": [each.base.identity if each.is_computed else each.base.reference for each in self.chosen.experts],
+            "bases": [each.base.identity if each.is_computed else each.base.name for each in self.chosen.experts],
         }
 
     def _coefficients(self, experts: Sequence[Expert], weights: Weights) -> Coefficients:

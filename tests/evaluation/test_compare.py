@@ -10,6 +10,7 @@ import pytest
 from pimerge.adapters.expert import Expert, open_expert
 from pimerge.core.errors import PimergeError
 from pimerge.evaluation.compare import compare
+from pimerge.evaluation.comparison import Comparison
 from pimerge.tasks.task import Task, open_task
 from tests.support.experts import MakeExpert
 
@@ -34,6 +35,13 @@ def test_rows_and_paths_give_the_same_runs(pool: list[Expert], tmp_path: Path) -
     assert {file.suffix for file in tmp_path.glob("a.*")} == {".json", ".md", ".csv", ".runs"}
     assert [(run.method, run.experts) for run in first.runs] == [("head", []), ("learned", ["y", "z"])]
     assert [run.scores for run in other.runs] == [run.scores for run in first.runs]
+    before = (tmp_path / "a.csv").read_bytes()
+    slower = [run.model_copy(update={"seconds": run.seconds + 1}) for run in first.runs]
+    Comparison(first.document.model_copy(update={"runs": slower})).save(tmp_path / "a.json")  # the seconds do not count
+    assert (tmp_path / "a.csv").read_bytes() == before
+    better = [run.model_copy(update={"losses": {"test": 0.0}}) for run in first.runs]
+    with pytest.raises(PimergeError, match=r"a\.json' already exists"):
+        Comparison(first.document.model_copy(update={"runs": better})).save(tmp_path / "a.json")
     with pytest.raises(PimergeError, match=r"a\.json' already exists"):
         compare(pool[0].path, experts=pool, output=tmp_path / "a.json", **{**quick, "seeds": 2})  # type: ignore[arg-type]
 

@@ -321,8 +321,8 @@ def test_a_learning_rate_that_overflows_is_no_learning_rate(tuner: Tuner, tmp_pa
 def test_more_shots_than_there_are_name_each_class(tuner: Tuner, tmp_path: Path) -> None:
     with pytest.raises(PimergeError) as caught:
         tuner("learned", tmp_path / "tuned", replace(QUICK, shots=1000))
-    assert "the class 'even' has" in str(caught.value)
-    assert "the class 'odd' has" in str(caught.value)
+    assert "'even' (75)" in str(caught.value)
+    assert "'odd' (75)" in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ def test_one_file_of_the_folder(folder: Path, shell: Shell) -> None:
     assert (folder / "report.html").read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
     page = (folder / "report.html").read_bytes()
     assert shell("report", "--quiet").code == 0  # the same page again
-    (folder / "report.html").write_bytes(b"mine")
+    (folder / "report.html").write_bytes(b"<!DOCTYPE html>mine")
     refused = shell("report")
     assert (refused.code, refused.out) == (3, "")
     assert "--force" in refused.err
