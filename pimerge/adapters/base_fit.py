@@ -108,7 +108,7 @@ def check_fits_on_disk(expert: Expert, task: Task) -> None:
     try:
         classes = len(task.labels) if task.type.trains_head else 0
         found = skeleton(base.source, base.revision, task.type, classes)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise PimergeError(f"the base '{base.name}' cannot be loaded for {task.file.type}: {reason}") from error
     check_fits(expert, found)

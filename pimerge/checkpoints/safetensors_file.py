@@ -6,6 +6,7 @@ have been read, and the library's ``save`` needs all tensors at once.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -163,6 +164,8 @@ def open_tensors(path: Path) -> TensorFile:
             size = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(size))
     except (SafetensorError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT, errno.EINVAL):
+            raise PimergeError(f"cannot read '{path}': {os.strerror(error.errno or 0)}") from error
         raise PimergeError(
             f"'{path}' is truncated or not a safetensors file ({error})", "copy or save the file again"
         ) from error

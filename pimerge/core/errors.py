@@ -7,12 +7,15 @@ bug.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
+
+_FAILING = {errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC}
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,14 @@ class PimergeError(Exception):
                 lines.append(f"  → {problem.hint}")
         super().__init__("\n".join(lines))
 
+    def raise_if_disk_fails(self) -> None:
+        """Raise this error again if a file could not be read though nothing is wrong with it.
+
+        Whoever leaves out what has a problem asks this first: the same command would give another result tomorrow.
+        """
+        if isinstance(self.__cause__, OSError) and self.__cause__.errno in _FAILING:
+            raise self
+
 
 class AlreadyDone(PimergeError):
     """The output is there, complete, from an earlier run of the same request.
@@ -74,6 +85,7 @@ class Problems:
 
     def __init__(self) -> None:
         self.found: list[Problem] = []
+        self._cause: BaseException | None = None
 
     def add(self, message: str, hint: str = "") -> None:
         """Add one problem."""
@@ -90,13 +102,23 @@ class Problems:
             yield
         except PimergeError as error:
             self.extend(error.problems, prefix)
+            self._cause = self._cause or error.__cause__
 
     def raise_any(self, heading: str) -> None:
         """Raise all problems in one PimergeError, or return if there are none."""
         if len(self.found) == 1:
-            raise PimergeError(self.found[0].message, self.found[0].hint)
+            raise PimergeError(self.found[0].message, self.found[0].hint) from self._cause
         if self.found:
-            raise PimergeError(heading, problems=self.found)
+            raise PimergeError(heading, problems=self.found) from self._cause
+
+
+@contextmanager
+def passed_over() -> Iterator[None]:
+    """Pass over a PimergeError, unless a disk fails."""
+    try:
+        yield
+    except PimergeError as error:
+        error.raise_if_disk_fails()
 
 
 def nearest(name: str, known: Sequence[str]) -> str:

@@ -7,6 +7,8 @@ A test reads the syntax tree of every module and fails if another one calls the 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +36,8 @@ def load_config(source: str | Path, revision: str | None = None, **fields: Any) 
 
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")  # else weights of a pull request would be read
     try:
-        config = AutoConfig.from_pretrained(str(source), revision=revision, trust_remote_code=False, **fields)
+        with _malformed_as_value_error(source):
+            config = AutoConfig.from_pretrained(str(source), revision=revision, trust_remote_code=False, **fields)
     except (ValueError, KeyError) as error:
         if "trust_remote_code" in str(error):
             raise PimergeError(f"the model '{source}' needs code of its own", _OWN_CODE) from error
@@ -52,14 +55,16 @@ def load_model(model_class: Any, source: str | Path, revision: str | None = None
     Args:
         model_class: a class of transformers.
     """
-    return model_class.from_pretrained(
-        str(source), revision=revision, trust_remote_code=False, use_safetensors=True, weights_only=True, **options
-    )
+    with _malformed_as_value_error(source):
+        return model_class.from_pretrained(
+            str(source), revision=revision, trust_remote_code=False, use_safetensors=True, weights_only=True, **options
+        )
 
 
 def model_of_config(model_class: Any, config: Any) -> Any:
     """A model without its weights, of one of transformers' automatic classes."""
-    return model_class.from_config(config, trust_remote_code=False)
+    with _malformed_as_value_error(getattr(config, "name_or_path", "")):
+        return model_class.from_config(config, trust_remote_code=False)
 
 
 def load_processor(processor_class: Any, source: str | Path, revision: str | None = None) -> Any:
@@ -68,7 +73,23 @@ def load_processor(processor_class: Any, source: str | Path, revision: str | Non
     Args:
         processor_class: one of transformers' automatic classes.
     """
-    return processor_class.from_pretrained(str(source), revision=revision, trust_remote_code=False)
+    with _malformed_as_value_error(source):
+        return processor_class.from_pretrained(str(source), revision=revision, trust_remote_code=False)
+
+
+@contextmanager
+def _malformed_as_value_error(source: str | Path) -> Iterator[None]:
+    """Raise a ValueError for whatever transformers runs into when a document of a model is not what it expects.
+
+    It does not validate ``config.json`` and the files of tokenizers, so a null in place of a table is, for example, an
+    AttributeError.
+    """
+    try:
+        yield
+    except (PimergeError, OSError, ValueError, KeyError, ImportError, RuntimeError, MemoryError):
+        raise  # what the callers know
+    except Exception as error:
+        raise ValueError(f"a file of '{source}' is malformed ({type(error).__name__}: {error})") from error
 
 
 def load_adapter(base_model: nn.Module, folder: Path, **options: Any) -> PeftModel:

@@ -15,7 +15,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from pimerge.adapters.expert import Expert, open_expert
 from pimerge.adapters.expert_files import CONFIG
 from pimerge.checkpoints.safetensors_file import TensorFile, open_tensors
-from pimerge.core.errors import PimergeError, nearest
+from pimerge.core.errors import PimergeError, nearest, passed_over
 from pimerge.core.files import (
     disk_errors,
     json_text,
@@ -87,7 +87,7 @@ class Store:
 
     def base_name(self, name: str) -> str:
         """Return the name of an expert's base from its config; the base's identity if its folder no longer exists."""
-        with suppress(PimergeError):
+        with passed_over():
             return str(read_json(self.folder_of(name) / CONFIG)["base_model_name_or_path"])
         return self.document.experts[name].base
 

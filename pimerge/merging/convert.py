@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from pimerge.core.arguments import checked_arguments
-from pimerge.core.errors import PimergeError
+from pimerge.core.errors import PimergeError, passed_over
 from pimerge.core.files import json_text, new_file, new_folder, output_lock, read_json, require_absent
 from pimerge.core.progress import Note, Track, silent, unheard
 
@@ -160,10 +160,10 @@ def _move_paths(source: Path, partial: Path, output: Path) -> None:
     from pimerge.tasks.task import open_task
 
     if (source / TASK).is_file():
-        with suppress(PimergeError):  # the weights are of use without a readable task
+        with passed_over():  # the weights are of use without a readable task
             (partial / TASK).write_text(json_text(open_task(source).document_for(output)), encoding="utf-8")
     if (partial / CONFIG).is_file():
-        with suppress(PimergeError):  # and without a base on this machine
+        with passed_over():  # and without a base on this machine
             config = read_json(partial / CONFIG)
             config["base_model_name_or_path"], _ = base_reference(base_of(source, config, None), output)
             (partial / CONFIG).write_text(json_text(config), encoding="utf-8")

@@ -114,8 +114,14 @@ def _fields(checkpoint: Checkpoint, head: Head) -> dict[str, Any]:
         return {}
     import transformers
 
-    config = load_config(checkpoint.path)
-    model = getattr(transformers, head.task.type.auto_model_for(config))._model_mapping[type(config)]
+    try:
+        config = load_config(checkpoint.path)
+        model = getattr(transformers, head.task.type.auto_model_for(config))._model_mapping[type(config)]
+    except (OSError, ValueError, KeyError) as error:
+        raise PimergeError(
+            f"the config of '{checkpoint.path}' is for no model that transformers can give a head: {error}",
+            "use another checkpoint, or pass --head none",
+        ) from error
     return {**label_fields(head.task.labels), "architectures": [model.__name__]}
 
 

@@ -40,6 +40,7 @@ def rank_adapter_files(path: Path, pool: Path, request: RankRequest) -> Ranking:
             require_finite([expert])
             known.append(expert)
         except PimergeError as error:
+            error.raise_if_disk_fails()
             excluded[each.stem] = error.problems[0].message
     candidates = best_first(_candidates(measure, target, known)) if known else []
     count = request.k if request.k is not None else widest_gap([candidate.score for candidate in candidates])

@@ -132,6 +132,7 @@ def judge(
                 for strength, sample in samples.items()
             }
         except PimergeError as error:
+            error.raise_if_disk_fails()
             excluded[name] = error.problems[0].message
             continue
         strength = max(found, key=lambda strength: (found[strength], -strength))

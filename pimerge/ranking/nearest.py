@@ -92,6 +92,7 @@ def _comparable(
             reason = _difference(store, target, own.expert, name, expert, measure)
             return reason or _view(store, name, expert, measure)
         except PimergeError as error:
+            error.raise_if_disk_fails()
             return error.problems[0].message
 
     # on every core: hashing the files takes most of the time and releases the GIL

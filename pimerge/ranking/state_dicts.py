@@ -150,6 +150,7 @@ def rank_state_dicts(
         try:
             candidates.append(_candidate(measure, target, open_state_dict(each), origin))
         except PimergeError as error:
+            error.raise_if_disk_fails()
             excluded[each.name.removesuffix(SUFFIX)] = error.problems[0].message
     candidates = best_first(candidates)
     count = k if k is not None else widest_gap([candidate.score for candidate in candidates])

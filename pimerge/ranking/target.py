@@ -161,6 +161,7 @@ def open_all(store: Store, names: Sequence[str]) -> tuple[dict[str, Expert], dic
         try:
             experts[name] = store.open(name)
         except PimergeError as error:
+            error.raise_if_disk_fails()
             excluded[name] = error.problems[0].message
     return experts, excluded
 

@@ -8,11 +8,10 @@ import re
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
+from pimerge.embedding.store import Store
 from tests.support.forks import Ended, forked
-from tests.support.kills import at_change
 
 Tree = dict[str, bytes]
 ALL = os.environ.get("PIMERGE_FAULTS") == "all"
@@ -31,14 +30,15 @@ class Job:
         outputs: what it writes, in its folder; several files are one output.
         before: the commands that run before it, undisturbed.
         tried: how many points are tried in the suite, besides the last ones.
+        leaves_out: whether the output says what it leaves out, and is complete again with ``--force``.
         timed: whether its outputs hold the seconds that it took.
     """
 
     command: str
     outputs: tuple[str, ...]
     before: tuple[str, ...] = ()
-    tried: int = 2
-    last: int = LAST
+    tried: int = 1
+    leaves_out: bool = False
     timed: bool = False
 
 
@@ -60,8 +60,8 @@ JOBS = {
     "embed": Job(EMBED, STORE),
     "embed-reseeded": Job(f"{EMBED} --seed 1", STORE, (EMBED,)),
     "embed-grams": Job(f"{EMBED} --grams", STORE, (EMBED,)),
-    "rank": Job(RANK, ("ranking.json",), (EMBED,)),
-    "rank-force": Job(f"{RANK} --force -k 1", ("ranking.json",), _RANKED),
+    "rank": Job(RANK, ("ranking.json",), (EMBED,), leaves_out=True),
+    "rank-force": Job(f"{RANK} --force -k 1", ("ranking.json",), _RANKED, leaves_out=True),
     "tune": Job(f"tune --method learned {TUNE}", ("tuned",), _RANKED),
     "tune-force": Job(f"tune --method learned {TUNE} --force", ("tuned",), (*_RANKED, f"tune --method uniform {TUNE}")),
     "tune-ensemble": Job(f"tune --method ensemble {TUNE}", ("tuned",), _RANKED),
@@ -72,9 +72,11 @@ JOBS = {
         _RANKED,
         timed=True,
     ),
-    "plot": Job("plot graph -q", _PLOT, _RANKED),
-    "plot-force": Job("plot graph -q --force --measure parameters", _PLOT, (*_RANKED, "plot graph -q")),
-    "report": Job("report -q", ("report.html",), _RANKED),
+    "plot": Job("plot graph -q", _PLOT, _RANKED, leaves_out=True),
+    "plot-force": Job(
+        "plot graph -q --force --measure parameters", _PLOT, (*_RANKED, "plot graph -q"), leaves_out=True
+    ),
+    "report": Job("report -q", ("report.html",), _RANKED, leaves_out=True),
     "convert": Job("convert pickled -o new -q", ("new",)),
     "convert-rank": Job("convert experts/a --rank 1 -o new -q", ("new",)),
     "convert-file": Job("convert pickled/adapter_model.bin -o new.safetensors -q", ("new.safetensors",)),
@@ -138,18 +140,43 @@ class Workshop:
         shutil.rmtree(self.folder, ignore_errors=True)
         shutil.copytree(source, self.folder)
 
-    def undisturbed(self, job: Job) -> tuple[Tree, Tree, int]:
-        """The trees before and after a job, and the number of changes that it makes."""
+    def undisturbed(self, job: Job, counted: Callable[[], object]) -> tuple[Tree, Tree, int]:
+        """The trees before and after a job, and the number of points that its run counts."""
         self.lay_out(job.before)
         before = tree(self.folder, job.timed)
-        done = self.run(job.command, partial(at_change, None))
+        done = self.run(job.command, counted)
         assert done.code == 0, done.err
         return before, tree(self.folder, job.timed), done.reported
 
     def points(self, job: Job, changes: int) -> list[int]:
-        """The changes that are tried: a sample, always with the last ones."""
-        if ALL:
-            return list(range(changes))
-        early = range(max(changes - job.last, 0))
-        chosen = random.Random(job.command).sample(early, min(job.tried, len(early)))
-        return [*sorted(chosen), *range(len(early), changes)]
+        """The changes before which a job is stopped: a sample, always with the last ones."""
+        early = range(max(changes - LAST, 0))
+        return [*drawn(job, early), *range(len(early), changes)]
+
+    def is_whole(self, job: Job, before: Tree, after: Tree) -> bool:
+        """Whether an output is the old one or the new one; of a store, whether it has all that it names."""
+        if job.outputs == STORE:
+            store = Store(self.folder / STORE[0])
+            return all(store.is_current(name, {}) for name in store.experts)
+        found = part(tree(self.folder, job.timed), job.outputs)
+        return len(job.outputs) > 1 or found in (part(before, job.outputs), part(after, job.outputs))
+
+    def rerun(self, job: Job, after: Tree, *more: str) -> str:
+        """Run a job to its end after a disturbance, and say how what is there differs from an undisturbed run.
+
+        Args:
+            more: further options.
+        """
+        again = self.run(" ".join([job.command, *more]))
+        if again.code != 0:
+            return f"the rerun fails with {again.code}: {again.err[-300:]}"
+        ended = tree(self.folder, job.timed)
+        differing = sorted(each for each in ended.keys() | after.keys() if ended.get(each) != after.get(each))
+        return f"the rerun leaves other files: {differing}" if differing else ""
+
+
+def drawn(job: Job, points: Sequence[int], count: int | None = None) -> list[int]:
+    """A sample of a job's points: the same in every run."""
+    if ALL:
+        return list(points)
+    return sorted(random.Random(job.command).sample(points, min(job.tried if count is None else count, len(points))))

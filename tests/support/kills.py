@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Callable
 from itertools import count
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -55,3 +57,36 @@ def killed_before(change: int, work: Callable[[], object]) -> bool:
     killed = os.WIFSIGNALED(status)
     assert killed or status == 0, "the process failed"
     return killed
+
+
+def refused_at(number: int | None, code: int, folder: Path) -> count[int]:
+    """From here on, the system refuses the change, the opening or the listing of this number, with an error code.
+
+    Args:
+        folder: only files below it are refused to be opened; the others are those of Python and its libraries.
+    """
+
+    def refuse() -> None:
+        raise OSError(code, os.strerror(code))
+
+    numbers, start = at_change(number, refuse), f"{folder}{os.sep}"
+
+    def seen(event: str, arguments: tuple[Any, ...]) -> None:
+        if event in ("open", "os.listdir", "os.scandir") and isinstance(arguments[0], str | bytes | os.PathLike):
+            is_ours = os.path.abspath(os.fsdecode(arguments[0])).startswith(start)
+            if is_ours and next(numbers) == number:
+                refuse()
+
+    sys.addaudithook(seen)
+    return numbers
+
+
+def unreadable(path: Path, code: int) -> None:
+    """From here on, a file cannot be opened, with an error code."""
+
+    def seen(event: str, arguments: tuple[Any, ...]) -> None:
+        is_path = event == "open" and isinstance(arguments[0], str | bytes | os.PathLike)
+        if is_path and os.path.abspath(os.fsdecode(arguments[0])) == str(path):
+            raise OSError(code, os.strerror(code))
+
+    sys.addaudithook(seen)

@@ -32,6 +32,7 @@ def similarities(store: Store, measure: Measure, track: Track, note: Note) -> Ar
             try:
                 compared = compare(store, name, measure)
             except PimergeError as error:  # it has changed, or the measure does not know its kind
+                error.raise_if_disk_fails()
                 reasons[name] = error.problems[0].message
                 advance()
                 continue

@@ -61,6 +61,7 @@ def open_study(inputs: FigureInputs) -> Study:
         try:
             require_alike([target, expert])
         except PimergeError as error:
+            error.raise_if_disk_fails()
             left_out[expert.name] = error.problems[0].message
     kept = [expert for expert in others if expert.name not in left_out]
     if not kept or (inputs.experts and left_out):
