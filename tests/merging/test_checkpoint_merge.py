@@ -162,9 +162,14 @@ def test_fisher_weighs_each_entry(bert_base: Path, experts: list[Path], tmp_path
         wanted = top / sum(float64(fisher[key]) for fisher in fishers)
         assert np.allclose(wanted, float64(value), atol=1e-5), key
     lacking = {k: v for k, v in load_file(files[0]).items() if k != "pooler.dense.weight"}
-    save_file(lacking, files[0])
-    with pytest.raises(PimergeError, match=r"lacks pooler\.dense\.weight"):
-        merge(bert_base, experts, [1.0] * 3, "fisher", tmp_path / "no", fishers=files)
+    turned = {**lacking, "pooler.dense.weight": normal(3, 5)}
+    for changed, found in ((lacking, "lacks"), (turned, "has another shape for")):
+        save_file(changed, files[0])
+        with pytest.raises(PimergeError) as caught:
+            merge(bert_base, experts, [1.0] * 3, "fisher", tmp_path / "no", fishers=files)
+        (problem,) = caught.value.problems
+        assert problem.message == f"'{files[0]}' {found} pooler.dense.weight"
+        assert problem.hint == "pass the Fisher of this checkpoint"
     with pytest.raises(PimergeError, match="one Fisher file per expert; got 0 for 3"):
         merge(bert_base, experts, [1.0] * 3, "fisher", tmp_path / "no")
 
