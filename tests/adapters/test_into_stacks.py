@@ -12,6 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import pimerge
+from pimerge.adapters.into_stacks import PlacedMatrix, stacked_pieces
+from pimerge.adapters.lora_module import Factors
+from pimerge.checkpoints.checkpoint import open_checkpoint
 from pimerge.core.errors import PimergeError
 from tests.support.experts import set_config
 from tests.support.mixtures import (
@@ -24,6 +27,7 @@ from tests.support.mixtures import (
     save_adapter_by_layer,
     updates_by_peft,
 )
+from tests.support.numerics import normal
 
 
 def saved(name: str, folder: Path, **edits: Any) -> Any:
@@ -150,3 +154,15 @@ def test_square_matrices_need_the_model_s_code(tmp_path: Path) -> None:
     torch.testing.assert_close(load_file(tmp_path / "out" / "s.safetensors")["inner.other"].double(), delta)
     with pytest.raises(PimergeError, match=r"'inner.square' is \(2, 4, 4\), and only the model's code says whether"):
         pimerge.merge([tmp_path / "square"], into=tmp_path / "s.safetensors", output=tmp_path / "out2")
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_stack_in_float64_is_summed_in_float64(transposed: bool, tmp_path: Path) -> None:
+    A, B, W = normal(2, 6, seed=1), normal(4, 2, seed=2), normal(3, 4, 6).double() / 3
+    stored = W.mT.contiguous() if transposed else W
+    save_file({"w": stored}, tmp_path / "x.safetensors")
+    checkpoint, place = open_checkpoint(tmp_path / "x.safetensors"), PlacedMatrix("m", index=1)
+    pieces = stacked_pieces(checkpoint, "w", [place], lambda _: Factors(A, B, 0.3), transposed=transposed)
+    found = torch.cat(list(pieces)).view(stored.shape)
+    W[1] += 0.3 * B.double() @ A.double()
+    torch.testing.assert_close(found.mT if transposed else found, W, rtol=1e-14, atol=1e-14)

@@ -181,6 +181,22 @@ def test_tied_weights_are_untied_only_if_one_changes(
     assert same is not untied
 
 
+def test_an_untied_weight_is_in_the_index_of_the_shards(tied: Path, tmp_path: Path) -> None:
+    model = transformers.Qwen2ForCausalLM.from_pretrained(tied)
+    model.save_pretrained(tmp_path / "base", max_shard_size="4KB")
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False))
+    wanted = logits(adapted, "gpt2")
+    adapted.save_pretrained(tmp_path / "expert", save_embedding_layers=False)
+    merged_into(tmp_path / "base", open_expert(tmp_path / "expert"), tmp_path / "out")
+    before, after = (
+        json.loads((tmp_path / name / "model.safetensors.index.json").read_text()) for name in ("base", "out")
+    )
+    assert list(after["weight_map"]) == [*before["weight_map"], "lm_head.weight"]
+    assert after["metadata"]["total_parameters"] == before["metadata"]["total_parameters"] + 24 * 16
+    loaded = transformers.Qwen2ForCausalLM.from_pretrained(tmp_path / "out")
+    assert (logits(loaded, "gpt2") - wanted).abs().max() < 1e-5
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_rounded_once(tmp_path: Path, dtype: torch.dtype) -> None:
     (A, B), W = (normal(2, 6, seed=1), normal(8, 2, seed=2)), normal(8, 6).to(dtype)
