@@ -180,3 +180,12 @@ def test_peft_opens_the_result_of_every_method(method: str, bert_base: Path, tmp
         raw_expert(tmp_path / name, updates, base_model_name_or_path=str(bert_base))
     pimerge.merge([tmp_path / "a", tmp_path / "b"], method=method, rank="auto", output=tmp_path / "m")
     open_strictly(model_for(bert_base), tmp_path / "m")
+
+
+def test_a_bias_that_its_dtype_cannot_hold_is_refused(tmp_path: Path) -> None:
+    updates = {name: (A.half(), B.half()) for name, (A, B) in updates_of({"q": (2, 3, 4)}).items()}
+    bias = {"base_model.model.q.lora_B.bias": torch.full((updates["q"][1].shape[0],), 6e4, dtype=torch.float16)}
+    paths = [raw_expert(tmp_path / name, updates, bias, lora_bias=True) for name in "ab"]
+    with pytest.raises(PimergeError, match="update of module 'q' is too large for"):
+        pimerge.merge(paths, method="interpolated", weights=[1.0, 1.0], output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
