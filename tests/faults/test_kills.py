@@ -23,8 +23,8 @@ def test_a_killed_command_loses_nothing_and_its_rerun_ends_as_if_undisturbed(nam
     for point in points:
         workshop.lay_out(job.before)
         stopped = workshop.run(job.command, partial(at_change, point))
-        if stopped.code != -9:
-            faults.append((point, "was not killed", stopped.code, stopped.err[-300:]))
+        if stopped.code not in (-9, 0):  # 0: the first run made one change more, such as a library's cache
+            faults.append((point, "fails", stopped.code, stopped.err[-300:]))
         elif not workshop.is_whole(job, before, after):
             faults.append((point, "the output is neither old nor new"))
         elif problem := workshop.rerun(job, after):
