@@ -11,7 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 from pimerge.adapters.expert import Expert, open_expert
 from pimerge.core.documents import parse_document
 from pimerge.core.errors import PimergeError
-from pimerge.core.files import json_text, relative_to, require_same_or_absent, write_file
+from pimerge.core.files import json_text, relative_to, write_file
+from pimerge.core.replacing import require_same_or_absent
 from pimerge.tasks.task import Task
 
 SCHEMA = 2

@@ -35,9 +35,12 @@ def evaluate(
     Every score has a 95 % confidence interval. Ensembles and full checkpoints written by 'pimerge tune' can be scored
     like experts.
     """
-    from pimerge.core.files import json_text, output_lock, require_same_or_absent, write_file
+    from pimerge.core.files import json_text, output_lock, write_file
+    from pimerge.core.replacing import require_replaceable, require_same_or_absent
     from pimerge.evaluation.evaluate import evaluate as score
 
+    if output is not None:
+        require_replaceable(output, json_text({"target": "", "split": "", "scores": []}), force)  # before hours of work
     found = score(
         experts,
         target=target,

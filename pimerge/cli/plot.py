@@ -60,7 +60,8 @@ def plot(
         raise PimergeError(
             "no plot was named", f"name one of {', '.join(FIGURES.names())}; 'pimerge plot --figures' describes them"
         )
-    from pimerge.core.files import json_text, output_lock, require_same_or_absent, write_files
+    from pimerge.core.files import json_text, output_lock, write_files
+    from pimerge.core.replacing import require_same_or_absent
     from pimerge.reporting.figures._canvas import pictures, require_libraries
 
     figure = FIGURES.load(name)

@@ -26,7 +26,8 @@ def report(
     The page shows the pool, rankings, outputs, scores, comparisons and plots, and names the command for each missing
     part. It needs no other file and no network. Click a column heading to sort a table.
     """
-    from pimerge.core.files import output_lock, require_same_or_absent, write_file
+    from pimerge.core.files import output_lock, write_file
+    from pimerge.core.replacing import require_same_or_absent
     from pimerge.reporting.report.gathering import gather
     from pimerge.reporting.report.page import page
 

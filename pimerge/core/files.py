@@ -22,7 +22,6 @@ from typing import Any
 from pimerge.core.errors import AlreadyDone, PimergeError
 from pimerge.core.hash_cache import sha256_of
 from pimerge.core.placement import (
-    encoded,
     has_leftovers,
     key_of,
     locked,
@@ -78,32 +77,6 @@ def require_absent(path: Path, force: bool) -> None:
         raise PimergeError(f"'{path}' is or contains the working folder", "choose another --output")
     if exists and not force:
         raise PimergeError(f"'{path}' already exists", "pass --force to replace it, or choose another --output")
-
-
-def require_same_or_absent(path: Path, content: bytes | str, force: bool) -> None:
-    """Refuse to overwrite ``path`` without ``force``, unless it already holds exactly this content.
-
-    With ``force``, a file of another kind is refused: it may be an input, or something else that was not meant.
-    """
-    found = path.read_bytes() if path.is_file() else b""
-    if found != encoded(content):
-        require_absent(path, force)
-    if found and not _is_of_one_kind(found, encoded(content)):
-        raise PimergeError(
-            f"'{path}' is a file of another kind than the output, so --force does not replace it",
-            "remove it yourself, or choose another --output",
-        )
-
-
-def _is_of_one_kind(one: bytes, other: bytes) -> bool:
-    """Whether two files are JSON documents that share a field, or files of another format that start alike."""
-    try:
-        first, second = json.loads(one), json.loads(other)
-    except (ValueError, RecursionError):
-        return one[:2] == other[:2]
-    if isinstance(first, dict) and isinstance(second, dict):
-        return bool(first.keys() & second.keys() - {"schema_version"})
-    return type(first) is type(second)
 
 
 def sha256_bytes(data: bytes) -> str:

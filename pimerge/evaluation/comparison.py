@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pimerge.core.files import json_text, require_same_or_absent, write_files
+from pimerge.core.files import json_text, write_files
+from pimerge.core.replacing import require_same_or_absent
 from pimerge.evaluation.design import shots_text
 from pimerge.evaluation.schema import ComparisonDocument, ComparisonLine, ComparisonRun
 from pimerge.tasks.metric import METRICS

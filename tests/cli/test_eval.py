@@ -74,6 +74,19 @@ def test_the_result_can_be_written(folder: Path, shell: Shell) -> None:
     assert shell("eval", "merged", "--target", "x", "-o", "scores.json", "--force").code == 0
 
 
+@pytest.mark.parametrize("more", [[], ["--force"]])
+def test_an_output_that_holds_something_else_is_refused_before_scoring(
+    folder: Path, shell: Shell, more: list[str]
+) -> None:
+    (folder / "kept.json").write_text('{"target": "x", "base": "b", "experts": []}')
+    (folder / "kept").mkdir()
+    for name in ("kept.json", "kept"):
+        refused = shell("eval", "tuned", "--target", "x", "-o", name, *more)
+        assert (refused.code, refused.out) == (3, "")
+        assert f"'{name}'" in refused.err
+    assert json.loads((folder / "kept.json").read_text())["base"] == "b"
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "expected"),
     [

@@ -7,7 +7,6 @@ import hashlib
 import math
 import os
 import shutil
-from contextlib import nullcontext
 from itertools import count
 from pathlib import Path
 
@@ -75,27 +74,6 @@ def test_force_through_a_link_replaces_the_link_and_keeps_its_target(old: Path) 
     files.write_folder(link, {"c": "new"}, force=True)
     assert not link.is_symlink()
     assert contents_of(old) == {"a": b"old", "b": b"\x00old"}
-
-
-@pytest.mark.parametrize(
-    ("old", "new", "is_replaced"),
-    [
-        ('{"target": 1, "k": 2}', '{"target": 3}', True),
-        ('{"schema_version": 4, "experts": {}}', '{"schema_version": 1, "target": 3}', False),
-        ("text,label\na,b\n", "<!DOCTYPE html>", False),
-        ('{"target": 1', '{"target": 3}', True),  # a document that was cut off
-        ("<!DOCTYPE html>old", "<!DOCTYPE html>new", True),
-        ("[1, 2]", '{"target": 3}', False),
-        ("", "new", True),
-    ],
-)
-def test_force_replaces_files_of_the_same_kind(tmp_path: Path, old: str, new: str, is_replaced: bool) -> None:
-    (tmp_path / "f").write_text(old)
-    with nullcontext() if is_replaced else pytest.raises(PimergeError, match="of another kind"):
-        files.require_same_or_absent(tmp_path / "f", new, force=True)
-    if old:
-        with pytest.raises(PimergeError, match="already exists"):
-            files.require_same_or_absent(tmp_path / "f", new, force=False)
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES])
