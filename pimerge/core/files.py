@@ -59,14 +59,24 @@ def disk_hint(code: int) -> str:
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn an error of the operating system while writing ``path`` into a PimergeError."""
+    """Turn an error of the operating system while writing ``path``, or copying into it, into a PimergeError."""
     try:
         yield
     except OSError as error:
         if error.errno in (None, errno.EBADF):  # no error of the disk: a bug
             raise
         code = error.errno or 0
+        if _is_of_a_source(error.filename, path):
+            raise PimergeError(f"cannot read '{error.filename}': {os.strerror(code)}", disk_hint(code)) from error
         raise PimergeError(f"cannot write '{path}': {os.strerror(code)}", disk_hint(code)) from error
+
+
+def _is_of_a_source(name: object, output: Path) -> bool:
+    """Whether an error names a file that is copied into an output, not the output or what stands beside it."""
+    if not isinstance(name, str) or ".pimerge-" in name or not os.path.isfile(name):
+        return False
+    named, absolute = Path(name).absolute(), output.absolute()
+    return not (named.is_relative_to(absolute) or absolute.is_relative_to(named))
 
 
 def require_absent(path: Path, force: bool) -> None:

@@ -318,3 +318,12 @@ def test_relative_paths_lead_back(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "real")
     relative = files.relative_to(tmp_path / "a", tmp_path / "link" / "deep")
     assert (tmp_path / "real" / "deep" / relative).resolve() == tmp_path / "a"
+
+
+def test_a_source_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    source, output = tmp_path / "source", tmp_path / "new"
+    for path in (source, output):
+        path.write_text("")
+    for name, found in ((source, f"cannot read '{source}'"), (output, f"cannot write '{output}'")):
+        with pytest.raises(PimergeError, match=found), files.disk_errors(output):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(name))
