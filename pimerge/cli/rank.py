@@ -83,6 +83,7 @@ def rank(
         options.count(k, "-k", AUTO),
         measure,
         shots,
+        up_to_shots,
         examples,
         seed,
         gate,
@@ -94,7 +95,6 @@ def rank(
         track=tracker(quiet),
         note=partial(note, quiet=quiet),
         warn=warn,
-        up_to_shots=up_to_shots,
     )
     plain = target is not None and are_state_dicts(target, store)
     if plain and (explain is not None or calibrate):

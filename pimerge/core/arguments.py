@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import wraps
 from inspect import signature
 from pathlib import Path
-from types import MappingProxyType, NoneType, UnionType
-from typing import Any, ParamSpec, TypeVar, Union, get_args, get_origin
+from types import MappingProxyType, NoneType, SimpleNamespace, UnionType
+from typing import Any, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from pimerge.core.errors import Problems
 from pimerge.core.shown import one_line
@@ -116,7 +116,7 @@ def _shown(value: Any) -> str:
 def _resolved(annotation: str, names: dict[str, Any]) -> Any:
     """Return what an annotation says; Any if it names what is imported for type checkers alone."""
     try:
-        return eval(annotation, {**vars(sys.modules["builtins"]), **names})  # the text is ours
+        return get_type_hints(SimpleNamespace(__annotations__={"it": annotation}), globalns=names)["it"]
     except (NameError, TypeError, AttributeError):
         return Any
 

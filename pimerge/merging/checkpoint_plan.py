@@ -205,10 +205,21 @@ def _is_merged(
 def _unchanged(
     base: Checkpoint, key: str, experts: Sequence[Checkpoint], found: Sequence[_Sorted], having: Sequence[int]
 ) -> bool:
-    """Whether the experts that have a tensor have the base's values, which the result then keeps."""
+    """Whether the experts that have a tensor have the base's values, which the result then keeps.
+
+    Not so if another expert lacks it because it is tied there: then it has the values of another tensor.
+    """
+    if any(_ties(experts[number]) != _ties(base) for number in range(len(experts)) if number not in having):
+        return False
     value = base.read(key)
     own = (experts[number].read(found[number].same[key]) for number in having)
     return all(torch.equal(each, value.to(each.dtype)) for each in own)
+
+
+def _ties(checkpoint: Checkpoint) -> tuple[object, object]:
+    """What the config says of tied embeddings; a default is not stated."""
+    inner = checkpoint.config.get("text_config") or {}
+    return checkpoint.config.get("tie_word_embeddings"), inner.get("tie_word_embeddings")
 
 
 def _choose_heads(

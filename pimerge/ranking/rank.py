@@ -89,6 +89,7 @@ def rank(
         k,
         measure,
         shots,
+        up_to_shots,
         examples,
         seed,
         gate,
@@ -100,7 +101,6 @@ def rank(
         track,
         note,
         warn,
-        up_to_shots,
     )
     states = ranked_state_dicts(str(target), request) if isinstance(target, str | Path) else None
     if states is not None:

@@ -29,6 +29,7 @@ class RankRequest:
     k: int | None = 2
     measure: str = AUTO
     shots: int | None = None
+    up_to_shots: bool = False
     examples: int = 500
     seed: int = 0
     gate: bool = True
@@ -40,7 +41,6 @@ class RankRequest:
     track: Track = silent
     note: Note = unheard
     warn: Note = unheard
-    up_to_shots: bool = False
 
     @property
     def rule(self) -> SelectionRule:

@@ -179,9 +179,8 @@ def _fisher(expert: Expert | None, store: Store | None) -> FisherStatistics | st
     entry = store.experts[name]
     if (expert.sha256, expert.config_sha256) != (entry.sha256, entry.config_sha256):
         return "changed since it was embedded"
-    biases = sum(module.d_out for module in expert.modules.values() if module.bias)
     try:
-        return fisher_statistics(entry, store.traces(name), expert.parameters + biases)
+        return fisher_statistics(entry, store.traces(name), expert.parameters)
     except PimergeError as error:
         return error.problems[0].message
 

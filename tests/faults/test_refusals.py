@@ -14,7 +14,7 @@ from tests.support.kills import refused_at, unreadable
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 CODES = (errno.EIO, errno.ENOSPC, errno.EMFILE, errno.ENOMEM, errno.ESTALE, errno.EACCES)
-TRIED = 3
+TRIED = 2
 """Points of each command in the suite."""
 
 

@@ -6,6 +6,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from inspect import unwrap
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
@@ -28,7 +29,7 @@ COUNTED = (open_expert, open_method, open_tune_method, require_alike, select)
 @contextmanager
 def counting() -> Iterator[Counter[str]]:
     """Count the calls of some functions, whatever name a module has imported them by."""
-    names: dict[CodeType, str] = {function.__code__: function.__name__ for function in COUNTED}
+    names: dict[CodeType, str] = {unwrap(function).__code__: function.__name__ for function in COUNTED}
     found: Counter[str] = Counter()
 
     def seen(frame: FrameType, event: str, argument: Any) -> None:

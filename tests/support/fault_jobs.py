@@ -16,7 +16,7 @@ from tests.support.forks import Ended, forked
 Tree = dict[str, bytes]
 ALL = os.environ.get("PIMERGE_FAULTS") == "all"
 """Whether every point is tried instead of a sample."""
-LAST = 10
+LAST = 4
 EMBED, RANK = "embed experts -q --examples 4", "rank --target X -k 2 --no-gate -q"
 TUNE = "--epochs 1 --shots 2 -q"
 _SECONDS = re.compile(rb'(?<="seconds": )[^,\n]*|,[0-9.]+(?=\n)')

@@ -93,7 +93,7 @@ def test_plain_state_dicts_are_averaged_as_before_and_can_be_written_to_a_file(t
         tensors_in(tmp_path / "mean.safetensors")["w"], (normal(3, 3) + normal(3, 3, seed=1)) / 2
     )
     with pytest.raises(PimergeError, match="already exists"):
-        pimerge.merge(paths, output=tmp_path / "mean.safetensors")
+        pimerge.merge(paths, weights=[0.3, 0.7], output=tmp_path / "mean.safetensors")
 
 
 def test_a_file_output_is_one_file_with_its_provenance_and_inputs_are_safe(tmp_path: Path) -> None:
