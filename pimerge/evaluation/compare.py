@@ -19,6 +19,7 @@ from pimerge.evaluation.runner import ComparisonRequest, run_comparison
 from pimerge.evaluation.target import TargetSource, open_target
 from pimerge.tasks.task import TaskSource, open_task
 from pimerge.tuning.options import TrainingOptions
+from pimerge.tuning.run import check_rate_selection
 
 
 @checked_arguments(seeds=1, batch_size=1)
@@ -95,6 +96,7 @@ def compare(
     output = Path(output)
     if output.suffix != ".json":
         raise PimergeError(f"the output must end in .json; got '{output}'")
+    check_rate_selection(select)
     tried = [name.replace("_", "-") for name in methods]
     check_names(tried, controls or [])
     own, task = open_target(target, ranking, base)

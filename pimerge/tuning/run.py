@@ -42,6 +42,12 @@ class RateSelection(StrEnum):
     """By cross-validation on the training examples."""
 
 
+def check_rate_selection(select: str) -> None:
+    """Refuse a word that is no :class:`RateSelection`."""
+    if select not in list(RateSelection):
+        raise PimergeError(f"--select must be {' or '.join(RateSelection)}; got '{select}'")
+
+
 @dataclass(frozen=True, kw_only=True)
 class TuneInputs:
     """The inputs of a tuning.
@@ -98,8 +104,7 @@ def _run(inputs: TuneInputs, output: Path, force: bool, track: Track, note: Note
     refuse_over_inputs(output, [*inputs.experts, *([inputs.target] if inputs.target else [])])
     refuse_only_merged([*inputs.experts, *([inputs.form] if inputs.form else [])], "tuned")
     check_options(options)
-    if inputs.select not in list(RateSelection):
-        raise PimergeError(f"--select must be {' or '.join(RateSelection)}; got '{inputs.select}'")
+    check_rate_selection(inputs.select)
     _check_kind(method, options)
     options = replace(options, holdout=plan.holdout if options.holdout is None else options.holdout)
     chosen = chosen_experts(method, inputs.experts, inputs.target)

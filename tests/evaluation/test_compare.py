@@ -49,3 +49,8 @@ def test_rows_and_paths_give_the_same_runs(pool: list[Expert], tmp_path: Path) -
 def test_an_output_that_is_not_json_is_refused(tmp_path: Path) -> None:
     with pytest.raises(PimergeError, match=r"the output must end in \.json"):
         compare(output=tmp_path / "comparison.md")
+
+
+def test_a_selection_of_learning_rates_that_is_none_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(PimergeError, match="--select must be fixed or cv; got 'x'"):
+        compare(output=tmp_path / "c.json", select="x")
