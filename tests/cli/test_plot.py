@@ -106,7 +106,7 @@ def test_nothing_is_overwritten_and_nothing_half_written(folder: Path, shell: Sh
     (folder / "path.json").mkdir()
     refused = shell("plot", "path", "--step", "1", "--limit", "10", "--force")
     assert refused.code == 3
-    assert "a folder is there" in refused.err
+    assert "is a folder, so --force does not replace it" in refused.err
     assert written(folder) == ["path.json"]
     assert not [file for file in folder.iterdir() if "partial" in file.name]
     (folder / "path.json").rmdir()
