@@ -89,7 +89,7 @@ def _why_not_written(expert: Expert, name: str, target: Format) -> str:
     """Why a format cannot hold an update of another format; empty if it can."""
     place = expert.places[name]
     if not target.holds_products and (place.product or place.whole or place.bias):
-        return f"is no plain LoRA, and the format of {target.name} has no other updates"
+        return f"is not a plain LoRA, and the format of {target.name} has no other updates"
     return ""
 
 

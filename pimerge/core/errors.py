@@ -59,7 +59,7 @@ class PimergeError(Exception):
 class AlreadyDone(PimergeError):
     """The output is there, complete, from an earlier run of the same request.
 
-    For the command line this is no error: a script can run a command again after a stop.
+    For the command line this is not an error: a script can run a command again after a stop.
     """
 
     def __init__(self, output: Path, results: dict[str, Any] | None = None) -> None:

@@ -129,7 +129,7 @@ def rows_builder(folder: Path, **options: Any) -> datasets.DatasetBuilder:
 
 
 def require_hub_data(name: str) -> None:
-    """Refuse a name that is no data set of the Hub.
+    """Refuse a name that is not a data set of the Hub.
 
     ``datasets`` takes the name of one of its formats, or of anything in the working folder, for local data.
     """

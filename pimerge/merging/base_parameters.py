@@ -52,7 +52,7 @@ def with_base_parameters(
 ) -> Head:
     """Add the merged embeddings and biases to the head of a result.
 
-    With the policy ``none``, whole embeddings are the base's; trained rows of tokens, which are no head, are merged.
+    With the policy ``none``, whole embeddings are the base's; trained rows of tokens, which are not a head, are merged.
     If the target is known and holds embeddings or rows, these are the result's.
 
     Args:

@@ -59,7 +59,7 @@ def _lines(lines: Iterable[str], name: str) -> list[Mapping[str, Any]]:
         reason = reason or said
     if wrong:
         raise PimergeError(
-            f"{len(wrong)} rows of '{name}' are no JSON objects: {ranges(wrong)} (from 0); the first: {reason}", _HINT
+            f"{len(wrong)} rows of '{name}' are not JSON objects: {ranges(wrong)} (from 0); the first: {reason}", _HINT
         )
     return rows
 
@@ -78,7 +78,7 @@ def _document(text: str, name: str) -> Sequence[Mapping[str, Any]]:
         raise PimergeError(f"'{name}' holds {_shown(found)}", _HINT)
     if wrong := [number for number, row in enumerate(found) if not isinstance(row, dict)]:
         raise PimergeError(
-            f"{len(wrong)} rows of '{name}' are no JSON objects: {ranges(wrong)} (from 0); "
+            f"{len(wrong)} rows of '{name}' are not JSON objects: {ranges(wrong)} (from 0); "
             f"the first: it holds {_shown(found[wrong[0]])}",
             _HINT,
         )
