@@ -121,6 +121,34 @@ def require_shared_modules(experts: Sequence[Expert]) -> None:
             "--allow-disjoint",
         )
     problems.raise_any("these experts share no module")
+    _refuse_longer_names(experts, problems)
+    problems.raise_any("some experts may name the same modules differently")
+
+
+def _refuse_longer_names(experts: Sequence[Expert], problems: Problems) -> None:
+    """Add a problem for an expert whose own modules are another's with one more part in each name.
+
+    That part is probably a wrapper's, also if other modules, such as embeddings, have the same name in both. With the
+    base on this machine its names decide, so only the others are looked at.
+    """
+    for one in experts:
+        for other in experts:
+            own = one.modules.keys() - other.modules.keys()
+            if one.base.folder is not None or not own:
+                continue
+            parts = {part for name in own for part in name.split(".") if not part.isdecimal()}
+            lacking = other.modules.keys() - one.modules.keys()
+            extra = next((part for part in sorted(parts) if all(_without(name, part) in lacking for name in own)), None)
+            if extra is not None:
+                problems.add(
+                    f"'{one.name}' adapts '{min(own)}' where '{other.name}' adapts '{_without(min(own), extra)}'",
+                    f"if '{extra}' is the name of a wrapper, save the adapter from the plain model, or pass --base "
+                    "with the base's folder; if these are two modules, pass --allow-disjoint",
+                )
+
+
+def _without(name: str, part: str) -> str:
+    return ".".join(each for each in name.split(".") if each != part)
 
 
 def refuse_names(experts: Sequence[Expert], problems: Problems) -> bool:

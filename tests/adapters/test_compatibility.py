@@ -17,7 +17,7 @@ from pimerge.adapters.compatibility import (
     require_alike,
     require_finite,
 )
-from pimerge.adapters.expert import open_expert
+from pimerge.adapters.expert import Expert, open_expert
 from pimerge.adapters.shared_modules import require_shared_modules
 from pimerge.core.errors import PimergeError
 from tests.support.bases import save_base
@@ -156,6 +156,18 @@ def test_experts_that_share_no_module_are_refused_unless_others_connect_them(tmp
     require_shared_modules([opened["low"]])
     with pytest.raises(PimergeError, match=r"'high' and 'low' share no module.*'layers\.1\.q'.*'layers\.0\.q'"):
         require_shared_modules([opened["low"], opened["high"]])
+
+
+@pytest.mark.parametrize("wrapper", ["_foo", "inner"])
+def test_names_with_one_more_part_are_refused_also_if_another_module_is_shared(tmp_path: Path, wrapper: str) -> None:
+    def saved(name: str, *modules: str) -> Expert:
+        return open_expert(raw_expert(tmp_path / name, updates_of(dict.fromkeys(modules, (3, 2, 4)))))
+
+    plain = saved("plain", "embed", "layers.0.attn.q", "layers.1.attn.q")
+    wrapped = saved("wrapped", "embed", f"layers.0.{wrapper}.attn.q")
+    with pytest.raises(PimergeError, match=rf"(?s)'wrapped' adapts .* where 'plain' adapts .*'{wrapper}' is the name"):
+        require_shared_modules([plain, wrapped])
+    require_shared_modules([plain, saved("more", "embed", "layers.2.attn.q", "layers.0.cross.q")])
 
 
 def test_disjoint_experts_merge_on_request(tmp_path: Path) -> None:
