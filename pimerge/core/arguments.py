@@ -1,7 +1,7 @@
 """Check the arguments of public functions against their annotations, before anything is read.
 
-A number must be finite and fit the tensors it is used with, and a text is no list of letters. What an annotation does
-not tell, such as a range, is checked where it is known.
+A number must be finite and fit the tensors it is used with, and a text is not taken for a list of letters. What an
+annotation does not tell, such as a range, is checked where it is known.
 """
 
 from __future__ import annotations

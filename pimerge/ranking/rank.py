@@ -85,22 +85,22 @@ def rank(
             ranking.save("ranking.json")
     """
     request = RankRequest(
-        store,
-        k,
-        measure,
-        shots,
-        up_to_shots,
-        examples,
-        seed,
-        gate,
-        train_target,
-        base,
-        device,
-        dtype,
-        force,
-        track,
-        note,
-        warn,
+        store=store,
+        k=k,
+        measure=measure,
+        shots=shots,
+        up_to_shots=up_to_shots,
+        examples=examples,
+        seed=seed,
+        gate=gate,
+        train_target=train_target,
+        base=base,
+        device=device,
+        dtype=dtype,
+        force=force,
+        track=track,
+        note=note,
+        warn=warn,
     )
     states = ranked_state_dicts(str(target), request) if isinstance(target, str | Path) else None
     if states is not None:

@@ -154,7 +154,7 @@ def sample_rows(
 
 
 def class_indices(rows: Any, column: str, names: Sequence[str], broken: RowProblems) -> list[int]:
-    """Look up each row's class; what is no class is recorded in ``broken``, as the class 0."""
+    """Look up each row's class; what is not a class is recorded in ``broken``, as the class 0."""
     _require_one_class(rows, column, broken.where)
     texts = cell_texts([[value] for value in rows[column][:]], rows.features[column], names)
     found = find_classes(texts, names, broken, "rows", _swapped(rows, column, names))
@@ -162,7 +162,7 @@ def class_indices(rows: Any, column: str, names: Sequence[str], broken: RowProbl
 
 
 def word_classes(rows: Any, column: str, names: Sequence[str], broken: RowProblems) -> list[list[int]]:
-    """Look up the classes of each row's words; what is no class is recorded in ``broken``."""
+    """Look up the classes of each row's words; what is not a class is recorded in ``broken``."""
     feature = rows.features[column]
     if not hasattr(feature, "feature"):
         raise PimergeError(f"the column '{column}' of {broken.where} holds no lists", "give each row a list of labels")
